@@ -17,7 +17,7 @@ from fieldguide.data import read
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.objectives import NextToken
-from fieldguide.tasks.text.text_generation import SPECIAL, TextGeneration
+from fieldguide.tasks.text.text_generation import CHAT_SPECIAL_TOKENS, TextGeneration
 from tv import transformers
 
 # As SmolLM2-Instruct publishes it; as Llama 3; as Llama 2, whose turns have no token of their own; one that marks what the
@@ -185,7 +185,7 @@ def test_conversations_that_cannot_be_written(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(DataError) as error:
         learnt_from(tmp_path, CHATS[:2])
-    assert f"of which it lacks {', '.join(SPECIAL[1:])}." in str(error.value) and "chat_template.jinja" in str(error.value)
+    assert f"of which it lacks {', '.join(CHAT_SPECIAL_TOKENS[1:])}." in str(error.value) and "chat_template.jinja" in str(error.value)
 
 
 def checkpoint(folder, name="chatml", length=64):

@@ -16,7 +16,7 @@ from damage import checks, digits, finding, refused, write
 from fieldguide.core.errors import DataError
 from fieldguide.data import read, samples
 from fieldguide.data.media import images
-from fieldguide.tasks import infer
+from fieldguide.tasks import infer_task
 
 
 def photo(path: Path, size=(40, 30), mode: str = "RGB", seed: int = 0, **options) -> Path:
@@ -120,7 +120,7 @@ def test_pictures_without_a_class(tmp_path):
     bare = read(flat)
     assert len(bare) == 40 and bare.target is None  # what can be learnt from it, the task has to say
     with pytest.raises(DataError, match="does not say by itself what is to be learnt"):
-        infer(bare)
+        infer_task(bare)
     data = read(flat, labels_optional=True)
     assert len(data) == 40 and data.rows["label"].null_count() == 40
     schema = read(tmp_path).schema()

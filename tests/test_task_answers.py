@@ -25,8 +25,8 @@ from fieldguide.inference.run import open_run
 from fieldguide.metrics import question_answering as measured
 from fieldguide.models.registry import card, cards, create
 from fieldguide.objectives import SpanPrediction, masked_lm
-from fieldguide.tasks import infer, task
-from fieldguide.tasks.text.windows import Frame, covering, framed, starts, whole_words, widened
+from fieldguide.tasks import infer_task, task
+from fieldguide.tasks.text.windows import PairTemplate, covering_tokens, pair_template, window_starts, is_whole_words, widen_to_words
 
 WHO = ["Anna", "Ben", "Clara", "David", "Emma", "Fritz", "Greta", "Hans", "Ida", "Jan"]
 TOWNS = ["Bonn", "Kiel", "Ulm", "Trier", "Jena", "Hof"]
@@ -153,7 +153,7 @@ def test_the_threshold_is_the_best_of_all():
 
 def test_squad_is_read_with_every_place(file):
     data = read(file, column_spec=KIND.column_spec)
-    assert infer(data)[0] is KIND and data.target.name == "answers" and data.locate_row(3) == "reports.json:4"
+    assert infer_task(data)[0] is KIND and data.target.name == "answers" and data.locate_row(3) == "reports.json:4"
     data = KIND.build_examples(data, KIND.Options())
     for context, answers, impossible in data.rows.select("context", "answers", "is_impossible").iter_rows():
         assert context == context.strip() and bool(answers) != impossible
@@ -402,7 +402,7 @@ def test_tokens_know_their_characters():
 def test_whole_words():
     text = "It's 1,000 Orléans-based (ab) cd"
     spans = np.array([(b, e) for b in range(len(text)) for e in range(b, len(text) + 1)])
-    for (begin, end), (first, last) in zip(spans, widened(text, spans)):
+    for (begin, end), (first, last) in zip(spans, widen_to_words(text, spans)):
         inside = lambda i: 0 < i < len(text) and bool(re.match(r"\w\w", text[i - 1 : i + 1]))
         b, e = int(begin), int(end)
         while inside(b):
@@ -410,17 +410,17 @@ def test_whole_words():
         while begin < end and inside(e):
             e += 1
         assert (first, last) == (b, e)
-    assert whole_words(text, 5, 6) and not whole_words(text, 12, 18) and widened("", spans[:2]).tolist() == spans[:2].tolist()
+    assert is_whole_words(text, 5, 6) and not is_whole_words(text, 12, 18) and widen_to_words("", spans[:2]).tolist() == spans[:2].tolist()
 
 
 def test_windows_cover_every_text():
     for tokens in range(1, 40):
         for room in (5, 8):
             for stride in (1, 3, 5, 50):
-                begins = starts(tokens, room, stride)
+                begins = window_starts(tokens, room, stride)
                 seen = {i for b in begins for i in range(b, min(b + room, tokens))}
                 assert seen == set(range(tokens)) and begins == sorted(set(begins)) and begins[-1] == max(0, tokens - room)
-    assert starts(20, 8, 4) == [0, 4, 8, 12] and starts(8, 8, 4) == [0]
+    assert window_starts(20, 8, 4) == [0, 4, 8, 12] and window_starts(8, 8, 4) == [0]
 
 
 @pytest.mark.parametrize(("whole", "stride"), [(True, 7), (False, 1000)])
@@ -476,8 +476,8 @@ def test_windows_hold_questions_contexts_and_answers(tmp_path, whole, stride):
 
 def test_answers_in_tokens():
     spans = np.array([[0, 2], [2, 2], [3, 5], [5, 8], [9, 12]])
-    assert covering(spans, 3, 8) == (2, 3) and covering(spans, 4, 6) == (2, 3) and covering(spans, 0, 1) == (0, 0)
-    assert covering(spans, 8, 9) == (-1, -1) and covering(spans, 2, 12) == (2, 4)
+    assert covering_tokens(spans, 3, 8) == (2, 3) and covering_tokens(spans, 4, 6) == (2, 3) and covering_tokens(spans, 0, 1) == (0, 0)
+    assert covering_tokens(spans, 8, 9) == (-1, -1) and covering_tokens(spans, 2, 12) == (2, 4)
 
 
 def test_frames_of_given_tokenizers(tmp_path):
@@ -496,9 +496,9 @@ def test_frames_of_given_tokenizers(tmp_path):
         made.save(str(tmp_path / "t.json"))
         return TextTokenizer.load(tmp_path / "t.json")
 
-    assert framed(saved("[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1")) == Frame((3,), (4,), (4,), (0, 1))
-    assert framed(saved("<s>:0 $A:0 </s>:0 </s>:0 $B:0 </s>:0")) == Frame((0,), (1, 1), (1,), (0, 0))
-    assert framed(saved("")) == Frame((3,), (4,), (4,), (0, 1))
+    assert pair_template(saved("[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1")) == PairTemplate((3,), (4,), (4,), (0, 1))
+    assert pair_template(saved("<s>:0 $A:0 </s>:0 </s>:0 $B:0 </s>:0")) == PairTemplate((0,), (1, 1), (1,), (0, 0))
+    assert pair_template(saved("")) == PairTemplate((3,), (4,), (4,), (0, 1))
 
 
 def test_the_best_answer_over_all_windows(monkeypatch):
@@ -658,7 +658,7 @@ def test_begins_with_a_folder_of_transformers(file, tmp_path):
         out=tmp_path / "run",
         settings={"steps": 1, "batch": 8, "lr": 1e-9, "precision": "float32", "tune": "whole"},
     )
-    assert run.record["model"]["fresh"] == [] and run.task.frame == Frame((2,), (3,), (3,), (0, 1))
+    assert run.record["model"]["fresh"] == [] and run.task.frame == PairTemplate((2,), (3,), (3,), (0, 1))
     pair = tokens.encode(texts[1], texts[0].strip())
     data = run.task.read([file], answered=True)
     batch = run.task.batches(data, run.card).make(np.array([0]), None)

@@ -20,7 +20,7 @@ from fieldguide.data.validation.checks import BadData
 from fieldguide.metrics import generative
 from fieldguide.models.registry import find
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.vision.image_generation import ImageGeneration, said
+from fieldguide.tasks.vision.image_generation import ImageGeneration, infer_target_kind
 
 LIGHTS, HEIGHTS, SIDES = {"dim": 90, "grey": 160, "bright": 250}, ("top", "middle", "bottom"), ("left", "centre", "right")
 SCENES = list(product(LIGHTS, HEIGHTS, SIDES))
@@ -65,10 +65,10 @@ def asked(path, **more):
 
 def test_captions_are_told_from_classes():
     phrases = pl.Series("c", [caption(*s) for s in SCENES])
-    assert said(phrases) == "text" and said(phrases[:20]) is None  # so few are classes with long names
-    assert said(pl.Series("c", [f"breed-{i}" for i in range(100)])) is None and said(pl.Series("c", range(100))) is None
-    assert said(pl.Series("c", [None, "", "?"])) is None and said(pl.Series("c", [], dtype=pl.String)) is None
-    assert said(pl.Series("c", [f"一只棕色的狗在草地上奔跑{i}" for i in range(30)])) == "text"
+    assert infer_target_kind(phrases) == "text" and infer_target_kind(phrases[:20]) is None  # so few are classes with long names
+    assert infer_target_kind(pl.Series("c", [f"breed-{i}" for i in range(100)])) is None and infer_target_kind(pl.Series("c", range(100))) is None
+    assert infer_target_kind(pl.Series("c", [None, "", "?"])) is None and infer_target_kind(pl.Series("c", [], dtype=pl.String)) is None
+    assert infer_target_kind(pl.Series("c", [f"一只棕色的狗在草地上奔跑{i}" for i in range(30)])) == "text"
 
 
 def test_a_table_of_pictures_and_captions(tmp_path):

@@ -19,7 +19,7 @@ from fieldguide.data import read
 from fieldguide.inference.run import open_run
 from fieldguide.models.registry import card, cards, create
 from fieldguide.objectives import DenoisingObjective
-from fieldguide.tasks import asked_for, task
+from fieldguide.tasks import get_requested_task, task
 from fieldguide.tasks.text.denoising import SENTINELS
 from fieldguide.training.trainer import Interrupted
 from test_task_encoders import NOUNS, sentences
@@ -50,7 +50,7 @@ def file(tmp_path_factory):
 
 def made(file, **options):
     data = read(file, column_spec=KIND.column_spec)
-    assert asked_for("denoising", data) is KIND
+    assert get_requested_task("denoising", data) is KIND
     data = KIND.build_examples(data, KIND.options_from(options))
     return KIND.fit(data, KIND.options_from(options)), data
 

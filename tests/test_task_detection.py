@@ -17,7 +17,7 @@ from fieldguide.data.samples import path as sample
 from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.models.registry import card
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.vision.detection_report import exhibits, matched
+from fieldguide.tasks.vision.detection_report import build_exhibits, match_boxes
 from fieldguide.tasks.vision.object_detection import ObjectDetection
 
 
@@ -57,7 +57,7 @@ def test_mosaics_are_made_where_they_are_asked_for(tmp_path):
 def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
     """Training pictures are black within white: the object is white too, so its rectangle tells where its box must be."""
     if not kept:
-        monkeypatch.setattr("fieldguide.tasks.vision.object_detection.SHARE", 0)
+        monkeypatch.setattr("fieldguide.tasks.vision.object_detection.MAX_IMAGE_CACHE_FRACTION_OF_RAM", 0)
     task, data = learnt(read(folder(tmp_path)), side=64)
     batches = task.batches(data, card("yolov8"), Settings())
     batch = batches.make(np.arange(12), torch.Generator())
@@ -118,7 +118,7 @@ def test_scores_baselines_and_threshold(tmp_path):
     }
     task.calibrate(wrong, truth)
     assert 0.3 < task.threshold <= 0.6
-    shown = exhibits(data.rows["image"].to_list(), [str(i) for i in range(12)], wrong, truth, task.names, 0.2)
+    shown = build_exhibits(data.rows["image"].to_list(), [str(i) for i in range(12)], wrong, truth, task.names, 0.2)
     assert shown["Classes"][0].rows[0][:5] == ("a", 4, 4, 0, 4) and "12 wrong" not in shown["Pictures"][0].pictures[0].caption
     assert "1 there, 2 found, 1 wrong" in shown["Pictures"][0].pictures[0].caption
 
@@ -156,7 +156,7 @@ def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
         "labels": np.where(rng.random((count, 2)) < 0.8, truth["labels"], rng.integers(0, 3, (count, 2))),
     }
     low, high = task.intervals(found, truth)["map"]
-    monkeypatch.setattr("fieldguide.tasks.vision.object_detection.ENOUGH", 60)
+    monkeypatch.setattr("fieldguide.tasks.vision.object_detection.MAX_BOOTSTRAP_IMAGES", 60)
     some = task.intervals(found, truth)["map"]
     assert sum(some) == pytest.approx(low + high) and 0.6 < (some[1] - some[0]) / (high - low) < 1.6
 
@@ -164,7 +164,7 @@ def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
 def test_matching_counts_each_once():
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [0, 0, 10, 10.0]])
     labels, true = np.array([0, 0, 0, 1]), np.array([[0, 0, 10, 10], [40, 40, 90, 90], [0, 0, 10, 10.0]])
-    right, met = matched(boxes, labels, true, np.array([0, 0, 2]), np.array([False, True, False]))
+    right, met = match_boxes(boxes, labels, true, np.array([0, 0, 2]), np.array([False, True, False]))
     assert right.tolist() == [True, False, True, False] and met.tolist() == [True, True, False]
 
 

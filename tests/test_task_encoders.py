@@ -15,7 +15,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.inference.run import open_run
 from fieldguide.models.registry import card
-from fieldguide.tasks import asked_for, task
+from fieldguide.tasks import get_requested_task, task
 
 WORDS = ["red", "green", "blue", "old", "new", "small"]
 NOUNS = ["house", "tree", "river", "stone"]
@@ -43,7 +43,7 @@ def file(tmp_path_factory):
 def made(file, **options):
     kind = task("fill-mask")
     data = read(file, column_spec=kind.column_spec)
-    assert asked_for("fill-mask", data) is kind
+    assert get_requested_task("fill-mask", data) is kind
     data = kind.build_examples(data, kind.options_from(options))
     return kind.fit(data, kind.options_from(options)), data
 

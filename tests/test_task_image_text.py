@@ -15,9 +15,9 @@ from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import BadData, read, split
 from fieldguide.inference.run import open_run
-from fieldguide.tasks import infer, task
-from fieldguide.tasks.multimodal.base import heated
-from fieldguide.tasks.multimodal.image_text import ranks
+from fieldguide.tasks import infer_task, task
+from fieldguide.tasks.multimodal.base import overlay_heatmap
+from fieldguide.tasks.multimodal.image_text import compute_ranks
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
 SIDES = ("left", "right")
@@ -59,7 +59,7 @@ def change(table, edits):
 
 
 def test_ranks_are_counted_one_by_one(monkeypatch):
-    monkeypatch.setattr("fieldguide.tasks.multimodal.image_text.CHUNK", 3)
+    monkeypatch.setattr("fieldguide.tasks.multimodal.image_text.QUERY_CHUNK", 3)
     rng = np.random.default_rng(0)
     questions, answers = rng.integers(-2, 3, (8, 3)).astype(float), rng.integers(-2, 3, (6, 3)).astype(float)
     right = np.array([(q, a) for q in range(8) for a in range(6) if a == q % 6 or rng.random() < 0.2])
@@ -68,7 +68,7 @@ def test_ranks_are_counted_one_by_one(monkeypatch):
         good = {int(a) for x, a in right if x == q}
         best = max(float(questions[q] @ answers[a]) for a in good)
         expected.append(sum(1 for a in range(6) if a not in good and float(questions[q] @ answers[a]) >= best))
-    assert ranks(questions, answers, right).tolist() == expected and max(expected) > 1
+    assert compute_ranks(questions, answers, right).tolist() == expected and max(expected) > 1
 
 
 def learnt(tmp_path, name, **options):
@@ -178,7 +178,7 @@ def test_a_table_of_captions_is_not_taken_for_classes(tmp_path):
 
 def test_the_table_says_which_task_it_is(tmp_path):
     table = album(tmp_path / "q", 30, "questions")
-    assert infer(read(table))[0].name == "visual-question-answering"
+    assert infer_task(read(table))[0].name == "visual-question-answering"
     with pytest.raises(DataError, match="column of pictures"):
         read_for(
             {
@@ -197,7 +197,7 @@ def test_the_table_says_which_task_it_is(tmp_path):
 def test_heat_lies_where_the_weight_is():
     heat = np.zeros((4, 4))
     heat[1, 2] = 1
-    seen = heated(np.full((64, 64, 3), 100, np.uint8), heat + 1e-9).astype(int)
+    seen = overlay_heatmap(np.full((64, 64, 3), 100, np.uint8), heat + 1e-9).astype(int)
     red = seen[..., 0] - seen[..., 2]
     assert red[24, 40] > 60 and red[40, 24] == 0
     assert [int((red.sum(1 - axis) * np.arange(64)).sum() / red.sum()) for axis in (0, 1)] == pytest.approx([23.5, 39.5], abs=1)

@@ -15,9 +15,9 @@ from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
 from fieldguide.metrics import generative
-from fieldguide.tasks import infer
+from fieldguide.tasks import infer_task
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.vision.image_generation import ImageGeneration, by_class, png, sheet, thumbnails
+from fieldguide.tasks.vision.image_generation import ImageGeneration, sheets_by_class, encode_png, encode_sheet, compute_thumbnails
 
 
 def test_frechet_distance_is_its_definition():
@@ -91,15 +91,15 @@ def test_a_judge_learns_classes_and_leaves_chance_alone():
 
 def test_pictures_are_written_as_they_are():
     x = np.linspace(-1, 1, 3 * 5 * 5, dtype=np.float32).reshape(3, 5, 5)
-    back = np.asarray(Image.open(io.BytesIO(png(x)))).transpose(2, 0, 1)
+    back = np.asarray(Image.open(io.BytesIO(encode_png(x)))).transpose(2, 0, 1)
     assert np.abs(back - (x + 1) * 127.5).max() <= 0.51
-    whole = np.asarray(Image.open(io.BytesIO(sheet(np.stack([x] * 5)))))
+    whole = np.asarray(Image.open(io.BytesIO(encode_sheet(np.stack([x] * 5)))))
     assert whole.shape == (11, 17, 3) and (whole[:5, 6:11] == back.transpose(1, 2, 0)).all()
-    assert thumbnails(np.ones((2, 3, 16, 16), np.float32)).shape == (2, 192)
+    assert compute_thumbnails(np.ones((2, 3, 16, 16), np.float32)).shape == (2, 192)
 
 
 def test_classes_without_a_test_picture_are_not_shown():
-    shown = by_class(np.ones((3, 1, 8, 8), np.float32), np.array([3, 1, 3]), ["a", "b", "c"])
+    shown = sheets_by_class(np.ones((3, 1, 8, 8), np.float32), np.array([3, 1, 3]), ["a", "b", "c"])
     assert [picture.caption for picture in shown] == ["a", "c"]
 
 
@@ -131,7 +131,7 @@ def test_what_it_reads(tmp_path):
     bare, *_ = read_for({**request, "data": str(tmp_path / "two" / "a")})
     assert bare.target is None and kind.fit(bare, kind.Options()).labels == []
     with pytest.raises(DataError, match=r"With --task it could be: .*image-generation"):
-        infer(bare)
+        infer_task(bare)
     with pytest.raises(DataError, match="lacks what image-generation needs: a column of pictures"):
         read_for({**request, "data": "iris"})
     good = (tmp_path / "two" / "a" / "1.png").read_bytes()

@@ -17,7 +17,7 @@ from fieldguide.data import read
 from fieldguide.data.splits import split
 from fieldguide.data.validation.checks import BadData
 from fieldguide.objectives.next_item import NextItem, rank_items
-from fieldguide.tasks.recommendation.recommendation import ITEMS, Recommendation
+from fieldguide.tasks.recommendation.recommendation import ITEMS_COLUMN, Recommendation
 from test_models import tiny
 
 
@@ -68,7 +68,7 @@ def test_leave_last_out(tmp_path):
     made = kind.build_examples(data, kind.Options())
     parts = split(made)
     got = {
-        name: {r["user_id"]: r[ITEMS] for r in made.take(rows).rows.to_dicts()}
+        name: {r["user_id"]: r[ITEMS_COLUMN] for r in made.take(rows).rows.to_dicts()}
         for name, rows in (("train", parts.train), ("val", parts.validation), ("test", parts.test))
     }
     assert got["test"] == {"ann": ["jam", "tea", "bun", "egg"], "bob": ["jam", "tea", "nut"], "cy": ["bun", "tea", "jam"]}
@@ -80,7 +80,7 @@ def test_leave_last_out(tmp_path):
         asked(table(tmp_path / "rated.csv", [(*e[:2], i % 5, e[2]) for i, e in enumerate(EVENTS)], "user,item,rating,time"))[0],
         kind.options_from({"least": "1"}),
     )
-    assert sum(map(len, least.take(np.flatnonzero(least.splits == "test")).rows[ITEMS].to_list())) < 10
+    assert sum(map(len, least.take(np.flatnonzero(least.splits == "test")).rows[ITEMS_COLUMN].to_list())) < 10
 
 
 def learnt(tmp_path, **options):

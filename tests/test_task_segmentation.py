@@ -27,7 +27,7 @@ from fieldguide.objectives.segmentation import (
     reflect_pad,
 )
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.vision.image_segmentation import ImageSegmentation, augmented
+from fieldguide.tasks.vision.image_segmentation import ImageSegmentation, augment_pair
 from test_models import tiny
 
 
@@ -146,14 +146,14 @@ def test_augmented_masks_stay_with_their_pictures(augment):
     target = torch.arange(40 * 48).view(1, 40, 48).div(160, rounding_mode="floor").repeat(6, 1, 1) % 5
     pixels = (target[:, None] * 50).expand(-1, 3, -1, -1).to(torch.uint8)
     inner = torch.tensor([[40, 48]] * 3 + [[20, 30]] * 3)
-    image, classes = augmented(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
+    image, classes = augment_pair(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
     assert image.shape == (6, 3, 32, 32) and classes.shape == (6, 32, 32) and classes.max() < 5
     real = classes >= 0
     assert real.float().mean() > 0.3 and real[:3].float().mean() > 0.6
     if augment != "standard":
         near = (image[:, 0] / 50 - classes).abs() < 0.5  # edges are blurred by scaling
         assert near[real].float().mean() > 0.9
-    again = augmented(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
+    again = augment_pair(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
     assert torch.equal(image, again[0]) and torch.equal(classes, again[1])
 
 

@@ -26,7 +26,7 @@ from fieldguide.data.media.media_types import MEDIA
 from fieldguide.data.preprocessing.transcripts import normalize_text
 from fieldguide.data.samples import voice
 from fieldguide.data.validation.checks import BadData
-from fieldguide.tasks.audio.speech_recognition import SpeechRecognition, batch_of
+from fieldguide.tasks.audio.speech_recognition import SpeechRecognition, stack_waves
 
 WORDS = list(voice.WORDS)
 TASK = "automatic-speech-recognition"
@@ -382,7 +382,7 @@ def test_batches_are_functions_of_the_generator(folder):
     assert torch.equal(hidden["lengths"], without["lengths"])
     assert (hidden["features"] == 0).sum() > (without["features"] == 0).sum()  # standard hides stripes, light does not
     assert [task.transcripts.decode(r) for r in plain["target"].tolist()] == [said(i) for i in rows]
-    wave, _ = batch_of(audio.load(data.rows["file"].to_list()[:2], 8000))
+    wave, _ = stack_waves(audio.load(data.rows["file"].to_list()[:2], 8000))
     assert wave.abs().max().item() == pytest.approx(voice.Voice.loudness, abs=0.02)
     alone = batches.make(rows[:1], None)  # nothing depends on the rows beside
     n = int(alone["lengths"][0])

@@ -14,7 +14,7 @@ from fieldguide.data import read
 from fieldguide.inference.run import open_run
 from fieldguide.metrics.entities import count_entities, extract_entities
 from fieldguide.models.registry import card
-from fieldguide.tasks import infer, task
+from fieldguide.tasks import infer_task, task
 
 PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Fritz", "Greta", "Hans"]
 TOWNS = ["Bonn", "Kiel", "Ulm", "Trier", "Jena", "Hof"]
@@ -89,7 +89,7 @@ def test_known_cases_of_entities():
 
 def test_files_of_conll(folder, tmp_path):
     data = read(folder / "words.conll", column_spec=task("token-classification").column_spec)
-    assert len(data) == 400 and data.target.name == "tags" and infer(data)[0].name == "token-classification"
+    assert len(data) == 400 and data.target.name == "tags" and infer_task(data)[0].name == "token-classification"
     rng = np.random.default_rng(0)
     words, tags = sentence(rng)
     assert data.rows["tokens"][0].to_list() == words and data.rows["tags"][0].to_list() == tags
@@ -113,7 +113,7 @@ def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
     rows = [dict(zip(("tokens", "ner_tags"), sentence(np.random.default_rng(i)))) for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one, data = made(tmp_path / "a.jsonl", vocab_size=300)
-    assert one.tags == ["O", "B-LOC", "B-PER", "I-PER"] and infer(data)[0].name == "token-classification"
+    assert one.tags == ["O", "B-LOC", "B-PER", "I-PER"] and infer_task(data)[0].name == "token-classification"
     rows[7]["ner_tags"].pop()
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"b\.jsonl:8: \d words in 'tokens' and \d tags"):

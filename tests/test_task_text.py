@@ -16,8 +16,8 @@ from fieldguide.data import read
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.splits import split
 from fieldguide.data.validation.checks import BadData
-from fieldguide.tasks.text.text_generation import PART, TextGeneration, passages
-from fieldguide.tasks.text.translation import Translation, judges
+from fieldguide.tasks.text.text_generation import PART_COLUMN, TextGeneration, split_passages
+from fieldguide.tasks.text.translation import Translation, build_bleu_and_chrf
 
 STORY = "\n".join(
     f"Line {i} says that {i * 7 % 13} birds sat on wall {i % 5}, and the {i * 3 % 11}th flew away." for i in range(2500)
@@ -49,7 +49,7 @@ def test_a_long_text_is_tested_on_its_end(tmp_path):
     assert kind is TextGeneration and len(data) == 1
     rows = kind.build_examples(data, kind.Options())
     assert "".join(rows.rows["text"]) == STORY  # nothing is lost
-    assert rows.rows[PART].to_list() == list(range(len(rows)))
+    assert rows.rows[PART_COLUMN].to_list() == list(range(len(rows)))
     parts = split(rows, seed=3)
     assert [parts.train[-1] + 1, parts.validation[-1] + 1] == [parts.validation[0], parts.test[0]]
     assert 0.08 < len(parts.test) / len(rows) < 0.12 and 0.03 < len(parts.validation) / len(rows) < 0.07
@@ -81,7 +81,7 @@ def test_many_short_texts_are_split_by_chance(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "a", "a\n" * 4000, "x" * 9000, "ä\r\n" * 3000, "\n\n\n" + "w " * 5000], ids=range(6))
 def test_passages_are_the_text(text):
-    assert "".join(passages(text)) == text
+    assert "".join(split_passages(text)) == text
 
 
 def test_damaged_documents(tmp_path):
@@ -334,6 +334,6 @@ def test_a_network_learns_to_translate(tmp_path):
     ids=["english", "chinese", "japanese", "thai"],
 )
 def test_bleu_counts_characters_where_no_blanks_part_words(right, said, signature):
-    bleu, _ = judges([right])
+    bleu, _ = build_bleu_and_chrf([right])
     assert 20 < bleu.corpus_score([said], [[right]]).score < 95
     assert signature in str(bleu.get_signature())

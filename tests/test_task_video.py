@@ -20,11 +20,11 @@ from fieldguide.data.validation.checks import BadData
 from fieldguide.report.pages import verdict
 from fieldguide.tasks.vision.video_generation import (
     VideoGeneration,
-    animated,
-    around_gap,
-    consistency,
+    encode_webp,
+    gap_interval,
+    mean_consistency,
     decibels,
-    motion,
+    motion_image,
     psnr,
 )
 
@@ -152,26 +152,26 @@ def test_damaged_films(tmp_path):
 
 def test_what_judges_see():
     still = torch.rand(2, 1, 1, 8, 8).expand(2, 6, 1, 8, 8)
-    seen = motion(still)
+    seen = motion_image(still)
     assert seen.shape == (2, 3, 8, 8) and seen[:, 1:].abs().max() < 1e-6 and torch.equal(seen[:, 0], still[:, 0, 0])
     backwards = torch.rand(1, 6, 1, 8, 8)
-    torch.testing.assert_close(motion(backwards)[:, 2], -motion(backwards.flip(1))[:, 2])
+    torch.testing.assert_close(motion_image(backwards)[:, 2], -motion_image(backwards.flip(1))[:, 2])
     features = np.random.default_rng(0).normal(size=(1, 4, 5))
     cosines = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(features[0, :-1], features[0, 1:])]
-    assert consistency(features) == pytest.approx(np.mean(cosines))
+    assert mean_consistency(features) == pytest.approx(np.mean(cosines))
     assert psnr(np.zeros(4), np.full(4, 0.2)) == pytest.approx(-10 * np.log10(0.01))
-    playing = Image.open(io.BytesIO(animated(np.random.default_rng(0).uniform(-1, 1, (4, 1, 16, 16)))))
+    playing = Image.open(io.BytesIO(encode_webp(np.random.default_rng(0).uniform(-1, 1, (4, 1, 16, 16)))))
     assert playing.n_frames == 4 and playing.format == "WEBP"
 
 
 def test_intervals_of_gaps_and_decibels():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.5, 0.1, 400), rng.normal(0.4, 0.1, 300)
-    low, high = around_gap(a, b)
+    low, high = gap_interval(a, b)
     wide = 1.96 * (0.01 / 400 + 0.01 / 300) ** 0.5
     assert (high - low) / 2 == pytest.approx(wide, rel=0.15) and low < abs(a.mean() - b.mean()) < high
-    assert around_gap(b, a) == pytest.approx((low, high), abs=0.005) and low > 0
-    assert around_gap(a, a[::-1])[0] == 0 and around_gap(a, a[::-1])[1] < 0.02
+    assert gap_interval(b, a) == pytest.approx((low, high), abs=0.005) and low > 0
+    assert gap_interval(a, a[::-1])[0] == 0 and gap_interval(a, a[::-1])[1] < 0.02
     x, y = rng.uniform(-1, 1, (2, 5, 1, 4, 4))
     assert decibels(x, y) == pytest.approx([psnr(p, q) for p, q in zip(x, y)])
 

@@ -20,8 +20,8 @@ from fieldguide.data import read, samples
 from fieldguide.data.preprocessing import Standardizer
 from fieldguide.data.splits import Splits
 from fieldguide.models import registry
-from fieldguide.tasks import infer, task
-from fieldguide.tasks.base import intervals
+from fieldguide.tasks import infer_task, task
+from fieldguide.tasks.base import bootstrap_intervals
 from fieldguide.tasks.supervised import calibration_error, mix_pairs, roc_auc
 from fieldguide.tasks.vision.image_classification import augment
 
@@ -140,12 +140,12 @@ def test_intervals_hold_the_score_and_shrink():
     widths = []
     for rows in (50, 200, 3200):
         y, p = answered(rows, 3, 2)
-        found = intervals(made, {"probabilities": p}, {"label": y})
+        found = bootstrap_intervals(made, {"probabilities": p}, {"label": y})
         score = made.score({"probabilities": p}, {"label": y})
         for name in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "auc"):
             assert found[name][0] <= score[name] <= found[name][1], name
         widths.append(found["accuracy"][1] - found["accuracy"][0])
-        assert found == intervals(made, {"probabilities": p}, {"label": y})
+        assert found == bootstrap_intervals(made, {"probabilities": p}, {"label": y})
     # The normal approximation: 2 x 1.96 x sqrt(p (1 - p) / n).
     q = score["accuracy"]
     assert widths[2] == pytest.approx(3.92 * np.sqrt(q * (1 - q) / 3200), rel=0.2)
@@ -159,7 +159,7 @@ def test_intervals_cover():
     held = 0
     for _ in range(60):
         rows = rng.integers(0, len(y), 150)
-        low, high = intervals(made, {"probabilities": p[rows]}, {"label": y[rows]}, repeats=80)["accuracy"]
+        low, high = bootstrap_intervals(made, {"probabilities": p[rows]}, {"label": y[rows]}, repeats=80)["accuracy"]
         held += low <= true <= high
     assert held >= 50
 
@@ -338,7 +338,7 @@ def test_symmetric_pictures_are_mirrored(tmp_path):
             pixels[row : row + 3] = rng.integers(160, 255)
             Image.fromarray(pixels).save(tmp_path / f"bar{c}" / f"{i}.png")
     source = read(tmp_path)
-    kind, _ = infer(source)
+    kind, _ = infer_task(source)
     assert kind.fit(source, kind.options_from({})).options.flip is True
     assert kind.fit(source, kind.options_from({"flip": "false"})).options.flip is False
 

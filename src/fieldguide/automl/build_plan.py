@@ -31,7 +31,7 @@ from fieldguide.data.splits import Splits, sample_rows, split
 from fieldguide.inference.run import Run
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
-from fieldguide.tasks import Task, asked_for, infer
+from fieldguide.tasks import Task, get_requested_task, infer_task
 from fieldguide.training import peft
 
 
@@ -94,7 +94,7 @@ class Plan:
         """Build the training batches and those of the validation rows that are scored during training."""
         task, splits = self.task, self.splits
         self.train_batches = task.train_batches(self.source.take(splits.train), self.card, self.settings)
-        self.validation_rows = sample_rows(splits.validation, task.validated, self.settings.seed)
+        self.validation_rows = sample_rows(splits.validation, task.max_validation_examples, self.settings.seed)
         if len(self.validation_rows) < len(splits.validation):
             callback.log(
                 f"scored during training: {len(self.validation_rows):,} of {len(splits.validation):,} validation rows, "
@@ -145,7 +145,7 @@ def build_plan(
     elif "steps" in requested:
         requested.setdefault("minutes", 0)  # with a number of steps, time does not limit the run
     requested["seed"] = seed
-    kind, why = (asked_for(task, source), "requested") if task else infer(source)
+    kind, why = (get_requested_task(task, source), "requested") if task else infer_task(source)
     source = kind.select_columns(source)
     callback.on_data(source, kind, why)
     checkpoint = None
@@ -191,8 +191,8 @@ def build_plan(
     parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
     plan = Plan(source, fitted, why, splits, card, size, config, chosen, advice, parts)
     plan.build_batches(callback)
-    largest = min(fitted.most, finetune.MAX_BATCH_SIZE) if checkpoint else fitted.most
-    plan.settings = with_batch(chosen, len(plan.train_batches), fitted.fewest, largest)
+    largest = min(fitted.max_batch_size, finetune.MAX_BATCH_SIZE) if checkpoint else fitted.max_batch_size
+    plan.settings = with_batch(chosen, len(plan.train_batches), fitted.min_batch_size, largest)
     plan.build_objective(callback, checkpoint, requested)
     plan.settings, plan.seconds_per_step, plan.max_steps = distributed.broadcast(
         resolve(
@@ -201,7 +201,7 @@ def build_plan(
             plan.train_batches,
             len(plan.validation),
             callback,
-            fewest=plan.settings.batch_size if "batch_size" in requested else fitted.fewest,
+            fewest=plan.settings.batch_size if "batch_size" in requested else fitted.min_batch_size,
             enough=finetune.MIN_STEPS if checkpoint else ENOUGH,
         )
     )

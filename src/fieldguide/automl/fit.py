@@ -310,7 +310,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: Sta
     from fieldguide.report import pages
 
     task, splits = plan.task, plan.splits
-    rows = sample_rows(splits.test, task.tested, plan.settings.seed)
+    rows = sample_rows(splits.test, task.max_test_examples, plan.settings.seed)
     test, training = plan.source.take(rows), plan.source.take(splits.train)
     sampled = "" if len(rows) == len(splits.test) else f" of {len(splits.test):,}, a random sample,"
     callback.log(f"testing on {len(test):,} examples{sampled} that were not used in training")

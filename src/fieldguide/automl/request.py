@@ -13,7 +13,7 @@ from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
 from fieldguide.data.samples import SAMPLES
-from fieldguide.tasks import Task, asked_for, infer
+from fieldguide.tasks import Task, get_requested_task, infer_task
 from fieldguide.tasks import task as task_named
 
 
@@ -68,8 +68,8 @@ def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task
         request["task"], request["target"] = known.task, request["target"] or known.target or None
     source = read_request(request, data)
     if request["task"]:
-        return source, asked_for(request["task"], source), "you asked for it"
-    kind, why = infer(source)
+        return source, get_requested_task(request["task"], source), "you asked for it"
+    kind, why = infer_task(source)
     if kind.column_spec != ColumnSpec():
         request["task"] = kind.name
         source = read_request(request, data)

@@ -45,7 +45,7 @@ class Settings:
     channels_last: bool | None = None  # memory layout of pictures
     num_workers: int = 0  # processes that prepare batches
     tracker: str = "none"  # none | tensorboard, beside metrics.jsonl
-    seed: int = 0
+    seed: int = 0  # of splits, initial weights, order, augmentation and dropout
 
     def with_(self, changes: Mapping[str, Any]) -> Settings:
         """Return these settings with changes applied; values may be text. Raises `SettingsError` for unknown keys

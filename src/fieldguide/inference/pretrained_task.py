@@ -28,7 +28,7 @@ from fieldguide.objectives import EmbeddingObjective, Objective
 from fieldguide.objectives.embedding import POOLING_MODES
 from fieldguide.tasks import Task, tasks
 from fieldguide.tasks.base import Arrays, CheckpointAssets
-from fieldguide.tasks.text.base import Typed
+from fieldguide.tasks.text.base import TextTask
 from fieldguide.tasks.vision.image_classification import ImageClassification
 
 SIDE = 224  # pixels, where neither network nor files say
@@ -172,7 +172,7 @@ class EmbeddingTask(Task):
         raise DataError(f"{data.source}: a network that gives vectors has no answers that could be right or wrong.")
 
 
-class TextVectors(EmbeddingTask, Typed):
+class TextVectors(EmbeddingTask, TextTask):
     name = "text-vectors"
     reads = "a text, or a table with a column `text`"
     input_types = ("tokens",)

@@ -114,7 +114,7 @@ class Run(TaskPredictor):
             with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
                 data = data.take(splits["test"])
             note = "the run was trained on this data; only its test rows are scored"
-        rows = sample_rows(np.arange(len(data)), self.task.tested, self.record["settings"]["seed"])
+        rows = sample_rows(np.arange(len(data)), self.task.max_test_examples, self.record["settings"]["seed"])
         if len(rows) < len(data):
             note += f"{'; ' if note else ''}a random sample of {len(rows):,} of {len(data):,} rows, since prediction is slow"
             data = data.take(rows)

@@ -27,7 +27,7 @@ def task(name: str) -> type[Task]:
     return tasks()[name]
 
 
-def infer(data: Data) -> tuple[type[Task], str]:
+def infer_task(data: Data) -> tuple[type[Task], str]:
     """Return the task that the data implies, and the reason. Raises `DataError` if no task or several tasks match."""
     suited = {kind: why for kind in tasks().values() if (why := kind.match(data))}
     if len(suited) == 1:
@@ -47,7 +47,7 @@ def infer(data: Data) -> tuple[type[Task], str]:
     )
 
 
-def asked_for(name: str, data: Data) -> type[Task]:
+def get_requested_task(name: str, data: Data) -> type[Task]:
     """Return the task that the user requested. Raises `DataError` if the data lacks what it needs."""
     kind = task(name)
     if lack := kind.missing_requirements(data):
@@ -56,4 +56,4 @@ def asked_for(name: str, data: Data) -> type[Task]:
     return kind
 
 
-__all__ = ["Task", "asked_for", "infer", "task", "tasks"]
+__all__ = ["Task", "get_requested_task", "infer_task", "task", "tasks"]

@@ -113,10 +113,10 @@ class Task:
     class PredictOptions:
         """Options for prediction with a trained model (`predict --set NAME=VALUE`)."""
 
-    most = 256  # maximum examples per step, if the user sets no batch size
-    fewest = 16  # minimum examples per step, if the data has that many
-    validated: int | None = None  # maximum validation rows scored during training; set if scoring is slow
-    tested: int | None = None  # maximum test rows that are predicted; set if prediction is slow
+    max_batch_size = 256  # maximum examples per step, if the user sets no batch size
+    min_batch_size = 16  # minimum examples per step, if the data has that many
+    max_validation_examples: int | None = None  # maximum validation rows scored during training; set if scoring is slow
+    max_test_examples: int | None = None  # maximum test rows that are predicted; set if prediction is slow
 
     def __init__(self, columns: list[Column], options: Any):
         self.columns, self.options, self.predict_options = columns, options, self.PredictOptions()
@@ -146,12 +146,12 @@ class Task:
     @classmethod
     def options_from(cls, changes: Mapping[str, Any]) -> Any:
         """Return the options with `changes` over the defaults. Raises `SettingsError` for unknown keys."""
-        return laid_over(cls.Options(), rename(changes, OPTION_ALIASES), cls.name, "task.")
+        return apply_changes(cls.Options(), rename(changes, OPTION_ALIASES), cls.name, "task.")
 
     @classmethod
     def parse_predict_options(cls, changes: Mapping[str, Any]) -> Any:
         """Return prediction options with `changes` over the defaults. Raises `SettingsError` for unknown keys and values."""
-        return laid_over(cls.PredictOptions(), canonical_predict_options(changes), cls.name, "")
+        return apply_changes(cls.PredictOptions(), canonical_predict_options(changes), cls.name, "")
 
     def for_request(self, options: Any) -> Self:
         """Return a copy of the task for one request, with its own prediction options and notes.
@@ -276,7 +276,7 @@ class Task:
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         """Return the 95 % confidence interval of every metric, by resampling examples."""
-        return intervals(self, outputs, truth)
+        return bootstrap_intervals(self, outputs, truth)
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any] | list[dict[str, Any]]]:
         """Return one record per example, or a list of them. A value that is written to a file (image, audio) is a
@@ -309,7 +309,7 @@ class Task:
                 unread.append(SkippedInput(before, str(source), str(error)))
                 continue
             unread += [
-                replace(u, before=u.before + before, place=named(one, u.place) if len(sources) > 1 else u.place)
+                replace(u, before=u.before + before, place=full_path(one, u.place) if len(sources) > 1 else u.place)
                 for u in one.skipped
             ]
             before += len(one)
@@ -321,7 +321,7 @@ class Task:
         files, rows = [], []
         for d in data:  # paths include the source's folder: two folders may hold a 1.png each
             rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
-            files += [replace(f, path=named(d, f.path)) for f in d.manifest.files]
+            files += [replace(f, path=full_path(d, f.path)) for f in d.manifest.files]
         return Data(
             ", ".join(d.source for d in data),
             pl.concat(rows, how="diagonal_relaxed"),
@@ -388,13 +388,13 @@ class Task:
         )
 
 
-def named(data: Data, place: str) -> str:
+def full_path(data: Data, place: str) -> str:
     """Return the path of a place in the data, relative to where the user's source path starts."""
     base = Path(data.source)
     return str((base if base.is_dir() else base.parent) / place) if base.exists() else place
 
 
-def laid_over(defaults: Any, changes: Mapping[str, Any], task: str, prefix: str) -> Any:
+def apply_changes(defaults: Any, changes: Mapping[str, Any], task: str, prefix: str) -> Any:
     """Return the dataclass with `changes` parsed from text and applied. Raises `SettingsError` for an unknown key."""
     kinds, known = get_type_hints(type(defaults)), {f.name for f in fields(defaults)}
     for key in changes:
@@ -406,7 +406,7 @@ def laid_over(defaults: Any, changes: Mapping[str, Any], task: str, prefix: str)
     return replace(defaults, **{k: from_text(f"{prefix}{k}", v, kinds[k]) for k, v in changes.items()})
 
 
-def intervals(
+def bootstrap_intervals(
     task: Task, outputs: Arrays, truth: Arrays, *, repeats: int = 300, level: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Return bootstrap intervals of every metric over examples (Efron 1979; percentile method)."""

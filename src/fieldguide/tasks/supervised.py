@@ -22,10 +22,10 @@ from fieldguide.data.preprocessing import Labels, Standardizer
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 
-LINEAR_ROWS = 20_000  # maximum rows for fitting the linear baseline; stated in its description
+MAX_LINEAR_BASELINE_ROWS = 20_000  # maximum rows for fitting the linear baseline; stated in its description
 
 
-def discrete(column: Column) -> bool:
+def is_discrete(column: Column) -> bool:
     """Return whether a target column holds classes rather than measurements."""
     return column.kind in ("category", "boolean", "identifier", "constant")
 
@@ -354,10 +354,10 @@ class RegressionTask(SupervisedTask):
 
 def subsample(data: Data) -> tuple[Data, str]:
     """Return at most `LINEAR_ROWS` rows, and a note if rows were left out."""
-    if len(data) <= LINEAR_ROWS:
+    if len(data) <= MAX_LINEAR_BASELINE_ROWS:
         return data, ""
-    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:LINEAR_ROWS])
-    return data.take(rows), f", fitted on {LINEAR_ROWS:,} rows"
+    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:MAX_LINEAR_BASELINE_ROWS])
+    return data.take(rows), f", fitted on {MAX_LINEAR_BASELINE_ROWS:,} rows"
 
 
 def binomial_interval(right: int, count: int) -> tuple[float, float]:

@@ -22,15 +22,15 @@ from fieldguide.tasks.base import Arrays
 if TYPE_CHECKING:
     from fieldguide.tasks.audio.speech_recognition import SpeechRecognition
 
-WORST, DRAWN, PLAYED = 40, 8, 16  # rows of the table, spectrograms, audio examples
-SECONDS_SHOWN = 15.0  # maximum seconds of a recording in the report
+SHOWN_MISTAKES, SHOWN_SPECTROGRAMS, SHOWN_SOUNDS = 40, 8, 16  # rows of the table, spectrograms, audio examples
+MAX_SHOWN_SECONDS = 15.0  # maximum seconds of a recording in the report
 WIDTH, BAND, TEXT = 640, 3, 26  # pixels: spectrogram width, height per band, height of the line of symbols below
 # Dark violet over teal to yellow: perceptually uniform and readable with color blindness (matplotlib's
 # viridis).
-COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
+COLORMAP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 
 
-def sections(
+def build_exhibits(
     task: SpeechRecognition, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None
 ) -> dict[str, list[Exhibit]]:
     said, heard = truth["text"].tolist(), outputs["text"].tolist()
@@ -39,8 +39,8 @@ def sections(
     # By word error rate; ties by character error rate.
     rank = counts.errors / np.maximum(counts.length, 1) + characters.errors / np.maximum(characters.length, 1) / 100
     worst = [int(i) for i in np.argsort(-rank, kind="stable") if counts.errors[i]]
-    chance = [int(i) for i in np.random.default_rng(0).permutation(len(said)) if i not in worst[:DRAWN]]
-    pictures = spectrograms(task, test, [*worst[: DRAWN // 2], *chance][:DRAWN], outputs, said, objective) if objective else []
+    chance = [int(i) for i in np.random.default_rng(0).permutation(len(said)) if i not in worst[:SHOWN_SPECTROGRAMS]]
+    pictures = spectrograms(task, test, [*worst[: SHOWN_SPECTROGRAMS // 2], *chance][:SHOWN_SPECTROGRAMS], outputs, said, objective) if objective else []
     row = lambda i: (test.locate_row(i), said[i], heard[i], int(counts.errors[i]), float(outputs["sure"][i]))
     recordings: list[Exhibit] = []
     if worst:
@@ -48,7 +48,7 @@ def sections(
             Sounds(
                 "Worst recordings",
                 "Test recordings with the highest word error rate. Listen: is the prediction wrong, or the transcript?",
-                sounds(task, test, worst[:PLAYED], said, heard),
+                sounds(task, test, worst[:SHOWN_SOUNDS], said, heard),
             )
         )
         recordings.append(
@@ -56,7 +56,7 @@ def sections(
                 "Worst rows",
                 "",
                 ("recording", "transcript", "predicted", "wrong words", "confidence"),
-                [row(i) for i in worst[:WORST]],
+                [row(i) for i in worst[:SHOWN_MISTAKES]],
             )
         )
     recordings.append(Sounds("Random sample", "Random test recordings.", sounds(task, test, chance[:4], said, heard)))
@@ -70,14 +70,14 @@ def sections(
                 wide=True,
             )
         )
-    return {"Recordings": recordings, "Mistakes": mistakes(test, said, heard, counts)}
+    return {"Recordings": recordings, "Mistakes": mistake_exhibits(test, said, heard, counts)}
 
 
-def mistakes(test: Data, said: list[str], heard: list[str], counts: Any) -> list[Exhibit]:
+def mistake_exhibits(test: Data, said: list[str], heard: list[str], counts: Any) -> list[Exhibit]:
     """Return which words are confused, and the error rate by duration."""
     pairs = Counter(pair for i in np.flatnonzero(counts.errors) for pair in compare(said[i], heard[i]) if pair[0] != pair[1])
     spoken = Counter(word for text in said for word in text.split())
-    rows = [(a or "(nothing)", b or "(nothing)", n, spoken[a] if a else None) for (a, b), n in pairs.most_common(WORST)]
+    rows = [(a or "(nothing)", b or "(nothing)", n, spoken[a] if a else None) for (a, b), n in pairs.most_common(SHOWN_MISTAKES)]
     totals = counts.totals()
     seconds = test.rows[SECONDS].to_numpy()
     edges = np.unique(np.quantile(seconds, np.linspace(0, 1, 5)))
@@ -103,19 +103,19 @@ def mistakes(test: Data, said: list[str], heard: list[str], counts: Any) -> list
 
 def sounds(task: SpeechRecognition, test: Data, rows: list[int], said: list[str], heard: list[str]) -> list[Sound]:
     waves = audio.load([test.rows[task.column][i] for i in rows], task.mel.rate)
-    most = int(SECONDS_SHOWN * task.mel.rate)
+    most = int(MAX_SHOWN_SECONDS * task.mel.rate)
     return [
         Sound(
-            encoded(wave[:most], task.mel.rate),
+            encode_audio(wave[:most], task.mel.rate),
             f"transcript “{said[i]}”, predicted “{heard[i] or '(nothing)'}”"
-            + (f" (the first {SECONDS_SHOWN:g} of {len(wave) / task.mel.rate:.0f} s)" if len(wave) > most else ""),
+            + (f" (the first {MAX_SHOWN_SECONDS:g} of {len(wave) / task.mel.rate:.0f} s)" if len(wave) > most else ""),
             bad=said[i] != heard[i],
         )
         for i, wave in zip(rows, waves)
     ]
 
 
-def encoded(wave: np.ndarray, rate: int) -> bytes:
+def encode_audio(wave: np.ndarray, rate: int) -> bytes:
     """Encode a waveform for browsers: MP3, or WAV if libsndfile is too old for MP3."""
     import soundfile
 
@@ -132,13 +132,13 @@ def encoded(wave: np.ndarray, rate: int) -> bytes:
 def spectrograms(
     task: SpeechRecognition, test: Data, rows: list[int], outputs: Arrays, said: list[str], objective: Objective
 ) -> list[Picture]:
-    from fieldguide.tasks.audio.speech_recognition import batch_of
+    from fieldguide.tasks.audio.speech_recognition import stack_waves
 
     where = next(objective.parameters()).device
-    rows = [i for i in rows if test.rows[SECONDS][i] <= SECONDS_SHOWN]
+    rows = [i for i in rows if test.rows[SECONDS][i] <= MAX_SHOWN_SECONDS]
     if not rows:
         return []
-    waves, lengths = batch_of(audio.load([test.rows[task.column][i] for i in rows], task.mel.rate))
+    waves, lengths = stack_waves(audio.load([test.rows[task.column][i] for i in rows], task.mel.rate))
     features, frames = task.mel.apply(waves, lengths)
     logits, answers = task.listen(objective.model, features.to(where), frames.to(where))
     symbols, count = task.transcripts.batch([outputs["said"][i][outputs["said"][i] > 0].astype(np.int64) for i in rows])
@@ -151,19 +151,19 @@ def spectrograms(
         letters = [(task.transcripts.symbols[s - 1], *spans[k, j]) for j, s in enumerate(symbols[k, : count[k]])]
         heard = outputs["text"][i]
         caption = f"“{said[i]}”" if heard == said[i] else f"“{said[i]}”, predicted “{heard or '(nothing)'}”"
-        pictures.append(Picture(drawn(loud[k, : frames[k]].numpy(), letters), caption, bad=heard != said[i]))
+        pictures.append(Picture(draw_spectrogram(loud[k, : frames[k]].numpy(), letters), caption, bad=heard != said[i]))
     return pictures
 
 
-def drawn(loud: np.ndarray, letters: list[tuple[str, int, int]]) -> bytes:  # T F
+def draw_spectrogram(loud: np.ndarray, letters: list[tuple[str, int, int]]) -> bytes:  # T F
     """Return a spectrogram as PNG, with each symbol below the middle of its frames."""
     from PIL import Image, ImageDraw, ImageFont
 
     steps, bands = loud.shape
     low, high = np.quantile(loud, [0.05, 0.995])
-    share = np.clip((loud - low) / max(high - low, 1e-6), 0, 1).T[::-1] * (len(COLOURS) - 1)
-    first = np.minimum(share.astype(int), len(COLOURS) - 2)
-    colour = COLOURS[first] + (share - first)[..., None] * (COLOURS[first + 1] - COLOURS[first])
+    share = np.clip((loud - low) / max(high - low, 1e-6), 0, 1).T[::-1] * (len(COLORMAP) - 1)
+    first = np.minimum(share.astype(int), len(COLORMAP) - 2)
+    colour = COLORMAP[first] + (share - first)[..., None] * (COLORMAP[first + 1] - COLORMAP[first])
     height = BAND * min(bands, 48)
     picture = Image.new("RGB", (WIDTH, height + TEXT), "white")
     picture.paste(Image.fromarray(colour.astype(np.uint8)).resize((WIDTH, height), Image.Resampling.BILINEAR))

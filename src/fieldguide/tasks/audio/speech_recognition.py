@@ -32,12 +32,12 @@ from fieldguide.tasks.audio import report
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 
-SHARE = 0.3  # maximum fraction of RAM for decoded recordings; beyond it they are decoded batch by batch
-LONGEST = 30.0  # maximum seconds of a training recording, if the user sets none
-SHORT = 2.0  # seconds; recordings this short are too short to estimate their own scale
-MASKED = 5.0  # hours of training speech from which SpecAugment is used
-CELLS = 2**24  # rows times squared frames that attention processes together during prediction
-SAMPLE = 2000  # recordings that the scale of the spectrogram is fitted on
+MAX_AUDIO_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded recordings; beyond it they are decoded batch by batch
+MAX_TRAINING_SECONDS = 30.0  # maximum seconds of a training recording, if the user sets none
+SHORT_RECORDING_SECONDS = 2.0  # seconds; recordings this short are too short to estimate their own scale
+MIN_MASKED_HOURS = 5.0  # hours of training speech from which SpecAugment is used
+MAX_ATTENTION_CELLS = 2**24  # rows times squared frames that attention processes together during prediction
+SAMPLED_RECORDINGS = 2000  # recordings that the scale of the spectrogram is fitted on
 # For a few hours of speech: fewer and narrower masks than Conformer's (see docs/log.md, spoken digits).
 MASKS = SpecAugment(band_masks=2, band_share=0.15, time_masks=2, time_share=0.05)
 
@@ -58,7 +58,7 @@ class SpeechRecognition(Task):
         Metric("loss", "min", "nats per symbol"),
     )
     recipe: ClassVar = {"augmentation": "standard"}
-    fewest = 8
+    min_batch_size = 8
 
     @dataclass(frozen=True)
     class Options:
@@ -105,7 +105,7 @@ class SpeechRecognition(Task):
         wanted = (data.features("audio")[0], data.target)
         task = cls([c for c in data.columns.values() if any(c is w for w in wanted)], options)
         seconds = data.rows[SECONDS].to_numpy()
-        longest = options.longest or LONGEST
+        longest = options.longest or MAX_TRAINING_SECONDS
         short = np.flatnonzero(seconds <= longest)
         if not short.size:
             raise DataError(
@@ -123,8 +123,8 @@ class SpeechRecognition(Task):
             bands=40 if rate <= 8000 else 80,
             longest=longest,
             hop=suggest_hop(seconds[short], frames[short], cls.stride),
-            scale="corpus" if np.median(seconds) < SHORT else "recording",
-            masks=bool(seconds[short].sum() > 3600 * MASKED),
+            scale="corpus" if np.median(seconds) < SHORT_RECORDING_SECONDS else "recording",
+            masks=bool(seconds[short].sum() > 3600 * MIN_MASKED_HOURS),
         )
         task.mel = task.features(data, short)
         task.note(seconds, frames, data)
@@ -140,9 +140,9 @@ class SpeechRecognition(Task):
         if o.scale == "recording":
             return LogMel(**settings)
         paths = data.rows[self.column].to_list()
-        some = [paths[i] for i in np.random.default_rng(0).permutation(short)[:SAMPLE]]
+        some = [paths[i] for i in np.random.default_rng(0).permutation(short)[:SAMPLED_RECORDINGS]]
         waves = sorted(audio.load(some, o.rate), key=len)
-        return LogMel.fit((batch_of(waves[i : i + 64]) for i in range(0, len(waves), 64)), **settings)
+        return LogMel.fit((stack_waves(waves[i : i + 64]) for i in range(0, len(waves), 64)), **settings)
 
     def note(self, seconds: np.ndarray, frames: np.ndarray, data: Data) -> None:
         """Add notes about training recordings that are too long to train on or too short for their transcript."""
@@ -187,9 +187,9 @@ class SpeechRecognition(Task):
         }
 
     @property
-    def most(self) -> int:
+    def max_batch_size(self) -> int:
         """Return the maximum recordings per step: about two minutes of audio, and at most 32."""
-        return int(np.clip(2 ** int(np.log2(120 / max(self.typical, 0.1))), self.fewest, 32))
+        return int(np.clip(2 ** int(np.log2(120 / max(self.typical, 0.1))), self.min_batch_size, 32))
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         self.stride = model.stride
@@ -203,11 +203,11 @@ class SpeechRecognition(Task):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, mel = data.rows[self.column].to_list(), self.mel
         samples = data.rows[SECONDS].to_numpy() * mel.rate
-        stored = audio.load(paths, mel.rate) if 2 * samples.sum() < SHARE * ram() else None
+        stored = audio.load(paths, mel.rate) if 2 * samples.sum() < MAX_AUDIO_CACHE_FRACTION_OF_RAM * ram() else None
         target = self.encoded(data)
         # Validation repeats the same batches; if their features are small, they are cached.
         kept: dict[bytes, dict[str, Tensor]] | None = None
-        if settings and 4 * mel.bands * samples.sum() / mel.step < SHARE * ram() / 2:
+        if settings and 4 * mel.bands * samples.sum() / mel.step < MAX_AUDIO_CACHE_FRACTION_OF_RAM * ram() / 2:
             kept = {}
         speed = bool(settings and settings.augmentation != "none")
         masks = MASKS if settings and settings.augmentation == "standard" and self.options.masks else None
@@ -216,7 +216,7 @@ class SpeechRecognition(Task):
             key = index.tobytes()
             if generator is None and kept is not None and key in kept:
                 return dict(kept[key])
-            waves, lengths = batch_of([stored[i] for i in index] if stored else audio.load([paths[i] for i in index], mel.rate))
+            waves, lengths = stack_waves([stored[i] for i in index] if stored else audio.load([paths[i] for i in index], mel.rate))
             if generator is not None and speed:
                 waves, lengths = perturb_speed(waves, lengths, generator)
             features, frames = mel.apply(waves, lengths)
@@ -280,7 +280,7 @@ class SpeechRecognition(Task):
             if int(lengths[i]) > size:
                 parts[i] = compute_logits_in_chunks(model, features[i, : int(lengths[i])], size=size, overlap=overlap)
         while rows:
-            together = max(1, CELLS // max(1, int(frames[rows].max())) ** 2)
+            together = max(1, MAX_ATTENTION_CELLS // max(1, int(frames[rows].max())) ** 2)
             some, rows = rows[:together], rows[together:]
             heard = model(features[some, : int(lengths[some].max())], lengths[some])
             parts |= {i: heard[k, : int(frames[i])] for k, i in enumerate(some)}
@@ -386,7 +386,7 @@ class SpeechRecognition(Task):
     # Report
 
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
-        waves, lengths = batch_of(audio.load([path for path, _ in self.shown], self.mel.rate))
+        waves, lengths = stack_waves(audio.load([path for path, _ in self.shown], self.mel.rate))
         where = next(objective.parameters()).device
         features, frames = self.mel.apply(waves, lengths)
         path = objective.outputs({"features": features.to(where), "lengths": frames.to(where)})["path"]
@@ -404,7 +404,7 @@ class SpeechRecognition(Task):
     def exhibits(
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        return report.sections(self, test, outputs, truth, objective)
+        return report.build_exhibits(self, test, outputs, truth, objective)
 
     # Saved with the run
 
@@ -428,7 +428,7 @@ class SpeechRecognition(Task):
         return task
 
 
-def batch_of(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N int16 -> B N, B
+def stack_waves(waves: list[np.ndarray]) -> tuple[Tensor, Tensor]:  # each N int16 -> B N, B
     batch, lengths = pad_waves(waves)
     return batch.div_(32768.0), lengths
 

@@ -25,16 +25,16 @@ from fieldguide.tasks.base import Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.image_classification import augment
 
-SIDES = (16, 24, 32, 48, 64, 96, 192)  # image sizes that the patches of the small models divide
-MOST = {"cpu": 96, "mps": 96, "cuda": 192}  # maximum pixels per side by device, if the user sets no size
-SAMPLE = 5000  # images and texts sampled to choose sizes
-SHARE = 0.3  # maximum fraction of RAM for decoded images
-LONGEST = 64  # maximum tokens of a text, if the user sets no length
-THUMB = 128  # pixels per side in the report
-PICTURE = "picture"  # the column that keeps rows with the same image in one split
+IMAGE_SIDES = (16, 24, 32, 48, 64, 96, 192)  # image sizes that the patches of the small models divide
+MAX_SIDE_BY_DEVICE = {"cpu": 96, "mps": 96, "cuda": 192}  # maximum pixels per side by device, if the user sets no size
+SAMPLED_ROWS = 5000  # images and texts sampled to choose sizes
+MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
+MAX_TEXT_TOKENS = 64  # maximum tokens of a text, if the user sets no length
+THUMBNAIL_SIDE = 128  # pixels per side in the report
+IMAGE_GROUP_COLUMN = "picture"  # the column that keeps rows with the same image in one split
 
 
-class Pictured(Task):
+class ImageAndTextTask(Task):
     """A task with one image column and one text column."""
 
     feature = ("image",)
@@ -45,32 +45,32 @@ class Pictured(Task):
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
         """Group rows with equal images so that splits keep them together."""
-        if PICTURE in data.columns or HASH not in data.rows.columns:
+        if IMAGE_GROUP_COLUMN in data.columns or HASH not in data.rows.columns:
             return data
-        group = Column(PICTURE, "identifier", "group", "rows with equal images have the same value")
-        rows = data.rows.with_columns(pl.col(HASH).alias(PICTURE))
-        return replace(data, rows=rows, columns={**data.columns, PICTURE: group})
+        group = Column(IMAGE_GROUP_COLUMN, "identifier", "group", "rows with equal images have the same value")
+        rows = data.rows.with_columns(pl.col(HASH).alias(IMAGE_GROUP_COLUMN))
+        return replace(data, rows=rows, columns={**data.columns, IMAGE_GROUP_COLUMN: group})
 
     def learn_inputs(self, data: Data, texts: list[str]) -> None:
         """Fit the image transform and the tokenizer, or load those that the options name. Sets side, channels,
         vocab_size and length.
         """
         o = self.options
-        most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])
-        side = o.side or max((s for s in SIDES if s <= most), default=SIDES[0])
+        most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MAX_SIDE_BY_DEVICE[device().type])
+        side = o.side or max((s for s in IMAGE_SIDES if s <= most), default=IMAGE_SIDES[0])
         channels = o.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[self.column].to_list()
-        sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
+        sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLED_ROWS]
         self.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
         if o.pixels:
             self.pictures = self.pictures.with_normalization(o.pixels)
         if o.resize:
             self.pictures = self.pictures.with_resize(o.resize)
         self.text = TextTokenizer.load(o.tokenizer) if o.tokenizer else TextTokenizer.fit(texts, size=o.vocab_size)
-        sizes = [len(row) for row in self.framed(texts[:SAMPLE])]
+        sizes = [len(row) for row in self.framed(texts[:SAMPLED_ROWS])]
         self.median = int(np.median(sizes))
         self.options = fill_options(
-            o, side=side, channels=channels, vocab_size=self.text.size, length=suggest_length(sizes, LONGEST)
+            o, side=side, channels=channels, vocab_size=self.text.size, length=suggest_length(sizes, MAX_TEXT_TOKENS)
         )
         self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
 
@@ -118,7 +118,7 @@ class Pictured(Task):
         p, unique = self.pictures, sorted(set(paths))
         place = {path: i for i, path in enumerate(unique)}
         where = np.array([place[path] for path in paths], dtype=np.int64)
-        stored = p.load(unique) if len(unique) * p.channels * p.side**2 < SHARE * ram() else None
+        stored = p.load(unique) if len(unique) * p.channels * p.side**2 < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram() else None
         how = settings.augmentation if settings else "none"
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> Tensor:
@@ -130,16 +130,16 @@ class Pictured(Task):
     # Visualization
 
     def picture(self, data: Data, row: int) -> np.ndarray:  # -> S S 3 uint8
-        array = images.load([data.rows[self.column][row]], THUMB, 3, fit="pad")[0]
+        array = images.load([data.rows[self.column][row]], THUMBNAIL_SIDE, 3, fit="pad")[0]
         return array.permute(1, 2, 0).numpy()
 
     def thumbnail(self, data: Data, row: int) -> bytes:
-        return encoded(self.picture(data, row))
+        return encode_jpeg(self.picture(data, row))
 
     def overlay(self, data: Data, row: int, heat: np.ndarray) -> bytes:
         """Return the image next to the same image under a heatmap (h, w) of its patch weights."""
         plain = self.picture(data, row)
-        return encoded(np.concatenate([plain, heated(plain, heat)], 1))
+        return encode_jpeg(np.concatenate([plain, overlay_heatmap(plain, heat)], 1))
 
     def restore_inputs(self, state: dict[str, Any], folder: Any) -> None:
         self.pictures, self.median = ImageTransform.from_json(state["pictures"]), state["median"]
@@ -153,7 +153,7 @@ class Pictured(Task):
         self.text.save(folder)
 
 
-def heated(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:  # S S 3 uint8, h w -> S S 3 uint8
+def overlay_heatmap(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:  # S S 3 uint8, h w -> S S 3 uint8
     """Return the image in gray, red where the heat is high: mean heat adds nothing, twice the mean or more adds full
     red.
     """
@@ -164,7 +164,7 @@ def heated(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:  # S S 3 uint8,
     return ((1 - strength) * grey + strength * np.array([255.0, 50.0, 20.0])).astype(np.uint8)
 
 
-def encoded(array: np.ndarray) -> bytes:
+def encode_jpeg(array: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(array).save(out, "JPEG", quality=85)
     return out.getvalue()

@@ -27,23 +27,23 @@ from fieldguide.data.validation.duplicates import number_rows
 from fieldguide.data.validation.findings import places as first_places
 from fieldguide.objectives import Contrastive, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
-from fieldguide.tasks.multimodal.base import Pictured
+from fieldguide.tasks.multimodal.base import ImageAndTextTask
 from fieldguide.tasks.supervised import binomial_interval
 
-AT = (1, 5, 10)  # k of recall at k
-FEW = 100  # maximum number of different captions that are treated as class names
-KEPT = 1000  # maximum training captions to choose from, if the user names no classes
-CHUNK = 1000  # queries compared with all candidates at once
-START = "<|startoftext|>"  # CLIP's start token, which some tokenizers have
-NEAR = 5  # training images whose captions the baseline uses
+RECALL_AT = (1, 5, 10)  # k of recall at k
+MAX_CAPTION_CLASSES = 100  # maximum number of different captions that are treated as class names
+MAX_KNOWN_CAPTIONS = 1000  # maximum training captions to choose from, if the user names no classes
+QUERY_CHUNK = 1000  # queries compared with all candidates at once
+START_TOKEN = "<|startoftext|>"  # CLIP's start token, which some tokenizers have
+BASELINE_NEIGHBORS = 5  # training images whose captions the baseline uses
 
 
-def pairs(data: Data) -> Iterator[Finding]:
+def check_pairs(data: Data) -> Iterator[Finding]:
     """Find rows that repeat a caption of the same image, and captions that are file names."""
     column = data.target
     if column is None or HASH not in data.rows.columns or not len(data):
         return
-    same = number_rows(pl.DataFrame([data.rows[HASH], simplified(data.rows[column.name])]))
+    same = number_rows(pl.DataFrame([data.rows[HASH], normalize_captions(data.rows[column.name])]))
     first = np.unique(same, return_index=True)[1]
     again = np.ones(len(data), dtype=bool)
     again[first] = False
@@ -68,11 +68,11 @@ def pairs(data: Data) -> Iterator[Finding]:
         )
 
 
-def simplified(captions: pl.Series) -> pl.Series:
+def normalize_captions(captions: pl.Series) -> pl.Series:
     return captions.fill_null("").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars(" .")
 
 
-class ImageText(Pictured):
+class ImageText(ImageAndTextTask):
     """Contrastive image-text learning.
 
     `predict RUN photo.jpg --set classes="a cat,a dog"` returns each text's probability and its cosine `similarity`,
@@ -88,16 +88,16 @@ class ImageText(Pictured):
         names=(*CAPTION_NAMES, "text", "sentence", "description", "title"),
         kinds={"target": "text"},
         columns={"image": "image", "image_path": "image"},
-        checks=(*checks.CHECKS, pairs),
+        checks=(*checks.CHECKS, check_pairs),
     )
     metrics = (
         Metric("mean_recall", "max", "mean of the six recalls", percent=True),
-        *(Metric(f"text_r{k}", "max", f"images with a correct caption in the top {k}", percent=True) for k in AT),
-        *(Metric(f"image_r{k}", "max", f"captions with a correct image in the top {k}", percent=True) for k in AT),
+        *(Metric(f"text_r{k}", "max", f"images with a correct caption in the top {k}", percent=True) for k in RECALL_AT),
+        *(Metric(f"image_r{k}", "max", f"captions with a correct image in the top {k}", percent=True) for k in RECALL_AT),
         Metric("zero_shot_accuracy", "max", "images classified correctly by class names alone", percent=True),
     )
     recipe: ClassVar = {"augmentation": "light", "patience": 10}
-    fewest, most = 64, 512  # contrastive learning needs many negatives per batch
+    min_batch_size, max_batch_size = 64, 512  # contrastive learning needs many negatives per batch
 
     @dataclass(frozen=True)
     class Options:
@@ -144,9 +144,9 @@ class ImageText(Pictured):
         captions = task.captions(data)
         task.learn_inputs(data, captions)
         different = list(dict.fromkeys(captions))
-        column, few = task.class_column, len(different) <= min(FEW, len(captions) // 5)
+        column, few = task.class_column, len(different) <= min(MAX_CAPTION_CLASSES, len(captions) // 5)
         task.classes = list(Labels.fit(data.rows[column]).names) if column else sorted(different) if few else []
-        task.known = [different[i] for i in np.sort(np.random.default_rng(0).permutation(len(different))[:KEPT])]
+        task.known = [different[i] for i in np.sort(np.random.default_rng(0).permutation(len(different))[:MAX_KNOWN_CAPTIONS])]
         return task
 
     @property
@@ -182,7 +182,7 @@ class ImageText(Pictured):
 
     def framed(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text with an end token, and a start token if the tokenizer has one."""
-        start, rows = self.text.tokenizer.token_to_id(START), []
+        start, rows = self.text.tokenizer.token_to_id(START_TOKEN), []
         for encoding in self.text.tokenizer.encode_batch(texts):
             ids = encoding.ids[:-1] if encoding.ids[-1:] == [self.end] else encoding.ids
             first = [] if ids[:1] == [start] or start is None else [start]
@@ -205,7 +205,7 @@ class ImageText(Pictured):
         same = (
             {
                 name: torch.from_numpy(number_rows(pl.DataFrame([values])))
-                for name, values in (("text", simplified(data.rows[self.target.name])), ("picture", data.rows[HASH]))
+                for name, values in (("text", normalize_captions(data.rows[self.target.name])), ("picture", data.rows[HASH]))
             }
             if there
             else {}
@@ -236,7 +236,7 @@ class ImageText(Pictured):
         ways = []
         for template in self.templates():
             ids = self.tokens([template.replace("{}", name) for name in self.names()])[0]
-            parts = [self.padded(ids[i : i + CHUNK]) for i in range(0, len(ids), CHUNK)]
+            parts = [self.padded(ids[i : i + QUERY_CHUNK]) for i in range(0, len(ids), QUERY_CHUNK)]
             ways.append(torch.cat([model.encode_text(part["tokens"].to(where), part["mask"].to(where)) for part in parts]))
         return ways[0] if len(ways) == 1 else F.normalize(torch.stack(ways).mean(0), dim=-1)
 
@@ -263,7 +263,7 @@ class ImageText(Pictured):
         labels = Labels(tuple(self.classes)).apply(said) if self.classes else np.full(len(data), -1)
         return {
             "picture": number_rows(pl.DataFrame([data.rows[HASH]])),
-            "caption": number_rows(pl.DataFrame([simplified(captions)])),
+            "caption": number_rows(pl.DataFrame([normalize_captions(captions)])),
             "class": labels.copy(),
         }
 
@@ -280,8 +280,8 @@ class ImageText(Pictured):
             )
             places = [np.unique(truth[k], return_inverse=True)[1] for k in ("picture", "caption")]
             right = np.unique(np.stack(places, 1), axis=0)
-            for name, rank in (("text", ranks(image, text, right)), ("image", ranks(text, image, right[:, ::-1]))):
-                found |= {f"{name}_r{k}": rank < k for k in AT}
+            for name, rank in (("text", compute_ranks(image, text, right)), ("image", compute_ranks(text, image, right[:, ::-1]))):
+                found |= {f"{name}_r{k}": rank < k for k in RECALL_AT}
         known, said = truth["class"] >= 0, outputs.get("probabilities")
         if self.classes and known.any() and said is not None and said.shape[1] == len(self.classes):
             found["zero_shot_accuracy"] = (said.argmax(1) == truth["class"])[known]
@@ -289,14 +289,14 @@ class ImageText(Pictured):
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         scores = {name: float(hit.mean()) for name, hit in self.hits(outputs, truth).items()}
-        recalls = [scores[f"{way}_r{k}"] for way in ("text", "image") for k in AT if f"{way}_r{k}" in scores]
+        recalls = [scores[f"{way}_r{k}"] for way in ("text", "image") for k in RECALL_AT if f"{way}_r{k}" in scores]
         return ({"mean_recall": float(np.mean(recalls))} if recalls else {}) | scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
         """Return intervals over queries. The candidates stay fixed, else recall would rise with images drawn twice."""
         hits = self.hits(outputs, truth)
         between = {name: binomial_interval(int(hit.sum()), len(hit)) for name, hit in hits.items()}
-        ways = [np.mean([hits[f"{way}_r{k}"] for k in AT], 0) for way in ("text", "image") if f"{way}_r{AT[0]}" in hits]
+        ways = [np.mean([hits[f"{way}_r{k}"] for k in RECALL_AT], 0) for way in ("text", "image") if f"{way}_r{RECALL_AT[0]}" in hits]
         if ways:
             mean = float(np.mean([each.mean() for each in ways]))
             error = 1.96 / len(ways) * float(sum(each.var() / len(each) for each in ways)) ** 0.5
@@ -317,7 +317,7 @@ class ImageText(Pictured):
         for data in (train, test):
             x = images.load(data.rows[self.column].to_list(), side, self.pictures.channels, fit="pad").float()
             small.append(F.normalize((x - x.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1))
-        near = torch.cat([(part @ small[0].T).topk(min(NEAR, len(train)), 1).indices for part in small[1].split(CHUNK)]).numpy()
+        near = torch.cat([(part @ small[0].T).topk(min(BASELINE_NEIGHBORS, len(train)), 1).indices for part in small[1].split(QUERY_CHUNK)]).numpy()
         some = sum(theirs[near[:, i]] for i in range(near.shape[1]))
         # A dense product of so many words would not fit in memory; a random projection keeps angles.
         down = rng.normal(size=(theirs.shape[1], 512)).astype(np.float32)
@@ -335,7 +335,7 @@ class ImageText(Pictured):
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         names, answers = self.names(), []
         for p, near in zip(outputs["probabilities"], outputs["similarity"]):
-            best = np.argsort(-p, kind="stable")[: None if len(names) <= FEW else 5]
+            best = np.argsort(-p, kind="stable")[: None if len(names) <= MAX_CAPTION_CLASSES else 5]
             answers.append(
                 {
                     "label": names[best[0]],
@@ -417,19 +417,19 @@ class ImageText(Pictured):
         return task
 
 
-def ranks(questions: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
+def compute_ranks(questions: np.ndarray, answers: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return, per query (Q, E), how many wrong candidates (A, E) are at least as near as its nearest correct one.
 
     `right` holds pairs (query, candidate); every query has one.
     """
     found = np.empty(len(questions), dtype=np.int64)
-    for first in range(0, len(questions), CHUNK):
-        near = questions[first : first + CHUNK].astype(np.float64) @ answers.T.astype(np.float64)
-        mine = right[(right[:, 0] >= first) & (right[:, 0] < first + CHUNK)]
+    for first in range(0, len(questions), QUERY_CHUNK):
+        near = questions[first : first + QUERY_CHUNK].astype(np.float64) @ answers.T.astype(np.float64)
+        mine = right[(right[:, 0] >= first) & (right[:, 0] < first + QUERY_CHUNK)]
         good = np.zeros(near.shape, dtype=bool)
         good[mine[:, 0] - first, mine[:, 1]] = True
         best = np.where(good, near, -np.inf).max(1, keepdims=True)
-        found[first : first + CHUNK] = (~good & (near >= best)).sum(1)
+        found[first : first + QUERY_CHUNK] = (~good & (near >= best)).sum(1)
     return found
 
 

@@ -23,16 +23,16 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Labels
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
-from fieldguide.tasks.multimodal.base import Pictured
+from fieldguide.tasks.multimodal.base import ImageAndTextTask
 from fieldguide.tasks.supervised import ClassificationTask, calibration_error, fill_options
 
-ANSWERS = 1000  # maximum number of answers, if the user sets none
-TWICE = 2  # minimum training rows of an answer
-FEW = 30  # maximum answers for which the report shows the confusion matrix
-TYPES = 25  # question types in the report
+MAX_ANSWERS = 1000  # maximum number of answers, if the user sets none
+MIN_ANSWER_ROWS = 2  # minimum training rows of an answer
+MAX_CONFUSION_ANSWERS = 30  # maximum answers for which the report shows the confusion matrix
+SHOWN_QUESTION_TYPES = 25  # question types in the report
 
 
-class VisualQuestionAnswering(Pictured, ClassificationTask):
+class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
     """Visual question answering.
 
     `predict RUN table.csv` answers a table of images and questions; `predict RUN photo.jpg --set question="how
@@ -96,12 +96,12 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         task.learn_inputs(data, task.questions_of(data))
         counted = data.rows[task.target.name].cast(pl.String).drop_nulls().value_counts()
         counted = counted.sort(["count", task.target.name], descending=[True, False])
-        most = options.answers or ANSWERS
-        frequent = counted if options.answers else counted.filter(pl.col("count") >= TWICE)
+        most = options.answers or MAX_ANSWERS
+        frequent = counted if options.answers else counted.filter(pl.col("count") >= MIN_ANSWER_ROWS)
         kept = frequent.head(most)[task.target.name].to_list()
         if len(kept) < 2:
             raise DataError(
-                f"{data.source}: fewer than two answers in column {task.target.name!r} occur on {TWICE} or more "
+                f"{data.source}: fewer than two answers in column {task.target.name!r} occur on {MIN_ANSWER_ROWS} or more "
                 "training rows. At least two are needed."
             )
         task.labels = list(Labels.fit(kept).names)
@@ -231,7 +231,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         p, y, asked = outputs["probabilities"], truth["label"], self.questions_of(test)
         known, said, right = np.flatnonzero(y >= 0), p.argmax(1), p.argmax(1) == y
         is_ = test.rows[self.target.name].cast(pl.String).fill_null("").to_list()
-        table = pl.DataFrame({"type": [kind(q) for q in asked], "right": right, "truth": is_})
+        table = pl.DataFrame({"type": [question_type(q) for q in asked], "right": right, "truth": is_})
         rows = [
             (name[0], len(part), float(part["right"].mean()), part["truth"].value_counts()["count"].max() / len(part))
             for name, part in table.group_by("type", maintain_order=True)
@@ -244,7 +244,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
                     "Questions grouped by their first two words. A model that uses the image is correct "
                     "more often than the most frequent answer of each type.",
                     ("questions", "examples", "correct", "most frequent"),
-                    rows[:TYPES],
+                    rows[:SHOWN_QUESTION_TYPES],
                     heat=("right", "correct"),
                 )
             ]
@@ -270,7 +270,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
             )
             if len(some)
         ]
-        if len(self.labels) <= FEW and len(known):
+        if len(self.labels) <= MAX_CONFUSION_ANSWERS and len(known):
             sections |= super().exhibits(test.take(known), {"probabilities": p[known]}, {"label": y[known]}, objective)
         if objective is not None and hasattr(objective.model, "attention"):
             some = np.random.default_rng(1).permutation(len(y))[:12]
@@ -313,7 +313,7 @@ class VisualQuestionAnswering(Pictured, ClassificationTask):
         return task
 
 
-def kind(question: str) -> str:
+def question_type(question: str) -> str:
     """Return the first two words of a question."""
     return " ".join(question.lower().split()[:2])
 

@@ -15,7 +15,7 @@ from fieldguide.tasks.base import Baseline, Metric
 from fieldguide.tasks.supervised import ClassificationTask
 from fieldguide.tasks.tabular.tables import TabularClassification
 
-SHRINK = 10  # prior examples of the smoothed click rate per item
+PRIOR_EXAMPLES = 10  # prior examples of the smoothed click rate per item
 
 
 class ClickPrediction(TabularClassification):
@@ -91,7 +91,7 @@ class ClickPrediction(TabularClassification):
         shares = (
             pl.DataFrame({"item": train.rows[item], "yes": yes})
             .group_by("item")
-            .agg(((pl.col("yes").sum() + SHRINK * yes.mean()) / (pl.len() + SHRINK)).alias("share"))
+            .agg(((pl.col("yes").sum() + PRIOR_EXAMPLES * yes.mean()) / (pl.len() + PRIOR_EXAMPLES)).alias("share"))
         )
         known = dict(zip(shares["item"].to_list(), shares["share"].to_list()))
         p = np.array([known.get(i, yes.mean()) for i in test.rows[item].to_list()])

@@ -26,12 +26,12 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
-ITEMS = "#items"  # items of a user, ordered by time
-CUTS = (5, 10, 20)
-LONGEST = 100  # maximum items of a history, if the user sets no length
-MANY = 50_000  # above this many items, training samples negatives (`DRAWN`) instead of scoring all items
-DRAWN = 4096
-CHUNK = 512  # users whose baselines are scored together
+ITEMS_COLUMN = "#items"  # items of a user, ordered by time
+METRIC_CUTOFFS = (5, 10, 20)
+MAX_HISTORY_ITEMS = 100  # maximum items of a history, if the user sets no length
+MAX_FULLY_SCORED_ITEMS = 50_000  # above this many items, training samples negatives (`DRAWN`) instead of scoring all items
+SAMPLED_NEGATIVES = 4096
+USER_CHUNK = 512  # users whose baselines are scored together
 
 
 class Recommendation(Task):
@@ -53,7 +53,7 @@ class Recommendation(Task):
         ),
     )
     recipe: ClassVar = {"patience": 10}
-    fewest = 32
+    min_batch_size = 32
 
     @dataclass(frozen=True)
     class Options:
@@ -89,10 +89,10 @@ class Recommendation(Task):
         last, each from the items before. Users with fewer than three items are only trained on.
         """
         histories, place = cls.histories(data, options)
-        sizes = histories[ITEMS].list.len()
+        sizes = histories[ITEMS_COLUMN].list.len()
         parts, splits = [], []
         for name, drop, least in (("train", 2, 3), ("val", 1, 3), ("test", 0, 3)):
-            some = histories.filter(sizes >= least).with_columns(pl.col(ITEMS).list.head(pl.col(ITEMS).list.len() - drop))
+            some = histories.filter(sizes >= least).with_columns(pl.col(ITEMS_COLUMN).list.head(pl.col(ITEMS_COLUMN).list.len() - drop))
             if name == "train":
                 some = pl.concat([some, histories.filter(sizes < least)])
             parts.append(some)
@@ -135,10 +135,10 @@ class Recommendation(Task):
             rows = rows.sort(time.name, maintain_order=True, nulls_last=False)
         grouped = (
             rows.group_by(user, maintain_order=True)
-            .agg(pl.col(item).alias(ITEMS), pl.col(FILE).first(), pl.col(LINE).first())
+            .agg(pl.col(item).alias(ITEMS_COLUMN), pl.col(FILE).first(), pl.col(LINE).first())
             .sort(user)
         )
-        few = grouped.filter(pl.col(ITEMS).list.len() < 3)
+        few = grouped.filter(pl.col(ITEMS_COLUMN).list.len() < 3)
         files = data.manifest.files
         place = tuple(f"{files[f].path}:{line}" for f, line in few.select(FILE, LINE).head(5).rows())
         return grouped, place
@@ -146,18 +146,18 @@ class Recommendation(Task):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        events = data.rows[ITEMS].explode().drop_nulls()
+        events = data.rows[ITEMS_COLUMN].explode().drop_nulls()
         counted = events.value_counts(sort=True).sort(["count", events.name], descending=[True, False])
         task.items = counted[events.name].to_list()
         task.counts = np.array([0, *counted["count"].to_list()])
-        sizes = data.rows[ITEMS].list.len().to_numpy()
-        again = 1 - sum(len(set(h)) for h in data.rows[ITEMS].to_list()) / max(sizes.sum(), 1)
-        longest = int(min(LONGEST, max(4, np.quantile(sizes, 0.9))))
+        sizes = data.rows[ITEMS_COLUMN].list.len().to_numpy()
+        again = 1 - sum(len(set(h)) for h in data.rows[ITEMS_COLUMN].to_list()) / max(sizes.sum(), 1)
+        longest = int(min(MAX_HISTORY_ITEMS, max(4, np.quantile(sizes, 0.9))))
         task.options = fill_options(
-            options, length=longest, repeats=bool(again > 0.05), negatives=0 if len(task.items) <= MANY else DRAWN
+            options, length=longest, repeats=bool(again > 0.05), negatives=0 if len(task.items) <= MAX_FULLY_SCORED_ITEMS else SAMPLED_NEGATIVES
         )
         user = data.require_role("user").name
-        task.known = data.rows.select(user, ITEMS)
+        task.known = data.rows.select(user, ITEMS_COLUMN)
         if not data.columns_with_role("time"):
             task.notes.append("there is no time column: items are ordered by row (name one with --set role.time=COLUMN)")
         if again > 0.05:
@@ -199,7 +199,7 @@ class Recommendation(Task):
     # Batches
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        histories = self.codes(data.rows[ITEMS])
+        histories = self.codes(data.rows[ITEMS_COLUMN])
         if settings and data.splits is not None and (data.splits == "train").all():
             return self.windows(histories)
         return self.ask_for_last(histories)
@@ -237,14 +237,14 @@ class Recommendation(Task):
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             before = [histories[i][:-1] if asked else histories[i] for i in index]
             known = [h[h > 0] for h in before]
-            items = padded_in_front([h[-length:] for h in known], length)
+            items = pad_left([h[-length:] for h in known], length)
             # a history of unknown items is read as one padding position
             mask = items > 0
             mask[:, -1] = True
             batch = {
                 "items": torch.from_numpy(items),
                 "mask": torch.from_numpy(mask),
-                "seen": torch.from_numpy(padded_in_front(known, max([1, *map(len, known)]))),
+                "seen": torch.from_numpy(pad_left(known, max([1, *map(len, known)]))),
             }
             if asked:
                 batch["asked"] = torch.tensor([int(histories[i][-1]) for i in index])
@@ -255,12 +255,12 @@ class Recommendation(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        return {"item": np.array([h[-1] for h in self.codes(data.rows[ITEMS])])}
+        return {"item": np.array([h[-1] for h in self.codes(data.rows[ITEMS_COLUMN])])}
 
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         rank = outputs["rank"].astype(np.float64)
         scores = {}
-        for k in CUTS:
+        for k in METRIC_CUTOFFS:
             scores[f"hr_{k}"] = float((rank <= k).mean())
             scores[f"ndcg_{k}"] = float(np.where(rank <= k, 1 / np.log2(1 + rank), 0).mean())
         return {m.name: float((1 / rank).mean()) if m.name == "mrr" else scores[m.name] for m in self.metrics}
@@ -272,7 +272,7 @@ class Recommendation(Task):
         """
         from scipy.sparse import csr_matrix
 
-        histories = self.codes(train.rows[ITEMS])
+        histories = self.codes(train.rows[ITEMS_COLUMN])
         rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
         met = csr_matrix(
             (np.ones(len(rows), np.float32), (rows, np.concatenate(histories))), shape=(len(histories), len(self.items) + 1)
@@ -285,7 +285,7 @@ class Recommendation(Task):
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         from scipy.sparse import csr_matrix, diags
 
-        histories = self.codes(test.rows[ITEMS])
+        histories = self.codes(test.rows[ITEMS_COLUMN])
         popular = torch.from_numpy(self.counts.astype(np.float32))
         seldom = 1 / np.sqrt(np.maximum(np.asarray(self.met.sum(0)).ravel(), 1))
         together = diags(seldom) @ (self.met.T @ self.met) @ diags(seldom)  # cosine similarity of the columns
@@ -316,10 +316,10 @@ class Recommendation(Task):
     def by(self, histories: list[np.ndarray], scores: Any) -> Arrays:
         """Return the outputs of a function that scores all items for histories."""
         parts = []
-        for first in range(0, len(histories), CHUNK):
-            some = histories[first : first + CHUNK]
+        for first in range(0, len(histories), USER_CHUNK):
+            some = histories[first : first + USER_CHUNK]
             before = [h[:-1][h[:-1] > 0] for h in some]
-            seen = torch.from_numpy(padded_in_front(before, max([1, *map(len, before)])))
+            seen = torch.from_numpy(pad_left(before, max([1, *map(len, before)])))
             parts.append(rank_items(scores(before), seen, torch.tensor([int(h[-1]) for h in some]), self.options.repeats))
         return {name: torch.cat([p[name] for p in parts]).numpy() for name in parts[0]}
 
@@ -330,7 +330,7 @@ class Recommendation(Task):
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
         user, item = (next(c.name for c in self.columns if c.role == role) for role in ("user", "item"))
-        met = self.known.filter(pl.col(user) == source)[ITEMS].to_list()
+        met = self.known.filter(pl.col(user) == source)[ITEMS_COLUMN].to_list()
         items = met[0] if met else [part.strip() for part in source.split(",") if part.strip()]
         if unknown := [i for i in items if i not in set(self.items)]:
             raise DataError(
@@ -349,7 +349,7 @@ class Recommendation(Task):
         return Data(data.source, rows, data.columns, data.manifest, data.findings)
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        histories = self.codes(data.rows[ITEMS])
+        histories = self.codes(data.rows[ITEMS_COLUMN])
         if new := sum(int((h == 0).sum()) for h in histories):
             self.notes.append(f"{new} events have items that are not in the training data; they are ignored")
         self.asked = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
@@ -379,7 +379,7 @@ class Recommendation(Task):
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         rank, top = outputs["rank"], outputs["top"].astype(int)[:, :10]
-        histories = self.codes(test.rows[ITEMS])
+        histories = self.codes(test.rows[ITEMS_COLUMN])
         users = test.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
         name = lambda i: self.items[i - 1] if i else "(unknown)"
         rows = [
@@ -451,7 +451,7 @@ class Recommendation(Task):
         self.known.write_parquet(folder / "histories.parquet")
 
 
-def padded_in_front(rows: list[np.ndarray], width: int) -> np.ndarray:
+def pad_left(rows: list[np.ndarray], width: int) -> np.ndarray:
     """Return the rows left-padded with 0."""
     out = np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):

@@ -16,9 +16,9 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TablePreparer
-from fieldguide.tasks.supervised import ClassificationTask, RegressionTask, SupervisedTask, discrete, mix_pairs
+from fieldguide.tasks.supervised import ClassificationTask, RegressionTask, SupervisedTask, is_discrete, mix_pairs
 
-USABLE = ("number", "category", "boolean", "date")
+USABLE_KINDS = ("number", "category", "boolean", "date")
 
 
 class Tabular(SupervisedTask):
@@ -36,14 +36,14 @@ class Tabular(SupervisedTask):
     @classmethod
     def readable(cls, data: Data) -> str | None:
         """Return a description of the usable features, or None if there are none or if there are images."""
-        usable = data.features(*USABLE)
+        usable = data.features(*USABLE_KINDS)
         if not usable or data.features("image"):
             return None
         return f"{len(usable)} numeric or categorical column{'s' if len(usable) > 1 else ''}"
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return super().missing_requirements(data) if data.features(*USABLE) else "numeric, categorical, boolean or date columns"
+        return super().missing_requirements(data) if data.features(*USABLE_KINDS) else "numeric, categorical, boolean or date columns"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -54,7 +54,7 @@ class Tabular(SupervisedTask):
                 f"{data.source}: no usable feature column is left. Features must vary and be numeric, "
                 "categorical, boolean or dates."
             )
-        if left := [c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE and c.kind != "constant"]:
+        if left := [c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE_KINDS and c.kind != "constant"]:
             task.notes.append(
                 f"columns not used, since they are neither numeric, categorical, boolean nor dates: {', '.join(left)}"
             )
@@ -62,7 +62,7 @@ class Tabular(SupervisedTask):
         return task
 
     def inputs(self) -> list[Column]:
-        return [c for c in self.columns if c.role == "feature" and c.kind in USABLE]
+        return [c for c in self.columns if c.role == "feature" and c.kind in USABLE_KINDS]
 
     def learn_target(self, data: Data) -> None:
         raise NotImplementedError
@@ -142,7 +142,7 @@ class TabularClassification(Tabular, ClassificationTask):
     def match(cls, data: Data) -> str | None:
         why = cls.readable(data)
         target = data.target
-        return f"{why} and a target with {target.distinct} classes" if why and target and discrete(target) else None
+        return f"{why} and a target with {target.distinct} classes" if why and target and is_discrete(target) else None
 
     def learn_target(self, data: Data) -> None:
         self.learn_labels(data)
@@ -180,7 +180,7 @@ class TabularRegression(Tabular, RegressionTask):
     @classmethod
     def match(cls, data: Data) -> str | None:
         why, target = cls.readable(data), data.target
-        if not why or not target or target.kind != "number" or discrete(target):
+        if not why or not target or target.kind != "number" or is_discrete(target):
             return None
         return f"{why} and a numeric target with {target.distinct} values"
 

@@ -17,7 +17,7 @@ from fieldguide.data.samples import SAMPLES
 from fieldguide.tasks.base import Task
 
 
-class Typed(Task):
+class TextTask(Task):
     """A task whose input is one text column; the input may also be given as the text itself."""
 
     feature = ("text",)

@@ -25,15 +25,15 @@ from fieldguide.objectives import DenoisingObjective, Objective
 from fieldguide.objectives import denoising as damage
 from fieldguide.tasks.base import Arrays
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.text.packing import Packed
-from fieldguide.tasks.text.translation import written
+from fieldguide.tasks.text.packing import PackedTextTask
+from fieldguide.tasks.text.translation import generate_targets
 
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # sentinels that replace the removed spans, in this order
-USUAL = {"spans": (damage.T5_CORRUPTED_FRACTION, damage.T5_MEAN_SPAN_LENGTH), "infill": damage.BART_INFILLING}
+DEFAULT_CORRUPTION = {"spans": (damage.T5_CORRUPTED_FRACTION, damage.T5_MEAN_SPAN_LENGTH), "infill": damage.BART_INFILLING}
 SHOWN = 12  # test rows in the report
 
 
-class Denoising(Packed):
+class Denoising(PackedTextTask):
     """Packed rows are corrupted as the card's `pretraining_objective` says, and the model writes the original.
 
     The loss covers all target tokens; the scores cover the removed tokens alone.
@@ -56,7 +56,7 @@ class Denoising(Packed):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        num_beams: int = 4
+        num_beams: int = 4  # of the search; 1 is greedy decoding
         length_penalty: float = 1.0  # exponent of the length in the beam score: 0 = none, 1 = mean log-probability
         max_new_tokens: int = 12  # maximum tokens per gap, on average
 
@@ -72,7 +72,7 @@ class Denoising(Packed):
         if not 0 < (options.share or 0.5) < 1 or (options.mean or 1) < 1:
             raise SettingsError("task.share must lie between 0 and 1, and task.mean must be at least 1.")
         task = cls.prepared(data, options, (*SPECIAL_TOKENS, END_OF_TEXT, *SENTINELS))
-        if options.begin is None and len(known(task.text)) < len(SENTINELS):
+        if options.begin is None and len(find_sentinels(task.text)) < len(SENTINELS):
             # With a checkpoint, `begin` is known and the vocabulary cannot grow.
             task.text.tokenizer.add_special_tokens(list(SENTINELS))
             task.counts = np.pad(task.counts, (0, task.text.size - len(task.counts)))
@@ -89,7 +89,7 @@ class Denoising(Packed):
             self.text,
             SimpleNamespace(tokenizer=o.tokenizer, begin=o.begin, source_language=o.language, target_language=o.language),
         )
-        self.sentinels = known(self.text)
+        self.sentinels = find_sentinels(self.text)
 
     @property
     def between(self) -> list[int]:
@@ -105,7 +105,7 @@ class Denoising(Packed):
         """Set the corruption options that are None. Raises `SettingsError` if the tokenizer lacks the tokens."""
         if self.options.damage is None:
             self.options = fill_options(self.options, damage=card.pretraining_objective if card else "spans")
-        share, mean = USUAL[self.options.damage]
+        share, mean = DEFAULT_CORRUPTION[self.options.damage]
         self.options = fill_options(self.options, share=share, mean=mean)
         o = self.options
         spans = round((o.length - self.around) * o.share / o.mean) + 1
@@ -134,8 +134,8 @@ class Denoising(Packed):
         else:
             begins, gone = damage.sample_infill_masks(lengths, tokens.shape[1], rng, o.share, o.mean)
             source, mask = damage.apply_infilling(tokens, lengths, text.mask_token, text.pad, begins, gone)
-            source, mask = around(source, mask, frame.before, frame.after, text.pad)
-            target, real = around(tokens, tokens != text.pad, (), (frame.end,), text.pad)
+            source, mask = surround_rows(source, mask, frame.before, frame.after, text.pad)
+            target, real = surround_rows(tokens, tokens != text.pad, (), (frame.end,), text.pad)
             target = np.where(real, target, -1)
             asked = np.pad(gone & plain, ((0, 0), (0, 1)))
         said = np.where(target < 0, text.pad, target)[:, :-1]
@@ -230,7 +230,7 @@ class Denoising(Packed):
         """Generate the fillings of all gaps, or the whole text; -1 after the end."""
         limits = gaps * (self.predict_options.max_new_tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
         limits = limits.clamp(max=self.options.length - len(self.frame.target_start))
-        return written(
+        return generate_targets(
             model,
             source,
             mask,
@@ -316,13 +316,13 @@ class Denoising(Packed):
         return task
 
 
-def known(text: TextTokenizer) -> np.ndarray:
+def find_sentinels(text: TextTokenizer) -> np.ndarray:
     """Return the ids of the sentinels that the tokenizer has, up to the first missing one."""
     ids = [text.tokenizer.token_to_id(name) for name in SENTINELS]
     return np.array(ids[: ids.index(None) if None in ids else len(ids)], dtype=np.int64)
 
 
-def around(
+def surround_rows(
     tokens: np.ndarray, mask: np.ndarray, before: tuple[int, ...], after: tuple[int, ...], pad: int
 ) -> tuple[np.ndarray, np.ndarray]:  # N L, N L bool -> N M, N M bool
     """Return padded rows with `before` and `after` added around the real tokens of each."""

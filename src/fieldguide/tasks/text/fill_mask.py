@@ -22,13 +22,13 @@ from fieldguide.data.preprocessing.tokenizer import SPECIAL_TOKENS
 from fieldguide.objectives import MaskedLM, Objective
 from fieldguide.objectives.masked_lm import mask_tokens
 from fieldguide.tasks.base import Arrays, CheckpointAssets
-from fieldguide.tasks.text.packing import Packed
+from fieldguide.tasks.text.packing import PackedTextTask
 
 SHOWN = 12  # texts in the report
 ROWS = 64  # test rows whose single predictions are shown
 
 
-class FillMask(Packed):
+class FillMask(PackedTextTask):
     """Some tokens of each row are masked, and the model predicts them."""
 
     name = "fill-mask"

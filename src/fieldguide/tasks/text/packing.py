@@ -19,13 +19,13 @@ from fieldguide.data.dataset import Column, Data
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.text.base import Typed
-from fieldguide.tasks.text.text_generation import MOST, PART, TOKENS, TextGeneration
+from fieldguide.tasks.text.base import TextTask
+from fieldguide.tasks.text.text_generation import MAX_TOKENS_BY_DEVICE, PART_COLUMN, TOKENS_PER_STEP, TextGeneration
 
 BLANK = re.compile(r"<extra_id_\d+>|<mask>|\[MASK\]|_{3,}")  # the ways to write a gap in an input
 
 
-class Packed(Typed):
+class PackedTextTask(TextTask):
     """A task with packed rows: texts are concatenated with separators and cut into full rows, as in RoBERTa (table 2,
     "full sentences").
 
@@ -41,7 +41,7 @@ class Packed(Typed):
         Metric("perplexity", "min", "effective number of tokens to choose from"),
     )
     recipe: ClassVar = {"grad_clip": 1.0, "patience": 8}
-    fewest = 8
+    min_batch_size = 8
 
     text: TextTokenizer
     counts: np.ndarray  # frequency of each token in the training texts
@@ -75,7 +75,7 @@ class Packed(Typed):
         if not len(tokens):
             raise DataError(f"{data.source}: the training texts are empty. Add text.")
         task.counts = np.bincount(tokens, minlength=task.text.size)
-        longest = options.length or min(MOST[device().type], max(8, len(tokens) // 32))
+        longest = options.length or min(MAX_TOKENS_BY_DEVICE[device().type], max(8, len(tokens) // 32))
         task.options = fill_options(options, length=longest, vocab_size=task.text.size)
         return task
 
@@ -88,7 +88,7 @@ class Packed(Typed):
 
     def stream_of(self, data: Data) -> np.ndarray:
         """Return all texts as one int64 array of token ids, with a separator after each."""
-        begins = data.rows[PART].to_numpy() == 0 if PART in data.rows.columns else np.ones(len(data), dtype=bool)
+        begins = data.rows[PART_COLUMN].to_numpy() == 0 if PART_COLUMN in data.rows.columns else np.ones(len(data), dtype=bool)
         end = np.array(self.between, dtype=np.int64)
         pieces = [
             piece
@@ -128,8 +128,8 @@ class Packed(Typed):
         }
 
     @property
-    def most(self) -> int:
-        return int(np.clip(2 ** int(np.log2(TOKENS / self.options.length)), 1, 256))
+    def max_batch_size(self) -> int:
+        return int(np.clip(2 ** int(np.log2(TOKENS_PER_STEP / self.options.length)), 1, 256))
 
     # Scores
 

@@ -31,14 +31,14 @@ from fieldguide.objectives import Objective, SpanPrediction
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
-from fieldguide.tasks.text.windows import Frame, Windows, covering, ends, framed, starts, whole_words, widened
+from fieldguide.tasks.text.windows import PairTemplate, Windows, covering_tokens, answer_span, pair_template, window_starts, is_whole_words, widen_to_words
 
-MOST = {"cpu": 256, "mps": 384, "cuda": 384}  # maximum tokens of a window by device, if the user sets no length
-QUESTION = 64  # maximum tokens of a question (as in BERT's code for SQuAD)
-TOKENS = 8192  # approximate tokens per step, if the user sets no batch size
-LONGEST = 30  # maximum tokens of an answer (as in BERT's code for SQuAD), if no training answers are known
-PUBLISHED = 384  # tokens of a window of published models (same source), if they read that many
-WHOLE = 0.97  # fraction of training answers at word boundaries above which predictions are widened to whole words
+MAX_TOKENS_BY_DEVICE = {"cpu": 256, "mps": 384, "cuda": 384}  # maximum tokens of a window by device, if the user sets no length
+MAX_QUESTION_TOKENS = 64  # maximum tokens of a question (as in BERT's code for SQuAD)
+TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
+MAX_ANSWER_TOKENS = 30  # maximum tokens of an answer (as in BERT's code for SQuAD), if no training answers are known
+PUBLISHED_WINDOW_TOKENS = 384  # tokens of a window of published models (same source), if they read that many
+MIN_WHOLE_WORD_FRACTION = 0.97  # fraction of training answers at word boundaries above which predictions are widened to whole words
 WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"[^.!?\n]+[.!?]*")
 
 
@@ -82,7 +82,7 @@ class QuestionAnswering(Task):
         threshold: float | None = None  # minimum margin of an answer over no answer, in nats; None: chosen on validation data
 
     text: TextTokenizer
-    frame: Frame  # special tokens around question and context
+    frame: PairTemplate  # special tokens around question and context
     median: int  # tokens of a question with its context
     whole: bool  # whether answers are whole words
     silent: bool  # whether some questions have no answer
@@ -126,19 +126,19 @@ class QuestionAnswering(Task):
             if options.tokenizer
             else TextTokenizer.fit([*contexts, *questions], size=options.vocab_size)
         )
-        task.frame = framed(task.text)
+        task.frame = pair_template(task.text)
         located = task.text.encode_with_spans(contexts.tolist())
         around = task.frame.size
         asked = [len(ids) for ids in task.text.encode_exact(questions)]
-        sizes = [around + min(n, QUESTION) + len(located[i][0]) for n, i in zip(asked, which)]
+        sizes = [around + min(n, MAX_QUESTION_TOKENS) + len(located[i][0]) for n, i in zip(asked, which)]
         task.median = int(np.median(sizes))
         rows = [(contexts[i], located[i][1], a[0]) for i, a in zip(which, task.right(data)) if a]
         if not rows:
             raise DataError(f"{data.source}: no training question has an answer. Add rows with answers.")
-        tokens = [1 + np.ptp(covering(spans, *ends(answer))) for _, spans, answer in rows]
-        task.whole = float(np.mean([whole_words(context, *ends(answer)) for context, _, answer in rows])) >= WHOLE
+        tokens = [1 + np.ptp(covering_tokens(spans, *answer_span(answer))) for _, spans, answer in rows]
+        task.whole = float(np.mean([is_whole_words(context, *answer_span(answer)) for context, _, answer in rows])) >= MIN_WHOLE_WORD_FRACTION
         task.silent = len(rows) < len(data)
-        length = options.length or suggest_length(sizes, MOST[device().type])
+        length = options.length or suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type])
         if length < around + 16:
             raise DataError(f"task.length={length} has no room for a question and a context piece. Use at least {around + 16}.")
         task.options = fill_options(
@@ -183,7 +183,7 @@ class QuestionAnswering(Task):
     @property
     def most_asked(self) -> int:
         """Return the maximum tokens of a question."""
-        return min(QUESTION, (self.options.length - self.frame.size) // 2)
+        return min(MAX_QUESTION_TOKENS, (self.options.length - self.frame.size) // 2)
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered:
@@ -224,8 +224,8 @@ class QuestionAnswering(Task):
         return {"vocab_size": self.text.size, "length": length, "tokens": min(self.median, length)}
 
     @property
-    def most(self) -> int:
-        return int(np.clip(2 ** int(np.log2(TOKENS / max(min(self.median, self.options.length), 1))), 16, 128))
+    def max_batch_size(self) -> int:
+        return int(np.clip(2 ** int(np.log2(TOKENS_PER_STEP / max(min(self.median, self.options.length), 1))), 16, 128))
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         also = ("segments",) if "segments" in card.optional_inputs else ()
@@ -238,7 +238,7 @@ class QuestionAnswering(Task):
         contexts, which = np.unique(np.array(self.contexts(data), dtype=object), return_inverse=True)
         located = []
         for text, (ids, spans) in zip(contexts.tolist(), self.text.encode_with_spans(contexts.tolist())):
-            located.append((ids, widened(text, spans) if self.whole else spans, spans))
+            located.append((ids, widen_to_words(text, spans) if self.whole else spans, spans))
         asked = [ids[: self.most_asked] for ids in self.text.encode_exact(self.questions_of(data))]
         rows = []
         for number, (ids, context) in enumerate(zip(asked, which)):
@@ -246,7 +246,7 @@ class QuestionAnswering(Task):
             # Consecutive windows overlap by the longest answer, or by half if there is little room: else an
             # answer might be in no window.
             stride = min(self.options.stride, max(room // 2, room - self.options.longest))
-            rows += [(number, first) for first in starts(len(located[context][0]), room, stride)]
+            rows += [(number, first) for first in window_starts(len(located[context][0]), room, stride)]
         number, first = np.array(rows, dtype=np.int64).reshape(-1, 2).T
         return Windows(self.text, self.frame, self.options.length, located, which, asked, number, first)
 
@@ -286,8 +286,8 @@ class QuestionAnswering(Task):
     def targets(self, data: Data) -> Arrays:
         """Return the contexts, and tuples of the correct answers; empty for questions without one."""
         return {
-            "context": objects(self.contexts(data)),
-            "answers": objects([tuple(a["text"] for a in row) for row in self.right(data)]),
+            "context": object_array(self.contexts(data)),
+            "answers": object_array([tuple(a["text"] for a in row) for row in self.right(data)]),
         }
 
     def postprocess(self, outputs: Arrays) -> Arrays:
@@ -335,7 +335,7 @@ class QuestionAnswering(Task):
         contexts = set(self.contexts(train))
         seen = Counter(word for text in contexts for word in set(words(text)))
         rare = lambda word: math.log((1 + len(contexts)) / (1 + seen[word]))
-        near = np.array([nearest(*pair, rare) for pair in zip(self.questions_of(test), self.contexts(test))]).reshape(-1, 2)
+        near = np.array([find_nearest_sentence(*pair, rare) for pair in zip(self.questions_of(test), self.contexts(test))]).reshape(-1, 2)
         found = [
             Baseline(
                 "nearest sentence",
@@ -378,7 +378,7 @@ class QuestionAnswering(Task):
     ) -> dict[str, list[Exhibit]]:
         from fieldguide.tasks.text import question_answering_report
 
-        return question_answering_report.shown(self, test, outputs, truth)
+        return question_answering_report.build_exhibits(self, test, outputs, truth)
 
     # Saved with the run
 
@@ -387,8 +387,8 @@ class QuestionAnswering(Task):
         """Return a task that answers every question unless `threshold` is set: weights alone do not tell whether some
         have none.
         """
-        length = min(beside.length, PUBLISHED)
-        options = cls.Options("context", "question", length=length, stride=length // 2, longest=LONGEST)
+        length = min(beside.length, PUBLISHED_WINDOW_TOKENS)
+        options = cls.Options("context", "question", length=length, stride=length // 2, longest=MAX_ANSWER_TOKENS)
         return cls.from_state(
             [Column("context", "text"), Column("question", "text"), Column("answer", "list", "target")],
             options,
@@ -403,7 +403,7 @@ class QuestionAnswering(Task):
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.text = TextTokenizer.load(folder)
-        task.frame = framed(task.text)
+        task.frame = pair_template(task.text)
         task.median, task.whole, task.silent, task.threshold = (state[k] for k in ("median", "whole", "silent", "threshold"))
         return task
 
@@ -416,14 +416,14 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def nearest(question: str, context: str, rare: Callable[[str], float]) -> tuple[int, int]:
+def find_nearest_sentence(question: str, context: str, rare: Callable[[str], float]) -> tuple[int, int]:
     """Return the span of the sentence that shares most words with the question, weighted by rarity."""
     wanted = set(words(question))
     best = max(SENTENCE.finditer(context), key=lambda m: sum(map(rare, sorted(wanted & set(words(m.group()))))), default=None)
     return best.span() if best else (0, len(context))
 
 
-def objects(values: Sequence[Any]) -> np.ndarray:
+def object_array(values: Sequence[Any]) -> np.ndarray:
     """Return a one-dimensional object array of the values."""
     array = np.empty(len(values), dtype=object)
     for place, value in enumerate(values):

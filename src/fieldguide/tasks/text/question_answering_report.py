@@ -12,7 +12,7 @@ import polars as pl
 from fieldguide.core.report_elements import Bars, Exhibit, Lines, Quote, Quotes, Table
 from fieldguide.data.dataset import Data
 from fieldguide.tasks.base import Arrays
-from fieldguide.tasks.text.windows import ends
+from fieldguide.tasks.text.windows import answer_span
 
 if TYPE_CHECKING:
     from fieldguide.tasks.text.question_answering import QuestionAnswering
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHOWN, AROUND = 24, 160  # answers in the report, and characters of context on either side
 
 
-def shown(task: QuestionAnswering, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
+def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
     each, right = task.each(outputs, truth), task.right(test)
     table = pl.DataFrame(
         {"kind": [" ".join(q.lower().split()[:2]) for q in task.questions_of(test)], "exact": each[:, 0], "f1": each[:, 1]}
@@ -53,11 +53,11 @@ def shown(task: QuestionAnswering, test: Data, outputs: Arrays, truth: Arrays) -
         ),
     ]
     if task.silent:
-        asked.append(curve(task, outputs, truth))
-    return {"Questions": asked, "Worst answers": worst(task, test, outputs, each)}
+        asked.append(threshold_curve(task, outputs, truth))
+    return {"Questions": asked, "Worst answers": worst_answers(task, test, outputs, each)}
 
 
-def curve(task: QuestionAnswering, outputs: Arrays, truth: Arrays) -> Exhibit:
+def threshold_curve(task: QuestionAnswering, outputs: Arrays, truth: Arrays) -> Exhibit:
     """Return F1 by the threshold on the margin over no answer."""
     margin, given, none = task.choices(outputs, truth)
     at = np.unique(np.quantile(margin, np.linspace(0, 1, 50)))
@@ -73,7 +73,7 @@ def curve(task: QuestionAnswering, outputs: Arrays, truth: Arrays) -> Exhibit:
     )
 
 
-def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[Exhibit]:
+def worst_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[Exhibit]:
     """Return wrong answers with the highest confidence, in their contexts."""
     contexts, asked, right = task.contexts(test), task.questions_of(test), task.right(test)
     sure = np.where(outputs["given"], outputs["score"], outputs["none"])
@@ -81,13 +81,13 @@ def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray
     for row in np.lexsort((-sure, each[:, 1]))[:SHOWN]:
         if each[row, 1] >= 1:
             break
-        spot = ends(right[row][0]) if right[row] else (int(outputs["begin"][row]), int(outputs["end"][row]))
+        spot = answer_span(right[row][0]) if right[row] else (int(outputs["begin"][row]), int(outputs["end"][row]))
         caption = (
             f"{asked[row]} · predicted: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % confident) · target: "
             + ("; ".join(dict.fromkeys(a["text"] for a in right[row])) or "no answer")
             + f" · {test.locate_row(int(row))}"
         )
-        quotes.append(Quote(marked(contexts[row], *spot), caption, bad=True))
+        quotes.append(Quote(mark_span(contexts[row], *spot), caption, bad=True))
     return (
         [
             Quotes(
@@ -102,7 +102,7 @@ def worst(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray
     )
 
 
-def marked(text: str, begin: int, end: int) -> str:
+def mark_span(text: str, begin: int, end: int) -> str:
     """Return a piece of a text in brackets, with the text around it."""
     before, behind = text[max(0, begin - AROUND) : begin], text[end : end + AROUND]
     return f"{'… ' if begin > AROUND else ''}{before}⟦{text[begin:end]}⟧{behind}{' …' if end + AROUND < len(text) else ''}"

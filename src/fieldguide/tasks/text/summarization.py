@@ -16,10 +16,10 @@ from fieldguide.metrics import rouge
 from fieldguide.models.generation import BeamSearch
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
-from fieldguide.tasks.text.translation import WORST, Translation
+from fieldguide.tasks.text.translation import SHOWN_SENTENCES, Translation
 
-LONGEST = 512  # maximum tokens of a document, if the user sets no length
-SENTENCES = 3  # leading sentences of a document: a strong baseline for news
+MAX_DOCUMENT_TOKENS = 512  # maximum tokens of a document, if the user sets no length
+LEAD_SENTENCES = 3  # leading sentences of a document: a strong baseline for news
 SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 
 
@@ -37,8 +37,8 @@ class Summarization(Translation):
         Metric("rougeL", "max", "ROUGE-L", percent=True),
         Metric("loss", "min", "nats per token"),
     )
-    tested = 400  # beam search over a hundred tokens and more is slow
-    longest: ClassVar[int] = LONGEST
+    max_test_examples = 400  # beam search over a hundred tokens and more is slow
+    longest: ClassVar[int] = MAX_DOCUMENT_TOKENS
     made: ClassVar[str] = "Summaries"
 
     @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Summarization(Translation):
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         said = [first_sentences(text) for text in self.texts(test)]
-        return [Baseline("lead", f"the first {SENTENCES} sentences", {"text": np.array(said, dtype=object)})]
+        return [Baseline("lead", f"the first {LEAD_SENTENCES} sentences", {"text": np.array(said, dtype=object)})]
 
     def exhibits(
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
@@ -86,7 +86,7 @@ class Summarization(Translation):
             (f"{low}-{high} words", (length >= low) & (length <= high))
             for low, high in ((1, 50), (51, 150), (151, 300), (301, 600), (601, 100_000))
         ]
-        row = lambda i: (test.locate_row(int(i)), shortened(source[i]), right[i], said[i], 100 * float(each[i, 0]))
+        row = lambda i: (test.locate_row(int(i)), shorten(source[i]), right[i], said[i], 100 * float(each[i, 0]))
         header = ("row", "reference summary", "predicted summary", "of the network", "ROUGE-1")
         order = np.argsort(each[:, 0], kind="stable")
         return {
@@ -100,25 +100,25 @@ class Summarization(Translation):
                     "Worst",
                     "Test documents with the lowest ROUGE-1: wrong predictions or wrong references.",
                     header,
-                    [row(i) for i in order[:WORST]],
+                    [row(i) for i in order[:SHOWN_SENTENCES]],
                     heat=("ROUGE-1",),
                 ),
                 Table(
                     "Random sample",
                     "Random test documents.",
                     header,
-                    [row(i) for i in np.random.default_rng(0).permutation(len(each))[: WORST // 2]],
+                    [row(i) for i in np.random.default_rng(0).permutation(len(each))[: SHOWN_SENTENCES // 2]],
                     heat=("ROUGE-1",),
                 ),
             ]
         }
 
 
-def first_sentences(text: str, count: int = SENTENCES) -> str:
+def first_sentences(text: str, count: int = LEAD_SENTENCES) -> str:
     return " ".join([s for s in SENTENCE.split(text.strip()) if s][:count])
 
 
-def shortened(text: str, most: int = 300) -> str:
+def shorten(text: str, most: int = 300) -> str:
     return text if len(text) <= most else text[:most] + " …"
 
 

@@ -20,17 +20,17 @@ from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import CheckpointAssets
-from fieldguide.tasks.supervised import ClassificationTask, discrete, fill_options
-from fieldguide.tasks.text.base import Typed, path_like
-from fieldguide.tasks.text.windows import Frame, framed
+from fieldguide.tasks.supervised import ClassificationTask, is_discrete, fill_options
+from fieldguide.tasks.text.base import TextTask, path_like
+from fieldguide.tasks.text.windows import PairTemplate, pair_template
 
-SAMPLE = 5000  # texts sampled to choose the maximum number of tokens
-LONGEST = 100_000  # maximum tokens of a sampled text that are counted
-MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens by device, if the user sets no length
-TOKENS = 8192  # approximate tokens per step, if the user sets no batch size
+SAMPLED_TEXTS = 5000  # texts sampled to choose the maximum number of tokens
+MAX_COUNTED_TOKENS = 100_000  # maximum tokens of a sampled text that are counted
+MAX_TOKENS_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens by device, if the user sets no length
+TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
 
 
-class TextClassification(Typed, ClassificationTask):
+class TextClassification(TextTask, ClassificationTask):
     name = "text-classification"
     reads = (
         "a table (CSV, JSON Lines) with one text column or two (text pairs) and a label column; or a "
@@ -52,7 +52,7 @@ class TextClassification(Typed, ClassificationTask):
     def match(cls, data: Data) -> str | None:
         usable = data.features("number", "category", "boolean", "date", "image")
         texts = len(data.features("text"))
-        if texts in (1, 2) and not usable and data.target and discrete(data.target):
+        if texts in (1, 2) and not usable and data.target and is_discrete(data.target):
             return f"{'texts' if texts == 1 else 'pairs of texts'} and {data.target.distinct} classes"
         return None
 
@@ -71,13 +71,13 @@ class TextClassification(Typed, ClassificationTask):
             else TextTokenizer.fit([*texts, *seconds], size=options.vocab_size)
         )
         if seconds:  # with the tokens that frame them
-            around, (first, second) = framed(task.text).size, (task.text.encode_exact(t[:SAMPLE]) for t in (texts, seconds))
+            around, (first, second) = pair_template(task.text).size, (task.text.encode_exact(t[:SAMPLED_TEXTS]) for t in (texts, seconds))
             sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
         else:
-            sizes = [len(t) for t in task.text.encode(texts[:SAMPLE], LONGEST)[0]]
+            sizes = [len(t) for t in task.text.encode(texts[:SAMPLED_TEXTS], MAX_COUNTED_TOKENS)[0]]
         task.median = int(np.median(sizes))
         task.learn_labels(data)
-        task.options = fill_options(options, length=suggest_length(sizes, MOST[device().type]), vocab_size=task.text.size)
+        task.options = fill_options(options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size)
         task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
         return task
 
@@ -110,9 +110,9 @@ class TextClassification(Typed, ClassificationTask):
         if not around and not seconds:
             tokens, cut = self.text.encode(self.texts(data), length)
             return tokens, [], cut
-        frame = Frame((), (self.text.sep,), ())
+        frame = PairTemplate((), (self.text.sep,), ())
         if around:
-            frame = framed(self.text) if seconds else Frame((self.text.cls,), (), (self.text.sep,))
+            frame = pair_template(self.text) if seconds else PairTemplate((self.text.cls,), (), (self.text.sep,))
         first = self.text.encode_exact(self.texts(data))
         second = self.text.encode_exact(seconds) if seconds else [np.zeros(0, dtype=np.int64)] * len(first)
         tokens, segments, cut = [], [], 0
@@ -136,9 +136,9 @@ class TextClassification(Typed, ClassificationTask):
         return objective
 
     @property
-    def most(self) -> int:
+    def max_batch_size(self) -> int:
         """Return the maximum examples per step: fewer if texts are long."""
-        return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 256))
+        return int(np.clip(2 ** int(np.log2(TOKENS_PER_STEP / max(self.median, 1))), 16, 256))
 
     def note_cut(self, cut: int, texts: int) -> None:
         if cut:

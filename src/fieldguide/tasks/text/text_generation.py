@@ -33,19 +33,19 @@ from fieldguide.models.generation.stop_strings import truncate_at_stop
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.text.base import Typed
+from fieldguide.tasks.text.base import TextTask
 
-PASSAGE = 2000  # approximate characters of the passages that long texts are split into, at line ends
-LONG = 20  # a text of at least this many passages is split by position: its end is the test set
-TEST, VALIDATION = 0.1, 0.05  # fractions of a long text, from its end, if the source has no splits
-SPECIAL = (END_OF_TEXT, *(f"<|{who}|>" for who in CHAT_ROLES))
-MOST = {"cpu": 128, "mps": 512, "cuda": 1024}  # maximum tokens of a row by device, if the user sets no length
-TOKENS = 4096  # approximate tokens per step, if the user sets no batch size
-PART = "#part"  # index of the row's passage within its text; 0 begins a text
-SHOWN = 160  # tokens of a sample in the report
+PASSAGE_CHARACTERS = 2000  # approximate characters of the passages that long texts are split into, at line ends
+MIN_LONG_TEXT_PASSAGES = 20  # a text of at least this many passages is split by position: its end is the test set
+TEST_FRACTION, VALIDATION_FRACTION = 0.1, 0.05  # fractions of a long text, from its end, if the source has no splits
+CHAT_SPECIAL_TOKENS = (END_OF_TEXT, *(f"<|{who}|>" for who in CHAT_ROLES))
+MAX_TOKENS_BY_DEVICE = {"cpu": 128, "mps": 512, "cuda": 1024}  # maximum tokens of a row by device, if the user sets no length
+TOKENS_PER_STEP = 4096  # approximate tokens per step, if the user sets no batch size
+PART_COLUMN = "#part"  # index of the row's passage within its text; 0 begins a text
+SAMPLE_TOKENS = 160  # tokens of a sample in the report
 
 
-class TextGeneration(Typed):
+class TextGeneration(TextTask):
     name = "text-generation"
     reads = (
         "text files, or a table (CSV, JSON Lines) with a text column, or JSON Lines with conversations "
@@ -94,18 +94,18 @@ class TextGeneration(Typed):
         if not data.features("text"):
             return data
         name = data.features("text")[0].name
-        cut = [passages(text) for text in data.rows[name].to_list()]
+        cut = [split_passages(text) for text in data.rows[name].to_list()]
         counts = np.array([len(pieces) for pieces in cut])
         rows = np.repeat(np.arange(len(data)), counts)
         part = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
         whole = data.take(rows)
         line = np.concatenate([np.cumsum([0, *(p.count("\n") for p in pieces[:-1])]) for pieces in cut])
         whole.rows = whole.rows.with_columns(
-            pl.Series(name, [p for pieces in cut for p in pieces], dtype=pl.String), pl.Series(PART, part), pl.col(LINE) + line
+            pl.Series(name, [p for pieces in cut for p in pieces], dtype=pl.String), pl.Series(PART_COLUMN, part), pl.col(LINE) + line
         )
         side = np.full(len(rows), "train", dtype=object) if data.splits is None else whole.splits
-        lacking = [(split, share) for split, share in (("test", TEST), ("val", VALIDATION)) if split not in side]
-        for row in np.flatnonzero(counts >= LONG):
+        lacking = [(split, share) for split, share in (("test", TEST_FRACTION), ("val", VALIDATION_FRACTION)) if split not in side]
+        for row in np.flatnonzero(counts >= MIN_LONG_TEXT_PASSAGES):
             own = np.flatnonzero(rows == row)
             end = len(own) if side[own[0]] == "train" else 0
             for split, share in lacking:
@@ -125,7 +125,7 @@ class TextGeneration(Typed):
                 texts,
                 size=options.vocab_size,
                 characters=options.tokenizer == "characters",
-                special=SPECIAL if task.chat else (END_OF_TEXT,),
+                special=CHAT_SPECIAL_TOKENS if task.chat else (END_OF_TEXT,),
             )
         else:
             task.text = TextTokenizer.load(options.tokenizer)
@@ -133,14 +133,14 @@ class TextGeneration(Typed):
             turns = task.turns(data)
             task.notes.append(task.template.describe(turns, data.locate_row))
             task.first = next((asked for row in turns if (asked := take_until_answer(row))), [("user", "")])
-        elif task.chat and (lacking := [s for s in SPECIAL if task.text.tokenizer.token_to_id(s) is None]):
+        elif task.chat and (lacking := [s for s in CHAT_SPECIAL_TOKENS if task.text.tokenizer.token_to_id(s) is None]):
             raise DataError(
                 f"{options.tokenizer}: conversations need a chat template in the tokenizer's folder "
                 f"({CHAT_TEMPLATE_FILE}, or chat_template in tokenizer_config.json) or the tokens "
-                f"{', '.join(SPECIAL)}. Missing tokens: {', '.join(lacking)}."
+                f"{', '.join(CHAT_SPECIAL_TOKENS)}. Missing tokens: {', '.join(lacking)}."
             )
         tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.encode_exact(texts)))
-        longest = options.length or min(MOST[device().type], max(8, tokens // 32))
+        longest = options.length or min(MAX_TOKENS_BY_DEVICE[device().type], max(8, tokens // 32))
         task.options = fill_options(options, length=longest, vocab_size=task.text.size)
         task.tokens = tokens
         return task
@@ -173,7 +173,7 @@ class TextGeneration(Typed):
         """
         if self.template:
             return self.template.stream(self.turns(data), data.locate_row)
-        begins = data.rows[PART].to_numpy() == 0 if PART in data.rows.columns else np.ones(len(data), dtype=bool)
+        begins = data.rows[PART_COLUMN].to_numpy() == 0 if PART_COLUMN in data.rows.columns else np.ones(len(data), dtype=bool)
         turns = self.turns(data)
         encoded = iter(self.text.encode_exact([text for row in turns for _, text in row]))
         special, end = (lambda who: self.text.tokenizer.token_to_id(f"<|{who}|>")), np.array([self.text.end])
@@ -220,10 +220,10 @@ class TextGeneration(Typed):
         return {"rows": max(1, self.tokens // length), "tokens": length, "length": length, "vocab_size": self.text.size}
 
     @property
-    def most(self) -> int:
-        return int(np.clip(2 ** int(np.log2(TOKENS / self.options.length)), 1, 256))
+    def max_batch_size(self) -> int:
+        return int(np.clip(2 ** int(np.log2(TOKENS_PER_STEP / self.options.length)), 1, 256))
 
-    fewest = 8
+    min_batch_size = 8
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return NextToken(model, card.inputs, settings.label_smoothing)
@@ -340,10 +340,10 @@ class TextGeneration(Typed):
     # Report
 
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
-        predict_options = self.PredictOptions(max_new_tokens=min(SHOWN, 2 * self.options.length))
+        predict_options = self.PredictOptions(max_new_tokens=min(SAMPLE_TOKENS, 2 * self.options.length))
         start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
         said = torch.cat(list(self.sampled(objective, [start], predict_options))).tolist()
-        what = f"Answers to {self.first[-1][1][:SHOWN]!r}" if self.first else "Generated without a prompt"
+        what = f"Answers to {self.first[-1][1][:SAMPLE_TOKENS]!r}" if self.first else "Generated without a prompt"
         return [
             Quotes(
                 "Samples during training",
@@ -378,7 +378,7 @@ class TextGeneration(Typed):
         ends = self.ends
         quotes, speeds = [], []
         for temperature in (0.0, 0.7, 1.0):
-            predict_options = self.PredictOptions(max_new_tokens=SHOWN, temperature=temperature, top_p=1.0)
+            predict_options = self.PredictOptions(max_new_tokens=SAMPLE_TOKENS, temperature=temperature, top_p=1.0)
             started, steps = time.perf_counter(), list(self.sampled(objective, prompts, predict_options))
             taken = time.perf_counter() - started
             speeds.append((f"{temperature:g}", len(prompts), len(steps) * len(prompts) / taken))
@@ -418,12 +418,12 @@ class TextGeneration(Typed):
         self.text.save(folder)
 
 
-def passages(text: str | None) -> list[str]:
+def split_passages(text: str | None) -> list[str]:
     """Split a text into pieces of about `PASSAGE` characters that end at line ends; joined they are the text."""
     text = text or ""
     pieces, start = [], 0
-    while len(text) - start > 1.5 * PASSAGE:
-        end = text.find("\n", start + PASSAGE) + 1 or len(text)
+    while len(text) - start > 1.5 * PASSAGE_CHARACTERS:
+        end = text.find("\n", start + PASSAGE_CHARACTERS) + 1 or len(text)
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]] if start < len(text) or not pieces else pieces

@@ -29,10 +29,10 @@ from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Ta
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
-MOST = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens by device, if the user sets no length
-TOKENS = 8192  # approximate tokens per step, if the user sets no batch size
-NAMED = ("tags", "ner_tags", "pos_tags", "ner", "pos", "labels")
-WORDS = ("tokens", "words")
+MAX_TOKENS_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens by device, if the user sets no length
+TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
+TAG_COLUMN_NAMES = ("tags", "ner_tags", "pos_tags", "ner", "pos", "labels")
+WORD_COLUMN_NAMES = ("tokens", "words")
 SHOWN = 20  # sentences in the report
 
 
@@ -42,7 +42,7 @@ class TokenClassification(Task):
     input_types = ("tokens",)
     output_types = ("labels",)
     feature = ("list",)
-    column_spec = ColumnSpec("named", names=NAMED, kinds={"target": "list"}, columns=dict.fromkeys(WORDS, "list"))
+    column_spec = ColumnSpec("named", names=TAG_COLUMN_NAMES, kinds={"target": "list"}, columns=dict.fromkeys(WORD_COLUMN_NAMES, "list"))
     metrics = (
         Metric("f1", "max", "F1 of whole entities"),
         Metric("precision", "max", "of predicted entities correct"),
@@ -110,7 +110,7 @@ class TokenClassification(Task):
         )
         sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
         task.median = int(np.median(sizes))
-        task.options = fill_options(options, length=suggest_length(sizes, MOST[device().type]), vocab_size=task.text.size)
+        task.options = fill_options(options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size)
         return task
 
     def encoded(self, words: list[list[str]], length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
@@ -141,8 +141,8 @@ class TokenClassification(Task):
         }
 
     @property
-    def most(self) -> int:
-        return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 256))
+    def max_batch_size(self) -> int:
+        return int(np.clip(2 ** int(np.log2(TOKENS_PER_STEP / max(self.median, 1))), 16, 256))
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         rows, lost = self.encoded(self.words(data), self.options.length)
@@ -298,7 +298,7 @@ class TokenClassification(Task):
             if not wrong[row]:
                 break
             there, claimed = (set(extract_entities(x[row], self.tags)) for x in (real, said))
-            missed, wrongly = spelt(words[row], there - claimed), spelt(words[row], claimed - there)
+            missed, wrongly = describe_entities(words[row], there - claimed), describe_entities(words[row], claimed - there)
             quotes.append(
                 Quote(
                     f"missed: {missed} · wrongly predicted: {wrongly} · {test.locate_row(int(row))}".join(words[row]),
@@ -338,7 +338,7 @@ class TokenClassification(Task):
         self.text.save(folder)
 
 
-def spelt(words: list[str], found: set[tuple[int, int, str]]) -> str:
+def describe_entities(words: list[str], found: set[tuple[int, int, str]]) -> str:
     return "; ".join(f"{' '.join(words[first : last + 1])} ({kind})" for first, last, kind in sorted(found)) or "–"
 
 

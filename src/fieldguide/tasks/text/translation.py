@@ -28,15 +28,15 @@ from fieldguide.models.generation.stop_strings import truncate_at_stop
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.text.base import Typed
+from fieldguide.tasks.text.base import TextTask
 
-VOCAB = 8192  # maximum tokens of the vocabulary of both languages, if the user sets no size
-LONGEST = 200  # maximum tokens of a sentence, if the user sets no length
-TOKENS = 4096  # approximate target tokens per step, if the user sets no batch size
-WORST = 40  # sentences in the report
+MAX_VOCAB_SIZE = 8192  # maximum tokens of the vocabulary of both languages, if the user sets no size
+MAX_SENTENCE_TOKENS = 200  # maximum tokens of a sentence, if the user sets no length
+TOKENS_PER_STEP = 4096  # approximate target tokens per step, if the user sets no batch size
+SHOWN_SENTENCES = 40  # sentences in the report
 
 
-class Translation(Typed):
+class Translation(TextTask):
     name = "translation"
     reads = (
         "a table with a text column and a translation column (--target), or two files of parallel lines (train.de, train.en)"
@@ -47,7 +47,7 @@ class Translation(Typed):
     metrics = (Metric("bleu", "max", "BLEU"), Metric("chrf", "max", "chrF"), Metric("loss", "min", "nats per token"))
     monitor = "loss"
     recipe: ClassVar = {"patience": 6}
-    longest: ClassVar[int] = LONGEST
+    longest: ClassVar[int] = MAX_SENTENCE_TOKENS
     made: ClassVar[str] = "Translations"
 
     @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Translation(Typed):
         tokenizer: str | None = None  # path of a tokenizer.json to use instead
         begin: int | None = None  # id of the token that starts the target
         source_language: str | None = None  # language code of a multilingual tokenizer (de_DE, deu_Latn)
-        target_language: str | None = None
+        target_language: str | None = None  # the language of the targets, as the tokenizer names it
         prefix: str = ""  # text before each source, such as T5's "translate English to German: "
 
     @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Translation(Typed):
         if options.tokenizer:
             task.text = TextTokenizer.load(options.tokenizer)
         else:
-            size = options.vocab_size or min(VOCAB, suggest_vocab(sum(map(len, sources)) + sum(map(len, targets))))
+            size = options.vocab_size or min(MAX_VOCAB_SIZE, suggest_vocab_size(sum(map(len, sources)) + sum(map(len, targets))))
             task.text = TextTokenizer.fit([*sources, *targets], size=size, lower=False)
         task.frame = resolve_markers(task.text, options)
         sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
@@ -129,8 +129,8 @@ class Translation(Typed):
         return {"vocab_size": self.text.size, "length": self.options.length, "tokens": self.median}
 
     @property
-    def most(self) -> int:
-        return int(np.clip(2 ** int(np.log2(TOKENS / max(self.median, 1))), 16, 512))
+    def max_batch_size(self) -> int:
+        return int(np.clip(2 ** int(np.log2(TOKENS_PER_STEP / max(self.median, 1))), 16, 512))
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return NextToken(model, card.inputs, settings.label_smoothing)
@@ -189,7 +189,7 @@ class Translation(Typed):
     def search(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:  # B S -> B T
         """Generate outputs, -1 after their end; `numbers` are row numbers that seed sampling per row."""
         limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.target_start))
-        return written(
+        return generate_targets(
             model,
             source,
             mask,
@@ -235,16 +235,16 @@ class Translation(Typed):
         scores = {}
         if "text" in outputs:
             said, right = outputs["text"].tolist(), [truth["text"].tolist()]
-            bleu, chrf = judges(right[0])
+            bleu, chrf = build_bleu_and_chrf(right[0])
             scores = {"bleu": bleu.corpus_score(said, right).score, "chrf": chrf.corpus_score(said, right).score}
         if "nats" in outputs:
             scores["loss"] = float(outputs["nats"].sum(dtype=np.float64) / max(outputs["count"].sum(), 1))
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        from fieldguide.tasks.base import intervals
+        from fieldguide.tasks.base import bootstrap_intervals
 
-        return intervals(self, outputs, truth, repeats=40)  # corpus scores are slow
+        return bootstrap_intervals(self, outputs, truth, repeats=40)  # corpus scores are slow
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{"text": text} for text in outputs["text"]]
@@ -277,7 +277,7 @@ class Translation(Typed):
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         said, right, source = outputs["text"].tolist(), truth["text"].tolist(), truth["source"].tolist()
-        bleu, chrf = judges(right)
+        bleu, chrf = build_bleu_and_chrf(right)
         each = np.array([chrf.sentence_score(s, [r]).score for s, r in zip(said, right)])
         length = np.array([len(s.split()) for s in source])
         groups = [
@@ -301,14 +301,14 @@ class Translation(Typed):
                     "Worst",
                     "Test sentences with the lowest chrF: wrong predictions or wrong references.",
                     header,
-                    [row(i) for i in order[:WORST]],
+                    [row(i) for i in order[:SHOWN_SENTENCES]],
                     heat=("chrF",),
                 ),
                 Table(
                     "Random sample",
                     "Random test sentences.",
                     header,
-                    [row(i) for i in np.random.default_rng(0).permutation(len(each))[: WORST // 2]],
+                    [row(i) for i in np.random.default_rng(0).permutation(len(each))[: SHOWN_SENTENCES // 2]],
                     heat=("chrF",),
                 ),
             ]
@@ -330,7 +330,7 @@ class Translation(Typed):
         self.text.save(folder)
 
 
-def written(
+def generate_targets(
     model: Any,
     source: Tensor,
     mask: Tensor,
@@ -357,12 +357,12 @@ def written(
     return said
 
 
-def suggest_vocab(characters: int) -> int:
+def suggest_vocab_size(characters: int) -> int:
     """Return a vocabulary size for this many characters of two languages: a power of two, at least 512."""
     return 2 ** round(max(9.0, np.log2(4 * np.sqrt(max(characters, 1)))))
 
 
-def judges(right: list[str]) -> tuple[Any, Any]:
+def build_bleu_and_chrf(right: list[str]) -> tuple[Any, Any]:
     """Return BLEU (Papineni et al. 2002, doi:10.3115/1073083.1073135) and chrF (Popović 2015,
     doi:10.18653/v1/W15-3049).
 

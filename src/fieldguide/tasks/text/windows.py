@@ -22,7 +22,7 @@ class Windows:
     """
 
     text: TextTokenizer
-    frame: Frame
+    frame: PairTemplate
     length: int
     located: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each context: token ids, answer spans and character spans
     which: np.ndarray  # the context of each question
@@ -85,7 +85,7 @@ class Windows:
         """
         found = np.array(
             [
-                covering(self.located[context][2], *ends(answers[0])) if answers else (-1, -1)
+                covering_tokens(self.located[context][2], *answer_span(answers[0])) if answers else (-1, -1)
                 for context, answers in zip(self.which, right)
             ],
             dtype=np.int64,
@@ -95,7 +95,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Frame:
+class PairTemplate:
     """The special tokens before a question, between question and context, and after the context; and the two segment
     ids.
     """
@@ -110,7 +110,7 @@ class Frame:
         return len(self.before) + len(self.between) + len(self.behind)
 
 
-def framed(text: TextTokenizer) -> Frame:
+def pair_template(text: TextTokenizer) -> PairTemplate:
     """Return the tokenizer's special tokens for pairs.
 
     If the tokenizer adds none, return BERT's: [CLS] first, [SEP] after each text.
@@ -119,9 +119,9 @@ def framed(text: TextTokenizer) -> Frame:
     side = np.array([-1 if n is None else n for n in pair.sequence_ids])
     first, second = np.flatnonzero(side == 0), np.flatnonzero(side == 1)
     if not (side < 0).any() or not len(first) or not len(second):
-        return Frame((text.cls,), (text.sep,), (text.sep,))
+        return PairTemplate((text.cls,), (text.sep,), (text.sep,))
     ids, kinds = pair.ids, pair.type_ids
-    return Frame(
+    return PairTemplate(
         tuple(ids[: first[0]]),
         tuple(ids[first[-1] + 1 : second[0]]),
         tuple(ids[second[-1] + 1 :]),
@@ -129,18 +129,18 @@ def framed(text: TextTokenizer) -> Frame:
     )
 
 
-def ends(answer: dict[str, Any]) -> tuple[int, int]:
+def answer_span(answer: dict[str, Any]) -> tuple[int, int]:
     """Return the index of the first character of an answer and one past its last."""
     return answer["start"], answer["start"] + len(answer["text"])
 
 
-def covering(spans: np.ndarray, begin: int, end: int) -> tuple[int, int]:  # N 2 -> first, last
+def covering_tokens(spans: np.ndarray, begin: int, end: int) -> tuple[int, int]:  # N 2 -> first, last
     """Return the first and last token that overlap the characters begin to end; (-1, -1) if none does."""
     inside = np.flatnonzero((spans[:, 1] > begin) & (spans[:, 0] < end) & (spans[:, 1] > spans[:, 0]))
     return (int(inside[0]), int(inside[-1])) if len(inside) else (-1, -1)
 
 
-def widened(text: str, spans: np.ndarray) -> np.ndarray:  # N 2 -> N 2
+def widen_to_words(text: str, spans: np.ndarray) -> np.ndarray:  # N 2 -> N 2
     """Widen spans of a text to whole words."""
     words = np.array([m.span() for m in WORD.finditer(text)], dtype=np.int64).reshape(-1, 2)
     if not len(words):
@@ -154,12 +154,12 @@ def widened(text: str, spans: np.ndarray) -> np.ndarray:  # N 2 -> N 2
     return np.stack([begins, np.where((last >= 0) & (end < behind) & (end > begin), behind, end)], 1)
 
 
-def whole_words(context: str, begin: int, end: int) -> bool:
+def is_whole_words(context: str, begin: int, end: int) -> bool:
     """Return whether a span begins and ends at word boundaries."""
-    return tuple(widened(context, np.array([[begin, end]]))[0]) == (begin, end)
+    return tuple(widen_to_words(context, np.array([[begin, end]]))[0]) == (begin, end)
 
 
-def starts(tokens: int, room: int, stride: int) -> list[int]:
+def window_starts(tokens: int, room: int, stride: int) -> list[int]:
     """Return the starts of windows of `room` tokens that cover a text: `stride` apart, and one at the end."""
     if tokens <= room:
         return [0]

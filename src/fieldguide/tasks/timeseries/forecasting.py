@@ -31,7 +31,7 @@ from fieldguide.tasks.timeseries import report
 
 QUANTILES = (0.05, 0.1, 0.5, 0.9, 0.95)
 LEVELS = {0.8: (1, 3), 0.9: (0, 4)}  # coverage of an interval -> indices of its ends in QUANTILES
-EACH = 50  # minimum validation windows to calibrate each step separately; otherwise all steps share one width
+MIN_STEP_CALIBRATION_WINDOWS = 50  # minimum validation windows to calibrate each step separately; otherwise all steps share one width
 
 
 class Forecasting(Task):
@@ -60,7 +60,7 @@ class Forecasting(Task):
         Metric("coverage_90", "near 90 %", "of values inside the 90 % interval", percent=True),
     )
     recipe: ClassVar = {"patience": 10}
-    fewest = 32
+    min_batch_size = 32
 
     @dataclass(frozen=True)
     class Options:
@@ -110,7 +110,7 @@ class Forecasting(Task):
         task.frequency, task.layout, task.series, task.digest = found.frequency, found.layout, len(found), data.manifest.digest
         task.widths = {}
         task.standards = {
-            name: standard(found.values[low:end, column])
+            name: mean_and_std(found.values[low:end, column])
             for name, low, end, column in zip(found.names, found.low, windows.train_end, found.column)
         }
         trained = np.zeros(len(found.row), dtype=bool)
@@ -168,7 +168,7 @@ class Forecasting(Task):
     def scales(self, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation of every series: of its training part, or of a new series' own values."""
         found = windows.panel
-        pairs = [self.standards.get(name) or standard(found.series_values(i)) for i, name in enumerate(found.names)]
+        pairs = [self.standards.get(name) or mean_and_std(found.series_values(i)) for i, name in enumerate(found.names)]
         mean, std = np.array(pairs).T
         return mean, std
 
@@ -317,7 +317,7 @@ class Forecasting(Task):
         """Fit the widening of the intervals, per step, so that they have nominal coverage on the validation data."""
         q = outputs["values"][:, :, 0, 1:].astype(np.float64)
         future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
-        steps = [slice(h, h + 1) for h in range(q.shape[1])] if len(q) >= EACH else [slice(None)] * q.shape[1]
+        steps = [slice(h, h + 1) for h in range(q.shape[1])] if len(q) >= MIN_STEP_CALIBRATION_WINDOWS else [slice(None)] * q.shape[1]
         self.widths = {
             f"{level:g}": [compute_interval_widening(q[:, h, a], q[:, h, b], future[:, h], level) for h in steps]
             for level, (a, b) in LEVELS.items()
@@ -435,7 +435,7 @@ class Forecasting(Task):
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         simple = {name: values for name, (_, values) in self.simple(test).items()}
-        return report.of(test, outputs["values"][:, :, 0].astype(np.float64), truth, simple, LEVELS)
+        return report.build_exhibits(test, outputs["values"][:, :, 0].astype(np.float64), truth, simple, LEVELS)
 
     # Saved with the run
 
@@ -460,7 +460,7 @@ class Forecasting(Task):
         return task
 
 
-def standard(values: np.ndarray) -> tuple[float, float]:
+def mean_and_std(values: np.ndarray) -> tuple[float, float]:
     """Return mean and standard deviation of the finite values; (0, 1) if there are none."""
     known = values[np.isfinite(values)]
     return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)

@@ -11,14 +11,14 @@ from fieldguide.data.dataset import Data
 from fieldguide.data.timeseries.panel import Panel
 from fieldguide.data.timeseries.windows import CUT, SERIES, Windows
 
-SHOWN = 6  # series drawn, from the worst to the best
-LISTED = 20  # series in the table of the worst
-PAST = 400  # maximum steps drawn before a forecast
-Ends = Mapping[float, tuple[int, int]]  # nominal coverage -> indices of the interval's ends among the quantiles
+SHOWN_SERIES = 6  # series drawn, from the worst to the best
+LISTED_SERIES = 20  # series in the table of the worst
+MAX_SHOWN_PAST_STEPS = 400  # maximum steps drawn before a forecast
+IntervalEnds = Mapping[float, tuple[int, int]]  # nominal coverage -> indices of the interval's ends among the quantiles
 
 
-def of(
-    test: Data, values: np.ndarray, truth: Mapping[str, np.ndarray], simple: Mapping[str, np.ndarray], levels: Ends
+def build_exhibits(
+    test: Data, values: np.ndarray, truth: Mapping[str, np.ndarray], simple: Mapping[str, np.ndarray], levels: IntervalEnds
 ) -> dict[str, list[Exhibit]]:
     """Return the exhibits. `values` (B, H, 1+Q; standardized, point forecast first) are the model's, `simple` (B, H)
     those of each baseline.
@@ -28,38 +28,38 @@ def of(
     series = test.rows[SERIES].to_numpy()
     points = {"this network": values[..., 0], **simple}
     scaled = {name: abs(x - future) * (truth["std"] / truth["naive"])[:, None] for name, x in points.items()}
-    each = average(scaled["this network"], 1)
+    each = nan_mean(scaled["this network"], 1)
     numbers = np.unique(series)
-    mean = {name: np.array([average(average(x[series == s], 1), 0) for s in numbers]) for name, x in scaled.items()}
+    mean = {name: np.array([nan_mean(nan_mean(x[series == s], 1), 0) for s in numbers]) for name, x in scaled.items()}
     order = np.argsort(-np.nan_to_num(mean["this network"], nan=-1.0), kind="stable")
     drawn = []
-    for s in numbers[order[np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int)]]:
+    for s in numbers[order[np.linspace(0, len(order) - 1, min(SHOWN_SERIES, len(order))).round().astype(int)]]:
         mine = np.flatnonzero(series == s)
         row = int(mine[np.argsort(each[mine], kind="stable")[len(mine) // 2]])
         natural = values[row] * truth["std"][row] + truth["mean"][row]
         at = int(test.rows[CUT][row])
-        drawn.append(window(windows.panel, windows.options.season, int(s), at, natural, each[row], levels))
+        drawn.append(draw_window(windows.panel, windows.options.season, int(s), at, natural, each[row], levels))
     return {
         "Forecasts": drawn,
-        "Errors": [by_step(scaled), worst(windows.panel, series, numbers, order, mean), covered(values, future, levels)],
+        "Errors": [error_by_step(scaled), worst_series(windows.panel, series, numbers, order, mean), coverage_by_step(values, future, levels)],
     }
 
 
-def by_step(scaled: Mapping[str, np.ndarray]) -> Lines:
+def error_by_step(scaled: Mapping[str, np.ndarray]) -> Lines:
     steps = np.arange(1, next(iter(scaled.values())).shape[1] + 1)
     return Lines(
         "Error by horizon",
         "MASE by step, over all test windows. 1 is the in-sample one-step error of the seasonal naive forecast.",
         x="steps ahead",
         y="MASE",
-        lines={name: (steps, average(x, 0)) for name, x in scaled.items()},
+        lines={name: (steps, nan_mean(x, 0)) for name, x in scaled.items()},
     )
 
 
-def worst(found: Panel, series: np.ndarray, numbers: np.ndarray, order: np.ndarray, mean: Mapping[str, np.ndarray]) -> Table:
+def worst_series(found: Panel, series: np.ndarray, numbers: np.ndarray, order: np.ndarray, mean: Mapping[str, np.ndarray]) -> Table:
     rows = [
         (found.names[numbers[i]], int((series == numbers[i]).sum()), *(float(x[i]) for x in mean.values()))
-        for i in order[:LISTED]
+        for i in order[:LISTED_SERIES]
     ]
     return Table(
         "Worst series" if len(numbers) > 1 else "The series",
@@ -70,7 +70,7 @@ def worst(found: Panel, series: np.ndarray, numbers: np.ndarray, order: np.ndarr
     )
 
 
-def covered(values: np.ndarray, future: np.ndarray, levels: Ends) -> Lines:
+def coverage_by_step(values: np.ndarray, future: np.ndarray, levels: IntervalEnds) -> Lines:
     steps, known = np.arange(1, values.shape[1] + 1), np.isfinite(future)
     inside = {
         f"{100 * level:.0f} %": (values[..., 1 + a] <= future) & (future <= values[..., 1 + b])
@@ -81,16 +81,16 @@ def covered(values: np.ndarray, future: np.ndarray, levels: Ends) -> Lines:
         "Fraction of values inside each interval; it should equal the nominal coverage.",
         x="steps ahead",
         y="fraction inside",
-        lines={name: (steps, average(np.where(known, x, np.nan), 0)) for name, x in inside.items()},
+        lines={name: (steps, nan_mean(np.where(known, x, np.nan), 0)) for name, x in inside.items()},
     )
 
 
-def window(found: Panel, season: int, series: int, at: int, natural: np.ndarray, error: float, levels: Ends) -> Lines:
+def draw_window(found: Panel, season: int, series: int, at: int, natural: np.ndarray, error: float, levels: IntervalEnds) -> Lines:
     """Return the chart of one window: the end of its past, the actual values, and the forecast with intervals
     (`natural`: H, 1+Q).
     """
     ahead, low, high = np.arange(len(natural)), int(found.low[series]), int(found.high[series])
-    begin, end = max(at - max(2 * len(natural), 2 * season), low, at - PAST), min(at + len(natural), high)
+    begin, end = max(at - max(2 * len(natural), 2 * season), low, at - MAX_SHOWN_PAST_STEPS), min(at + len(natural), high)
     moment = f"step {at - low}" if found.layout == "rows" else found.frequency.label(found.times[at])
     was = (np.arange(begin, end) - at, found.values[begin:end, found.column[series]])
     bands = {
@@ -107,7 +107,7 @@ def window(found: Panel, season: int, series: int, at: int, natural: np.ndarray,
     )
 
 
-def average(values: np.ndarray, axis: int) -> np.ndarray:
+def nan_mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Return the mean of the finite values; NaN if there are none."""
     real = np.isfinite(values)
     count = real.sum(axis)

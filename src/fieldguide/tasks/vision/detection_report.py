@@ -14,22 +14,22 @@ from fieldguide.data.media import images
 from fieldguide.metrics.detection import average_precision
 from fieldguide.tasks.base import Arrays
 
-SHOWN = 12  # images in each gallery
-CURVES = 12  # classes whose curves are drawn, the most frequent ones
-HALF = 280  # pixels of an image's longer side in a gallery
+SHOWN_IMAGES = 12  # images in each gallery
+MAX_CURVES = 12  # classes whose curves are drawn, the most frequent ones
+GALLERY_SIDE = 280  # pixels of an image's longer side in a gallery
 
 
-def opened(path: str) -> Image.Image:
+def open_image(path: str) -> Image.Image:
     with images.suppress_warnings(), Image.open(path) as image:
         return images.convert_mode(image, "RGB").copy()
 
 
-def colour(label: int) -> tuple[int, int, int]:
+def class_color(label: int) -> tuple[int, int, int]:
     """Return a color per class: hues spaced by the golden angle."""
     return tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.33 + 0.618034 * label) % 1, 0.85, 0.95))
 
 
-def drawn(
+def draw_boxes(
     picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], scores: np.ndarray | None = None
 ) -> Image.Image:
     """Return the image with boxes (M, 4, in pixels) and class names, and scores if given; line width follows the image
@@ -41,17 +41,17 @@ def drawn(
     for place in range(len(labels)):
         left, top, right, bottom = (float(v) for v in boxes[place])
         label = int(labels[place])
-        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour(label), width=width)
+        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=class_color(label), width=width)
         words = names[label] if scores is None else f"{names[label]} {scores[place]:.2f}"
         if min(out.size) >= 100:
             long, high = pen.textbbox((0, 0), words, font=font)[2:]
             y = top - high - 1 if top > high else top
-            pen.rectangle((left, y, left + long + 2, y + high + 1), fill=colour(label))
+            pen.rectangle((left, y, left + long + 2, y + high + 1), fill=class_color(label))
             pen.text((left + 1, y), words, fill=(0, 0, 0), font=font)
     return out
 
 
-def matched(
+def match_boxes(
     boxes: np.ndarray, labels: np.ndarray, true: np.ndarray, is_: np.ndarray, crowd: np.ndarray, limit: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
     """Match predicted boxes (sorted by score) to true boxes one to one, with IoU of at least `limit`.
@@ -76,7 +76,7 @@ def matched(
     return right, met
 
 
-def exhibits(
+def build_exhibits(
     paths: Sequence[str], titles: Sequence[str], outputs: Arrays, truth: Arrays, names: Sequence[str], least: float
 ) -> dict[str, list[Exhibit]]:
     scores, classes = average_precision(outputs, truth, len(names)), len(names)
@@ -86,7 +86,7 @@ def exhibits(
         real, known = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= least), truth["labels"][i] >= 0
         boxes, labels, sure = outputs["boxes"][i][real], outputs["labels"][i][real].astype(int), outputs["scores"][i][real]
         true, is_, crowd = truth["boxes"][i][known], truth["labels"][i][known], truth["crowd"][i][known]
-        right, met = matched(boxes, labels, true, is_, crowd)
+        right, met = match_boxes(boxes, labels, true, is_, crowd)
         for counts, some in (
             (there, is_[~crowd]),
             (found, is_[met & ~crowd]),
@@ -110,26 +110,26 @@ def exhibits(
         )
         for k in order
     ]
-    curves = {names[k]: (scores["recall"].tolist(), scores["precision"][k].tolist()) for k in order[:CURVES] if there[k]}
+    curves = {names[k]: (scores["recall"].tolist(), scores["precision"][k].tolist()) for k in order[:MAX_CURVES] if there[k]}
 
     def gallery(title: str, which: Sequence[int]) -> Gallery:
         pictures = []
         for i in which:
             boxes, labels, sure, true, is_, errors = kept[i]
-            picture = opened(paths[i])
-            scale = HALF / max(picture.size)
+            picture = open_image(paths[i])
+            scale = GALLERY_SIDE / max(picture.size)
             small = picture.resize([max(1, round(v * scale)) for v in picture.size], Image.Resampling.BILINEAR)
             pair = Image.new("RGB", (2 * small.width + 4, small.height), "white")
-            pair.paste(drawn(small, true * scale, is_, names), (0, 0))
-            pair.paste(drawn(small, boxes * scale, labels, names, sure), (small.width + 4, 0))
+            pair.paste(draw_boxes(small, true * scale, is_, names), (0, 0))
+            pair.paste(draw_boxes(small, boxes * scale, labels, names, sure), (small.width + 4, 0))
             out = io.BytesIO()
             pair.save(out, "JPEG", quality=80)
             caption = f"{titles[i]}: {len(is_)} true, {len(labels)} predicted, {errors} wrong"
             pictures.append(Picture(out.getvalue(), caption, errors > 0))
         return Gallery(title, "True boxes on the left, predicted boxes on the right.", pictures, wide=True)
 
-    worst = np.argsort(-wrong, kind="stable")[:SHOWN]
-    chance = np.random.default_rng(0).permutation(len(paths))[:SHOWN]
+    worst = np.argsort(-wrong, kind="stable")[:SHOWN_IMAGES]
+    chance = np.random.default_rng(0).permutation(len(paths))[:SHOWN_IMAGES]
     return {
         "Classes": [
             Table(

@@ -24,12 +24,12 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform, suggest_side
 from fieldguide.tasks.base import CheckpointAssets
-from fieldguide.tasks.supervised import ClassificationTask, discrete, fill_options, mix_pairs
+from fieldguide.tasks.supervised import ClassificationTask, is_discrete, fill_options, mix_pairs
 
 LINEAR_SIDE = 16  # image size of the linear baseline
-SAMPLE = 5000  # images that mean and standard deviation are computed from
-MOST = {"cpu": 96, "mps": 160, "cuda": 224}  # maximum pixels per side by device, if the user sets no size
-SHARE = 0.3  # maximum fraction of RAM for decoded images; beyond it they are decoded batch by batch
+SAMPLED_IMAGES = 5000  # images that mean and standard deviation are computed from
+MAX_SIDE_BY_DEVICE = {"cpu": 96, "mps": 160, "cuda": 224}  # maximum pixels per side by device, if the user sets no size
+MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images; beyond it they are decoded batch by batch
 
 
 class ImageClassification(ClassificationTask):
@@ -54,7 +54,7 @@ class ImageClassification(ClassificationTask):
     def match(cls, data: Data) -> str | None:
         asked = any(normalize_name(c.name) == "question" for c in data.features())
         said = data.target and normalize_name(data.target.name) in CAPTION_NAMES
-        if len(data.features("image")) == 1 and not asked and not said and data.target and discrete(data.target):
+        if len(data.features("image")) == 1 and not asked and not said and data.target and is_discrete(data.target):
             return f"images and {data.target.distinct} classes"
         return None
 
@@ -65,10 +65,10 @@ class ImageClassification(ClassificationTask):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        side = options.side or min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[device().type])
+        side = options.side or min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MAX_SIDE_BY_DEVICE[device().type])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[task.column].to_list()
-        sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
+        sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLED_IMAGES]
         task.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels))
         if options.pixels:
             task.pictures = task.pictures.with_normalization(options.pixels)
@@ -105,7 +105,7 @@ class ImageClassification(ClassificationTask):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths = data.rows[self.column].to_list()
         p = self.pictures
-        fits = len(paths) * p.channels * p.side**2 < SHARE * ram()
+        fits = len(paths) * p.channels * p.side**2 < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram()
         stored = p.load(paths) if fits else None
         target = torch.from_numpy(self.targets(data)["label"]) if settings else None
         how = settings.augmentation if settings else "none"

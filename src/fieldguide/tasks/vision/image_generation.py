@@ -32,24 +32,24 @@ from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
-from fieldguide.tasks.supervised import binomial_interval, discrete, fill_options
+from fieldguide.tasks.supervised import binomial_interval, is_discrete, fill_options
 
-SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
-MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
-MEMORY = 0.3  # maximum fraction of RAM for decoded images
-NEEDED = 10_000  # maximum training images for the evaluation models
-LESSONS = 800  # training steps of the CNN that is trained on generated images alone
-JUDGES = ("judge", "motion", "matcher")
-GRID = 16  # images of a sheet
-LONGEST = 64  # maximum tokens of a caption, if the user sets no length
-KNOWN = 256  # training captions kept for sampling without given captions
-SENTENCES = 20  # with at most this many different texts, they are class names regardless of length
+IMAGE_SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
+MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
+MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
+MAX_EVALUATION_IMAGES = 10_000  # maximum training images for the evaluation models
+EVALUATION_STEPS = 800  # training steps of the CNN that is trained on generated images alone
+EVALUATION_MODELS = ("judge", "motion", "matcher")
+SHEET_IMAGES = 16  # images of a sheet
+MAX_CAPTION_TOKENS = 64  # maximum tokens of a caption, if the user sets no length
+MAX_KNOWN_CAPTIONS = 256  # training captions kept for sampling without given captions
+MAX_CLASS_TEXTS = 20  # with at most this many different texts, they are class names regardless of length
 
 
-def said(values: pl.Series) -> Kind | None:
+def infer_target_kind(values: pl.Series) -> Kind | None:
     """Return "text" if the values of a target are captions (many different phrases), None if they look like classes."""
     present = blank_missing(values).drop_nulls() if values.dtype == pl.String else values.head(0)
-    return "text" if len(present) and present.n_unique() > SENTENCES and has_sentences(present) else None
+    return "text" if len(present) and present.n_unique() > MAX_CLASS_TEXTS and has_sentences(present) else None
 
 
 class ImageGeneration(Task):
@@ -61,7 +61,7 @@ class ImageGeneration(Task):
     input_types = ("noisy", "noise")
     feature = ("image",)
     output_types = ("image",)
-    column_spec = ColumnSpec("named", names=CAPTION_NAMES, kinds={"target": said})
+    column_spec = ColumnSpec("named", names=CAPTION_NAMES, kinds={"target": infer_target_kind})
     metrics = (
         Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN trained on this data"),
         Metric("precision", "max", "of generated images look real", percent=True),
@@ -82,8 +82,8 @@ class ImageGeneration(Task):
     )
     monitor = "held_out_loss"
     recipe: ClassVar = {"patience": 0, "epochs": 1e6}  # train on small data until the time limit
-    validated, tested = 500, 1000
-    most, fewest = 64, 16
+    max_validation_examples, max_test_examples = 500, 1000
+    max_batch_size, min_batch_size = 64, 16
 
     @dataclass(frozen=True)
     class Options:
@@ -102,7 +102,7 @@ class ImageGeneration(Task):
         sampler: str = "ddim"  # ddim | ddpm
         eta: float = 0.0  # noise that ddim adds at each step; 1 = as much as ddpm
         guidance: float = 1.5  # classifier-free guidance scale; 1 = none
-        seed: int = 0
+        seed: int = 0  # of the noise
 
     pictures: ImageTransform
     labels: list[str]  # empty if the data has no classes
@@ -124,13 +124,13 @@ class ImageGeneration(Task):
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         captioned = data.target is not None and data.target.kind == "text"
-        if data.target is not None and not captioned and not discrete(data.target):
+        if data.target is not None and not captioned and not is_discrete(data.target):
             raise DataError(
                 f"{data.source}: the label column {data.target.name!r} must hold classes or captions, but holds "
                 f"{data.target.kind}."
             )
         fits = suggest_side(data.rows[WIDTH], data.rows[HEIGHT])
-        side = options.side or max((s for s in SIDES if s <= min(fits, MOST[device().type])), default=SIDES[0])
+        side = options.side or max((s for s in IMAGE_SIDES if s <= min(fits, MAX_SIDE_BY_DEVICE[device().type])), default=IMAGE_SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target and not captioned else []
@@ -149,15 +149,15 @@ class ImageGeneration(Task):
     def learn_captions(self, texts: list[str]) -> None:
         """Fit the caption tokenizer; sets vocab_size and length."""
         self.text = TextTokenizer.fit(texts, size=self.options.vocab_size)
-        sizes = [len(ids) for ids in self.text.encode(texts[:NEEDED], 100_000)[0]]
-        self.options = fill_options(self.options, vocab_size=self.text.size, length=suggest_length(sizes, LONGEST))
+        sizes = [len(ids) for ids in self.text.encode(texts[:MAX_EVALUATION_IMAGES], 100_000)[0]]
+        self.options = fill_options(self.options, vocab_size=self.text.size, length=suggest_length(sizes, MAX_CAPTION_TOKENS))
         if cut := sum(size > self.options.length for size in sizes):
             self.notes.append(
                 f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens and "
                 "are truncated (change this with task.length=...)"
             )
         different = list(dict.fromkeys(texts))
-        self.captions = [different[i] for i in np.random.default_rng(0).permutation(len(different))[:KNOWN]]
+        self.captions = [different[i] for i in np.random.default_rng(0).permutation(len(different))[:MAX_KNOWN_CAPTIONS]]
 
     def tokens(self, texts: list[str]) -> np.ndarray:  # -> N T int64, 0 beyond a caption's end
         out = np.zeros((len(texts), self.options.length), dtype=np.int64)
@@ -194,7 +194,7 @@ class ImageGeneration(Task):
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, p = data.rows[self.column].to_list(), self.pictures
-        stored = p.load(paths) if len(paths) * p.channels * p.side**2 < MEMORY * ram() else None
+        stored = p.load(paths) if len(paths) * p.channels * p.side**2 < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram() else None
         label = torch.from_numpy(self.codes(data))
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -214,13 +214,13 @@ class ImageGeneration(Task):
         """
         p = self.pictures
         if isinstance(objective, Adversarial):
-            refuse_steps(predict_options)
+            check_one_step_options(predict_options)
             return objective.sample([int(n) for n in numbers], label, seed=predict_options.seed).clamp(-1, 1)
         guidance = predict_options.guidance if self.labels or self.text else 1.0
         return objective.sample(
             label,
             (p.channels, p.side, p.side),
-            sampler(predict_options),
+            build_sampler(predict_options),
             seed=predict_options.seed,
             numbers=numbers,
             guidance=guidance,
@@ -262,12 +262,12 @@ class ImageGeneration(Task):
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         if self.text is not None:
             return [
-                {"caption": self.said(label), "image": Media(png(x), ".png")}
+                {"caption": self.said(label), "image": Media(encode_png(x), ".png")}
                 for x, label in zip(outputs["samples"], outputs["label"])
             ]
         names = ["", *self.labels]
         return [
-            {**({"class": names[int(label)]} if self.labels else {}), "image": Media(png(x), ".png")}
+            {**({"class": names[int(label)]} if self.labels else {}), "image": Media(encode_png(x), ".png")}
             for x, label in zip(outputs["samples"], outputs["label"].astype(int))
         ]
 
@@ -278,7 +278,7 @@ class ImageGeneration(Task):
     # Evaluation
 
     def prepare_test(self, train: Data, held: Data) -> None:
-        rows = np.random.default_rng(0).permutation(len(train))[:NEEDED]
+        rows = np.random.default_rng(0).permutation(len(train))[:MAX_EVALUATION_IMAGES]
         some = train.take(np.sort(rows))
         self.known = self.pictures.apply(self.pictures.load(some.rows[self.column].to_list()))
         codes = torch.from_numpy(self.codes(some))
@@ -306,7 +306,7 @@ class ImageGeneration(Task):
             if self.labels:
                 asked = torch.from_numpy(outputs["label"].astype(np.int64)) - 1
                 pupil = generative.train_classifier(
-                    made, asked, len(self.labels), steps=LESSONS if self.pictures.side > 16 else LESSONS // 2
+                    made, asked, len(self.labels), steps=EVALUATION_STEPS if self.pictures.side > 16 else EVALUATION_STEPS // 2
                 )
                 found["right"] = generative.extract_features(pupil, real, return_classes=True) == truth["label"] - 1
             if self.matcher is not None:
@@ -335,7 +335,7 @@ class ImageGeneration(Task):
         if "loss" in outputs:
             scores["held_out_loss"] = float(outputs["loss"].mean())
         elif "samples" in outputs:
-            scores["held_out_loss"] = generative.frechet_distance(thumbnails(outputs["samples"]), thumbnails(truth["real"]))
+            scores["held_out_loss"] = generative.frechet_distance(compute_thumbnails(outputs["samples"]), compute_thumbnails(truth["real"]))
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
@@ -346,7 +346,7 @@ class ImageGeneration(Task):
         ranges["held_out_loss"] = (
             generative.bootstrap_mean_interval(outputs["loss"])
             if "loss" in outputs
-            else generative.bootstrap_distance_interval(thumbnails(outputs["samples"]), thumbnails(truth["real"]))
+            else generative.bootstrap_distance_interval(compute_thumbnails(outputs["samples"]), compute_thumbnails(truth["real"]))
         )
         for name, metric in (("right", "classifier_accuracy"), ("matched", "caption_match")):
             if name in found:
@@ -394,11 +394,11 @@ class ImageGeneration(Task):
         return torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
 
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
-        label = self.some(2 * GRID)
+        label = self.some(2 * SHEET_IMAGES)
         made = self.made(objective, label, range(len(label)), self.PredictOptions())
         return [
             Gallery(
-                "Samples during training", "Generated from the same noise each time.", [Picture(sheet(made.cpu().numpy()), "")]
+                "Samples during training", "Generated from the same noise each time.", [Picture(encode_sheet(made.cpu().numpy()), "")]
             )
         ]
 
@@ -409,14 +409,14 @@ class ImageGeneration(Task):
         if self.text is not None:
             matched = self.judged(outputs, truth)["matched"]
             pairs = [
-                Picture(sheet(np.stack([samples[i], truth["real"][i]])), self.said(label[i]), bad=not matched[i])
-                for i in range(min(3 * GRID, len(samples)))
+                Picture(encode_sheet(np.stack([samples[i], truth["real"][i]])), self.said(label[i]), bad=not matched[i])
+                for i in range(min(3 * SHEET_IMAGES, len(samples)))
             ]
             label = label[:, 0]
         order = np.argsort(label, kind="stable") if self.labels else np.arange(len(label))
-        rows = by_class(samples, label, self.labels) if self.labels else []
+        rows = sheets_by_class(samples, label, self.labels) if self.labels else []
         shown: list[Exhibit] = [
-            Gallery("Samples", "Generated for the test, unselected.", rows or [Picture(sheet(samples[order[: 4 * GRID]]), "")])
+            Gallery("Samples", "Generated for the test, unselected.", rows or [Picture(encode_sheet(samples[order[: 4 * SHEET_IMAGES]]), "")])
         ]
         if self.text is not None:
             shown.append(
@@ -428,11 +428,11 @@ class ImageGeneration(Task):
                 )
             )
         if objective is not None and isinstance(objective, Diffusion):
-            wanted = self.some(GRID)
+            wanted = self.some(SHEET_IMAGES)
             few = "Generated from the same noise: more steps are slower and add detail."
             by_steps = [
                 Picture(
-                    sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).cpu().numpy()),
+                    encode_sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).cpu().numpy()),
                     f"{steps} steps",
                 )
                 for steps in (2, 5, 10, 20, 50)
@@ -446,7 +446,7 @@ class ImageGeneration(Task):
         made, real = (generative.extract_features(self.judge, torch.from_numpy(x[:300])) for x in (samples, truth["real"]))
         far_made, far_real = generative.pairwise_distances(made, known), generative.pairwise_distances(real, known)
         beside = [self.known[int(far.argmin())].numpy() for far in far_made[:12]]
-        pairs = [Picture(sheet(np.stack([samples[i], other])), f"{far_made[i].min():.2f}") for i, other in enumerate(beside)]
+        pairs = [Picture(encode_sheet(np.stack([samples[i], other])), f"{far_made[i].min():.2f}") for i, other in enumerate(beside)]
         closer = float((far_made.min(1) < np.quantile(far_real.min(1), 0.05)).mean())
         return [
             Gallery(
@@ -479,7 +479,7 @@ class ImageGeneration(Task):
         task.pictures, task.labels = ImageTransform.from_json(state["pictures"]), state["labels"]
         task.captions = state.get("captions", [])
         task.text = TextTokenizer.load(folder) if task.captions else None
-        for name in JUDGES:
+        for name in EVALUATION_MODELS:
             if (folder / f"{name}.safetensors").exists():
                 setattr(task, name, generative.load_state(load_file(folder / f"{name}.safetensors")))
         return task
@@ -488,12 +488,12 @@ class ImageGeneration(Task):
         super().save(folder)
         if self.text is not None:
             self.text.save(folder)
-        for name in JUDGES:
+        for name in EVALUATION_MODELS:
             if (judge := getattr(self, name)) is not None:
                 save_file({k: t.contiguous() for k, t in judge.state_dict().items()}, folder / f"{name}.safetensors")
 
 
-def sampler(predict_options: Any) -> Sampler:
+def build_sampler(predict_options: Any) -> Sampler:
     """Return the sampler that the options name. Raises `SettingsError` for an unknown one."""
     samplers = {
         "ddim": lambda: DDIM(steps=predict_options.steps, eta=predict_options.eta),
@@ -504,7 +504,7 @@ def sampler(predict_options: Any) -> Sampler:
     return samplers[predict_options.sampler]()
 
 
-def refuse_steps(predict_options: Any) -> None:
+def check_one_step_options(predict_options: Any) -> None:
     """Raise `SettingsError` if sampler options are set for a one-step generator."""
     usual = type(predict_options)()
     if changed := [
@@ -513,24 +513,24 @@ def refuse_steps(predict_options: Any) -> None:
         raise SettingsError(f"{', '.join(changed)}: not supported. This model generates an image in one step.")
 
 
-def thumbnails(pictures: np.ndarray) -> np.ndarray:  # N C S S -> N C * 64
+def compute_thumbnails(pictures: np.ndarray) -> np.ndarray:  # N C S S -> N C * 64
     """Return 8 x 8 thumbnails as vectors."""
     return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(pictures)), 8).flatten(1).numpy()
 
 
-def png(x: np.ndarray) -> bytes:  # C S S in -1 .. 1
+def encode_png(x: np.ndarray) -> bytes:  # C S S in -1 .. 1
     array = np.rint((x + 1) * 127.5).clip(0, 255).astype(np.uint8)
     out = io.BytesIO()
     Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0)).save(out, "PNG")
     return out.getvalue()
 
 
-def by_class(samples: np.ndarray, label: np.ndarray, names: list[str]) -> list[Picture]:  # N C S S, N
+def sheets_by_class(samples: np.ndarray, label: np.ndarray, names: list[str]) -> list[Picture]:  # N C S S, N
     """Return some images of each class that occurs."""
-    return [Picture(sheet(samples[label == k][:GRID]), names[k - 1]) for k in np.unique(label)]
+    return [Picture(encode_sheet(samples[label == k][:SHEET_IMAGES]), names[k - 1]) for k in np.unique(label)]
 
 
-def sheet(pictures: np.ndarray) -> bytes:  # N C S S in -1 .. 1 -> PNG
+def encode_sheet(pictures: np.ndarray) -> bytes:  # N C S S in -1 .. 1 -> PNG
     """Return the images as a grid with thin lines between."""
     count, channels, side = len(pictures), *pictures.shape[1:3]
     columns = max(1, math.ceil(math.sqrt(count)))
@@ -539,7 +539,7 @@ def sheet(pictures: np.ndarray) -> bytes:  # N C S S in -1 .. 1 -> PNG
     for i, picture in enumerate(pictures):
         top, left = i // columns * (side + 1), i % columns * (side + 1)
         whole[:, top : top + side, left : left + side] = picture
-    return png(whole)
+    return encode_png(whole)
 
 
 TASKS = (ImageGeneration,)

@@ -35,18 +35,18 @@ from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 
 VOID = 255  # conventional value of pixels without a class
-SIDE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side by device, if the user sets no size
-CROP = {"cpu": 192, "mps": 320, "cuda": 512}  # side in pixels of the training crop by device
-SHARE = 0.3  # maximum fraction of RAM for decoded images
-SHOWN = 24  # images in the report
-SAMPLE = 500  # images that mean and standard deviation are computed from
+MAX_SIDE_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side by device, if the user sets no size
+CROP_BY_DEVICE = {"cpu": 192, "mps": 320, "cuda": 512}  # side in pixels of the training crop by device
+MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
+SHOWN_IMAGES = 24  # images in the report
+SAMPLED_IMAGES = 500  # images that mean and standard deviation are computed from
 
 
-def outlined(data: Data) -> Iterator[Finding]:
+def check_outlines(data: Data) -> Iterator[Finding]:
     """Find boxes without outlines, and crowds."""
     if data.target is None or data.target.kind != "boxes" or not data.rows[data.target.name].dtype.is_nested():
         return
-    seen = objects(data)
+    seen = list_objects(data)
     nothing = "belong to no class, and are neither trained on nor scored"
     for check, severity, which, what, remedy in (
         (
@@ -74,7 +74,7 @@ class ImageSegmentation(Task):
     feature = ("image",)
     output_types = ("mask",)
     column_spec = ColumnSpec(
-        "named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, outlined)
+        "named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, check_outlines)
     )
     metrics = (
         Metric("miou", "max", "mean intersection over union over classes", percent=True),
@@ -82,7 +82,7 @@ class ImageSegmentation(Task):
         Metric("mean_accuracy", "max", "mean recall over classes", percent=True),
     )
     recipe: ClassVar = {"augmentation": "light", "weight_decay": 0.01, "ema": 0.99}
-    most, fewest = 16, 4
+    max_batch_size, min_batch_size = 16, 4
 
     @dataclass(frozen=True)
     class Options:
@@ -112,7 +112,7 @@ class ImageSegmentation(Task):
         if len(data.features("image")) != 1:
             return "one image column"
         if data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested():
-            seen = objects(data)
+            seen = list_objects(data)
             if seen["drawn"].any():
                 return None
             return (
@@ -128,7 +128,7 @@ class ImageSegmentation(Task):
 
     @classmethod
     def drawn(cls, data: Data, options: Any) -> Data:
-        seen, ignored = objects(data), named(options.ignore)
+        seen, ignored = list_objects(data), split_names(options.ignore)
         there = set(seen.filter(pl.col("drawn") & ~pl.col("crowd"))["label"])
         listed = (data.context or {}).get("classes") or sorted(there)
         if strange := [n for n in ignored if n not in listed]:
@@ -159,7 +159,7 @@ class ImageSegmentation(Task):
         given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
         values = {name: value for value, name in given.items()}
         try:
-            ignored = {values[v] if v in values else int(v) for v in named(options.ignore)}
+            ignored = {values[v] if v in values else int(v) for v in split_names(options.ignore)}
         except ValueError:
             listed = f" or classes ({', '.join(values)})" if values else ""
             raise SettingsError(
@@ -218,11 +218,11 @@ class ImageSegmentation(Task):
         task = cls(list(data.columns.values()), options)
         kind = device().type
         longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
-        side = options.side or min(SIDE[kind], longest)
+        side = options.side or min(MAX_SIDE_BY_DEVICE[kind], longest)
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         raw = Canvas(side, channels, tuple(data.context["values"]))
         paths, sizes = task.files(data)
-        some = np.random.default_rng(0).permutation(len(paths))[:SAMPLE]
+        some = np.random.default_rng(0).permutation(len(paths))[:SAMPLED_IMAGES]
         pixels = [raw.load_images([paths[i]], [sizes[i]], raw.fit_size(*sizes[i])).reshape(channels, -1) for i in some]
         means, squares = (
             np.mean([p.mean(1, dtype=np.float64) if power == 1 else (p.astype(np.float64) ** 2).mean(1) for p in pixels], 0)
@@ -232,7 +232,7 @@ class ImageSegmentation(Task):
         deviation = np.maximum(np.sqrt(np.maximum(squares - means**2, 0)), 1e-3)
         task.canvas = Canvas(side, channels, raw.classes, tuple(means.tolist()), tuple(deviation.tolist()))
         task.names, task.colours = list(data.context["names"]), palette(len(data.context["names"]))
-        crop = options.crop or min(CROP[kind], max(64, side // 32 * 32))
+        crop = options.crop or min(CROP_BY_DEVICE[kind], max(64, side // 32 * 32))
         task.options = fill_options(options, side=side, crop=crop, channels=channels)
         if side < longest:
             task.notes.append(
@@ -263,7 +263,7 @@ class ImageSegmentation(Task):
             raise DataError(
                 f"{data.source}: there are no outlines to evaluate with. To predict without outlines, use `fieldguide predict`."
             )
-        strange = sorted(set(objects(data).filter("drawn")["label"]) - {*self.names, *named(self.options.ignore)})
+        strange = sorted(set(list_objects(data).filter("drawn")["label"]) - {*self.names, *split_names(self.options.ignore)})
         if strange:
             raise DataError(
                 f"{data.source}: has objects of {', '.join(map(repr, strange[:5]))}, which are not classes of "
@@ -290,7 +290,7 @@ class ImageSegmentation(Task):
         canvas = self.canvas.canvas_size(sizes)
         bytes_ = len(paths) * canvas[0] * canvas[1] * (self.options.channels + 2)
         kept = None
-        if bytes_ < SHARE * ram():
+        if bytes_ < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram():
             kept = (
                 self.canvas.load_images(paths, sizes, canvas),
                 self.canvas.load_masks(truth, sizes, canvas) if truth else None,
@@ -309,7 +309,7 @@ class ImageSegmentation(Task):
             inner = torch.tensor([self.canvas.fit_size(*sizes[i]) for i in index])
             if generator is not None:
                 pixels, target = load(index, True)
-                image, target = augmented(
+                image, target = augment_pair(
                     torch.from_numpy(pixels),
                     torch.from_numpy(target),
                     inner,
@@ -412,8 +412,8 @@ class ImageSegmentation(Task):
         overlap, found = self.by_class(counts.astype(float))
         rows = [(name, int(counts[i].sum()), float(overlap[i]), float(found[i])) for i, name in enumerate(self.names)]
         each = np.array([np.nanmean(self.by_class(c.astype(float))[0]) for c in outputs["counts"]])
-        worst = np.argsort(each)[: SHOWN // 2]
-        rest = np.random.default_rng(0).permutation(len(each))[: SHOWN // 2]
+        worst = np.argsort(each)[: SHOWN_IMAGES // 2]
+        rest = np.random.default_rng(0).permutation(len(each))[: SHOWN_IMAGES // 2]
         legend = Gallery(
             "Colors",
             "Colors of the classes.",
@@ -488,7 +488,7 @@ class ImageSegmentation(Task):
         return task
 
 
-def objects(data: Data) -> pl.DataFrame:
+def list_objects(data: Data) -> pl.DataFrame:
     """Return one row per object of a box column: `row` of its image, `label`, `crowd`, and `drawn` (it has an
     outline).
     """
@@ -506,11 +506,11 @@ def objects(data: Data) -> pl.DataFrame:
     )
 
 
-def named(text: str) -> list[str]:
+def split_names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def augmented(
+def augment_pair(
     pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # N C H W, N H W -> N C S S, N S S
     """Return a random square crop of each image: rescaled (0.5 to 2 times), mirrored, with random brightness and

@@ -29,16 +29,16 @@ from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.vision.detection_report import drawn, exhibits, matched, opened
+from fieldguide.tasks.vision.detection_report import draw_boxes, build_exhibits, match_boxes, open_image
 
-SIDE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side by device, if the user sets no size
-STEP = 32  # image sizes are multiples of the coarsest grid's stride
-SHARE = 0.3  # maximum fraction of RAM for decoded images
-MOST = 100  # maximum boxes per image, as in COCO evaluation
-REPEATS, ENOUGH = 30, 2000  # bootstrap repeats, and the maximum images they are drawn from
+MAX_SIDE_BY_DEVICE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side by device, if the user sets no size
+STRIDE = 32  # image sizes are multiples of the coarsest grid's stride
+MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
+MAX_DETECTIONS = 100  # maximum boxes per image, as in COCO evaluation
+BOOTSTRAP_REPEATS, MAX_BOOTSTRAP_IMAGES = 30, 2000  # bootstrap repeats, and the maximum images they are drawn from
 
 
-class Framed(Detection):
+class LetterboxedDetection(Detection):
     """A detection objective whose predictions are in image pixels: the batch holds the letterbox of each image."""
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class ObjectDetection(Task):
     )
     monitor = "map50"
     recipe: ClassVar = {"augmentation": "light"}  # mosaics do not pay off in short CPU runs: docs/log.md
-    most, fewest = 32, 8
+    max_batch_size, min_batch_size = 32, 8
 
     @dataclass(frozen=True)
     class Options:
@@ -117,10 +117,10 @@ class ObjectDetection(Task):
         task = cls(list(data.columns.values()), options)
         task.names = list(data.context["classes"])
         longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
-        side = options.side or min(SIDE[device().type], -(-longest // STEP) * STEP)
-        if side < STEP or side % STEP:
+        side = options.side or min(MAX_SIDE_BY_DEVICE[device().type], -(-longest // STRIDE) * STRIDE)
+        if side < STRIDE or side % STRIDE:
             raise SettingsError(
-                f"task.side={side} must be a multiple of {STEP}, for example {max(1, round(side / STEP)) * STEP}."
+                f"task.side={side} must be a multiple of {STRIDE}, for example {max(1, round(side / STRIDE)) * STRIDE}."
             )
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         if not all(0 <= share <= 1 for share in (options.mosaic or 0, options.flip)):
@@ -163,7 +163,7 @@ class ObjectDetection(Task):
         return {"side": self.options.side, "num_classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Framed(model, overlap=self.predict_options.overlap, max_detections=MOST)
+        return LetterboxedDetection(model, overlap=self.predict_options.overlap, max_detections=MAX_DETECTIONS)
 
     def predict_step(self, objective: Objective) -> Any:
         objective.overlap = self.predict_options.overlap
@@ -180,7 +180,7 @@ class ObjectDetection(Task):
         """Return batches of letterboxed images, with boxes if `settings` are given for training."""
         paths, side, channels = data.rows[self.column].to_list(), self.options.side, self.options.channels
         frame = Letterbox.of(data.rows[WIDTH].to_numpy(), data.rows[HEIGHT].to_numpy(), side)
-        kept = images.load(paths, side, channels, fit="pad") if len(paths) * channels * side**2 < SHARE * ram() else None
+        kept = images.load(paths, side, channels, fit="pad") if len(paths) * channels * side**2 < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram() else None
         truth = None
         if self.target.name in data.rows.columns and settings is not None:
             boxes, labels, crowd = self.known(data)
@@ -248,9 +248,9 @@ class ObjectDetection(Task):
         sampled fraction (the m out of n bootstrap).
         """
         middle, count = self.score(outputs, truth), len(truth["labels"])
-        some = np.sort(np.random.default_rng(0).permutation(count)[:ENOUGH])
+        some = np.sort(np.random.default_rng(0).permutation(count)[:MAX_BOOTSTRAP_IMAGES])
         drawn = bootstrap(
-            *({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)), len(self.names), repeats=REPEATS
+            *({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)), len(self.names), repeats=BOOTSTRAP_REPEATS
         )
         narrower = (len(some) / count) ** 0.5
         spread = {name: 1.96 * narrower * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
@@ -264,7 +264,7 @@ class ObjectDetection(Task):
             crowd = truth["crowd"][i][known[i]]
             is_ = truth["labels"][i][known[i]]
             right.append(
-                matched(outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_, crowd)[0]
+                match_boxes(outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_, crowd)[0]
             )
             there += np.bincount(is_[~crowd].astype(int), minlength=classes)
         right, scores, labels = np.concatenate(right), outputs["scores"][real], outputs["labels"][real].astype(int)
@@ -316,8 +316,8 @@ class ObjectDetection(Task):
             counts = Counter(o["label"] for o in found)
             answer = {"found": ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing", "objects": found}
             if "path" in outputs:
-                picture = drawn(
-                    opened(outputs["path"][i]),
+                picture = draw_boxes(
+                    open_image(outputs["path"][i]),
                     outputs["boxes"][i][real],
                     outputs["labels"][i][real],
                     self.names,
@@ -333,7 +333,7 @@ class ObjectDetection(Task):
         self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         names = [Path(test.locate_row(i)).name for i in range(len(test))]
-        return exhibits(test.rows[self.column].to_list(), names, outputs, truth, self.names, self.least)
+        return build_exhibits(test.rows[self.column].to_list(), names, outputs, truth, self.names, self.least)
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, False)

@@ -27,15 +27,15 @@ from fieldguide.objectives import DDIM, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import predict_with_guidance
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
-from fieldguide.tasks.supervised import binomial_interval, discrete, fill_options
-from fieldguide.tasks.vision.image_generation import ImageGeneration, png, sampler
+from fieldguide.tasks.supervised import binomial_interval, is_discrete, fill_options
+from fieldguide.tasks.vision.image_generation import ImageGeneration, encode_png, build_sampler
 
-SIDES = (16, 32, 64)
-MOST = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
-LENGTH = {"cpu": 8, "mps": 16, "cuda": 16}  # frames by device
-FEWEST = 64  # minimum number of videos generated for a test
-SHOWN = 3  # videos of each class in the report
-PLAYED = 120  # milliseconds per frame
+VIDEO_SIDES = (16, 32, 64)
+MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
+FRAMES_BY_DEVICE = {"cpu": 8, "mps": 16, "cuda": 16}  # frames by device
+MIN_TEST_VIDEOS = 64  # minimum number of videos generated for a test
+SHOWN_PER_CLASS = 3  # videos of each class in the report
+FRAME_MILLISECONDS = 120  # milliseconds per frame
 
 
 class VideoGeneration(ImageGeneration):
@@ -60,9 +60,9 @@ class VideoGeneration(ImageGeneration):
         Metric("next_frame_psnr", "max", "dB between the next frame predicted from the frames before it and the real one"),
         Metric("held_out_loss", "min", "noise prediction error on held-out videos"),
     )
-    validated, tested = 100, 100
+    max_validation_examples, max_test_examples = 100, 100
     each = 1  # videos generated per requested label
-    most, fewest = 32, 8
+    max_batch_size, min_batch_size = 32, 8
 
     @dataclass(frozen=True)
     class Options(ImageGeneration.Options):
@@ -82,15 +82,15 @@ class VideoGeneration(ImageGeneration):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        if data.target is not None and not discrete(data.target):
+        if data.target is not None and not is_discrete(data.target):
             raise DataError(
                 f"{data.source}: the label column {data.target.name!r} must hold classes, but holds {data.target.kind}."
             )
         kind, shortest = device().type, int(data.rows[FRAMES].min())
-        most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MOST[kind])
-        side = options.side or max((s for s in SIDES if s <= most), default=SIDES[0])
+        most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MAX_SIDE_BY_DEVICE[kind])
+        side = options.side or max((s for s in VIDEO_SIDES if s <= most), default=VIDEO_SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
-        frames = options.frames or max(2, min(LENGTH[kind], shortest // options.stride))
+        frames = options.frames or max(2, min(FRAMES_BY_DEVICE[kind], shortest // options.stride))
         task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target else []
         task.options = fill_options(options, side=side, channels=channels, frames=frames)
@@ -139,7 +139,7 @@ class VideoGeneration(ImageGeneration):
         return objective.sample(
             label,
             (self.options.frames, p.channels, p.side, p.side),
-            sampler(predict_options),
+            build_sampler(predict_options),
             seed=predict_options.seed,
             numbers=numbers,
             guidance=predict_options.guidance if self.labels else 1.0,
@@ -183,7 +183,7 @@ class VideoGeneration(ImageGeneration):
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         names = ["", *self.labels]
         return [
-            {**({"class": names[int(label)]} if self.labels else {}), "video": Media(animated(x), ".webp")}
+            {**({"class": names[int(label)]} if self.labels else {}), "video": Media(encode_webp(x), ".webp")}
             for x, label in zip(outputs["samples"], outputs["label"].astype(int))
         ]
 
@@ -196,10 +196,10 @@ class VideoGeneration(ImageGeneration):
         self.judge = generative.train_classifier(
             self.known.flatten(0, 1), None if label is None else label.repeat_interleave(frames), len(self.labels)
         )
-        self.motion = generative.train_classifier(motion(self.known), label, len(self.labels)) if self.labels else None
+        self.motion = generative.train_classifier(motion_image(self.known), label, len(self.labels)) if self.labels else None
 
     def prepare_scoring(self, rows: int) -> None:
-        self.each = -(-FEWEST // rows)
+        self.each = -(-MIN_TEST_VIDEOS // rows)
 
     def targets(self, data: Data) -> Arrays:
         return {"real": self.whole(data).numpy(), "label": self.codes(data)}
@@ -212,7 +212,7 @@ class VideoGeneration(ImageGeneration):
             found: dict[str, Any] = {"made": see(made), "real": see(real), "kept": outputs["samples"]}
             if self.motion is not None:
                 found["right"] = (
-                    generative.extract_features(self.motion, motion(made), return_classes=True)
+                    generative.extract_features(self.motion, motion_image(made), return_classes=True)
                     == outputs["label"].astype(int) - 1
                 )
             self.memo[key] = found
@@ -221,7 +221,7 @@ class VideoGeneration(ImageGeneration):
     def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
         scores: dict[str, float] = {}
         if "samples" in outputs and self.judge is not None:
-            scores |= judged_scores(self.judged(outputs, truth))
+            scores |= compute_feature_scores(self.judged(outputs, truth))
         if "next" in outputs:
             scores["next_frame_psnr"] = float(decibels(outputs["next"], truth["real"][:, -1]).mean())
         if "loss" in outputs:
@@ -232,7 +232,7 @@ class VideoGeneration(ImageGeneration):
         """Return bootstrap intervals over videos."""
         found, ranges = self.judged(outputs, truth), {}
         ranges["frame_distance"] = generative.bootstrap_distance_interval(found["real"], found["made"])
-        ranges["consistency_gap"] = around_gap(*(consistencies(found[k]) for k in ("made", "real")))
+        ranges["consistency_gap"] = gap_interval(*(consistencies(found[k]) for k in ("made", "real")))
         if "right" in found:
             ranges["recognised"] = binomial_interval(int(found["right"].sum()), len(found["right"]))
         if "next" in outputs:
@@ -264,7 +264,7 @@ class VideoGeneration(ImageGeneration):
         made = self.made(objective, label, range(count), self.PredictOptions()).cpu().numpy()
         return [
             Gallery(
-                "Samples during training", "Generated from the same noise each time.", [Picture(animated(beside(made)), "")]
+                "Samples during training", "Generated from the same noise each time.", [Picture(encode_webp(join_side_by_side(made)), "")]
             )
         ]
 
@@ -273,11 +273,11 @@ class VideoGeneration(ImageGeneration):
     ) -> dict[str, list[Exhibit]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
         names = ["videos", *self.labels]
-        shown = [Picture(animated(samples[i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:SHOWN]]
-        real = [Picture(animated(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]]
+        shown = [Picture(encode_webp(samples[i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:SHOWN_PER_CLASS]]
+        real = [Picture(encode_webp(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]]
         told = [
             Picture(
-                png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
+                encode_png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
                 f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB",
             )
             for i in range(len(outputs["next"]))[:8]
@@ -317,7 +317,7 @@ class VideoGeneration(ImageGeneration):
         far = generative.pairwise_distances(made, known)
         nearest = [self.known[int(row.argmin())].numpy() for row in far]
         pairs = [
-            Picture(animated(beside(np.stack([samples[i], other]))), f"{far[i].min():.2f}") for i, other in enumerate(nearest)
+            Picture(encode_webp(join_side_by_side(np.stack([samples[i], other]))), f"{far[i].min():.2f}") for i, other in enumerate(nearest)
         ]
         return [
             Gallery(
@@ -329,16 +329,16 @@ class VideoGeneration(ImageGeneration):
         ]
 
 
-def judged_scores(found: dict[str, Any]) -> dict[str, float]:
+def compute_feature_scores(found: dict[str, Any]) -> dict[str, float]:
     """Return the scores from features `made` and `real` (N, F, D) and predictions `right` (N)."""
     scores = {
         "frame_distance": generative.frechet_distance(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
-        "consistency_gap": abs(consistency(found["made"]) - consistency(found["real"])),
+        "consistency_gap": abs(mean_consistency(found["made"]) - mean_consistency(found["real"])),
     }
     return scores | ({"recognised": float(found["right"].mean())} if "right" in found else {})
 
 
-def consistency(features: np.ndarray) -> float:  # N F D
+def mean_consistency(features: np.ndarray) -> float:  # N F D
     """Return the mean cosine similarity of consecutive frames' features."""
     return float(consistencies(features).mean())
 
@@ -348,7 +348,7 @@ def consistencies(features: np.ndarray) -> np.ndarray:  # N F D -> N
     return ((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)).mean(1)
 
 
-def around_gap(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:  # N, M
+def gap_interval(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:  # N, M
     """Return the 95 % interval of the absolute difference of two means; it starts at 0 if the sign is uncertain."""
     rng = np.random.default_rng(0)
     gaps = [
@@ -364,7 +364,7 @@ def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # N C S S in -1 .. 1 
     return -10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)) / 4, 1e-10))
 
 
-def motion(films: Tensor) -> Tensor:  # N F C S S -> N 3C S S
+def motion_image(films: Tensor) -> Tensor:  # N F C S S -> N 3C S S
     """Return each video as one image: its middle frame, the mean change between frames, and the first half minus the
     second half.
     """
@@ -377,16 +377,16 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(-10 * np.log10(max(((a - b) ** 2).mean() / 4, 1e-10)))
 
 
-def beside(films: np.ndarray) -> np.ndarray:  # N F C S S -> F C S N*S
+def join_side_by_side(films: np.ndarray) -> np.ndarray:  # N F C S S -> F C S N*S
     return np.concatenate(list(films), -1)
 
 
-def animated(film: np.ndarray) -> bytes:  # F C S S in -1 .. 1 -> WebP that plays
-    frames = [Image.open(io.BytesIO(png(frame))).convert("RGB") for frame in film]
+def encode_webp(film: np.ndarray) -> bytes:  # F C S S in -1 .. 1 -> WebP that plays
+    frames = [Image.open(io.BytesIO(encode_png(frame))).convert("RGB") for frame in film]
     scale = max(1, 96 // frames[0].height)
     frames = [f.resize((f.width * scale, f.height * scale), Image.Resampling.NEAREST) for f in frames]
     out = io.BytesIO()
-    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=PLAYED, loop=0, lossless=True)
+    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0, lossless=True)
     return out.getvalue()
 
 
