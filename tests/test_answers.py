@@ -244,9 +244,9 @@ def test_any_end_ends_an_answer(decoder, how):
 
 def test_beams_need_an_end_and_room(decoder):
     speaker = TextGenerator.load(decoder[0])
-    with pytest.raises(SettingsError, match="beams need a token"):
+    with pytest.raises(SettingsError, match="Beam search needs an end token"):
         TextGenerator(speaker.network, speaker.text, ()).generate(["a"], beams=2)
-    with pytest.raises(SettingsError, match="leaves beams no room in the network's length=64"):
+    with pytest.raises(SettingsError, match="leaves beam search no room in the model's length=64"):
         speaker.generate(["a " * 70], beams=2)
     assert speaker.generate(["a " * 60], beams=2, tokens=200)
     assert speaker.stream("a", beams=2) is None  # the answer is known only at the end

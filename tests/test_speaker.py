@@ -141,7 +141,7 @@ def test_pieces_are_whole_characters_and_hold_back_stops():
 
 
 def test_refusals(folder, tmp_path, speaker):
-    with pytest.raises(SettingsError, match="a prompt is empty"):
+    with pytest.raises(SettingsError, match="A prompt is empty"):
         TextGenerator(speaker.network, speaker.text, ()).generate([""])
     with pytest.raises(DataError, match="no chat template"):
         TextGenerator(speaker.network, speaker.text, (1,)).tokens([{"role": "user", "content": "?"}])

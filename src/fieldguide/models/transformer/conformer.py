@@ -1,4 +1,4 @@
-"""Conformer: speech recognition with attention and convolution in each block (Gulati et al. 2020, arXiv:2005.08100).
+"""Conformer: speech recognition with attention and convolution (Gulati et al. 2020, arXiv:2005.08100).
 
 New here: each block has self-attention, which sees the whole recording, and a depthwise convolution, which sees
 nearby frames, between two half-step feed-forward layers (macaron). Two convolutions of stride 2 first reduce the

@@ -1,5 +1,4 @@
-"""Transformer encoder: a text classifier in which every token attends to every other (Vaswani et al. 2017,
-arXiv:1706.03762).
+"""Transformer encoder: text classification by self-attention (Vaswani et al. 2017, arXiv:1706.03762).
 
 New here: attention instead of recurrence, so a sequence is processed in one step and any two tokens are one step
 apart. Layers normalize their input (pre-norm; Xiong et al. 2020, arXiv:2002.04745), which trains without a delicate

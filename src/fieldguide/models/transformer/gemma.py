@@ -51,9 +51,7 @@ class Block(nn.Module):
         self.attn = GroupedAttention(c.dim, c.heads, c.kv_heads, c.width)
         self.mlp = GatedMlp(c.dim, c.hidden, partial(F.gelu, approximate="tanh"))
 
-    def forward(
-        self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:  # B T D -> B T D
+    def forward(self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # -> B T D
         x = x + self.attn(self.norm1(x), turn, seen, cache, layer)
         return x + self.mlp(self.norm2(x))
 

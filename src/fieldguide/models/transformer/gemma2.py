@@ -70,9 +70,7 @@ class Block(gemma.Block):
         super().__init__(c)
         self.attn, self.post1, self.post2 = Attention(c), Norm(c.dim, c.eps), Norm(c.dim, c.eps)
 
-    def forward(
-        self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:  # B T D -> B T D
+    def forward(self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # -> B T D
         x = x + self.post1(self.attn(self.norm1(x), turn, seen, cache, layer))
         return x + self.post2(self.mlp(self.norm2(x)))
 

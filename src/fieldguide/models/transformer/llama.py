@@ -1,4 +1,4 @@
-"""LLaMA: an efficient GPT, trained on more tokens (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
+"""LLaMA: an efficient GPT (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
 
 New here: a combination of known parts: RMS normalization without bias, a gated MLP (SwiGLU) instead of GELU, rotary
 instead of learned positions, no biases. From Llama 2 70B on, heads share keys and values; from Llama 3.1 on, low
@@ -61,9 +61,7 @@ class Block(nn.Module):
         """Return the MLP."""
         return GatedMlp(c.dim, c.hidden)
 
-    def forward(
-        self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int
-    ) -> Tensor:  # B T D -> B T D
+    def forward(self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None, layer: int) -> Tensor:  # -> B T D
         x = x + self.attn(self.norm1(x), turn, seen, cache, layer)
         return x + self.mlp(self.norm2(x))
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a language model with image input (Liu et al. 2023, arXiv:2310.03744; the first version: arXiv:2304.08485).
+"""LLaVA-1.5: a language model with image input (Liu et al. 2023, arXiv:2310.03744; v1: arXiv:2304.08485).
 
 New here: a pre-trained ViT and a pre-trained LLaMA are connected by a two-layer MLP only. The patch features of
 CLIP's image encoder, one block before its end, are projected to the width of the language model and replace the image

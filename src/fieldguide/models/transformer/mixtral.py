@@ -1,5 +1,4 @@
-"""Mixtral: a mixture of eight gated MLPs per layer, two of which process each token (Jiang et al. 2024,
-arXiv:2401.04088).
+"""Mixtral: a sparse mixture of eight experts per layer (Jiang et al. 2024, arXiv:2401.04088).
 
 New here: a router selects the two highest-scoring experts for every token and weights their outputs by a softmax over
 the two scores, so the model has many more parameters than one token uses. To keep all experts in use, training adds a

@@ -166,7 +166,7 @@ class ModernBert(TextEncoder):
         """Return the features that labels are predicted from, B D."""
         return self.transform(x[:, 0])
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:  # B T -> output
         """Return the output given by `config.output_type`; see `fieldguide.core.card.OUTPUT_TYPES` for the shapes."""
         if self.config.output_type in ("labels", "span"):
             return self.head(self.last_dropout(self.transform(self.features(tokens, mask))))

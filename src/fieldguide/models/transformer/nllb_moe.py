@@ -1,5 +1,4 @@
-"""NLLB-MoE: NLLB with 128 experts in every fourth layer, two of which process each token (NLLB Team 2022,
-arXiv:2207.04672).
+"""NLLB-MoE: NLLB with 128 experts in every fourth layer (NLLB Team 2022, arXiv:2207.04672).
 
 New here: more capacity, so that high-resource languages do not crowd out low-resource ones: a router selects the two
 highest-scoring experts for each token and weights their outputs by a softmax over the two scores (section 6.2;

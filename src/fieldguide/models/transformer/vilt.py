@@ -1,4 +1,4 @@
-"""ViLT: one Transformer for question and image, for visual question answering (Kim et al. 2021, arXiv:2102.03334).
+"""ViLT: one Transformer for questions about images (Kim et al. 2021, arXiv:2102.03334).
 
 New here: image patches and text tokens form one sequence and pass through the same blocks, without a separate image
 encoder or object detector. The answer is predicted from the first token of the question, as a class among frequent

@@ -1,4 +1,4 @@
-"""ViT: an image as a sequence of patches, encoded by a plain Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929).
+"""ViT: a Transformer on a sequence of image patches (Dosovitskiy et al. 2020, arXiv:2010.11929).
 
 New here: no convolution except the patch embedding, so locality is not built in: position embeddings are learned, and
 the class is predicted from an additional class token. With little data convolutional networks are better; with much

@@ -119,7 +119,7 @@ class TextEncoder(nn.Module):
         """Return the features that labels are predicted from, B D."""
         return self.pooler_activation(self.pool(x[:, 0]))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:  # B T -> output
         """Return the output given by `config.output_type`; see `fieldguide.core.card.OUTPUT_TYPES` for the shapes."""
         x = self.features(tokens, mask, segments)
         match self.config.output_type:
