@@ -181,7 +181,7 @@ def search_beams(
         adjust = (
             None
             if config.repetition_penalty == 1
-            else lambda logp, said: config.sampling.penalize_repetition(logp, torch.cat([seen, said], 1))
+            else lambda logp, generated: config.sampling.penalize_repetition(logp, torch.cat([seen, generated], 1))
         )
         found, _ = beam_search(
             lambda token: model.last(token, None, cache)[:, None],

@@ -78,8 +78,8 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, limit: float) -> Tensor: 
         start = first[part] - (count.cumsum(0) - count)
         source = torch.arange(len(target), device=order.device) + start.repeat_interleave(count)
         width = torch.minimum(right[source], right[target]) - torch.maximum(left[source], left[target])
-        beside = (width > 0).nonzero()[:, 0]  # discards most pairs early
-        source, target, width = source[beside], target[beside], width[beside]
+        overlapping = (width > 0).nonzero()[:, 0]  # discards most pairs early
+        source, target, width = source[overlapping], target[overlapping], width[overlapping]
         height = torch.minimum(bottom[source], bottom[target]) - torch.maximum(top[source], top[target])
         shared = width * height.clamp(min=0)
         close = shared > limit * (areas[source] + areas[target] - shared)

@@ -40,8 +40,8 @@ def interpolate_pos_embed(
     if size == (side, side):
         return places
     grid = places[first:].to(torch.promote_types(places.dtype, torch.float32)).mT.unflatten(1, (side, side))[None]
-    how = {"size": size} if not offset else {"scale_factor": tuple((new + offset) / side for new in size)}
-    grid = F.interpolate(grid, mode="bicubic", antialias=antialias, **how)
+    target = {"size": size} if not offset else {"scale_factor": tuple((new + offset) / side for new in size)}
+    grid = F.interpolate(grid, mode="bicubic", antialias=antialias, **target)
     return torch.cat([places[:first], grid[0].flatten(1).mT.to(places.dtype)])
 
 

@@ -257,21 +257,21 @@ def timm(c: Config) -> dict[str, Row]:
 WITH, WITHOUT = "dinov2_with_registers", "dinov2"  # model types of transformers
 
 
-def read_registers(said: Mapping[str, Any]) -> dict[str, Any]:
+def read_registers(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that depend on the model type."""
-    with_them = said["model_type"] == WITH
+    with_them = theirs["model_type"] == WITH
     return {
-        "registers": said.get("num_register_tokens", 4) if with_them else 0,
-        "antialias": said.get("interpolate_antialias", with_them),
+        "registers": theirs.get("num_register_tokens", 4) if with_them else 0,
+        "antialias": theirs.get("interpolate_antialias", with_them),
     }
 
 
 KINDS = {"label": "ForImageClassification", "vector": "Model"}
 
 
-def read_output_type(said: Mapping[str, Any]) -> dict[str, Any]:
+def read_output_type(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the output type of the class name. Raises `WeightsError` for other classes."""
-    name = (said.get("architectures") or ["ForImageClassification"])[0]
+    name = (theirs.get("architectures") or ["ForImageClassification"])[0]
     end = name.removeprefix("Dinov2").removeprefix("WithRegisters")
     found = next((gives for gives, known in KINDS.items() if known == end), None)
     if found is None:

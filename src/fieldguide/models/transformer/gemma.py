@@ -92,9 +92,9 @@ def check_activation(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Raise `WeightsError` for other activations. The first files say gelu but mean the tanh approximation, as in
     transformers.
     """
-    said = theirs.get("hidden_activation") or theirs.get("hidden_act") or "gelu"
-    if said not in ("gelu", "gelu_pytorch_tanh"):
-        raise WeightsError(f"hidden_act={said!r} is not supported. Gemma uses gelu_pytorch_tanh.")
+    activation = theirs.get("hidden_activation") or theirs.get("hidden_act") or "gelu"
+    if activation not in ("gelu", "gelu_pytorch_tanh"):
+        raise WeightsError(f"hidden_act={activation!r} is not supported. Gemma uses gelu_pytorch_tanh.")
     return {}
 
 

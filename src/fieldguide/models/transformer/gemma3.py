@@ -113,14 +113,14 @@ HUGGINGFACE = {k: v for k, v in llama.HUGGINGFACE.items() if "post_attention" no
 
 def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotary parameters of both layer types, in the current form or that of before 2025."""
-    said = theirs.get("rope_parameters") or {}
-    whole = said.get("full_attention") or theirs.get("rope_scaling") or {}
-    if (kind := whole.get("rope_type", "default")) not in ("default", "linear"):
+    rope = theirs.get("rope_parameters") or {}
+    global_rope = rope.get("full_attention") or theirs.get("rope_scaling") or {}
+    if (kind := global_rope.get("rope_type", "default")) not in ("default", "linear"):
         raise WeightsError(f"rope_type={kind!r} is not supported. Supported are 'linear' and 'default' (no scaling).")
     return {
-        "rope_theta": whole.get("rope_theta", theirs.get("rope_theta", 1e6)),
-        "factor": whole.get("factor") or 1.0,
-        "base_local": said.get("sliding_attention", {}).get("rope_theta", theirs.get("rope_local_base_freq", 1e4)),
+        "rope_theta": global_rope.get("rope_theta", theirs.get("rope_theta", 1e6)),
+        "factor": global_rope.get("factor") or 1.0,
+        "base_local": rope.get("sliding_attention", {}).get("rope_theta", theirs.get("rope_local_base_freq", 1e4)),
     }
 
 

@@ -225,11 +225,11 @@ def meta(c: Config) -> dict[str, Row]:
 
 def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Return rope_theta and rope_scaling from a configuration of transformers, in the current form or that of before 2025."""
-    said = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    kind = said.get("rope_type", said.get("type", "default"))
-    values: dict[str, Any] = {"rope_theta": said.get("rope_theta", theirs.get("rope_theta", 10_000.0))}
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    values: dict[str, Any] = {"rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))}
     if kind == "llama3":
-        values["rope_scaling"] = tuple(float(said[key]) for key in ROPE_SCALING_KEYS)
+        values["rope_scaling"] = tuple(float(rope[key]) for key in ROPE_SCALING_KEYS)
     elif kind != "default":
         raise WeightsError(
             f"rope_type={kind!r} is not supported. Supported are 'llama3' (the scaling of Llama 3.1) and 'default' (none)."
@@ -380,7 +380,7 @@ def infer_params(params: Mapping[str, Any]) -> dict[str, Any]:
     They are those of the published size that it describes or is closest to, by the number of equal fields, then by
     the width.
     """
-    said = {
+    given = {
         "vocab_size": params.get("vocab_size", -1),
         "rope_theta": params.get("rope_theta", 10_000.0),
         "eps": params["norm_eps"],
@@ -393,8 +393,8 @@ def infer_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
     def distance(config: Config) -> tuple[int, float]:
         return (
-            sum(getattr(config, key) != value for key, value in said.items() if value != -1),
-            abs(math.log(config.dim / said["dim"])),
+            sum(getattr(config, key) != value for key, value in given.items() if value != -1),
+            abs(math.log(config.dim / given["dim"])),
         )
 
     known = [Config(**size.overrides) for name, size in SIZES.items() if name.startswith("llama") and size.source]

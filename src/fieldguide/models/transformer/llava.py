@@ -258,11 +258,11 @@ def read_feature_layer(theirs: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of unused blocks from the index of the hidden state that is read (-1 = last). Raises
     `WeightsError` for several.
     """
-    said = theirs.get("vision_feature_layer", -2)
-    if not isinstance(said, int):
-        raise WeightsError(f"vision_feature_layer={said!r} is not supported. It must be a single integer.")
+    index = theirs.get("vision_feature_layer", -2)
+    if not isinstance(index, int):
+        raise WeightsError(f"vision_feature_layer={index!r} is not supported. It must be a single integer.")
     depth = (theirs.get("vision_config") or {}).get("num_hidden_layers", 24)
-    return {"above": depth - said if said >= 0 else -1 - said}
+    return {"above": depth - index if index >= 0 else -1 - index}
 
 
 LANGUAGE = {key: row for key, row in llama.SHARED.items() if key != "tie_word_embeddings"}

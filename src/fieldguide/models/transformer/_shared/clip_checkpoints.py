@@ -82,9 +82,9 @@ def openai(text: str, towers: tuple[tuple[str, str, str], ...] = TOWERS) -> dict
     return names
 
 
-def read_end_token(said: Mapping[str, Any]) -> dict[str, Any]:
+def read_end_token(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the end token. Configurations from before 2024 contain 2 by mistake and mean the largest token ID."""
-    text = said.get("text_config") or {}
+    text = theirs.get("text_config") or {}
     token, vocab = text.get("eos_token_id", 49_407), text.get("vocab_size", 49_408)
     return {"end": vocab - 1 if token == 2 else token}
 
@@ -148,13 +148,13 @@ OWN = {
 }
 
 
-def read_tower_heads(said: Mapping[str, Any], unit: int) -> dict[str, int]:
+def read_tower_heads(theirs: Mapping[str, Any], unit: int) -> dict[str, int]:
     """Return the end token and the heads of the image encoder, whose number is `unit` times its width by the width of a
     head.
 
     Raises `WeightsError` for keys that define another architecture.
     """
-    model, odd = said["model_cfg"], []
+    model, odd = theirs["model_cfg"], []
     for part in ("vision_cfg", "text_cfg"):
         for key, value in model[part].items():
             plain = PLAIN.get(key, (None, False))
@@ -174,7 +174,7 @@ def openclip(unit: int, read: Mapping[str, ConfigRow]) -> dict[str, ConfigRow]:
         **{f"model_cfg.vision_cfg.{key}": row for key, row in read.items()},
         "model_cfg.vision_cfg.image_size": "image",
         "model_cfg.vision_cfg.head_width": Derived(
-            lambda said: read_tower_heads(said, unit), lambda c: unit * c.dim // c.heads
+            lambda theirs: read_tower_heads(theirs, unit), lambda c: unit * c.dim // c.heads
         ),
         "<images have three channels>": Constant("channels", 3),
         "model_cfg.embed_dim": "embed",
