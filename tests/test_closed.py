@@ -48,7 +48,7 @@ def test_their_stand_ins_do_their_tasks(system):
 
 @pytest.mark.parametrize("name", ["gpt-4", "GPT-4", "dall_e_3", "Claude", "sora"])
 def test_to_create_one_says_what_is_known(name):
-    with pytest.raises(SettingsError, match=r"(?s)is a closed system of .*Published is .*Source: .*Nearest here: "):
+    with pytest.raises(SettingsError, match=r"(?s)is a closed system by .*Published is .*Source: .*Most similar model here: "):
         fieldguide.create(name)
     with pytest.raises(SettingsError, match="no model is called 'gpt-4x'"):
         fieldguide.create("gpt-4x")

@@ -85,7 +85,7 @@ def test_cards_of_encoders(name):
         card.output_types == OUTPUT_TYPES and card.framed and card.optional_inputs == (("segments",) if name == "bert" else ())
     )
     assert create(card.tiny).config.output_type == "words"
-    with pytest.raises(SettingsError, match="cannot give 'sequence'; it gives words, label"):
+    with pytest.raises(SettingsError, match=r"does not support output_type='sequence'\. Choose one of words, label"):
         create(card.tiny, output_type="sequence")
     with pytest.raises(SettingsError, match="output_type='tokens' is not supported"):
         card.model(card.config(output_type="tokens"))

@@ -1,6 +1,7 @@
-"""Card: what a model is, as plain data that the CLI, advisor, docs and tests read. Imports no torch.
+"""Card: the description of an architecture as plain data for the CLI, the advisor, the docs and the tests.
 
-A model file ends with one `CARD`. Nothing else in the project knows an architecture by name.
+This module does not import torch. A model file ends with one `CARD`; nothing else in the project refers to an
+architecture by name.
 """
 
 from __future__ import annotations
@@ -13,29 +14,29 @@ from typing import Any
 
 from fieldguide.core.deprecation import rename_keys
 
-# What a network takes -> the names of the batch tensors handed to `forward`, in order.
+# Input type -> names of the batch tensors passed to `forward`, in order.
 INPUT_TYPES: dict[str, tuple[str, ...]] = {
     "image": ("image",),  # B C H W float
-    "tokens": ("tokens", "mask"),  # B T int64, B T bool: True where a token is real, not padding
-    "table": ("numbers", "categories"),  # B N float, B K int64 (0 = unseen)
-    "vector": ("vector",),  # B F float: one flat row of numbers
+    "tokens": ("tokens", "mask"),  # B T int64, B T bool: True for real tokens, False for padding
+    "table": ("numbers", "categories"),  # B N float, B K int64 (0 = not seen in training)
+    "vector": ("vector",),  # B F float: one feature vector per row
     "sequence": ("sequence",),  # B T D float
     "noise": ("noise",),  # B Z float
-    "pair": ("source", "source_mask", "tokens", "mask"),  # two rows of tokens: what is read, what is said so far
-    "series": ("series",),  # B T C float: C series side by side, T steps of the past
-    "covariates": ("series", "past", "known"),  # B T C and beside it B T P float: what else was measured;
-    # B T+H K float: what is known ahead, of past and future
-    "noisy": ("image", "time", "label"),  # B C H W float, B float: noise level, B int64 (0 = no condition), or where the
-    # config has a vocab B T int64: tokens of a caption (0 = none)
+    "pair": ("source", "source_mask", "tokens", "mask"),  # two token sequences: the source and the target so far
+    "series": ("series",),  # B T C float: the last T steps of C series
+    "covariates": ("series", "past", "known"),  # B T C float, B T P float: other past measurements;
+    # B T+H K float: covariates known for the past and the future
+    "noisy": ("image", "time", "label"),  # B C H W float, B float: noise level, B int64: class (0 = unconditional); if the
+    # config has a vocabulary, B T int64: caption tokens (0 = none)
     "noisy-video": ("video", "time", "label"),  # B F C H W float: F frames; the others as for "noisy"
-    "captioned": ("image", "tokens", "mask"),  # B C H W float, and a text for each: B T int64, B T bool
-    "items": ("items", "mask"),  # B T int64: what a user met, in order of time (0 = none), B T bool
-    "speech": ("features", "lengths"),  # B T F float: log-mel, B int64: real frames of each row
+    "captioned": ("image", "tokens", "mask"),  # B C H W float and one text per image: B T int64, B T bool
+    "items": ("items", "mask"),  # B T int64: items of a user in order of time (0 = none), B T bool
+    "speech": ("features", "lengths"),  # B T F float: log-mel features, B int64: number of real frames per row
 }
 
-# What it may take after that, or do without: `forward` has None for it.
+# Optional input -> shape and meaning. It follows the required inputs; `forward` uses None as its default.
 OPTIONAL_INPUTS: dict[str, str] = {
-    "segments": "B T int64: 0 for tokens of a first text, 1 for those of a second in the same row",
+    "segments": "B T int64: 0 for tokens of the first text of a row, 1 for those of the second",
 }
 
 # Output type -> shape and meaning of the model output.
@@ -57,22 +58,27 @@ OUTPUT_TYPES: dict[str, str] = {
     "video": "B F C H W float: F frames",
     "embeddings": "B 2 E: an image and a text embedding; the products of all image with all text embeddings are logits",
     "forecast": "B H C Q float: H future steps of C series, Q values each (a point, or quantiles)",
-    "items": "logits B T items of the next item at each position; equals `model.features(...)` B T D times `model.table()` items D",
+    "items": "logits B T items of the next item at each position; equals `model.features(...)` B T D times "
+    "`model.table()` items D",
     "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S frames are real",
 }
 
-# How a network that reads one row and writes another learns from texts alone: what is done to a text before it reads it.
+# Pre-training objective of an encoder-decoder on unlabeled text -> how the input is corrupted and what is
+# predicted.
 PRETRAINING_OBJECTIVES: dict[str, str] = {
-    "spans": "spans are cut out, a numbered token in the place of each; it writes what they were (T5)",
-    "infill": "spans are cut out, the same token in the place of each, and in other places where nothing was; it writes the "
-    "whole text (BART)",
+    "spans": "spans are replaced by numbered sentinel tokens; the target is the sentinels with the removed spans (T5)",
+    "infill": "spans, some of them empty, are replaced by a single mask token each; the target is the complete text (BART)",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Closed:
-    """A system that nobody outside has, as `models/closed.toml` says it: what is published of it, where, and what comes
-    nearest here. `names`: its own, then what else people type; `tasks`: those of the stand-in."""
+    """A closed system, whose weights are not available; an entry of `models/closed.toml`.
+
+    `names` holds the official name and other common spellings, `published` what is known and `source` where it
+    was published. `stand_in` is the most similar model here, `why` the reason for it, and `tasks` the tasks
+    that it can be trained for.
+    """
 
     names: tuple[str, ...]
     title: str
@@ -90,20 +96,20 @@ class Closed:
 
     @property
     def text(self) -> str:
-        """All of it, in three sentences."""
+        """Description in one paragraph: what is published, the source and the most similar model."""
         return (
-            f"{self.title} is a closed system of {self.maker} ({self.year}): there is nothing to create or load. Published "
-            f"is {self.published} Source: {self.source}. Nearest here: {self.stand_in} ({self.why})."
+            f"{self.title} is a closed system by {self.maker} ({self.year}) whose weights are not available. Published is "
+            f"{self.published} Source: {self.source}. Most similar model here: {self.stand_in} ({self.why})."
         )
 
 
-Scale = tuple[tuple[float, ...], tuple[float, ...]]  # of red, green and blue from 0 to 1: mean, deviation
+Scale = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of red, green and blue in 0 .. 1
 IMAGENET: Scale = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI: Scale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # of CLIP's code
+OPENAI: Scale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # from CLIP's code
 HALF: Scale = ((0.5,) * 3, (0.5,) * 3)
 
 
-# Former names of config fields -> their names; accepted with a warning.
+# Old names of config fields -> current names. Old names are accepted with a warning.
 FORMER_FIELDS = {
     "classes": "num_classes",
     "vocab": "vocab_size",
@@ -116,9 +122,10 @@ FORMER_FIELDS = {
 
 
 class Size:
-    """A named size: the config fields that differ from the default, and its exact parameter count.
+    """A named size of an architecture: the config fields that differ from the defaults, and the exact parameter
+    count.
 
-    `params` is what `sum(p.numel() for p in model.parameters())` must give; `source` says who published it.
+    `params` must equal `sum(p.numel() for p in model.parameters())`; `source` is the publication of the size.
     """
 
     def __init__(self, *, params: int | None = None, source: str = "", **overrides: Any):
@@ -128,32 +135,41 @@ class Size:
         return f"Size(params={self.params}, {', '.join(f'{k}={v!r}' for k, v in self.overrides.items())})"
 
 
-# The annotation of a config's field -> what its values are, in Python and in words.
+# Type annotation of a config field -> accepted Python types, and their description for error messages.
 KINDS = {
-    "int": (Integral, "a whole number from 0 up"),
+    "int": (Integral, "an integer of at least 0"),
     "float": (Real, "a number"),
     "bool": (bool, "True or False"),
-    "str": (str, "a word"),
+    "str": (str, "a string"),
     "tuple": ((tuple, list), "a list of values, such as (2, 2)"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One architecture.
+    """The description of one architecture.
 
-    `model` is an `nn.Module` class built from one `config` instance (`build` where a class keeps another
-    signature). `names` maps the project's vocabulary (classes, channels, image, vocab, length, numbers,
-    categories, features) to this config's own field names where they differ. `weights` holds the tables of
-    public parameter names, by origin, or functions from a config to such a table; `configs` those of public
-    configuration keys, by origin (see `fieldguide.models.mapping.config_rules`); `aliases`, for origins whose configurations say only a
-    name, what is meant by each: a size, or a size and what differs from it. `recipe` holds training settings that suit the
-    architecture and are laid over the task's (see `fieldguide.core.settings.Settings`). `adapt` turns what the data
-    needs (the same vocabulary) into config fields that follow from it: a smaller stem for small pictures. `parts`
-    names further networks that training needs beside this one, by what the objective calls them:
-    {"critic": "dcgan-discriminator"}. `denoises` says how an encoder-decoder learns from texts alone (see `DENOISES`).
-    `scale` is that of the pictures that published weights have learnt with, where no file beside them says it.
-    `endless`: rows longer than the config's `length` can be read, as it says only what was learnt from.
+    `model` is an `nn.Module` class that is created from one `config` instance, or by `build` if its constructor
+    has another signature. `names` maps the common vocabulary (num_classes, channels, image, vocab_size, length,
+    numbers, categories, features) to the names of this config's fields, for those that differ. `adapt` maps
+    data facts in this vocabulary to config fields that follow from them, such as a smaller stem for small
+    images.
+
+    `weights` holds the tables of public weight names by origin, or functions from a config to such a table.
+    `configs` holds the tables of public configuration keys by origin (see
+    `fieldguide.models.mapping.config_rules`). `aliases` is for origins whose configuration contains only a
+    model name: it maps the name to a size, or to a size and the fields that differ.
+
+    `recipe` holds training settings for this architecture; they override those of the task (see
+    `fieldguide.core.settings.Settings`). `parts` maps the names that the objective uses for additional models
+    in training to architectures: {"critic": "dcgan-discriminator"}. `pretraining_objective` is the objective
+    for unlabeled text (see `PRETRAINING_OBJECTIVES`).
+
+    `scale` is the image normalization that published weights were trained with; it is used if no file with the
+    weights specifies one. `endless` is True if the model accepts sequences longer than the config's `length`,
+    which is then only the length in training.
+
+    Raises `ValueError` for an unknown input type, output type, optional input or pre-training objective.
     """
 
     name: str
@@ -180,20 +196,21 @@ class Card:
     def __post_init__(self) -> None:
         if self.pretraining_objective not in PRETRAINING_OBJECTIVES:
             raise ValueError(
-                f"card {self.name!r}: denoises={self.pretraining_objective!r} is none of {sorted(PRETRAINING_OBJECTIVES)}"
+                f"Card {self.name!r}: pretraining_objective={self.pretraining_objective!r} is not one of "
+                f"{sorted(PRETRAINING_OBJECTIVES)}."
             )
         if self.input_type not in INPUT_TYPES:
-            raise ValueError(f"card {self.name!r}: takes={self.input_type!r} is none of {sorted(INPUT_TYPES)}")
-        if strange := [given for given in self.output_types if given not in OUTPUT_TYPES]:
-            raise ValueError(f"card {self.name!r}: output_type={strange[0]!r} is none of {sorted(OUTPUT_TYPES)}")
-        if strange := [name for name in self.optional_inputs if name not in OPTIONAL_INPUTS]:
-            raise ValueError(f"card {self.name!r}: also={strange[0]!r} is none of {sorted(OPTIONAL_INPUTS)}")
+            raise ValueError(f"Card {self.name!r}: input_type={self.input_type!r} is not one of {sorted(INPUT_TYPES)}.")
+        if unknown := [given for given in self.output_types if given not in OUTPUT_TYPES]:
+            raise ValueError(f"Card {self.name!r}: output_type={unknown[0]!r} is not one of {sorted(OUTPUT_TYPES)}.")
+        if unknown := [name for name in self.optional_inputs if name not in OPTIONAL_INPUTS]:
+            raise ValueError(f"Card {self.name!r}: optional_inputs={unknown[0]!r} is not one of {sorted(OPTIONAL_INPUTS)}.")
         if len(self.output_types) > 1 and not self.accepts("output_type"):
-            raise ValueError(f"card {self.name!r} gives several things, so its config must have a field `gives`")
+            raise ValueError(f"Card {self.name!r} has several output types, so its config needs a field `output_type`.")
 
     @property
     def family(self) -> str:
-        """The folder that the model file lies in."""
+        """Name of the package that contains the model file."""
         return self.model.__module__.split(".")[-2]
 
     @property
@@ -203,39 +220,39 @@ class Card:
 
     @property
     def output_types(self) -> tuple[str, ...]:
-        """All that it can give, one at a time; the first is what its bare name gives."""
+        """All supported output types; the first is the default."""
         return (self.output_type,) if isinstance(self.output_type, str) else tuple(self.output_type)
 
     @property
     def framed(self) -> bool:
-        """Whether rows of tokens begin with a class token and each text in them ends with a separator, as BERT's do."""
+        """Whether token sequences begin with a class token and each text ends with a separator, as for BERT."""
         return "words" in self.output_types
 
     @property
     def tiny(self) -> str:
-        """The size that tests use."""
+        """Name of the size used in tests."""
         return f"{self.name}-test"
 
     @property
     def default(self) -> str:
-        """The size meant by the architecture's bare name: the first listed."""
+        """Name of the default size, the first in `sizes`."""
         return next(iter(self.sizes))
 
     @property
     def summary(self) -> str:
-        """First line of the model file's docstring."""
+        """First line of the docstring of the model file."""
         return (sys.modules[self.model.__module__].__doc__ or self.name).strip().splitlines()[0]
 
     @property
     def new(self) -> str:
-        """What the docstring says after `New here:`."""
+        """The paragraph `New here:` of the docstring of the model file, without the label."""
         text = sys.modules[self.model.__module__].__doc__ or ""
         return " ".join(text.partition("New here:")[2].split("\n\n")[0].partition("Shapes:")[0].split())
 
     def settle(self, size: str | None = None, **overrides: Any) -> Any:
-        """The config of a size with the project's vocabulary or the config's own names laid over it.
+        """Return the config of a size, with overrides named in the common vocabulary or by the config's field names.
 
-        Raises `TypeError` naming the unknown field and those that exist, or the value that is of the wrong kind.
+        Raises `TypeError` for an unknown field, a value of the wrong type and an unsupported output type.
         """
         values = dict(self.sizes[size or self.default].overrides)
         known = {f.name: str(f.type) for f in fields(self.config)}
@@ -244,23 +261,25 @@ class Card:
         for key, value in overrides.items():
             name = self.names.get(key, key)
             if name not in known:
-                raise TypeError(f"{self.name} has no field {key!r}; it has {', '.join(sorted(known))}")
+                raise TypeError(f"{self.name} has no field {key!r}. Its fields are {', '.join(sorted(known))}.")
             kind, words = KINDS.get(known[name].partition("[")[0], (object, ""))
             if not isinstance(value, kind) or (kind is Integral and value < 0):
-                raise TypeError(f"{self.name}: {key}={value!r} is not {words}")
+                raise TypeError(f"{self.name}: {key}={value!r} must be {words}.")
             if name == "output_type" and value not in self.output_types:
-                raise TypeError(f"{self.name} cannot give {value!r}; it gives {', '.join(self.output_types)}")
+                raise TypeError(
+                    f"{self.name} does not support output_type={value!r}. Choose one of {', '.join(self.output_types)}."
+                )
             values[name] = value
         return self.config(**values)
 
     def accepts(self, word: str) -> bool:
-        """Whether the config has a field for this word of the project's vocabulary."""
+        """Return whether the config has a field for this name of the common vocabulary."""
         return self.names.get(word, word) in {f.name for f in fields(self.config)}
 
     def tables(self, config: Any) -> dict[str, Mapping[str, Any]]:
-        """The tables of public parameter names that hold for a config, by origin."""
+        """Return the tables of public weight names for a config, by origin."""
         return {origin: table(config) if callable(table) else table for origin, table in self.weights.items()}
 
     def make(self, config: Any) -> Any:
-        """A network with freshly initialised weights."""
+        """Create the model with newly initialized weights."""
         return self.build(config) if self.build else self.model(config)
