@@ -247,7 +247,7 @@ def test_refusals(bad, iris_run, flowers, tmp_path):
     assert "model.dims" in bad("fit", "iris", "--model", "mlp-s", "--set", "model.dims=3").replace("'dims'", "model.dims")
     assert "dim='wide' must be an integer of at least 0" in bad("fit", "iris", "--model", "mlp-s", "--set", "model.dim=wide")
     assert "dim=-3 must be an integer of at least 0" in bad("show", "mlp-s", "--set", "dim=-3")
-    assert "depths=2 is not a list" in bad("show", "resnet18", "--set", "depths=2")
+    assert "depths=2 must be a list" in bad("show", "resnet18", "--set", "depths=2")
     assert "Did you mean 'species'?" in bad("fit", flowers, "--target", "specis")
     assert "Did you mean 'species'?" in bad("check", flowers, "--target", "specis")
     assert "Did you mean 'iris'?" in bad("fit", "irris")
