@@ -50,8 +50,8 @@ class PackedTextTask(TextTask):
     def missing_requirements(cls, data: Data) -> str | None:
         return (
             None
-            if len(data.features("one text column (set its kind with --set column.NAME=text)")) == 1
-            else "one column of text (name its kind with --set column.NAME=text)"
+            if len(data.features("text")) == 1
+            else "one text column (set its type with --set column.NAME=text)"
         )
 
     @classmethod

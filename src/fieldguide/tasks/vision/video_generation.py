@@ -77,7 +77,7 @@ class VideoGeneration(ImageGeneration):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return None if len(data.features("a video column")) == 1 else "a column of films"
+        return None if len(data.features("video")) == 1 else "a video column"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
