@@ -40,7 +40,11 @@ def build_exhibits(
     rank = counts.errors / np.maximum(counts.length, 1) + characters.errors / np.maximum(characters.length, 1) / 100
     worst = [int(i) for i in np.argsort(-rank, kind="stable") if counts.errors[i]]
     chance = [int(i) for i in np.random.default_rng(0).permutation(len(said)) if i not in worst[:SHOWN_SPECTROGRAMS]]
-    pictures = spectrograms(task, test, [*worst[: SHOWN_SPECTROGRAMS // 2], *chance][:SHOWN_SPECTROGRAMS], outputs, said, objective) if objective else []
+    pictures = (
+        spectrograms(task, test, [*worst[: SHOWN_SPECTROGRAMS // 2], *chance][:SHOWN_SPECTROGRAMS], outputs, said, objective)
+        if objective
+        else []
+    )
     row = lambda i: (test.locate_row(i), said[i], heard[i], int(counts.errors[i]), float(outputs["sure"][i]))
     recordings: list[Exhibit] = []
     if worst:
@@ -77,7 +81,9 @@ def mistake_exhibits(test: Data, said: list[str], heard: list[str], counts: Any)
     """Return which words are confused, and the error rate by duration."""
     pairs = Counter(pair for i in np.flatnonzero(counts.errors) for pair in compare(said[i], heard[i]) if pair[0] != pair[1])
     spoken = Counter(word for text in said for word in text.split())
-    rows = [(a or "(nothing)", b or "(nothing)", n, spoken[a] if a else None) for (a, b), n in pairs.most_common(SHOWN_MISTAKES)]
+    rows = [
+        (a or "(nothing)", b or "(nothing)", n, spoken[a] if a else None) for (a, b), n in pairs.most_common(SHOWN_MISTAKES)
+    ]
     totals = counts.totals()
     seconds = test.rows[SECONDS].to_numpy()
     edges = np.unique(np.quantile(seconds, np.linspace(0, 1, 5)))

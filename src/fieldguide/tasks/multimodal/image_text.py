@@ -280,7 +280,10 @@ class ImageText(ImageAndTextTask):
             )
             places = [np.unique(truth[k], return_inverse=True)[1] for k in ("picture", "caption")]
             right = np.unique(np.stack(places, 1), axis=0)
-            for name, rank in (("text", compute_ranks(image, text, right)), ("image", compute_ranks(text, image, right[:, ::-1]))):
+            for name, rank in (
+                ("text", compute_ranks(image, text, right)),
+                ("image", compute_ranks(text, image, right[:, ::-1])),
+            ):
                 found |= {f"{name}_r{k}": rank < k for k in RECALL_AT}
         known, said = truth["class"] >= 0, outputs.get("probabilities")
         if self.classes and known.any() and said is not None and said.shape[1] == len(self.classes):
@@ -296,7 +299,11 @@ class ImageText(ImageAndTextTask):
         """Return intervals over queries. The candidates stay fixed, else recall would rise with images drawn twice."""
         hits = self.hits(outputs, truth)
         between = {name: binomial_interval(int(hit.sum()), len(hit)) for name, hit in hits.items()}
-        ways = [np.mean([hits[f"{way}_r{k}"] for k in RECALL_AT], 0) for way in ("text", "image") if f"{way}_r{RECALL_AT[0]}" in hits]
+        ways = [
+            np.mean([hits[f"{way}_r{k}"] for k in RECALL_AT], 0)
+            for way in ("text", "image")
+            if f"{way}_r{RECALL_AT[0]}" in hits
+        ]
         if ways:
             mean = float(np.mean([each.mean() for each in ways]))
             error = 1.96 / len(ways) * float(sum(each.var() / len(each) for each in ways)) ** 0.5
@@ -317,7 +324,9 @@ class ImageText(ImageAndTextTask):
         for data in (train, test):
             x = images.load(data.rows[self.column].to_list(), side, self.pictures.channels, fit="pad").float()
             small.append(F.normalize((x - x.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1))
-        near = torch.cat([(part @ small[0].T).topk(min(BASELINE_NEIGHBORS, len(train)), 1).indices for part in small[1].split(QUERY_CHUNK)]).numpy()
+        near = torch.cat(
+            [(part @ small[0].T).topk(min(BASELINE_NEIGHBORS, len(train)), 1).indices for part in small[1].split(QUERY_CHUNK)]
+        ).numpy()
         some = sum(theirs[near[:, i]] for i in range(near.shape[1]))
         # A dense product of so many words would not fit in memory; a random projection keeps angles.
         down = rng.normal(size=(theirs.shape[1], 512)).astype(np.float32)

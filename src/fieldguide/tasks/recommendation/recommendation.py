@@ -92,7 +92,9 @@ class Recommendation(Task):
         sizes = histories[ITEMS_COLUMN].list.len()
         parts, splits = [], []
         for name, drop, least in (("train", 2, 3), ("val", 1, 3), ("test", 0, 3)):
-            some = histories.filter(sizes >= least).with_columns(pl.col(ITEMS_COLUMN).list.head(pl.col(ITEMS_COLUMN).list.len() - drop))
+            some = histories.filter(sizes >= least).with_columns(
+                pl.col(ITEMS_COLUMN).list.head(pl.col(ITEMS_COLUMN).list.len() - drop)
+            )
             if name == "train":
                 some = pl.concat([some, histories.filter(sizes < least)])
             parts.append(some)
@@ -154,7 +156,10 @@ class Recommendation(Task):
         again = 1 - sum(len(set(h)) for h in data.rows[ITEMS_COLUMN].to_list()) / max(sizes.sum(), 1)
         longest = int(min(MAX_HISTORY_ITEMS, max(4, np.quantile(sizes, 0.9))))
         task.options = fill_options(
-            options, length=longest, repeats=bool(again > 0.05), negatives=0 if len(task.items) <= MAX_FULLY_SCORED_ITEMS else SAMPLED_NEGATIVES
+            options,
+            length=longest,
+            repeats=bool(again > 0.05),
+            negatives=0 if len(task.items) <= MAX_FULLY_SCORED_ITEMS else SAMPLED_NEGATIVES,
         )
         user = data.require_role("user").name
         task.known = data.rows.select(user, ITEMS_COLUMN)

@@ -43,7 +43,11 @@ class Tabular(SupervisedTask):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return super().missing_requirements(data) if data.features(*USABLE_KINDS) else "numeric, categorical, boolean or date columns"
+        return (
+            super().missing_requirements(data)
+            if data.features(*USABLE_KINDS)
+            else "numeric, categorical, boolean or date columns"
+        )
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -54,7 +58,9 @@ class Tabular(SupervisedTask):
                 f"{data.source}: no usable feature column is left. Features must vary and be numeric, "
                 "categorical, boolean or dates."
             )
-        if left := [c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE_KINDS and c.kind != "constant"]:
+        if left := [
+            c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE_KINDS and c.kind != "constant"
+        ]:
             task.notes.append(
                 f"columns not used, since they are neither numeric, categorical, boolean nor dates: {', '.join(left)}"
             )

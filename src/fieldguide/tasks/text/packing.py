@@ -48,11 +48,7 @@ class PackedTextTask(TextTask):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        return (
-            None
-            if len(data.features("text")) == 1
-            else "one text column (set its type with --set column.NAME=text)"
-        )
+        return None if len(data.features("text")) == 1 else "one text column (set its type with --set column.NAME=text)"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:

@@ -31,14 +31,25 @@ from fieldguide.objectives import Objective, SpanPrediction
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
-from fieldguide.tasks.text.windows import PairTemplate, Windows, covering_tokens, answer_span, pair_template, window_starts, is_whole_words, widen_to_words
+from fieldguide.tasks.text.windows import (
+    PairTemplate,
+    Windows,
+    answer_span,
+    covering_tokens,
+    is_whole_words,
+    pair_template,
+    widen_to_words,
+    window_starts,
+)
 
 MAX_TOKENS_BY_DEVICE = {"cpu": 256, "mps": 384, "cuda": 384}  # maximum tokens of a window by device, if the user sets no length
 MAX_QUESTION_TOKENS = 64  # maximum tokens of a question (as in BERT's code for SQuAD)
 TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
 MAX_ANSWER_TOKENS = 30  # maximum tokens of an answer (as in BERT's code for SQuAD), if no training answers are known
 PUBLISHED_WINDOW_TOKENS = 384  # tokens of a window of published models (same source), if they read that many
-MIN_WHOLE_WORD_FRACTION = 0.97  # fraction of training answers at word boundaries above which predictions are widened to whole words
+MIN_WHOLE_WORD_FRACTION = (
+    0.97  # fraction of training answers at word boundaries above which predictions are widened to whole words
+)
 WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"[^.!?\n]+[.!?]*")
 
 
@@ -136,7 +147,10 @@ class QuestionAnswering(Task):
         if not rows:
             raise DataError(f"{data.source}: no training question has an answer. Add rows with answers.")
         tokens = [1 + np.ptp(covering_tokens(spans, *answer_span(answer))) for _, spans, answer in rows]
-        task.whole = float(np.mean([is_whole_words(context, *answer_span(answer)) for context, _, answer in rows])) >= MIN_WHOLE_WORD_FRACTION
+        task.whole = (
+            float(np.mean([is_whole_words(context, *answer_span(answer)) for context, _, answer in rows]))
+            >= MIN_WHOLE_WORD_FRACTION
+        )
         task.silent = len(rows) < len(data)
         length = options.length or suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type])
         if length < around + 16:
@@ -335,7 +349,9 @@ class QuestionAnswering(Task):
         contexts = set(self.contexts(train))
         seen = Counter(word for text in contexts for word in set(words(text)))
         rare = lambda word: math.log((1 + len(contexts)) / (1 + seen[word]))
-        near = np.array([find_nearest_sentence(*pair, rare) for pair in zip(self.questions_of(test), self.contexts(test))]).reshape(-1, 2)
+        near = np.array(
+            [find_nearest_sentence(*pair, rare) for pair in zip(self.questions_of(test), self.contexts(test))]
+        ).reshape(-1, 2)
         found = [
             Baseline(
                 "nearest sentence",

@@ -20,7 +20,7 @@ from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import CheckpointAssets
-from fieldguide.tasks.supervised import ClassificationTask, is_discrete, fill_options
+from fieldguide.tasks.supervised import ClassificationTask, fill_options, is_discrete
 from fieldguide.tasks.text.base import TextTask, path_like
 from fieldguide.tasks.text.windows import PairTemplate, pair_template
 
@@ -71,13 +71,18 @@ class TextClassification(TextTask, ClassificationTask):
             else TextTokenizer.fit([*texts, *seconds], size=options.vocab_size)
         )
         if seconds:  # with the tokens that frame them
-            around, (first, second) = pair_template(task.text).size, (task.text.encode_exact(t[:SAMPLED_TEXTS]) for t in (texts, seconds))
+            around, (first, second) = (
+                pair_template(task.text).size,
+                (task.text.encode_exact(t[:SAMPLED_TEXTS]) for t in (texts, seconds)),
+            )
             sizes = [around + len(a) + len(b) for a, b in zip(first, second)]
         else:
             sizes = [len(t) for t in task.text.encode(texts[:SAMPLED_TEXTS], MAX_COUNTED_TOKENS)[0]]
         task.median = int(np.median(sizes))
         task.learn_labels(data)
-        task.options = fill_options(options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size)
+        task.options = fill_options(
+            options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size
+        )
         task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
         return task
 

@@ -101,10 +101,14 @@ class TextGeneration(TextTask):
         whole = data.take(rows)
         line = np.concatenate([np.cumsum([0, *(p.count("\n") for p in pieces[:-1])]) for pieces in cut])
         whole.rows = whole.rows.with_columns(
-            pl.Series(name, [p for pieces in cut for p in pieces], dtype=pl.String), pl.Series(PART_COLUMN, part), pl.col(LINE) + line
+            pl.Series(name, [p for pieces in cut for p in pieces], dtype=pl.String),
+            pl.Series(PART_COLUMN, part),
+            pl.col(LINE) + line,
         )
         side = np.full(len(rows), "train", dtype=object) if data.splits is None else whole.splits
-        lacking = [(split, share) for split, share in (("test", TEST_FRACTION), ("val", VALIDATION_FRACTION)) if split not in side]
+        lacking = [
+            (split, share) for split, share in (("test", TEST_FRACTION), ("val", VALIDATION_FRACTION)) if split not in side
+        ]
         for row in np.flatnonzero(counts >= MIN_LONG_TEXT_PASSAGES):
             own = np.flatnonzero(rows == row)
             end = len(own) if side[own[0]] == "train" else 0
@@ -334,7 +338,11 @@ class TextGeneration(TextTask):
         if len(data) != 1 or self.predict_options.effective_beams > 1:
             return None
         return stream_text(
-            objective.model, self.prompt(self.turns(data)[0]), self.predict_options, eos_token_ids=self.ends, decode=self.text.decode
+            objective.model,
+            self.prompt(self.turns(data)[0]),
+            self.predict_options,
+            eos_token_ids=self.ends,
+            decode=self.text.decode,
         )
 
     # Report

@@ -42,7 +42,9 @@ class TokenClassification(Task):
     input_types = ("tokens",)
     output_types = ("labels",)
     feature = ("list",)
-    column_spec = ColumnSpec("named", names=TAG_COLUMN_NAMES, kinds={"target": "list"}, columns=dict.fromkeys(WORD_COLUMN_NAMES, "list"))
+    column_spec = ColumnSpec(
+        "named", names=TAG_COLUMN_NAMES, kinds={"target": "list"}, columns=dict.fromkeys(WORD_COLUMN_NAMES, "list")
+    )
     metrics = (
         Metric("f1", "max", "F1 of whole entities"),
         Metric("precision", "max", "of predicted entities correct"),
@@ -110,7 +112,9 @@ class TokenClassification(Task):
         )
         sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
         task.median = int(np.median(sizes))
-        task.options = fill_options(options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size)
+        task.options = fill_options(
+            options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size
+        )
         return task
 
     def encoded(self, words: list[list[str]], length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:

@@ -88,7 +88,9 @@ class Translation(TextTask):
         if options.tokenizer:
             task.text = TextTokenizer.load(options.tokenizer)
         else:
-            size = options.vocab_size or min(MAX_VOCAB_SIZE, suggest_vocab_size(sum(map(len, sources)) + sum(map(len, targets))))
+            size = options.vocab_size or min(
+                MAX_VOCAB_SIZE, suggest_vocab_size(sum(map(len, sources)) + sum(map(len, targets)))
+            )
             task.text = TextTokenizer.fit([*sources, *targets], size=size, lower=False)
         task.frame = resolve_markers(task.text, options)
         sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]

@@ -31,7 +31,9 @@ from fieldguide.tasks.timeseries import report
 
 QUANTILES = (0.05, 0.1, 0.5, 0.9, 0.95)
 LEVELS = {0.8: (1, 3), 0.9: (0, 4)}  # coverage of an interval -> indices of its ends in QUANTILES
-MIN_STEP_CALIBRATION_WINDOWS = 50  # minimum validation windows to calibrate each step separately; otherwise all steps share one width
+MIN_STEP_CALIBRATION_WINDOWS = (
+    50  # minimum validation windows to calibrate each step separately; otherwise all steps share one width
+)
 
 
 class Forecasting(Task):
@@ -317,7 +319,11 @@ class Forecasting(Task):
         """Fit the widening of the intervals, per step, so that they have nominal coverage on the validation data."""
         q = outputs["values"][:, :, 0, 1:].astype(np.float64)
         future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
-        steps = [slice(h, h + 1) for h in range(q.shape[1])] if len(q) >= MIN_STEP_CALIBRATION_WINDOWS else [slice(None)] * q.shape[1]
+        steps = (
+            [slice(h, h + 1) for h in range(q.shape[1])]
+            if len(q) >= MIN_STEP_CALIBRATION_WINDOWS
+            else [slice(None)] * q.shape[1]
+        )
         self.widths = {
             f"{level:g}": [compute_interval_widening(q[:, h, a], q[:, h, b], future[:, h], level) for h in steps]
             for level, (a, b) in LEVELS.items()

@@ -41,7 +41,11 @@ def build_exhibits(
         drawn.append(draw_window(windows.panel, windows.options.season, int(s), at, natural, each[row], levels))
     return {
         "Forecasts": drawn,
-        "Errors": [error_by_step(scaled), worst_series(windows.panel, series, numbers, order, mean), coverage_by_step(values, future, levels)],
+        "Errors": [
+            error_by_step(scaled),
+            worst_series(windows.panel, series, numbers, order, mean),
+            coverage_by_step(values, future, levels),
+        ],
     }
 
 
@@ -56,7 +60,9 @@ def error_by_step(scaled: Mapping[str, np.ndarray]) -> Lines:
     )
 
 
-def worst_series(found: Panel, series: np.ndarray, numbers: np.ndarray, order: np.ndarray, mean: Mapping[str, np.ndarray]) -> Table:
+def worst_series(
+    found: Panel, series: np.ndarray, numbers: np.ndarray, order: np.ndarray, mean: Mapping[str, np.ndarray]
+) -> Table:
     rows = [
         (found.names[numbers[i]], int((series == numbers[i]).sum()), *(float(x[i]) for x in mean.values()))
         for i in order[:LISTED_SERIES]
@@ -85,7 +91,9 @@ def coverage_by_step(values: np.ndarray, future: np.ndarray, levels: IntervalEnd
     )
 
 
-def draw_window(found: Panel, season: int, series: int, at: int, natural: np.ndarray, error: float, levels: IntervalEnds) -> Lines:
+def draw_window(
+    found: Panel, season: int, series: int, at: int, natural: np.ndarray, error: float, levels: IntervalEnds
+) -> Lines:
     """Return the chart of one window: the end of its past, the actual values, and the forecast with intervals
     (`natural`: H, 1+Q).
     """

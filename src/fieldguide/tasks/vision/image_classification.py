@@ -24,7 +24,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform, suggest_side
 from fieldguide.tasks.base import CheckpointAssets
-from fieldguide.tasks.supervised import ClassificationTask, is_discrete, fill_options, mix_pairs
+from fieldguide.tasks.supervised import ClassificationTask, fill_options, is_discrete, mix_pairs
 
 LINEAR_SIDE = 16  # image size of the linear baseline
 SAMPLED_IMAGES = 5000  # images that mean and standard deviation are computed from

@@ -32,7 +32,7 @@ from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
-from fieldguide.tasks.supervised import binomial_interval, is_discrete, fill_options
+from fieldguide.tasks.supervised import binomial_interval, fill_options, is_discrete
 
 IMAGE_SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
@@ -130,7 +130,9 @@ class ImageGeneration(Task):
                 f"{data.target.kind}."
             )
         fits = suggest_side(data.rows[WIDTH], data.rows[HEIGHT])
-        side = options.side or max((s for s in IMAGE_SIDES if s <= min(fits, MAX_SIDE_BY_DEVICE[device().type])), default=IMAGE_SIDES[0])
+        side = options.side or max(
+            (s for s in IMAGE_SIDES if s <= min(fits, MAX_SIDE_BY_DEVICE[device().type])), default=IMAGE_SIDES[0]
+        )
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target and not captioned else []
@@ -335,7 +337,9 @@ class ImageGeneration(Task):
         if "loss" in outputs:
             scores["held_out_loss"] = float(outputs["loss"].mean())
         elif "samples" in outputs:
-            scores["held_out_loss"] = generative.frechet_distance(compute_thumbnails(outputs["samples"]), compute_thumbnails(truth["real"]))
+            scores["held_out_loss"] = generative.frechet_distance(
+                compute_thumbnails(outputs["samples"]), compute_thumbnails(truth["real"])
+            )
         return scores
 
     def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
@@ -346,7 +350,9 @@ class ImageGeneration(Task):
         ranges["held_out_loss"] = (
             generative.bootstrap_mean_interval(outputs["loss"])
             if "loss" in outputs
-            else generative.bootstrap_distance_interval(compute_thumbnails(outputs["samples"]), compute_thumbnails(truth["real"]))
+            else generative.bootstrap_distance_interval(
+                compute_thumbnails(outputs["samples"]), compute_thumbnails(truth["real"])
+            )
         )
         for name, metric in (("right", "classifier_accuracy"), ("matched", "caption_match")):
             if name in found:
@@ -398,7 +404,9 @@ class ImageGeneration(Task):
         made = self.made(objective, label, range(len(label)), self.PredictOptions())
         return [
             Gallery(
-                "Samples during training", "Generated from the same noise each time.", [Picture(encode_sheet(made.cpu().numpy()), "")]
+                "Samples during training",
+                "Generated from the same noise each time.",
+                [Picture(encode_sheet(made.cpu().numpy()), "")],
             )
         ]
 
@@ -416,7 +424,11 @@ class ImageGeneration(Task):
         order = np.argsort(label, kind="stable") if self.labels else np.arange(len(label))
         rows = sheets_by_class(samples, label, self.labels) if self.labels else []
         shown: list[Exhibit] = [
-            Gallery("Samples", "Generated for the test, unselected.", rows or [Picture(encode_sheet(samples[order[: 4 * SHEET_IMAGES]]), "")])
+            Gallery(
+                "Samples",
+                "Generated for the test, unselected.",
+                rows or [Picture(encode_sheet(samples[order[: 4 * SHEET_IMAGES]]), "")],
+            )
         ]
         if self.text is not None:
             shown.append(
@@ -432,7 +444,9 @@ class ImageGeneration(Task):
             few = "Generated from the same noise: more steps are slower and add detail."
             by_steps = [
                 Picture(
-                    encode_sheet(self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).cpu().numpy()),
+                    encode_sheet(
+                        self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).cpu().numpy()
+                    ),
                     f"{steps} steps",
                 )
                 for steps in (2, 5, 10, 20, 50)
@@ -446,7 +460,9 @@ class ImageGeneration(Task):
         made, real = (generative.extract_features(self.judge, torch.from_numpy(x[:300])) for x in (samples, truth["real"]))
         far_made, far_real = generative.pairwise_distances(made, known), generative.pairwise_distances(real, known)
         beside = [self.known[int(far.argmin())].numpy() for far in far_made[:12]]
-        pairs = [Picture(encode_sheet(np.stack([samples[i], other])), f"{far_made[i].min():.2f}") for i, other in enumerate(beside)]
+        pairs = [
+            Picture(encode_sheet(np.stack([samples[i], other])), f"{far_made[i].min():.2f}") for i, other in enumerate(beside)
+        ]
         closer = float((far_made.min(1) < np.quantile(far_real.min(1), 0.05)).mean())
         return [
             Gallery(

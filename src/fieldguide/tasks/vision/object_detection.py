@@ -29,7 +29,7 @@ from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.vision.detection_report import draw_boxes, build_exhibits, match_boxes, open_image
+from fieldguide.tasks.vision.detection_report import build_exhibits, draw_boxes, match_boxes, open_image
 
 MAX_SIDE_BY_DEVICE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side by device, if the user sets no size
 STRIDE = 32  # image sizes are multiples of the coarsest grid's stride
@@ -180,7 +180,11 @@ class ObjectDetection(Task):
         """Return batches of letterboxed images, with boxes if `settings` are given for training."""
         paths, side, channels = data.rows[self.column].to_list(), self.options.side, self.options.channels
         frame = Letterbox.of(data.rows[WIDTH].to_numpy(), data.rows[HEIGHT].to_numpy(), side)
-        kept = images.load(paths, side, channels, fit="pad") if len(paths) * channels * side**2 < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram() else None
+        kept = (
+            images.load(paths, side, channels, fit="pad")
+            if len(paths) * channels * side**2 < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram()
+            else None
+        )
         truth = None
         if self.target.name in data.rows.columns and settings is not None:
             boxes, labels, crowd = self.known(data)
@@ -250,7 +254,9 @@ class ObjectDetection(Task):
         middle, count = self.score(outputs, truth), len(truth["labels"])
         some = np.sort(np.random.default_rng(0).permutation(count)[:MAX_BOOTSTRAP_IMAGES])
         drawn = bootstrap(
-            *({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)), len(self.names), repeats=BOOTSTRAP_REPEATS
+            *({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)),
+            len(self.names),
+            repeats=BOOTSTRAP_REPEATS,
         )
         narrower = (len(some) / count) ** 0.5
         spread = {name: 1.96 * narrower * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
@@ -264,7 +270,9 @@ class ObjectDetection(Task):
             crowd = truth["crowd"][i][known[i]]
             is_ = truth["labels"][i][known[i]]
             right.append(
-                match_boxes(outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_, crowd)[0]
+                match_boxes(
+                    outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_, crowd
+                )[0]
             )
             there += np.bincount(is_[~crowd].astype(int), minlength=classes)
         right, scores, labels = np.concatenate(right), outputs["scores"][real], outputs["labels"][real].astype(int)

@@ -27,8 +27,8 @@ from fieldguide.objectives import DDIM, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import predict_with_guidance
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
-from fieldguide.tasks.supervised import binomial_interval, is_discrete, fill_options
-from fieldguide.tasks.vision.image_generation import ImageGeneration, encode_png, build_sampler
+from fieldguide.tasks.supervised import binomial_interval, fill_options, is_discrete
+from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, encode_png
 
 VIDEO_SIDES = (16, 32, 64)
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
@@ -264,7 +264,9 @@ class VideoGeneration(ImageGeneration):
         made = self.made(objective, label, range(count), self.PredictOptions()).cpu().numpy()
         return [
             Gallery(
-                "Samples during training", "Generated from the same noise each time.", [Picture(encode_webp(join_side_by_side(made)), "")]
+                "Samples during training",
+                "Generated from the same noise each time.",
+                [Picture(encode_webp(join_side_by_side(made)), "")],
             )
         ]
 
@@ -273,8 +275,14 @@ class VideoGeneration(ImageGeneration):
     ) -> dict[str, list[Exhibit]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
         names = ["videos", *self.labels]
-        shown = [Picture(encode_webp(samples[i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:SHOWN_PER_CLASS]]
-        real = [Picture(encode_webp(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]]
+        shown = [
+            Picture(encode_webp(samples[i]), names[k])
+            for k in np.unique(label)
+            for i in np.flatnonzero(label == k)[:SHOWN_PER_CLASS]
+        ]
+        real = [
+            Picture(encode_webp(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]
+        ]
         told = [
             Picture(
                 encode_png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
@@ -317,7 +325,8 @@ class VideoGeneration(ImageGeneration):
         far = generative.pairwise_distances(made, known)
         nearest = [self.known[int(row.argmin())].numpy() for row in far]
         pairs = [
-            Picture(encode_webp(join_side_by_side(np.stack([samples[i], other]))), f"{far[i].min():.2f}") for i, other in enumerate(nearest)
+            Picture(encode_webp(join_side_by_side(np.stack([samples[i], other]))), f"{far[i].min():.2f}")
+            for i, other in enumerate(nearest)
         ]
         return [
             Gallery(
