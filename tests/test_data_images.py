@@ -119,7 +119,7 @@ def test_pictures_without_a_class(tmp_path):
     flat = tmp_path / "0"
     bare = read(flat)
     assert len(bare) == 40 and bare.target is None  # what can be learnt from it, the task has to say
-    with pytest.raises(DataError, match="does not say by itself what is to be learnt"):
+    with pytest.raises(DataError, match="the task cannot be inferred"):
         infer_task(bare)
     data = read(flat, labels_optional=True)
     assert len(data) == 40 and data.rows["label"].null_count() == 40

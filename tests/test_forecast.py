@@ -35,7 +35,7 @@ class Last(nn.Module):
         self.horizon, self.beside = horizon, nn.Parameter(torch.tensor([0.0, *beside]))
 
     def forward(self, series):
-        self.patch_relevance = series
+        self.seen = series
         return (series[:, -1:, :, None] + self.beside).expand(-1, self.horizon, -1, -1)
 
 

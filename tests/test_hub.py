@@ -22,7 +22,7 @@ class Hub:
     the headers of each request. With another server as `store`, large files lie there, and the hub sends on to it."""
 
     def __init__(self, files: dict[str, bytes]):
-        self.files, self.cut, self.asked, self.damage, self.store, self.patch_relevance = files, None, [], False, None, []
+        self.files, self.cut, self.asked, self.damage, self.store, self.seen = files, None, [], False, None, []
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,7 +48,7 @@ class Hub:
         ]
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.patch_relevance.append(dict(request.headers))
+        self.seen.append(dict(request.headers))
         if self.store and request.path.endswith(".safetensors"):
             request.send_response(302)
             request.send_header("Location", self.store.address + request.path)

@@ -214,7 +214,7 @@ def test_outlines_become_masks(form, tmp_path):
     assert fewer.context["names"] == ["background", "square"]
     only = kind.fit(fewer, kind.Options(ignore="bar"))
     assert (only.masks(fewer)[0].rasterize() == -1).sum() == 200  # the pixels of a bar are no background, either
-    with pytest.raises(SettingsError, match=r"task.ignore names 'bra', which .* has not\. Did you mean 'bar'"):
+    with pytest.raises(SettingsError, match=r"task.ignore names 'bra', which .* does not have\. Did you mean 'bar'"):
         kind.build_examples(data, kind.Options(ignore="bra"))
     with pytest.raises(DataError, match="no object with an outline is left"):
         kind.build_examples(data, kind.Options(ignore="bar,square"))
@@ -270,7 +270,7 @@ def test_crowds_and_other_damage(tmp_path):
     objects = asked(alone)[0].rows["objects"][0].to_list()
     assert [objects[0][s] for s in ("right", "bottom")] == [max(scene(0)[0][1][::2]), max(scene(0)[0][1][1::2])]
     bare = coco(tmp_path / "bare", change=lambda d: [a.pop("segmentation") for a in d["annotations"]])
-    with pytest.raises(DataError, match=r"it has 210 boxes without any, and a box is no mask.*--task object-detection"):
+    with pytest.raises(DataError, match=r"the data has 210 boxes without any, and a box is not a mask.*--task object-detection"):
         asked(bare)
     with pytest.raises(BadData, match="size-differs"):
         asked(coco(tmp_path / "size", change=lambda d: [i.update(width=50) for i in d["images"][:5]]))
@@ -315,7 +315,7 @@ def test_a_network_learns_from_outlines(tmp_path):
     assert [("error" in answer) for answer in run.predict([str(tmp_path / "other")])] == [i == 3 for i in range(20)]
     (tmp_path / "other" / "images" / "p003.png").write_bytes(good)
     (tmp_path / "other" / "data.yaml").write_text("train: images\nnames: [square, beam]\n")
-    with pytest.raises(DataError, match="has objects of 'beam', which the network does not know"):
+    with pytest.raises(DataError, match="has objects of 'beam', which are not classes of this model"):
         run.evaluate(str(tmp_path / "other"))
     with pytest.raises(DataError, match="has no outlines to compare answers with"):
         run.evaluate(str(tmp_path / "other" / "images"))
@@ -332,5 +332,5 @@ def run_mask(number):
 def test_masks_and_outlines_are_told_apart(tmp_path):
     data = read(coco(tmp_path, 24), column_spec=ImageSegmentation.column_spec)
     assert data.target.kind == "boxes"
-    with pytest.raises(SettingsError, match=r"for masks write values or classes \(square, bar, unseen\) with commas"):
+    with pytest.raises(SettingsError, match=r"for masks give values or classes \(square, bar, unseen\)"):
         ImageSegmentation.stored(data, ImageSegmentation.Options(ignore="bra"))

@@ -202,7 +202,7 @@ def test_classes_of_pairs(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"premise": a, "hypothesis": b}) + "\n" for a, b in pairs))
     found = PretrainedTask.load(tmp_path, columns="premise,hypothesis").predict(tmp_path / "pairs.jsonl")
     np.testing.assert_allclose([[r["probabilities"][name] for name in KINDS] for r in found], want, rtol=1e-4, atol=1e-6)
-    with pytest.raises(SettingsError, match="columns=a,b: this network reads 1 column of text"):
+    with pytest.raises(SettingsError, match="columns=a,b: this model reads at most 1 text column"):
         PretrainedTask.load(tmp_path, output_type="vector", columns="a,b")
 
 
@@ -316,7 +316,7 @@ def test_what_cannot_be_asked(tmp_path):
     ready = PretrainedTask.load(tmp_path / "text")
     with pytest.raises(SettingsError, match="no option temperature"):
         ready.predict(["a text"], temperature=1)
-    with pytest.raises(DataError, match=r"classes that were not in training: .*horse"):
+    with pytest.raises(DataError, match=r"classes that are not in the training data: .*horse"):
         (tmp_path / "t.csv").write_text("text,label\nthe cat sat,horse\nthe mat sat,cat\n")
         ready.evaluate(tmp_path / "t.csv")
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):

@@ -167,8 +167,8 @@ def test_report_and_card_tell_the_same(run):
     value = run.task.metrics[0].text(run.scores[run.task.metrics[0].name])
     page, card = ((run.path / n).read_text() for n in ("report.html", "README.md"))
     plain = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
-    assert f"{value} of the held-out examples right" in plain
-    assert f"{value} of the held-out examples right" in card
+    assert f"{value} of the held-out examples correct" in plain
+    assert f"{value} of the held-out examples correct" in card
     for address in ("http://", "https://", 'src="//', "@import"):
         assert address not in page.replace("http://www.w3.org", ""), f"the report points to {address}"
 
@@ -203,7 +203,7 @@ def test_other_data_is_scored_whole(iris_run):
 
 
 def test_data_without_answers_cannot_be_scored(iris_run):
-    with pytest.raises(DataError, match="answers are to be in column 'species'"):
+    with pytest.raises(DataError, match="evaluation needs the target column 'species'"):
         iris_run.evaluate(pl.read_csv(samples.path("iris")).drop("species"))
 
 

@@ -171,7 +171,7 @@ def test_matching_counts_each_once():
 def test_options_that_cannot_work(tmp_path):
     data = read(folder(tmp_path))
     for options, words in (
-        ({"side": 50}, "task.side=50 is to be a multiple of 32, such as 64"),
+        ({"side": 50}, "task.side=50 must be a multiple of 32, for example 64"),
         ({"classes": "a,dog"}, "task.classes names 'dog', of which"),
         ({"flip": "2"}, "shares, from 0 to 1"),
     ):

@@ -204,7 +204,7 @@ def test_long_pairs_lose_the_end_of_the_longer_text(pairs):
     ends = [int((s == 0).sum()) for s in segments]  # [CLS] A [SEP]
     short = len(one.text.encode_exact(["blue"])[0]), len(one.text.encode_exact(["red"])[0])
     assert ends == [2 + 10 - short[0], 2 + short[1], 7]
-    with pytest.raises(DataError, match="one text, and this run reads pairs"):
+    with pytest.raises(DataError, match="is one text, but this run reads pairs"):
         one.read(["only one text here"])
 
 

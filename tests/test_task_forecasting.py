@@ -56,14 +56,14 @@ def test_predictions_go_on_where_series_end(run):
     assert abs(works[12] - past[-7 * 24 + 12]) < abs(works[12] - works[0])  # noon of a Monday is like noon, not midnight
     narrow = open_run(run.path).predict("demand", interval=0.8)
     assert np.mean([r["high"] - r["low"] for r in narrow]) < np.mean([r["high"] - r["low"] for r in said])
-    with pytest.raises(SettingsError, match=r"0\.8 and 0\.9"):
+    with pytest.raises(SettingsError, match=r"0\.8 or 0\.9"):
         run.predict("demand", interval=0.5)
     json.dumps(said)
 
 
 def test_evaluation_of_the_same_and_of_other_data(run, tmp_path):
     again = open_run(run.path).evaluate("demand")
-    assert again["scores"] == pytest.approx(run.scores) and "no step of training has seen" in again["note"]
+    assert again["scores"] == pytest.approx(run.scores) and "only its test rows" in again["note"]
     table = pl.read_csv(samples.path("demand"))
     other = table.filter(pl.col("site") == "shops").with_columns(pl.lit("a new site").alias("site"), pl.col("demand") * 1000)
     other.write_csv(tmp_path / "other.csv")
@@ -122,9 +122,9 @@ def test_what_is_known_ahead_is_used(tmp_path):
     )
     said = run.predict(pl.concat([rows, ahead], how="vertical_relaxed"))
     assert [r["value"] > 12.5 for r in said] == [True, False, False, True] and said[0]["time"] == "2026-06-19"
-    assert not [n for n in run.task.notes if "no row with" in n]
-    run.predict(rows)
-    assert any(n.startswith("4 of 4 future steps have no row with promo") for n in run.task.notes)
+    assert not [n for n in said.notes if "no row with" in n]
+    notes = run.predict(rows).notes
+    assert any(n.startswith("4 of 4 future steps have no row with promo") for n in notes)
 
 
 def test_a_series_a_row_from_file_to_forecast(tmp_path):

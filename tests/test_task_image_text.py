@@ -158,7 +158,7 @@ def test_a_table_of_captions_is_not_taken_for_classes(tmp_path):
     request = {"target": None, "kinds": {}, "roles": {}, "group": None, "time": None, "allow_bad": False, "task": None}
     table = album(tmp_path, 40)
     first, kind, why = read_for({**request, "data": str(table)})
-    assert kind.name == "image-text" and "what is said of each in 'caption'" in why and first.target.kind == "text"
+    assert kind.name == "image-text" and "images and captions in 'caption'" in why and first.target.kind == "text"
     rows = table.read_text().splitlines()
     turned = damage.write(tmp_path / "turned.csv", [",".join(row.split(",")[::-1]) for row in rows])
     assert read_for({**request, "data": str(turned)})[1].name == "image-text"  # whichever column is the last
@@ -179,7 +179,7 @@ def test_a_table_of_captions_is_not_taken_for_classes(tmp_path):
 def test_the_table_says_which_task_it_is(tmp_path):
     table = album(tmp_path / "q", 30, "questions")
     assert infer_task(read(table))[0].name == "visual-question-answering"
-    with pytest.raises(DataError, match="column of pictures"):
+    with pytest.raises(DataError, match="one image column"):
         read_for(
             {
                 "data": "iris",

@@ -202,7 +202,7 @@ def test_damaged_events(tmp_path):
     assert found["mixed-types"].count == 2 and "events.csv:7" in found["mixed-types"].places
     table(file, [(u, i, "soon") for u, i, t in many])
     data = read(file, column_spec=Recommendation.column_spec)
-    with pytest.raises(DataError, match="'timestamp' is to be the time"):
+    with pytest.raises(DataError, match="the time column 'timestamp' holds"):
         Recommendation.build_examples(data, Recommendation.Options())
     table(file, [("", i, t) for u, i, t in many])
     with pytest.raises(BadData, match="400 of 400"):

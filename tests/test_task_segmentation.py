@@ -243,7 +243,7 @@ def test_damaged_pictures_with_masks(tmp_path):
     folder(tmp_path, 120)
     for path in (tmp_path / "masks").iterdir():
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3)).astype(np.uint8)).save(path)
-    with pytest.raises(DataError, match="different values: they are no classes"):
+    with pytest.raises(DataError, match="different values, too many for classes"):
         ImageSegmentation.build_examples(read(tmp_path), ImageSegmentation.Options())
     for path in (tmp_path / "masks").iterdir():
         Image.fromarray(np.zeros((24, 32), np.uint8)).save(path)

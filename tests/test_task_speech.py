@@ -14,7 +14,7 @@ import torch
 
 from damage import checks, finding
 from fieldguide import open_run
-from fieldguide.automl.fit import NullCallback, build_plan, fit, trainer
+from fieldguide.automl.fit import NullCallback, build_plan, build_trainer, fit
 from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.report_elements import Sounds
@@ -447,13 +447,13 @@ class Near(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patch_relevance = []
+        self.seen = []
 
     def frames(self, lengths):
         return (lengths + 3) // 4
 
     def forward(self, features, lengths):
-        self.patch_relevance.append(tuple(features.shape[:2]))
+        self.seen.append(tuple(features.shape[:2]))
         real = torch.arange(features.shape[1]) < lengths[:, None]
         x = torch.nn.functional.pad(features * real[..., None], (0, 0, 0, -features.shape[1] % 4))
         x = torch.nn.functional.pad(x.unflatten(1, (-1, 4)).mean(2), (0, 0, 1, 1))
@@ -570,7 +570,7 @@ def test_halves_are_equal_to_the_whole(tmp_path):
             model="conformer-test",
             settings={"steps": 8, "batch": 16, "precision": "float32", "evaluate": 4, "task.masks": True, "checkpoint": 0},
         )
-        return trainer(plan, Quiet(stop), folder)
+        return build_trainer(plan, Quiet(stop), folder)
 
     whole = loop(tmp_path / "whole")
     whole.train()

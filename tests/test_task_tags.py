@@ -116,7 +116,7 @@ def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
     assert one.tags == ["O", "B-LOC", "B-PER", "I-PER"] and infer_task(data)[0].name == "token-classification"
     rows[7]["ner_tags"].pop()
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"b\.jsonl:8: \d words in 'tokens' and \d tags"):
+    with pytest.raises(DataError, match=r"b\.jsonl:8: \d words in 'tokens', but \d tags"):
         made(tmp_path / "b.jsonl", vocab_size=300)
     rows[7]["ner_tags"].append("B-NEW")
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -141,7 +141,7 @@ def test_each_word_is_asked_at_its_first_token(folder):
     short, _ = made(folder / "words.conll", vocab_size=270, length=8)
     cut = short.batches(data, card("bert"))
     batch = cut.make(np.arange(20), None)
-    assert batch["tokens"].shape[1] <= 8 and "words stand beyond 8 tokens" in short.notes[-1]
+    assert batch["tokens"].shape[1] <= 8 and "words lie beyond the first 8 tokens" in short.notes[-1]
     real = truth[:20]
     scores = short.score({"label": np.full((20, 2), short.tags.index("O"))}, {"label": real})
     assert scores["recall"] == 0 and scores["accuracy"] == pytest.approx((real[real >= 0] == short.tags.index("O")).mean())

@@ -20,10 +20,10 @@ from fieldguide.data.validation.checks import BadData
 from fieldguide.report.pages import verdict
 from fieldguide.tasks.vision.video_generation import (
     VideoGeneration,
+    decibels,
     encode_webp,
     gap_interval,
     mean_consistency,
-    decibels,
     motion_image,
     psnr,
 )

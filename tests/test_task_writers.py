@@ -11,9 +11,10 @@ import torch
 from fieldguide import fit, open_run
 from fieldguide.core.errors import SettingsError
 from fieldguide.data import read
+from fieldguide.data.preprocessing.sequence_markers import resolve_markers
 from fieldguide.models.registry import card, create
 from fieldguide.tasks.text.summarization import Summarization, first_sentences
-from fieldguide.tasks.text.translation import Translation, framed
+from fieldguide.tasks.text.translation import Translation
 from writers import network
 
 WORDS = ["a", "cat", "dog", "sees", "katze", "hund", "sieht", "eine"]
@@ -115,9 +116,9 @@ def test_languages_must_be_named(tmp_path):
     from fieldguide.data.preprocessing import TextTokenizer
 
     with pytest.raises(SettingsError, match=r"default: en_XX.*task\.target_language"):
-        framed(TextTokenizer.load(path), Translation.options_from({"tokenizer": path}))
+        resolve_markers(TextTokenizer.load(path), Translation.options_from({"tokenizer": path}))
     with pytest.raises(SettingsError, match=r"task\.target_language='de_DX' is not a token.*de_DE"):
-        framed(TextTokenizer.load(path), Translation.options_from({"tokenizer": path, "target_language": "de_DX"}))
+        resolve_markers(TextTokenizer.load(path), Translation.options_from({"tokenizer": path, "target_language": "de_DX"}))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "mbart", "nllb", "nllb-moe"])

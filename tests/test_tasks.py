@@ -495,7 +495,7 @@ def test_pictures_to_be_made_without_classes_are_so_loudly(tmp_path):
         ).notes
         for target in (None, "kind")
     ]
-    assert "--target kind has it made by class" in notes[0][0] and not notes[1]
+    assert "--target kind generates by class" in notes[0][0] and not notes[1]
 
 
 def test_task_options(tmp_path):
@@ -509,7 +509,7 @@ def test_task_options(tmp_path):
 
 def test_a_class_that_was_not_in_training_is_refused(iris_run):
     table = pl.read_csv(samples.path("iris")).with_columns(pl.lit("tulip").alias("species"))
-    with pytest.raises(DataError, match=r"'tulip'.*Known are: setosa, versicolor, virginica"):
+    with pytest.raises(DataError, match=r"'tulip'.*Known classes: setosa, versicolor, virginica"):
         iris_run.evaluate(table)
 
 

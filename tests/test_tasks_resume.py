@@ -59,7 +59,7 @@ QUICK = {"tabular-classification", "tabular-regression", "recommendation", "time
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ONE])
 def test_stopped_and_resumed(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(task(name), "tested", 8)  # what is said of test rows is not what is looked at here
+    monkeypatch.setattr(task(name), "max_test_examples", 8)  # what is said of test rows is not what is looked at here
     settings = {"steps": 6, "evaluate": 2, "batch": 8, "precision": "float32", **SMALL.get(name, {})}
     arguments = {"model": TINY.get(name, "auto"), "settings": settings}
     whole = fit(ONE[name], out=tmp_path / "whole", **arguments)

@@ -68,7 +68,7 @@ def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task
         request["task"], request["target"] = known.task, request["target"] or known.target or None
     source = read_request(request, data)
     if request["task"]:
-        return source, get_requested_task(request["task"], source), "you asked for it"
+        return source, get_requested_task(request["task"], source), "requested"
     kind, why = infer_task(source)
     if kind.column_spec != ColumnSpec():
         request["task"] = kind.name
