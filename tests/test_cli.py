@@ -117,7 +117,7 @@ def test_fit_predict_evaluate_on_files(good, flowers, tmp_path):
     assert "150 examples from 1 file" in said and "tabular-classification" in said
     assert "4 numeric or categorical columns and a target with 3 classes" in said
     assert "ruled out" not in said  # who asks for a network is not told of the others
-    assert "requested" in said and "of the held-out examples correct" in said and "majority class" in said
+    assert "of the held-out examples correct" in said and "majority class" in said
     assert str(run / "report.html") in said and (run / "report.html").exists()
     assert json.loads((run / "run.json").read_text())["settings"]["seed"] == 3
 
@@ -146,7 +146,7 @@ def test_fit_predict_evaluate_on_files(good, flowers, tmp_path):
     table = good("evaluate", run, other)
     assert "accuracy" in table and "95 % interval" in table
 
-    assert "answers are to be in column 'species'" in bad_line(run, without)
+    assert "evaluation needs the target column 'species'" in bad_line(run, without)
 
 
 def bad_line(run, data) -> str:

@@ -270,11 +270,13 @@ def test_crowds_and_other_damage(tmp_path):
     objects = asked(alone)[0].rows["objects"][0].to_list()
     assert [objects[0][s] for s in ("right", "bottom")] == [max(scene(0)[0][1][::2]), max(scene(0)[0][1][1::2])]
     bare = coco(tmp_path / "bare", change=lambda d: [a.pop("segmentation") for a in d["annotations"]])
-    with pytest.raises(DataError, match=r"the data has 210 boxes without any, and a box is not a mask.*--task object-detection"):
+    with pytest.raises(
+        DataError, match=r"the data has 210 boxes without any, and a box is not a mask.*--task object-detection"
+    ):
         asked(bare)
     with pytest.raises(BadData, match="size-differs"):
         asked(coco(tmp_path / "size", change=lambda d: [i.update(width=50) for i in d["images"][:5]]))
-    with pytest.raises(DataError, match="has objects of 300 classes"):
+    with pytest.raises(DataError, match="there are 300 object classes"):
         many = coco(
             tmp_path / "many",
             change=lambda d: (
@@ -317,7 +319,7 @@ def test_a_network_learns_from_outlines(tmp_path):
     (tmp_path / "other" / "data.yaml").write_text("train: images\nnames: [square, beam]\n")
     with pytest.raises(DataError, match="has objects of 'beam', which are not classes of this model"):
         run.evaluate(str(tmp_path / "other"))
-    with pytest.raises(DataError, match="has no outlines to compare answers with"):
+    with pytest.raises(DataError, match="there are no outlines to evaluate with"):
         run.evaluate(str(tmp_path / "other" / "images"))
     assert "Confusion of pixels" in (run.path / "report.html").read_text()
 

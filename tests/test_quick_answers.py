@@ -143,7 +143,8 @@ def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
     )
     shrunk = []
     monkeypatch.setattr(
-        "fieldguide.inference.text_generation.quantize_int8", lambda network: (shrunk.append(network), quantize_int8(network))[1]
+        "fieldguide.inference.text_generation.quantize_int8",
+        lambda network: (shrunk.append(network), quantize_int8(network))[1],
     )
     for weights in ("float32", "int8"):
         speaker = TextGenerator.load(tmp_path, weights=weights)

@@ -94,7 +94,9 @@ def test_a_run_is_repeated_by_its_config(tmp_path):
     assert config["model"] == "mlp-s" and config["seed"] == 3 and config["settings"]["model.dim"] == 16
     out = ["--out", str(tmp_path / "second")]
     done = subprocess.run(
-        [sys.executable, "-m", "fieldguide", "fit", "--config", str(first.path / "fit.yaml"), *out], capture_output=True, text=True
+        [sys.executable, "-m", "fieldguide", "fit", "--config", str(first.path / "fit.yaml"), *out],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     again = fieldguide.open_run(tmp_path / "second")

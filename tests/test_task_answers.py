@@ -388,7 +388,7 @@ def test_columns_of_other_names(tmp_path):
     with pytest.raises(DataError, match=r"task\.context and task\.question must name text columns"):
         KIND.build_examples(data, KIND.options_from({"context": "reports"}))
     (tmp_path / "b.csv").write_text("context,answer\n" + "one text here,one\n" * 5)
-    assert "a column `question`" in KIND.missing_requirements(read(tmp_path / "b.csv", column_spec=KIND.column_spec))
+    assert "a question column `question`" in KIND.missing_requirements(read(tmp_path / "b.csv", column_spec=KIND.column_spec))
 
 
 # ---------------------------------------------------------------------------------------------- tokens and windows
@@ -417,7 +417,11 @@ def test_whole_words():
         while begin < end and inside(e):
             e += 1
         assert (first, last) == (b, e)
-    assert is_whole_words(text, 5, 6) and not is_whole_words(text, 12, 18) and widen_to_words("", spans[:2]).tolist() == spans[:2].tolist()
+    assert (
+        is_whole_words(text, 5, 6)
+        and not is_whole_words(text, 12, 18)
+        and widen_to_words("", spans[:2]).tolist() == spans[:2].tolist()
+    )
 
 
 def test_windows_cover_every_text():
@@ -483,7 +487,11 @@ def test_windows_hold_questions_contexts_and_answers(tmp_path, whole, stride):
 
 def test_answers_in_tokens():
     spans = np.array([[0, 2], [2, 2], [3, 5], [5, 8], [9, 12]])
-    assert covering_tokens(spans, 3, 8) == (2, 3) and covering_tokens(spans, 4, 6) == (2, 3) and covering_tokens(spans, 0, 1) == (0, 0)
+    assert (
+        covering_tokens(spans, 3, 8) == (2, 3)
+        and covering_tokens(spans, 4, 6) == (2, 3)
+        and covering_tokens(spans, 0, 1) == (0, 0)
+    )
     assert covering_tokens(spans, 8, 9) == (-1, -1) and covering_tokens(spans, 2, 12) == (2, 4)
 
 
@@ -629,7 +637,7 @@ def test_learns_to_answer(file, tmp_path):
     want = [q["answers"] for p in squad(20, seed=5)["data"][0]["paragraphs"] for q in p["qas"]]
     assert np.mean([r["answer"] == (w[0]["text"] if w else "") for r, w in zip(records, want, strict=True)]) > 0.75
     report = (run.path / "report.html").read_text()
-    assert "By how a question begins" in report and "To answer or not" in report and "F1 by length of the answer" in report
+    assert "By question word" in report and "Threshold for answering" in report and "F1 by length of the answer" in report
     load.save(again.model, tmp_path / "hf", "hf")
     theirs = encoders.transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "hf").eval()
     batch = again.task.batches(again.task.read([file], answered=True), again.card).make(np.arange(8), None)

@@ -65,9 +65,17 @@ def asked(path, **more):
 
 def test_captions_are_told_from_classes():
     phrases = pl.Series("c", [caption(*s) for s in SCENES])
-    assert infer_target_kind(phrases) == "text" and infer_target_kind(phrases[:20]) is None  # so few are classes with long names
-    assert infer_target_kind(pl.Series("c", [f"breed-{i}" for i in range(100)])) is None and infer_target_kind(pl.Series("c", range(100))) is None
-    assert infer_target_kind(pl.Series("c", [None, "", "?"])) is None and infer_target_kind(pl.Series("c", [], dtype=pl.String)) is None
+    assert (
+        infer_target_kind(phrases) == "text" and infer_target_kind(phrases[:20]) is None
+    )  # so few are classes with long names
+    assert (
+        infer_target_kind(pl.Series("c", [f"breed-{i}" for i in range(100)])) is None
+        and infer_target_kind(pl.Series("c", range(100))) is None
+    )
+    assert (
+        infer_target_kind(pl.Series("c", [None, "", "?"])) is None
+        and infer_target_kind(pl.Series("c", [], dtype=pl.String)) is None
+    )
     assert infer_target_kind(pl.Series("c", [f"一只棕色的狗在草地上奔跑{i}" for i in range(30)])) == "text"
 
 

@@ -165,7 +165,7 @@ def test_sentinels_are_added_where_they_lack(tmp_path):
     one, data = given(tmp_path)
     assert (
         len(one.sentinels) == 100
-        and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab_size == one.model_dims()["vocab"]
+        and one.text.size == 10 + len(WORDS) + 100 == one.options.vocab_size == one.model_dims()["vocab_size"]
     )
     assert len(one.counts) == one.text.size and "are added" in one.notes[-1]
     one.batches(data, card("t5"))
@@ -190,13 +190,13 @@ def test_a_checkpoint_has_no_room_for_sentinels(tmp_path):
     real = batch["source"][0][batch["source_mask"][0]].tolist()
     assert name(real[0]) == "<s>" and name(real[-1]) == "</s>" and "<mask>" in map(name, real)
     three, data = given(tmp_path, WORDS[:-1], begin=2)
-    with pytest.raises(SettingsError, match="it has no mask token"):
+    with pytest.raises(SettingsError, match="has no mask token"):
         three.batches(data, card("bart"))
 
 
 def test_settings_that_cannot_be(file):
     for options, words in (
-        ({"damage": "holes"}, "is none of spans, infill"),
+        ({"damage": "holes"}, "is unknown. Choose one of spans, infill"),
         ({"share": 1.5}, "between 0 and 1"),
         ({"mean": 0.5}, "at least 1"),
         ({"length": 5}, "at least 11"),
@@ -204,7 +204,7 @@ def test_settings_that_cannot_be(file):
         with pytest.raises(SettingsError, match=words):
             made(file, vocab_size=420, **options)
     one, data = made(file, vocab_size=420, length=1000, share=0.5, mean=1.0)
-    with pytest.raises(SettingsError, match=r"rows of 1000 tokens need 500: take shorter rows"):
+    with pytest.raises(SettingsError, match=r"rows of 1000 tokens need 500. Use shorter rows"):
         one.batches(data, card("t5"))
 
 
@@ -219,9 +219,9 @@ def test_gaps_are_written_as_people_do(file):
         assert ids[-2:] == [one.text.sep, one.frame.end]  # as where a text ends in a row
         assert int(batch["gaps"][row]) == gaps
     assert one.text.decode(batch["source"][0][: batch["source"][0].tolist().index(one.sentinels[0])].tolist()) == "We saw the"
-    with pytest.raises(DataError, match="no missing word; write <mask>"):
+    with pytest.raises(DataError, match="has no gap. Write <mask>"):
         asked("all is here")
-    with pytest.raises(DataError, match="the network reads 40"):
+    with pytest.raises(DataError, match="the model reads at most 40"):
         asked("<mask> " + "one two three " * 20)
     # What was written, taken apart: out of order, twice, or not at all.
     s, (red, blue) = one.sentinels.tolist(), (int(ids[0]) for ids in one.text.encode_exact([" a", "b"]))
@@ -304,7 +304,7 @@ def test_learns_to_restore(name, steps, file, tmp_path):
     assert [set(r) for r in records] == [{"input", "text"} | ({"gaps"} if name == "t5" else set())] * 2
     assert again.evaluate(file)["scores"]["loss"] == pytest.approx(scores["test"]["loss"], rel=1e-4)
     report = (run.path / "report.html").read_text()
-    assert "Texts as they were read, and what was left out" in report and "How the test rows differ" in report
+    assert "Corrupted texts and their removed spans" in report and "Loss by test row" in report
 
 
 @pytest.mark.slow

@@ -119,8 +119,8 @@ def test_scores_baselines_and_threshold(tmp_path):
     task.calibrate(wrong, truth)
     assert 0.3 < task.threshold <= 0.6
     shown = build_exhibits(data.rows["image"].to_list(), [str(i) for i in range(12)], wrong, truth, task.names, 0.2)
-    assert shown["Classes"][0].rows[0][:5] == ("a", 4, 4, 0, 4) and "12 wrong" not in shown["Pictures"][0].pictures[0].caption
-    assert "1 there, 2 found, 1 wrong" in shown["Pictures"][0].pictures[0].caption
+    assert shown["Classes"][0].rows[0][:5] == ("a", 4, 4, 0, 4) and "12 wrong" not in shown["Images"][0].pictures[0].caption
+    assert "1 true, 2 predicted, 1 wrong" in shown["Images"][0].pictures[0].caption
 
 
 def test_drawn_pictures_score_as_pictures_do():
@@ -172,8 +172,8 @@ def test_options_that_cannot_work(tmp_path):
     data = read(folder(tmp_path))
     for options, words in (
         ({"side": 50}, "task.side=50 must be a multiple of 32, for example 64"),
-        ({"classes": "a,dog"}, "task.classes names 'dog', of which"),
-        ({"flip": "2"}, "shares, from 0 to 1"),
+        ({"classes": "a,dog"}, "task.classes names 'dog', but"),
+        ({"flip": "2"}, "must lie between 0 and 1"),
     ):
         with pytest.raises(SettingsError, match=words):
             learnt(data, **options)
@@ -182,7 +182,7 @@ def test_options_that_cannot_work(tmp_path):
     assert ObjectDetection.missing_requirements(read("inked")) and not ObjectDetection.missing_requirements(data)
     (tmp_path / "data.yaml").write_text("names: [a, b, other]\n")
     whole, _ = learnt(data)
-    with pytest.raises(DataError, match="has boxes of 'other', which the network does not know"):
+    with pytest.raises(DataError, match="has boxes of 'other', which are not classes of this model"):
         whole.read([tmp_path], answered=True)
 
 

@@ -97,9 +97,9 @@ def test_missing_words_are_written_as_people_do(file):
         assert len(places) == 1 and ids[places[0]] == text.mask_token and ids[0] == text.cls and ids[-1] == text.sep
         assert text.decode(ids[1 : places[0]]) == "We saw the" and text.decode(ids[places[0] + 1 : -1]) == " house"
     assert len(one.blanks("<mask> and <mask>")[1]) == 2
-    with pytest.raises(DataError, match="no missing word; write <mask>"):
+    with pytest.raises(DataError, match="has no gap. Write <mask>"):
         one.predict_batches(one.read([pl.DataFrame({"text": ["all is here"]})]), card("bert"))
-    with pytest.raises(DataError, match="the network reads 24"):
+    with pytest.raises(DataError, match="the model reads at most 24"):
         one.predict_batches(one.read([pl.DataFrame({"text": ["<mask> " + "one two three " * 20]})]), card("bert"))
 
 
@@ -145,7 +145,7 @@ def test_learns_hidden_words_and_answers(file, tmp_path):
     assert again.embed([]).shape == (0, 64)
     assert again.evaluate(file)["scores"]["loss"] == pytest.approx(scores["test"]["loss"], rel=1e-4)
     report = (run.path / "report.html").read_text()
-    assert "Hidden words of test texts" in report and "By how common a word is" in report
+    assert "Hidden words of test texts" in report and "By word frequency" in report
 
 
 # ---------------------------------------------------------------------------------------------- one text or two, a label

@@ -238,7 +238,7 @@ def test_empty_caption(tmp_path):
 def test_slipped_columns(tmp_path):
     table = change(album(tmp_path), {7: "photos/002.png,photos/003.png"})
     found = damage.finding(read_as(table, "image-text"), "caption-is-file")
-    assert found.count == 1 and found.places == ("table.csv:7",) and "slipped" in found.remedy
+    assert found.count == 1 and found.places == ("table.csv:7",) and "columns" in found.remedy
 
 
 def test_rows_with_a_cell_too_many_or_too_few(tmp_path):
@@ -301,16 +301,14 @@ def test_captions_end_to_end(tmp_path):
     best = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["text_r1"] > 0.8 and run.scores["text_r1"] > 2 * best["chance"]["text_r1"]
     photo = next(p for p in sorted((tmp_path / "data/photos").iterdir()))
-    said = open_run(run.path).predict(
-        str(photo), num_classes=", ".join(f"a {c} square on the {s}" for c in COLOURS for s in SIDES)
-    )
+    said = open_run(run.path).predict(str(photo), classes=", ".join(f"a {c} square on the {s}" for c in COLOURS for s in SIDES))
     caption = table.read_text().splitlines()[1].split(",")[1]
     assert said[0]["label"] == caption and sum(said[0]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert len(open_run(run.path).predict(str(photo))[0]["similarity"]) == 16, "without classes, captions of the training part"
     again = open_run(run.path).evaluate(table)
     assert again["scores"] == pytest.approx(run.scores, abs=1e-6)
     page = (run.path / "report.html").read_text()
-    assert "Where it looked" in page and "Captions found for pictures" in page
+    assert "Attention" in page and "Captions retrieved for images" in page
 
 
 def test_questions_end_to_end(tmp_path):
@@ -330,7 +328,7 @@ def test_questions_end_to_end(tmp_path):
     with pytest.raises(DataError, match="--set question="):
         open_run(run.path).predict(photo)
     page = (run.path / "report.html").read_text()
-    assert "Where it looked" in page and "By type of question" in page
+    assert "Attention" in page and "By question type" in page
 
 
 def test_questions_to_a_clip_that_learnt_captions(tmp_path):
@@ -339,7 +337,7 @@ def test_questions_to_a_clip_that_learnt_captions(tmp_path):
     table = album(tmp_path / "data", 400, "questions")
     run = fit(table, model="clip-mini", out=tmp_path / "run", settings=settings)
     assert run.scores["accuracy"] > 0.85 > 0.6 > run.record["scores"]["baselines"][1]["scores"]["accuracy"]
-    assert "Where it looked" in (run.path / "report.html").read_text()
+    assert "Attention" in (run.path / "report.html").read_text()
     pairs = fit(
         album(tmp_path / "captions", 200),
         task="image-text",

@@ -138,7 +138,7 @@ def test_what_it_reads(tmp_path):
     assert bare.target is None and kind.fit(bare, kind.Options()).labels == []
     with pytest.raises(DataError, match=r"With --task it can be: .*image-generation"):
         infer_task(bare)
-    with pytest.raises(DataError, match="lacks what image-generation needs: a column of pictures"):
+    with pytest.raises(DataError, match="lacks what image-generation needs: an image column"):
         read_for({**request, "data": "iris"})
     good = (tmp_path / "two" / "a" / "1.png").read_bytes()
     (tmp_path / "two" / "a" / "1.png").write_bytes(good[:40])
@@ -168,7 +168,7 @@ def test_a_diffusion_network_learns_to_draw(tmp_path):
     with pytest.raises(SettingsError, match="sampler='euler'"):
         run.predict(["a"], sampler="euler")
     page = (run.path / "report.html").read_text()
-    assert "Learnt by heart?" in page and "By steps of the sampler" in page and "Samples while it learnt" in page
+    assert "Memorization" in page and "By sampler steps" in page and "Samples during training" in page
     assert run.evaluate(tmp_path / "two")["scores"] == pytest.approx(scores, rel=1e-4)
 
 

@@ -208,7 +208,7 @@ def test_damaged_events(tmp_path):
     with pytest.raises(BadData, match="400 of 400"):
         read(file, column_spec=Recommendation.column_spec)
     table(file, [(f"u{k}", i, t) for k, (u, i, t) in enumerate(many)])
-    with pytest.raises(DataError, match="no user met three items"):
+    with pytest.raises(DataError, match="no user has three or more items"):
         Recommendation.build_examples(read(file, column_spec=Recommendation.column_spec), Recommendation.Options())
     table(file, many, "who,what,timestamp")
     with pytest.raises(DataError, match=r"role\.user=COLUMN"):
@@ -242,7 +242,7 @@ def test_a_network_learns_what_follows(tmp_path):
     again = run.evaluate("series")
     assert again["scores"] == pytest.approx(run.scores)
     page = (run.path / "report.html").read_text()
-    assert "Does it recommend what all like?" in page and "Recommended" in page
+    assert "Popularity bias" in page and "Recommended" in page
 
 
 # Click prediction

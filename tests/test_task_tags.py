@@ -120,7 +120,7 @@ def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
         made(tmp_path / "b.jsonl", vocab_size=300)
     rows[7]["ner_tags"].append("B-NEW")
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="tags that were not in training: B-NEW"):
+    with pytest.raises(DataError, match="tags that are not in the training data: B-NEW"):
         one.targets(read(tmp_path / "c.jsonl", schema=one.columns))
 
 

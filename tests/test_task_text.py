@@ -293,7 +293,7 @@ def test_a_network_learns_to_write(tmp_path):
     with pytest.raises(SettingsError, match="temprature"):
         run.predict(["x"], temprature=1)
     page = (run.path / "report.html").read_text()
-    assert "Samples while it learnt" in page and "tokens a second" in page
+    assert "Samples during training" in page and "tokens per second" in page
     again = open_run(tmp_path / "run").evaluate(tmp_path / "story.txt")
     assert again["scores"] == pytest.approx(run.scores)
 
@@ -320,7 +320,7 @@ def test_a_network_learns_to_translate(tmp_path):
     answer = run.predict(["The man sees a dog today."], beams=2)[0]
     assert set(answer) == {"input", "text"} and answer["text"].endswith(".")
     page = (run.path / "report.html").read_text()
-    assert "Translations while it learnt" in page and "nrefs:1" in page
+    assert "Translations during training" in page and "nrefs:1" in page
 
 
 @pytest.mark.parametrize(

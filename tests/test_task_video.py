@@ -84,7 +84,7 @@ def test_what_it_reads(tmp_path):
     data, kind, _ = asked(folder(tmp_path / "films"))
     assert kind is VideoGeneration and data.features("video") and data.target.name == "label"
     task = kind.fit(data, kind.options_from({"frames": 4}))
-    assert task.labels == ["left", "right"] and task.model_dims() == {"image": 16, "channels": 1, "classes": 2, "frames": 4}
+    assert task.labels == ["left", "right"] and task.model_dims() == {"image": 16, "channels": 1, "num_classes": 2, "frames": 4}
     film = np.arange(10)
     assert task.cut(film, 0.0).tolist() == [0, 1, 2, 3] and task.cut(film, 0.999).tolist() == [6, 7, 8, 9]
     assert task.cut(film[:2], 0.5).tolist() == [0, 1, 1, 1]
@@ -146,7 +146,7 @@ def test_damaged_films(tmp_path):
         (root / "left" / f"{i}.png").write_bytes(b"")
     with pytest.raises(BadData, match="5 of 220"):
         read(root, column_spec=VideoGeneration.column_spec)
-    with pytest.raises(DataError, match="a column of films"):
+    with pytest.raises(DataError, match="a video column"):
         asked("iris")
 
 
@@ -195,7 +195,7 @@ def test_a_network_learns_to_film(tmp_path):
     )
     others = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["frame_distance"] < 0.3 * others["noise"]["frame_distance"]
-    assert set(others["copy-last"]) == {"next_frame_psnr"} and others["training films"]["recognised"] > 0.9
+    assert set(others["copy-last"]) == {"next_frame_psnr"} and others["training videos"]["recognised"] > 0.9
     made = run.outputs(
         read(tmp_path / "films", column_spec=VideoGeneration.column_spec).take(np.arange(3))
     )  # asked one for one
@@ -206,7 +206,7 @@ def test_a_network_learns_to_film(tmp_path):
     assert [a["class"] for a in first] == ["left", "left"] and first[0]["video"].suffix == ".webp"
     assert run.predict(["left"], count=1, steps=4)[0] == first[0]
     page = (run.path / "report.html").read_text()
-    assert "data:image/webp" in page and "The next frame" in page and "nearest training films" in page
+    assert "data:image/webp" in page and "Next frame" in page and "nearest training videos" in page
     assert run.evaluate(tmp_path / "films")["scores"] == pytest.approx(run.scores, rel=1e-4)
     with pytest.raises(SettingsError, match="sampler='euler'"):
         run.predict(["left"], sampler="euler")

@@ -220,10 +220,11 @@ def test_a_network_learns_to_summarize(tmp_path):
     again = open_run(run.path)
     answer = again.predict(["Dora bought milk."], beams=2, tokens=5)[0]
     assert set(answer) == {"input", "text"}
-    said = again.respond(again.task.predict_batches(again.task.read(["Dora bought milk."]), again.card))["said"]
+    task = again.task.for_request(again.task.parse_predict_options({"num_beams": 2, "max_new_tokens": 5}))
+    said = again.run_batches(task, task.predict_batches(task.read(["Dora bought milk."]), again.card))["said"]
     assert said.shape[1] <= 5
     page = (run.path / "report.html").read_text()
-    assert "Summaries while it learnt" in page and "ROUGE-1 by length" in page
+    assert "Summaries during training" in page and "ROUGE-1 by length" in page
 
 
 def test_runs_are_asked_as_folders_are(tmp_path, pairs):
@@ -248,5 +249,5 @@ def test_runs_are_asked_as_folders_are(tmp_path, pairs):
     assert say(texts[:1], temperature=2.0, seed=1) == drawn[:1]
     stop = next(c for c in greedy[2] if c.isalnum()) if any(c.isalnum() for c in greedy[2]) else greedy[2][:1]
     assert say(texts[2:], temperature=0, stop=stop or "x") == [greedy[2].partition(stop or "x")[0].strip()]
-    with pytest.raises(SettingsError, match="leave nothing to chance"):
+    with pytest.raises(SettingsError, match="cannot be combined with sampling"):
         run.predict(texts, beams=2, temperature=1.0)

@@ -482,7 +482,7 @@ def test_columns_that_a_task_does_not_read_are_shown_as_ignored_and_not_asked_fo
     pictures_table(tmp_path)
     run = fieldguide.fit(tmp_path / "table.csv", model="simplecnn", settings={"steps": 2}, out=tmp_path / "run")
     weight = run.task.columns[1]
-    assert (weight.role, weight.why) == ("ignored", "image-classification reads image alone")
+    assert (weight.role, weight.why) == ("ignored", "image-classification reads only image")
     assert run.predict(tmp_path / "0.png")[0]["label"] in ("bright", "dark")
 
 

@@ -331,7 +331,7 @@ def test_pairs_of_texts_are_framed_as_the_network_has_learnt(kind, seconds, tmp_
     longest = max(len(theirs(a, b).input_ids) for a, b in zip(firsts, seconds))
     one = TextClassification.fit(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest))
     short = TextClassification.fit(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest - 1))
-    assert not any("cut there" in note for note in one.notes) and any("cut there" in note for note in short.notes)
+    assert not any("truncated" in note for note in one.notes) and any("truncated" in note for note in short.notes)
     rows, _, cut = short.encoded(data, True)
     assert max(map(len, rows)) == longest - 1 and cut == sum(
         len(theirs(a, b).input_ids) == longest for a, b in zip(firsts, seconds)
@@ -358,7 +358,7 @@ def test_rows_are_no_longer_than_the_checkpoint_reads(table, tmp_path):
     plan = build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     assert plan.task.options.length == 6 and plan.train_batches.make(np.arange(8), None)["tokens"].shape[1] == 6
     assert any("task.length=6" in text and "the maximum of" in text for text in said.words)
-    assert any("longer than 6 tokens and are cut" in text for text in said.words)
+    assert any("longer than 6 tokens" in text for text in said.words)
     with pytest.raises(SettingsError, match=r"task\.length=7 exceeds the 6 tokens"):
         build_plan(read(table), weights=folder, settings={**STEPS, "task.length": 7})
 

@@ -147,12 +147,10 @@ class TextTokenizer:
                     for some in split_chunks(texts, 1000)
                     for e in self.tokenizer.encode_batch(list(some), add_special_tokens=False)
                 ]
-                for ids in known:
-                    ids.flags.writeable = False  # several callers share them
             self.recent[key] = known  # the most recent one last
             while len(self.recent) > MAX_RECENT_ENCODINGS:
                 self.recent.pop(next(iter(self.recent)))
-        return list(known)
+        return [ids.copy() for ids in known]
 
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (tokens as from `encode_exact`, spans) for each text.

@@ -40,7 +40,7 @@ def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, truth: 
     }
     asked: list[Exhibit] = [
         Table(
-            "Test questions; rare types are left out.",
+            "By question word",
             "Test questions; rare types are left out.",
             ("question", "asked", "exact", "F1"),
             sorted(kinds, key=lambda row: -row[1])[:20],
