@@ -132,7 +132,7 @@ def test_conversations_are_written_as_transformers_does(name, tmp_path):
     peer, chats = fast(template, begin, end), ALTERNATING if name == "llama2" else CHATS
     peer.save_pretrained(tmp_path)
     task = learnt_from(tmp_path, chats)
-    tokens, learnt = task.stream_of(table(chats))
+    tokens, learnt = task.concatenate_texts(table(chats))
     assert tokens.tolist() == [i for chat in chats for i in peer.apply_chat_template(chat).input_ids]
     for chat in chats:
         turns = [(m["role"], m["content"]) for m in chat]
@@ -155,7 +155,7 @@ def test_what_the_assistant_says_is_what_the_template_marks(tmp_path):
     template, _, end, _ = TEMPLATES["marked"]
     peer = fast(template, None, end)
     peer.save_pretrained(tmp_path)
-    tokens, learnt = learnt_from(tmp_path, CHATS).stream_of(table(CHATS))
+    tokens, learnt = learnt_from(tmp_path, CHATS).concatenate_texts(table(CHATS))
     theirs = [peer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True) for chat in CHATS]
     assert learnt.tolist() == [bool(x) for one in theirs for x in one["assistant_masks"]] and 0 < learnt.sum() < len(tokens)
 
@@ -163,11 +163,11 @@ def test_what_the_assistant_says_is_what_the_template_marks(tmp_path):
 def test_where_it_cannot_be_told_all_is_learnt_and_said(tmp_path):
     fast(SHOUTS, "<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
     task = learnt_from(tmp_path, CHATS[:2])
-    assert task.stream_of(table(CHATS[:2]))[1].all() and "all text is trained on" in task.notes[0]
+    assert task.concatenate_texts(table(CHATS[:2]))[1].all() and "all text is trained on" in task.notes[0]
     same = [{"role": "user", "content": "!"}, {"role": "assistant", "content": "?!"}]  # has no letters to raise
     task = learnt_from(tmp_path, [CHATS[0], same])
     assert "and all text of 1 conversations whose turns cannot be identified" in task.notes[0]
-    tokens, learnt = task.stream_of(table([same]))
+    tokens, learnt = task.concatenate_texts(table([same]))
     assert task.text.tokenizer.decode(tokens[learnt].tolist(), skip_special_tokens=False) == "?!<|im_end|>"
 
 
@@ -263,7 +263,7 @@ def test_a_fit_on_texts_begins_them_as_the_tokenizer_does(tmp_path):
         settings={**STEPS, "steps": 2},
     )
     rows = read(pl.DataFrame({"text": ["hello", "there"]}))
-    tokens, learnt = run.task.stream_of(TextGeneration.build_examples(rows, run.task.options))
+    tokens, learnt = run.task.concatenate_texts(TextGeneration.build_examples(rows, run.task.options))
     one, two = (made.encode(text).ids for text in ("hello", "there"))
     assert tokens.tolist() == [run.task.text.end, *one, run.task.text.end, *two] and one[0] == begin
     assert np.flatnonzero(~learnt).tolist() == np.flatnonzero(tokens == begin).tolist()

@@ -335,4 +335,4 @@ def test_masks_and_outlines_are_told_apart(tmp_path):
     data = read(coco(tmp_path, 24), column_spec=ImageSegmentation.column_spec)
     assert data.target.kind == "boxes"
     with pytest.raises(SettingsError, match=r"for masks give values or classes \(square, bar, unseen\)"):
-        ImageSegmentation.stored(data, ImageSegmentation.Options(ignore="bra"))
+        ImageSegmentation.prepare_masks(data, ImageSegmentation.Options(ignore="bra"))

@@ -563,7 +563,7 @@ def test_the_best_answer_over_all_windows(monkeypatch):
 def test_scores_baselines_and_the_threshold(file):
     one, data = made(file, vocab_size=300)
     truth = one.targets(data)
-    spots = np.array([(a[0]["start"], a[0]["start"] + len(a[0]["text"])) if a else (0, 0) for a in one.right(data)])
+    spots = np.array([(a[0]["start"], a[0]["start"] + len(a[0]["text"])) if a else (0, 0) for a in one.known_answers(data)])
     right = {"begin": spots[:, 0], "end": spots[:, 1], "given": spots[:, 1] > 0}
     assert set(one.score(right, truth).values()) == {1.0} and one.silent
     near, nothing = one.baselines(data, data)

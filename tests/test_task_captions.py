@@ -88,7 +88,7 @@ def test_a_table_of_pictures_and_captions(tmp_path):
     task = kind.fit(data, kind.Options())
     tokens = task.codes(data)
     assert tokens.shape == (135, task.options.length) and task.labels == [] and len(np.unique(tokens, axis=0)) == 27
-    assert task.said(tokens[0]) == caption(*SCENES[0]).lower() and task.model_dims()["vocab_size"] == task.text.size
+    assert task.decode_caption(tokens[0]) == caption(*SCENES[0]).lower() and task.model_dims()["vocab_size"] == task.text.size
     assert task.codes(data.take([3]).__class__(**{**vars(data.take([3])), "rows": data.rows[[3]].drop("caption")})).sum() == 0
     forced, *_ = asked(tmp_path / "table.csv", kinds={"caption": "category"})
     assert len(kind.fit(forced, kind.Options()).labels) == 27

@@ -225,9 +225,9 @@ def test_gaps_are_written_as_people_do(file):
         asked("<mask> " + "one two three " * 20)
     # What was written, taken apart: out of order, twice, or not at all.
     s, (red, blue) = one.sentinels.tolist(), (int(ids[0]) for ids in one.text.encode_exact([" a", "b"]))
-    assert one.fillings([s[1], red, s[0], blue, red, s[2], one.frame.end], 2) == [[blue, red], [red]]
-    assert one.fillings([red, s[0], blue], 3) == [[blue], [], []]
-    one.asked = [one.pieces("We saw the <mask> house and ___")]
+    assert one.split_fillings([s[1], red, s[0], blue, red, s[2], one.frame.end], 2) == [[blue, red], [red]]
+    assert one.split_fillings([red, s[0], blue], 3) == [[blue], [], []]
+    one.request = [one.split_at_gaps("We saw the <mask> house and ___")]
     house = one.text.encode_exact([" red"])[0].tolist()
     (record,) = one.format_predictions({"said": np.array([[s[0], *house, s[1], *house, s[2], -1, -1]])})
     assert record == {"text": "We saw the red house and red", "gaps": ["red", "red"]}

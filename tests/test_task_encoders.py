@@ -93,10 +93,10 @@ def test_missing_words_are_written_as_people_do(file):
     one, _ = made(file, length=24, vocab_size=300)
     text = one.text
     for blank in ("<mask>", "[MASK]", "___", "______"):
-        ids, places = one.blanks(f"We saw the {blank} house")
+        ids, places = one.encode_gaps(f"We saw the {blank} house")
         assert len(places) == 1 and ids[places[0]] == text.mask_token and ids[0] == text.cls and ids[-1] == text.sep
         assert text.decode(ids[1 : places[0]]) == "We saw the" and text.decode(ids[places[0] + 1 : -1]) == " house"
-    assert len(one.blanks("<mask> and <mask>")[1]) == 2
+    assert len(one.encode_gaps("<mask> and <mask>")[1]) == 2
     with pytest.raises(DataError, match="has no gap. Write <mask>"):
         one.predict_batches(one.read([pl.DataFrame({"text": ["all is here"]})]), card("bert"))
     with pytest.raises(DataError, match="the model reads at most 24"):
@@ -199,7 +199,7 @@ def test_long_pairs_lose_the_end_of_the_longer_text(pairs):
     data = one.read(
         [pl.DataFrame({"first": ["red " * 40, "red", "red " * 40], "second": ["blue", "blue " * 40, "blue " * 40]})]
     )
-    tokens, segments, cut = one.encoded(data, around=True)
+    tokens, segments, cut = one.encode_rows(data, around=True)
     assert cut == 3 and [len(t) for t in tokens] == [13, 13, 13]
     ends = [int((s == 0).sum()) for s in segments]  # [CLS] A [SEP]
     short = len(one.text.encode_exact(["blue"])[0]), len(one.text.encode_exact(["red"])[0])

@@ -133,7 +133,7 @@ def test_rare_answers_count_as_wrong(tmp_path):
     it = kind.fit(data, kind.options_from({}))
     assert "mauve" not in it.labels and len(it.labels) == 6 and "1 of 7 answers are rare" in it.notes[0]
     truth = it.targets(data)
-    assert truth["label"][0] == -1 and (truth["label"][1:] >= 0).all() and len(it.learnt(data)) == len(data) - 1
+    assert truth["label"][0] == -1 and (truth["label"][1:] >= 0).all() and len(it.answerable_rows(data)) == len(data) - 1
     sure = np.eye(6)[np.maximum(truth["label"], 0)]
     assert it.score({"probabilities": sure}, truth)["accuracy"] == pytest.approx(1 - 1 / len(data))
     few = kind.fit(data, kind.options_from({"answers": "2"}))
@@ -148,7 +148,7 @@ def test_the_first_right_answer_counts(tmp_path):
     image, text = np.repeat(np.eye(4)[:2], 5, 0), np.tile(np.eye(4)[3], (10, 1))
     text[0], text[5], text[6] = np.eye(4)[0], 0.9 * np.eye(4)[1], np.eye(4)[0] + 0.5 * np.eye(4)[1]
     truth = {"picture": picture, "caption": caption, "class": np.full(10, -1)}
-    hits = it.hits({"image": image, "text": text}, truth)
+    hits = it.compute_hits({"image": image, "text": text}, truth)
     assert hits["text_r1"].tolist() == [False, True]  # caption 6, of picture 1, is as near to picture 0 as its own
     assert hits["image_r1"].tolist() == [True, False, False, False, False, True, False, False, False, False]
     assert hits["text_r5"].all() and len(hits["image_r1"]) == 10

@@ -463,18 +463,18 @@ class Near(torch.nn.Module):
 def test_long_recordings_are_heard_in_chunks(folder):
     _, task = prepared(folder)
     task.predict_options = task.parse_predict_options({"chunk": "0.8"})
-    size, overlap = task.chunks()
+    size, overlap = task.chunk_frames()
     assert size % 8 == overlap % 8 == 0 and abs(size * task.mel.hop - 0.8) < 0.05 and size / 8 < overlap <= size / 4
     lengths = torch.tensor([501, 30, 222, 17, 64])
     features = torch.randn(5, 501, 5) * (torch.arange(501) < lengths[:, None])[..., None]
     model = Near()
-    heard, frames = task.listen(model, features, lengths)
+    heard, frames = task.compute_logits(model, features, lengths)
     assert max(steps for _, steps in model.seen) == size and (3, 64) in model.seen and frames.tolist() == [126, 8, 56, 5, 16]
     for i, n in enumerate(frames.tolist()):
         whole = Near()(features[i : i + 1, : lengths[i]], lengths[i : i + 1])[0]
         assert torch.allclose(heard[i, :n], whole, atol=1e-6), i
     task.predict_options = task.parse_predict_options({})
-    assert task.chunks()[0] * task.mel.hop == pytest.approx(10, abs=0.1)
+    assert task.chunk_frames()[0] * task.mel.hop == pytest.approx(10, abs=0.1)
 
 
 # From data to answers

@@ -123,7 +123,7 @@ def test_conversations(tmp_path):
     data, kind, _ = asked(file)
     assert kind is TextGeneration and data.columns["messages"].kind == "messages"
     task = kind.fit(data, kind.Options(length=16))
-    tokens, learnt = task.stream_of(data)
+    tokens, learnt = task.concatenate_texts(data)
     said = task.text.decode(tokens[learnt])
     assert said == "".join(f"{i + 1}." for i in range(50))  # only what the assistant says
     asked_ = task.predict_batches(task.read(["What is 3 and 1?"]), None).make(np.arange(1), None)["prompt"][0].tolist()
@@ -175,7 +175,7 @@ def test_packed_rows_hold_every_token_once(tmp_path):
     data = asked_story(tmp_path)
     rows = TextGeneration.build_examples(data, TextGeneration.Options())
     task = TextGeneration.fit(rows, TextGeneration.Options(length=32, tokenizer="characters"))
-    tokens, _ = task.stream_of(rows)
+    tokens, _ = task.concatenate_texts(rows)
     batches = task.batches(rows, None)
     every = batches.make(np.arange(len(batches)), None)
     target = every["target"].flatten()

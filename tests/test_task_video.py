@@ -86,8 +86,8 @@ def test_what_it_reads(tmp_path):
     task = kind.fit(data, kind.options_from({"frames": 4}))
     assert task.labels == ["left", "right"] and task.model_dims() == {"image": 16, "channels": 1, "num_classes": 2, "frames": 4}
     film = np.arange(10)
-    assert task.cut(film, 0.0).tolist() == [0, 1, 2, 3] and task.cut(film, 0.999).tolist() == [6, 7, 8, 9]
-    assert task.cut(film[:2], 0.5).tolist() == [0, 1, 1, 1]
+    assert task.cut_frames(film, 0.0).tolist() == [0, 1, 2, 3] and task.cut_frames(film, 0.999).tolist() == [6, 7, 8, 9]
+    assert task.cut_frames(film[:2], 0.5).tolist() == [0, 1, 1, 1]
     rows = "\n".join(f"{name}/{i}.png,{name}" for name in ("left", "right") for i in range(12))
     (tmp_path / "films" / "list.csv").write_text("film,move\n" + rows)
     data, *_ = asked(tmp_path / "films" / "list.csv", target="move")

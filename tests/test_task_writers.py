@@ -105,7 +105,7 @@ def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
     last = model.last
     model.last = lambda *a, **k: (seen.append(a[0]), last(*a, **k))[1]
     batch = task.batches(data, card("mbart")).make([0, 1], None)
-    said = task.search(model, batch["source"], batch["source_mask"])
+    said = task.generate(model, batch["source"], batch["source_mask"])
     code = task.text.tokenizer.token_to_id
     assert seen[0].tolist() == [[2, code("en_XX")]] * 2 and all(x.shape == (2, 1) for x in seen[1:])
     assert said.shape[1] <= 10  # with its begin no longer than the network reads

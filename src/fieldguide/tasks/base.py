@@ -263,20 +263,20 @@ class Task:
     def prepare_scoring(self, rows: int) -> None:
         """Receive the number of examples that are about to be predicted and scored."""
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         """Return every metric of `metrics` that the outputs allow; during training, at least the monitored one."""
         raise NotImplementedError
 
-    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
+    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         """Fit the parameters of `postprocess` on the trained model's outputs for the validation rows."""
 
     def postprocess(self, outputs: Arrays) -> Arrays:
         """Return the outputs as they are scored and formatted, for example with calibrated probabilities."""
         return outputs
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return the 95 % confidence interval of every metric, by resampling examples."""
-        return bootstrap_intervals(self, outputs, truth)
+        return bootstrap_intervals(self, outputs, targets)
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any] | list[dict[str, Any]]]:
         """Return one record per example, or a list of them. A value that is written to a file (image, audio) is a
@@ -341,7 +341,7 @@ class Task:
         raise NotImplementedError
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         """Return the report's exhibits for the test rows, by section title.
 
@@ -352,7 +352,7 @@ class Task:
     # Saved with the run, or created from published weights
 
     @classmethod
-    def published(cls, beside: CheckpointAssets) -> Self | None:
+    def published(cls, assets: CheckpointAssets) -> Self | None:
         """Return the task of a pretrained model with its head; None if the weights alone do not define it."""
         return None
 
@@ -407,14 +407,16 @@ def apply_changes(defaults: Any, changes: Mapping[str, Any], task: str, prefix: 
 
 
 def bootstrap_intervals(
-    task: Task, outputs: Arrays, truth: Arrays, *, repeats: int = 300, level: float = 0.95, seed: int = 0
+    task: Task, outputs: Arrays, targets: Arrays, *, repeats: int = 300, level: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """Return bootstrap intervals of every metric over examples (Efron 1979; percentile method)."""
-    rng, count = np.random.default_rng(seed), len(next(iter(truth.values())))
+    rng, count = np.random.default_rng(seed), len(next(iter(targets.values())))
     drawn: dict[str, list[float]] = {}
     for _ in range(repeats):
         rows = rng.integers(0, count, count)
-        for name, value in task.score({k: v[rows] for k, v in outputs.items()}, {k: v[rows] for k, v in truth.items()}).items():
+        for name, value in task.score(
+            {k: v[rows] for k, v in outputs.items()}, {k: v[rows] for k, v in targets.items()}
+        ).items():
             drawn.setdefault(name, []).append(value)
     tails = [50 * (1 - level), 50 * (1 + level)]
     undefined = (float("nan"), float("nan"))  # for example the AUC of a single class

@@ -77,10 +77,10 @@ class ClassificationTask(SupervisedTask):
     counts: list[int]  # of each class in the training rows
     temperature: float = 1.0  # divisor of the logits, set by `calibrate`
 
-    def learn_labels(self, data: Data) -> None:
-        learnt = Labels.fit(data.rows[self.target.name])
-        self.labels = list(learnt.names)
-        self.counts = np.bincount(learnt.apply(data.rows[self.target.name]), minlength=len(learnt)).tolist()
+    def fit_labels(self, data: Data) -> None:
+        fitted = Labels.fit(data.rows[self.target.name])
+        self.labels = list(fitted.names)
+        self.counts = np.bincount(fitted.apply(data.rows[self.target.name]), minlength=len(fitted)).tolist()
         if len(self.labels) < 2:
             raise DataError(
                 f"{data.source}: the training rows hold only one class, {self.labels[0]!r} in column "
@@ -117,12 +117,12 @@ class ClassificationTask(SupervisedTask):
             )
         return super().teacher_inputs(other, card)
 
-    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
+    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         """Fit the temperature (Guo et al. 2017, arXiv:1706.04599, section 4.2), with a penalty that keeps it near 1 if
         rows are few.
         """
         logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-12, 1))
-        rows, y = np.arange(len(logits)), truth["label"]
+        rows, y = np.arange(len(logits)), targets["label"]
 
         def cost(log_temperature: float) -> float:
             scaled = logits / np.exp(log_temperature)
@@ -141,12 +141,12 @@ class ClassificationTask(SupervisedTask):
         self.labels, self.counts, self.temperature = state["labels"], state["counts"], state["temperature"]
 
     @staticmethod
-    def known(names: list[str]) -> dict[str, Any]:
+    def label_state(names: list[str]) -> dict[str, Any]:
         """Return the target state of a task whose class names are known but not its training rows."""
         return {"labels": names, "counts": [0] * len(names), "temperature": 1.0}
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        p, y = outputs["probabilities"].astype(np.float64), truth["label"]
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        p, y = outputs["probabilities"].astype(np.float64), targets["label"]
         guess = p.argmax(1)
         right = guess == y
         present, f1, recall = np.unique(y), [], []
@@ -163,9 +163,9 @@ class ClassificationTask(SupervisedTask):
             "calibration_error": calibration_error(p.max(1), right),
         }
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        right = int((outputs["probabilities"].argmax(1) == truth["label"]).sum())
-        return {**super().intervals(outputs, truth), "accuracy": binomial_interval(right, len(truth["label"]))}
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
+        right = int((outputs["probabilities"].argmax(1) == targets["label"]).sum())
+        return {**super().intervals(outputs, targets), "accuracy": binomial_interval(right, len(targets["label"]))}
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         p = outputs["probabilities"]
@@ -188,20 +188,20 @@ class ClassificationTask(SupervisedTask):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        learnt, note = subsample(train)
-        x, x_test = self.linear_features(learnt, test)
+        sample, note = subsample(train)
+        x, x_test = self.linear_features(sample, test)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            y = self.targets(learnt)["label"]
+            y = self.targets(sample)["label"]
             fitted = LogisticRegression(max_iter=300).fit(x, y)
         probabilities = np.zeros((len(test), len(self.labels)))
         probabilities[:, fitted.classes_] = fitted.predict_proba(x_test)
         return Baseline("logistic regression", f"a linear model of the same inputs{note}", {"probabilities": probabilities})
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        p, y = outputs["probabilities"], truth["label"]
+        p, y = outputs["probabilities"], targets["label"]
         guess, classes = p.argmax(1), len(self.labels)
         counts = np.bincount(y * classes + guess, minlength=classes * classes).reshape(classes, classes)
         rows = []
@@ -238,18 +238,18 @@ class ClassificationTask(SupervisedTask):
             "Calibration": [calibration],
         }
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
         """Return exhibits of the most confident mistakes."""
         return []
 
-    def mistakes(self, probabilities: np.ndarray, truth: np.ndarray, most: int) -> list[tuple[int, str]]:
+    def mistakes(self, probabilities: np.ndarray, targets: np.ndarray, most: int) -> list[tuple[int, str]]:
         """Return the wrongly predicted rows, most confident first, each with a caption."""
-        wrong = np.flatnonzero(probabilities.argmax(1) != truth)
+        wrong = np.flatnonzero(probabilities.argmax(1) != targets)
         order = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:most]
         return [
             (
                 int(i),
-                f"is {self.labels[truth[i]]}, predicted {self.labels[probabilities[i].argmax()]} "
+                f"is {self.labels[targets[i]]}, predicted {self.labels[probabilities[i].argmax()]} "
                 f"({100 * probabilities[i].max():.0f} % confident)",
             )
             for i in order
@@ -267,7 +267,7 @@ class RegressionTask(SupervisedTask):
 
     standard: Standardizer
 
-    def learn_scale(self, data: Data) -> None:
+    def fit_scale(self, data: Data) -> None:
         self.standard = Standardizer.fit(self.values(data))
 
     def values(self, data: Data) -> np.ndarray:
@@ -288,8 +288,8 @@ class RegressionTask(SupervisedTask):
     def to_target_unit(self, outputs: Arrays) -> np.ndarray:
         return self.standard.inverse(outputs["values"][:, 0])
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        guess, y = self.to_target_unit(outputs), truth["value"]
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        guess, y = self.to_target_unit(outputs), targets["value"]
         spread = float(np.mean((y - y.mean()) ** 2))
         mse = float(np.mean((guess - y) ** 2))
         return {"rmse": mse**0.5, "mae": float(np.abs(guess - y).mean()), "r2": 1 - mse / spread if spread else float("nan")}
@@ -300,9 +300,9 @@ class RegressionTask(SupervisedTask):
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         from sklearn.linear_model import Ridge
 
-        learnt, note = subsample(train)
-        x, x_test = self.linear_features(learnt, test)
-        fitted = Ridge().fit(x, self.standard.apply(self.values(learnt)))
+        sample, note = subsample(train)
+        x, x_test = self.linear_features(sample, test)
+        fitted = Ridge().fit(x, self.standard.apply(self.values(sample)))
         return [
             Baseline("mean", f"always predicts {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
             Baseline(
@@ -311,9 +311,9 @@ class RegressionTask(SupervisedTask):
         ]
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        guess, y = self.to_target_unit(outputs), truth["value"]
+        guess, y = self.to_target_unit(outputs), targets["value"]
         shown = np.random.default_rng(0).permutation(len(y))[:1500]
         size = np.histogram(guess - y, bins=21)
         centres = (size[1][1:] + size[1][:-1]) / 2

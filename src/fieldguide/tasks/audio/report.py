@@ -31,9 +31,9 @@ COLORMAP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), 
 
 
 def build_exhibits(
-    task: SpeechRecognition, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None
+    task: SpeechRecognition, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None
 ) -> dict[str, list[Exhibit]]:
-    said, heard = truth["text"].tolist(), outputs["text"].tolist()
+    said, heard = targets["text"].tolist(), outputs["text"].tolist()
     counts = count_edits(said, heard, "words")
     characters = count_edits(said, heard, "characters")
     # By word error rate; ties by character error rate.
@@ -146,7 +146,7 @@ def spectrograms(
         return []
     waves, lengths = stack_waves(audio.load([test.rows[task.column][i] for i in rows], task.mel.rate))
     features, frames = task.mel.apply(waves, lengths)
-    logits, answers = task.listen(objective.model, features.to(where), frames.to(where))
+    logits, answers = task.compute_logits(objective.model, features.to(where), frames.to(where))
     symbols, count = task.transcripts.batch([outputs["said"][i][outputs["said"][i] > 0].astype(np.int64) for i in rows])
     found = align(
         compute_log_probabilities(logits), answers, torch.from_numpy(symbols).to(where), torch.from_numpy(count).to(where)

@@ -80,7 +80,7 @@ class SpeechRecognition(Task):
 
     transcripts: Transcripts
     mel: LogMel
-    heard: float  # seconds of the longest training recording
+    longest_seconds: float  # seconds of the longest training recording
     shown: list[tuple[str, str]]  # a few training recordings that are transcribed during training
     stride = 4  # spectrogram frames per output frame
 
@@ -114,9 +114,9 @@ class SpeechRecognition(Task):
                 f"{data.source}: all recordings are longer than {longest:g} s. Cut them at pauses, or raise the "
                 "limit with --set task.longest=SECONDS (memory grows with its square)."
             )
-        task.heard = float(seconds[short].max())
-        task.transcripts = Transcripts.fit(task.said(data), lower=options.lower, pieces=options.pieces)
-        encoded, lengths = task.transcripts.batch(task.transcripts.encode(task.said(data))[0])
+        task.longest_seconds = float(seconds[short].max())
+        task.transcripts = Transcripts.fit(task.read_transcripts(data), lower=options.lower, pieces=options.pieces)
+        encoded, lengths = task.transcripts.batch(task.transcripts.encode(task.read_transcripts(data))[0])
         frames = min_frames(torch.from_numpy(encoded), torch.from_numpy(lengths)).numpy()
         rate = options.rate or suggest_rate(data.rows[RATE].to_numpy())
         task.options = fill_options(
@@ -128,15 +128,15 @@ class SpeechRecognition(Task):
             scale="corpus" if np.median(seconds) < SHORT_RECORDING_SECONDS else "recording",
             masks=bool(seconds[short].sum() > 3600 * MIN_MASKED_HOURS),
         )
-        task.mel = task.features(data, short)
-        task.note(seconds, frames, data)
+        task.mel = task.fit_features(data, short)
+        task.note_durations(seconds, frames, data)
         chosen = np.random.default_rng(0).permutation(short)[:3]
-        task.shown = [(data.rows[task.column][int(i)], task.said(data)[int(i)]) for i in chosen]
+        task.shown = [(data.rows[task.column][int(i)], task.read_transcripts(data)[int(i)]) for i in chosen]
         task.typical = float(np.median(seconds[short]))
         task.hours = float(seconds[short].sum() / 3600)
         return task
 
-    def features(self, data: Data, short: np.ndarray) -> LogMel:
+    def fit_features(self, data: Data, short: np.ndarray) -> LogMel:
         o = self.options
         settings = {"rate": o.rate, "bands": o.bands, "hop": o.hop}
         if o.scale == "recording":
@@ -146,7 +146,7 @@ class SpeechRecognition(Task):
         waves = sorted(audio.load(some, o.rate), key=len)
         return LogMel.fit((stack_waves(waves[i : i + 64]) for i in range(0, len(waves), 64)), **settings)
 
-    def note(self, seconds: np.ndarray, frames: np.ndarray, data: Data) -> None:
+    def note_durations(self, seconds: np.ndarray, frames: np.ndarray, data: Data) -> None:
         """Add notes about training recordings that are too long to train on or too short for their transcript."""
         long = seconds > self.options.longest
         if long.any():
@@ -164,7 +164,7 @@ class SpeechRecognition(Task):
                 "task.hop or task.pieces=...)"
             )
 
-    def said(self, data: Data) -> list[str]:
+    def read_transcripts(self, data: Data) -> list[str]:
         return data.rows[self.target.name].fill_null("").to_list()
 
     def read_one(self, source: Any, answered: bool) -> Data:
@@ -206,7 +206,7 @@ class SpeechRecognition(Task):
         paths, mel = data.rows[self.column].to_list(), self.mel
         samples = data.rows[SECONDS].to_numpy() * mel.rate
         stored = audio.load(paths, mel.rate) if 2 * samples.sum() < MAX_AUDIO_CACHE_FRACTION_OF_RAM * ram() else None
-        target = self.encoded(data)
+        target = self.encode_transcripts(data)
         # Validation repeats the same batches; if their features are small, they are cached.
         kept: dict[bytes, dict[str, Tensor]] | None = None
         if settings and 4 * mel.bands * samples.sum() / mel.step < MAX_AUDIO_CACHE_FRACTION_OF_RAM * ram() / 2:
@@ -236,12 +236,12 @@ class SpeechRecognition(Task):
 
         return Batches(len(paths), make, samples)
 
-    def encoded(self, data: Data) -> list[np.ndarray] | None:
+    def encode_transcripts(self, data: Data) -> list[np.ndarray] | None:
         """Return the transcripts as symbol ids; None if there are none."""
         name = self.target.name
         if name not in data.rows.columns or data.rows[name].null_count() == len(data):
             return None
-        rows, unknown = self.transcripts.encode(self.said(data))
+        rows, unknown = self.transcripts.encode(self.read_transcripts(data))
         if unknown:
             listed = " ".join(f"{c!r} ({n})" for c, n in unknown.most_common(5))
             note = f"characters that are not in the training data cannot be predicted and count as errors: {listed}"
@@ -252,7 +252,7 @@ class SpeechRecognition(Task):
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            logits, frames = self.listen(objective.model, batch["features"], batch["lengths"])
+            logits, frames = self.compute_logits(objective.model, batch["features"], batch["lengths"])
             likely = compute_log_probabilities(logits)
             best, path = likely.max(-1)
             real = torch.arange(path.shape[1], device=path.device) < frames[:, None]
@@ -271,12 +271,12 @@ class SpeechRecognition(Task):
 
         return answer
 
-    def listen(self, model: Any, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:  # B T F, B -> B S V, B
+    def compute_logits(self, model: Any, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:  # B T F, B -> B S V, B
         """Compute the logits; recordings longer than a chunk are processed in chunks.
 
         As many rows are processed together as memory allows. The result of a row does not depend on the other rows.
         """
-        size, overlap = self.chunks()
+        size, overlap = self.chunk_frames()
         frames = model.frames(lengths)
         parts: dict[int, Tensor] = {}
         rows = [i for i in range(len(lengths)) if int(lengths[i]) <= size]
@@ -290,12 +290,12 @@ class SpeechRecognition(Task):
             parts |= {i: heard[k, : int(frames[i])] for k, i in enumerate(some)}
         return torch.nn.utils.rnn.pad_sequence([parts[i] for i in range(len(lengths))], batch_first=True), frames
 
-    def chunks(self) -> tuple[int, int]:
+    def chunk_frames(self) -> tuple[int, int]:
         """Return the number of frames per chunk, and the overlap of consecutive chunks.
 
         The default is 1.25 times the longest training recording, from 10 to 40 s.
         """
-        seconds = self.predict_options.chunk or min(max(10.0, 1.25 * self.heard), 40.0)
+        seconds = self.predict_options.chunk or min(max(10.0, 1.25 * self.longest_seconds), 40.0)
         unit = 2 * self.stride
         size = max(4, round(seconds / self.mel.hop / unit)) * unit
         return size, size // unit // 4 * unit
@@ -349,20 +349,20 @@ class SpeechRecognition(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        return {"text": np.array([normalize_text(t, self.options.lower) for t in self.said(data)], dtype=object)}
+        return {"text": np.array([normalize_text(t, self.options.lower) for t in self.read_transcripts(data)], dtype=object)}
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        heard, said = self.texts(outputs).tolist(), truth["text"].tolist()
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        heard, said = self.texts(outputs).tolist(), targets["text"].tolist()
         scores = {"wer": count_edits(said, heard).rate, "cer": count_edits(said, heard, "characters").rate}
         if "loss" in outputs and not np.isnan(outputs["loss"]).all():
             scores["loss"] = float(np.nanmean(outputs["loss"]))
         return scores
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return bootstrap intervals over recordings (Bisani and Ney 2004, doi:10.1109/ICASSP.2004.1326009); errors
         are counted once.
         """
-        heard, said = self.texts(outputs).tolist(), truth["text"].tolist()
+        heard, said = self.texts(outputs).tolist(), targets["text"].tolist()
         rows = np.random.default_rng(0).integers(0, len(said), (1000, len(said)))
 
         def drawn(counts: Edits) -> np.ndarray:
@@ -406,9 +406,9 @@ class SpeechRecognition(Task):
         ]
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        return report.build_exhibits(self, test, outputs, truth, objective)
+        return report.build_exhibits(self, test, outputs, targets, objective)
 
     # Saved with the run
 
@@ -416,7 +416,7 @@ class SpeechRecognition(Task):
         return {
             "transcripts": self.transcripts.to_json(),
             "mel": self.mel.to_json(),
-            "heard": self.heard,
+            "heard": self.longest_seconds,
             "shown": self.shown,
             "typical": self.typical,
             "hours": self.hours,
@@ -428,7 +428,9 @@ class SpeechRecognition(Task):
         task = cls(columns, options)
         task.transcripts, task.mel = Transcripts.from_json(state["transcripts"]), LogMel.from_json(state["mel"])
         task.shown = [tuple(pair) for pair in state["shown"]]
-        task.heard, task.typical, task.hours, task.stride = (state[k] for k in ("heard", "typical", "hours", "stride"))
+        task.longest_seconds, task.typical, task.hours, task.stride = (
+            state[k] for k in ("heard", "typical", "hours", "stride")
+        )
         return task
 
 

@@ -51,7 +51,7 @@ class ImageAndTextTask(Task):
         rows = data.rows.with_columns(pl.col(HASH).alias(IMAGE_GROUP_COLUMN))
         return replace(data, rows=rows, columns={**data.columns, IMAGE_GROUP_COLUMN: group})
 
-    def learn_inputs(self, data: Data, texts: list[str]) -> None:
+    def fit_inputs(self, data: Data, texts: list[str]) -> None:
         """Fit the image transform and the tokenizer, or load those that the options name. Sets side, channels,
         vocab_size and length.
         """
@@ -67,25 +67,25 @@ class ImageAndTextTask(Task):
         if o.resize:
             self.pictures = self.pictures.with_resize(o.resize)
         self.text = TextTokenizer.load(o.tokenizer) if o.tokenizer else TextTokenizer.fit(texts, size=o.vocab_size)
-        sizes = [len(row) for row in self.framed(texts[:SAMPLED_ROWS])]
+        sizes = [len(row) for row in self.encode_all(texts[:SAMPLED_ROWS])]
         self.median = int(np.median(sizes))
         self.options = fill_options(
             o, side=side, channels=channels, vocab_size=self.text.size, length=suggest_length(sizes, MAX_TEXT_TOKENS)
         )
         self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
 
-    def framed(self, texts: list[str]) -> list[list[int]]:
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
         """Return all token ids of each text, including special tokens."""
         raise NotImplementedError
 
-    def closes(self, row: list[int]) -> bool:
+    def ends_with_special(self, row: list[int]) -> bool:
         """Return whether the last token of a row is an end token, which truncation keeps."""
         raise NotImplementedError
 
     def tokens(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
         """Return the token ids of each text (int64), truncated to the length, and the number of truncated texts."""
-        rows, most = self.framed(texts), self.options.length
-        kept = [[*row[: most - 1], row[-1]] if len(row) > most and self.closes(row) else row[:most] for row in rows]
+        rows, most = self.encode_all(texts), self.options.length
+        kept = [[*row[: most - 1], row[-1]] if len(row) > most and self.ends_with_special(row) else row[:most] for row in rows]
         return [np.array(row, dtype=np.int64) for row in kept], sum(len(row) > most for row in rows)
 
     def note_cut(self, cut: int, texts: int) -> None:

@@ -142,7 +142,7 @@ class ImageText(ImageAndTextTask):
             raise SettingsError(f"task.template={options.template!r} has no {{}}. Put {{}} where the class name goes.")
         task = cls(list(data.columns.values()), options)
         captions = task.captions(data)
-        task.learn_inputs(data, captions)
+        task.fit_inputs(data, captions)
         different = list(dict.fromkeys(captions))
         column, few = task.class_column, len(different) <= min(MAX_CAPTION_CLASSES, len(captions) // 5)
         task.classes = list(Labels.fit(data.rows[column]).names) if column else sorted(different) if few else []
@@ -180,7 +180,7 @@ class ImageText(ImageAndTextTask):
         """Return the end token, at which the text embedding is read."""
         return self.text.end if self.options.end is None else self.options.end
 
-    def framed(self, texts: list[str]) -> list[list[int]]:
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text with an end token, and a start token if the tokenizer has one."""
         start, rows = self.text.tokenizer.token_to_id(START_TOKEN), []
         for encoding in self.text.tokenizer.encode_batch(texts):
@@ -189,10 +189,10 @@ class ImageText(ImageAndTextTask):
             rows.append([*first, *(ids or ([self.text.unknown] if start is None else [])), self.end])
         return rows
 
-    def closes(self, row: list[int]) -> bool:
+    def ends_with_special(self, row: list[int]) -> bool:
         return True
 
-    def padded(self, ids: list[np.ndarray]) -> dict[str, Tensor]:
+    def pad(self, ids: list[np.ndarray]) -> dict[str, Tensor]:
         tokens, mask = self.text.batch(ids)
         return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
 
@@ -214,7 +214,7 @@ class ImageText(ImageAndTextTask):
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             batch = {"image": pixels(index, generator)}
             if same:
-                batch |= {**self.padded([ids[i] for i in index]), **{n: x[torch.from_numpy(index)] for n, x in same.items()}}
+                batch |= {**self.pad([ids[i] for i in index]), **{n: x[torch.from_numpy(index)] for n, x in same.items()}}
             return batch
 
         return Batches(len(data), make)
@@ -231,12 +231,12 @@ class ImageText(ImageAndTextTask):
             raise SettingsError(f"templates: {lost[0]!r} has no {{}}. Put {{}} where the class name goes.")
         return asked or [self.options.template if self.class_column or self.predict_options.classes else "{}"]
 
-    def said(self, model: Any, where: torch.device) -> Tensor:  # -> K E, of length 1
+    def encode_names(self, model: Any, where: torch.device) -> Tensor:  # -> K E, of length 1
         """Return the normalized embedding of each of `names`, averaged over the templates."""
         ways = []
         for template in self.templates():
             ids = self.tokens([template.replace("{}", name) for name in self.names()])[0]
-            parts = [self.padded(ids[i : i + QUERY_CHUNK]) for i in range(0, len(ids), QUERY_CHUNK)]
+            parts = [self.pad(ids[i : i + QUERY_CHUNK]) for i in range(0, len(ids), QUERY_CHUNK)]
             ways.append(torch.cat([model.encode_text(part["tokens"].to(where), part["mask"].to(where)) for part in parts]))
         return ways[0] if len(ways) == 1 else F.normalize(torch.stack(ways).mean(0), dim=-1)
 
@@ -247,7 +247,7 @@ class ImageText(ImageAndTextTask):
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             model = objective.model
             if not said:
-                said.append(self.said(model, batch["image"].device))
+                said.append(self.encode_names(model, batch["image"].device))
             image = model.encode_image(batch["image"])
             near = image @ said[0].T
             out = {"image": image, "similarity": near, "probabilities": (near * model.logit_scale.exp()).softmax(1)}
@@ -267,7 +267,7 @@ class ImageText(ImageAndTextTask):
             "class": labels.copy(),
         }
 
-    def hits(self, outputs: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
+    def compute_hits(self, outputs: Arrays, targets: Arrays) -> dict[str, np.ndarray]:
         """Return, by metric, whether each query was answered correctly.
 
         Equal images count as one image and equal captions as one caption; all pairs that occur in a row are
@@ -276,28 +276,28 @@ class ImageText(ImageAndTextTask):
         found: dict[str, np.ndarray] = {}
         if "text" in outputs:
             image, text = (
-                outputs[n][np.unique(truth[k], return_index=True)[1]] for n, k in (("image", "picture"), ("text", "caption"))
+                outputs[n][np.unique(targets[k], return_index=True)[1]] for n, k in (("image", "picture"), ("text", "caption"))
             )
-            places = [np.unique(truth[k], return_inverse=True)[1] for k in ("picture", "caption")]
+            places = [np.unique(targets[k], return_inverse=True)[1] for k in ("picture", "caption")]
             right = np.unique(np.stack(places, 1), axis=0)
             for name, rank in (
                 ("text", compute_ranks(image, text, right)),
                 ("image", compute_ranks(text, image, right[:, ::-1])),
             ):
                 found |= {f"{name}_r{k}": rank < k for k in RECALL_AT}
-        known, said = truth["class"] >= 0, outputs.get("probabilities")
+        known, said = targets["class"] >= 0, outputs.get("probabilities")
         if self.classes and known.any() and said is not None and said.shape[1] == len(self.classes):
-            found["zero_shot_accuracy"] = (said.argmax(1) == truth["class"])[known]
+            found["zero_shot_accuracy"] = (said.argmax(1) == targets["class"])[known]
         return found
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        scores = {name: float(hit.mean()) for name, hit in self.hits(outputs, truth).items()}
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        scores = {name: float(hit.mean()) for name, hit in self.compute_hits(outputs, targets).items()}
         recalls = [scores[f"{way}_r{k}"] for way in ("text", "image") for k in RECALL_AT if f"{way}_r{k}" in scores]
         return ({"mean_recall": float(np.mean(recalls))} if recalls else {}) | scores
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return intervals over queries. The candidates stay fixed, else recall would rise with images drawn twice."""
-        hits = self.hits(outputs, truth)
+        hits = self.compute_hits(outputs, targets)
         between = {name: binomial_interval(int(hit.sum()), len(hit)) for name, hit in hits.items()}
         ways = [
             np.mean([hits[f"{way}_r{k}"] for k in RECALL_AT], 0)
@@ -356,11 +356,11 @@ class ImageText(ImageAndTextTask):
         return answers
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         near, captions = outputs["image"] @ outputs["text"].T, self.captions(test)
-        pairs_ = set(zip(truth["picture"].tolist(), truth["caption"].tolist()))
-        right = lambda i, j: (int(truth["picture"][i]), int(truth["caption"][j])) in pairs_
+        pairs_ = set(zip(targets["picture"].tolist(), targets["caption"].tolist()))
+        right = lambda i, j: (int(targets["picture"][i]), int(targets["caption"][j])) in pairs_
         chosen = np.random.default_rng(0).permutation(len(test))
         told, shown, rows = near.argmax(1), near.argmax(0), []
         gap = near.max(1) - near.diagonal()

@@ -93,7 +93,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        task.learn_inputs(data, task.questions_of(data))
+        task.fit_inputs(data, task.questions_of(data))
         counted = data.rows[task.target.name].cast(pl.String).drop_nulls().value_counts()
         counted = counted.sort(["count", task.target.name], descending=[True, False])
         most = options.answers or MAX_ANSWERS
@@ -117,12 +117,12 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         return task
 
     @property
-    def asked(self) -> str:
+    def question_column(self) -> str:
         """Return the name of the question column."""
         return next(c.name for c in self.columns if c.kind == "text" and c.role == "feature")
 
     def questions_of(self, data: Data) -> list[str]:
-        return data.rows[self.asked].fill_null("").to_list()
+        return data.rows[self.question_column].fill_null("").to_list()
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered:
@@ -131,16 +131,18 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
             if isinstance(source, str | Path) and pl.Series([str(source)]).str.contains(IMAGE_FILE_PATTERN)[0]:
                 raise DataError(f'{source}: the image has no question. Set one: --set question="...".')
             return super().read_one(source, answered)
-        data = read(source, schema=[c for c in self.columns if c.name != self.asked], labels_optional=True, lenient=True)
-        data.rows = data.rows.with_columns(pl.lit(self.predict_options.question).alias(self.asked))
+        data = read(
+            source, schema=[c for c in self.columns if c.name != self.question_column], labels_optional=True, lenient=True
+        )
+        data.rows = data.rows.with_columns(pl.lit(self.predict_options.question).alias(self.question_column))
         return data
 
-    def framed(self, texts: list[str]) -> list[list[int]]:
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text with [CLS] first, plus the tokenizer's own special tokens."""
         rows = [encoding.ids or [self.text.unknown] for encoding in self.text.tokenizer.encode_batch(texts)]
         return [row if row[0] == self.text.cls else [self.text.cls, *row] for row in rows]
 
-    def closes(self, row: list[int]) -> bool:
+    def ends_with_special(self, row: list[int]) -> bool:
         return row[-1] == self.text.sep != self.text.unknown
 
     def model_dims(self) -> dict[str, Any]:
@@ -153,12 +155,12 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         """Return the index of each row's answer; -1 for an answer that cannot be predicted."""
         return {"label": Labels(tuple(self.labels)).apply(data.rows[self.target.name]).copy()}
 
-    def learnt(self, data: Data) -> Data:
+    def answerable_rows(self, data: Data) -> Data:
         """Return the rows whose answer can be predicted."""
         return data.take(np.flatnonzero(self.targets(data)["label"] >= 0))
 
     def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
-        return self.batches(self.learnt(data), card, settings)
+        return self.batches(self.answerable_rows(data), card, settings)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         ids, cut = self.tokens(self.questions_of(data))
@@ -178,8 +180,8 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
 
     # Scores
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        p, y = outputs["probabilities"].astype(np.float64), truth["label"]
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        p, y = outputs["probabilities"].astype(np.float64), targets["label"]
         right, known = p.argmax(1) == y, y >= 0
         of = [right[y == answer].mean() for answer in np.unique(y[known])]
         sure = p[np.flatnonzero(known), y[known]]
@@ -190,10 +192,10 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
             "calibration_error": calibration_error(p.max(1), right),
         }
 
-    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
-        known = truth["label"] >= 0
+    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
+        known = targets["label"] >= 0
         if known.any():
-            super().calibrate({"probabilities": outputs["probabilities"][known]}, {"label": truth["label"][known]})
+            super().calibrate({"probabilities": outputs["probabilities"][known]}, {"label": targets["label"][known]})
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -204,7 +206,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         return words.fit_transform(self.questions_of(train)), words.transform(self.questions_of(test))
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        majority, blind = super().baselines(self.learnt(train), test)
+        majority, blind = super().baselines(self.answerable_rows(train), test)
         return [
             replace(majority, name="most frequent answer"),
             replace(blind, name="question only", what=f"without the image: {blind.what.replace('same inputs', 'words')}"),
@@ -226,9 +228,9 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
     # Report
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        p, y, asked = outputs["probabilities"], truth["label"], self.questions_of(test)
+        p, y, asked = outputs["probabilities"], targets["label"], self.questions_of(test)
         known, said, right = np.flatnonzero(y >= 0), p.argmax(1), p.argmax(1) == y
         is_ = test.rows[self.target.name].cast(pl.String).fill_null("").to_list()
         table = pl.DataFrame({"type": [question_type(q) for q in asked], "right": right, "truth": is_})
@@ -294,15 +296,15 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         return {**super().state(), **self.target_state()}
 
     @classmethod
-    def published(cls, beside: CheckpointAssets) -> Self | None:
-        if beside.pictures is None or beside.folder is None:
+    def published(cls, assets: CheckpointAssets) -> Self | None:
+        if assets.pictures is None or assets.folder is None:
             return None
-        p = beside.pictures
+        p = assets.pictures
         return cls.from_state(
             [Column("image", "image"), Column("question", "text"), Column("answer", "category", "target")],
-            cls.Options(side=p.side, channels=p.channels, length=beside.length, answers=len(beside.names)),
-            {"pictures": p.to_json(), "median": 0, **cls.known(beside.names)},
-            beside.folder,
+            cls.Options(side=p.side, channels=p.channels, length=assets.length, answers=len(assets.names)),
+            {"pictures": p.to_json(), "median": 0, **cls.label_state(assets.names)},
+            assets.folder,
         )
 
     @classmethod

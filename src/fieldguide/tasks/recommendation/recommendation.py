@@ -207,7 +207,7 @@ class Recommendation(Task):
         histories = self.codes(data.rows[ITEMS_COLUMN])
         if settings and data.splits is not None and (data.splits == "train").all():
             return self.windows(histories)
-        return self.ask_for_last(histories)
+        return self.next_item_batches(histories)
 
     def windows(self, histories: list[np.ndarray]) -> Batches:
         """Return windows of `length` items, each predicted from the items before.
@@ -235,7 +235,7 @@ class Recommendation(Task):
 
         return Batches(len(owner), make)
 
-    def ask_for_last(self, histories: list[np.ndarray], asked: bool = True) -> Batches:
+    def next_item_batches(self, histories: list[np.ndarray], asked: bool = True) -> Batches:
         """Return each history without its last item, which is the target; with `asked=False`, the whole history."""
         length = self.options.length
 
@@ -262,7 +262,7 @@ class Recommendation(Task):
     def targets(self, data: Data) -> Arrays:
         return {"item": np.array([h[-1] for h in self.codes(data.rows[ITEMS_COLUMN])])}
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         rank = outputs["rank"].astype(np.float64)
         scores = {}
         for k in METRIC_CUTOFFS:
@@ -309,16 +309,16 @@ class Recommendation(Task):
             Baseline(
                 "popularity",
                 "the most frequent items, the same for all users",
-                self.by(histories, lambda before: popular.expand(len(before), -1)),
+                self.score_histories(histories, lambda before: popular.expand(len(before), -1)),
             ),
             Baseline(
                 "item co-occurrence",
                 "items of the same users as the history's items (cosine similarity)",
-                self.by(histories, neighbours),
+                self.score_histories(histories, neighbours),
             ),
         ]
 
-    def by(self, histories: list[np.ndarray], scores: Any) -> Arrays:
+    def score_histories(self, histories: list[np.ndarray], scores: Any) -> Arrays:
         """Return the outputs of a function that scores all items for histories."""
         parts = []
         for first in range(0, len(histories), USER_CHUNK):
@@ -357,8 +357,8 @@ class Recommendation(Task):
         histories = self.codes(data.rows[ITEMS_COLUMN])
         if new := sum(int((h == 0).sum()) for h in histories):
             self.notes.append(f"{new} events have items that are not in the training data; they are ignored")
-        self.asked = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
-        return self.ask_for_last(histories, asked=False)
+        self.request = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
+        return self.next_item_batches(histories, asked=False)
 
     def predict_step(self, objective: Objective) -> Any:
         objective.top = max(DEFAULT_TOP_K, self.predict_options.count)
@@ -366,7 +366,7 @@ class Recommendation(Task):
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
-        for user, top, scores in zip(self.asked, outputs["top"].astype(int), outputs["scores"]):
+        for user, top, scores in zip(self.request, outputs["top"].astype(int), outputs["scores"]):
             best = [(self.items[i - 1], float(s)) for i, s in zip(top, scores) if i > 0][: self.predict_options.count]
             answers.append(
                 {
@@ -381,7 +381,7 @@ class Recommendation(Task):
     # Report
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         rank, top = outputs["rank"], outputs["top"].astype(int)[:, :10]
         histories = self.codes(test.rows[ITEMS_COLUMN])
@@ -392,14 +392,14 @@ class Recommendation(Task):
                 users[i],
                 ", ".join(map(name, histories[i][-9:-1])),
                 ", ".join(name(j) for j in top[i] if j),
-                name(truth["item"][i]),
+                name(targets["item"][i]),
                 "–" if np.isinf(rank[i]) else int(np.ceil(rank[i])),
             )
             for i in np.random.default_rng(0).permutation(len(users))[:30]
         ]
-        tenth = self.tenths()
+        tenth = self.popularity_deciles()
         shown = np.bincount(tenth[top[top > 0]], minlength=10) / max((top > 0).sum(), 1)
-        met = np.bincount(tenth[truth["item"][truth["item"] > 0]], minlength=10) / max((truth["item"] > 0).sum(), 1)
+        met = np.bincount(tenth[targets["item"][targets["item"] > 0]], minlength=10) / max((targets["item"] > 0).sum(), 1)
         sizes = np.array([len(h) - 1 for h in histories])
         edges = np.unique(np.quantile(sizes, np.linspace(0, 1, 6)).astype(int))
         by_size = {
@@ -407,9 +407,9 @@ class Recommendation(Task):
             for low, high in pairwise(edges)
         }
         by_fame = {
-            f"tenth {t + 1}": float((rank[tenth[truth["item"]] == t] <= 10).mean())
+            f"tenth {t + 1}": float((rank[tenth[targets["item"]] == t] <= 10).mean())
             for t in range(10)
-            if ((tenth[truth["item"]] == t) & (truth["item"] > 0)).any()
+            if ((tenth[targets["item"]] == t) & (targets["item"] > 0)).any()
         }
         distinct = len(set(top[top > 0].tolist()))
         return {
@@ -435,7 +435,7 @@ class Recommendation(Task):
             ],
         }
 
-    def tenths(self) -> np.ndarray:
+    def popularity_deciles(self) -> np.ndarray:
         """Return the popularity decile of each item number, 0 = most frequent. `items` are sorted by frequency."""
         return np.concatenate([[0], np.arange(len(self.items)) * 10 // max(len(self.items), 1)])
 

@@ -34,7 +34,7 @@ class Tabular(SupervisedTask):
     preparer: TablePreparer
 
     @classmethod
-    def readable(cls, data: Data) -> str | None:
+    def describe_features(cls, data: Data) -> str | None:
         """Return a description of the usable features, or None if there are none or if there are images."""
         usable = data.features(*USABLE_KINDS)
         if not usable or data.features("image"):
@@ -64,13 +64,13 @@ class Tabular(SupervisedTask):
             task.notes.append(
                 f"columns not used, since they are neither numeric, categorical, boolean nor dates: {', '.join(left)}"
             )
-        task.learn_target(data)
+        task.fit_target(data)
         return task
 
     def inputs(self) -> list[Column]:
         return [c for c in self.columns if c.role == "feature" and c.kind in USABLE_KINDS]
 
-    def learn_target(self, data: Data) -> None:
+    def fit_target(self, data: Data) -> None:
         raise NotImplementedError
 
     def model_dims(self) -> dict[str, Any]:
@@ -146,12 +146,12 @@ class TabularClassification(Tabular, ClassificationTask):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        why = cls.readable(data)
+        why = cls.describe_features(data)
         target = data.target
         return f"{why} and a target with {target.distinct} classes" if why and target and is_discrete(target) else None
 
-    def learn_target(self, data: Data) -> None:
-        self.learn_labels(data)
+    def fit_target(self, data: Data) -> None:
+        self.fit_labels(data)
 
     def width(self) -> int:
         return len(self.labels)
@@ -159,11 +159,11 @@ class TabularClassification(Tabular, ClassificationTask):
     def target_tensor(self, data: Data) -> torch.Tensor:
         return torch.from_numpy(self.targets(data)["label"])
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
         columns = [c.name for c in self.inputs()][:10]
         rows = [
             (test.locate_row(i), words, *(test.rows[c][i] for c in columns))
-            for i, words in self.mistakes(probabilities, truth, 15)
+            for i, words in self.mistakes(probabilities, targets, 15)
         ]
         return (
             [
@@ -185,13 +185,13 @@ class TabularRegression(Tabular, RegressionTask):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        why, target = cls.readable(data), data.target
+        why, target = cls.describe_features(data), data.target
         if not why or not target or target.kind != "number" or is_discrete(target):
             return None
         return f"{why} and a numeric target with {target.distinct} values"
 
-    def learn_target(self, data: Data) -> None:
-        self.learn_scale(data)
+    def fit_target(self, data: Data) -> None:
+        self.fit_scale(data)
 
     def width(self) -> int:
         return 1

@@ -36,14 +36,14 @@ class TextTask(Task):
 
         return Batches(len(rows), make, np.array([len(row) for row in rows]))
 
-    def typed(self, text: str) -> pl.DataFrame:
+    def make_row(self, text: str) -> pl.DataFrame:
         """Return a row of the table for a text given as input."""
         return pl.DataFrame({self.column: [text]})
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
-        data = super().read_one(self.typed(source), answered)
+        data = super().read_one(self.make_row(source), answered)
         data.manifest.files[0] = replace(data.manifest.files[0], path=source)  # the prediction is listed under the text itself
         data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
         return data

@@ -71,7 +71,7 @@ class Denoising(PackedTextTask):
             )
         if not 0 < (options.share or 0.5) < 1 or (options.mean or 1) < 1:
             raise SettingsError("task.share must lie between 0 and 1, and task.mean must be at least 1.")
-        task = cls.prepared(data, options, (*SPECIAL_TOKENS, END_OF_TEXT, *SENTINELS))
+        task = cls.create(data, options, (*SPECIAL_TOKENS, END_OF_TEXT, *SENTINELS))
         if options.begin is None and len(find_sentinels(task.text)) < len(SENTINELS):
             # With a checkpoint, `begin` is known and the vocabulary cannot grow.
             task.text.tokenizer.add_special_tokens(list(SENTINELS))
@@ -79,8 +79,8 @@ class Denoising(PackedTextTask):
             task.options = replace(task.options, vocab_size=task.text.size)
             task.notes.append(f"{options.tokenizer} has no sentinel tokens <extra_id_0> ... for removed spans: they are added")
         task.find_frame()
-        if task.options.length < task.around + 8:
-            raise SettingsError(f"task.length must be at least {task.around + 8}.")
+        if task.options.length < task.special_tokens_per_row + 8:
+            raise SettingsError(f"task.length must be at least {task.special_tokens_per_row + 8}.")
         return task
 
     def find_frame(self) -> None:
@@ -92,23 +92,23 @@ class Denoising(PackedTextTask):
         self.sentinels = find_sentinels(self.text)
 
     @property
-    def between(self) -> list[int]:
+    def separator(self) -> list[int]:
         """Return the separator, or nothing if it also ends the target: the model would stop there."""
         return [self.text.sep] if self.text.sep != self.frame.end else []
 
     @property
-    def around(self) -> int:
+    def special_tokens_per_row(self) -> int:
         """Return the maximum number of special tokens in a row."""
         return self.frame.longest + 2
 
-    def settle(self, card: Card | None) -> None:
+    def resolve_corruption(self, card: Card | None) -> None:
         """Set the corruption options that are None. Raises `SettingsError` if the tokenizer lacks the tokens."""
         if self.options.damage is None:
             self.options = fill_options(self.options, damage=card.pretraining_objective if card else "spans")
         share, mean = DEFAULT_CORRUPTION[self.options.damage]
         self.options = fill_options(self.options, share=share, mean=mean)
         o = self.options
-        spans = round((o.length - self.around) * o.share / o.mean) + 1
+        spans = round((o.length - self.special_tokens_per_row) * o.share / o.mean) + 1
         if o.damage == "spans" and len(self.sentinels) <= spans:
             raise SettingsError(
                 f"{o.tokenizer or 'the tokenizer'} has {len(self.sentinels)} tokens <extra_id_0> ..., but rows of "
@@ -122,7 +122,7 @@ class Denoising(PackedTextTask):
 
     # Rows
 
-    def damaged(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:  # N L int64, padded
+    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:  # N L int64, padded
         """Corrupt rows; returns source, source_mask, tokens, target and asked (the removed tokens)."""
         text, frame, o = self.text, self.frame, self.options
         lengths = (tokens != text.pad).sum(1)
@@ -156,18 +156,18 @@ class Denoising(PackedTextTask):
         """Return the examples. Training rows get random offsets and new corruption each time; scored rows are always
         the same.
         """
-        self.settle(card)
-        packed, drawn = self.rows(data, self.options.length - self.around)
+        self.resolve_corruption(card)
+        packed, drawn = self.rows(data, self.options.length - self.special_tokens_per_row)
         fixed: dict[str, Tensor] = {}
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             chosen = torch.from_numpy(index)
             if generator is None:
                 if not fixed:  # for all rows at once, so that the batch size has no effect
-                    fixed.update(self.damaged(packed.numpy(), np.random.default_rng(0)))
+                    fixed.update(self.corrupt(packed.numpy(), np.random.default_rng(0)))
                 return {name: x[chosen] for name, x in fixed.items()}
             rows = drawn(chosen, generator).numpy()
-            return self.damaged(rows, np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator))))
+            return self.corrupt(rows, np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator))))
 
         return Batches(len(packed), make)
 
@@ -185,8 +185,8 @@ class Denoising(PackedTextTask):
     # Answers
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        self.settle(card)
-        cut = [self.pieces(text) for text in self.gapped(data)]
+        self.resolve_corruption(card)
+        cut = [self.split_at_gaps(text) for text in self.texts_with_gaps(data)]
         spans, frame = self.options.damage == "spans", self.frame
         rows = []
         for place, pieces in enumerate(cut):
@@ -199,14 +199,14 @@ class Denoising(PackedTextTask):
             for number, piece in enumerate(pieces[1:]):
                 ids += [int(self.sentinels[number]) if spans else self.text.mask_token, *piece]
             close = (frame.end,) if spans else frame.after
-            rows.append(np.array([*frame.before, *ids, *self.between, *close], dtype=np.int64))
+            rows.append(np.array([*frame.before, *ids, *self.separator, *close], dtype=np.int64))
             if len(rows[-1]) > self.options.length:
                 raise DataError(
                     f"{data.locate_row(place)}: the text has {len(rows[-1])} tokens, but the model reads "
                     f"at most {self.options.length}. Shorten it."
                 )
         gaps = np.array([len(pieces) - 1 for pieces in cut])
-        self.asked = cut
+        self.request = cut
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             source, mask = self.text.batch([rows[i] for i in index])
@@ -222,11 +222,11 @@ class Denoising(PackedTextTask):
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             if "gaps" not in batch:
                 return objective.outputs(batch)
-            return {"said": self.search(objective.model, batch["source"], batch["source_mask"], batch["gaps"])}
+            return {"said": self.generate(objective.model, batch["source"], batch["source_mask"], batch["gaps"])}
 
         return answer
 
-    def search(self, model: Any, source: Tensor, mask: Tensor, gaps: Tensor) -> Tensor:  # B S -> B T, -1 behind the end
+    def generate(self, model: Any, source: Tensor, mask: Tensor, gaps: Tensor) -> Tensor:  # B S -> B T, -1 behind the end
         """Generate the fillings of all gaps, or the whole text; -1 after the end."""
         limits = gaps * (self.predict_options.max_new_tokens + 1) + 2 + (0 if self.options.damage == "spans" else mask.sum(1))
         limits = limits.clamp(max=self.options.length - len(self.frame.target_start))
@@ -240,7 +240,7 @@ class Denoising(PackedTextTask):
             self.text,
         )
 
-    def fillings(self, said: list[int], gaps: int) -> list[list[int]]:
+    def split_fillings(self, said: list[int], gaps: int) -> list[list[int]]:
         """Return the tokens generated after each sentinel; empty for a sentinel that was not generated."""
         number = {int(token): i for i, token in enumerate(self.sentinels)}
         found: list[list[int]] = [[] for _ in range(max(gaps, len(number)))]
@@ -255,28 +255,28 @@ class Denoising(PackedTextTask):
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         """Return the text with its gaps filled and, for the objective "spans", the filling of each gap."""
         records = []
-        for (first, *others), row in zip(self.asked, outputs["said"].astype(int)):
+        for (first, *others), row in zip(self.request, outputs["said"].astype(int)):
             said = [token for token in row.tolist() if token >= 0]
             if self.options.damage == "infill":  # training rows are packed, so the model would continue with another text
-                stop = next((place for place, token in enumerate(said) if token in self.between), len(said))
-                records.append({"text": self.said(said[:stop]).strip()})
+                stop = next((place for place, token in enumerate(said) if token in self.separator), len(said))
+                records.append({"text": self.decode(said[:stop]).strip()})
                 continue
-            filled, whole = self.fillings(said, len(others)), list(first)
+            filled, whole = self.split_fillings(said, len(others)), list(first)
             for filling, piece in zip(filled, others):
                 whole += [*filling, *piece]
-            records.append({"text": self.said(whole), "gaps": [self.said(filling).strip() for filling in filled]})
+            records.append({"text": self.decode(whole), "gaps": [self.decode(filling).strip() for filling in filled]})
         return records
 
     # Report
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        found = self.by_row(outputs)
-        return found if objective is None else {**found, "Restored": self.restored(test, objective)}
+        found = self.loss_exhibits(outputs)
+        return found if objective is None else {**found, "Restored": self.restoration_exhibits(test, objective)}
 
     @torch.no_grad()
-    def restored(self, test: Data, objective: Objective) -> list[Exhibit]:
+    def restoration_exhibits(self, test: Data, objective: Objective) -> list[Exhibit]:
         """Return test rows as they were read, with the removed spans and the predictions under teacher forcing."""
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(SHOWN, len(batches))), None)
@@ -286,8 +286,10 @@ class Denoising(PackedTextTask):
         rows = zip(*(batch[k] for k in ("source", "source_mask", "asked", "target")), guess)
         for source, mask, asked, target, said in rows:
             runs = np.flatnonzero(np.diff(asked.numpy().astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-            pairs = [f"{self.said(target[a:b].tolist()).strip()!r}: {self.said(said[a:b].tolist()).strip()!r}" for a, b in runs]
-            quotes.append(Quote(self.shown(source[mask].tolist()), " · ".join(pairs), bad=False))
+            pairs = [
+                f"{self.decode(target[a:b].tolist()).strip()!r}: {self.decode(said[a:b].tolist()).strip()!r}" for a, b in runs
+            ]
+            quotes.append(Quote(self.decode_source(source[mask].tolist()), " · ".join(pairs), bad=False))
         return [
             Quotes(
                 "Corrupted texts and their removed spans",
@@ -296,7 +298,7 @@ class Denoising(PackedTextTask):
             )
         ]
 
-    def shown(self, ids: list[int]) -> str:
+    def decode_source(self, ids: list[int]) -> str:
         """Return tokens as text, with ▁▁▁ for the removed spans."""
         marks = {*self.sentinels.tolist(), self.text.mask_token}
         pieces: list[list[int]] = [[]]
@@ -305,7 +307,7 @@ class Denoising(PackedTextTask):
                 pieces.append([])
             elif token not in (self.text.cls, self.text.sep, self.frame.end):
                 pieces[-1].append(token)
-        return " ▁▁▁".join(self.said(piece) for piece in pieces)
+        return " ▁▁▁".join(self.decode(piece) for piece in pieces)
 
     # Saved with the run
 

@@ -48,7 +48,7 @@ class FillMask(PackedTextTask):
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
-        task = cls.prepared(data, options, SPECIAL_TOKENS)
+        task = cls.create(data, options, SPECIAL_TOKENS)
         if task.text.mask_token == task.text.unknown:
             raise DataError(
                 f"{options.tokenizer} has no mask token ([MASK] or <mask>) to replace hidden words. Use a tokenizer with one."
@@ -58,15 +58,15 @@ class FillMask(PackedTextTask):
         return task
 
     @classmethod
-    def published(cls, beside: CheckpointAssets) -> Self:
-        return cls.from_state(beside.texts(), cls.Options(length=beside.length), {"counts": []}, beside.folder)
+    def published(cls, assets: CheckpointAssets) -> Self:
+        return cls.from_state(assets.texts(), cls.Options(length=assets.length), {"counts": []}, assets.folder)
 
     # Token rows
 
-    def framed(self, rows: Tensor) -> Tensor:  # B length - 1 -> B length
+    def prepend_cls(self, rows: Tensor) -> Tensor:  # B length - 1 -> B length
         return torch.cat([rows.new_full((len(rows), 1), self.text.cls), rows], 1)
 
-    def hidden(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def mask(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Mask tokens of rows, and return the masked rows and the targets. Padding and separators are never masked."""
         open_to = torch.ones_like(tokens, dtype=torch.bool)
         for special in {self.text.pad, self.text.cls, self.text.sep, self.text.mask_token}:
@@ -85,10 +85,10 @@ class FillMask(PackedTextTask):
             chosen = torch.from_numpy(index)
             if generator is None:
                 if not fixed:  # for all rows at once, so that the batch size has no effect
-                    fixed.extend(self.hidden(self.framed(packed), seeded(0)))
+                    fixed.extend(self.mask(self.prepend_cls(packed), seeded(0)))
                 tokens, target = fixed[0][chosen], fixed[1][chosen]
             else:
-                tokens, target = self.hidden(self.framed(drawn(chosen, generator)), generator)
+                tokens, target = self.mask(self.prepend_cls(drawn(chosen, generator)), generator)
             mask = tokens != self.text.pad
             return {"tokens": tokens, "target": target} | ({} if mask.all() else {"mask": mask})
 
@@ -106,9 +106,9 @@ class FillMask(PackedTextTask):
 
     # Predictions
 
-    def blanks(self, text: str) -> tuple[list[int], list[int]]:
+    def encode_gaps(self, text: str) -> tuple[list[int], list[int]]:
         """Return the token ids of a text with gaps, and the positions of the gaps."""
-        first, *others = self.pieces(text)
+        first, *others = self.split_at_gaps(text)
         ids, places = [self.text.cls, *first], []
         for piece in others:
             places.append(len(ids))
@@ -116,7 +116,7 @@ class FillMask(PackedTextTask):
         return [*ids, self.text.sep], places
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        rows = [self.blanks(text)[0] for text in self.gapped(data)]
+        rows = [self.encode_gaps(text)[0] for text in self.texts_with_gaps(data)]
         for place, ids in enumerate(rows):
             if len(ids) > self.options.length:
                 raise DataError(
@@ -150,10 +150,10 @@ class FillMask(PackedTextTask):
             kept = [i for i in whole.tolist() if i >= 0 and i not in (self.text.cls, self.text.sep)]
             records.append(
                 {
-                    "text": self.said(kept),
+                    "text": self.decode(kept),
                     "words": [
                         [
-                            {"word": self.said([g]).strip(), "probability": float(p)}
+                            {"word": self.decode([g]).strip(), "probability": float(p)}
                             for g, p in zip(guess[place], probability[place])
                         ]
                         for place in places
@@ -165,15 +165,15 @@ class FillMask(PackedTextTask):
     # Report
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        found = self.by_row(outputs)
+        found = self.loss_exhibits(outputs)
         if objective is not None:
-            found["Guesses"] = self.guesses(test, objective)
+            found["Guesses"] = self.prediction_exhibits(test, objective)
         return found
 
     @torch.no_grad()
-    def guesses(self, test: Data, objective: Objective) -> list[Exhibit]:
+    def prediction_exhibits(self, test: Data, objective: Objective) -> list[Exhibit]:
         """Return predictions of hidden test words, and the accuracy by word frequency."""
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(ROWS, len(batches))), None)
@@ -195,15 +195,15 @@ class FillMask(PackedTextTask):
                 continue
             at, real = int(place[number]), batch["tokens"][one].tolist()
             real = [t for t in real if t != self.text.pad]
-            left, after = self.said(real[max(1, at - 40) : at]), self.said(real[at + 1 : at + 20])
+            left, after = self.decode(real[max(1, at - 40) : at]), self.decode(real[at + 1 : at + 20])
             guesses = ", ".join(
-                f"{self.said([int(i)]).strip()} {100 * float(p):.0f} %"
+                f"{self.decode([int(i)]).strip()} {100 * float(p):.0f} %"
                 for i, p in zip(best.indices[number], best.values[number])
             )
             quotes.append(
                 Quote(
                     f"{left} ▁▁▁{after}",
-                    f"was {self.said([int(target[number])]).strip()!r}; predicted: {guesses}",
+                    f"was {self.decode([int(target[number])]).strip()!r}; predicted: {guesses}",
                     bad=not right[number],
                 )
             )

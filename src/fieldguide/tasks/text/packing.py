@@ -55,7 +55,7 @@ class PackedTextTask(TextTask):
         return TextGeneration.build_examples(data, options)
 
     @classmethod
-    def prepared(cls, data: Data, options: Any, special: tuple[str, ...]) -> Self:
+    def create(cls, data: Data, options: Any, special: tuple[str, ...]) -> Self:
         """Create a task whose tokenizer is loaded or fitted on the training texts.
 
         Counts the tokens and derives the row length from their number.
@@ -78,14 +78,14 @@ class PackedTextTask(TextTask):
     # Token rows
 
     @property
-    def between(self) -> list[int]:
+    def separator(self) -> list[int]:
         """Return the token ids between texts."""
         return [self.text.sep]
 
-    def stream_of(self, data: Data) -> np.ndarray:
+    def concatenate_texts(self, data: Data) -> np.ndarray:
         """Return all texts as one int64 array of token ids, with a separator after each."""
         begins = data.rows[PART_COLUMN].to_numpy() == 0 if PART_COLUMN in data.rows.columns else np.ones(len(data), dtype=bool)
-        end = np.array(self.between, dtype=np.int64)
+        end = np.array(self.separator, dtype=np.int64)
         pieces = [
             piece
             for ids, begin in zip(self.text.encode_exact(self.texts(data)), begins)
@@ -98,7 +98,7 @@ class PackedTextTask(TextTask):
 
         The function takes row numbers and shifts each row by a random offset.
         """
-        tokens = self.stream_of(data)
+        tokens = self.concatenate_texts(data)
         count = -(-len(tokens) // width)
         flat = torch.from_numpy(np.pad(tokens, (0, count * width - len(tokens)), constant_values=self.text.pad))
         room, offsets = len(tokens) - width, torch.arange(width)  # the last position at which a full row can begin
@@ -133,7 +133,7 @@ class PackedTextTask(TextTask):
         """Return the hidden tokens of each row, -1 elsewhere."""
         raise NotImplementedError
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         count = max(int(outputs["count"].sum()), 1)
         loss = float(outputs["nats"].astype(np.float64).sum() / count)
         return {"loss": loss, "accuracy": float(outputs["right"].sum() / count), "perplexity": float(np.exp(min(loss, 700)))}
@@ -145,7 +145,7 @@ class PackedTextTask(TextTask):
         return [
             Baseline(
                 "token frequency",
-                f"each token with its training frequency; always predicts {self.said([best])!r}",
+                f"each token with its training frequency; always predicts {self.decode([best])!r}",
                 {
                     "nats": np.where(asked, nats[np.maximum(target, 0)], 0).sum(1),
                     "right": (target == best).sum(1),
@@ -154,10 +154,10 @@ class PackedTextTask(TextTask):
             )
         ]
 
-    def said(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         return self.text.decode(ids)
 
-    def pieces(self, text: str) -> list[list[int]]:
+    def split_at_gaps(self, text: str) -> list[list[int]]:
         """Return the token ids before, between and after the gaps of a text.
 
         A space before a gap belongs to the gap, as a space before a word is part of the word's token.
@@ -165,7 +165,7 @@ class PackedTextTask(TextTask):
         parts = BLANK.split(text)
         return [ids.tolist() for ids in self.text.encode_exact([*(p.rstrip(" ") for p in parts[:-1]), parts[-1]])]
 
-    def gapped(self, data: Data) -> list[str]:
+    def texts_with_gaps(self, data: Data) -> list[str]:
         """Return the texts to fill. Raises `DataError` for a text without a gap."""
         texts = self.texts(data)
         for place, text in enumerate(texts):
@@ -173,7 +173,7 @@ class PackedTextTask(TextTask):
                 raise DataError(f"{data.locate_row(place)}: {text[:40]!r} has no gap. Write <mask> for the missing word.")
         return texts
 
-    def by_row(self, outputs: Arrays) -> dict[str, list[Exhibit]]:
+    def loss_exhibits(self, outputs: Arrays) -> dict[str, list[Exhibit]]:
         per_row = outputs["nats"] / np.maximum(outputs["count"], 1)
         return {
             "Scores by row": [

@@ -143,7 +143,7 @@ class QuestionAnswering(Task):
         asked = [len(ids) for ids in task.text.encode_exact(questions)]
         sizes = [around + min(n, MAX_QUESTION_TOKENS) + len(located[i][0]) for n, i in zip(asked, which)]
         task.median = int(np.median(sizes))
-        rows = [(contexts[i], located[i][1], a[0]) for i, a in zip(which, task.right(data)) if a]
+        rows = [(contexts[i], located[i][1], a[0]) for i, a in zip(which, task.known_answers(data)) if a]
         if not rows:
             raise DataError(f"{data.source}: no training question has an answer. Add rows with answers.")
         tokens = [1 + np.ptp(covering_tokens(spans, *answer_span(answer))) for _, spans, answer in rows]
@@ -169,8 +169,8 @@ class QuestionAnswering(Task):
                 f"{long} training answers are longer than {task.options.longest} tokens; such answers are not "
                 "predicted (change this with task.longest=...)"
             )
-        if cut := sum(n > task.most_asked for n in asked):
-            task.notes.append(f"{cut} questions are longer than {task.most_asked} tokens and are truncated")
+        if cut := sum(n > task.max_question_tokens for n in asked):
+            task.notes.append(f"{cut} questions are longer than {task.max_question_tokens} tokens and are truncated")
         if several := sum(n > length for n in sizes):
             task.notes.append(
                 f"{100 * several / len(sizes):.1f} % of the contexts are read in windows of {length} tokens, at "
@@ -190,12 +190,12 @@ class QuestionAnswering(Task):
     def questions_of(self, data: Data) -> list[str]:
         return data.rows[self.options.question].fill_null("").to_list()
 
-    def right(self, data: Data) -> list[list[dict[str, Any]]]:
+    def known_answers(self, data: Data) -> list[list[dict[str, Any]]]:
         """Return the known answers of each row: {"text", "start"}."""
         return [row or [] for row in data.rows[self.target.name].to_list()]
 
     @property
-    def most_asked(self) -> int:
+    def max_question_tokens(self) -> int:
         """Return the maximum tokens of a question."""
         return min(MAX_QUESTION_TOKENS, (self.options.length - self.frame.size) // 2)
 
@@ -253,7 +253,7 @@ class QuestionAnswering(Task):
         located = []
         for text, (ids, spans) in zip(contexts.tolist(), self.text.encode_with_spans(contexts.tolist())):
             located.append((ids, widen_to_words(text, spans) if self.whole else spans, spans))
-        asked = [ids[: self.most_asked] for ids in self.text.encode_exact(self.questions_of(data))]
+        asked = [ids[: self.max_question_tokens] for ids in self.text.encode_exact(self.questions_of(data))]
         rows = []
         for number, (ids, context) in enumerate(zip(asked, which)):
             room = self.options.length - self.frame.size - len(ids)
@@ -283,7 +283,7 @@ class QuestionAnswering(Task):
     def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
         """Return the windows with the span of the first answer, or with no answer if the span is not wholly inside."""
         windows = self.windows(data)
-        spots = windows.spots(self.right(data))
+        spots = windows.answer_positions(self.known_answers(data))
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             first, last = torch.from_numpy(spots[index]).unbind(1)
@@ -292,7 +292,7 @@ class QuestionAnswering(Task):
         return Batches(len(windows.number), make, windows.sizes)
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        self.asked = self.contexts(data)
+        self.request = self.contexts(data)
         return self.batches(data, card)
 
     # Scores
@@ -301,7 +301,7 @@ class QuestionAnswering(Task):
         """Return the contexts, and tuples of the correct answers; empty for questions without one."""
         return {
             "context": object_array(self.contexts(data)),
-            "answers": object_array([tuple(a["text"] for a in row) for row in self.right(data)]),
+            "answers": object_array([tuple(a["text"] for a in row) for row in self.known_answers(data)]),
         }
 
     def postprocess(self, outputs: Arrays) -> Arrays:
@@ -311,39 +311,41 @@ class QuestionAnswering(Task):
             given &= outputs["score"] - outputs["none"] > least
         return {**outputs, "given": given}
 
-    def said(self, outputs: Arrays, contexts: Sequence[str], everything: bool = False) -> list[str]:
+    def answer_texts(self, outputs: Arrays, contexts: Sequence[str], everything: bool = False) -> list[str]:
         """Return the answers as text. With `everything`, include those below the threshold."""
         return [
             text[int(begin) : int(end)].strip() if given or everything else ""
             for text, begin, end, given in zip(contexts, outputs["begin"], outputs["end"], outputs["given"])
         ]
 
-    def each(self, outputs: Arrays, truth: Arrays) -> np.ndarray:
+    def score_questions(self, outputs: Arrays, targets: Arrays) -> np.ndarray:
         """Return exact match and F1 of each question: (N, 2)."""
-        return measured.score_answers(self.said(outputs, truth["context"]), truth["answers"])
+        return measured.score_answers(self.answer_texts(outputs, targets["context"]), targets["answers"])
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         outputs = outputs if "given" in outputs else self.postprocess(outputs)
-        each = outputs["each"] if "each" in outputs else self.each(outputs, truth)
-        none = np.array([not a for a in truth["answers"]], dtype=bool)
+        each = outputs["each"] if "each" in outputs else self.score_questions(outputs, targets)
+        none = np.array([not a for a in targets["answers"]], dtype=bool)
         mean = lambda values: float(values.mean()) if len(values) else float("nan")
         scores = {"f1": mean(each[:, 1]), "exact_match": mean(each[:, 0])}
         return {**scores, "answered": mean(each[~none, 1]), "unanswered": mean(each[none, 1])} if none.any() else scores
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        return super().intervals({**outputs, "each": self.each(outputs, truth)}, truth)  # scored once, not once per repeat
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
+        return super().intervals(
+            {**outputs, "each": self.score_questions(outputs, targets)}, targets
+        )  # scored once, not once per repeat
 
-    def choices(self, outputs: Arrays, truth: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def margins_and_f1(self, outputs: Arrays, targets: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return, per question, the best answer's margin over no answer in nats, F1 if it is given, and F1 if none is
         given.
         """
         margin = np.clip(outputs["score"].astype(np.float64) - outputs["none"], -1e6, 1e6)
-        given = self.each({**outputs, "given": outputs["end"] > outputs["begin"]}, truth)[:, 1]
-        return margin, given, np.array([float(not answers) for answers in truth["answers"]])
+        given = self.score_questions({**outputs, "given": outputs["end"] > outputs["begin"]}, targets)[:, 1]
+        return margin, given, np.array([float(not answers) for answers in targets["answers"]])
 
-    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
+    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         if self.silent:
-            self.threshold = measured.find_threshold(*self.choices(outputs, truth))
+            self.threshold = measured.find_threshold(*self.margins_and_f1(outputs, targets))
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         contexts = set(self.contexts(train))
@@ -371,7 +373,7 @@ class QuestionAnswering(Task):
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         records = []
         for text, begin, end, given, score, none in zip(
-            self.asked,
+            self.request,
             outputs["begin"].astype(int),
             outputs["end"].astype(int),
             outputs["given"],
@@ -390,26 +392,26 @@ class QuestionAnswering(Task):
     # Report
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         from fieldguide.tasks.text import question_answering_report
 
-        return question_answering_report.build_exhibits(self, test, outputs, truth)
+        return question_answering_report.build_exhibits(self, test, outputs, targets)
 
     # Saved with the run
 
     @classmethod
-    def published(cls, beside: CheckpointAssets) -> Self:
+    def published(cls, assets: CheckpointAssets) -> Self:
         """Return a task that answers every question unless `threshold` is set: weights alone do not tell whether some
         have none.
         """
-        length = min(beside.length, PUBLISHED_WINDOW_TOKENS)
+        length = min(assets.length, PUBLISHED_WINDOW_TOKENS)
         options = cls.Options("context", "question", length=length, stride=length // 2, longest=MAX_ANSWER_TOKENS)
         return cls.from_state(
             [Column("context", "text"), Column("question", "text"), Column("answer", "list", "target")],
             options,
             {"median": 0, "whole": False, "silent": False, "threshold": 0.0},
-            beside.folder,
+            assets.folder,
         )
 
     def state(self) -> dict[str, Any]:

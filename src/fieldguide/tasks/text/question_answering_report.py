@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 SHOWN, AROUND = 24, 160  # answers in the report, and characters of context on either side
 
 
-def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, truth: Arrays) -> dict[str, list[Exhibit]]:
-    each, right = task.each(outputs, truth), task.right(test)
+def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, targets: Arrays) -> dict[str, list[Exhibit]]:
+    each, right = task.score_questions(outputs, targets), task.known_answers(test)
     table = pl.DataFrame(
         {"kind": [" ".join(q.lower().split()[:2]) for q in task.questions_of(test)], "exact": each[:, 0], "f1": each[:, 1]}
     )
@@ -53,13 +53,13 @@ def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, truth: 
         ),
     ]
     if task.silent:
-        asked.append(threshold_curve(task, outputs, truth))
+        asked.append(threshold_curve(task, outputs, targets))
     return {"Questions": asked, "Worst answers": worst_answers(task, test, outputs, each)}
 
 
-def threshold_curve(task: QuestionAnswering, outputs: Arrays, truth: Arrays) -> Exhibit:
+def threshold_curve(task: QuestionAnswering, outputs: Arrays, targets: Arrays) -> Exhibit:
     """Return F1 by the threshold on the margin over no answer."""
-    margin, given, none = task.choices(outputs, truth)
+    margin, given, none = task.margins_and_f1(outputs, targets)
     at = np.unique(np.quantile(margin, np.linspace(0, 1, 50)))
     f1 = [float(np.where(margin > edge, given, none).mean()) for edge in at]
     return Lines(
@@ -75,9 +75,9 @@ def threshold_curve(task: QuestionAnswering, outputs: Arrays, truth: Arrays) -> 
 
 def worst_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[Exhibit]:
     """Return wrong answers with the highest confidence, in their contexts."""
-    contexts, asked, right = task.contexts(test), task.questions_of(test), task.right(test)
+    contexts, asked, right = task.contexts(test), task.questions_of(test), task.known_answers(test)
     sure = np.where(outputs["given"], outputs["score"], outputs["none"])
-    said, quotes = task.said(outputs, contexts), []
+    said, quotes = task.answer_texts(outputs, contexts), []
     for row in np.lexsort((-sure, each[:, 1]))[:SHOWN]:
         if each[row, 1] >= 1:
             break

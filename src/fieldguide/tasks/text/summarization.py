@@ -58,28 +58,28 @@ class Summarization(Translation):
     def limits(self, lengths: Tensor) -> Tensor:  # B source lengths -> B maximum output lengths
         return lengths.new_full(lengths.shape, self.predict_options.max_new_tokens)
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         scores = {}
         if "rouge" in outputs:
             scores = dict(zip(rouge.ROUGE_NAMES, outputs["rouge"].mean(0).tolist()))
         elif "text" in outputs:
-            scores = dict(zip(rouge.ROUGE_NAMES, rouge.score_texts(outputs["text"], truth["text"]).mean(0).tolist()))
+            scores = dict(zip(rouge.ROUGE_NAMES, rouge.score_texts(outputs["text"], targets["text"]).mean(0).tolist()))
         if "nats" in outputs:
             scores["loss"] = float(outputs["nats"].sum(dtype=np.float64) / max(outputs["count"].sum(), 1))
         return scores
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
-        scored = {"rouge": rouge.score_texts(outputs["text"], truth["text"])} if "text" in outputs else {}
-        return Task.intervals(self, {**outputs, **scored}, truth)  # each summary is scored once, not once per repeat
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
+        scored = {"rouge": rouge.score_texts(outputs["text"], targets["text"])} if "text" in outputs else {}
+        return Task.intervals(self, {**outputs, **scored}, targets)  # each summary is scored once, not once per repeat
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         said = [first_sentences(text) for text in self.texts(test)]
         return [Baseline("lead", f"the first {LEAD_SENTENCES} sentences", {"text": np.array(said, dtype=object)})]
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        said, right, source = outputs["text"].tolist(), truth["text"].tolist(), truth["source"].tolist()
+        said, right, source = outputs["text"].tolist(), targets["text"].tolist(), targets["source"].tolist()
         each = rouge.score_texts(said, right)
         length = np.array([len(s.split()) for s in source])
         groups = [

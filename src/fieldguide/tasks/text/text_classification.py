@@ -64,7 +64,7 @@ class TextClassification(TextTask, ClassificationTask):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        texts, seconds = task.texts(data), task.seconds(data)
+        texts, seconds = task.texts(data), task.second_texts(data)
         task.text = (
             TextTokenizer.load(options.tokenizer)
             if options.tokenizer
@@ -79,7 +79,7 @@ class TextClassification(TextTask, ClassificationTask):
         else:
             sizes = [len(t) for t in task.text.encode(texts[:SAMPLED_TEXTS], MAX_COUNTED_TOKENS)[0]]
         task.median = int(np.median(sizes))
-        task.learn_labels(data)
+        task.fit_labels(data)
         task.options = fill_options(
             options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size
         )
@@ -92,7 +92,7 @@ class TextClassification(TextTask, ClassificationTask):
         names = [c.name for c in self.columns if c.kind in self.feature and c.role == "feature"]
         return names[1] if len(names) == 2 else None
 
-    def seconds(self, data: Data) -> list[str]:
+    def second_texts(self, data: Data) -> list[str]:
         """Return the second text of each pair; an empty list if rows are single texts."""
         return data.rows[self.second].fill_null("").to_list() if self.second else []
 
@@ -104,14 +104,14 @@ class TextClassification(TextTask, ClassificationTask):
             )
         return super().read_one(source, answered)
 
-    def encoded(self, data: Data, around: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    def encode_rows(self, data: Data, around: bool) -> tuple[list[np.ndarray], list[np.ndarray], int]:
         """Return the token ids of each row, the segment of each token (0 or 1), and the number of truncated rows.
 
         With `around`, rows get special tokens: [CLS] A [SEP] as in BERT, or pairs in the tokenizer's format: [CLS]
         A [SEP] B [SEP] of BERT, <s> A </s></s> B </s> of RoBERTa. Otherwise rows are A, or A [SEP] B. If a pair is
         too long, the end of the longer text is truncated (appendix A.2 of BERT).
         """
-        length, seconds = self.options.length, self.seconds(data)
+        length, seconds = self.options.length, self.second_texts(data)
         if not around and not seconds:
             tokens, cut = self.text.encode(self.texts(data), length)
             return tokens, [], cut
@@ -164,7 +164,7 @@ class TextClassification(TextTask, ClassificationTask):
         }
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        tokens, segments, cut = self.encoded(data, bool(card) and card.framed)
+        tokens, segments, cut = self.encode_rows(data, bool(card) and card.framed)
         if not settings:  # for training texts `fit` has added the note
             self.note_cut(cut, len(tokens))
         lengths = np.array([len(t) for t in tokens])
@@ -194,22 +194,23 @@ class TextClassification(TextTask, ClassificationTask):
 
     def shown(self, data: Data) -> list[str]:
         """Return each row as one text; pairs are joined with a bar."""
-        return [f"{a} ┃ {b}" for a, b in zip(self.texts(data), self.seconds(data))] if self.second else self.texts(data)
+        return [f"{a} ┃ {b}" for a, b in zip(self.texts(data), self.second_texts(data))] if self.second else self.texts(data)
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
         texts = self.shown(test)
         quotes = [
-            Quote(texts[i], f"{words}: {test.locate_row(i)}", bad=True) for i, words in self.mistakes(probabilities, truth, 20)
+            Quote(texts[i], f"{words}: {test.locate_row(i)}", bad=True)
+            for i, words in self.mistakes(probabilities, targets, 20)
         ]
         return [Quotes("Worst mistakes", "Test texts that are wrong with the highest confidence.", quotes)] if quotes else []
 
     @classmethod
-    def published(cls, beside: CheckpointAssets) -> Self:
+    def published(cls, assets: CheckpointAssets) -> Self:
         return cls.from_state(
-            [*beside.texts(2), Column("label", "category", "target")],
-            cls.Options(length=beside.length),
-            {"median": 0, **cls.known(beside.names)},
-            beside.folder,
+            [*assets.texts(2), Column("label", "category", "target")],
+            cls.Options(length=assets.length),
+            {"median": 0, **cls.label_state(assets.names)},
+            assets.folder,
         )
 
     def state(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class TextGeneration(TextTask):
                 f"({CHAT_TEMPLATE_FILE}, or chat_template in tokenizer_config.json) or the tokens "
                 f"{', '.join(CHAT_SPECIAL_TOKENS)}. Missing tokens: {', '.join(lacking)}."
             )
-        tokens = len(task.stream_of(data)[0]) if task.template else sum(map(len, task.text.encode_exact(texts)))
+        tokens = len(task.concatenate_texts(data)[0]) if task.template else sum(map(len, task.text.encode_exact(texts)))
         longest = options.length or min(MAX_TOKENS_BY_DEVICE[device().type], max(8, tokens // 32))
         task.options = fill_options(options, length=longest, vocab_size=task.text.size)
         task.tokens = tokens
@@ -169,7 +169,7 @@ class TextGeneration(TextTask):
         closing = self.template.closing if self.template else None
         return tuple(dict.fromkeys((*self.text.ends, *([] if closing is None else [closing]))))
 
-    def stream_of(self, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    def concatenate_texts(self, data: Data) -> tuple[np.ndarray, np.ndarray]:
         """Return all rows as one int64 array of token ids, and which of them have a loss.
 
         In conversations the loss covers the assistant's messages with their end token. Texts are separated by the
@@ -182,29 +182,29 @@ class TextGeneration(TextTask):
         encoded = iter(self.text.encode_exact([text for row in turns for _, text in row]))
         special, end = (lambda who: self.text.tokenizer.token_to_id(f"<|{who}|>")), np.array([self.text.end])
         between = np.array([self.text.end, *([] if self.chat else self.text.prefix_ids())])
-        tokens, learnt = [], []
+        tokens, has_loss = [], []
         for row, begin in zip(turns, begins):
             if begin:
                 tokens.append(between)
-                learnt.append(np.arange(len(between)) < (not self.chat))  # the tokenizer's prefix is not predicted
+                has_loss.append(np.arange(len(between)) < (not self.chat))  # the tokenizer's prefix is not predicted
             for who, _ in row:
                 ids = next(encoded)
                 if who:
                     ids = np.concatenate([[special(who)], ids, end])
                 tokens.append(ids)
-                learnt.append(np.full(len(ids), who in ("", "assistant")))
+                has_loss.append(np.full(len(ids), who in ("", "assistant")))
                 if who:
-                    learnt[-1][0] = False  # the next speaker is not predicted
-        return np.concatenate(tokens), np.concatenate(learnt)
+                    has_loss[-1][0] = False  # the next speaker is not predicted
+        return np.concatenate(tokens), np.concatenate(has_loss)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         """Return packed rows of `length` tokens. Training rows begin at random offsets, so that every epoch differs."""
-        tokens, learnt = self.stream_of(data)
+        tokens, has_loss = self.concatenate_texts(data)
         length = self.options.length
         count = max(1, -(-(len(tokens) - 1) // length))
         room = len(tokens) - 1 - length  # the last position at which a full row can begin
         packed = torch.from_numpy(np.pad(tokens, (0, max(0, count * length + 1 - len(tokens))), constant_values=self.text.end))
-        target = torch.from_numpy(np.pad(np.where(learnt, tokens, -1), (0, len(packed) - len(tokens)), constant_values=-1))
+        target = torch.from_numpy(np.pad(np.where(has_loss, tokens, -1), (0, len(packed) - len(tokens)), constant_values=-1))
         offsets = torch.arange(length)
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -240,8 +240,8 @@ class TextGeneration(TextTask):
         sizes = np.append(self.text.count_token_bytes(), 0)  # the last entry for -1
         return {"bytes": sizes[target].sum(1)}
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        nats, count, size = outputs["nats"].astype(np.float64).sum(), outputs["count"].sum(), truth["bytes"].sum()
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        nats, count, size = outputs["nats"].astype(np.float64).sum(), outputs["count"].sum(), targets["bytes"].sum()
         loss = float(nats / max(count, 1))
         return {
             "loss": loss,
@@ -250,23 +250,23 @@ class TextGeneration(TextTask):
         }
 
     def prepare_test(self, train: Data, held: Data) -> None:
-        self.ngram = NGram(self.stream_of(train)[0], self.text.size)
+        self.ngram = NGram(self.concatenate_texts(train)[0], self.text.size)
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        tokens, _ = self.stream_of(test)
+        tokens, _ = self.concatenate_texts(test)
         nats = np.append(self.ngram.compute_nats(tokens)[1:], 0)  # of the token that follows each token
         batches = self.batches(test, None)
         every = batches.make(np.arange(len(batches)), None)
         target = every["target"].numpy()
         padded = np.zeros(target.size)
         padded[: len(nats)] = nats
-        learnt = target >= 0
-        rows = np.where(learnt, padded.reshape(target.shape), 0).sum(1)
+        has_loss = target >= 0
+        rows = np.where(has_loss, padded.reshape(target.shape), 0).sum(1)
         return [
             Baseline(
                 f"{self.ngram.order}-gram",
                 f"counts of up to {self.ngram.order} consecutive tokens, with Witten-Bell backoff",
-                {"nats": rows, "count": learnt.sum(1)},
+                {"nats": rows, "count": has_loss.sum(1)},
             )
         ]
 
@@ -291,7 +291,9 @@ class TextGeneration(TextTask):
             ids += [self.text.tokenizer.token_to_id(f"<|{who}|>"), *encoded, self.text.end] if who else encoded.tolist()
         return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
 
-    def sampled(self, objective: Objective, prompts: list[list[int]], predict_options: GenerationConfig) -> Iterator[Tensor]:
+    def generate_tokens(
+        self, objective: Objective, prompts: list[list[int]], predict_options: GenerationConfig
+    ) -> Iterator[Tensor]:
         return generate(
             objective.model,
             prompts,
@@ -324,14 +326,17 @@ class TextGeneration(TextTask):
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         ends = {-1, *self.ends}
-        return [{"text": self.cut(self.text.decode([i for i in row if i not in ends]))} for row in outputs["said"].astype(int)]
+        return [
+            {"text": self.truncate_at_stop(self.text.decode([i for i in row if i not in ends]))}
+            for row in outputs["said"].astype(int)
+        ]
 
-    def cut(self, text: str) -> str:
+    def truncate_at_stop(self, text: str) -> str:
         return truncate_at_stop(text, self.predict_options.stops)
 
-    def typed(self, text: str) -> pl.DataFrame:
+    def make_row(self, text: str) -> pl.DataFrame:
         """Return a row of the table for a text given as input; in a conversation it is the user's message."""
-        return pl.DataFrame({self.column: [to_messages([("user", text)])]}) if self.chat else super().typed(text)
+        return pl.DataFrame({self.column: [to_messages([("user", text)])]}) if self.chat else super().make_row(text)
 
     def stream(self, objective: Objective, source: Any) -> Iterator[str] | None:
         data = self.read([source])
@@ -350,7 +355,7 @@ class TextGeneration(TextTask):
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         predict_options = self.PredictOptions(max_new_tokens=min(SAMPLE_TOKENS, 2 * self.options.length))
         start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
-        said = torch.cat(list(self.sampled(objective, [start], predict_options))).tolist()
+        said = torch.cat(list(self.generate_tokens(objective, [start], predict_options))).tolist()
         what = f"Answers to {self.first[-1][1][:SAMPLE_TOKENS]!r}" if self.first else "Generated without a prompt"
         return [
             Quotes(
@@ -361,7 +366,7 @@ class TextGeneration(TextTask):
         ]
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         per_row = outputs["nats"] / np.maximum(outputs["count"], 1)
         shown: list[Exhibit] = [
@@ -374,10 +379,10 @@ class TextGeneration(TextTask):
         ]
         found = {"Scores by row": shown}
         if objective is not None:
-            found["Samples"] = self.samples(test, objective)
+            found["Samples"] = self.sample_exhibits(test, objective)
         return found
 
-    def samples(self, test: Data, objective: Objective) -> list[Exhibit]:
+    def sample_exhibits(self, test: Data, objective: Objective) -> list[Exhibit]:
         """Return continuations of test texts at several temperatures, and the generation speed."""
         if self.template:
             prompts = [self.prompt(take_until_answer(turns) or self.first) for turns in self.turns(test)[:3]]
@@ -387,7 +392,7 @@ class TextGeneration(TextTask):
         quotes, speeds = [], []
         for temperature in (0.0, 0.7, 1.0):
             predict_options = self.PredictOptions(max_new_tokens=SAMPLE_TOKENS, temperature=temperature, top_p=1.0)
-            started, steps = time.perf_counter(), list(self.sampled(objective, prompts, predict_options))
+            started, steps = time.perf_counter(), list(self.generate_tokens(objective, prompts, predict_options))
             taken = time.perf_counter() - started
             speeds.append((f"{temperature:g}", len(prompts), len(steps) * len(prompts) / taken))
             for prompt, row in zip(prompts, torch.stack(steps, 1).tolist()):

@@ -82,7 +82,7 @@ class TokenClassification(Task):
     def words(self, data: Data) -> list[list[str]]:
         return [[str(word) for word in row or ()] for row in data.rows[self.column].to_list()]
 
-    def named(self, data: Data) -> list[list[str]]:
+    def read_tags(self, data: Data) -> list[list[str]]:
         """Return the tags of each row. Raises `DataError` if their number differs from that of the words."""
         rows = [[str(tag) for tag in row or ()] for row in data.rows[self.target.name].to_list()]
         for number, (words, tags) in enumerate(zip(self.words(data), rows)):
@@ -96,7 +96,7 @@ class TokenClassification(Task):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        words, tags = task.words(data), task.named(data)
+        words, tags = task.words(data), task.read_tags(data)
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for row, own in zip(words, tags):
             for word, tag in zip(row, own):
@@ -110,14 +110,14 @@ class TokenClassification(Task):
             if options.tokenizer
             else TextTokenizer.fit([" ".join(row) for row in words], size=options.vocab_size, lower=False)
         )
-        sizes = [len(ids) for ids, _ in task.encoded(words, 1 << 30)[0]]
+        sizes = [len(ids) for ids, _ in task.encode_sentences(words, 1 << 30)[0]]
         task.median = int(np.median(sizes))
         task.options = fill_options(
             options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size
         )
         return task
 
-    def encoded(self, words: list[list[str]], length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    def encode_sentences(self, words: list[list[str]], length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
         """Return the token ids of each sentence with [CLS] and [SEP], the token at which each word begins, and the
         number of words that were cut off.
         """
@@ -149,13 +149,13 @@ class TokenClassification(Task):
         return int(np.clip(2 ** int(np.log2(TOKENS_PER_STEP / max(self.median, 1))), 16, 256))
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        rows, lost = self.encoded(self.words(data), self.options.length)
+        rows, lost = self.encode_sentences(self.words(data), self.options.length)
         if lost:
             self.notes.append(
                 f"{lost} words lie beyond the first {self.options.length} tokens of their sentence. They are not "
                 "read and count as untagged (change this with task.length=...)"
             )
-        truth = self.targets(data)["label"] if settings else None
+        targets = self.targets(data)["label"] if settings else None
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             tokens, mask = self.text.batch([rows[i][0] for i in index])
@@ -164,10 +164,10 @@ class TokenClassification(Task):
             for row, own in enumerate(places):
                 words[row, : len(own)] = own
             batch = {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask), "words": torch.from_numpy(words)}
-            if truth is not None:
+            if targets is not None:
                 target = np.full(tokens.shape, -1)
                 row, number = np.nonzero(words >= 0)
-                target[row, words[row, number]] = truth[index][row, number]
+                target[row, words[row, number]] = targets[index][row, number]
                 batch["target"] = torch.from_numpy(target)
             return batch
 
@@ -180,7 +180,7 @@ class TokenClassification(Task):
 
     def targets(self, data: Data) -> Arrays:
         """Return the index of each word's tag: (N, W), -1 beyond the end of a sentence."""
-        rows, known = self.named(data), {tag: number for number, tag in enumerate(self.tags)}
+        rows, known = self.read_tags(data), {tag: number for number, tag in enumerate(self.tags)}
         strange = sorted({tag for row in rows for tag in row} - known.keys())
         if strange:
             raise DataError(
@@ -192,16 +192,16 @@ class TokenClassification(Task):
             label[number, : len(row)] = [known[tag] for tag in row]
         return {"label": label}
 
-    def aligned(self, outputs: Arrays, truth: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    def align(self, outputs: Arrays, targets: Arrays) -> tuple[np.ndarray, np.ndarray]:
         """Return targets and predictions in one shape. Words without a prediction get -1."""
-        real = truth["label"]
+        real = targets["label"]
         said = np.full(real.shape, -1, dtype=np.int64)
         width = min(real.shape[1], outputs["label"].shape[1])
         said[:, :width] = outputs["label"][:, :width]
         return real, np.where(real < 0, -1, said)
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        real, said = self.aligned(outputs, truth)
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        real, said = self.align(outputs, targets)
         right, claimed, there = (int(x.sum()) for x in count_entities(real, said, self.tags))
         outside = self.tags.index("O") if "O" in self.tags else -2
         hits = np.where(said < 0, outside, said)[real >= 0] == real[real >= 0]
@@ -236,12 +236,12 @@ class TokenClassification(Task):
         return super().read_one(pl.DataFrame({self.column: [words]}, schema={self.column: pl.List(pl.String)}), answered)
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        self.asked = self.words(data)
+        self.request = self.words(data)
         return self.batches(data, card)
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         records = []
-        for words, row, sure in zip(self.asked, outputs["label"].astype(int), outputs["probability"]):
+        for words, row, sure in zip(self.request, outputs["label"].astype(int), outputs["probability"]):
             width = min(len(words), len(row))
             tags, outside = row[:width], "O" if "O" in self.tags else ""
             found = [
@@ -261,11 +261,11 @@ class TokenClassification(Task):
     # Report
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         from fieldguide.metrics.entities import parse_tags
 
-        real, said = self.aligned(outputs, truth)
+        real, said = self.align(outputs, targets)
         rows = [
             (
                 kind,
@@ -315,12 +315,12 @@ class TokenClassification(Task):
     # Saved with the run
 
     @classmethod
-    def published(cls, beside: CheckpointAssets) -> Self:
+    def published(cls, assets: CheckpointAssets) -> Self:
         return cls.from_state(
             [Column("tokens", "list"), Column("tags", "list", "target")],
-            cls.Options(length=beside.length),
-            {"tags": beside.names, "often": {}, "median": 0},
-            beside.folder,
+            cls.Options(length=assets.length),
+            {"tags": assets.names, "often": {}, "median": 0},
+            assets.folder,
         )
 
     def state(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Translation(TextTask):
             )
             task.text = TextTokenizer.fit([*sources, *targets], size=size, lower=False)
         task.frame = resolve_markers(task.text, options)
-        sizes = [len(t) + task.frame.longest for t in task.bare([*sources, *targets])]
+        sizes = [len(t) + task.frame.longest for t in task.encode_plain([*sources, *targets])]
         task.median = int(np.median(sizes))
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
         task.options = fill_options(
@@ -141,14 +141,14 @@ class Translation(TextTask):
         frame = self.frame
         sources = [
             np.array([*frame.before, *ids, *frame.after])
-            for ids in self.ids(
+            for ids in self.encode_truncated(
                 [self.options.prefix + t for t in self.texts(data)], self.options.length - len(frame.before) - len(frame.after)
             )
         ]
         if self.target.name not in data.rows.columns:
             targets = None
         else:
-            targets = self.ids(self.translations(data), self.options.length - len(frame.target_start))
+            targets = self.encode_truncated(self.translations(data), self.options.length - len(frame.target_start))
         lengths = np.array([len(s) for s in sources])
         begin, end, known = np.array(frame.target_start), np.array([frame.end]), np.full(len(frame.target_start) - 1, -1)
 
@@ -168,14 +168,14 @@ class Translation(TextTask):
 
         return Batches(len(sources), make, lengths if targets is None else lengths + np.array([len(t) for t in targets]))
 
-    def bare(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_plain(self, texts: list[str]) -> list[np.ndarray]:
         """Return token ids without special tokens; an empty text becomes the unknown token."""
         if not self.options.tokenizer:
             return self.text.encode(texts, 100_000)[0]
         return [ids if len(ids) else np.array([self.text.unknown]) for ids in self.text.encode_exact(texts)]
 
-    def ids(self, texts: list[str], length: int) -> list[np.ndarray]:
-        tokens = self.bare(texts)
+    def encode_truncated(self, texts: list[str], length: int) -> list[np.ndarray]:
+        tokens = self.encode_plain(texts)
         cut = sum(len(t) > length for t in tokens)
         if cut and (note := f"{cut} texts are longer than {length} tokens and are truncated") not in self.notes:
             self.notes.append(note)
@@ -184,11 +184,11 @@ class Translation(TextTask):
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             scored = objective.outputs(batch) if "target" in batch else {}
-            return {**scored, "said": self.search(objective.model, batch["source"], batch["source_mask"], batch["row"])}
+            return {**scored, "said": self.generate(objective.model, batch["source"], batch["source_mask"], batch["row"])}
 
         return answer
 
-    def search(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:  # B S -> B T
+    def generate(self, model: Any, source: Tensor, mask: Tensor, numbers: Tensor | None = None) -> Tensor:  # B S -> B T
         """Generate outputs, -1 after their end; `numbers` are row numbers that seed sampling per row."""
         limits = self.limits(mask.sum(1)).clamp(max=self.options.length - len(self.frame.target_start))
         return generate_targets(
@@ -233,20 +233,20 @@ class Translation(TextTask):
     def targets(self, data: Data) -> Arrays:
         return {"text": np.array(self.translations(data), dtype=object), "source": np.array(self.texts(data), dtype=object)}
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         scores = {}
         if "text" in outputs:
-            said, right = outputs["text"].tolist(), [truth["text"].tolist()]
+            said, right = outputs["text"].tolist(), [targets["text"].tolist()]
             bleu, chrf = build_bleu_and_chrf(right[0])
             scores = {"bleu": bleu.corpus_score(said, right).score, "chrf": chrf.corpus_score(said, right).score}
         if "nats" in outputs:
             scores["loss"] = float(outputs["nats"].sum(dtype=np.float64) / max(outputs["count"].sum(), 1))
         return scores
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         from fieldguide.tasks.base import bootstrap_intervals
 
-        return bootstrap_intervals(self, outputs, truth, repeats=40)  # corpus scores are slow
+        return bootstrap_intervals(self, outputs, targets, repeats=40)  # corpus scores are slow
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{"text": text} for text in outputs["text"]]
@@ -259,11 +259,11 @@ class Translation(TextTask):
         tokens, mask = self.text.batch(
             [
                 np.array([*frame.before, *ids, *frame.after])
-                for ids in self.ids(texts, self.options.length - len(frame.before) - len(frame.after))
+                for ids in self.encode_truncated(texts, self.options.length - len(frame.before) - len(frame.after))
             ]
         )
         where = next(objective.parameters()).device
-        said = self.search(objective.model, torch.from_numpy(tokens).to(where), torch.from_numpy(mask).to(where))
+        said = self.generate(objective.model, torch.from_numpy(tokens).to(where), torch.from_numpy(mask).to(where))
         return [
             Quotes(
                 f"{self.made} during training",
@@ -276,9 +276,9 @@ class Translation(TextTask):
         ]
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        said, right, source = outputs["text"].tolist(), truth["text"].tolist(), truth["source"].tolist()
+        said, right, source = outputs["text"].tolist(), targets["text"].tolist(), targets["source"].tolist()
         bleu, chrf = build_bleu_and_chrf(right)
         each = np.array([chrf.sentence_score(s, [r]).score for s, r in zip(said, right)])
         length = np.array([len(s.split()) for s in source])

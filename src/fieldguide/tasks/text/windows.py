@@ -24,22 +24,22 @@ class Windows:
     text: TextTokenizer
     frame: PairTemplate
     length: int
-    located: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each context: token ids, answer spans and character spans
-    which: np.ndarray  # the context of each question
-    asked: list[np.ndarray]  # token ids of each question
+    contexts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each context: token ids, answer spans and character spans
+    context_of_question: np.ndarray  # the context of each question
+    question_ids: list[np.ndarray]  # token ids of each question
     number: np.ndarray
     first: np.ndarray
 
     def __post_init__(self) -> None:
         before, between, behind = self.frame.before, self.frame.between, self.frame.behind
-        asked = np.array([len(ids) for ids in self.asked], dtype=np.int64)[self.number]
-        tokens = np.array([len(ids) for ids, _, _ in self.located], dtype=np.int64)[self.which[self.number]]
+        asked = np.array([len(ids) for ids in self.question_ids], dtype=np.int64)[self.number]
+        tokens = np.array([len(ids) for ids, _, _ in self.contexts], dtype=np.int64)[self.context_of_question[self.number]]
         self.begin = asked + len(before) + len(between)  # the position of each window's first context token
         room = self.length - self.begin - len(behind)
         self.stop = np.minimum(tokens, self.first + room)  # one past its last context token
         self.sizes = self.begin + self.stop - self.first + len(behind)
 
-    def piece(self, row: int) -> slice:
+    def context_slice(self, row: int) -> slice:
         return slice(self.first[row], self.stop[row])
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
@@ -49,9 +49,9 @@ class Windows:
                 np.concatenate(
                     [
                         frame.before,
-                        self.asked[self.number[r]],
+                        self.question_ids[self.number[r]],
                         frame.between,
-                        self.located[self.which[self.number[r]]][0][self.piece(r)],
+                        self.contexts[self.context_of_question[self.number[r]]][0][self.context_slice(r)],
                         frame.behind,
                     ]
                 ).astype(np.int64)
@@ -75,18 +75,18 @@ class Windows:
         """Return the character span in the context of each token; 0 0 for tokens outside the context."""
         found = np.zeros((len(rows), int(self.sizes[rows].max(initial=1)), 2), dtype=np.int64)
         for at, row in enumerate(rows):
-            spans = self.located[self.which[self.number[row]]][1][self.piece(row)]
+            spans = self.contexts[self.context_of_question[self.number[row]]][1][self.context_slice(row)]
             found[at, self.begin[row] : self.begin[row] + len(spans)] = spans
         return found
 
-    def spots(self, right: list[list[dict[str, Any]]]) -> np.ndarray:  # -> windows 2
+    def answer_positions(self, right: list[list[dict[str, Any]]]) -> np.ndarray:  # -> windows 2
         """Return the positions of the first and last token of the first answer in each window that holds it; 0 0 in
         others.
         """
         found = np.array(
             [
-                covering_tokens(self.located[context][2], *answer_span(answers[0])) if answers else (-1, -1)
-                for context, answers in zip(self.which, right)
+                covering_tokens(self.contexts[context][2], *answer_span(answers[0])) if answers else (-1, -1)
+                for context, answers in zip(self.context_of_question, right)
             ],
             dtype=np.int64,
         ).reshape(-1, 2)[self.number]

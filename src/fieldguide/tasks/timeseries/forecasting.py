@@ -90,7 +90,7 @@ class Forecasting(Task):
     layout: str
     series: int
     digest: str  # digest of the training data
-    asked: Data
+    request: Data
 
     # Before training
 
@@ -184,10 +184,12 @@ class Forecasting(Task):
         filled, observed = torch.from_numpy(found.filled), torch.from_numpy(found.observed)
         mean, std = torch.from_numpy(mean), torch.from_numpy(std)
         gaps = bool((~found.observed).any()) or bool((at - found.low[series] < length).any())
-        beside = self.beside(windows) if "known" in card.inputs else None
-        if beside is None and self.covariates.columns and settings:
+        covariates = self.covariate_tensors(windows) if "known" in card.inputs else None
+        if covariates is None and self.covariates.columns and settings:
             names = dict.fromkeys(c.column for c in self.covariates.columns)
-            self.say(f"{card.name} reads only the series: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not used")
+            self.add_note(
+                f"{card.name} reads only the series: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not used"
+            )
         past, future = torch.arange(-length, 0), torch.arange(horizon)
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -201,8 +203,8 @@ class Forecasting(Task):
                 batch["observed"] = (real & observed[steps, own])[..., None]
             if settings:
                 batch["target"] = ((self.outcomes(found, s, cuts[:, None] + future) - centre) / scale).float()[..., None]
-            if beside is not None:
-                measured, known = beside
+            if covariates is not None:
+                measured, known = covariates
                 shift = (group[s] * horizon)[:, None]  # `known` has one extra horizon per group
                 batch |= {"past": measured[steps], "known": known[torch.cat([steps, cuts[:, None] + future], 1) + shift]}
             return batch
@@ -215,7 +217,7 @@ class Forecasting(Task):
         high, column = torch.from_numpy(found.high)[series][:, None], torch.from_numpy(found.column)[series][:, None]
         return torch.where(steps < high, values[steps.minimum(high - 1), column], float("nan"))
 
-    def beside(self, windows: Windows) -> tuple[Tensor, Tensor]:
+    def covariate_tensors(self, windows: Windows) -> tuple[Tensor, Tensor]:
         """Return the past covariates of each step, and the future covariates, with one extra horizon per group."""
         found, horizon = windows.panel, self.options.horizon
         sizes = np.diff(found.start)
@@ -228,7 +230,7 @@ class Forecasting(Task):
         measured = self.covariates.past_values(windows.table, found.row, found.start)
         return torch.from_numpy(measured), torch.from_numpy(known)
 
-    def say(self, note: str) -> None:
+    def add_note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
 
@@ -257,21 +259,21 @@ class Forecasting(Task):
             "block": block,
         }
 
-    def errors(self, outputs: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
+    def window_errors(self, outputs: Arrays, targets: Arrays) -> dict[str, np.ndarray]:
         """Return, per window (B), the number of known values and the sums or means of their errors."""
         values = outputs["values"][:, :, 0].astype(np.float64)  # B H Q
-        future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
+        future = (targets["future"] - targets["mean"][:, None]) / targets["std"][:, None]
         known = np.isfinite(future)
         point, error = values[..., 0], values[..., 0] - future
-        natural = point * truth["std"][:, None] + truth["mean"][:, None]
+        natural = point * targets["std"][:, None] + targets["mean"][:, None]
         count = known.sum(1)
         mean = lambda x: np.where(known, x, 0).sum(1) / np.maximum(count, 1)
         found = {
             "count": count,
             "se": np.where(known, error**2, 0).sum(1),
             "ae": np.where(known, abs(error), 0).sum(1),
-            "mase": mean(abs(error)) * truth["std"] / truth["naive"],
-            "smape": mean(smape(natural, truth["future"])),
+            "mase": mean(abs(error)) * targets["std"] / targets["naive"],
+            "smape": mean(smape(natural, targets["future"])),
         }
         if values.shape[-1] > 1:
             q = values[..., 1:]
@@ -280,7 +282,7 @@ class Forecasting(Task):
                 found[f"coverage_{100 * level:.0f}"] = (known & (q[..., a] <= future) & (future <= q[..., b])).sum(1)
         return found
 
-    def total(self, errors: dict[str, np.ndarray]) -> dict[str, float]:
+    def aggregate(self, errors: dict[str, np.ndarray]) -> dict[str, float]:
         """Aggregate the errors of windows to scores.
 
         MASE and sMAPE are means over windows, as in the M4 competition; the others are means over values. Windows
@@ -300,25 +302,25 @@ class Forecasting(Task):
             if name not in scores
         }
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        return self.total(self.errors(outputs, truth))
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        return self.aggregate(self.window_errors(outputs, targets))
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return 95 % intervals from a block bootstrap: windows that overlap in time are drawn together (Künsch 1989)."""
-        errors, rng = self.errors(outputs, truth), np.random.default_rng(0)
-        _, block = np.unique(truth["block"], return_inverse=True)
+        errors, rng = self.window_errors(outputs, targets), np.random.default_rng(0)
+        _, block = np.unique(targets["block"], return_inverse=True)
         order = np.argsort(block, kind="stable")
         rows = np.split(order, np.flatnonzero(np.diff(block[order])) + 1)
         drawn = []
         for _ in range(200):
             chosen = np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])
-            drawn.append(self.total({name: x[chosen] for name, x in errors.items()}))
+            drawn.append(self.aggregate({name: x[chosen] for name, x in errors.items()}))
         return {name: tuple(np.quantile([d[name] for d in drawn], [0.025, 0.975]).tolist()) for name in drawn[0]}
 
-    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
+    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         """Fit the widening of the intervals, per step, so that they have nominal coverage on the validation data."""
         q = outputs["values"][:, :, 0, 1:].astype(np.float64)
-        future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
+        future = (targets["future"] - targets["mean"][:, None]) / targets["std"][:, None]
         steps = (
             [slice(h, h + 1) for h in range(q.shape[1])]
             if len(q) >= MIN_STEP_CALIBRATION_WINDOWS
@@ -342,7 +344,7 @@ class Forecasting(Task):
             values[..., 1 + b] = np.maximum(values[..., 1 + b], values[..., 0])
         return {**outputs, "values": values}
 
-    def simple(self, test: Data) -> dict[str, tuple[str, np.ndarray]]:
+    def naive_forecasts(self, test: Data) -> dict[str, tuple[str, np.ndarray]]:
         """Return naive forecasts by name: a description, and standardized values (B, H)."""
         windows: Windows = test.context
         found, season, ahead = windows.panel, self.options.season, np.arange(self.options.horizon)
@@ -362,7 +364,7 @@ class Forecasting(Task):
         return {name: (what, (x - mean) / std) for name, (what, x) in made.items()}
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        return [Baseline(name, what, {"values": x[:, :, None, None]}) for name, (what, x) in self.simple(test).items()]
+        return [Baseline(name, what, {"values": x[:, :, None, None]}) for name, (what, x) in self.naive_forecasts(test).items()]
 
     # Predictions
 
@@ -373,7 +375,7 @@ class Forecasting(Task):
         checks.enforce(findings, len(data), source=data.source)
         for finding in findings:
             if finding.severity == "warning":
-                self.say(str(finding))
+                self.add_note(str(finding))
         if answered:
             return (
                 build_windows(data, self.options)
@@ -381,9 +383,9 @@ class Forecasting(Task):
                 else all_windows(data, found, self.options)
             )
         if found.frequency.words != self.frequency.words:
-            self.say(f"the frequency is {found.frequency.article}, but training used {self.frequency.article}")
-        self.asked = windows_at_end(data, found, self.options)
-        return self.asked
+            self.add_note(f"the frequency is {found.frequency.article}, but training used {self.frequency.article}")
+        self.request = windows_at_end(data, found, self.options)
+        return self.request
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if self.layout == "rows":  # the columns are steps, whose number may differ
@@ -394,10 +396,10 @@ class Forecasting(Task):
     def predict_batches(self, data: Data, card: Card) -> Batches:
         batches = self.batches(data, card)
         if "known" in card.inputs and self.covariates.known > 2 * len(self.covariates.turns):
-            self.say_unknown(data)
+            self.note_missing_covariates(data)
         return batches
 
-    def say_unknown(self, data: Data) -> None:
+    def note_missing_covariates(self, data: Data) -> None:
         """Add a note with the number of future steps whose known covariates are missing."""
         found, horizon = data.context.panel, self.options.horizon
         steps = found.high[:, None] + np.arange(horizon)
@@ -405,7 +407,7 @@ class Forecasting(Task):
         lacking = int((~given).sum())
         if lacking:
             names = ", ".join(dict.fromkeys(c.column for c in self.covariates.columns if c.ahead))
-            self.say(
+            self.add_note(
                 f"{lacking:,} of {given.size:,} future steps have no row with {names}: the mean is used. Append "
                 "rows with the time and these columns, and no value"
             )
@@ -413,7 +415,7 @@ class Forecasting(Task):
     def format_predictions(self, outputs: Arrays) -> list[list[dict[str, Any]]]:
         if self.predict_options.interval not in LEVELS:
             raise SettingsError(f"interval={self.predict_options.interval:g} is not available. Choose 0.8 or 0.9.")
-        windows: Windows = self.asked.context
+        windows: Windows = self.request.context
         found, (a, b) = windows.panel, LEVELS[self.predict_options.interval]
         mean, std = self.scales(windows)
         records = []
@@ -438,10 +440,10 @@ class Forecasting(Task):
     # Report
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        simple = {name: values for name, (_, values) in self.simple(test).items()}
-        return report.build_exhibits(test, outputs["values"][:, :, 0].astype(np.float64), truth, simple, LEVELS)
+        simple = {name: values for name, (_, values) in self.naive_forecasts(test).items()}
+        return report.build_exhibits(test, outputs["values"][:, :, 0].astype(np.float64), targets, simple, LEVELS)
 
     # Saved with the run
 

@@ -18,16 +18,16 @@ IntervalEnds = Mapping[float, tuple[int, int]]  # nominal coverage -> indices of
 
 
 def build_exhibits(
-    test: Data, values: np.ndarray, truth: Mapping[str, np.ndarray], simple: Mapping[str, np.ndarray], levels: IntervalEnds
+    test: Data, values: np.ndarray, targets: Mapping[str, np.ndarray], simple: Mapping[str, np.ndarray], levels: IntervalEnds
 ) -> dict[str, list[Exhibit]]:
     """Return the exhibits. `values` (B, H, 1+Q; standardized, point forecast first) are the model's, `simple` (B, H)
     those of each baseline.
     """
     windows: Windows = test.context
-    future = (truth["future"] - truth["mean"][:, None]) / truth["std"][:, None]
+    future = (targets["future"] - targets["mean"][:, None]) / targets["std"][:, None]
     series = test.rows[SERIES].to_numpy()
     points = {"this network": values[..., 0], **simple}
-    scaled = {name: abs(x - future) * (truth["std"] / truth["naive"])[:, None] for name, x in points.items()}
+    scaled = {name: abs(x - future) * (targets["std"] / targets["naive"])[:, None] for name, x in points.items()}
     each = nan_mean(scaled["this network"], 1)
     numbers = np.unique(series)
     mean = {name: np.array([nan_mean(nan_mean(x[series == s], 1), 0) for s in numbers]) for name, x in scaled.items()}
@@ -36,7 +36,7 @@ def build_exhibits(
     for s in numbers[order[np.linspace(0, len(order) - 1, min(SHOWN_SERIES, len(order))).round().astype(int)]]:
         mine = np.flatnonzero(series == s)
         row = int(mine[np.argsort(each[mine], kind="stable")[len(mine) // 2]])
-        natural = values[row] * truth["std"][row] + truth["mean"][row]
+        natural = values[row] * targets["std"][row] + targets["mean"][row]
         at = int(test.rows[CUT][row])
         drawn.append(draw_window(windows.panel, windows.options.season, int(s), at, natural, each[row], levels))
     return {

@@ -77,15 +77,15 @@ def match_boxes(
 
 
 def build_exhibits(
-    paths: Sequence[str], titles: Sequence[str], outputs: Arrays, truth: Arrays, names: Sequence[str], least: float
+    paths: Sequence[str], titles: Sequence[str], outputs: Arrays, targets: Arrays, names: Sequence[str], least: float
 ) -> dict[str, list[Exhibit]]:
-    scores, classes = average_precision(outputs, truth, len(names)), len(names)
+    scores, classes = average_precision(outputs, targets, len(names)), len(names)
     there, found, missed, false = (np.zeros(classes, dtype=int) for _ in range(4))
     wrong, kept = np.zeros(len(paths)), []
     for i in range(len(paths)):
-        real, known = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= least), truth["labels"][i] >= 0
+        real, known = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= least), targets["labels"][i] >= 0
         boxes, labels, sure = outputs["boxes"][i][real], outputs["labels"][i][real].astype(int), outputs["scores"][i][real]
-        true, is_, crowd = truth["boxes"][i][known], truth["labels"][i][known], truth["crowd"][i][known]
+        true, is_, crowd = targets["boxes"][i][known], targets["labels"][i][known], targets["crowd"][i][known]
         right, met = match_boxes(boxes, labels, true, is_, crowd)
         for counts, some in (
             (there, is_[~crowd]),

@@ -72,12 +72,12 @@ class ImageClassification(ClassificationTask):
         task.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels))
         if options.pixels:
             task.pictures = task.pictures.with_normalization(options.pixels)
-        task.learn_labels(data)
-        flip = options.flip if options.flip is not None else task.mirrors(data)
+        task.fit_labels(data)
+        flip = options.flip if options.flip is not None else task.is_mirror_invariant(data)
         task.options = fill_options(options, side=task.pictures.side, channels=task.pictures.channels, flip=flip)
         return task
 
-    def mirrors(self, data: Data, most: int = 1500) -> bool:
+    def is_mirror_invariant(self, data: Data, most: int = 1500) -> bool:
         """Return whether mirrored images keep their class.
 
         The nearest neighbors of mirrored images must have the same class about as often as those of the images
@@ -150,9 +150,9 @@ class ImageClassification(ClassificationTask):
             for d in (train, test)
         )
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, truth: np.ndarray) -> list[Exhibit]:
-        wrong = self.mistakes(probabilities, truth, 24)
-        right = np.flatnonzero(probabilities.argmax(1) == truth)
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
+        wrong = self.mistakes(probabilities, targets, 24)
+        right = np.flatnonzero(probabilities.argmax(1) == targets)
         sample = np.random.default_rng(0).permutation(right)[:12]
         shown = (
             [
@@ -176,7 +176,7 @@ class ImageClassification(ClassificationTask):
                 [
                     Picture(
                         self.thumbnail(test, int(i)),
-                        f"{self.labels[truth[i]]} ({100 * probabilities[i].max():.0f} % confident)",
+                        f"{self.labels[targets[i]]} ({100 * probabilities[i].max():.0f} % confident)",
                     )
                     for i in sample
                 ],
@@ -193,15 +193,15 @@ class ImageClassification(ClassificationTask):
         return file.getvalue()
 
     @classmethod
-    def published(cls, beside: CheckpointAssets) -> Self | None:
-        if beside.pictures is None:  # the inputs are plain vectors of unknown meaning
+    def published(cls, assets: CheckpointAssets) -> Self | None:
+        if assets.pictures is None:  # the inputs are plain vectors of unknown meaning
             return None
         task = cls(
             [Column("image", "image"), Column("label", "category", "target")],
-            cls.Options(side=beside.pictures.side, channels=beside.pictures.channels, flip=False),
+            cls.Options(side=assets.pictures.side, channels=assets.pictures.channels, flip=False),
         )
-        task.pictures = beside.pictures
-        task.load_target_state(cls.known(beside.names))
+        task.pictures = assets.pictures
+        task.load_target_state(cls.label_state(assets.names))
         return task
 
     def state(self) -> dict[str, Any]:

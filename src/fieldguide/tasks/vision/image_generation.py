@@ -139,7 +139,7 @@ class ImageGeneration(Task):
         task.options = fill_options(options, side=side, channels=channels)
         task.note_classes()
         if captioned:
-            task.learn_captions(data.rows[data.target.name].fill_null("").to_list())
+            task.fit_captions(data.rows[data.target.name].fill_null("").to_list())
         return task
 
     def note_classes(self) -> None:
@@ -148,7 +148,7 @@ class ImageGeneration(Task):
         if could and not any(c.role == "target" for c in self.columns):
             self.notes.append(f"there is no target, so generation is unconditional: --target {could[0]} generates by class")
 
-    def learn_captions(self, texts: list[str]) -> None:
+    def fit_captions(self, texts: list[str]) -> None:
         """Fit the caption tokenizer; sets vocab_size and length."""
         self.text = TextTokenizer.fit(texts, size=self.options.vocab_size)
         sizes = [len(ids) for ids in self.text.encode(texts[:MAX_EVALUATION_IMAGES], 100_000)[0]]
@@ -210,7 +210,7 @@ class ImageGeneration(Task):
 
     # Generation
 
-    def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
+    def generate(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
         """Generate images of these labels or captions (0 = none): B C S S in -1 .. 1. Each depends only on seed and
         number.
         """
@@ -230,7 +230,7 @@ class ImageGeneration(Task):
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            made = self.made(objective, batch["label"], batch["row"].tolist(), self.predict_options)
+            made = self.generate(objective, batch["label"], batch["row"].tolist(), self.predict_options)
             scored = objective.outputs(batch) if "image" in batch else {}
             return {**{k: v for k, v in scored.items() if k == "loss"}, "samples": made, "label": batch["label"]}
 
@@ -241,16 +241,16 @@ class ImageGeneration(Task):
         if answered:
             return super().read(sources, answered=True)
         if self.text is not None:
-            return self.wishes(list(map(str, sources)), self.captions)
+            return self.make_requests(list(map(str, sources)), self.captions)
         for name in sources:
             if name not in self.labels:
                 raise DataError(
                     f"unknown class {name!r}.{nearest(str(name), self.labels)} Classes are: "
                     f"{', '.join(self.labels) or 'none, so give no class'}."
                 )
-        return self.wishes(sources, self.labels or [""])
+        return self.make_requests(sources, self.labels or [""])
 
-    def wishes(self, named: Sequence[str], others: Sequence[str]) -> Data:
+    def make_requests(self, named: Sequence[str], others: Sequence[str]) -> Data:
         """Return `count` rows of each given text, or else `count` rows of the others in turn."""
         count = self.predict_options.count
         wanted = [n for name in named for n in [name] * count] or [others[i % len(others)] for i in range(count)]
@@ -264,7 +264,7 @@ class ImageGeneration(Task):
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         if self.text is not None:
             return [
-                {"caption": self.said(label), "image": Media(encode_png(x), ".png")}
+                {"caption": self.decode_caption(label), "image": Media(encode_png(x), ".png")}
                 for x, label in zip(outputs["samples"], outputs["label"])
             ]
         names = ["", *self.labels]
@@ -273,7 +273,7 @@ class ImageGeneration(Task):
             for x, label in zip(outputs["samples"], outputs["label"].astype(int))
         ]
 
-    def said(self, tokens: np.ndarray) -> str:
+    def decode_caption(self, tokens: np.ndarray) -> str:
         """Return a caption as the model reads it."""
         return self.text.decode(tokens[tokens > 0]).strip()
 
@@ -292,7 +292,7 @@ class ImageGeneration(Task):
         real = self.pictures.apply(self.pictures.load(data.rows[self.column].to_list()))
         return {"real": real.numpy(), "label": self.codes(data)}
 
-    def judged(self, outputs: Arrays, truth: Arrays) -> dict[str, Any]:
+    def evaluate_samples(self, outputs: Arrays, targets: Arrays) -> dict[str, Any]:
         """Return evaluation features, computed once per set of samples.
 
         These are features of generated and real images, and which real images a CNN trained on the samples
@@ -300,7 +300,7 @@ class ImageGeneration(Task):
         """
         key = id(outputs["samples"])
         if key not in self.memo:
-            made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(truth["real"])
+            made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(targets["real"])
             found: dict[str, Any] = {
                 "made": generative.extract_features(self.judge, made),
                 "real": generative.extract_features(self.judge, real),
@@ -310,18 +310,18 @@ class ImageGeneration(Task):
                 pupil = generative.train_classifier(
                     made, asked, len(self.labels), steps=EVALUATION_STEPS if self.pictures.side > 16 else EVALUATION_STEPS // 2
                 )
-                found["right"] = generative.extract_features(pupil, real, return_classes=True) == truth["label"] - 1
+                found["right"] = generative.extract_features(pupil, real, return_classes=True) == targets["label"] - 1
             if self.matcher is not None:
                 found["matched"] = generative.match_captions(
-                    self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)), torch.from_numpy(truth["label"])
+                    self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)), torch.from_numpy(targets["label"])
                 )
             self.memo[key] = found | {"kept": outputs["samples"]}  # keeps the array alive, so that its id stays unique
         return self.memo[key]
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         scores = {}
         if "samples" in outputs and self.judge is not None:
-            found = self.judged(outputs, truth)
+            found = self.evaluate_samples(outputs, targets)
             if "blind" in outputs:  # real images: only their match with the captions is scored
                 return {"caption_match": float(found["matched"].mean())}
             precision, recall = generative.precision_recall(found["real"], found["made"])
@@ -338,20 +338,20 @@ class ImageGeneration(Task):
             scores["held_out_loss"] = float(outputs["loss"].mean())
         elif "samples" in outputs:
             scores["held_out_loss"] = generative.frechet_distance(
-                compute_thumbnails(outputs["samples"]), compute_thumbnails(truth["real"])
+                compute_thumbnails(outputs["samples"]), compute_thumbnails(targets["real"])
             )
         return scores
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return bootstrap intervals over images; precision and recall use halves."""
-        found = self.judged(outputs, truth)
+        found = self.evaluate_samples(outputs, targets)
         ranges = {"feature_distance": generative.bootstrap_distance_interval(found["real"], found["made"])}
         ranges["precision"], ranges["recall"] = generative.jackknife_precision_recall_intervals(found["real"], found["made"])
         ranges["held_out_loss"] = (
             generative.bootstrap_mean_interval(outputs["loss"])
             if "loss" in outputs
             else generative.bootstrap_distance_interval(
-                compute_thumbnails(outputs["samples"]), compute_thumbnails(truth["real"])
+                compute_thumbnails(outputs["samples"]), compute_thumbnails(targets["real"])
             )
         )
         for name, metric in (("right", "classifier_accuracy"), ("matched", "caption_match")):
@@ -393,15 +393,15 @@ class ImageGeneration(Task):
 
     # Report
 
-    def some(self, count: int) -> Tensor:
+    def sample_labels(self, count: int) -> Tensor:
         """Return `count` classes, or training captions, in turn."""
         if self.text is not None:
             return torch.from_numpy(self.tokens([self.captions[i % len(self.captions)] for i in range(count)]))
         return torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
 
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
-        label = self.some(2 * SHEET_IMAGES)
-        made = self.made(objective, label, range(len(label)), self.PredictOptions())
+        label = self.sample_labels(2 * SHEET_IMAGES)
+        made = self.generate(objective, label, range(len(label)), self.PredictOptions())
         return [
             Gallery(
                 "Samples during training",
@@ -411,13 +411,15 @@ class ImageGeneration(Task):
         ]
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
         if self.text is not None:
-            matched = self.judged(outputs, truth)["matched"]
+            matched = self.evaluate_samples(outputs, targets)["matched"]
             pairs = [
-                Picture(encode_sheet(np.stack([samples[i], truth["real"][i]])), self.said(label[i]), bad=not matched[i])
+                Picture(
+                    encode_sheet(np.stack([samples[i], targets["real"][i]])), self.decode_caption(label[i]), bad=not matched[i]
+                )
                 for i in range(min(3 * SHEET_IMAGES, len(samples)))
             ]
             label = label[:, 0]
@@ -440,24 +442,24 @@ class ImageGeneration(Task):
                 )
             )
         if objective is not None and isinstance(objective, Diffusion):
-            wanted = self.some(SHEET_IMAGES)
+            wanted = self.sample_labels(SHEET_IMAGES)
             few = "Generated from the same noise: more steps are slower and add detail."
             by_steps = [
                 Picture(
                     encode_sheet(
-                        self.made(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).cpu().numpy()
+                        self.generate(objective, wanted, range(len(wanted)), self.PredictOptions(steps=steps)).cpu().numpy()
                     ),
                     f"{steps} steps",
                 )
                 for steps in (2, 5, 10, 20, 50)
             ]
             shown.append(Gallery("By sampler steps", few, by_steps))
-        return {"Samples": shown, "Memory": self.nearest(samples, truth)}
+        return {"Samples": shown, "Memory": self.memorization_exhibits(samples, targets)}
 
-    def nearest(self, samples: np.ndarray, truth: Arrays) -> list[Exhibit]:
+    def memorization_exhibits(self, samples: np.ndarray, targets: Arrays) -> list[Exhibit]:
         """Return the nearest training image of a few samples, and whether samples are closer than expected."""
         known = generative.extract_features(self.judge, self.known)
-        made, real = (generative.extract_features(self.judge, torch.from_numpy(x[:300])) for x in (samples, truth["real"]))
+        made, real = (generative.extract_features(self.judge, torch.from_numpy(x[:300])) for x in (samples, targets["real"]))
         far_made, far_real = generative.pairwise_distances(made, known), generative.pairwise_distances(real, known)
         beside = [self.known[int(far.argmin())].numpy() for far in far_made[:12]]
         pairs = [

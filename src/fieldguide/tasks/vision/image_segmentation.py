@@ -124,10 +124,10 @@ class ImageSegmentation(Task):
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
         """Find the classes (values of masks or labels of outlined objects) and keep them in `context`."""
-        return (cls.drawn if data.target.kind == "boxes" else cls.stored)(data, options)
+        return (cls.prepare_outlines if data.target.kind == "boxes" else cls.prepare_masks)(data, options)
 
     @classmethod
-    def drawn(cls, data: Data, options: Any) -> Data:
+    def prepare_outlines(cls, data: Data, options: Any) -> Data:
         seen, ignored = list_objects(data), split_names(options.ignore)
         there = set(seen.filter(pl.col("drawn") & ~pl.col("crowd"))["label"])
         listed = (data.context or {}).get("classes") or sorted(there)
@@ -153,7 +153,7 @@ class ImageSegmentation(Task):
         )
 
     @classmethod
-    def stored(cls, data: Data, options: Any) -> Data:
+    def prepare_masks(cls, data: Data, options: Any) -> Data:
         known = data.context or {}
         given: dict[int, str] = dict(enumerate(known.get("classes", ())))
         given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
@@ -221,7 +221,7 @@ class ImageSegmentation(Task):
         side = options.side or min(MAX_SIDE_BY_DEVICE[kind], longest)
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         raw = Canvas(side, channels, tuple(data.context["values"]))
-        paths, sizes = task.files(data)
+        paths, sizes = task.paths_and_sizes(data)
         some = np.random.default_rng(0).permutation(len(paths))[:SAMPLED_IMAGES]
         pixels = [raw.load_images([paths[i]], [sizes[i]], raw.fit_size(*sizes[i])).reshape(channels, -1) for i in some]
         means, squares = (
@@ -243,7 +243,7 @@ class ImageSegmentation(Task):
 
     # Images as tensors
 
-    def files(self, data: Data) -> tuple[list[str], list[tuple[int, int]]]:
+    def paths_and_sizes(self, data: Data) -> tuple[list[str], list[tuple[int, int]]]:
         return data.rows[self.column].to_list(), list(zip(data.rows[WIDTH].to_list(), data.rows[HEIGHT].to_list()))
 
     def masks(self, data: Data) -> list[Mask]:
@@ -252,7 +252,7 @@ class ImageSegmentation(Task):
         if not column.dtype.is_nested():
             return column.to_list()
         values = {name: value for value, name in enumerate(self.names) if value}
-        return [LazyMask(column, row, *size, values) for row, size in enumerate(self.files(data)[1])]
+        return [LazyMask(column, row, *size, values) for row, size in enumerate(self.paths_and_sizes(data)[1])]
 
     def read_one(self, source: Any, answered: bool) -> Data:
         drawn = any(c.role == "target" and c.kind == "boxes" for c in self.columns)
@@ -285,15 +285,15 @@ class ImageSegmentation(Task):
         return objective.outputs
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        paths, sizes = self.files(data)
-        truth = self.masks(data) if self.target.name in data.rows.columns else None
+        paths, sizes = self.paths_and_sizes(data)
+        targets = self.masks(data) if self.target.name in data.rows.columns else None
         canvas = self.canvas.canvas_size(sizes)
         bytes_ = len(paths) * canvas[0] * canvas[1] * (self.options.channels + 2)
         kept = None
         if bytes_ < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram():
             kept = (
                 self.canvas.load_images(paths, sizes, canvas),
-                self.canvas.load_masks(truth, sizes, canvas) if truth else None,
+                self.canvas.load_masks(targets, sizes, canvas) if targets else None,
             )
 
         def load(index: np.ndarray, masks_too: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -302,7 +302,7 @@ class ImageSegmentation(Task):
             some, their = [paths[i] for i in index], [sizes[i] for i in index]
             return (
                 self.canvas.load_images(some, their, canvas),
-                self.canvas.load_masks([truth[i] for i in index], their, canvas) if masks_too else None,
+                self.canvas.load_masks([targets[i] for i in index], their, canvas) if masks_too else None,
             )
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -317,16 +317,16 @@ class ImageSegmentation(Task):
                     settings.augmentation,
                     generator,
                 )
-                return {"image": self.normal(image), "target": target}
-            pixels, target = load(index, bool(truth) and settings is not None)
+                return {"image": self.normalize(image), "target": target}
+            pixels, target = load(index, bool(targets) and settings is not None)
             size = torch.tensor([(sizes[i][1], sizes[i][0]) for i in index])
-            batch = {"image": self.normal(torch.from_numpy(pixels).float()), "inner": inner, "size": size}
+            batch = {"image": self.normalize(torch.from_numpy(pixels).float()), "inner": inner, "size": size}
             if target is not None:
                 batch["target"] = torch.from_numpy(target).long()
-            if truth:
+            if targets:
                 largest = tuple(size.amax(0).tolist())
                 batch["truth"] = torch.from_numpy(
-                    self.canvas.load_masks([truth[i] for i in index], [sizes[i] for i in index], largest, full=True)
+                    self.canvas.load_masks([targets[i] for i in index], [sizes[i] for i in index], largest, full=True)
                 ).long()
             return batch
 
@@ -335,7 +335,7 @@ class ImageSegmentation(Task):
     def predict_batches(self, data: Data, card: Card) -> Batches:
         return self.batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), card)
 
-    def normal(self, pixels: Tensor) -> Tensor:  # 0 to 255 -> mean 0, standard deviation 1
+    def normalize(self, pixels: Tensor) -> Tensor:  # 0 to 255 -> mean 0, standard deviation 1
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.canvas.mean, self.canvas.std))
         return (pixels / 255 - mean) / std
 
@@ -343,28 +343,28 @@ class ImageSegmentation(Task):
 
     def targets(self, data: Data) -> Arrays:
         """Return the pixels of each class in each image: (N, classes)."""
-        paths, sizes = self.files(data)
+        paths, sizes = self.paths_and_sizes(data)
         counts = np.zeros((len(paths), len(self.names)), dtype=np.int64)
         for i, mask in enumerate(self.masks(data)):
             mask = self.canvas.load_masks([mask], [sizes[i]], (sizes[i][1], sizes[i][0]), full=True)
             counts[i] = np.bincount(mask[mask >= 0].astype(np.int64), minlength=len(self.names))
         return {"pixels": counts}
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         counts = outputs["counts"].sum(0, dtype=np.float64)
-        overlap, found = self.by_class(counts)
+        overlap, found = self.iou_and_recall(counts)
         return {
             "miou": float(np.nanmean(overlap)),
             "pixel_accuracy": float(np.trace(counts) / max(counts.sum(), 1)),
             "mean_accuracy": float(np.nanmean(found)),
         }
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return bootstrap intervals over images; the pixel counts suffice."""
-        return super().intervals({"counts": outputs["counts"]}, truth)
+        return super().intervals({"counts": outputs["counts"]}, targets)
 
     @staticmethod
-    def by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def iou_and_recall(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return IoU and recall of each class; NaN for classes that do not occur."""
         right, is_, said = np.diag(counts), counts.sum(1), counts.sum(0)
         there = is_ > 0
@@ -406,12 +406,12 @@ class ImageSegmentation(Task):
         return out.getvalue()
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         counts = outputs["counts"].sum(0)
-        overlap, found = self.by_class(counts.astype(float))
+        overlap, found = self.iou_and_recall(counts.astype(float))
         rows = [(name, int(counts[i].sum()), float(overlap[i]), float(found[i])) for i, name in enumerate(self.names)]
-        each = np.array([np.nanmean(self.by_class(c.astype(float))[0]) for c in outputs["counts"]])
+        each = np.array([np.nanmean(self.iou_and_recall(c.astype(float))[0]) for c in outputs["counts"]])
         worst = np.argsort(each)[: SHOWN_IMAGES // 2]
         rest = np.random.default_rng(0).permutation(len(each))[: SHOWN_IMAGES // 2]
         legend = Gallery(
@@ -444,15 +444,15 @@ class ImageSegmentation(Task):
         }
 
     def gallery(self, title: str, test: Data, outputs: Arrays, rows: np.ndarray, each: np.ndarray) -> Exhibit:
-        paths, sizes = self.files(test)
-        truth = self.masks(test)
+        paths, sizes = self.paths_and_sizes(test)
+        targets = self.masks(test)
         pictures = []
         for i in rows:
             width, height = sizes[i]
             small = Canvas(192, 3, self.canvas.classes)
             inner = small.fit_size(width, height)
             picture = small.load_images([paths[i]], [sizes[i]], inner)[0].transpose(1, 2, 0)
-            is_ = small.load_masks([truth[i]], [sizes[i]], inner)[0]
+            is_ = small.load_masks([targets[i]], [sizes[i]], inner)[0]
             thumb = outputs["thumb"][i]
             y, x = ((np.arange(size) + 0.5) / size * len(thumb) for size in inner)
             said = thumb[y.astype(int)[:, None], x.astype(int)].astype(int)
@@ -460,8 +460,8 @@ class ImageSegmentation(Task):
             wrong[(is_ >= 0) & (said != is_)] = (255, 60, 30)
             strip = np.concatenate(
                 [
-                    np.concatenate([picture, self.painted(picture, is_)], 1),
-                    np.concatenate([self.painted(picture, np.where(is_ < 0, -1, said)), wrong], 1),
+                    np.concatenate([picture, self.paint_mask(picture, is_)], 1),
+                    np.concatenate([self.paint_mask(picture, np.where(is_ < 0, -1, said)), wrong], 1),
                 ]
             )
             out = io.BytesIO()
@@ -471,7 +471,7 @@ class ImageSegmentation(Task):
             title, "Top: the image and its true mask. Bottom: the predicted mask and, in red, the wrong pixels.", pictures
         )
 
-    def painted(self, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def paint_mask(self, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
         colours = np.array([*self.colours, (0, 0, 0)])[mask]  # -1 (no class) is dark
         return (0.4 * picture + 0.6 * colours).astype(np.uint8)
 

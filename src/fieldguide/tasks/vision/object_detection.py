@@ -131,7 +131,7 @@ class ObjectDetection(Task):
                 f"images are downscaled to {side} pixels on the longer side (change this with task.side=...); "
                 "boxes are in original pixels"
             )
-        boxes, labels, _ = task.known(data)
+        boxes, labels, _ = task.true_boxes(data)
         if not sum(map(len, labels)):
             raise DataError(f"{data.source}: no training image has a box of {', '.join(task.names[:10])}.")
         if lacking := [n for i, n in enumerate(task.names) if not any((some == i).any() for some in labels)]:
@@ -146,7 +146,7 @@ class ObjectDetection(Task):
 
     # Images and boxes as tensors
 
-    def known(self, data: Data) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    def true_boxes(self, data: Data) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
         """Return, per image, the true boxes (M, 4), their labels and their crowd flags."""
         place, boxes, labels, crowd = {n: i for i, n in enumerate(self.names)}, [], [], []
         for objects in data.rows[self.target.name].to_list():
@@ -170,13 +170,13 @@ class ObjectDetection(Task):
         return objective.outputs
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        return self.prepared(data, settings)
+        return self.letterboxed_batches(data, settings)
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        batches = self.prepared(replace(data, rows=data.rows.drop(self.target.name, strict=False)), None)
+        batches = self.letterboxed_batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), None)
         return replace(batches, meta={"path": np.array(data.rows[self.column].to_list(), dtype=object)})
 
-    def prepared(self, data: Data, settings: Settings | None) -> Batches:
+    def letterboxed_batches(self, data: Data, settings: Settings | None) -> Batches:
         """Return batches of letterboxed images, with boxes if `settings` are given for training."""
         paths, side, channels = data.rows[self.column].to_list(), self.options.side, self.options.channels
         frame = Letterbox.of(data.rows[WIDTH].to_numpy(), data.rows[HEIGHT].to_numpy(), side)
@@ -185,15 +185,15 @@ class ObjectDetection(Task):
             if len(paths) * channels * side**2 < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram()
             else None
         )
-        truth = None
+        targets = None
         if self.target.name in data.rows.columns and settings is not None:
-            boxes, labels, crowd = self.known(data)
+            boxes, labels, crowd = self.true_boxes(data)
             boxes, labels = pad_boxes([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
-            truth = frame.to_square(boxes) * (labels >= 0)[..., None], labels
+            targets = frame.to_square(boxes) * (labels >= 0)[..., None], labels
 
         def fetch(index: np.ndarray) -> Boxed:
             pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
-            return pictures, truth[0][index], truth[1][index]
+            return pictures, targets[0][index], targets[1][index]
 
         augment = self.augment(settings)
 
@@ -201,7 +201,7 @@ class ObjectDetection(Task):
             if generator is not None and augment is not None:
                 pictures, boxes, labels = augment(fetch, index, len(paths), generator)
                 return {"image": pictures / 255, "boxes": boxes, "labels": labels}
-            if truth is not None and generator is not None:
+            if targets is not None and generator is not None:
                 pictures, boxes, labels = fetch(index)
                 return {"image": pictures / 255, "boxes": boxes, "labels": labels}
             pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
@@ -234,27 +234,27 @@ class ObjectDetection(Task):
 
     def targets(self, data: Data) -> Arrays:
         """Return boxes (N, M, 4) in original pixels, labels (N, M; -1 is padding) and crowd flags (N, M)."""
-        boxes, labels, crowd = self.known(data)
+        boxes, labels, crowd = self.true_boxes(data)
         together, names = pad_boxes(boxes, labels)
         around = np.zeros(names.shape, dtype=bool)
         for i, some in enumerate(crowd):
             around[i, : len(some)] = some
         return {"boxes": together.numpy(), "labels": names.numpy(), "crowd": around}
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
-        scores = average_precision(outputs, truth, len(self.names))
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        scores = average_precision(outputs, targets, len(self.names))
         return {"map": scores["map"], "map50": scores["map50"]}
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return normal intervals from a bootstrap over images.
 
         Evaluation is slow, so that at most `ENOUGH` images are resampled; the spread is scaled by the root of the
         sampled fraction (the m out of n bootstrap).
         """
-        middle, count = self.score(outputs, truth), len(truth["labels"])
+        middle, count = self.score(outputs, targets), len(targets["labels"])
         some = np.sort(np.random.default_rng(0).permutation(count)[:MAX_BOOTSTRAP_IMAGES])
         drawn = bootstrap(
-            *({k: v[some] for k, v in arrays.items()} for arrays in (outputs, truth)),
+            *({k: v[some] for k, v in arrays.items()} for arrays in (outputs, targets)),
             len(self.names),
             repeats=BOOTSTRAP_REPEATS,
         )
@@ -262,16 +262,16 @@ class ObjectDetection(Task):
         spread = {name: 1.96 * narrower * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
         return {name: (max(0.0, middle[name] - spread[name]), min(1.0, middle[name] + spread[name])) for name in middle}
 
-    def calibrate(self, outputs: Arrays, truth: Arrays) -> None:
+    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         """Set the score threshold that maximizes F1, averaged over classes."""
         classes, right, there = len(self.names), [], np.zeros(len(self.names))
-        real, known = outputs["labels"] >= 0, truth["labels"] >= 0
+        real, known = outputs["labels"] >= 0, targets["labels"] >= 0
         for i in range(len(known)):
-            crowd = truth["crowd"][i][known[i]]
-            is_ = truth["labels"][i][known[i]]
+            crowd = targets["crowd"][i][known[i]]
+            is_ = targets["labels"][i][known[i]]
             right.append(
                 match_boxes(
-                    outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], truth["boxes"][i][known[i]], is_, crowd
+                    outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], targets["boxes"][i][known[i]], is_, crowd
                 )[0]
             )
             there += np.bincount(is_[~crowd].astype(int), minlength=classes)
@@ -287,7 +287,7 @@ class ObjectDetection(Task):
         """Return two baselines: each class's mean box with the class frequency as score, and the most frequent class
         alone.
         """
-        boxes, labels, _ = self.known(train)
+        boxes, labels, _ = self.true_boxes(train)
         sizes = train.rows.select(WIDTH, HEIGHT).to_numpy().astype(np.float32)
         parts = np.concatenate([b / np.tile(s, 2) for b, s in zip(boxes, sizes)])
         names = np.concatenate(labels)
@@ -310,13 +310,13 @@ class ObjectDetection(Task):
     # Predictions and report
 
     @property
-    def least(self) -> float:
+    def score_threshold(self) -> float:
         return self.threshold if self.predict_options.threshold is None else self.predict_options.threshold
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
         for i in range(len(outputs["labels"])):
-            real = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= self.least)
+            real = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= self.score_threshold)
             found = [
                 {"label": self.names[int(n)], "score": float(s), "box": [round(float(v), 1) for v in b]}
                 for n, s, b in zip(outputs["labels"][i][real], outputs["scores"][i][real], outputs["boxes"][i][real])
@@ -338,10 +338,10 @@ class ObjectDetection(Task):
         return answers
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         names = [Path(test.locate_row(i)).name for i in range(len(test))]
-        return build_exhibits(test.rows[self.column].to_list(), names, outputs, truth, self.names, self.least)
+        return build_exhibits(test.rows[self.column].to_list(), names, outputs, targets, self.names, self.score_threshold)
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, False)

@@ -105,10 +105,10 @@ class VideoGeneration(ImageGeneration):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts), data="video")
 
-    def films(self, data: Data) -> list[np.ndarray]:
+    def load_videos(self, data: Data) -> list[np.ndarray]:
         return video.load(data.rows[self.column].to_list(), self.pictures.side, self.pictures.channels)
 
-    def cut(self, film: np.ndarray, start: float) -> np.ndarray:
+    def cut_frames(self, film: np.ndarray, start: float) -> np.ndarray:
         """Return `frames` frames; `start` places them from the beginning (0) to the end (1) of the video."""
         wanted = self.options.frames * self.options.stride
         first = int(start * max(len(film) - wanted + 1, 0))
@@ -116,11 +116,11 @@ class VideoGeneration(ImageGeneration):
         return film[index]
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        films, label = self.films(data), torch.from_numpy(self.codes(data))
+        films, label = self.load_videos(data), torch.from_numpy(self.codes(data))
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             start = torch.rand(len(index), generator=generator).tolist() if generator is not None else [0.5] * len(index)
-            x = torch.from_numpy(np.stack([self.cut(films[i], s) for i, s in zip(index, start)]))
+            x = torch.from_numpy(np.stack([self.cut_frames(films[i], s) for i, s in zip(index, start)]))
             if generator is not None and self.options.flip:
                 x = torch.where((torch.rand(len(x), generator=generator) < 0.5).view(-1, 1, 1, 1, 1), x.flip(-1), x)
             rows = torch.from_numpy(index)
@@ -128,13 +128,13 @@ class VideoGeneration(ImageGeneration):
 
         return Batches(len(films), make)
 
-    def whole(self, data: Data) -> Tensor:
+    def load_middles(self, data: Data) -> Tensor:
         """Return the middle of each video, (N, F, C, S, S) in -1 .. 1."""
-        return self.pictures.apply(torch.from_numpy(np.stack([self.cut(f, 0.5) for f in self.films(data)])))
+        return self.pictures.apply(torch.from_numpy(np.stack([self.cut_frames(f, 0.5) for f in self.load_videos(data)])))
 
     # Generation
 
-    def made(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
+    def generate(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
         p = self.pictures
         return objective.sample(
             label,
@@ -152,15 +152,15 @@ class VideoGeneration(ImageGeneration):
             if self.labels:  # the sample's own class first, then the others in turn
                 label = (label - 1 + extra) % len(self.labels) + 1
             label = label.expand(-1, self.each)
-            samples = self.made(objective, label.flatten(), numbers.flatten().tolist(), self.predict_options)
+            samples = self.generate(objective, label.flatten(), numbers.flatten().tolist(), self.predict_options)
             found = {"samples": samples.unflatten(0, label.shape), "label": label}
             if "video" in batch:
-                found |= objective.outputs(batch) | {"next": self.continued(objective, batch)}
+                found |= objective.outputs(batch) | {"next": self.predict_last_frame(objective, batch)}
             return found
 
         return answer
 
-    def continued(self, objective: Diffusion, batch: dict[str, Tensor]) -> Tensor:  # -> B C S S
+    def predict_last_frame(self, objective: Diffusion, batch: dict[str, Tensor]) -> Tensor:  # -> B C S S
         """Predict the last frame from those before it.
 
         At each sampler step the known frames are restored with the noise of that step (Lugmayr et al. 2022,
@@ -190,7 +190,7 @@ class VideoGeneration(ImageGeneration):
     # Evaluation
 
     def prepare_test(self, train: Data, held: Data) -> None:
-        self.known, self.known_labels = self.whole(train), torch.from_numpy(self.codes(train)) - 1
+        self.known, self.known_labels = self.load_middles(train), torch.from_numpy(self.codes(train)) - 1
         label = self.known_labels if self.labels else None
         frames = self.options.frames
         self.judge = generative.train_classifier(
@@ -202,12 +202,12 @@ class VideoGeneration(ImageGeneration):
         self.each = -(-MIN_TEST_VIDEOS // rows)
 
     def targets(self, data: Data) -> Arrays:
-        return {"real": self.whole(data).numpy(), "label": self.codes(data)}
+        return {"real": self.load_middles(data).numpy(), "label": self.codes(data)}
 
-    def judged(self, outputs: Arrays, truth: Arrays) -> dict[str, Any]:
+    def evaluate_samples(self, outputs: Arrays, targets: Arrays) -> dict[str, Any]:
         key = id(outputs["samples"])
         if key not in self.memo:
-            made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(truth["real"])
+            made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(targets["real"])
             see = lambda x: generative.extract_features(self.judge, x.flatten(0, 1)).reshape(len(x), x.shape[1], -1)
             found: dict[str, Any] = {"made": see(made), "real": see(real), "kept": outputs["samples"]}
             if self.motion is not None:
@@ -218,31 +218,31 @@ class VideoGeneration(ImageGeneration):
             self.memo[key] = found
         return self.memo[key]
 
-    def score(self, outputs: Arrays, truth: Arrays) -> dict[str, float]:
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         scores: dict[str, float] = {}
         if "samples" in outputs and self.judge is not None:
-            scores |= compute_feature_scores(self.judged(outputs, truth))
+            scores |= compute_feature_scores(self.evaluate_samples(outputs, targets))
         if "next" in outputs:
-            scores["next_frame_psnr"] = float(decibels(outputs["next"], truth["real"][:, -1]).mean())
+            scores["next_frame_psnr"] = float(decibels(outputs["next"], targets["real"][:, -1]).mean())
         if "loss" in outputs:
             scores["held_out_loss"] = float(outputs["loss"].mean())
         return scores
 
-    def intervals(self, outputs: Arrays, truth: Arrays) -> dict[str, tuple[float, float]]:
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return bootstrap intervals over videos."""
-        found, ranges = self.judged(outputs, truth), {}
+        found, ranges = self.evaluate_samples(outputs, targets), {}
         ranges["frame_distance"] = generative.bootstrap_distance_interval(found["real"], found["made"])
         ranges["consistency_gap"] = gap_interval(*(consistencies(found[k]) for k in ("made", "real")))
         if "right" in found:
             ranges["recognised"] = binomial_interval(int(found["right"].sum()), len(found["right"]))
         if "next" in outputs:
-            ranges["next_frame_psnr"] = generative.bootstrap_mean_interval(decibels(outputs["next"], truth["real"][:, -1]))
+            ranges["next_frame_psnr"] = generative.bootstrap_mean_interval(decibels(outputs["next"], targets["real"][:, -1]))
         if "loss" in outputs:
             ranges["held_out_loss"] = generative.bootstrap_mean_interval(outputs["loss"])
         return ranges
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        rng, label, real = np.random.default_rng(0), self.codes(test), self.whole(test).numpy()
+        rng, label, real = np.random.default_rng(0), self.codes(test), self.load_middles(test).numpy()
         own = self.known_labels.numpy() + 1
         rows = np.array([rng.choice(np.flatnonzero(own == k)) for k in label])
         copies = self.known[rows].numpy()
@@ -261,7 +261,7 @@ class VideoGeneration(ImageGeneration):
     def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
         count = max(2, min(len(self.labels), 8))
         label = torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
-        made = self.made(objective, label, range(count), self.PredictOptions()).cpu().numpy()
+        made = self.generate(objective, label, range(count), self.PredictOptions()).cpu().numpy()
         return [
             Gallery(
                 "Samples during training",
@@ -271,7 +271,7 @@ class VideoGeneration(ImageGeneration):
         ]
 
     def exhibits(
-        self, test: Data, outputs: Arrays, truth: Arrays, objective: Objective | None = None
+        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
         names = ["videos", *self.labels]
@@ -281,18 +281,18 @@ class VideoGeneration(ImageGeneration):
             for i in np.flatnonzero(label == k)[:SHOWN_PER_CLASS]
         ]
         real = [
-            Picture(encode_webp(truth["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]
+            Picture(encode_webp(targets["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]
         ]
         told = [
             Picture(
-                encode_png(np.concatenate([truth["real"][i, -2], truth["real"][i, -1], outputs["next"][i]], 2)),
-                f"{psnr(outputs['next'][i], truth['real'][i, -1]):.1f} dB",
+                encode_png(np.concatenate([targets["real"][i, -2], targets["real"][i, -1], outputs["next"][i]], 2)),
+                f"{psnr(outputs['next'][i], targets['real'][i, -1]):.1f} dB",
             )
             for i in range(len(outputs["next"]))[:8]
         ]
         by_class = (
             [
-                (names[k], int((label == k).sum()), float(self.judged(outputs, truth)["right"][label == k].mean()))
+                (names[k], int((label == k).sum()), float(self.evaluate_samples(outputs, targets)["right"][label == k].mean()))
                 for k in np.unique(label)
             ]
             if self.labels
@@ -317,10 +317,10 @@ class VideoGeneration(ImageGeneration):
                 ),
                 Gallery("Next frame", "The last known frame, the real next frame, and the predicted next frame.", told),
             ],
-            "Memory": self.copies(samples),
+            "Memory": self.memorization_exhibits(samples),
         }
 
-    def copies(self, samples: np.ndarray) -> list[Exhibit]:
+    def memorization_exhibits(self, samples: np.ndarray) -> list[Exhibit]:
         known, made = (generative.extract_features(self.judge, x.mean(1)) for x in (self.known, torch.from_numpy(samples[:8])))
         far = generative.pairwise_distances(made, known)
         nearest = [self.known[int(row.argmin())].numpy() for row in far]
