@@ -219,7 +219,7 @@ def test_gaps_are_written_as_people_do(file):
         assert ids[-2:] == [one.text.sep, one.frame.end]  # as where a text ends in a row
         assert int(batch["gaps"][row]) == gaps
     assert one.text.decode(batch["source"][0][: batch["source"][0].tolist().index(one.sentinels[0])].tolist()) == "We saw the"
-    with pytest.raises(DataError, match="has no gap. Write <mask>"):
+    with pytest.raises(DataError, match=r"has no gap\. Write <mask>"):
         asked("all is here")
     with pytest.raises(DataError, match="the model reads at most 40"):
         asked("<mask> " + "one two three " * 20)

@@ -97,7 +97,7 @@ def test_missing_words_are_written_as_people_do(file):
         assert len(places) == 1 and ids[places[0]] == text.mask_token and ids[0] == text.cls and ids[-1] == text.sep
         assert text.decode(ids[1 : places[0]]) == "We saw the" and text.decode(ids[places[0] + 1 : -1]) == " house"
     assert len(one.encode_gaps("<mask> and <mask>")[1]) == 2
-    with pytest.raises(DataError, match="has no gap. Write <mask>"):
+    with pytest.raises(DataError, match=r"has no gap\. Write <mask>"):
         one.predict_batches(one.read([pl.DataFrame({"text": ["all is here"]})]), card("bert"))
     with pytest.raises(DataError, match="the model reads at most 24"):
         one.predict_batches(one.read([pl.DataFrame({"text": ["<mask> " + "one two three " * 20]})]), card("bert"))

@@ -346,7 +346,7 @@ def test_choices_from_the_data(folder):
     o = task.options
     assert (o.rate, o.bands, o.scale, o.masks, o.longest) == (8000, 40, "corpus", False, 30.0)
     assert task.mel.mean and task.model_dims() == {"vocab_size": task.transcripts.size, "features": 40}
-    assert [c.name for c in task.columns] == ["file", "transcript"] and task.heard == data.rows[SECONDS].max()
+    assert [c.name for c in task.columns] == ["file", "transcript"] and task.longest_seconds == data.rows[SECONDS].max()
     _, other = prepared(folder, rate="16000", scale="recording", hop="0.01")
     assert (other.mel.rate, other.mel.bands, other.mel.hop, other.mel.mean) == (16000, 80, 0.01, ())
     with pytest.raises(SettingsError, match="ratte"):

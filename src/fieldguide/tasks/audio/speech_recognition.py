@@ -32,9 +32,7 @@ from fieldguide.tasks.audio import report
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 
-MAX_AUDIO_CACHE_FRACTION_OF_RAM = (
-    0.3  # maximum fraction of RAM for decoded recordings; beyond it they are decoded batch by batch
-)
+MAX_AUDIO_CACHE_FRACTION_OF_RAM = 0.3  # beyond it, recordings are decoded batch by batch
 MAX_TRAINING_SECONDS = 30.0  # maximum seconds of a training recording, if the user sets none
 SHORT_RECORDING_SECONDS = 2.0  # seconds; recordings this short are too short to estimate their own scale
 MIN_MASKED_HOURS = 5.0  # hours of training speech from which SpecAugment is used

@@ -34,7 +34,7 @@ SHOWN = 12  # test rows in the report
 
 
 class Denoising(PackedTextTask):
-    """Packed rows are corrupted as the card's `pretraining_objective` says, and the model writes the original.
+    """Packed rows are corrupted by the card's `pretraining_objective`, and the model writes the original.
 
     The loss covers all target tokens; the scores cover the removed tokens alone.
     """
@@ -182,7 +182,7 @@ class Denoising(PackedTextTask):
         batch = batches.make(np.arange(len(batches)), None)
         return {"target": torch.where(batch["asked"], batch["target"], -1).numpy()}
 
-    # Answers
+    # Predictions
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
         self.resolve_corruption(card)

@@ -47,9 +47,8 @@ MAX_QUESTION_TOKENS = 64  # maximum tokens of a question (as in BERT's code for 
 TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
 MAX_ANSWER_TOKENS = 30  # maximum tokens of an answer (as in BERT's code for SQuAD), if no training answers are known
 PUBLISHED_WINDOW_TOKENS = 384  # tokens of a window of published models (same source), if they read that many
-MIN_WHOLE_WORD_FRACTION = (
-    0.97  # fraction of training answers at word boundaries above which predictions are widened to whole words
-)
+# Widen predictions to whole words if at least this fraction of training answers is at word boundaries.
+MIN_WHOLE_WORD_FRACTION = 0.97
 WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"[^.!?\n]+[.!?]*")
 
 

@@ -105,4 +105,5 @@ def worst_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np
 def mark_span(text: str, begin: int, end: int) -> str:
     """Return a piece of a text in brackets, with the text around it."""
     before, behind = text[max(0, begin - AROUND) : begin], text[end : end + AROUND]
-    return f"{'… ' if begin > AROUND else ''}{before}⟦{text[begin:end]}⟧{behind}{' …' if end + AROUND < len(text) else ''}"
+    before, behind = ("… " if begin > AROUND else "") + before, behind + (" …" if end + AROUND < len(text) else "")
+    return f"{before}⟦{text[begin:end]}⟧{behind}"

@@ -90,7 +90,7 @@ class TextGeneration(TextTask):
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        """Split long texts into passages, of which the last are the test set; short texts stay whole."""
+        """Split long texts into passages, the last of which are the test set; short texts stay whole."""
         if not data.features("text"):
             return data
         name = data.features("text")[0].name

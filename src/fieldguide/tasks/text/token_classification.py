@@ -306,7 +306,7 @@ class TokenClassification(Task):
             quotes.append(
                 Quote(
                     f"missed: {missed} · wrongly predicted: {wrongly} · {test.locate_row(int(row))}".join(words[row]),
-                    f"missed: {missed} · wrongly said: {wrongly} · {test.locate_row(int(row))}",
+                    f"missed: {missed} · wrongly predicted: {wrongly} · {test.locate_row(int(row))}",
                     bad=True,
                 )
             )

@@ -31,9 +31,7 @@ from fieldguide.tasks.timeseries import report
 
 QUANTILES = (0.05, 0.1, 0.5, 0.9, 0.95)
 LEVELS = {0.8: (1, 3), 0.9: (0, 4)}  # coverage of an interval -> indices of its ends in QUANTILES
-MIN_STEP_CALIBRATION_WINDOWS = (
-    50  # minimum validation windows to calibrate each step separately; otherwise all steps share one width
-)
+MIN_STEP_CALIBRATION_WINDOWS = 50  # with fewer validation windows, all steps share one interval width
 
 
 class Forecasting(Task):

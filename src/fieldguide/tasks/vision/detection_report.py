@@ -142,7 +142,7 @@ def build_exhibits(
             ),
             Lines(
                 "Precision and recall",
-                "At IoU 0.5. Higher recall needs boxes with lower scores, of which fewer are correct.",
+                "At IoU 0.5. Higher recall needs boxes with lower scores, fewer of which are correct.",
                 "recall",
                 "precision",
                 curves,

@@ -363,7 +363,7 @@ class ImageGeneration(Task):
         rng = np.random.default_rng(0)
         label = self.codes(test)
         noise = rng.uniform(-1, 1, (len(test), *self.known.shape[1:])).astype(np.float32)
-        if self.labels:  # training pictures of the same classes
+        if self.labels:  # training images of the same classes
             own = [np.flatnonzero(self.known_labels.numpy() == k - 1) for k in range(1, len(self.labels) + 1)]
             rows = np.array([rng.choice(own[k - 1]) for k in label])
         else:

@@ -94,7 +94,7 @@ class ObjectDetection(Task):
         if len(data.features("image")) != 1:
             return "one image column"
         boxes = data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested()
-        return None if boxes else "boxes for each picture (COCO, YOLO or Pascal VOC)"
+        return None if boxes else "boxes for each image (COCO, YOLO or Pascal VOC)"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
