@@ -175,7 +175,7 @@ def test_sentinels_are_added_where_they_lack(tmp_path):
     again = KIND.load(tmp_path / "saved")
     assert again.sentinels.tolist() == one.sentinels.tolist() and again.options.damage == "spans"
     # Nothing stands between texts where the separator ends answers, too.
-    assert one.between == [] and not (batch["source"][:, 1:-2] == one.text.sep).any()
+    assert one.separator == [] and not (batch["source"][:, 1:-2] == one.text.sep).any()
 
 
 def test_a_checkpoint_has_no_room_for_sentinels(tmp_path):

@@ -125,10 +125,11 @@ def fit(
         )
     from fieldguide.automl.index import check_names
 
-    check_names(task=arguments["task"], model=arguments["model"], settings=settings)
     if resume is not None:
+        check_names(settings=settings)
         continue_run(resume, arguments, settings)
         return
+    check_names(task=arguments["task"], model=arguments["model"], settings=settings)
     check_exists(arguments["data"])
     from fieldguide.automl.fit import fit as run_fit
 

@@ -247,7 +247,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
                     "more often than the most frequent answer of each type.",
                     ("questions", "examples", "correct", "most frequent"),
                     rows[:SHOWN_QUESTION_TYPES],
-                    heat=("right", "correct"),
+                    heat=("correct", "most frequent"),
                 )
             ]
         }

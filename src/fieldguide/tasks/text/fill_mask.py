@@ -216,7 +216,7 @@ class FillMask(PackedTextTask):
             Table(
                 "By word frequency",
                 f"Hidden words of {len(batch['tokens'])} test rows, by their frequency in the training texts.",
-                ("times in training", "hidden", "predicted"),
+                ("times in training", "hidden", "accuracy"),
                 rows,
                 heat=("accuracy",),
             ),

@@ -42,7 +42,7 @@ def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, targets
         Table(
             "By question word",
             "Test questions; rare types are left out.",
-            ("question", "asked", "exact", "F1"),
+            ("question", "examples", "exact", "F1"),
             sorted(kinds, key=lambda row: -row[1])[:20],
             heat=("exact", "F1"),
         ),

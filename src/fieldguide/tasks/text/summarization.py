@@ -87,7 +87,7 @@ class Summarization(Translation):
             for low, high in ((1, 50), (51, 150), (151, 300), (301, 600), (601, 100_000))
         ]
         row = lambda i: (test.locate_row(int(i)), shorten(source[i]), right[i], said[i], 100 * float(each[i, 0]))
-        header = ("row", "reference summary", "predicted summary", "predicted summary", "ROUGE-1")
+        header = ("row", "document", "reference summary", "predicted summary", "ROUGE-1")
         order = np.argsort(each[:, 0], kind="stable")
         return {
             "Summaries": [
