@@ -114,7 +114,7 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
     if card.input_type in ("tokens", "captioned"):
         words, why = found.words()
         if words is None:
-            raise WeightsError(f"{folder} cannot be asked without its tokenizer. {why or 'None lies there.'}")
+            raise WeightsError(f"no tokenizer found in {folder}; this model needs one. {why}")
     if card.input_type in ("image", "captioned"):
         from fieldguide.inference.zero_shot import build_transform
 

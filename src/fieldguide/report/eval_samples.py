@@ -78,7 +78,7 @@ def packed(exhibit: Exhibit) -> dict:
             "note": exhibit.note,
             "quotes": [{"text": q.text, "caption": q.caption} for q in exhibit.quotes],
         }
-    raise TypeError(f"a glimpse holds galleries and quotes, not {type(exhibit).__name__}")
+    raise TypeError(f"samples during training must be galleries or quotes, not {type(exhibit).__name__}")
 
 
 def unpacked(record: dict) -> Exhibit:
