@@ -71,7 +71,7 @@ def test_logits_equal_those_of_clip_with_its_processor(clip):
     want = model(**{k: v for k, v in made.items() if k != "token_type_ids"}).logits_per_image
     task, network = open_run(run.path).task, run.model
     ids, cut = task.tokens(list(SAID))
-    padded = task.padded(ids)
+    padded = task.pad(ids)
     assert cut == 1 and [row.tolist() for row in ids] == [
         row[mask > 0].tolist() for row, mask in zip(made.input_ids, made.attention_mask)
     ]

@@ -332,7 +332,7 @@ def test_pairs_of_texts_are_framed_as_the_network_has_learnt(kind, seconds, tmp_
     one = TextClassification.fit(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest))
     short = TextClassification.fit(data, TextClassification.Options(tokenizer=str(tmp_path / kind), length=longest - 1))
     assert not any("truncated" in note for note in one.notes) and any("truncated" in note for note in short.notes)
-    rows, _, cut = short.encoded(data, True)
+    rows, _, cut = short.encode_rows(data, True)
     assert max(map(len, rows)) == longest - 1 and cut == sum(
         len(theirs(a, b).input_ids) == longest for a, b in zip(firsts, seconds)
     )
