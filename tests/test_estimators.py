@@ -164,9 +164,9 @@ def test_same_machinery_as_fit(iris):
         target="target",
         kinds={**{f"x{i}": "number" for i in range(4)}, "target": "category"},
     )
-    from fieldguide.automl.sklearn import parts_of
+    from fieldguide.automl.sklearn import split_rows
 
-    plan = fit.build_plan(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"}, splits=parts_of(data, 0))
+    plan = fit.build_plan(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"}, splits=split_rows(data, 0))
     fit.build_trainer(plan, fit.NullCallback()).train()
     for mine, theirs in zip(ours.model_.parameters(), plan.objective.model.parameters()):
         np.testing.assert_array_equal(mine.detach().numpy(), theirs.detach().double().numpy())

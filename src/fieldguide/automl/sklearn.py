@@ -1,10 +1,10 @@
-"""scikit-learn estimators: the same choosing, preparing and training as `fit`, behind fit(X, y) and predict(X).
+"""scikit-learn estimators that choose, preprocess and train a network as `fit` does.
 
     FieldguideClassifier().fit(X, y).predict_proba(X_new)
     cross_val_score(FieldguideRegressor(minutes=1), frame, y)
 
-An array is taken as it is: every column a number. A data frame is read like any table: its columns are typed, may
-hold categories, dates and missing values, and the doctor looks at them.
+Every column of an array is numeric. A data frame is read like any table: its column types are inferred, it may hold
+categories, dates and missing values, and it is checked for problems.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from fieldguide.core.errors import DataError, FieldguideError
 from fieldguide.core.settings import Settings
 from fieldguide.data import Column, Data, Manifest, Splits, read, split
 from fieldguide.data.loader import Batches
+from fieldguide.data.readers.memory import to_series
 from fieldguide.models import registry
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import Interrupted
 
-ARRAYS = "the arrays"
-BATCH = 1024  # rows that are predicted at once
+SOURCE_NAME = "the arrays"  # in messages
+PREDICTION_BATCH_ROWS = 1024
 
 
 class Tabular(BaseEstimator):
-    """The common part of classifier and regressor."""
+    """Base class of the classifier and the regressor."""
 
     task: ClassVar[str]
-    kind: ClassVar[str]  # of the target column
+    kind: ClassVar[str]  # type of the target column
 
     def __init__(
         self,
@@ -66,24 +67,22 @@ class Tabular(BaseEstimator):
         Part of the rows is held out to select the best weights. Raises `ValueError` if the data or a setting
         cannot be used; the message says what to do.
         """
-        X, y = self.checked(X, y)
-        y, seed = self.encoded(y), self.seed()
-        # A result must not depend on how busy the machine is, so precision is not measured unless asked for.
+        X, y = self._validate(X, y)
+        y, seed = self._encode_target(y), self._get_seed()
+        # The result must not depend on other load on the machine, so precision is only measured if `settings` request it.
         settings = {"precision": "float32", **(self.settings or {})}
         if self.epochs is not None:
             settings["epochs"] = self.epochs
-        with user_errors(), torch.random.fork_rng():
+        with as_value_errors(), torch.random.fork_rng():
             if self.out is None:
-                self.train(self.table(X, y), settings, seed)
+                self._train(self._build_data(X, y), settings, seed)
             else:
-                self.record(X, y, settings, seed)
+                self._fit_run(X, y, settings, seed)
         return self
 
-    def train(self, data: Data, settings: dict[str, Any], seed: int) -> None:
-        """Plan and train without a run folder; all rows that are not held out for validation are used for
-        training.
-        """
-        callback = self.callback()
+    def _train(self, data: Data, settings: dict[str, Any], seed: int) -> None:
+        """Train without a run folder, on all rows that are not held out for validation."""
+        callback = self._build_callback()
         plan = fitting.build_plan(
             data,
             task=self.task,
@@ -91,7 +90,7 @@ class Tabular(BaseEstimator):
             minutes=self.minutes,
             seed=seed,
             settings=settings,
-            splits=parts_of(data, seed),
+            splits=split_rows(data, seed),
             callback=callback,
         )
         loop = fitting.build_trainer(plan, callback)
@@ -99,20 +98,20 @@ class Tabular(BaseEstimator):
         try:
             state = fitting.train(plan, loop)
         except Interrupted:
-            raise KeyboardInterrupt from None  # nothing is stored that one could go on from
+            raise KeyboardInterrupt from None  # without a run folder nothing can be resumed
         finally:
             if bar := getattr(callback, "bar", None):
                 bar.stop()
-        self.keep(plan.task, plan.objective, plan.card.name, plan.size, plan.settings)
+        self._store(plan.task, plan.objective, plan.card.name, plan.size, plan.settings)
         self.n_steps_, self.validation_score_ = state.step, state.best
 
-    def record(self, X: Any, y: np.ndarray, settings: dict[str, Any], seed: int) -> None:
-        """Train into a run folder, with a test part and a report, as `fieldguide.fit` does."""
-        table, kinds = self.columns(X), {}
+    def _fit_run(self, X: Any, y: np.ndarray, settings: dict[str, Any], seed: int) -> None:
+        """Train in a run folder, with test rows and a report, as `fieldguide.fit` does."""
+        table, kinds = self._to_table(X), {}
         if isinstance(X, np.ndarray):
             kinds = {f"column.{name}": "number" for name in table.columns}
-        target = self.target(table.columns)
-        table = table.with_columns(pl.Series(target, self.named(y)))
+        target = self._target_name(table.columns)
+        table = table.with_columns(pl.Series(target, self._format_target(y)))
         self.run_ = fitting.fit(
             table,
             target=target,
@@ -121,46 +120,44 @@ class Tabular(BaseEstimator):
             minutes=self.minutes,
             out=self.out,
             seed=seed,
-            callback=self.callback(),
+            callback=self._build_callback(),
             settings={f"column.{target}": self.kind, **kinds, **settings},
         )
         run, model = self.run_, self.run_.record["model"]
-        self.keep(run.task, run.objective, model["architecture"], model["size"], run.settings)
+        self._store(run.task, run.objective, model["architecture"], model["size"], run.settings)
         self.n_steps_, self.validation_score_ = run.record["cost"]["steps"], None
 
-    def keep(self, task: Any, objective: Any, architecture: str, size: str, settings: Settings) -> None:
-        # Answers are worked out in float64, where the order in which a kernel adds does not show: a row gets the same
-        # answer alone and in company.
+    def _store(self, task: Any, objective: Any, architecture: str, size: str, settings: Settings) -> None:
+        # Predictions are computed in float64, so that the prediction of a row does not depend on the other rows of its
+        # batch: in float32 the order of summation may change the result.
         self.task_, self.objective_ = task, objective.cpu().double().eval()
         self.architecture_, self.size_, self.settings_ = architecture, size, settings.to_dict()
 
     @property
     def model_(self) -> torch.nn.Module:
-        """The trained network, in float64."""
+        """Trained network, in float64."""
         check_is_fitted(self)
         return self.objective_.model
 
-    def outputs(self, X: Any) -> dict[str, np.ndarray]:
+    def _compute_outputs(self, X: Any) -> dict[str, np.ndarray]:
         check_is_fitted(self)
-        X = self.checked(X)
-        with user_errors():
-            batches = self.task_.batches(self.table(X), registry.cards()[self.architecture_])
+        X = self._validate(X)
+        with as_value_errors():
+            batches = self.task_.batches(self._build_data(X), registry.cards()[self.architecture_])
 
             def make(rows: np.ndarray, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
                 return {k: t.double() if t.is_floating_point() else t for k, t in batches.make(rows, None).items()}
 
             return self.task_.postprocess(
-                collect(self.objective_, Batches(len(batches), make), batch=BATCH, device=torch.device("cpu"))
+                collect(self.objective_, Batches(len(batches), make), batch=PREDICTION_BATCH_ROWS, device=torch.device("cpu"))
             )
 
-    # From what the user hands over to a table
-
-    def checked(self, X: Any, y: Any = None) -> Any:
-        """X, and y where it is fitted, as scikit-learn checks them; a data frame stays one."""
-        fitting_now, typed = y is not None, is_frame(X)
-        if not hasattr(self, "task_") and not fitting_now:  # fit(X, None): scikit-learn words the complaint
+    def _validate(self, X: Any, y: Any = None) -> Any:
+        """Return X, and in `fit` also y, validated by scikit-learn; a data frame stays a data frame."""
+        fitting_now, is_data_frame = y is not None, is_frame(X)
+        if not hasattr(self, "task_") and not fitting_now:  # lets scikit-learn raise its own error for fit(X, None)
             return validate_data(self, X, None)
-        if typed and (fitting_now or self.framed_):
+        if is_data_frame and (fitting_now or self.fitted_on_frame_):
             X = validate_data(self, X, reset=fitting_now, skip_check_array=True)
             if not len(X):
                 raise ValueError(f"Found array with 0 sample(s) (shape={X.shape}) while a minimum of 1 is required.")
@@ -173,55 +170,55 @@ class Tabular(BaseEstimator):
         else:
             X = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite="allow-nan")
         if fitting_now:
-            self.framed_ = typed
+            self.fitted_on_frame_ = is_data_frame
         return (X, y) if fitting_now else X
 
-    def columns(self, X: Any) -> pl.DataFrame:
-        """X as a table without a target."""
+    def _to_table(self, X: Any) -> pl.DataFrame:
+        """Return X as a table without a target."""
         if not isinstance(X, np.ndarray):
-            return X if isinstance(X, pl.DataFrame) else pl.DataFrame([memory_column(str(c), X[c]) for c in X.columns])
+            return X if isinstance(X, pl.DataFrame) else pl.DataFrame([to_series(str(c), X[c]) for c in X.columns])
         names = [str(n) for n in getattr(self, "feature_names_in_", [f"x{i}" for i in range(X.shape[1])])]
         return pl.DataFrame(X, schema=names, orient="row").fill_nan(None)
 
-    def table(self, X: Any, y: np.ndarray | None = None) -> Data:
-        """Typed data; a frame goes through the reader, an array has nothing to be guessed."""
-        table = self.columns(X)
-        if y is None and self.framed_:
+    def _build_data(self, X: Any, y: np.ndarray | None = None) -> Data:
+        """Return X and y as `Data`. Column types of a data frame are inferred by the reader."""
+        table = self._to_table(X)
+        if y is None and self.fitted_on_frame_:
             return self.task_.read([table])
         if y is None:
-            return Data(ARRAYS, table, {c.name: c for c in self.task_.columns}, Manifest(ARRAYS))
-        target = self.target(table.columns)
+            return Data(SOURCE_NAME, table, {c.name: c for c in self.task_.columns}, Manifest(SOURCE_NAME))
+        target = self._target_name(table.columns)
         table = table.with_columns(pl.Series(target, y))
-        if self.framed_:
+        if self.fitted_on_frame_:
             *_, kinds, _ = grouped(self.settings or {})
             return read(table, target=target, kinds={**kinds, target: self.kind})
-        columns = {n: Column(n, "number", "feature", "an array's column") for n in table.columns}
+        columns = {n: Column(n, "number", "feature", "column of an array") for n in table.columns}
         columns[target] = Column(target, self.kind, "target", "y", distinct=table[target].n_unique())
-        return Data(ARRAYS, table, columns, Manifest(ARRAYS))
+        return Data(SOURCE_NAME, table, columns, Manifest(SOURCE_NAME))
 
-    def target(self, taken: list[str]) -> str:
+    def _target_name(self, taken: list[str]) -> str:
         name = "target"
         while name in taken:
             name += "_"
         return name
 
-    def seed(self) -> int:
+    def _get_seed(self) -> int:
         state = self.random_state
         return int(state) if isinstance(state, int | np.integer) else int(check_random_state(state).randint(2**31 - 1))
 
-    def callback(self) -> Any:
+    def _build_callback(self) -> Any:
         if not self.verbose:
             return fitting.NullCallback()
         from fieldguide.automl.progress import Progress
 
         return Progress()
 
-    def encoded(self, y: np.ndarray) -> np.ndarray:
-        """y as the target column holds it."""
+    def _encode_target(self, y: np.ndarray) -> np.ndarray:
+        """Return y in the form that the target column of `Data` holds."""
         raise NotImplementedError
 
-    def named(self, y: np.ndarray) -> list[Any]:
-        """The same as a run folder shows it."""
+    def _format_target(self, y: np.ndarray) -> list[Any]:
+        """Return encoded targets as a run folder stores them."""
         raise NotImplementedError
 
     def __sklearn_tags__(self) -> Any:
@@ -233,88 +230,88 @@ class Tabular(BaseEstimator):
 
 
 class FieldguideClassifier(ClassifierMixin, Tabular):
-    """A neural network for the classes of a table's rows, chosen and sized for the data.
+    """Classifier: a neural network for tables, chosen and sized for the data.
 
     Parameters
     ----------
-    model : name or size of an architecture (`fieldguide models --task tabular-classification`); "auto" chooses.
-    minutes : training ends after so long; 0 for no limit.
-    epochs : passes over the rows; None chooses by their number.
-    random_state : seed of split, initialisation and order.
-    settings : training settings by name, fields of the network as model.FIELD, kinds of columns as column.NAME.
-    verbose : 1 shows what is chosen and how training goes.
-    out : a new folder for a run with test part and report, as `fieldguide.fit` makes it; None stores nothing.
+    model : name or size of an architecture (`fieldguide models --task tabular-classification`); "auto" lets the advisor choose.
+    minutes : limit of the training time; 0 for no limit.
+    epochs : passes over the training rows; None chooses by the number of rows.
+    random_state : seed of the split, the initial weights and the order of the rows.
+    settings : training settings by name, fields of the network as model.FIELD, types of columns as column.NAME.
+    verbose : 1 shows the choices made and the progress of training.
+    out : a new run folder with test rows and a report, as `fieldguide.fit` writes it; None stores nothing.
 
     Attributes
     ----------
-    classes_, n_features_in_, feature_names_in_ : as everywhere in scikit-learn.
-    model_, size_, settings_ : the network, its size's name, and the settings that training followed.
-    n_steps_, validation_score_ : steps taken, and the accuracy on held-out rows by which weights were chosen.
-    run_ : the run folder, with `out`.
+    classes_, n_features_in_, feature_names_in_ : as in all estimators of scikit-learn.
+    model_, size_, settings_ : the network, the name of its size, and the training settings used.
+    n_steps_, validation_score_ : number of training steps, and the best score on the validation rows.
+    run_ : the run, if `out` is given.
     """
 
     task = "tabular-classification"
     kind = "category"
 
-    def encoded(self, y: np.ndarray) -> np.ndarray:
+    def _encode_target(self, y: np.ndarray) -> np.ndarray:
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y holds one class only, {self.classes_[0]!r}; a classifier needs rows of another class.")
+            raise ValueError(f"y holds only one class, {self.classes_[0]!r}. Add rows of another class.")
         return codes.astype(str)
 
-    def named(self, y: np.ndarray) -> list[str]:
+    def _format_target(self, y: np.ndarray) -> list[str]:
         names = [str(c) for c in self.classes_]
         if len(set(names)) < len(names):
-            raise ValueError("two classes of y look alike as text; a run folder needs distinct names.")
+            raise ValueError("two classes of y are equal as text, but a run folder needs distinct names. Rename one of them.")
         return [names[int(code)] for code in y]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities of the classes, in the order of `classes_`; each row sums to 1."""
-        p = self.outputs(X)["probabilities"].astype(np.float64)
+        """Return the probabilities of the classes, in the order of `classes_`; each row sums to 1."""
+        p = self._compute_outputs(X)["probabilities"].astype(np.float64)
         names = [str(c) for c in self.classes_] if self.out is not None else [str(i) for i in range(len(self.classes_))]
         p = p[:, [self.task_.labels.index(n) for n in names]]
         return p / p.sum(1, keepdims=True)
 
     def predict(self, X: Any) -> np.ndarray:
-        """The most probable class of each row."""
+        """Return the most probable class of each row."""
         p = self.predict_proba(X)
         return self.classes_[p.argmax(1)]
 
 
 class FieldguideRegressor(RegressorMixin, Tabular):
-    """A neural network for an amount that a table's rows tell, chosen and sized for the data.
+    """Regressor: a neural network for tables, chosen and sized for the data.
 
     Parameters
     ----------
-    model : name or size of an architecture (`fieldguide models --task tabular-regression`); "auto" chooses.
-    minutes : training ends after so long; 0 for no limit.
-    epochs : passes over the rows; None chooses by their number.
-    random_state : seed of split, initialisation and order.
-    settings : training settings by name, fields of the network as model.FIELD, kinds of columns as column.NAME.
-    verbose : 1 shows what is chosen and how training goes.
-    out : a new folder for a run with test part and report, as `fieldguide.fit` makes it; None stores nothing.
+    model : name or size of an architecture (`fieldguide models --task tabular-regression`); "auto" lets the advisor choose.
+    minutes : limit of the training time; 0 for no limit.
+    epochs : passes over the training rows; None chooses by the number of rows.
+    random_state : seed of the split, the initial weights and the order of the rows.
+    settings : training settings by name, fields of the network as model.FIELD, types of columns as column.NAME.
+    verbose : 1 shows the choices made and the progress of training.
+    out : a new run folder with test rows and a report, as `fieldguide.fit` writes it; None stores nothing.
 
     Attributes
     ----------
-    n_features_in_, feature_names_in_ : as everywhere in scikit-learn.
-    model_, size_, settings_ : the network, its size's name, and the settings that training followed.
-    n_steps_, validation_score_ : steps taken, and the error on held-out rows by which weights were chosen.
-    run_ : the run folder, with `out`.
+    n_features_in_, feature_names_in_ : as in all estimators of scikit-learn.
+    model_, size_, settings_ : the network, the name of its size, and the training settings used.
+    n_steps_, validation_score_ : number of training steps, and the best score on the validation rows.
+    run_ : the run, if `out` is given.
     """
 
     task = "tabular-regression"
     kind = "number"
 
-    def encoded(self, y: np.ndarray) -> np.ndarray:
+    def _encode_target(self, y: np.ndarray) -> np.ndarray:
         return np.asarray(y, dtype=np.float64)
 
-    def named(self, y: np.ndarray) -> list[float]:
+    def _format_target(self, y: np.ndarray) -> list[float]:
         return y.tolist()
 
     def predict(self, X: Any) -> np.ndarray:
-        """The expected amount for each row, in the unit of y."""
-        outputs = self.outputs(X)
+        """Return the prediction for each row, in the unit of y."""
+        outputs = self._compute_outputs(X)
         return self.task_.to_target_unit(outputs)
 
 
@@ -322,27 +319,23 @@ def is_frame(X: Any) -> bool:
     return isinstance(X, pl.DataFrame) or (type(X).__module__.partition(".")[0] == "pandas" and hasattr(X, "columns"))
 
 
-def memory_column(name: str, values: Any) -> pl.Series:
-    from fieldguide.data.readers.memory import to_series
-
-    return to_series(name, values)
-
-
-def parts_of(data: Data, seed: int) -> Splits:
-    """Rows to train on and rows to choose weights by. Where there are too few to hold any out, both are all rows."""
+def split_rows(data: Data, seed: int) -> Splits:
+    """Return training and validation rows, without test rows. If there are too few to hold any out, both are all rows."""
     everything, nothing = np.arange(len(data)), np.array([], dtype=np.int64)
     try:
         parts = split(data, seed=seed, test=0)
     except DataError:
-        return Splits(everything, everything, nothing, "too few rows to hold any out: scored on what is trained on")
+        return Splits(
+            everything, everything, nothing, "too few rows to hold any out: the training rows are used for validation"
+        )
     target = data.target
-    if target is not None and target.kind == "category":  # equal rows of two classes move together
+    if target is not None and target.kind == "category":  # grouping equal rows may leave a class without training rows
         known = data.rows[target.name][parts.train].unique()
-        strange = ~data.rows[target.name][parts.validation].is_in(known.to_list()).to_numpy()
-        if strange.any():
+        unseen = ~data.rows[target.name][parts.validation].is_in(known.to_list()).to_numpy()
+        if unseen.any():
             return Splits(
-                np.sort(np.r_[parts.train, parts.validation[strange]]),
-                parts.validation if strange.all() else parts.validation[~strange],
+                np.sort(np.r_[parts.train, parts.validation[unseen]]),
+                parts.validation if unseen.all() else parts.validation[~unseen],
                 nothing,
                 parts.description,
             )
@@ -350,8 +343,8 @@ def parts_of(data: Data, seed: int) -> Splits:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """What the user can mend is a `ValueError` in scikit-learn's world."""
+def as_value_errors() -> Iterator[None]:
+    """Raise errors that the user can fix as `ValueError`, as scikit-learn does."""
     try:
         yield
     except FieldguideError as error:
