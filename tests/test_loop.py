@@ -67,11 +67,11 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
 def test_another_optimizer_brings_its_own_rate():
     """A hundredth suits Muon and would blow up AdamW."""
     recipe = Settings(optimizer="muon", lr=1e-2)
-    assert recipe.overruled({"optimizer": "adamw"}).lr == 1e-3
-    assert recipe.overruled({"optimizer": "adamw", "lr": "0.003"}).lr == 3e-3
-    assert recipe.overruled({"optimizer": "muon"}) == recipe.overruled({}) == recipe
+    assert recipe.override({"optimizer": "adamw"}).lr == 1e-3
+    assert recipe.override({"optimizer": "adamw", "lr": "0.003"}).lr == 3e-3
+    assert recipe.override({"optimizer": "muon"}) == recipe.override({}) == recipe
     with pytest.raises(SettingsError, match="none of adamw"):
-        recipe.overruled({"optimizer": "adam"})
+        recipe.override({"optimizer": "adam"})
     made = build_plan(read("iris"), model="mlp-test", settings={"optimizer": "sgd", "steps": 2, "precision": "float32"})
     assert (made.settings.optimizer, made.settings.lr) == ("sgd", 0.05)
 

@@ -22,7 +22,8 @@ from fieldguide.data.splits import Splits
 from fieldguide.models import registry
 from fieldguide.tasks import infer_task, task
 from fieldguide.tasks.base import bootstrap_intervals
-from fieldguide.tasks.supervised import calibration_error, mix_pairs, roc_auc
+from fieldguide.tasks.supervised import mix_pairs
+from fieldguide.tasks.supervised_evaluator import calibration_error, roc_auc
 from fieldguide.tasks.vision.image_classification import augment
 
 QUICK = {"steps": 8, "precision": "float32"}

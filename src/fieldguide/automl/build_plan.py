@@ -187,7 +187,7 @@ def build_plan(
     chosen = Settings().with_(kind.recipe).with_(card.recipe)
     if checkpoint is not None:
         chosen = finetune.choose_settings(chosen, requested, len(splits.train), checkpoint, callback)
-    chosen = distillation.with_absolute_teacher(chosen.overruled(requested))
+    chosen = distillation.with_absolute_teacher(chosen.override(requested))
     parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
     plan = Plan(source, fitted, why, splits, card, size, config, chosen, advice, parts)
     plan.build_batches(callback)

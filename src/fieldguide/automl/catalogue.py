@@ -16,7 +16,8 @@ from fieldguide.automl import profile
 from fieldguide.automl.description import Description, Layer
 from fieldguide.automl.index import source_digest
 from fieldguide.core.card import Closed
-from fieldguide.core.settings import ALIASES, PREDICT_ALIASES, Settings
+from fieldguide.core.options import PREDICT_ALIASES
+from fieldguide.core.settings import ALIASES, Settings
 from fieldguide.models import registry
 from fieldguide.tasks import task as task_named
 from fieldguide.tasks import tasks

@@ -4,48 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_type_hints
+from typing import Any
 
 from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.options import option_types, parse_value, rename_aliases
 
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int | None = None  # optimiser steps in all
-    epochs: float | None = None  # passes over the training part, where `steps` is not given
-    minutes: float = 10.0  # training time, which ends a run that turns out slower; 0 = no limit
-    batch_size: int | None = None  # examples a step, over all processes and accumulations
-    grad_accum_steps: int = 1  # parts that a batch is worked through in, to save memory
+    steps: int | None = None  # number of optimizer steps
+    epochs: float | None = None  # passes over the training rows, if `steps` is not set
+    minutes: float = 10.0  # time limit of training; 0 = no limit
+    batch_size: int | None = None  # examples per optimizer step, over all processes and accumulation steps
+    grad_accum_steps: int = 1  # micro-batches per optimizer step, to save memory
     optimizer: str = "adamw"  # adamw | sgd | muon
     lr: float = 1e-3  # peak learning rate
-    weight_decay: float = 0.01  # on matrices and kernels; never on biases, norms, embeddings
-    momentum: float = 0.9  # of sgd and muon
-    beta1: float = 0.9  # of adamw; 0.5 for GANs, whose aims move
-    beta2: float = 0.999  # of adamw
-    warmup: float = 0.05  # part of the steps over which the rate rises
+    weight_decay: float = 0.01  # applied to matrices and kernels, never to biases, norms and embeddings
+    momentum: float = 0.9  # momentum of sgd and muon
+    beta1: float = 0.9  # beta1 of adamw; 0.5 is usual for GANs
+    beta2: float = 0.999  # beta2 of adamw
+    warmup: float = 0.05  # fraction of the steps with a rising learning rate
     schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
-    ema: float = 0.0  # decay of the running average of weights that is kept; 0 = off
+    grad_clip: float = 1.0  # maximum norm of the gradient; 0 = no clipping
+    ema: float = 0.0  # decay of the exponential moving average of the weights; 0 = off
     label_smoothing: float = 0.0  # label smoothing
-    mixup: float = 0.0  # Beta(a, a) of mixed pairs; 0 = off
-    augmentation: str = "none"  # none | light | standard, in the task's own meaning
-    class_weights: bool = False  # weigh classes by inverse frequency
-    patience: int = 20  # evaluations without a better score before stopping; 0 = never
+    mixup: float = 0.0  # alpha of the Beta distribution of mixup; 0 = off
+    augmentation: str = "none"  # none | light | standard; each task defines its own
+    class_weights: bool = False  # weight classes by inverse frequency
+    patience: int = 20  # evaluations without improvement before training stops; 0 = never
     eval_steps: int | None = None  # steps between evaluations
     checkpoint_seconds: float = 60.0  # seconds between checkpoints
-    finetune: str = "whole"  # whole | frozen | lora: what of a pretrained network learns
-    lora_rank: int = 8  # of the change of each matrix
-    lora_scale: float = 2.0  # times which it is added
-    layer_decay: float = 1.0  # rate of each layer as a part of that of the next one up
-    unfreeze_fraction: float = 0.0  # part of the steps over which layers begin to learn, from the top down
-    gradient_checkpointing: bool = False  # blocks are computed again on the way back, to save memory
-    teacher: str | None = None  # run folder of a network whose answers are learnt beside the truth
-    distillation: str = "hard"  # hard | soft: the class that the teacher names, or its probabilities
+    finetune: str = "whole"  # whole | frozen | lora: which part of a pretrained network is trained
+    lora_rank: int = 8  # rank of the LoRA update of each matrix
+    lora_scale: float = 2.0  # factor of the LoRA update (alpha / rank)
+    layer_decay: float = 1.0  # learning rate of each layer relative to the next layer towards the output
+    unfreeze_fraction: float = 0.0  # fraction of the steps over which layers are unfrozen, from the output down
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    teacher: str | None = None  # run folder of the teacher for distillation
+    distillation: str = "hard"  # hard | soft: learn the teacher's predicted class or its probabilities
     precision: str = "auto"  # auto | float32 | bfloat16
-    channels_last: bool | None = None  # memory layout of pictures
+    channels_last: bool | None = None  # memory layout of images
     num_workers: int = 0  # processes that prepare batches
-    tracker: str = "none"  # none | tensorboard, beside metrics.jsonl
-    seed: int = 0  # of splits, initial weights, order, augmentation and dropout
+    tracker: str = "none"  # none | tensorboard, in addition to metrics.jsonl
+    seed: int = 0  # seed of splits, initial weights, order, augmentation and dropout
 
     def with_(self, changes: Mapping[str, Any]) -> Settings:
         """Return these settings with changes applied; values may be text. Raises `SettingsError` for unknown keys
@@ -53,15 +54,15 @@ class Settings:
         """
         return replace(self, **{key: parse(key, value) for key, value in canonical(changes).items()})
 
-    def overruled(self, asked: Mapping[str, Any]) -> Settings:
+    def override(self, requested: Mapping[str, Any]) -> Settings:
         """Return a recipe with the user's settings applied.
 
         The recipe's learning rate belongs to its optimizer: another optimizer brings its own, unless the user
         sets a rate too.
         """
-        asked = canonical(asked)
-        other = "lr" not in asked and asked.get("optimizer", self.optimizer) != self.optimizer
-        return self.with_({"lr": RATES.get(asked["optimizer"], self.lr), **asked} if other else asked)
+        requested = canonical(requested)
+        other = "lr" not in requested and requested.get("optimizer", self.optimizer) != self.optimizer
+        return self.with_({"lr": RATE_BY_OPTIMIZER.get(requested["optimizer"], self.lr), **requested} if other else requested)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,7 +101,7 @@ ALIASES = {
     "lora_r": "lora_rank",
 }
 
-RATES = {"adamw": 1e-3, "sgd": 0.05, "muon": 4e-3}  # by optimizer, where a recipe's rate is for another one
+RATE_BY_OPTIMIZER = {"adamw": 1e-3, "sgd": 0.05, "muon": 4e-3}  # by optimizer, where a recipe's rate is for another one
 CHOICES = {
     "optimizer": ("adamw", "sgd", "muon"),
     "schedule": ("cosine", "linear", "constant"),
@@ -140,14 +141,8 @@ BELOW = {
 
 
 def canonical(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings under their own names. Raises `SettingsError` if two names of one setting are given."""
-    named: dict[str, Any] = {}
-    for key, value in changes.items():
-        name = ALIASES.get(key, key)
-        if name in named:
-            raise SettingsError(f"{key} is another name for {name}, which is set already: give one of them.")
-        named[name] = value
-    return named
+    """Return the settings under their own names. Raises `SettingsError` if one setting is given under two names."""
+    return rename_aliases(changes, ALIASES)
 
 
 def parse(key: str, value: Any) -> Any:
@@ -158,7 +153,7 @@ def parse(key: str, value: Any) -> Any:
             f"there is no setting {key!r}.{nearest(key, (*known, *ALIASES))} `fieldguide settings` lists them all. Fields of a "
             "model are written model.FIELD, options of a task task.OPTION, types of columns column.NAME."
         )
-    value = from_text(f"setting {key}", value, get_type_hints(Settings)[key])
+    value = parse_value(f"setting {key}", value, option_types(Settings)[key])
     if value is None:
         return None
     if key in CHOICES and value not in CHOICES[key]:
@@ -168,52 +163,3 @@ def parse(key: str, value: Any) -> Any:
     if key in BELOW and not 0 <= value < BELOW[key]:
         raise SettingsError(f"setting {key}={value!r} must lie in [0, 1).")
     return value
-
-
-def from_text(label: str, value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`, a type or a union with None. Raises `SettingsError` for values of another type."""
-    kinds = getattr(kind, "__args__", (kind,))
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "auto") and type(None) in kinds):
-        return None
-    want = next(k for k in kinds if k is not type(None))
-    try:
-        if want is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        if want is int and (number := float(value)) == int(number):
-            return int(number)
-        if want is float:
-            return float(value)
-        if want is str:
-            return str(value)
-    except (ValueError, KeyError, OverflowError):
-        pass
-    raise SettingsError(f"{label}={value!r} is not {'an integer' if want is int else f'a {want.__name__}'}.")
-
-
-# Other names of prediction options -> their names.
-PREDICT_ALIASES = {
-    "tokens": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "beams": "num_beams",
-    "penalty": "length_penalty",
-    "repetition": "repetition_penalty",
-    "guidance_scale": "guidance",
-    "num_inference_steps": "steps",
-    "num_return_sequences": "count",
-    "score_threshold": "threshold",
-    "iou_threshold": "overlap",
-}
-
-
-def canonical_predict_options(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return prediction options under their own names; unknown keys stay."""
-    return {PREDICT_ALIASES.get(key, key): value for key, value in changes.items()}
-
-
-def asked_of(who: str, asked: Mapping[str, str], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return command-line options with these types. Raises `SettingsError` for unknown keys and wrong values."""
-    asked = canonical_predict_options(asked)
-    for key in asked:
-        if key not in kinds:
-            raise SettingsError(f"{who} has no option {key!r}.{nearest(key, kinds)} It has {', '.join(sorted(kinds))}.")
-    return {key: from_text(key, value, kinds[key]) for key, value in asked.items()}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError
-from fieldguide.core.settings import asked_of
+from fieldguide.core.options import PREDICT_ALIASES, parse_options
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles
@@ -109,8 +109,7 @@ class ImageToText(Predictor):
         `inputs` is a path or a list of them; folders hold many images. `options` are those of `GenerationConfig`. An answer
         ends at the latest at the network's maximum length. Raises `SettingsError` without a prompt, or if it is too long.
         """
-        hints = get_type_hints(Greedy)
-        parsed = asked_of("a vision-language model", options, {f.name: hints[f.name] for f in fields(Greedy)})
+        parsed = parse_options(Greedy, options, owner="a vision-language model", aliases=PREDICT_ALIASES)
         if not prompt:
             raise SettingsError('no prompt: set --set prompt="What is this?"')
         row, config, found, length = self.tokens(prompt), Greedy(**parsed), [], self.network.config.length

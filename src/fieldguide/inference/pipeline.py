@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fieldguide.checkpoints.names import CONFIG_FILES, HUB_PREFIX, WEIGHT_SUFFIXES
 from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.options import parse_options
 from fieldguide.core.run_record import read_record
-from fieldguide.core.settings import from_text
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import Predictor
@@ -48,9 +48,8 @@ def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predict
     options = dict(options)
     checkpoint = inspect_checkpoint(source, options.pop("name", None))
     kind = predictor_type(checkpoint.card)
-    load_options = {
-        key: from_text(key, options.pop(key), kind.LOAD_OPTIONS[key]) for key in kind.LOAD_OPTIONS if key in options
-    }
+    chosen = {key: options.pop(key) for key in kind.LOAD_OPTIONS if key in options}
+    load_options = parse_options(kind.LOAD_OPTIONS, chosen, owner=checkpoint.card.name)
     return kind.load(checkpoint, **load_options), options
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
-from fieldguide.core.settings import asked_of, canonical_predict_options, from_text
+from fieldguide.core.options import PREDICT_ALIASES, parse_options, parse_value, rename_aliases
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
@@ -136,7 +135,7 @@ class TextGenerator(Predictor):
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
         """Return the answer to each prompt; prompts of any length share batches. `options` are those of `GenerationConfig`."""
-        config, answers_by_row = self.config_type(**canonical_predict_options(options)), {}
+        config, answers_by_row = self.config_type(**rename_aliases(options, PREDICT_ALIASES)), {}
         rows = [self.tokens(prompt) for prompt in prompts]
         for group in group_by_length([len(row) for row in rows]):
             network, starts = self.prepare([rows[i] for i in group])
@@ -172,11 +171,9 @@ class TextGenerator(Predictor):
 
     def parse(self, chat: Any, options: Mapping[str, Any]) -> tuple[bool | None, dict[str, Any]]:
         """Return prediction options with their types. Raises `SettingsError` for unknown keys and values out of range."""
-        hints = get_type_hints(self.config_type)
-        types = {f.name: hints[f.name] for f in fields(self.config_type)}
-        parsed = asked_of("a language model", options, types)
+        parsed = parse_options(self.config_type, options, owner="a language model", aliases=PREDICT_ALIASES)
         self.config_type(**parsed)
-        return None if chat is None else from_text("chat", chat, bool), parsed
+        return None if chat is None else parse_value("chat", chat, bool), parsed
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> TokenizerFiles:

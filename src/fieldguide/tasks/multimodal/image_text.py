@@ -28,7 +28,7 @@ from fieldguide.data.validation.findings import places as first_places
 from fieldguide.objectives import Contrastive, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.multimodal.base import ImageAndTextTask
-from fieldguide.tasks.supervised import binomial_interval
+from fieldguide.tasks.supervised_evaluator import binomial_interval
 
 RECALL_AT = (1, 5, 10)  # k of recall at k
 MAX_CAPTION_CLASSES = 100  # maximum number of different captions that are treated as class names

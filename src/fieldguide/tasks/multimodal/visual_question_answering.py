@@ -24,7 +24,8 @@ from fieldguide.data.preprocessing import Labels
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
 from fieldguide.tasks.multimodal.base import ImageAndTextTask
-from fieldguide.tasks.supervised import ClassificationTask, calibration_error, fill_options
+from fieldguide.tasks.supervised import ClassificationTask, fill_options
+from fieldguide.tasks.supervised_evaluator import calibration_error
 
 MAX_ANSWERS = 1000  # maximum number of answers, if the user sets none
 MIN_ANSWER_ROWS = 2  # minimum training rows of an answer

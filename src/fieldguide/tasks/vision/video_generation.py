@@ -27,7 +27,8 @@ from fieldguide.objectives import DDIM, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import predict_with_guidance
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
-from fieldguide.tasks.supervised import binomial_interval, fill_options, is_discrete
+from fieldguide.tasks.supervised import fill_options, is_discrete
+from fieldguide.tasks.supervised_evaluator import binomial_interval
 from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, encode_png
 
 VIDEO_SIDES = (16, 32, 64)

@@ -1,0 +1,73 @@
+"""The evaluator of a task: scores, their confidence intervals, calibration, and the baselines to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fieldguide.data.dataset import Data
+
+Arrays = dict[str, np.ndarray]  # name -> array whose first axis is the example
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A reference to compare with: its outputs on the test rows, scored exactly like the model's outputs."""
+
+    name: str
+    what: str
+    outputs: Arrays
+    bound: bool = False  # True for an upper bound: the best result that can be expected
+
+
+class Evaluator:
+    """Scores outputs against targets. Both are arrays, so that an evaluator needs neither a model nor files."""
+
+    max_validation_examples: ClassVar[int | None] = None  # maximum validation rows scored during training
+    max_test_examples: ClassVar[int | None] = None  # maximum test rows that are predicted; set if prediction is slow
+
+    def prepare_test(self, train: Data, held: Data) -> None:
+        """Compute from the training rows what the test's scores and exhibits need in addition to the targets."""
+
+    def prepare_scoring(self, rows: int) -> None:
+        """Receive the number of examples that are about to be predicted and scored."""
+
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        """Return every metric of `metrics` that the outputs allow; during training, at least the monitored one."""
+        raise NotImplementedError
+
+    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
+        """Fit the parameters of `postprocess` on the trained model's outputs for the validation rows."""
+
+    def postprocess(self, outputs: Arrays) -> Arrays:
+        """Return the outputs as they are scored and formatted, for example with calibrated probabilities."""
+        return outputs
+
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
+        """Return the 95 % confidence interval of every metric, by resampling examples."""
+        return bootstrap_intervals(self, outputs, targets)
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        raise NotImplementedError
+
+
+def bootstrap_intervals(
+    evaluator: Evaluator, outputs: Arrays, targets: Arrays, *, repeats: int = 300, level: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Return bootstrap intervals of every metric over examples (Efron 1979; percentile method)."""
+    rng, count = np.random.default_rng(seed), len(next(iter(targets.values())))
+    drawn: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        rows = rng.integers(0, count, count)
+        for name, value in evaluator.score(
+            {k: v[rows] for k, v in outputs.items()}, {k: v[rows] for k, v in targets.items()}
+        ).items():
+            drawn.setdefault(name, []).append(value)
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    undefined = (float("nan"), float("nan"))  # for example the AUC of a single class
+    return {
+        name: undefined if np.isnan(values).all() else tuple(np.nanpercentile(values, tails).tolist())
+        for name, values in drawn.items()
+    }

@@ -1,0 +1,205 @@
+"""The preprocessor of a task: fitted on the training rows, it turns rows into batches, and is saved with the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import polars as pl
+
+from fieldguide.core.card import Card
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.settings import Settings
+from fieldguide.data import read
+from fieldguide.data.dataset import FILE, Column, Data, Manifest, SkippedInput
+from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import ImageTransform
+from fieldguide.tasks.evaluator import Arrays
+from fieldguide.tasks.spec import TaskSpec
+
+
+@dataclass(frozen=True)
+class CheckpointAssets:
+    """The preprocessing and label names that are published with pretrained weights."""
+
+    names: list[str]  # of classes, tags or answers
+    folder: Path | None  # folder of the tokenizer
+    length: int  # number of tokens the model reads; 0 for image-only models
+    pictures: ImageTransform | None
+    pooled: str  # how token vectors are pooled into a text vector
+    columns: tuple[str, ...] = ()  # names of the text columns, if the user sets them
+
+    def texts(self, most: int = 1) -> list[Column]:
+        """Return the text columns of the examples.
+
+        Raises `SettingsError` if more columns are named than the model reads.
+        """
+        if len(self.columns) > most:
+            raise SettingsError(
+                f"columns={','.join(self.columns)}: this model reads at most {most} text column{'s' if most > 1 else ''}."
+            )
+        return [Column(name, "text") for name in self.columns or ("text",)]
+
+
+class Preprocessor(TaskSpec):
+    """Reads raw inputs and turns them into batches. Create one with `fit` from training rows, or with `from_state`.
+
+    It knows nothing about scores or reports: batches and `model_dims` are all that a model and the training loop need.
+    """
+
+    max_batch_size = 256  # maximum examples per step, if the user sets no batch size
+    min_batch_size = 16  # minimum examples per step, if the data has that many
+
+    def __init__(self, columns: list[Column], options: Any):
+        self.columns, self.options, self.predict_options = columns, options, self.PredictOptions()
+        self.notes: list[str] = []  # messages for the user about truncated, clipped or inferred values
+
+    @property
+    def column(self) -> str:
+        """Return the name of the single feature column."""
+        return next(c.name for c in self.columns if c.kind in self.feature and c.role == "feature")
+
+    @property
+    def target(self) -> Column:
+        return next(c for c in self.columns if c.role == "target")
+
+    @classmethod
+    def build_examples(cls, data: Data, options: Any) -> Data:
+        """Return the selected data with one row per example, for example time series cut into windows.
+
+        Sets `splits` if the rows must not be split at random.
+        """
+        return data
+
+    @classmethod
+    def fit(cls, data: Data, options: Any) -> Self:
+        """Fit the preprocessing on `data`, which holds only training rows, and return the task."""
+        raise NotImplementedError
+
+    @classmethod
+    def published(cls, assets: CheckpointAssets) -> Self | None:
+        """Return the task of a pretrained model with its head; None if the weights alone do not define it."""
+        return None
+
+    def model_dims(self) -> dict[str, Any]:
+        """Return the dimensions that the data requires of a model, by their standard names: num_classes, channels, ..."""
+        raise NotImplementedError
+
+    def data_facts(self) -> dict[str, Any]:
+        """Return facts about the data that the advisor's rules compare."""
+        return {}
+
+    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+        """Return the preprocessed examples. With `settings`, they are augmented if `make` gets a generator."""
+        raise NotImplementedError
+
+    def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
+        """Return the training examples. Override this if they differ from the examples that are scored."""
+        return self.batches(data, card, settings)
+
+    def predict_batches(self, data: Data, card: Card) -> Batches:
+        """Return the raw inputs for prediction. Override this if they differ from the training examples."""
+        return self.batches(data, card)
+
+    def encode_texts(self, texts: Sequence[str], longest: int) -> Batches | None:
+        """Return the texts as model inputs of at most `longest` tokens each; None if the task does not read text."""
+        return None
+
+    def preprocessing_state(self) -> dict[str, Any]:
+        """Return the part of the state that determines how an example becomes tensors."""
+        return self.state()
+
+    def teacher_inputs(self, other: Preprocessor, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
+        """Return a function that maps batches of this task to the inputs of a teacher model with card `card`.
+
+        `other` is the teacher's task. Raises `SettingsError` if the two tasks preprocess examples differently.
+        """
+        if self.preprocessing_state() != other.preprocessing_state():
+            raise SettingsError(
+                f"the teacher's {self.name} task preprocesses examples differently. Train it on the same data, "
+                "with the same --seed, columns and task.* settings."
+            )
+
+        def show(batch: dict[str, Any]) -> Sequence[Any]:
+            if lacking := [name for name in card.inputs if name not in batch]:
+                raise SettingsError(
+                    f"the teacher reads {', '.join(lacking)}, but this model's examples have "
+                    f"{', '.join(batch)}. Choose models with the same inputs."
+                )
+            return [batch[name] for name in card.inputs]
+
+        return show
+
+    def targets(self, data: Data) -> Arrays:
+        """Return the known targets of the rows."""
+        raise NotImplementedError
+
+    def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
+        """Read raw inputs for prediction, or for evaluation with their targets (`answered`).
+
+        For prediction, inputs that cannot be read are listed in `Data.skipped`, unless there is only one source.
+        """
+        if not sources:
+            raise DataError(f"no input given. {self.name} reads {self.reads}.")
+        data, unread, before = [], [], 0
+        for source in sources:
+            try:
+                one = self.read_one(source, answered)
+            except DataError as error:
+                if answered or len(sources) == 1:
+                    raise
+                unread.append(SkippedInput(before, str(source), str(error)))
+                continue
+            unread += [
+                replace(u, before=u.before + before, place=full_path(one, u.place) if len(sources) > 1 else u.place)
+                for u in one.skipped
+            ]
+            before += len(one)
+            data.append(one)
+        if not data:
+            raise DataError("none of the inputs can be read:\n" + "\n".join(f"  - {u.why}" for u in unread))
+        if len(data) == 1:
+            return replace(data[0], skipped=unread)
+        files, rows = [], []
+        for d in data:  # paths include the source's folder: two folders may hold a 1.png each
+            rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
+            files += [replace(f, path=full_path(d, f.path)) for f in d.manifest.files]
+        return Data(
+            ", ".join(d.source for d in data),
+            pl.concat(rows, how="diagonal_relaxed"),
+            data[0].columns,
+            Manifest("", files),
+            [f for d in data for f in d.findings],
+            skipped=unread,
+        )
+
+    def read_one(self, source: Any, answered: bool) -> Data:
+        data = read(source, schema=self.columns, labels_optional=not answered, lenient=not answered)
+        return self.build_examples(self.select_columns(data), self.options) if answered else data
+
+    def state(self) -> dict[str, Any]:
+        """Return the fitted preprocessing as JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "task": self.name,
+            "columns": [asdict(c) for c in self.columns],
+            "options": asdict(self.options),
+            "state": self.state(),
+        }
+        (folder / "task.json").write_text(json.dumps(record, ensure_ascii=False, indent=1))
+
+
+def full_path(data: Data, place: str) -> str:
+    """Return the path of a place in the data, relative to where the user's source path starts."""
+    base = Path(data.source)
+    return str((base if base.is_dir() else base.parent) / place) if base.exists() else place

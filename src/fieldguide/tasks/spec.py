@@ -1,0 +1,86 @@
+"""The specification of a task: what it reads, which models it accepts, its metrics and its options. Class-level facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from fieldguide.core.options import PREDICT_ALIASES, parse_options
+from fieldguide.data.column_spec import ColumnSpec
+from fieldguide.data.dataset import Data
+
+# Aliases of task options, including their names in run folders of schema 1 -> current names.
+OPTION_ALIASES = {"vocab": "vocab_size", "image_size": "side", "max_length": "length", "max_seq_length": "length"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: its name, the direction that is better, and a short description."""
+
+    name: str
+    better: str  # max | min, or a description of the target value: near 80 %
+    words: str  # short description: "of held-out rows correct"
+    percent: bool = False
+
+    def text(self, value: float | None) -> str:
+        if value is None or value != value:
+            return "–"
+        return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
+
+
+class TaskSpec:
+    """What a task is, known before any data is read. Everything here belongs to the class, not to a fitted task."""
+
+    name: ClassVar[str]
+    reads: ClassVar[str]  # description of the accepted data, for error messages and documentation
+    input_types: ClassVar[tuple[str, ...]]  # accepted values of card.input_type
+    output_types: ClassVar[tuple[str, ...]]  # accepted values of card.output_type
+    feature: ClassVar[tuple[str, ...]] = ()  # column kinds of the single feature column, if examples have only one
+    further: ClassVar[tuple[str, ...]] = ()  # further column kinds that are read with it
+    metrics: ClassVar[tuple[Metric, ...]]  # the first one ranks models
+    monitor: ClassVar[str] = ""  # the metric that selects the best checkpoint, if it is not the first one
+    recipe: ClassVar[Mapping[str, Any]] = {}  # training settings that override the general defaults
+    needs_reference: ClassVar[bool] = False  # the objective takes a frozen copy of the initial model as `reference`
+    column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # how the columns of a table are assigned to roles
+
+    @dataclass(frozen=True)
+    class Options:
+        """The task's own settings, set with task.NAME; None means that the value is chosen from the data."""
+
+    @dataclass(frozen=True)
+    class PredictOptions:
+        """Options for prediction with a trained model (`predict --set NAME=VALUE`)."""
+
+    @classmethod
+    def match(cls, data: Data) -> str | None:
+        """Return the reason why this data implies this task, or None if it does not or if the task must be requested."""
+        return None
+
+    @classmethod
+    def missing_requirements(cls, data: Data) -> str | None:
+        """Return what the data lacks for this task, or None if the task is possible."""
+        return None
+
+    @classmethod
+    def options_from(cls, changes: Mapping[str, Any]) -> Any:
+        """Return the options with `changes` over the defaults. Raises `SettingsError` for unknown keys and wrong values."""
+        return cls.Options(**parse_options(cls.Options, changes, owner=cls.name, prefix="task.", aliases=OPTION_ALIASES))
+
+    @classmethod
+    def parse_predict_options(cls, changes: Mapping[str, Any]) -> Any:
+        """Return prediction options with `changes` over the defaults. Raises `SettingsError` for unknown keys and values."""
+        return cls.PredictOptions(**parse_options(cls.PredictOptions, changes, owner=cls.name, aliases=PREDICT_ALIASES))
+
+    @classmethod
+    def select_columns(cls, data: Data) -> Data:
+        """Return the data with only the feature columns that this task reads; other features are ignored."""
+        read = (*cls.feature, *cls.further)
+        other = lambda c: bool(cls.feature) and c.role == "feature" and c.kind not in read
+        out = lambda c: replace(c, role="ignored", why=f"{cls.name} reads only {' and '.join(read)}")
+        return replace(data, columns={n: out(c) if other(c) else c for n, c in data.columns.items()})
+
+    @classmethod
+    def monitored_metric(cls) -> Metric:
+        """Return the metric that selects the best checkpoint."""
+        return next((m for m in cls.metrics if m.name == cls.monitor), cls.metrics[0])

@@ -1,0 +1,178 @@
+"""Evaluators of tasks with one known target per example: scores of classes and of measurements, calibration, baselines."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp, softmax
+
+from fieldguide.data.dataset import Data
+from fieldguide.data.preprocessing import Standardizer
+from fieldguide.tasks.evaluator import Arrays, Baseline, Evaluator
+from fieldguide.tasks.spec import Metric
+
+MAX_LINEAR_BASELINE_ROWS = 20_000  # maximum rows for fitting the linear baseline; stated in its description
+
+
+class LinearBaseline(Evaluator):
+    """An evaluator that compares with a linear model of the same inputs."""
+
+    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
+        """Return the feature matrices of the linear baseline, fitted on the training rows."""
+        raise NotImplementedError
+
+    def targets(self, data: Data) -> Arrays:
+        """Return the known targets of the rows; the preprocessor defines it."""
+        raise NotImplementedError
+
+
+class ClassificationEvaluator(LinearBaseline):
+    """Scores probabilities against class codes."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("accuracy", "max", "correct", percent=True),
+        Metric("balanced_accuracy", "max", "mean recall over classes", percent=True),
+        Metric("macro_f1", "max", "F1 averaged over classes"),
+        Metric("log_loss", "min", "nats per example"),
+        Metric("auc", "max", "area under the ROC curve, one versus rest"),
+        Metric("calibration_error", "min", "mean gap between confidence and accuracy"),
+    )
+
+    labels: list[str]
+    counts: list[int]  # of each class in the training rows
+    temperature: float = 1.0  # divisor of the logits, set by `calibrate`
+
+    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
+        """Fit the temperature (Guo et al. 2017, arXiv:1706.04599, section 4.2), with a penalty that keeps it near 1 if
+        rows are few.
+        """
+        logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-12, 1))
+        rows, y = np.arange(len(logits)), targets["label"]
+
+        def cost(log_temperature: float) -> float:
+            scaled = logits / np.exp(log_temperature)
+            return float((logsumexp(scaled, axis=1) - scaled[rows, y]).sum() + 4 * log_temperature**2)
+
+        self.temperature = float(np.exp(minimize_scalar(cost, bounds=(-1.5, 1.5), method="bounded").x))
+
+    def postprocess(self, outputs: Arrays) -> Arrays:
+        logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-30, 1)) / self.temperature
+        return {**outputs, "probabilities": softmax(logits, axis=1)}
+
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        p, y = outputs["probabilities"].astype(np.float64), targets["label"]
+        guess = p.argmax(1)
+        right = guess == y
+        present, f1, recall = np.unique(y), [], []
+        for c in present:
+            hits = np.sum(right & (y == c))
+            recall.append(hits / np.sum(y == c))
+            f1.append(2 * hits / (np.sum(y == c) + np.sum(guess == c)))
+        return {
+            "accuracy": float(right.mean()),
+            "balanced_accuracy": float(np.mean(recall)),
+            "macro_f1": float(np.mean(f1)),
+            "log_loss": float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-12, 1)).mean()),
+            "auc": roc_auc(p, y, present),
+            "calibration_error": calibration_error(p.max(1), right),
+        }
+
+    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
+        right = int((outputs["probabilities"].argmax(1) == targets["label"]).sum())
+        return {**super().intervals(outputs, targets), "accuracy": binomial_interval(right, len(targets["label"]))}
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        frequencies = np.array(self.counts, dtype=float) / sum(self.counts)
+        shown = np.tile(frequencies, (len(test), 1))
+        name = self.labels[int(frequencies.argmax())]
+        return [Baseline("majority class", f"always predicts {name!r}", {"probabilities": shown}), self.logistic(train, test)]
+
+    def logistic(self, train: Data, test: Data) -> Baseline:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        sample, note = subsample(train)
+        x, x_test = self.linear_features(sample, test)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            y = self.targets(sample)["label"]
+            fitted = LogisticRegression(max_iter=300).fit(x, y)
+        probabilities = np.zeros((len(test), len(self.labels)))
+        probabilities[:, fitted.classes_] = fitted.predict_proba(x_test)
+        return Baseline("logistic regression", f"a linear model of the same inputs{note}", {"probabilities": probabilities})
+
+
+class RegressionEvaluator(LinearBaseline):
+    """Scores standardized predictions against targets in their own unit."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("rmse", "min", "root mean squared error"),
+        Metric("mae", "min", "mean absolute error"),
+        Metric("r2", "max", "of the variance explained", percent=True),
+    )
+
+    standard: Standardizer
+
+    def to_target_unit(self, outputs: Arrays) -> np.ndarray:
+        return self.standard.inverse(outputs["values"][:, 0])
+
+    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
+        guess, y = self.to_target_unit(outputs), targets["value"]
+        spread = float(np.mean((y - y.mean()) ** 2))
+        mse = float(np.mean((guess - y) ** 2))
+        return {"rmse": mse**0.5, "mae": float(np.abs(guess - y).mean()), "r2": 1 - mse / spread if spread else float("nan")}
+
+    def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        from sklearn.linear_model import Ridge
+
+        sample, note = subsample(train)
+        x, x_test = self.linear_features(sample, test)
+        fitted = Ridge().fit(x, self.standard.apply(self.values(sample)))
+        return [
+            Baseline("mean", f"always predicts {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
+            Baseline(
+                "ridge regression", f"a linear model of the same inputs{note}", {"values": fitted.predict(x_test)[:, None]}
+            ),
+        ]
+
+
+def subsample(data: Data) -> tuple[Data, str]:
+    """Return at most `MAX_LINEAR_BASELINE_ROWS` rows, and a note if rows were left out."""
+    if len(data) <= MAX_LINEAR_BASELINE_ROWS:
+        return data, ""
+    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:MAX_LINEAR_BASELINE_ROWS])
+    return data.take(rows), f", fitted on {MAX_LINEAR_BASELINE_ROWS:,} rows"
+
+
+def binomial_interval(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    from scipy.stats import binomtest  # imported here because it takes half a second
+
+    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def roc_auc(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
+    """Return the mean one-versus-rest area under the ROC curve over the classes that occur, computed from ranks."""
+    if len(present) < 2:
+        return float("nan")
+    areas = []
+    for c in present:
+        order = p[:, c].argsort(kind="stable")
+        _, place, counts = np.unique(p[order, c], return_inverse=True, return_counts=True)
+        last = np.cumsum(counts)
+        ranks = ((last - counts + 1 + last) / 2)[place]  # ties share their mean rank
+        mine = (y == c)[order]
+        n = mine.sum()
+        areas.append((ranks[mine].sum() - n * (n + 1) / 2) / (n * (len(y) - n)))
+    return float(np.mean(areas))
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Return the expected calibration error over equal-width bins (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[which == b].sum() - right[which == b].sum()) for b in np.unique(which)]
+    return float(sum(gaps) / len(right))
