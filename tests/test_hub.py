@@ -1,33 +1,52 @@
-"""Downloads by name, from a server on this machine that speaks as the hub does: whole, broken off, damaged, refused."""
+"""Downloads from a server on this machine that answers as the hub does: complete, interrupted, damaged, refused."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 
 import fieldguide
 from fieldguide.checkpoints import hub
 from fieldguide.core.errors import WeightsError
 from test_pretrained import gpt2
 
+DEAD = [1000, *[0] * 50]  # the line breaks after 1,000 bytes and stays dead
+LARGE = (".safetensors", ".bin")
+
 
 class Hub:
-    """One model, `org/tiny`. `cut` bytes are sent of each large file, then the line is dead; `asked` are the ranges, `seen`
-    the headers of each request. With another server as `store`, large files lie there, and the hub sends on to it."""
+    """A hub with the models `org/tiny`, `org/gated` (listed, but not to be downloaded) and `org/private`.
+
+    `versions` holds the files of each branch and tag. `cuts` says how many bytes of each next large response are sent before
+    the line breaks. `requests` are method, path and first byte, `headers` those of each request. If another server is the
+    `store`, large files are there and requests for them are redirected.
+    """
 
     def __init__(self, files: dict[str, bytes]):
-        self.files, self.cut, self.asked, self.damage, self.store, self.seen = files, None, [], False, None, []
+        self.versions = {"main": files}
+        self.cuts: Iterator[int] = iter(())
+        self.damage, self.status = False, 0
+        self.store: Hub | None = None
+        self.requests: list[tuple[str, str, int]] = []
+        self.headers: list[dict[str, str]] = []
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 stand_in.answer(self)
+
+            do_HEAD = do_GET
 
             def log_message(self, *_: object) -> None: ...
 
@@ -35,160 +54,330 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
 
-    def entries(self) -> list[dict]:
-        return [{"type": "directory", "path": "onnx"}] + [
-            {
-                "type": "file",
-                "path": name,
-                "size": len(content),
-                "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
-                **({"lfs": {"oid": hashlib.sha256(content).hexdigest()}} if name.endswith(".safetensors") else {}),
-            }
-            for name, content in self.files.items()
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.versions["main"]
+
+    def downloads(self) -> list[tuple[str, int]]:
+        """Return name and first byte of each file that was requested."""
+        return [
+            (path.rpartition("/")[2], start) for method, path, start in self.requests if method == "GET" and "/resolve/" in path
         ]
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.seen.append(dict(request.headers))
-        if self.store and request.path.endswith(".safetensors"):
-            request.send_response(302)
-            request.send_header("Location", self.store.address + request.path)
-            return request.end_headers()
-        if request.path == "/api/models/org/tiny/tree/main":
-            return self.send(request, 200, json.dumps(self.entries()).encode())
-        name = request.path.removeprefix("/org/tiny/resolve/main/")
-        if name not in self.files:
-            return self.send(request, 401 if "gated" in request.path else 404, b"no")
-        content, start = self.files[name], 0
-        if asked := request.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            self.asked.append((name, start))
-        content = content[start:]
-        if self.damage and name.endswith(".safetensors"):
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        self.send(request, 206 if start else 200, content, self.cut if name.endswith(".safetensors") else None)
+    def commit(self, revision: str) -> str | None:
+        commits = {
+            name: hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest() for name, files in self.versions.items()
+        }
+        return commits.get(revision, revision if revision in commits.values() else None)
 
-    def send(self, request: BaseHTTPRequestHandler, status: int, content: bytes, cut: int | None = None) -> None:
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = urlsplit(request.path).path
+        start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        self.requests.append((request.command, path, start))
+        self.headers.append(dict(request.headers))
+        if self.status:
+            return self.send(request, self.status)
+        api = path.startswith("/api/models/")
+        repository, _, rest = path.removeprefix("/api/models").strip("/").partition("/revision/" if api else "/resolve/")
+        revision, _, name = map(unquote, rest.partition("/"))
+        if repository == "org/private" and request.headers.get("Authorization") != "Bearer secret":
+            return self.send(request, 401, {"X-Error-Code": "RepoNotFound"})
+        if repository not in ("org/tiny", "org/gated", "org/private"):
+            return self.send(request, 401, {"X-Error-Code": "RepoNotFound"})  # the hub hides which models exist
+        if (commit := self.commit(revision)) is None:
+            return self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
+        files = next(files for version, files in self.versions.items() if self.commit(version) == commit)
+        if api:
+            return self.send(request, 200, body=json.dumps(listing(repository, commit, files)).encode())
+        if repository == "org/gated":
+            return self.send(request, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+        content = files[name]
+        etag = sha256(content) if name.endswith(LARGE) else blob_id(content)
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if self.store and name.endswith(LARGE):
+            linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content)), "Location": self.store.address + path}
+            return self.send(request, 302, headers | linked)
+        if self.damage and name.endswith(LARGE):
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cut = next(self.cuts, None) if name.endswith(LARGE) and request.command == "GET" else None
+        self.send(request, 206 if start else 200, headers, content[start:], cut)
+
+    def send(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        headers: dict | None = None,
+        body: bytes = b"",
+        cut: int | None = None,
+    ) -> None:
         request.send_response(status)
-        request.send_header("Content-Length", str(len(content)))
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            request.send_header(name, value)
         request.end_headers()
-        request.wfile.write(content[:cut])
+        if request.command == "GET":
+            request.wfile.write(body[:cut])
 
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
 
 
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def listing(repository: str, commit: str, files: dict[str, bytes]) -> dict:
+    siblings = []
+    for name, content in files.items():
+        lfs = {"sha256": sha256(content), "size": len(content), "pointerSize": 134}
+        entry = {"rfilename": name, "size": len(content), "blobId": blob_id(content)}
+        siblings.append(entry | ({"lfs": lfs} if name.endswith(LARGE) else {}))
+    return {"id": repository, "sha": commit, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def server(tmp_path, monkeypatch):
     gpt2().save_pretrained(tmp_path / "made")
     files = {p.name: p.read_bytes() for p in (tmp_path / "made").iterdir()}
-    made = Hub(files | {"README.md": b"# words", "pytorch_model.bin": b"pickled"})
+    made = Hub(files | {"README.md": b"# words", "pytorch_model.bin": b"pickled", "onnx/model.onnx": b"graph"})
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", made.address)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub waits before it tries again
     yield made
     made.close()
 
 
-def test_a_model_of_the_hub_by_name(here):
-    ours, said = fieldguide.load("hf:org/tiny"), []
+def cached_files(tmp_path: Path, name: str = "*") -> list[Path]:
+    return [path for path in (tmp_path / "home").rglob(name) if path.is_file()]
+
+
+def test_model_by_name(server):
+    ours, lines = fieldguide.load("hf:org/tiny"), []
     tokens = torch.randint(40, (1, 5))
     torch.testing.assert_close(ours(tokens), gpt2()(tokens).logits)
-    folder = hub.fetched("org/tiny", said.append)
-    assert not said  # nothing is fetched twice
-    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors", hub.NOTED}
+    server.requests.clear()
+    folder = hub.download_model("org/tiny", lines.append)
+    assert not lines and not server.downloads()
+    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
 
 
-def test_a_download_goes_on_where_it_was_broken_off(here):
-    here.cut = 1000
-    with pytest.raises(WeightsError, match=r"model.safetensors was interrupted after 1,000 of [\d,]+ bytes.*Run again"):
-        hub.fetched("org/tiny")
-    here.cut = None
-    folder = hub.fetched("org/tiny")
-    assert here.asked == [("model.safetensors", 1000)]
-    assert (folder / "model.safetensors").read_bytes() == here.files["model.safetensors"]
+def test_cache_is_shared_with_huggingface_hub(server, tmp_path, monkeypatch):
+    home = tmp_path / "home/hub"
+    huggingface_hub.hf_hub_download("org/tiny", "model.safetensors", cache_dir=home, endpoint=server.address)
+    server.requests.clear()
+    folder = hub.download_model("org/tiny")
+    assert folder == home / "models--org--tiny/snapshots" / server.commit("main")
+    assert [name for name, _ in server.downloads()] == ["config.json", "generation_config.json"]
+    assert huggingface_hub.try_to_load_from_cache("org/tiny", "config.json", home, "main") == str(folder / "config.json")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
+    assert hub.download_model("org/tiny").is_relative_to(tmp_path / "other")
 
 
-def test_damage_on_the_way_is_found_and_not_kept(here):
-    here.damage = True
-    with pytest.raises(WeightsError, match="does not match the digest"):
-        hub.fetched("org/tiny")
-    assert not list(Path(hub.home()).rglob("model.safetensors*"))
-    here.damage = False
-    assert hub.fetched("org/tiny")
+def test_revisions(server):
+    server.versions["v/1"] = server.files | {"config.json": b"{}"}
+    assert (hub.download_model("org/tiny@v/1") / "config.json").read_bytes() == b"{}"
+    commit = server.commit("v/1")
+    assert hub.download_model(f"org/tiny@{commit}").name == commit
+    assert hub.download_model("org/tiny").name == server.commit("main") != commit
 
 
-def test_a_token_is_shown_to_the_hub_alone(here, monkeypatch):
-    """Large files lie elsewhere, under addresses that hold their own permission and refuse a second one."""
+def test_interrupted_download_continues(server, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 250)
+    server.cuts = iter([1000, 500])
+    folder = hub.download_model("org/tiny")
+    assert server.downloads()[-3:] == [("model.safetensors", 0), ("model.safetensors", 1000), ("model.safetensors", 1500)]
+    assert (folder / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+
+
+def test_interrupted_download_keeps_complete_files(server, tmp_path):
+    server.cuts = iter(DEAD)
+    with pytest.raises(WeightsError, match=r"the download of model.safetensors was interrupted \(.*\). Run again"):
+        hub.download_model("org/tiny")
+    assert cached_files(tmp_path, "config.json") and not cached_files(tmp_path, "*.incomplete")
+    server.cuts = iter(())
+    server.requests.clear()
+    folder = hub.download_model("org/tiny")
+    assert server.downloads() == [("model.safetensors", 0)]
+    assert (folder / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+
+
+def test_damaged_file_is_discarded(server, tmp_path):
+    server.damage = True
+    with pytest.raises(WeightsError, match=r"model.safetensors does not match the digest"):
+        hub.download_model("org/tiny")
+    assert max(path.stat().st_size for path in cached_files(tmp_path)) < len(server.files["model.safetensors"])
+    server.damage = False
+    assert (hub.download_model("org/tiny") / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+
+
+def test_interrupted_verification_discards_the_file(server, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", interrupt)
+        hub.download_model("org/tiny")
+    assert not cached_files(tmp_path, "model.safetensors")
+    server.requests.clear()
+    hub.download_model("org/tiny")
+    assert server.downloads() == [("model.safetensors", 0)]
+
+
+def test_token_is_sent_to_the_hub_only(server, monkeypatch):
+    """Large files are on other servers, with signed addresses."""
     monkeypatch.setenv("HF_TOKEN", "secret")
-    here.store = Hub(here.files)
+    server.store = Hub(server.files)
     try:
-        assert (hub.fetched("org/tiny") / "model.safetensors").read_bytes() == here.files["model.safetensors"]
-        assert all(headers["Authorization"] == "Bearer secret" for headers in here.seen)
-        assert len(here.store.seen) == 1 and "Authorization" not in here.store.seen[0]
+        assert (hub.download_model("org/tiny") / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+        assert all(headers["authorization"] == "Bearer secret" for headers in map(lowered, server.headers))
+        assert len(server.store.headers) == 1 and "authorization" not in lowered(server.store.headers[0])
     finally:
-        here.store.close()
+        server.store.close()
 
 
-def test_what_the_hub_has_changed_is_fetched_again(here):
-    """Though it is as long as before."""
-    folder = hub.fetched("org/tiny")
-    before = here.files["config.json"]
-    here.files["config.json"] = before[::-1]
-    assert (hub.fetched("org/tiny") / "config.json").read_bytes() == before[::-1]
-    (folder / "config.json").write_bytes(before)  # and nobody noted what lies there
-    (folder / hub.NOTED).unlink()
-    assert (hub.fetched("org/tiny") / "config.json").read_bytes() == before[::-1]
+def lowered(headers: dict[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
-def test_parts_of_other_contents_are_not_gone_on_with(here):
-    here.cut = 1000
+def test_changed_files_are_downloaded_again(server):
+    """Also if they are as long as before; unchanged files are not."""
+    hub.download_model("org/tiny")
+    server.requests.clear()
+    server.files["config.json"] = server.files["config.json"][::-1]
+    folder = hub.download_model("org/tiny")
+    assert (folder / "config.json").read_bytes() == server.files["config.json"]
+    assert (folder / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+    assert server.downloads() == [("config.json", 0)]
+
+
+def test_parts_of_other_contents_are_not_continued(server):
+    server.cuts = iter(DEAD)
     with pytest.raises(WeightsError, match="was interrupted"):
-        hub.fetched("org/tiny")
-    here.cut, here.files["model.safetensors"] = None, here.files["model.safetensors"][::-1]
-    assert (hub.fetched("org/tiny") / "model.safetensors").read_bytes() == here.files["model.safetensors"] and not here.asked
+        hub.download_model("org/tiny")
+    server.cuts, server.files["model.safetensors"] = iter(()), server.files["model.safetensors"][::-1]
+    server.requests.clear()
+    assert (hub.download_model("org/tiny") / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+    assert all(start == 0 for _, start in server.downloads())
 
 
-def test_long_downloads_say_how_far_they_are(here, monkeypatch):
-    monkeypatch.setattr(hub, "CHUNK", 1000)
-    monkeypatch.setattr(hub, "TOLD", 0)
-    said = []
-    hub.fetched("org/tiny", said.append)
-    told = [line for line in said if line.startswith("model.safetensors") and "s left" in line]
-    assert len(told) == -(-len(here.files["model.safetensors"]) // 1000) and told[-1].endswith("; about 0 s left")
+def test_long_downloads_report_progress(server, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    lines = []
+    hub.download_model("org/tiny", lines.append)
+    size = len(server.files["model.safetensors"])
+    assert lines[-1] == f"model.safetensors: {size / 1e6:,.1f} MB"  # done before the first line is due
+    monkeypatch.setattr(hub, "LOG_INTERVAL_S", 0)
+    server.files["model.safetensors"] = server.files["model.safetensors"][::-1]
+    hub.download_model("org/tiny")
+    progress = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("model.safetensors") and "s left" in line
+    ]
+    assert len(progress) == -(-size // 1000) and progress[-1].endswith("; about 0 s left")
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("org/other", "this model or revision does not exist"),
+        ("org/other", "this model does not exist, or it is private"),
+        ("org/private", "For a private model set HF_TOKEN"),
+        ("org/tiny@v2", "this revision does not exist"),
+        ("org/gated", "access is gated. Accept the terms"),
         ("tiny", "use hf:organization/name"),
         ("../x/y", "use hf:organization/name"),
+        ("org/a--b", "use hf:organization/name"),
     ],
 )
-def test_what_is_not_there(here, name, message):
+def test_inaccessible_models(server, name, message):
     with pytest.raises(WeightsError, match=message):
-        hub.fetched(name)
+        hub.download_model(name)
 
 
-def test_without_a_network(here, monkeypatch):
+def test_private_model_with_token(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert (hub.download_model("org/private") / "config.json").is_file()
+
+
+def test_model_without_weights(server):
+    server.versions["main"] = {"config.json": b"{}", "model.gguf": b"GGUF"}
+    with pytest.raises(WeightsError, match=r"holds no weights.*it has: config.json, model.gguf"):
+        hub.download_model("org/tiny")
+
+
+def test_unreachable_hub(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match=r"cannot be reached.*pass their folder"):
-        hub.fetched("org/tiny")
+        hub.download_model("org/tiny")
 
 
-def test_what_is_there_serves_without_a_network(here, monkeypatch):
-    folder, said = hub.fetched("org/tiny"), []
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert hub.fetched("org/tiny", said.append) == folder and "cannot be reached" in said[0] and str(folder) in said[0]
-    with pytest.raises(WeightsError, match="was interrupted"), monkeypatch.context() as other:  # with half of what is new
-        other.setenv("HF_ENDPOINT", here.address)
-        here.cut, here.files["model.safetensors"] = 1000, here.files["model.safetensors"][::-1]
-        hub.fetched("org/tiny")
+@pytest.mark.parametrize("variable, value", [("HF_ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_OFFLINE", "1")])
+def test_earlier_download_is_used_without_a_network(server, monkeypatch, variable, value):
+    folder, lines = hub.download_model("org/tiny"), []
+    server.requests.clear()
+    monkeypatch.setenv(variable, value)
+    for name in ("org/tiny", f"org/tiny@{server.commit('main')}"):
+        assert hub.download_model(name, lines.append) == folder
+        assert "cannot be reached" in lines[-1] and str(folder) in lines[-1]
     with pytest.raises(WeightsError, match="cannot be reached"):
-        hub.fetched("org/tiny")
+        hub.download_model("org/tiny@v1")
+    assert not server.requests
 
 
-def test_all_of_a_tokenizer_is_fetched():
+@pytest.mark.parametrize("status", [429, 503])
+def test_earlier_download_is_used_if_the_hub_is_busy(server, status):
+    folder, lines = hub.download_model("org/tiny"), []
+    server.status = status
+    assert hub.download_model("org/tiny", lines.append) == folder and "cannot be reached" in lines[0]
+
+
+def test_incomplete_download_is_not_used(server, monkeypatch):
+    server.cuts = iter(DEAD)
+    with pytest.raises(WeightsError, match="was interrupted"):
+        hub.download_model("org/tiny")
+    with pytest.raises(WeightsError, match="cannot be reached"), monkeypatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        hub.download_model(f"org/tiny@{server.commit('main')}")
+    server.cuts = iter(())
+    folder = hub.download_model("org/tiny")
+    server.cuts, server.files["model.safetensors"] = iter(DEAD), server.files["model.safetensors"][::-1]
+    with pytest.raises(WeightsError, match="was interrupted"):
+        hub.download_model("org/tiny")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.download_model("org/tiny") == folder  # the earlier commit is complete
+
+
+def test_shards_are_complete_only_together(server, monkeypatch):
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": dict(zip("ab", names, strict=True))}
+    shards = {name: name.encode() * 100 for name in names}
+    server.versions["main"] = {"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode(), **shards}
+    server.cuts = itertools.chain([10**6], DEAD)
+    with pytest.raises(WeightsError, match=r"model-00002-of-00002.safetensors was interrupted"):
+        hub.download_model("org/tiny")
+    commit = server.commit("main")
+    with pytest.raises(WeightsError, match="cannot be reached"), monkeypatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        hub.download_model(f"org/tiny@{commit}")
+    server.cuts = iter(())
+    assert {p.name for p in hub.download_model("org/tiny").iterdir()} == set(server.files)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.download_model(f"org/tiny@{commit}").name == commit
+
+
+def test_pickled_weights_are_downloaded_without_safetensors(server):
+    del server.files["model.safetensors"]
+    folder = hub.download_model("org/tiny")
+    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "pytorch_model.bin"}
+
+
+def test_all_files_of_a_tokenizer_are_chosen():
     words = {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -203,12 +392,15 @@ def test_all_of_a_tokenizer_is_fetched():
         "generation_config.json",
         "chat_template.jinja",
     }
-    assert hub.chosen([*words, "model.safetensors", "README.md", "original/tokenizer.model"]) == {*words, "model.safetensors"}
+    assert hub.choose_files([*words, "model.safetensors", "README.md", "original/tokenizer.model"]) == {
+        *words,
+        "model.safetensors",
+    }
 
 
-def test_pickled_weights_only_where_there_are_no_others():
+def test_safetensors_are_preferred():
     names = ["config.json", "pytorch_model.bin", "model.safetensors", "model.fp16.safetensors", "onnx/model.onnx", "vocab.txt"]
-    assert hub.chosen(names) == {"config.json", "model.safetensors", "vocab.txt"}
-    assert hub.chosen(names[:2]) == {"config.json", "pytorch_model.bin"}
+    assert hub.choose_files(names) == {"config.json", "model.safetensors", "vocab.txt"}
+    assert hub.choose_files(names[:2]) == {"config.json", "pytorch_model.bin"}
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    assert hub.chosen(shards) == set(shards)
+    assert hub.choose_files(shards) == set(shards)

@@ -45,7 +45,6 @@ PEERS = {
     "keras",
     "jax",
     "datasets",
-    "huggingface_hub",
     "requests",
     "httpx",
     "joblib",
@@ -53,7 +52,7 @@ PEERS = {
     "shelve",
     "marshal",
 }
-LATER = {"sklearn", "tokenizers", "matplotlib"}  # at the top of a file: only in estimators
+LATER = {"sklearn", "tokenizers", "matplotlib", "huggingface_hub"}  # at the top of a file: only in estimators
 
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -164,7 +163,7 @@ def loaded(code: str) -> set[str]:
     return {name.split(".")[0] for name in said.rsplit("|", 1)[1].split()}
 
 
-HEAVY = {"torch", "polars", "sklearn", "numpy", "scipy", "PIL", "tokenizers", "safetensors", "jinja2"}
+HEAVY = {"torch", "polars", "sklearn", "numpy", "scipy", "PIL", "tokenizers", "safetensors", "jinja2", "huggingface_hub"}
 
 
 def test_import_is_light():

@@ -1,184 +1,191 @@
-"""Downloads from the Hugging Face Hub, only for models that the user names.
+"""Downloads of the models that the user names, from the Hugging Face Hub into the cache shared through huggingface_hub.
 
-A file is downloaded to a temporary name, resumed if it was interrupted, checked against the digest that the hub
-states, and then renamed. Files that exist are compared with the hub by the digests stored next to them. If the
-hub is unreachable, a complete earlier download is used.
+huggingface_hub transfers and caches the files. This module chooses those that a model needs, verifies their SHA-256
+digests, reports progress in lines, and uses a complete earlier download if the hub is unreachable.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import re
 import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fieldguide.core.errors import WeightsError
 
-NOTED = "fetched.json"  # digests of a folder's files, once all are there
-CHUNK = 2**20
-TOLD = 5  # seconds between words on how far a file is
-TIMEOUT = 60  # seconds without a byte
-KINDS = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece*",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # only where there are no safetensors
+if TYPE_CHECKING:
+    from huggingface_hub.utils import tqdm
+
+LOG_INTERVAL_S = 5  # between two lines on the progress of a file
+LIST_TIMEOUT_S = 30  # for the list of a model's files
+BUSY = (408, 429, 500, 502, 503, 504)  # statuses that say nothing about the model
+WEIGHTS = (".safetensors", ".bin")
+PATTERNS = (
+    "*.safetensors *.safetensors.index.json config.json generation_config.json preprocessor_config.json processor_config.json "
+    "tokenizer* vocab* merges.txt spiece.model spm.model sentencepiece* added_tokens.json special_tokens_map.json chat_template*"
+).split()
+PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only if there are no safetensors
 
 
-class Unreachable(WeightsError):
-    """The hub is unreachable."""
-
-
-def aloud(text: str) -> None:
+def print_stderr(text: str) -> None:
+    """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-def fetched(name: str, callback: Callable[[str], None] = aloud) -> Path:
-    """Return the folder with the files of `organization/name` or `organization/name@revision`, downloading what is
-    missing.
+def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path:
+    """Return the folder of `organization/name` or `organization/name@revision`, with missing files downloaded.
 
-    `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` have their usual meaning. Raises `WeightsError` for a model that
-    does not exist, an unreachable hub, or a file whose digest differs from the hub's.
+    `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` have their usual meaning. Raises `WeightsError`
+    for a model that does not exist or is not accessible, an unreachable hub, and an interrupted or damaged download.
     """
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import validate_repo_id
+
     repository, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise WeightsError(f"hf:{name} is not a model name: use hf:organization/name or hf:organization/name@revision")
+    try:
+        validate_repo_id(repository if "/" in repository else "")
+    except HFValidationError:
+        raise WeightsError(f"hf:{name} is no model name: use hf:organization/name or hf:organization/name@revision") from None
     revision = revision or "main"
-    folder = home() / repository.replace("/", "--") / revision.replace("/", "--")
-    quoted, note = urllib.parse.quote(revision, safe=""), folder / NOTED
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    where: dict[str, Any] = {"repo_id": repository, "cache_dir": cache_folder()}
     try:
-        entries = {e["path"]: e for e in answered(f"/api/models/{repository}/tree/{quoted}", name) if e.get("type") == "file"}
-    except Unreachable as error:
-        if not note.is_file():
-            raise
-        callback(f"{error}\nUsing the files downloaded before, in {folder}")
-        return folder
-    wanted = chosen(list(entries))
-    if not any(path.endswith((".safetensors", ".bin")) for path in wanted):
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        api = HfApi(endpoint=endpoint)
+        info = api.model_info(repository, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT_S)
+    except (OSError, HTTPError, ValueError) as error:  # ValueError: the answer is not JSON but, say, a login page
+        if reason := describe_refusal(error):
+            raise WeightsError(f"hf:{name}: {reason}") from error
+        problem = f"hf:{name}: {endpoint} cannot be reached ({first_line(error)})."
+        if folder := find_download(revision, where):
+            log(f"{problem}\nUsing the files downloaded before, in {folder}")
+            return folder
+        raise WeightsError(f"{problem} If the files are on this machine already, pass their folder.") from error
+    files, commit = {file.rfilename: file for file in info.siblings or []}, info.sha or revision
+    # Weights last: `find_download` relies on it that a folder with all weights is complete.
+    chosen = sorted(choose_files(files), key=lambda path: (path.endswith(WEIGHTS), path))
+    if not any(path.endswith(WEIGHTS) for path in chosen):
         raise WeightsError(
-            f"hf:{name} holds no weights in safetensors or of torch.save; it has: {', '.join(sorted(entries)[:20])}"
+            f"hf:{name} holds no weights in safetensors or of torch.save; it has: {', '.join(sorted(files)[:20])}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    noted = json.loads(note.read_text()) if note.is_file() else {}
-    for path in sorted(wanted):
-        if noted.get(path) != digest(entries[path]) or not (folder / path).is_file():
-            note.unlink(missing_ok=True)  # until all is there again
-            fetch(f"/{repository}/resolve/{quoted}/{urllib.parse.quote(path)}", folder / path, entries[path], name, callback)
-    note.write_text(json.dumps({path: digest(entries[path]) for path in sorted(wanted)}, indent=2))
-    return folder
 
-
-def chosen(paths: list[str]) -> set[str]:
-    """Return the files to download: configuration, tokenizer and weights, as safetensors if there are any."""
-    import fnmatch
-
-    def of(kinds: tuple[str, ...]) -> set[str]:
-        return {p for p in paths if "/" not in p and any(fnmatch.fnmatch(p, k) for k in kinds)}
-
-    found = of(KINDS)
-    if "model.safetensors" in found:  # some repositories hold the same weights in other forms beside it
-        found = {p for p in found if not p.endswith(".safetensors") or p == "model.safetensors"}
-    return found if any(p.endswith(".safetensors") for p in found) else found | of(PICKLED)
-
-
-def home() -> Path:
-    base = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(base) / "fieldguide"
-
-
-def opened(url: str, name: str, start: int = 0) -> Any:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(endpoint + url, headers={"User-Agent": "fieldguide"})
-    if token := os.environ.get("HF_TOKEN"):  # for the hub alone: where it sends us on to must not see it
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-    try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        why = {
-            401: "it is private or gated: accept its terms on its page, then set HF_TOKEN",
-            403: "access is denied",
-            404: "this model or revision does not exist",
-        }.get(error.code, error.reason)
-        raise WeightsError(f"hf:{name}: {why} ({endpoint} answered {error.code})") from None
-    except (urllib.error.URLError, OSError) as error:
-        raise Unreachable(
-            f"hf:{name}: {endpoint} cannot be reached ({getattr(error, 'reason', error)}). If the files are "
-            "on this machine already, pass their folder."
-        ) from None
-
-
-def answered(url: str, name: str) -> list[dict[str, Any]]:
-    with opened(url, name) as answer:
-        return json.load(answer)
-
-
-def digest(entry: dict[str, Any]) -> str:
-    """Return the digest that the hub states for a file: SHA-256 for large files, git's blob hash for small ones."""
-    return entry["lfs"]["oid"] if entry.get("lfs") else entry["oid"]
-
-
-def digested(path: Path, entry: dict[str, Any]) -> str:
-    """Return the same digest, computed from a local file."""
-    check = hashlib.sha256() if entry.get("lfs") else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            check.update(block)
-    return check.hexdigest()
-
-
-def fetch(url: str, path: Path, entry: dict[str, Any], name: str, callback: Callable[[str], None]) -> None:
-    """Download one file, resuming an interrupted download; do nothing if the same file exists."""
-    if path.is_file() and digested(path, entry) == digest(entry):
-        return
-    part, size = path.with_name(f"{path.name}.{digest(entry)[:12]}.part"), entry["size"]  # of this content, not another
-    start = part.stat().st_size if part.is_file() and part.stat().st_size < size else 0
-    with opened(url, name, start) as answer, open(part, "ab" if start and answer.status == 206 else "wb") as file:
-        callback(f"{entry['path']}: {size / 1e6:,.1f} MB" + (f", from {start / 1e6:,.1f} MB on" if file.tell() else ""))
-        began, told, before = time.monotonic(), time.monotonic(), file.tell()
+    def download(path: str, revision: str) -> Path:
         try:
-            while block := answer.read(CHUNK):
-                file.write(block)
-                if (now := time.monotonic()) - told > TOLD:
-                    told, done = now, file.tell()
-                    left = (size - done) * (now - began) / (done - before)
-                    callback(f"{entry['path']}: {done / 1e6:,.1f} of {size / 1e6:,.1f} MB; about {left:,.0f} s left")
-        except OSError as error:
-            raise WeightsError(
-                f"hf:{name}: {entry['path']} was interrupted after {file.tell():,} of {size:,} bytes "
-                f"({error}). Run again to resume the download."
-            ) from None
-    if part.stat().st_size < size:
+            bar = progress_class(path, log)
+            return Path(hf_hub_download(filename=path, revision=revision, endpoint=endpoint, tqdm_class=bar, **where))
+        except Exception as error:  # of the network, the disk, or whatever transfers the files
+            reason = describe_refusal(error) or (
+                f"the download of {path} was interrupted ({first_line(error)}). Run again: complete files are kept."
+            )
+            raise WeightsError(f"hf:{name}: {reason}") from error
+
+    for path in chosen:
+        if not isinstance(try_to_load_from_cache(filename=path, revision=commit, **where), str):
+            log(f"{path}: {(files[path].size or 0) / 1e6:,.1f} MB")
+            file = download(path, commit)
+            if lfs := files[path].lfs:
+                verify(file, lfs.sha256, f"hf:{name}: {path}")
+    download(chosen[0], revision)  # stores which commit the revision is, for use without a network
+    return download(chosen[0], commit).parent
+
+
+def choose_files(paths: Iterable[str]) -> set[str]:
+    """Return the files to download: configuration, tokenizer and weights, as safetensors if there are any."""
+
+    def matching(patterns: list[str]) -> set[str]:
+        return {path for path in paths if "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)}
+
+    found = matching(PATTERNS)
+    if "model.safetensors" in found:  # some repositories hold the same weights in other forms as well
+        found = {path for path in found if not path.endswith(".safetensors") or path == "model.safetensors"}
+    return found if any(path.endswith(".safetensors") for path in found) else found | matching(PICKLE_PATTERNS)
+
+
+def cache_folder() -> Path:
+    """Return the cache of huggingface_hub, which itself reads the environment only once, at its import."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    return Path(os.path.expandvars(cache)).expanduser()
+
+
+def find_download(revision: str, where: dict[str, Any]) -> Path | None:
+    """Return the folder of a revision in the cache if it has all of its weights."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(revision=revision, local_files_only=True, allow_patterns=["config.json"], **where))
+    except OSError:
+        return None
+    names = choose_files([path.name for path in folder.iterdir()])
+    needed = {name for name in names if name.endswith(WEIGHTS)}
+    if "model.safetensors" not in names:
+        for name in (name for name in names if name.endswith(".index.json")):
+            needed |= set(json.loads((folder / name).read_text())["weight_map"].values())
+    return folder if needed and needed <= names else None
+
+
+def verify(path: Path, sha256: str, place: str) -> None:
+    """Raise `WeightsError` and remove a file from the cache if its digest differs from the one that the hub states."""
+    digest = None
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    finally:
+        if digest != sha256:  # also if the user interrupts, because files in the cache are not verified again
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+    if digest != sha256:
         raise WeightsError(
-            f"hf:{name}: {entry['path']} was interrupted after {part.stat().st_size:,} of {size:,} bytes. "
-            "Run again to resume the download."
+            f"{place} does not match the digest of the hub and was discarded. Run again; if it fails again, "
+            "something between this machine and the hub alters files."
         )
-    if digested(part, entry) != digest(entry):
-        part.unlink()
-        raise WeightsError(
-            f"hf:{name}: {entry['path']} does not match the digest of the hub and was discarded. "
-            "Run again; if it fails again, something between this machine and the hub alters files."
-        )
-    os.replace(part, path)
+
+
+def describe_refusal(error: Exception) -> str | None:
+    """Return why the hub refuses a request, or None if it could not be reached."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code in BUSY:
+        return None
+    if isinstance(error, GatedRepoError):
+        return "access is gated. Accept the terms on the page of the model, then set HF_TOKEN or run `hf auth login`."
+    if isinstance(error, RevisionNotFoundError):
+        return "this revision does not exist."
+    if isinstance(error, RepositoryNotFoundError):
+        return "this model does not exist, or it is private. For a private model set HF_TOKEN or run `hf auth login`."
+    return f"the hub refuses the request ({first_line(error)})."
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def progress_class(path: str, log: Callable[[str], None]) -> type[tqdm]:
+    """Return a class of progress bars that write lines to `log`, for long downloads only."""
+    from huggingface_hub.utils import tqdm
+
+    class Progress(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            pace = {"mininterval": LOG_INTERVAL_S, "delay": LOG_INTERVAL_S, "miniters": 1}
+            super().__init__(*args, **kwargs | pace | {"file": io.StringIO(), "leave": False, "disable": False})
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if msg is None and self.total and self.n > self.initial:
+                left = (self.total - self.n) * self.format_dict["elapsed"] / (self.n - self.initial)
+                log(f"{path}: {self.n / 1e6:,.1f} of {self.total / 1e6:,.1f} MB; about {left:,.0f} s left")
+
+        def update_transfer(self, *_: Any) -> None:
+            """Ignore bytes received but not yet written; without this method they have a second bar."""
+
+        set_transfer_postfix_str = update_transfer
+
+    return Progress

@@ -146,8 +146,8 @@ def inspect_checkpoint(
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
         from fieldguide.checkpoints import hub
 
-        with distributed.turns():  # one process of a machine fetches, the others find it there
-            source = hub.fetched(source.removeprefix(HUB_PREFIX), callback or hub.aloud)
+        with distributed.turns():  # one process of a machine downloads, the others find the files in the cache
+            source = hub.download_model(source.removeprefix(HUB_PREFIX), callback or hub.print_stderr)
     path = Path(source)
     if not path.exists():
         raise WeightsError(
