@@ -43,9 +43,10 @@ def average_precision(found: Arrays, truth: Arrays, classes: int) -> dict[str, A
 def bootstrap(found: Arrays, truth: Arrays, classes: int, *, repeats: int, seed: int = 0) -> list[dict[str, Any]]:
     """Return the scores of `repeats` bootstrap samples of the images. Boxes are matched only once."""
     evaluator, rng = run_coco_evaluator(found, truth, classes), np.random.default_rng(seed)
-    count, each, samples = len(truth["labels"]), np.empty(len(evaluator.evalImgs), dtype=object), []
-    each[:] = evaluator.evalImgs  # one entry per class and image
-    each = each.reshape(-1, count)
+    samples: list[dict[str, Any]] = []
+    count, flat = len(truth["labels"]), np.empty(len(evaluator.evalImgs), dtype=object)
+    flat[:] = evaluator.evalImgs  # one entry per class and image
+    each = flat.reshape(-1, count)
     while len(samples) < repeats:
         evaluator.evalImgs = each[:, rng.integers(0, count, count)].ravel().tolist()
         scores = summarize(evaluator)
@@ -121,7 +122,11 @@ def build_coco(arrays: Arrays, classes: int) -> Any:
 
 def check_arrays(found: Arrays, truth: Arrays, classes: int) -> None:
     """Raise `DataError` if the arrays cannot be evaluated."""
-    for name_of_boxes, arrays, flat in (("predicted", found, ("labels", "scores")), ("true", truth, ("labels",))):
+    sides: list[tuple[str, Arrays, tuple[str, ...]]] = [
+        ("predicted", found, ("labels", "scores")),
+        ("true", truth, ("labels",)),
+    ]
+    for name_of_boxes, arrays, flat in sides:
         if missing := [name for name in ("boxes", *flat) if name not in arrays]:
             raise DataError(f"the {name_of_boxes} boxes have no {' and '.join(missing)}")
         shape = arrays["labels"].shape

@@ -51,7 +51,8 @@ def train_classifier(
     with torch.random.fork_rng(), torch.enable_grad(), torch.inference_mode(False):
         torch.manual_seed(seed)
         x = x.clone(memory_format=torch.channels_last)  # 1.5 times as fast
-        classifier = FeatureClassifier(x.shape[1], classes if label is not None else 4).to(memory_format=torch.channels_last)
+        classifier = FeatureClassifier(x.shape[1], classes if label is not None else 4)
+        classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
         for _ in range(steps):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def f1_score(predicted: str, reference: str) -> float:
     return 2 * (mine & theirs).total() / (mine.total() + theirs.total())
 
 
-def score_answers(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:  # N texts, N lists -> N 2
+def score_answers(predicted: Iterable[str], references: Iterable[Sequence[str]]) -> np.ndarray:  # N texts, N lists -> N 2
     """Return exact match and F1 of each answer with the best of its references; `""` means no answer."""
     rows = [(text, options or ("",)) for text, options in zip(predicted, references, strict=True)]
     return np.array(

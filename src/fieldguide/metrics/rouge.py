@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -48,7 +48,7 @@ def rouge_l(predicted: Sequence[str], reference: Sequence[str]) -> float:
     return f_measure(int(best[-1]), len(row), len(want))
 
 
-def score_texts(predicted: Sequence[str], references: Sequence[str]) -> np.ndarray:  # N texts, N references -> N 3
+def score_texts(predicted: Iterable[str], references: Iterable[str]) -> np.ndarray:  # N texts, N references -> N 3
     """Return ROUGE-1, ROUGE-2 and ROUGE-L of each text."""
     rows = [(split_words(a), split_words(b)) for a, b in zip(predicted, references, strict=True)]
     return np.array([(rouge_n(a, b, 1), rouge_n(a, b, 2), rouge_l(a, b)) for a, b in rows]).reshape(-1, len(ROUGE_NAMES))

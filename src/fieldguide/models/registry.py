@@ -30,7 +30,8 @@ def cards() -> dict[str, Card]:
 def closed() -> dict[str, Closed]:
     """The systems that nobody outside has, by each of their names."""
     rows = tomllib.loads(files("fieldguide.models").joinpath("closed.toml").read_text("utf-8"))["system"]
-    systems = [Closed(**{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()}) for row in rows]
+    fields: list[dict[str, Any]] = [{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()} for row in rows]
+    systems = [Closed(**row) for row in fields]
     return {name: system for system in systems for name in system.names}
 
 
@@ -90,7 +91,7 @@ def names(
     ]
 
 
-def create(name: str, **overrides: Any):
+def create(name: str, **overrides: Any) -> Any:
     """A freshly initialised network: `create("resnet50", classes=10, channels=1)`.
 
     Overrides are the project's vocabulary or the config's own field names.

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
@@ -27,13 +28,13 @@ class Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # B ... -> W*B ...
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # B ... -> W*B ...
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # W*B ... -> B ...
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # W*B ... -> B ...
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
@@ -47,9 +48,9 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:  # B ... -> N ..., int
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x, 0
     count = torch.tensor([len(x)], device=x.device)
-    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    counts = torch.cat(counts).tolist()
+    gathered = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, count)
+    counts: list[int] = torch.cat(gathered).tolist()
     longest = max(counts)
     padded = Gather.apply(torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]))
     return torch.cat([part[:n] for part, n in zip(padded.split(longest), counts)]), sum(counts[: dist.get_rank()])

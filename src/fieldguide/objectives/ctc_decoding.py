@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.ctc import BLANK
@@ -71,8 +72,8 @@ def beam_search(
     if width < 1:
         raise SettingsError(f"width={width} must be at least 1")
     vocab = log_probabilities.shape[1]
-    candidates_by_frame = log_probabilities[:, 1:].topk(min(symbols or vocab, vocab - 1)).indices + 1
-    rows, candidates_by_frame = log_probabilities.double().tolist(), candidates_by_frame.tolist()
+    candidates_by_frame = (log_probabilities[:, 1:].topk(min(symbols or vocab, vocab - 1)).indices + 1).tolist()
+    rows = log_probabilities.double().tolist()
     beam: dict[Prefix, tuple[float, float]] = {
         (): (0.0, LOG_ZERO)
     }  # log-probability of alignments that end in a blank, and of the others
@@ -183,9 +184,23 @@ def stitch_chunks(chunks: Tensor, overlap: int, total: int) -> Tensor:  # C S V 
     return torch.cat([chunks[0, :half], middle, chunks[-1, steps - half :]])[:total]
 
 
+class FrameModel(Protocol):
+    """A network that reads a signal and returns logits for each frame."""
+
+    @property
+    def stride(self) -> int:
+        """Steps of the signal per frame."""
+
+    def frames(self, steps: Tensor, /) -> Tensor:
+        """Return the number of frames of signals with these numbers of steps."""
+
+    def __call__(self, signal: Tensor, length: Tensor, /) -> Tensor:  # B T *, B -> B S V
+        """Return the logits."""
+
+
 @torch.no_grad()
 def compute_logits_in_chunks(
-    model: nn.Module, signal: Tensor, *, size: int, overlap: int, batch: int = 8
+    model: FrameModel, signal: Tensor, *, size: int, overlap: int, batch: int = 8
 ) -> Tensor:  # T * -> S V
     """Return the logits of one long recording, computed in overlapping chunks of `size` steps, `batch` chunks at a time.
 

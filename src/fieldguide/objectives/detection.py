@@ -11,6 +11,7 @@ Shapes: B batch, N boxes of an image, A points of all levels, R bins of a distan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,13 +144,14 @@ class Detection(Objective):
         super().__init__()
         self.model, self.inputs = model, tuple(inputs)
         self.weights = {"box": box, "label": label, "distance": distance}
-        self.matching = {"topk": topk, "alpha": alpha, "beta": beta, "smallest": float(min(model.strides))}
+        self.matching: dict[str, Any] = {"topk": topk, "alpha": alpha, "beta": beta, "smallest": float(min(self.model.strides))}
         self.confidence, self.overlap, self.candidates, self.max_detections = confidence, overlap, candidates, max_detections
 
     def compute_predictions(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return boxes, distance logits and class logits (see `decode`), and the points and strides of the grid."""
         raw = self.model(*(batch[name] for name in self.inputs))
-        points, strides = make_grid(*batch[self.inputs[0]].shape[-2:], self.model.strides, raw.device)
+        height, width = batch[self.inputs[0]].shape[-2:]
+        points, strides = make_grid(height, width, self.model.strides, raw.device)
         return *decode(raw, self.model.bins, points, strides), points, strides
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
@@ -169,7 +171,8 @@ class Detection(Objective):
             "label": F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / total,
             "distance": (distribution_focal_loss(distances[row, point], sides).mean(-1) * weight).sum() / total,
         }
-        return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
+        weighted = [self.weights[name] * part for name, part in parts.items()]
+        return {"loss": sum(weighted[1:], weighted[0]), **parts}
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `boxes` B D 4 clipped to the image, `scores` B D in descending order, `labels` B D; padding is 0, 0, -1."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,9 @@ class Process(nn.Module):
     Raises:
         SettingsError: if `schedule` or `predicts` is unknown, or `steps` is below 1.
     """
+
+    signal: Tensor  # T
+    noise: Tensor  # T
 
     def __init__(self, schedule: str = "cosine", steps: int = 1000, predicts: str = "eps"):
         super().__init__()
@@ -288,11 +292,11 @@ class Diffusion(Objective):
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the loss of each example at fixed times and noise, so that it does not depend on the batch size."""
         clean, label = self.get_data_and_label(batch)
-        draw, total = Noise(0, [0], clean.shape[1:], clean), 0.0
+        draw, errors = Noise(0, [0], clean.shape[1:], clean), []
         for i in range(EVAL_NOISE_LEVELS):
             time = torch.full((len(clean),), (2 * i + 1) * self.process.steps // (2 * EVAL_NOISE_LEVELS), device=clean.device)
-            total = total + self.compute_errors(clean, draw().expand_as(clean), time, label)
-        return {"loss": total / EVAL_NOISE_LEVELS}
+            errors.append(self.compute_errors(clean, draw().expand_as(clean), time, label))
+        return {"loss": sum(errors[1:], errors[0]) / EVAL_NOISE_LEVELS}
 
     def get_data_and_label(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # -> B ..., B or B T int64
         """Return the clean examples and their labels (0 if the batch has none)."""
@@ -306,6 +310,6 @@ class Diffusion(Objective):
         error = (output.to(clean.dtype) - self.process.compute_target(clean, noise, time)) ** 2
         return self.weighting(self.process, time) * error.flatten(1).mean(1)
 
-    def sample(self, label: Tensor, shape: Sequence[int], sampler: Sampler | None = None, **options) -> Tensor:
+    def sample(self, label: Tensor, shape: Sequence[int], sampler: Sampler | None = None, **options: Any) -> Tensor:
         """Sample examples as the function `sample` does; the default sampler is DDIM with 50 steps."""
         return sample(self.model, self.process, sampler or DDIM(), label, shape, **options)

@@ -56,6 +56,8 @@ class Forecast(Objective):
         SettingsError: if `point` is unknown, or `quantiles` are not ascending or not between 0 and 1.
     """
 
+    quantiles: Tensor
+
     def __init__(
         self,
         model: nn.Module,

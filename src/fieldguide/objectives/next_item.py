@@ -27,6 +27,8 @@ class NextItem(Objective):
         repeats: whether items of the history may be recommended again.
     """
 
+    share: Tensor  # items
+
     def __init__(
         self,
         model: nn.Module,

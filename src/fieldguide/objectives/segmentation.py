@@ -75,8 +75,8 @@ class Segmentation(Objective):
         if "truth" not in batch:
             return {"map": maps, "size": batch["size"]}
         real = (batch["truth"] >= 0) & (maps >= 0)
-        row = torch.arange(len(maps), device=maps.device)[:, None, None].expand_as(maps)
-        pair = (row * self.classes + batch["truth"]) * self.classes + maps
+        rows = torch.arange(len(maps), device=maps.device)[:, None, None].expand_as(maps)
+        pair = (rows * self.classes + batch["truth"]) * self.classes + maps
         counts = torch.bincount(pair[real], minlength=len(maps) * self.classes**2)
         return {"counts": counts.view(len(maps), self.classes, self.classes), "thumb": thumbs}
 
@@ -136,7 +136,8 @@ def predict_tiled(predict: Callable[[Tensor], Tensor], image: Tensor, tile: int)
     high, wide = min(tile, height), min(tile, width)
     ramp = lambda n: torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float().to(image.device)
     weight = torch.minimum(ramp(high)[:, None] / high, ramp(wide) / wide)
-    total, weights = None, torch.zeros(height, width, device=image.device)
+    total: Tensor | None = None
+    weights = torch.zeros(height, width, device=image.device)
     for top in get_tile_starts(height, high):
         for left in get_tile_starts(width, wide):
             part = predict(image[..., top : top + high, left : left + wide]).float()
@@ -144,6 +145,7 @@ def predict_tiled(predict: Callable[[Tensor], Tensor], image: Tensor, tile: int)
                 total = torch.zeros(*part.shape[:2], height, width, device=image.device)
             total[..., top : top + high, left : left + wide] += part * weight
             weights[top : top + high, left : left + wide] += weight
+    assert total is not None  # there is at least one tile
     return total / weights
 
 

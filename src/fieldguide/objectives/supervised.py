@@ -18,6 +18,8 @@ class Classification(nn.Module):
     indices, or B C probabilities, as produced by mixup.
     """
 
+    weights: Tensor | None  # C
+
     def __init__(self, smoothing: float = 0.0, weights: Sequence[float] | None = None):
         super().__init__()
         self.smoothing = smoothing

@@ -61,7 +61,8 @@ class AlexNet(nn.Module):
         for module in self.children():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.head.weight, 0, 0.01)
 
     @property

@@ -86,7 +86,8 @@ class AlexNet2012(nn.Module):
         for name, module in self.named_children():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.constant_(module.bias, float(name in ("conv2", "conv4", "conv5", "fc1", "fc2")))
+                if module.bias is not None:
+                    nn.init.constant_(module.bias, float(name in ("conv2", "conv4", "conv5", "fc1", "fc2")))
         nn.init.normal_(self.head.weight, 0, 0.01)
 
     @property

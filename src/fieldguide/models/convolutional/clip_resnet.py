@@ -150,8 +150,8 @@ class Vision(nn.Module):
                 nn.init.normal_(module.weight, std=self.pool.q.in_features**-0.5)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for block in (block for stage in self.stages for block in stage):
-            nn.init.zeros_(block.norm3.weight)
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.norm3.weight)
 
     def features(self, image: Tensor) -> Tensor:  # B C S S -> B D h h
         clip.check_image_size(image, self.side)
@@ -178,7 +178,7 @@ class CLIPResNet(clip.CLIP):
 def openai_keys() -> dict[str, Row]:
     """Return the key table of the checkpoints of OpenAI and of open_clip."""
     block, ours = "visual.layer{s+1}.{b}.", "vision.stages.{s}.{b}."
-    return {
+    table: dict[str, Row] = {
         "visual.conv{k}.weight": "vision.stem.conv{k}.weight",
         "visual.bn{k}.*": "vision.stem.norm{k}.*",
         block + "conv{k}.weight": ours + "conv{k}.weight",
@@ -190,7 +190,8 @@ def openai_keys() -> dict[str, Row]:
         "visual.attnpool.k_proj.*": Fused("vision.pool.kv.*", 0, 2),
         "visual.attnpool.v_proj.*": Fused("vision.pool.kv.*", 1, 2),
         "visual.attnpool.c_proj.*": "vision.pool.proj.*",
-    } | openai("", (("text_model.", "", "text."),))
+    }
+    return table | openai("", (("text_model.", "", "text."),))
 
 
 OPENAI = openai_keys()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class ConvNeXt(nn.Module):
     Raises `SettingsError` if the numbers of depths and widths differ, `DataError` for smaller images.
     """
 
-    block: type[nn.Module] = Block
+    block: type[Any] = Block
     heads: ClassVar[tuple[str, ...]] = ("head",)  # layers that a checkpoint may lack or have in another size
 
     def __init__(self, config: Config):
@@ -94,7 +94,8 @@ class ConvNeXt(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, self.block):
                 module.reset_parameters()
 

@@ -10,6 +10,8 @@ Shapes: B batch, C channels, H W height and width, D width of a level; level c2 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +65,7 @@ class ConvNeXtV2(convnext.ConvNeXt):
     block = Block
 
 
-def drop_layer_scale(table: dict[str, Row]) -> dict[str, Row]:
+def drop_layer_scale(table: Mapping[str, Row]) -> dict[str, Row]:
     return {theirs: ours for theirs, ours in table.items() if not str(ours).endswith("gamma")}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.conv import PADDINGS, conv_norm
+from fieldguide.models.layers.conv import PADDINGS, ConvNormOptions, conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.config_rules import Constant, Expect, LabelCount
 from fieldguide.models.mapping.key_rules import Row
@@ -76,7 +76,7 @@ class EfficientNet(nn.Module):
         self.config = config
         stages = scale_stages(config)
         count, seen = sum(depth for *_, depth, _ in stages), 0
-        same = {"eps": config.eps, "padding": config.padding}
+        same: ConvNormOptions = {"eps": config.eps, "padding": config.padding}
         dim = make_divisible(config.width * STEM)
         self.stem = conv_norm(config.channels, dim, 3, config.early[0], **same)
         self.stages = nn.ModuleList()
@@ -179,7 +179,7 @@ TIMM = {
 
 def huggingface(config: Config) -> dict[str, Row]:
     """Return the key table of EfficientNetForImageClassification, which numbers blocks across stages."""
-    table = {
+    table: dict[str, Row] = {
         "efficientnet.embeddings.convolution.weight": "stem.conv.weight",
         "efficientnet.embeddings.batchnorm.*": "stem.norm.*",
         "efficientnet.encoder.top_conv.weight": "top.conv.weight",

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.conv import PADDINGS, conv_norm
+from fieldguide.models.layers.conv import PADDINGS, ConvNormOptions, conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual
 from fieldguide.models.layers.stochastic_depth import DropPath
+from fieldguide.models.mapping.key_rules import Row
 
 NUM_FUSED_STAGES = 3  # stages with Fused-MBConv, from the first
 
@@ -82,7 +84,7 @@ class EfficientNetV2(nn.Module):
             )
         self.config = config
         count, seen = sum(config.depths), 0
-        same = {"eps": config.eps, "padding": config.padding}
+        same: ConvNormOptions = {"eps": config.eps, "padding": config.padding}
         dim = config.widths[0]
         self.stem = conv_norm(config.channels, dim, 3, config.early[0], **same)
         self.stages = nn.ModuleList()
@@ -150,9 +152,10 @@ class EfficientNetV2(nn.Module):
         return self.head(self.dropout(x.mean((2, 3))))
 
 
-def torchvision(config: Config) -> dict[str, str]:
+def torchvision(config: Config) -> dict[str, Row]:
     """Return the key table of torchvision, which numbers the parts of a block: fused blocks have one or two."""
-    table, stages = {}, len(config.widths)
+    table: dict[str, Row] = {}
+    stages = len(config.widths)
     for s in range(stages):
         parts = ("expand", "depth", "squeeze", "project") if s >= NUM_FUSED_STAGES else ("expand", "project")
         for k, part in enumerate(parts):
@@ -201,7 +204,7 @@ def adapt_to_image_size(side: int) -> dict[str, tuple[int, ...]]:
 
 
 GROWTHS = (1, 4, 4, 4, 6, 6, 6)  # of the sizes with seven stages
-V2 = {
+V2: dict[str, dict[str, Any]] = {
     "s": {"params": 21_458_488},
     "m": {
         "widths": (24, 48, 80, 160, 176, 304, 512),
@@ -218,7 +221,7 @@ V2 = {
         "params": 118_515_272,
     },
 }
-XL = {
+XL: dict[str, Any] = {
     "widths": (32, 64, 96, 192, 256, 512, 640),
     "depths": (4, 8, 8, 16, 24, 32, 8),
     "growths": GROWTHS,

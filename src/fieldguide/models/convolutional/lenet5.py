@@ -113,7 +113,9 @@ class Subsample(nn.Module):
 class Partial(nn.Module):
     """A 5x5 convolution with kernels only for the connections of table I."""
 
-    def __init__(self):
+    place: Tensor  # index of each kernel among 16 * 6
+
+    def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sum(map(len, C3_CONNECTIONS)), 5, 5))
         self.bias = nn.Parameter(torch.empty(len(C3_CONNECTIONS)))
@@ -127,6 +129,8 @@ class Partial(nn.Module):
 
 class LeNet5(nn.Module):
     """LeNet-5: an image -> negative squared distances from the class codes. `features` returns both subsampled maps."""
+
+    codes: Tensor  # classes 84
 
     def __init__(self, config: Config):
         super().__init__()
@@ -149,10 +153,10 @@ class LeNet5(nn.Module):
         for layer, fan in fans.items():
             for parameter in layer.parameters():
                 nn.init.uniform_(parameter, -2.4 / fan, 2.4 / fan)
-        fan = torch.tensor([25.0 * len(seen) for seen in C3_CONNECTIONS], device=self.c3.bias.device)
-        nn.init.uniform_(self.c3.bias, -2.4, 2.4).div_(fan)
-        fan = torch.tensor([25.0 * len(seen) for seen in C3_CONNECTIONS for _ in seen], device=self.c3.bias.device)
-        nn.init.uniform_(self.c3.weight, -2.4, 2.4).div_(fan[:, None, None])
+        fans_in = torch.tensor([25.0 * len(seen) for seen in C3_CONNECTIONS], device=self.c3.bias.device)
+        nn.init.uniform_(self.c3.bias, -2.4, 2.4).div_(fans_in)
+        fans_in = torch.tensor([25.0 * len(seen) for seen in C3_CONNECTIONS for _ in seen], device=self.c3.bias.device)
+        nn.init.uniform_(self.c3.weight, -2.4, 2.4).div_(fans_in[:, None, None])
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:

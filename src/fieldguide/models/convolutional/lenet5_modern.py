@@ -46,8 +46,10 @@ class LeNet5(nn.Module):
 
     def reset_parameters(self) -> None:
         for layer in self.children():
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:

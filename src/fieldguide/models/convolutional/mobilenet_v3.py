@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
-from fieldguide.models.layers.conv import PADDINGS, conv_norm
+from fieldguide.models.layers.conv import PADDINGS, ConvNormOptions, conv_norm
 from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.key_rules import Reshaped, Row
 
@@ -106,7 +106,7 @@ class MobileNetV3(nn.Module):
                 f"{config.early} must have three strides, two of them for the blocks with stride 0"
             )
         self.config = config
-        same = {"eps": config.eps, "padding": config.padding}
+        same: ConvNormOptions = {"eps": config.eps, "padding": config.padding}
         dim = config.stem
         self.stem = conv_norm(config.channels, dim, 3, config.early[0], **same)
         self.stages = nn.ModuleList()

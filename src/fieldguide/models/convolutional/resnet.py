@@ -51,7 +51,7 @@ def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 class Basic(nn.Module):
     """Basic block: two 3x3 convolutions."""
 
-    growth = 1
+    growth: ClassVar[int] = 1  # output channels per inner width
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -71,7 +71,7 @@ class Basic(nn.Module):
 class Bottleneck(nn.Module):
     """Bottleneck block: 1x1 reduction, 3x3, 1x1 expansion to four times the width."""
 
-    growth = 4
+    growth: ClassVar[int] = 4
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -91,7 +91,7 @@ class Bottleneck(nn.Module):
         return F.relu(y, inplace=True)
 
 
-BLOCKS = {"basic": Basic, "bottleneck": Bottleneck}
+BLOCKS: dict[str, type[Basic | Bottleneck]] = {"basic": Basic, "bottleneck": Bottleneck}
 STEMS = {"7x7-pool": (7, 2), "3x3": (3, 1)}  # kernel, stride
 
 
@@ -132,8 +132,9 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d | nn.Linear):
                 module.reset_parameters()
-        for block in (block for stage in self.stages for block in stage):
-            nn.init.zeros_((block.norm2 if isinstance(block, Basic) else block.norm3).weight)
+        for module in self.modules():
+            if isinstance(module, Basic | Bottleneck):
+                nn.init.zeros_((module.norm2 if isinstance(module, Basic) else module.norm3).weight)
 
     @property
     def levels(self) -> dict[str, tuple[int, int]]:

@@ -76,7 +76,8 @@ class UNet(nn.Module):
                 # An output pixel of a 2x2 transposed convolution with stride 2 has one input pixel per channel.
                 inputs = module.weight[0].numel() if isinstance(module, nn.Conv2d) else module.in_channels
                 nn.init.normal_(module.weight, std=(2 / inputs) ** 0.5)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _fits(self, height: int, width: int) -> bool:
         """Return whether an image is large enough for every level."""
@@ -96,7 +97,7 @@ class UNet(nn.Module):
                 f"an image of {x.shape[3]} x {x.shape[2]} pixels is too small for {len(self.up)} halvings "
                 f"with padding={self.config.padding!r}. Use larger images or fewer widths."
             )
-        seen = []
+        seen: list[Tensor] = []
         for level in self.down:
             x = level(F.max_pool2d(x, 2) if seen else x)
             seen.append(x)

@@ -47,7 +47,7 @@ class Up(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = conv_norm_relu(inputs + skip, width), conv_norm_relu(width, width)
 
-    def forward(self, x: Tensor, skip: Tensor | None, size) -> Tensor:  # B D H W -> B D' size
+    def forward(self, x: Tensor, skip: Tensor | None, size: torch.Size) -> Tensor:  # B D H W -> B D' size
         x = F.interpolate(x, size=size, mode="nearest")
         x = x if skip is None else torch.cat([x, skip], 1)
         x = self.conv1(x)  # reuse the name, so that the previous map is freed
@@ -78,7 +78,8 @@ class UNetResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
         nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W -> B classes H W
         size, seen = x.shape[2:], [F.relu(self.encoder.stem(x), inplace=True)]

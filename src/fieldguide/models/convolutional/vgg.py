@@ -37,8 +37,10 @@ class Config:
 
 def conv_layer(inputs: int, outputs: int, norm: bool) -> nn.Sequential:
     """Return a 3x3 convolution with optional batch norm; ReLU is applied by the caller."""
-    layers = OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1))
-    return nn.Sequential(layers | {"norm": nn.BatchNorm2d(outputs)} if norm else layers)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=nn.Conv2d(inputs, outputs, 3, padding=1))
+    if norm:
+        layers["norm"] = nn.BatchNorm2d(outputs)
+    return nn.Sequential(layers)
 
 
 class VGG(nn.Module):
@@ -72,9 +74,9 @@ class VGG(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.head.weight, 0, 0.01)
 
@@ -87,7 +89,7 @@ class VGG(nn.Module):
         check_min_side(x, 2**self.config.pools, "VGG")
         levels = {}
         for i, stage in enumerate(self.stages):
-            for layer in stage:
+            for layer in stage.children():
                 x = F.relu(layer(x), inplace=True)
             levels[f"c{i + 1}"] = x = F.max_pool2d(x, 2) if i < self.config.pools else x
         return levels
@@ -101,7 +103,8 @@ class VGG(nn.Module):
 
 def conv_keys(config: Config) -> dict[str, Row]:
     """Return the key table of the convolutions: both libraries number all layers, including ReLU and pooling."""
-    table, n = {}, 0
+    table: dict[str, Row] = {}
+    n = 0
     for s, depth in enumerate(config.depths):
         for b in range(depth):
             table[f"features.{n}.*"] = f"stages.{s}.{b}.conv.*"

@@ -152,8 +152,11 @@ class YOLOv8(nn.Module):
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 module.reset_parameters()
         for head, stride in zip(self.heads, self.strides):
-            nn.init.zeros_(head.box[-1].bias)
-            nn.init.constant_(head.label[-1].bias, math.log(5 / self.config.num_classes / (self.config.image / stride) ** 2))
+            assert isinstance(head, Head)
+            box, label = head.box[-1].bias, head.label[-1].bias
+            assert isinstance(box, Tensor) and isinstance(label, Tensor)
+            nn.init.zeros_(box)
+            nn.init.constant_(label, math.log(5 / self.config.num_classes / (self.config.image / stride) ** 2))
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B C H W -> B D H/8 W/8, .. /16, .. /32
         x = self.stem(x)

@@ -144,7 +144,8 @@ class DDPMUNet(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear) and not name.startswith("caption."):
                 for part in module.weight.chunk(3 if name.endswith("qkv") else 1):
                     nn.init.xavier_uniform_(part, 1e-5 if name.endswith(("conv2", "proj", "conv_out")) else 1.0)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.label is not None:
             nn.init.normal_(self.label.weight)
         if self.caption is not None:
@@ -174,12 +175,14 @@ class DDPMUNet(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(image, patch))
         seen = [x]
         for level in self.down:
+            assert isinstance(level, Level)
             for i in range(len(level.blocks)):
                 seen.append(x := level(i, x, time))
             if level.resize is not None:
                 seen.append(x := level.resize(F.pad(x, (0, 1, 0, 1))))
         x = self.mid(x, time)
         for level in self.up:
+            assert isinstance(level, Level)
             for i in range(len(level.blocks)):
                 x = level(i, torch.cat([x, seen.pop()], 1), time)
             if level.resize is not None:

@@ -95,6 +95,9 @@ class Latte(nn.Module):
     configured.
     """
 
+    places: Tensor  # N D
+    moments: Tensor  # F D
+
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
@@ -119,10 +122,11 @@ class Latte(nn.Module):
     def reset_parameters(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
                 if name.endswith("condition") or name == "head":
                     nn.init.zeros_(module.weight)
-                elif name in ("time1", "time2"):
+                elif isinstance(module, nn.Linear) and name in ("time1", "time2"):
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 else:  # queries, keys and values as one matrix, as in the authors' code
                     nn.init.xavier_uniform_(module.weight.flatten(1))

@@ -71,7 +71,7 @@ class DeepFM(nn.Module):
     def embed_fields(self, numbers: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:  # -> B F D, B
         """Return the embedding of each field times its value, and the sum of the first-order terms."""
         vectors, linear = numbers[..., None] * self.number_vectors, numbers @ self.first_numbers
-        if self.vectors is not None:
+        if self.vectors is not None and self.first is not None:
             vectors = torch.cat([vectors, self.vectors(categories)], 1)
             linear = linear + self.first(categories).sum((1, 2))
         return vectors, linear

@@ -48,6 +48,7 @@ class MLP(nn.Module):
 
     def reset_parameters(self) -> None:
         for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.head.weight)

@@ -74,6 +74,9 @@ class TabM(nn.Module):
     Raises `SettingsError` for a table without columns.
     """
 
+    few: Tensor  # indices of the one-hot columns
+    many: Tensor  # indices of the embedded columns
+
     def __init__(self, config: Config):
         super().__init__()
         if not config.numbers and not config.categories:
@@ -99,12 +102,13 @@ class TabM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for layer in self.layers:
+        layers = [module for module in self.layers if isinstance(module, BatchEnsembleLinear)]
+        for layer in layers:
             uniform_(layer.weight, layer.weight.shape[1])
             layer.bias.copy_(uniform_(torch.empty_like(layer.bias[0]), layer.weight.shape[1]))
             nn.init.ones_(layer.r)
             nn.init.ones_(layer.s)
-        first = self.layers[0].r
+        first = layers[0].r
         scale = torch.randn(first.shape[0], len(self.widths), device=first.device, dtype=first.dtype)
         widths = torch.tensor(self.widths, device=first.device)
         first.copy_(scale.repeat_interleave(widths, 1, output_size=first.shape[1]))

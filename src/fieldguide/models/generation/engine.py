@@ -13,7 +13,7 @@ from torch import Tensor
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.generation.beam_search import beam_search
 from fieldguide.models.generation.encoder_decoder import EncoderDecoderState
-from fieldguide.models.generation.sampling import Sampling, generate, left_pad
+from fieldguide.models.generation.sampling import GenerativeModel, Sampling, generate, left_pad
 from fieldguide.models.generation.stop_strings import decode_stream, truncate_at_stop
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
@@ -74,7 +74,8 @@ class GenerationConfig:
         defaults = {name: value for name, value in self.defaults.items() if name in SAMPLING_OPTIONS}
         if self.is_sampling and not defaults.get("temperature"):  # sampling needs a temperature above 0
             defaults["temperature"] = 1.0
-        return Sampling(**{**defaults, **self.sampling_overrides}, repetition=self.repetition_penalty)
+        values: dict[str, Any] = {**defaults, **self.sampling_overrides}
+        return Sampling(**values, repetition=self.repetition_penalty)
 
     @property
     def stops(self) -> list[str]:
@@ -103,7 +104,7 @@ class Greedy(GenerationConfig):
 
 
 def generate_batch(
-    model: Any,
+    model: GenerativeModel,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     *,
@@ -139,7 +140,7 @@ def generate_batch(
             ended = token < 0 or token in eos_token_ids
             if not ended:
                 rows[i].append(token)
-            text = decode(rows[i]) if stops else ""
+            text = decode(rows[i]) if decode and stops else ""
             done[i] = ended or len(rows[i]) >= max_length[i] or len(truncate_at_stop(text, stops)) < len(text)
         if all(done):
             break
@@ -147,7 +148,7 @@ def generate_batch(
 
 
 def search_beams(
-    model: Any,
+    model: GenerativeModel,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     *,
@@ -199,7 +200,7 @@ def search_beams(
 
 
 def stream_text(
-    model: Any, prompt: Sequence[int], config: GenerationConfig, *, eos_token_ids: Sequence[int], decode: Decode
+    model: GenerativeModel, prompt: Sequence[int], config: GenerationConfig, *, eos_token_ids: Sequence[int], decode: Decode
 ) -> Iterator[str]:
     """Yield the output for one prompt piece by piece; without beam search."""
     steps = generate(
@@ -213,7 +214,7 @@ def stream_text(
     return decode_stream((int(step) for step in steps), decode, eos_token_ids, config.stops)
 
 
-def clamp_to_context(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+def clamp_to_context(model: GenerativeModel, prompts: Sequence[Sequence[int]], tokens: int) -> int:
     """Return `tokens`, or as many as fit into the context of an encoder-decoder.
 
     Decoders drop their oldest tokens instead, so they have no such limit.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,9 @@ class FewRows(TorchFunctionMode):
     have this gap. Results differ by rounding only.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is F.linear and not kwargs and type(args[1]) in (Tensor, torch.nn.Parameter):
             x, weight, *bias = args
             rows = x.numel() // x.shape[-1]

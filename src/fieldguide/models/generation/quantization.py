@@ -7,6 +7,7 @@ replaced by a tensor subclass that implements `F.linear` and `F.embedding`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,11 +59,13 @@ class Int8(Tensor):
         y = torch._weight_int8pack_mm(rows.bfloat16(), self.int_values, self.bf16_scale).to(input.dtype)
         return (y if bias is None else y.add_(bias)).view(*input.shape[:-1], -1)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:  # type: ignore[override]  # torch declares no annotations
         return f"Int8({', '.join(map(str, self.int_values.shape))})"
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is F.linear and isinstance(args[1], cls):
             return args[1].linear(args[0], *args[2:], **(kwargs or {}))
         if func is F.embedding and isinstance(args[1], cls):
@@ -70,7 +73,9 @@ class Int8(Tensor):
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares another type for this method
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             return cls(args[0].int_values, args[0].scale)
         plain = lambda x: x.dequantize_floats() if isinstance(x, cls) else x

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.generation.few_row_linear import few_rows_mode
+from fieldguide.models.layers.kv_cache import Cache
+
+
+class GenerativeModel(Protocol):
+    """What generation needs of a model: a decoder, or an encoder-decoder with an encoded source."""
+
+    @property
+    def config(self) -> Any:
+        """The config, with `length`: the maximum number of tokens."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def new_cache(self, rows: int, length: int, /) -> Cache:
+        """Return a cache for `length` tokens per row."""
+
+    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T -> B vocab
+        """Return the logits of the last position."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ def token_occurrence(seen: Tensor, vocab: int) -> Tensor:  # B T (-1 = nothing) 
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: GenerativeModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,

@@ -27,8 +27,9 @@ def rollout(maps: Iterable[Tensor]) -> Tensor:  # one map per block, B heads T T
 
     Heads are averaged, the residual connection is weighted equally with attention, and the blocks are multiplied.
     """
-    flow = None
+    flow: Tensor | None = None
     for layer in maps:
         step = (layer.mean(1) + torch.eye(layer.shape[-1], dtype=layer.dtype, device=layer.device)) / 2
         flow = step if flow is None else step @ flow
+    assert flow is not None  # a model has at least one block
     return flow

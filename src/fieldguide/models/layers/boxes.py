@@ -69,7 +69,8 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, limit: float) -> Tensor: 
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # M: index of the first box of each box's group
     place = torch.arange(len(order), device=order.device)
     before = place - first  # number of boxes of its group with a higher score
-    high, low = [], []
+    highs: list[Tensor] = []  # the pairs of all chunks
+    lows: list[Tensor] = []
     for part in split_by_total(before):
         count = before[part]
         target = place[part].repeat_interleave(count)
@@ -83,9 +84,9 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, limit: float) -> Tensor: 
         height = torch.minimum(bottom[source], bottom[target]) - torch.maximum(top[source], top[target])
         shared = width * height.clamp(min=0)
         close = shared > limit * (areas[source] + areas[target] - shared)
-        high.append(source[close])
-        low.append(target[close])
-    high, low = torch.cat(high or [place[:0]]), torch.cat(low or [place[:0]])
+        highs.append(source[close])
+        lows.append(target[close])
+    high, low = torch.cat(highs or [place[:0]]), torch.cat(lows or [place[:0]])
     dropped = torch.zeros_like(place, dtype=torch.bool)
     while len(high):
         waits = torch.zeros_like(dropped)

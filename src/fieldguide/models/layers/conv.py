@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TypedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,10 +33,18 @@ class SameConv2d(nn.Conv2d):
         return F.conv2d(F.pad(x, width + height), self.weight, self.bias, self.stride, 0, 1, self.groups)
 
 
+class ConvNormOptions(TypedDict):
+    """Options that all convolutions of a model share."""
+
+    eps: float  # of the normalization
+    padding: str  # one of `PADDINGS`
+
+
 def conv_norm(
     inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, eps: float = 1e-5, padding: str = "symmetric"
 ) -> nn.Sequential:
     """Return a convolution without bias followed by batch normalization. With stride 1 both paddings are the same."""
+    conv: nn.Conv2d
     if padding == "same" and stride > 1:
         conv = SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
     else:

@@ -45,7 +45,8 @@ class GroupedAttention(nn.Module):
         self.heads, self.kv_heads, self.width, self.scale = heads, groups, width, scale
         self.q = nn.Linear(dim, heads * width, bias=False)
         self.kv = nn.Linear(dim, 2 * groups * width, bias=False)
-        self.norm_q, self.norm_k = (norm(width), norm(width)) if norm else (None, None)
+        self.norm_q = norm(width) if norm else None
+        self.norm_k = norm(width) if norm else None
         self.proj = nn.Linear(heads * width, dim, bias=False)
 
     def forward(
@@ -53,7 +54,7 @@ class GroupedAttention(nn.Module):
     ) -> Tensor:  # B T D -> B T D
         q = self.q(x).unflatten(-1, (self.heads, self.width)).transpose(1, 2)  # B heads T d
         k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.width)).permute(2, 0, 3, 1, 4)  # each B groups T d
-        if self.norm_q is not None:
+        if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:

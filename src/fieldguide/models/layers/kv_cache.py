@@ -86,6 +86,7 @@ def token_positions(steps: int, mask: Tensor | None, cache: Cache | None, device
     if mask is None and (cache is None or not cache.padded):
         return torch.arange(steps, device=device) + (cache.start if cache else 0)
     if cache is None:
+        assert mask is not None
         return (mask.cumsum(1) - 1).clamp(min=0)
     new = torch.ones_like(cache.real[:, cache.start : cache.used]) if mask is None else mask
     return ((cache.count - new.sum(1))[:, None] + new.cumsum(1) - 1).clamp(min=0)
@@ -108,4 +109,5 @@ def causal_mask(steps: int, mask: Tensor | None, cache: Cache | None, device: to
     if not padded:
         return seen
     real = mask if cache is None else cache.real[:, :used]
+    assert real is not None
     return (seen & (real[:, None] | (key == query)))[:, None]

@@ -24,7 +24,13 @@ class Recurrent(nn.Module):
     """
 
     def __init__(
-        self, cell: type[nn.RNNBase], dim: int, hidden: int, depth: int = 1, directions: int = 1, dropout: float = 0.0
+        self,
+        cell: type[nn.RNN | nn.LSTM | nn.GRU],
+        dim: int,
+        hidden: int,
+        depth: int = 1,
+        directions: int = 1,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if directions not in (1, 2):
@@ -39,20 +45,25 @@ class Recurrent(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for rnn in (rnn for layer in self.layers for rnn in layer):
-            for gate in rnn.weight_hh_l0.chunk(rnn.weight_hh_l0.shape[0] // rnn.hidden_size):
+        for rnn in self.modules():
+            if not isinstance(rnn, nn.RNNBase):
+                continue
+            ((from_input, from_state, input_bias, state_bias),) = rnn.all_weights  # of the only layer
+            for gate in from_state.chunk(from_state.shape[0] // rnn.hidden_size):
                 nn.init.orthogonal_(gate)
-            for gate in rnn.weight_ih_l0.chunk(rnn.weight_ih_l0.shape[0] // rnn.hidden_size):
+            for gate in from_input.chunk(from_input.shape[0] // rnn.hidden_size):
                 nn.init.xavier_uniform_(gate)
-            nn.init.zeros_(rnn.bias_ih_l0)
-            nn.init.zeros_(rnn.bias_hh_l0)
+            nn.init.zeros_(input_bias)
+            nn.init.zeros_(state_bias)
             if isinstance(rnn, nn.LSTM):  # gate order: input, forget, cell, output
-                nn.init.ones_(rnn.bias_ih_l0[rnn.hidden_size : 2 * rnn.hidden_size])
+                nn.init.ones_(input_bias[rnn.hidden_size : 2 * rnn.hidden_size])
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B T D, B T -> B directions*H
         length = x.new_full(x.shape[:1], x.shape[1], dtype=torch.int64) if mask is None else lengths(mask)
-        states = []  # one per direction, B T H
-        for forwards, *backwards in self.layers:
+        states: list[Tensor] = []  # one per direction, B T H
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            forwards, *backwards = layer
             if states:
                 first, *others = states
                 x = self.dropout(torch.cat([first, *(reverse(state, length) for state in others)], -1))

@@ -22,6 +22,9 @@ class OneHot(nn.Module):
     `sizes` counts the values of each column including 0, so a column takes `size - 1` positions.
     """
 
+    offsets: Tensor  # K
+    keep: Tensor  # width
+
     def __init__(self, sizes: Sequence[int]):
         super().__init__()
         self.width = sum(sizes) - len(sizes)
@@ -40,6 +43,8 @@ class CategoryEmbedding(nn.Module):
 
     The embedding of value 0 of a column (unseen in training) is initialized to zeros.
     """
+
+    offsets: Tensor  # K
 
     def __init__(self, sizes: Sequence[int], dim: int):
         super().__init__()
@@ -70,6 +75,8 @@ class PiecewiseLinear(nn.Module):
     """
 
     edges: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, columns: int, bins: int, dim: int):
         super().__init__()

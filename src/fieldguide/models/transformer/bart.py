@@ -70,7 +70,9 @@ class DecoderBlock(nn.Module):
         self.mlp, self.norm3 = FeedForward(c.dim, c.hidden, F.gelu, c.mlp_dropout), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, seen: Tensor | None, memory: Memory, mask, cache, layer: int) -> Tensor:  # B T D -> B T D
+    def forward(  # B T D -> B T D
+        self, x: Tensor, seen: Tensor | None, memory: Memory, mask: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
         x = self.norm1(x + self.dropout(self.attn(x, seen, cache, layer)))
         x = self.norm2(x + self.dropout(self.cross(x, memory, mask)))
         return self.norm3(x + self.dropout(self.mlp(x)))
@@ -85,6 +87,7 @@ class Bart(EncoderDecoder):
 
     scale = 1.0  # factor of the input embeddings
     biased = True  # whether the logits have a bias
+    bias: Tensor | None  # vocab
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -174,7 +177,8 @@ def map_layers(before: str, cross: str = "encoder_attn", mlp: str = "", last: st
 
 def map_embeddings(before: str) -> dict[str, Row]:
     """Return the names of the embeddings, positions and stack normalization layers."""
-    return {before + "shared.weight": "embed.weight"} | {
+    shared: dict[str, Row] = {before + "shared.weight": "embed.weight"}
+    return shared | {
         f"{before}{side}.{theirs}": ours
         for side in ("encoder", "decoder")
         for theirs, ours in (
@@ -228,12 +232,12 @@ def map_config(kind: str, name: str, act: str = "gelu", scaled: bool = False) ->
     }
 
 
-def stack_shape(depth: int, dim: int, heads: int, hidden: int) -> dict[str, int]:
+def stack_shape(depth: int, dim: int, heads: int, hidden: int) -> dict[str, Any]:
     """Return the shape parameters of an encoder and decoder of the same depth."""
     return {"depth": depth, "decoder_depth": depth, "dim": dim, "heads": heads, "hidden": hidden}
 
 
-TEST = {
+TEST: dict[str, Any] = {
     "vocab_size": 30,
     "length": 12,
     "dim": 16,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +152,7 @@ class Vision(nn.Module):
         """Return the attention weights of every block, from each token (row) to each token (column); rows sum to 1."""
         x, maps = self.tokens(image), []
         for block in self.blocks:
+            assert isinstance(block, Block) and isinstance(block.attn, Attention)
             maps.append(attention_weights(block.attn, block.norm1(x)))
             x = block(x)
         return torch.stack(maps, 1)
@@ -231,7 +232,7 @@ class CLIP(nn.Module):
     embeddings.
     """
 
-    tower: ClassVar[type[nn.Module]] = Vision  # class of the image encoder
+    tower: ClassVar[type[Any]] = Vision  # class of the image encoder
     heads: ClassVar[tuple[str, ...]] = ("logit_scale", "answers")
     towers: ClassVar[tuple[str, ...]] = ("vision", "text")  # independent encoders
 

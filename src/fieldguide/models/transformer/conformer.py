@@ -108,6 +108,11 @@ class RelativeAttention(nn.Module):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalization whose training statistics exclude padding frames."""
 
+    running_mean: Tensor  # never None: statistics are always tracked
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # B D S, B S bool -> B D S
         if mask is None or not self.training:
             return super().forward(x)

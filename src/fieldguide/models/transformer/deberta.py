@@ -11,9 +11,9 @@ Shapes: B batch, T tokens, D width, d width of a head, R = 2 T - 1 relative dist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +83,6 @@ class Attention(nn.Module):
 class Deberta(TextEncoder):
     """A text encoder with the head given by `config.output_type`."""
 
-    pooler_activation: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(F.gelu)
-
     def __init__(self, config: Config):
         super().__init__(config)
         c = config
@@ -97,6 +95,10 @@ class Deberta(TextEncoder):
         )
         self.add_head(c.dim, c.dropout, EPS)
         self.init_weights(0.02 * max(1.0, 768 / c.dim) ** 0.5)
+
+    def pooler_activation(self, x: Tensor) -> Tensor:
+        """Apply the activation of the pooling layer."""
+        return F.gelu(x)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Return the final hidden states, B T D."""
@@ -117,21 +119,19 @@ def huggingface(config: Config) -> dict[str, Row]:
     names: dict[str, Row] = {}
     for before in ("deberta.", ""):  # files of the bare encoder have no prefix
         words, attn = before + "embeddings.", before + "encoder.layer.{i}.attention.self."
-        names |= (
-            {
-                words + "word_embeddings.weight": "word.weight",
-                words + "position_ids": Dropped("0, 1, 2, ..."),
-                words + "position_embeddings.weight": "next.places.weight",  # of the decoder for pre-training
-                before + "encoder.rel_embeddings.weight": "far.weight",
-                attn + "in_proj.weight": "blocks.{i}.attn.qkv.weight",
-                attn + "q_bias": "blocks.{i}.attn.q_bias",
-                attn + "v_bias": "blocks.{i}.attn.v_bias",
-                attn + "pos_proj.*": "blocks.{i}.attn.far_k.*",
-                attn + "pos_q_proj.*": "blocks.{i}.attn.far_q.*",
-            }
-            | map_norm(words + "LayerNorm", "norm")
-            | {name: row for name, row in map_layers(before).items() if isinstance(row, str)}
-        )
+        names |= {
+            words + "word_embeddings.weight": "word.weight",
+            words + "position_ids": Dropped("0, 1, 2, ..."),
+            words + "position_embeddings.weight": "next.places.weight",  # of the decoder for pre-training
+            before + "encoder.rel_embeddings.weight": "far.weight",
+            attn + "in_proj.weight": "blocks.{i}.attn.qkv.weight",
+            attn + "q_bias": "blocks.{i}.attn.q_bias",
+            attn + "v_bias": "blocks.{i}.attn.v_bias",
+            attn + "pos_proj.*": "blocks.{i}.attn.far_k.*",
+            attn + "pos_q_proj.*": "blocks.{i}.attn.far_q.*",
+            **map_norm(words + "LayerNorm", "norm"),
+            **{name: row for name, row in map_layers(before).items() if isinstance(row, str)},
+        }
     return names | map_heads()
 
 

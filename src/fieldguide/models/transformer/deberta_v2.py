@@ -13,9 +13,7 @@ used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +97,6 @@ class ConvLayer(nn.Module):
 class DebertaV2(TextEncoder):
     """A text encoder with the head given by `config.output_type`. Raises `SettingsError` for an even `conv`."""
 
-    pooler_activation: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(F.gelu)
-
     def __init__(self, config: Config):
         super().__init__(config)
         c = config
@@ -117,6 +113,10 @@ class DebertaV2(TextEncoder):
             self.neighbours = ConvLayer(c.dim, c.conv, c.dropout)
         self.add_head(c.dim, c.dropout, EPS)
         self.init_weights(0.02 * max(1.0, 768 / c.dim) ** 0.5)
+
+    def pooler_activation(self, x: Tensor) -> Tensor:
+        """Apply the activation of the pooling layer."""
+        return F.gelu(x)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Return the final hidden states, B T D."""
@@ -140,17 +140,15 @@ def huggingface(config: Config) -> dict[str, Row]:
     names: dict[str, Row] = {}
     for before in ("deberta.", ""):  # files of the bare encoder have no prefix
         words, inner = before + "embeddings.", before + "encoder."
-        names |= (
-            {
-                words + "word_embeddings.weight": "word.weight",
-                words + "position_ids": Dropped("0, 1, 2, ..."),
-                words + "position_embeddings.weight": "next.places.weight",  # of a decoder for pre-training
-                inner + "rel_embeddings.weight": "far.weight",
-                inner + "conv.conv.*": "neighbours.conv.*",
-            }
-            | map_norm(words + "LayerNorm", "norm")
-            | map_norm(inner + "LayerNorm", "norm_far")
-        )
+        names |= {
+            words + "word_embeddings.weight": "word.weight",
+            words + "position_ids": Dropped("0, 1, 2, ..."),
+            words + "position_embeddings.weight": "next.places.weight",  # of a decoder for pre-training
+            inner + "rel_embeddings.weight": "far.weight",
+            inner + "conv.conv.*": "neighbours.conv.*",
+            **map_norm(words + "LayerNorm", "norm"),
+            **map_norm(inner + "LayerNorm", "norm_far"),
+        }
         names |= map_norm(inner + "conv.LayerNorm", "neighbours.norm")
         names |= {
             f"{inner}layer.{{i}}.attention.self.{part}_proj.*": Fused("blocks.{i}.attn.qkv.*", i, 3)

@@ -50,6 +50,7 @@ class DeiT(vit.ViT):
         x = self.prefix_features(image)
         if self.config.output_type == "vector":
             return x[:, 0]
+        assert isinstance(self.head, nn.Linear)
         weights, biases = self.head.weight.chunk(2), self.head.bias.chunk(2)
         x = torch.stack([F.linear(x[:, i], weights[i], biases[i]) for i in (0, 1)], 1)
         return x if self.training else x.mean(1)

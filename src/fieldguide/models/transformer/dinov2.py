@@ -125,7 +125,7 @@ class DINOv2(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, Scale):
                 nn.init.constant_(module.gamma, module.start)
@@ -308,7 +308,7 @@ CONFIG = {  # keys of transformers
     "qkv_bias": Expect(True),
     "<the head reads one class token>": Constant("read", 1),
 }
-REGISTERS = {"registers": 4, "antialias": True, "offset": 0.0}
+REGISTERS: dict[str, Any] = {"registers": 4, "antialias": True, "offset": 0.0}
 S, L = {"dim": 384, "heads": 6}, {"dim": 1024, "depth": 24, "heads": 16}
 G = {"dim": 1536, "depth": 40, "heads": 24, "gated": True}
 BUT = "without the mask token of D parameters, which only pre-training uses"

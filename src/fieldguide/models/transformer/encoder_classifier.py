@@ -64,6 +64,8 @@ class Block(nn.Module):
 class EncoderClassifier(nn.Module):
     """A text classifier. Raises `DataError` for sequences longer than `length`."""
 
+    pos: Tensor  # length D
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config

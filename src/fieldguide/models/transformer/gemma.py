@@ -59,7 +59,7 @@ class Block(nn.Module):
 class Gemma(llama.Decoder):
     """A decoder that returns the logits of the next token at each position; same interface as `Llama`."""
 
-    block = Block
+    block: type[nn.Module] = Block
 
     def __init__(self, config: Config):
         super().__init__(config, Norm(config.dim, config.eps), tie_embeddings=True)

@@ -51,6 +51,7 @@ class Attention(GroupedAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
         """Return the attention output, heads concatenated."""
+        assert self.scale is not None
         steps, keys = q.shape[2], k.shape[2]
         if seen is None and steps > 1:  # a whole sequence without padding
             seen = torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)

@@ -63,8 +63,8 @@ class Block(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        for name in ("norm1", "post1", "norm2", "post2"):
-            setattr(self, name, Norm(c.dim, c.eps))
+        self.norm1, self.post1 = Norm(c.dim, c.eps), Norm(c.dim, c.eps)
+        self.norm2, self.post2 = Norm(c.dim, c.eps), Norm(c.dim, c.eps)
         self.attn = GroupedAttention(c.dim, c.heads, c.kv_heads, c.width, lambda width: Norm(width, c.eps), c.scale**-0.5)
         self.mlp = GatedMlp(c.dim, c.hidden, partial(F.gelu, approximate="tanh"))
 

@@ -24,7 +24,7 @@ from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, cos_sin_at
 from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
 from fieldguide.models.layers.norm import RMSNorm
-from fieldguide.models.mapping.config_rules import Derived, Expect, WithDefault
+from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Dropped, Fused, InterleavedRotary, Row
 
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
         self.attn, self.mlp = self.make_attention(c), self.make_mlp(c)
 
-    def make_attention(self, c: Any) -> nn.Module:
+    def make_attention(self, c: Any) -> GroupedAttention:
         """Return the attention layer. Raises `SettingsError` if `heads` does not divide `dim`."""
         if c.dim % c.heads:
             raise SettingsError(f"dim={c.dim} must be divisible by heads={c.heads}.")
@@ -95,7 +95,9 @@ class Decoder(nn.Module):
     @property
     def width(self) -> int:
         """Width d of a head."""
-        return self.blocks[0].attn.width
+        attn = self.blocks[0].attn
+        assert isinstance(attn, GroupedAttention)
+        return attn.width
 
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
         """Return a cache for `length` tokens per row, by default and at most the model's own `length`."""
@@ -247,7 +249,7 @@ def write_rope(c: Any) -> dict[str, Any]:
 
 
 ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SHARED = {  # shared by related models
+SHARED: dict[str, ConfigRow] = {  # shared by related models
     "vocab_size": "vocab_size",
     "max_position_embeddings": "length",
     "hidden_size": "dim",

@@ -117,6 +117,7 @@ class LLaVA(nn.Module):
         self.vision.reset_parameters()
         self.language.reset_parameters()
         for layer in self.bridge.values():
+            assert isinstance(layer, nn.Linear)
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 

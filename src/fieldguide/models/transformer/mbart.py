@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.causal import CausalAttention
+from fieldguide.models.layers.kv_cache import Cache
 from fieldguide.models.transformer import bart
 from fieldguide.models.transformer._shared.encoder_decoder import CrossAttention, FeedForward, Memory
 
@@ -65,7 +66,9 @@ class DecoderBlock(nn.Module):
         self.norm3, self.mlp = nn.LayerNorm(c.dim), mlp
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, seen: Tensor | None, memory: Memory, mask, cache, layer: int) -> Tensor:  # B T D -> B T D
+    def forward(  # B T D -> B T D
+        self, x: Tensor, seen: Tensor | None, memory: Memory, mask: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x), seen, cache, layer))
         x = x + self.dropout(self.cross(self.norm2(x), memory, mask))
         return x + self.dropout(self.mlp(self.norm3(x)))

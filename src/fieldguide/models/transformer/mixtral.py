@@ -92,7 +92,8 @@ class Mixtral(llama.Llama):
 
     def balance(self) -> Tensor:
         """Return the load-balancing loss of the last training pass over all layers; `used` for a uniform load."""
-        scores = torch.cat([block.mlp.scores for block in self.blocks])
+        experts = [module for module in self.modules() if isinstance(module, Experts)]
+        scores = torch.cat([layer.scores for layer in experts if layer.scores is not None])
         return load_balancing_loss(
             scores, self.config.used, None if self.real is None else self.real.flatten().repeat(len(self.blocks))
         )

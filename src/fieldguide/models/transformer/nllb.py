@@ -46,6 +46,8 @@ class SinusoidalPositions(nn.Module):
     section 3.5, in the order, spacing and precision of the authors' code).
     """
 
+    weights: Tensor  # length D
+
     def __init__(self, length: int, dim: int):
         super().__init__()
         speed = torch.exp(torch.arange(dim // 2).float() * -(math.log(10_000) / (dim // 2 - 1)))

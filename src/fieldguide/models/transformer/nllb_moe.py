@@ -12,7 +12,7 @@ Shapes: B batch, S source tokens, T target tokens, D width, N tokens of all sequ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,9 @@ class NLLBMoE(nllb.NLLB):
     See `auxiliary_losses` for the load-balancing loss.
     """
 
-    real: ClassVar[dict[str, Tensor | None]] = {}  # side -> mask of real tokens in the last training pass
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.real: dict[str, Tensor | None] = {}  # side -> mask of real tokens in the last training pass
 
     def make_mlp(self, layer: int) -> nn.Module:
         """Return the experts or the MLP of this layer."""
@@ -112,7 +114,7 @@ class NLLBMoE(nllb.NLLB):
                 load_balancing_loss(block.mlp.scores, 1, real.get(side))
                 for side in ("encoder", "decoder")
                 for block in getattr(self, side)
-                if isinstance(block.mlp, Experts)
+                if isinstance(block.mlp, Experts) and block.mlp.scores is not None
             ]
         ).mean()
 

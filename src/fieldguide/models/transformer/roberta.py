@@ -91,17 +91,15 @@ def huggingface(config: Config) -> dict[str, Row]:
     names: dict[str, Row] = {}
     for before in ("roberta.", ""):  # files of the bare encoder have no prefix
         words = before + "embeddings."
-        names |= (
-            {
-                words + "word_embeddings.weight": "word.weight",
-                words + "position_embeddings.weight": "pos.weight",
-                words + "token_type_embeddings.weight": "segment.weight",
-                words + "position_ids": Dropped("0, 1, 2, ..."),
-                before + "pooler.dense.*": "cls.*",  # untrained; not used by any head here
-            }
-            | map_norm(words + "LayerNorm", "norm")
-            | map_layers(before)
-        )
+        names |= {
+            words + "word_embeddings.weight": "word.weight",
+            words + "position_embeddings.weight": "pos.weight",
+            words + "token_type_embeddings.weight": "segment.weight",
+            words + "position_ids": Dropped("0, 1, 2, ..."),
+            before + "pooler.dense.*": "cls.*",  # untrained; not used by any head here
+            **map_norm(words + "LayerNorm", "norm"),
+            **map_layers(before),
+        }
     return names | {
         "lm_head.bias": "words.bias",
         "lm_head.decoder.bias": "words.bias",  # the same tensor twice in some files

@@ -96,6 +96,7 @@ class SASRec(nn.Module):
                 f"Pass the latest {length} items or create the model with a larger length."
             )
         table = self.table()
+        real: Tensor | float  # 1 for items, 0 for padding
         if mask is None:
             place, real = torch.arange(length - steps, length, device=items.device), 1.0
         else:

@@ -86,7 +86,9 @@ class DecoderBlock(nn.Module):
         self.mlp, self.norm3 = FeedForward(c.dim, c.hidden, F.relu), nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, seen: Tensor | None, memory: tuple, mask, cache, layer: int) -> Tensor:  # B T D -> B T D
+    def forward(  # B T D -> B T D
+        self, x: Tensor, seen: Tensor | None, memory: Memory, mask: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
         x = self.norm1(x + self.dropout(self.attn(x, seen, cache, layer)))
         x = self.norm2(x + self.dropout(self.cross(x, memory, mask)))
         return self.norm3(x + self.dropout(self.mlp(x)))
@@ -96,6 +98,8 @@ class Transformer(EncoderDecoder):
     """The original Transformer; see `EncoderDecoder` for shapes and the cache. Raises `DataError` for sequences longer
     than `length`.
     """
+
+    pos: Tensor  # length D
 
     def __init__(self, config: Config):
         super().__init__(config)

@@ -15,8 +15,9 @@ positions of a window, K windows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -303,7 +304,7 @@ CONFIG = {  # keys of transformers
 }
 
 
-def adapt(need: dict) -> dict:
+def adapt(need: Mapping[str, Any]) -> dict[str, Any]:
     """Return smaller patches and windows for small images: at least 8 positions per side, and 4 windows per side where
     possible.
     """

@@ -125,7 +125,9 @@ class DecoderBlock(nn.Module):
         self.norm3, self.mlp = RMSNorm(c.dim, c.eps), make_mlp(c)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor, memory: Memory, mask, cache, layer: int) -> Tensor:  # B T D -> B T D
+    def forward(  # B T D -> B T D
+        self, x: Tensor, bias: Tensor, memory: Memory, mask: Tensor | None, cache: Cache | None, layer: int
+    ) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x), bias, cache, layer))
         x = x + self.dropout(self.cross(self.norm2(x), memory, mask))
         return x + self.dropout(self.mlp(self.norm3(x)))

@@ -95,7 +95,7 @@ class ViLT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for parameter in (self.cls, self.pos):
             nn.init.normal_(parameter, std=std)
@@ -154,6 +154,7 @@ class ViLT(nn.Module):
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(x.shape[0], x.shape[1] - mask.shape[1])], 1)
         for block in self.blocks:
+            assert isinstance(block, Block)
             maps.append(attention_weights(block.attn, block.norm1(x), mask))
             x = block(x, mask)
         seen = rollout(maps)[:, 0, tokens.shape[1] + 1 :]

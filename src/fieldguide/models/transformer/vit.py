@@ -94,7 +94,7 @@ class ViT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for token in self.parameters(recurse=False):
             nn.init.trunc_normal_(token, std=std)

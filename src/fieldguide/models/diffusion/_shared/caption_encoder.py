@@ -28,6 +28,8 @@ class CaptionEncoder(nn.Module):
     Token 0 is padding; a row of zeros is the empty caption. Raises `DataError` for captions longer than `length`.
     """
 
+    pos: Tensor  # length D
+
     def __init__(self, vocab: int, length: int, dim: int, depth: int, out: int, dropout: float):
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)

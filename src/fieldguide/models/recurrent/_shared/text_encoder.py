@@ -29,7 +29,7 @@ class Config:
 class RecurrentClassifier(nn.Module):
     """Text classifier that uses the state after the last real token (and the first, in the backward direction)."""
 
-    cell: ClassVar[type[nn.RNNBase]]
+    cell: ClassVar[type[nn.RNN | nn.LSTM | nn.GRU]]
 
     def __init__(self, config: Config):
         super().__init__()

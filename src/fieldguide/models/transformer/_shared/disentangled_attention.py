@@ -51,6 +51,8 @@ class RelativeDistances(nn.Module):
     has `2 * zero` rows; distances beyond it use the first or the last row.
     """
 
+    rows: Tensor
+
     def __init__(self, rows: Sequence[int], zero: int):
         super().__init__()
         self.far, self.zero = [min(row, zero) for row in rows], zero

@@ -5,7 +5,7 @@ Shapes: B batch, S source tokens, T target tokens, D width, d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -132,10 +132,22 @@ class EncoderDecoder(nn.Module):
         """Return what the decoder needs of its source: keys and values of all layers, and the mask."""
         mask = None if mask is None else ensure_nonempty(mask)
         encoded = self.encode(source, mask)
-        return [block.cross.project_kv(encoded) for block in self.decoder], mask
+        blocks: Iterable[Any] = self.decoder
+        return [block.cross.project_kv(encoded) for block in blocks], mask
 
-    def forward(self, source, source_mask, tokens: Tensor, mask=None, cache: Cache | None = None) -> Tensor:  # -> B T vocab
-        known = self.encode_source(source, source_mask) if cache is None or cache.cross is None else cache.cross
+    def forward(  # B S, B S bool, B T, B T bool -> B T vocab
+        self,
+        source: Tensor | None,
+        source_mask: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        if cache is not None and cache.cross is not None:
+            known = cache.cross
+        else:
+            assert source is not None
+            known = self.encode_source(source, source_mask)
         if cache is not None:
             cache.cross = known
             cache.reserve(tokens.shape[1], mask)
@@ -143,5 +155,6 @@ class EncoderDecoder(nn.Module):
 
     def last(self, tokens: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:  # B T -> B vocab
         """Return the logits of the last position only, with a cache that holds the source (`cross`)."""
+        assert cache.cross is not None
         cache.reserve(tokens.shape[1], mask)
         return self.forward_head(self.decode(tokens, mask, *cache.cross, cache)[:, -1])

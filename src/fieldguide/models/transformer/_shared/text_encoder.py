@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +58,6 @@ class TextEncoder(nn.Module):
 
     # Parts of the heads, which a checkpoint may lack.
     heads: ClassVar[tuple[str, ...]] = ("words", "pool", "head", "span", "next")
-    pooler_activation: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(torch.tanh)  # activation of the pooling layer
 
     word: nn.Embedding
 
@@ -114,6 +112,10 @@ class TextEncoder(nn.Module):
     def forward_head(self, x: Tensor) -> Tensor:
         """Return the masked language modeling logits, ... vocab, of features ... D."""
         return self.words(x, self.word.weight)
+
+    def pooler_activation(self, x: Tensor) -> Tensor:
+        """Apply the activation of the pooling layer."""
+        return torch.tanh(x)
 
     def pool_first_token(self, x: Tensor) -> Tensor:
         """Return the features that labels are predicted from, B D."""
