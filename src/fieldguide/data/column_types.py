@@ -144,13 +144,13 @@ def infer_text_type(
     name: str, text: pl.Series, present: pl.Series, n: int, distinct: int, share: float, target: bool
 ) -> TypedColumn:
     """Type a column that is not number, date or boolean: media files, free text, identifiers or categories."""
-    if not target and present.str.contains(IMAGE_FILE_PATTERN).mean() >= MIN_TYPE_FRACTION:
+    if not target and mean_value(present.str.contains(IMAGE_FILE_PATTERN)) >= MIN_TYPE_FRACTION:
         return make_typed_column(name, text, "image", "the values are names of image files")
-    if not target and present.str.contains(VIDEO_FILE_PATTERN).mean() >= MIN_TYPE_FRACTION:
+    if not target and mean_value(present.str.contains(VIDEO_FILE_PATTERN)) >= MIN_TYPE_FRACTION:
         return make_typed_column(name, text, "video", "the values are names of video files")
-    if not target and present.str.contains(AUDIO_FILE_PATTERN).mean() >= MIN_TYPE_FRACTION:
+    if not target and mean_value(present.str.contains(AUDIO_FILE_PATTERN)) >= MIN_TYPE_FRACTION:
         return make_typed_column(name, text, "audio", "the values are names of audio files")
-    length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
+    length, spaces = mean_value(present.str.len_chars()), mean_value(present.str.count_matches(r"\s"))
     long = has_sentences(present) or (spaces >= 2 and distinct > 0.9 * n)
     if target and not (long and distinct > 0.5 * n and n >= 20):
         return make_typed_column(name, text, "category", f"the target has {distinct} classes")
@@ -164,10 +164,16 @@ def infer_text_type(
     return make_typed_column(name, text, "category", f"{distinct} distinct values{mixed}")
 
 
+def mean_value(values: pl.Series) -> float:
+    """Return the mean of numbers or truth values; 0 without values."""
+    mean = values.mean()
+    return float(mean) if isinstance(mean, int | float) else 0.0
+
+
 def has_sentences(present: pl.Series) -> bool:
     """Return whether the values are phrases or sentences, judged by mean length."""
-    length, spaces = present.str.len_chars().mean(), present.str.count_matches(r"\s").mean()
-    foreign = (present.str.len_bytes() > 2 * present.str.len_chars()).mean()  # scripts without spaces
+    length, spaces = mean_value(present.str.len_chars()), mean_value(present.str.count_matches(r"\s"))
+    foreign = mean_value(present.str.len_bytes() > 2 * present.str.len_chars())  # scripts without spaces
     return bool((length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5))
 
 
@@ -175,7 +181,7 @@ def are_media_files(values: pl.Series) -> bool:
     """Return whether the values are names of image, video or audio files."""
     present = values.drop_nulls() if values.dtype == pl.String else pl.Series(dtype=pl.String)
     return any(
-        (present.str.strip_chars().str.contains(name).mean() or 0) >= MIN_TYPE_FRACTION
+        mean_value(present.str.strip_chars().str.contains(name)) >= MIN_TYPE_FRACTION
         for name in (IMAGE_FILE_PATTERN, VIDEO_FILE_PATTERN, AUDIO_FILE_PATTERN)
     )
 
@@ -277,7 +283,7 @@ def as_dates(text: pl.Series, least: float = MIN_TYPE_FRACTION) -> tuple[pl.Seri
     if not bool(sample.head(200).str.contains(r"\d").any()):
         return None, "", ""
     few = sample.gather_every(max(1, sample.len() // 200))
-    if few.str.contains(TIME_ZONE_PATTERN).mean() > 0.5 and few.str.contains(r"\d:\d").mean() > 0.5:
+    if mean_value(few.str.contains(TIME_ZONE_PATTERN)) > 0.5 and mean_value(few.str.contains(r"\d:\d")) > 0.5:
         values = parse_zoned_dates(text)
         if values.drop_nulls().len() >= max(1, least * sample.len()):
             return values, "ISO with a time zone (kept in UTC)", ""

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from fieldguide.core.errors import DataError
+
 Kind = Literal[
     "number",
     "category",
@@ -159,6 +161,13 @@ class Data:
     def target(self) -> Column | None:
         """The first target column, or None."""
         return next(iter(self.columns_with_role("target")), None)
+
+    @property
+    def required_target(self) -> Column:
+        """The first target column. Raises `DataError` if the data has none."""
+        if self.target is None:
+            raise DataError(f"{self.source} has no target column. Name it with --target.")
+        return self.target
 
     def locate_row(self, row: int) -> str:
         """Return `path:line` of a row, for messages."""

@@ -39,7 +39,7 @@ RENAMABLE_TYPES = (
     "audio",
     "video",
 )  # types whose column may be renamed to match the schema of a trained model
-INTERACTION_ROLES = ("user", "item")  # a table with columns of these names holds user-item interactions
+INTERACTION_ROLES: tuple[Role, ...] = ("user", "item")  # a table with columns of these names holds user-item interactions
 REQUIRED_ROLES = ("feature", "user", "item", "series")  # roles of columns that prediction requires
 
 
@@ -141,7 +141,7 @@ class TableReader:
             roles = self.assign_roles(requested_roles)
             self.require_columns(overrides, "kinds")
             unassigned = [n for n in self.names if n not in roles]
-            input_roles = {
+            input_roles: dict[str, Role] = {
                 **roles,
                 **({unassigned[0]: "feature"} if len(unassigned) == 1 else {}),
             }  # the only input of a single-input task
@@ -191,9 +191,9 @@ class TableReader:
             data.skipped = self.collect_skipped()
         return data
 
-    def mark_invalid(self, bad: np.ndarray, why: Callable[[int], str]) -> None:
-        """Mark rows as unusable. The first reason given for a row is kept."""
-        self.why |= {int(i): why(int(i)) for i in np.flatnonzero(bad & ~self.bad)}
+    def mark_invalid(self, bad: np.ndarray, why: str | Callable[[int], str]) -> None:
+        """Mark rows as unusable, with a reason for all or one that depends on the row. The first reason of a row is kept."""
+        self.why |= {int(i): why if isinstance(why, str) else why(int(i)) for i in np.flatnonzero(bad & ~self.bad)}
         self.bad |= bad
 
     def collect_skipped(self) -> list[SkippedInput]:
@@ -242,15 +242,15 @@ class TableReader:
             column_spec = ColumnSpec("none", roles=INTERACTION_ROLES)  # user-item interactions have no target column
         for role in column_spec.roles:
             free = [n for n in self.names if n not in roles]
-            if role not in roles.values() and (name := column_spec.by_name(role, free)):
-                roles[name] = role
+            if role not in roles.values() and (found := column_spec.by_name(role, free)):
+                roles[found] = role
         if not target and column_spec.target in ("last", "named"):
             chosen = self.choose_target([n for n in self.names if n not in roles])
             if chosen:
                 roles[chosen] = "target"
         return roles
 
-    def find_targets(self, roles: Mapping[str, Role]) -> list[str]:
+    def find_targets(self, roles: dict[str, Role]) -> list[str]:
         """Return the targets given by the user (separated by commas) or by the reader."""
         named = self.options.target
         if named is not None:
@@ -286,7 +286,7 @@ class TableReader:
         )
         return target
 
-    def apply_schema(self, known: list[Column]) -> dict[str, str]:
+    def apply_schema(self, known: list[Column]) -> dict[str, Role]:
         """Match the table to the columns of a trained model: rename, drop extra columns, and require the needed ones."""
         for found in (n for n, kind in self.raw.kinds.items() if kind in RENAMABLE_TYPES):
             ours = [c.name for c in known if c.role == "feature" and c.kind == self.raw.kinds[found]]
@@ -405,7 +405,7 @@ class TableReader:
                 "Export them in the size of the image.",
                 int(other.sum()),
             )
-            self.mark_invalid(other, lambda i: "mask differs in size from its image")
+            self.mark_invalid(other, "mask differs in size from its image")
 
     def check_messages(self) -> None:
         """Mark conversations that have no messages, unknown roles or messages without content."""
@@ -436,7 +436,7 @@ class TableReader:
                         "Correct or remove them.",
                         int(bad.sum()),
                     )
-                    self.mark_invalid(bad, lambda i, what=what: what.replace("conversations", "a conversation"))
+                    self.mark_invalid(bad, what.replace("conversations", "a conversation"))
 
     def report_misfits(self) -> None:
         """Add the findings about values that do not match the type of their column."""
@@ -488,7 +488,7 @@ class TableReader:
                 "Add examples of them to train, or remove the rows.",
                 int(new.sum()),
             )
-            self.mark_invalid(unknown, lambda i: "class that does not occur in train")
+            self.mark_invalid(unknown, "class that does not occur in train")
 
     def check_target(self) -> None:
         """Mark rows without a target value."""
@@ -507,7 +507,7 @@ class TableReader:
                 "Fill in the values or remove the rows.",
                 count,
             )
-            self.mark_invalid(missing, lambda i: f"no value in {target.name!r}")
+            self.mark_invalid(missing, f"no value in {target.name!r}")
 
     def check_keys(self) -> None:
         """Mark rows without a user, item or series."""
@@ -527,7 +527,7 @@ class TableReader:
                         "Fill in the values or remove the rows.",
                         count,
                     )
-                    self.mark_invalid(missing, lambda i, name=column.name: f"no value in {name!r}")
+                    self.mark_invalid(missing, f"no value in {column.name!r}")
 
     def check_inputs(self) -> None:
         """Mark rows in which every feature is missing."""
@@ -546,4 +546,4 @@ class TableReader:
                 "Fill in the values or remove the rows.",
                 count,
             )
-            self.mark_invalid(empty, lambda i: "every feature is missing")
+            self.mark_invalid(empty, "every feature is missing")

@@ -58,9 +58,9 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
         chosen, how = _choose_rows(data, pool, want, seed + code)
         side[chosen] = code
         notes.append(f"{name}: {chosen.size:,} rows, {how}")
-    parts = [np.flatnonzero(side == code) for code in (0, 1, 2)]
+    rows = [np.flatnonzero(side == code) for code in (0, 1, 2)]
     by_chance = f" (seed {seed})" if len(notes) > bool(data.split_description) else ""
-    return Splits(*parts, description="; ".join(notes) + by_chance)
+    return Splits(rows[0], rows[1], rows[2], "; ".join(notes) + by_chance)
 
 
 def _choose_rows(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:
@@ -133,8 +133,8 @@ def _select_latest(data: Data, pool: np.ndarray, want: int) -> tuple[np.ndarray,
     times = data.rows[name][pool]
     if times.dtype == pl.String:
         raise DataError(f"{data.source}: the time column {name!r} contains neither dates nor numbers.")
-    values = times.cast(pl.Float64) if times.dtype.is_numeric() else times.cast(pl.Int64).cast(pl.Float64)
-    values = values.fill_null(-np.inf).to_numpy()
+    floats = times.cast(pl.Float64) if times.dtype.is_numeric() else times.cast(pl.Int64).cast(pl.Float64)
+    values = floats.fill_null(-np.inf).to_numpy()
     cut = np.sort(values)[-want]
     chosen = values >= cut
     if chosen.all():

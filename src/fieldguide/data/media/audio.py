@@ -13,10 +13,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fieldguide.core.errors import DataError
+
+if TYPE_CHECKING:
+    import soundfile
 
 THREADS = min(16, (os.cpu_count() or 2) * 2)
 FORMAT_SUFFIXES = {
@@ -85,13 +89,13 @@ def check_one(path: str | Path) -> AudioCheck:
         return AudioCheck("not-a-sound" if unknown_format else "corrupt-sound", error_text(error), size, sha)
 
 
-def error_text(error) -> str:
+def error_text(error: soundfile.LibsndfileError) -> str:
     """Return libsndfile's error message, replacing its misleading message about undecodable MP3 files."""
     message = error.error_string.removeprefix("Error :").strip().rstrip(".")
     return "no audio can be decoded" if "not a regular file" in message else (message[:1].lower() + message[1:])[:100]
 
 
-def check_decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> AudioCheck:
+def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: int, sha: str) -> AudioCheck:
     """Check an opened file. Raises `LibsndfileError` if nothing of it can be decoded."""
     import soundfile
 
@@ -101,7 +105,7 @@ def check_decoded(sound, suffix: str, tail: bytes, size: int, sha: str) -> Audio
     cut = TRUNCATED_WAV_PATTERN.search(sound.extra_info)
     try:
         while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
-            digest.update(np.ascontiguousarray(block))
+            digest.update(np.ascontiguousarray(block).data)
             loud = np.abs(block)
             count, peak, full = count + len(block), max(peak, float(loud.max())), full + int((loud >= FULL_SCALE).sum())
     except soundfile.LibsndfileError as error:

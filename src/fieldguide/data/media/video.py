@@ -88,7 +88,7 @@ def read_frames(path: str | Path, content: bytes | None = None) -> Iterator[Imag
         import av
 
         try:
-            with av.open(io.BytesIO(content) if content is not None else str(path)) as container:
+            with av.open(io.BytesIO(content) if content is not None else str(path), "r") as container:
                 for frame in container.decode(video=0):
                     yield frame.to_image()
         except av.FFmpegError as error:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from fieldguide.core.errors import DataError
 
@@ -68,7 +68,8 @@ class ChatTemplate:
             for piece in pieces:
                 ends.append(ends[-1] + len(piece))
             return "".join(pieces), [(ends[i], ends[i + 1]) for i in range(1, len(pieces), 2)]
-        whole, spans = marked, []
+        whole = marked
+        spans: list[tuple[int, int]] = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -100,7 +101,7 @@ def generation_extension() -> Any:
     from jinja2.ext import Extension
 
     class GenerationExtension(Extension):
-        tags: ClassVar[set[str]] = {"generation"}
+        tags: set[str] = {"generation"}  # noqa: RUF012  (jinja2 declares an instance variable)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

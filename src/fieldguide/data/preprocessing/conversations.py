@@ -18,6 +18,7 @@ class Conversations:
     """Encoder of conversations. `text` must have a template; `closing` is the token that ends an answer, or None."""
 
     def __init__(self, text: TextTokenizer):
+        assert text.template is not None
         self.text, self.template = text, ChatTemplate(text.template, text.special)
         self.closing = text.tokenizer.token_to_id(self.template.closing_text())
 

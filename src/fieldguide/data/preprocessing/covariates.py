@@ -124,7 +124,8 @@ def choose_periods(frequency: Frequency, steps: int) -> list[Any]:
         return []
     step = {"business": 1.4 * DAY, "month": 30 * DAY * frequency.size}.get(frequency.unit, frequency.size)
     days = {"month": 30 * DAY, "year": 365 * DAY}
-    return [turn for shorter, turn in CALENDAR_PERIODS if step < shorter and 2 * days.get(turn, turn) <= steps * step]
+    length = lambda turn: days[turn] if isinstance(turn, str) else turn
+    return [turn for shorter, turn in CALENDAR_PERIODS if step < shorter and 2 * length(turn) <= steps * step]
 
 
 def period_phase(turn: Any, times: np.ndarray) -> np.ndarray:

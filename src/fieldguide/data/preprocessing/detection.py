@@ -193,4 +193,5 @@ def merge_batches(parts: Sequence[tuple[np.ndarray, Boxed]]) -> Boxed:
     most = max(labels.shape[1] for _, (_, _, labels) in parts)
     boxes = [F.pad(b, (0, 0, 0, most - b.shape[1])) for _, (_, b, _) in parts]
     labels = [F.pad(n, (0, most - n.shape[1]), value=-1) for _, (_, _, n) in parts]
-    return tuple(torch.cat(x)[order] for x in ([p for _, (p, _, _) in parts], boxes, labels))
+    pixels = [p for _, (p, _, _) in parts]
+    return torch.cat(pixels)[order], torch.cat(boxes)[order], torch.cat(labels)[order]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
 from fieldguide.core.errors import SettingsError
@@ -20,7 +21,7 @@ USUAL_SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
 MAX_FIT_IMAGES = 5000  # images used to estimate mean and standard deviation; more change only the third digit
 
 
-def suggest_side(widths: Sequence[int] | np.ndarray, heights: Sequence[int] | np.ndarray) -> int:
+def suggest_side(widths: ArrayLike, heights: ArrayLike) -> int:
     """Return the largest usual side, 8 to 224 pixels, that at least half of the images reach."""
     median = float(np.median(np.minimum(np.asarray(widths), np.asarray(heights))))
     return max((s for s in USUAL_SIDES if s <= median), default=USUAL_SIDES[0])
@@ -60,17 +61,19 @@ class ImageTransform:
     def with_resize(self, text: str) -> ResizeTransform:
         """Return a copy that resizes as in "crop 0.875 bicubic" (see `Resized`). Raises SettingsError if invalid."""
         even = text.endswith(" even")
+        part, resampling = 1.0, Image.Resampling.BICUBIC
         try:
             fit, *share, name = text.removesuffix(" even").split()
-            part, name = float(*share) if share else 1.0, Image.Resampling[name.upper()]
+            part, resampling = float(*share) if share else 1.0, Image.Resampling[name.upper()]
         except (ValueError, KeyError, TypeError):
-            fit, part, name = "", 1.0, Image.Resampling.BICUBIC
+            fit = ""
         if fit not in ("crop", "pad", "stretch") or not 0 < part <= 1 or (part < 1 and fit == "pad"):
             raise SettingsError(
                 f"task.resize={text!r} is not a valid resize method, such as: crop bicubic (center crop), "
                 "crop 0.875 bicubic (that fraction of the center), pad bilinear, stretch bicubic."
             )
-        return ResizeTransform(self.side, self.channels, self.mean, self.std, fit, round(self.side / part), name, even)
+        size = round(self.side / part)
+        return ResizeTransform(self.side, self.channels, self.mean, self.std, cast(images.Fit, fit), size, resampling, even)
 
     def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
         """Load files as uint8, N C S S. Raises DataError naming those that cannot be read."""

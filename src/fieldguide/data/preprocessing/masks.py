@@ -105,7 +105,8 @@ class Canvas:
     def canvas_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return the height and width of a canvas that holds images of these sizes."""
         inner = np.array([self.fit_size(*s) for s in sizes]).max(0)
-        return tuple(int(-(-n // CANVAS_MULTIPLE) * CANVAS_MULTIPLE) for n in inner)
+        height, width = (int(-(-n // CANVAS_MULTIPLE) * CANVAS_MULTIPLE) for n in inner)
+        return height, width
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-compatible dictionary."""
@@ -114,4 +115,5 @@ class Canvas:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Canvas:
         """Restore from `to_json`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return cls(**values)

@@ -70,7 +70,9 @@ def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
 def parse_file(file: Path) -> SentencePieceModel:
     """Parse a SentencePiece file. Raises DataError for other files, and for word and character models."""
     try:
-        pieces, trainer, normal = [], {}, {}
+        pieces = []
+        trainer: dict[int, Any] = {}
+        normal: dict[int, Any] = {}
         for field, value in read_fields(file.read_bytes()):
             if field == 1:
                 piece = dict(read_fields(value))
@@ -101,7 +103,8 @@ def build_tokenizer(file: Path, model: SentencePieceModel) -> Tokenizer:
 
     if model.whitespace_as_suffix:
         raise DataError(f"{file}: whitespace as a suffix of words (treat_whitespace_as_suffix) is not supported.")
-    steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    after: list[decoders.Decoder]
     if model.remove_extra_whitespace:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
     unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), None)
@@ -131,7 +134,9 @@ def build_tokenizer(file: Path, model: SentencePieceModel) -> Tokenizer:
     if model.byte_fallback:
         after += [decoders.ByteFallback(), decoders.Fuse()]
     if model.model == BPE:
-        after += [decoders.Fuse()] + ([decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else [])
+        after.append(decoders.Fuse())
+        if model.add_dummy_prefix:
+            after.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(steps), decoders.Sequence(after)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece, _, kind in model.pieces if kind == WHOLE])
     tokenizer.add_special_tokens(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fieldguide.core.errors import DataError
 from fieldguide.data.preprocessing import tokenizer_files
 
 if TYPE_CHECKING:
@@ -201,6 +202,13 @@ class TextTokenizer:
     def size(self) -> int:
         """The vocabulary size."""
         return self.tokenizer.get_vocab_size()
+
+    def token_id(self, token: str) -> int:
+        """Return the id of a special token. Raises `DataError` if the vocabulary has none."""
+        found: int | None = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise DataError(f"the tokenizer has no token {token!r}. Use the tokenizer that the model was trained with.")
+        return found
 
     def token(self, *names: str | None, default: int) -> int:
         """Return the id of the first of these tokens that exists, else `default`."""

@@ -56,7 +56,8 @@ class Transcripts:
                 vocab_size=pieces, initial_alphabet=[SPACE, *(c for c in characters if c != " ")], show_progress=False
             ),
         )
-        symbols = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+        vocab = tokenizer.get_vocab()
+        symbols = sorted(vocab, key=lambda symbol: vocab[symbol])
         return cls(symbols, lower=lower, tokenizer=tokenizer.to_str())
 
     @cached_property
@@ -64,6 +65,7 @@ class Transcripts:
         """The BPE tokenizer, restored from its saved form."""
         from tokenizers import Tokenizer
 
+        assert self.saved is not None  # transcripts of word pieces have one
         return Tokenizer.from_str(self.saved)
 
     @property
@@ -74,7 +76,8 @@ class Transcripts:
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], Counter[str]]:
         """Return the symbols of each text (int64) and the count of each character that did not occur in training; these
         are dropped, as the model cannot produce them."""
-        texts, unknown = [normalize_text(text, self.lower) for text in texts], Counter()
+        texts = [normalize_text(text, self.lower) for text in texts]
+        unknown: Counter[str] = Counter()
         for i, text in enumerate(texts):
             if unseen := [c for c in text if c not in self.alphabet]:
                 unknown.update(unseen)

@@ -118,7 +118,8 @@ def read_images(
     document: dict[str, Any], file: Path, root: Path, split: str | None, categories: dict[int, str], notes: FindingCollector
 ) -> list[AnnotatedImage]:
     """Return the images of a document with their boxes. Raises DataError if an image lacks its id or file_name."""
-    where, shots, by_id = relative_path(file, root), [], {}
+    where, shots = relative_path(file, root), []
+    by_id: dict[Any, AnnotatedImage] = {}
     places = find_image_folders(document["images"], file, root)
     for number, image in enumerate(document["images"]):
         if not isinstance(image, dict) or as_id(image.get("id")) is None or not isinstance(image.get("file_name"), str):
@@ -126,12 +127,12 @@ def read_images(
         name = image["file_name"]
         path = next((p / n for p in places for n in (name, Path(name).name) if (p / n).is_file()), places[0] / name)
         size = parse_finite((image.get("width"), image.get("height")), 2)
-        shot = AnnotatedImage(path, f"{where}: {name}", split, size=tuple(size) if size else None)
-        shots.append(shot)
+        added = AnnotatedImage(path, f"{where}: {name}", split, size=(size[0], size[1]) if size else None)
+        shots.append(added)
         if image["id"] in by_id:
-            for one in (by_id[image["id"]], shot):
+            for one in (by_id[image["id"]], added):
                 notes.mark_invalid("duplicate-id", f"{one.place} (id {image['id']})", one)
-        by_id.setdefault(image["id"], shot)
+        by_id.setdefault(image["id"], added)
     for number, annotation in enumerate(document["annotations"]):
         place = f"{where}: annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
         shot = by_id.get(as_id(annotation.get("image_id"))) if isinstance(annotation, dict) else None
@@ -179,7 +180,8 @@ def parse_outline(
     None or an empty list is an object without an outline.
     """
     if isinstance(segmentation, dict):
-        runs, own_categories = decode_run_lengths(segmentation.get("counts")), segmentation.get("size")
+        runs = decode_run_lengths(segmentation.get("counts"))
+        own_categories: Any = segmentation.get("size")
         fits = (
             isinstance(own_categories, list)
             and parse_finite(own_categories, 2)

@@ -43,8 +43,8 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
             f"{name}:{line_at(raw, at)}: NUL byte at position {at}. The file "
             "is binary or damaged, or is UTF-16 without a byte order mark. Save it as UTF-8."
         )
-    at = find_invalid_utf8(raw)
-    if at is None:
+    invalid = find_invalid_utf8(raw)
+    if invalid is None:
         return raw, []
     try:
         text, encoding = raw.decode("cp1252"), "Windows-1252"
@@ -55,7 +55,7 @@ def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
             "encoding",
             "warning",
             f"{name} is not UTF-8: read as {encoding}",
-            (f"{name}:{line_at(raw, at)}, the first occurrence",),
+            (f"{name}:{line_at(raw, invalid)}, the first occurrence",),
             1,
             "Check the accented letters, or save the file as UTF-8.",
         )
@@ -180,7 +180,8 @@ def read_cells_with_csv(raw: bytes, name: str, mark: str) -> pl.DataFrame:
     if mark == "\t" and (spoken := read_unquoted(raw)) is not None:
         return spoken
     reader = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=mark, strict=True)
-    width, out, wrong, line = 0, [], [], 0
+    width, wrong, line = 0, [], 0
+    out: list[list[str | None]] = []
     try:
         for row in reader:
             start, line = line + 1, reader.line_num
@@ -258,9 +259,13 @@ def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> 
         return not all(votes)
     if any(v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns)):
         return False
-    return not all(
-        " " in v and 1 / 2 < len(v) / (body[c].str.len_chars().median() or 1) < 3 for v, c in zip(first, body.columns)
-    )
+    return not all(" " in v and 1 / 2 < len(v) / (median_length(body[c]) or 1) < 3 for v, c in zip(first, body.columns))
+
+
+def median_length(values: pl.Series) -> float:
+    """Return the median number of characters; 0 without values."""
+    median = values.str.len_chars().median()
+    return float(median) if isinstance(median, int | float) else 0.0
 
 
 def default_names(width: int, names: tuple[str, ...], target: str | None) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.dataset import Finding
+from fieldguide.data.dataset import Finding, Kind
 from fieldguide.data.media.images import SUPPORTED_SUFFIXES
 from fieldguide.data.source import IGNORED_NAMES, SPLIT_NAMES, Options, RawTable, list_visible, relative_path
 
@@ -54,7 +54,7 @@ def load(source: Path, options: Options) -> RawTable:
     return load_classes(source, options, SUPPORTED_SUFFIXES)
 
 
-def load_classes(source: Path, options: Options, suffixes: frozenset[str], media: str = "image") -> RawTable:
+def load_classes(source: Path, options: Options, suffixes: frozenset[str], media: Kind = "image") -> RawTable:
     """Read files below class folders as rows of (file, label). Shared by the readers of images, videos and texts."""
     walk = FolderWalk(source)
     tops, _ = list_visible(source)
@@ -116,7 +116,12 @@ class FolderWalk:
 
 
 def folder_findings(
-    walk: FolderWalk, root: Path, found: list, stray: list[Path], empty: dict[str, list[str]], media: str
+    walk: FolderWalk,
+    root: Path,
+    found: list[tuple[Path, str | None, str | None]],
+    stray: list[Path],
+    empty: dict[str, list[str]],
+    media: Kind,
 ) -> list[Finding]:
     """Return the findings about empty class folders, links, and ignored files."""
     findings = []
@@ -173,7 +178,7 @@ def build_table(
     root: Path,
     findings: list[Finding],
     options: Options,
-    media: str = "image",
+    media: Kind = "image",
 ) -> RawTable:
     """Build the raw table of files with their labels and splits. Raises DataError if there are no files."""
     labels = [label for _, label, _ in found]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.column_spec import normalize_name
-from fieldguide.data.column_types import AUDIO_FILE_PATTERN
-from fieldguide.data.dataset import BOOKKEEPING, FILE, LINE, FileEntry, Finding
+from fieldguide.data.column_types import AUDIO_FILE_PATTERN, mean_value
+from fieldguide.data.dataset import BOOKKEEPING, FILE, LINE, FileEntry, Finding, Severity
 from fieldguide.data.media.audio import SUPPORTED_SUFFIXES, UNSUPPORTED_SUFFIXES
 from fieldguide.data.readers import delimited, table
 from fieldguide.data.readers.image_folder import is_hidden
@@ -101,7 +101,8 @@ def split_by_folder(paths: list[Path], root: Path) -> np.ndarray | None:
 
 def load_with_text_files(paths: list[Path], root: Path, options: Options) -> RawTable:
     """Read recordings with a text file of the same name each. Raises DataError if no transcript can be read."""
-    rows, files, findings, kept = [], [], [], []
+    rows, files, kept = [], [], []
+    findings: list[Finding] = []
     silent: list[Path] = []
     damaged: list[str] = []
     for path in paths:
@@ -124,7 +125,7 @@ def load_with_text_files(paths: list[Path], root: Path, options: Options) -> Raw
     at = Counter(p.with_suffix("") for p in paths)
     lone = [p for folder in {p.parent for p in paths} for p in sorted(folder.glob("*.txt")) if p.with_suffix("") not in at]
     several = [p for p in paths if at[p.with_suffix("")] > 1]
-    for check, severity, what, places, remedy, unusable in (
+    problems: list[tuple[str, Severity, str, Sequence[Path | str], str, int]] = [
         (
             "no-transcript",
             "warning",
@@ -150,7 +151,8 @@ def load_with_text_files(paths: list[Path], root: Path, options: Options) -> Raw
             0,
         ),
         ("no-recording", "note", "transcripts without a recording", lone, "", 0),
-    ):
+    ]
+    for check, severity, what, places, remedy, unusable in problems:
         if places:
             shown = tuple(p if isinstance(p, str) else relative_path(p, root) for p in places[:MAX_SHOWN_PLACES])
             findings.append(Finding(check, severity, what, shown, len(places), remedy, unusable))
@@ -181,7 +183,7 @@ def resolve_file_names(raw: RawTable, paths: list[Path], root: Path, options: Op
     where = RecordingIndex(paths, root)
     columns = [c for c in raw.rows.columns if c not in BOOKKEEPING and raw.rows[c].dtype == pl.String]
     shares = {c: where.match_fraction(raw.rows[c]) for c in columns if c != options.target}
-    name = max(shares, key=shares.get, default=None)
+    name = max(shares, key=lambda c: shares[c], default=None)
     if name is None or shares[name] < 0.5:
         listed = ", ".join(columns)
         raise DataError(
@@ -273,4 +275,4 @@ class RecordingIndex:
         if not some.len():
             return 0.0
         found = sum(self.find(v) is not None or v in self.ambiguous for v in some.to_list()) / some.len()
-        return max(found, 0.9 * float(some.str.contains(AUDIO_FILE_PATTERN).mean()))
+        return max(found, 0.9 * mean_value(some.str.contains(AUDIO_FILE_PATTERN)))

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
+from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding, Role
 from fieldguide.data.readers import delimited
 from fieldguide.data.readers.recordings import AUDIO, MAX_SHOWN_PLACES, SOUND_SUFFIXES, TRANSCRIPT, note_unlisted
 from fieldguide.data.source import Options, RawTable, list_visible, relative_path, sha256, split_of
@@ -64,7 +64,7 @@ def load(source: Path, options: Options) -> RawTable:
         )
     rows = pl.concat([raw.rows for raw, _ in parts], how="diagonal")
     splits = np.repeat(np.array([s for _, s in parts], dtype=object), [raw.rows.height for raw, _ in parts])
-    speaker = {SPEAKER: "group"} if SPEAKER in rows.columns else {}
+    speaker: dict[str, Role] = {SPEAKER: "group"} if SPEAKER in rows.columns else {}
     raw = RawTable(
         rows,
         [f for raw, _ in parts for f in raw.files],

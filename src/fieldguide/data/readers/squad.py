@@ -25,7 +25,7 @@ UNDERSTANDS = (
     "context, a question and answers; or a folder with one such file for each of train, dev and test"
 )
 HEAD_BYTES = 1 << 16  # bytes at the start of a file that are searched for the format's keys
-SCHEMA = {
+SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "id": pl.String,
     "title": pl.String,
     "context": pl.String,

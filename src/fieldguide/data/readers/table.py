@@ -106,8 +106,10 @@ def read_json_lines(content: bytes, name: str) -> pl.DataFrame:
             if not ok:
                 raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} per line.")
         raise DataError(f"{name}: could not be read as JSON Lines.")
-    for name in [n for n, kind in rows.schema.items() if isinstance(kind, pl.Struct)]:  # {"a": {"b": 1}} -> a.b
-        fields = [f"{name}.{field.name}" for field in rows.schema[name].fields]
+    for name, kind in rows.schema.items():
+        if not isinstance(kind, pl.Struct):
+            continue
+        fields = [f"{name}.{field.name}" for field in kind.fields]  # {"a": {"b": 1}} -> a.b
         rows = rows.with_columns(pl.col(name).struct.rename_fields(fields)).unnest(name)
     return rows.with_columns(pl.Series(LINE, lines, dtype=pl.Int64))
 

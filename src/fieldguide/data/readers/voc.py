@@ -12,6 +12,7 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from fieldguide.core.errors import DataError
+from fieldguide.data.dataset import FileEntry
 from fieldguide.data.media.boxes import AnnotatedImage, FindingCollector, annotation_entry, build_raw, make_object, parse_finite
 from fieldguide.data.media.images import SUPPORTED_SUFFIXES
 from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path
@@ -39,7 +40,7 @@ def find_layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
     folders = [p for p in list_visible(source)[0] if p.is_dir()]
     if own := find_part(source, folders):
         return [(*own, None)]
-    found = [
+    found: list[tuple[Path, list[Path], str | None]] = [
         (*own, SPLIT_NAMES[p.name.lower()])
         for p in folders
         if p.name.lower() in SPLIT_NAMES and (own := find_part(p, [f for f in list_visible(p)[0] if f.is_dir()]))
@@ -64,7 +65,8 @@ def find_part(folder: Path, folders: list[Path]) -> tuple[Path, list[Path]] | No
 
 def load(source: Path, options: Options) -> RawTable:
     """Read all annotations and match them to images."""
-    notes, shots, files, classes = FindingCollector(), [], [], set()
+    notes, shots, classes = FindingCollector(), [], set()
+    files: list[FileEntry] = []
     for where, places, split in find_layout(source):
         images_by_name = {
             p.name.lower(): p
@@ -128,14 +130,15 @@ def parse_annotation(content: bytes, shot: AnnotatedImage, notes: FindingCollect
         return ""
     text = lambda at, path: (at.findtext(path) or "").strip()
     size = parse_finite((text(root, "size/width"), text(root, "size/height")), 2)
-    shot.size = tuple(size) if size else None
+    shot.size = (size[0], size[1]) if size else None
     for thing in root.findall("object"):
         place, label = f"{shot.place}:{lines[thing]}", text(thing, "name")
         sides = parse_finite([text(thing, f"bndbox/{n}") for n in ("xmin", "ymin", "xmax", "ymax")], 4)
         if sides is None or not label:
             notes.mark_invalid("malformed-box", place, shot)
             continue
-        shot.boxes.append(make_object(label, *sides, crowd=text(thing, "difficult") == "1"))
+        left, top, right, bottom = sides
+        shot.boxes.append(make_object(label, left, top, right, bottom, crowd=text(thing, "difficult") == "1"))
         shot.places.append(place)
     return text(root, "filename")
 

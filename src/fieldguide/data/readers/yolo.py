@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from fieldguide.core.errors import DataError
+from fieldguide.data.dataset import FileEntry
 from fieldguide.data.media.boxes import (
     AnnotatedImage,
     FindingCollector,
@@ -84,11 +85,12 @@ def has_labels(folder: Path) -> bool:
 
 def load(source: Path, options: Options) -> RawTable:
     """Read a YOLO folder or its data.yaml. Raises DataError if there are no images."""
-    notes, files = FindingCollector(), []
+    notes = FindingCollector()
+    files: list[FileEntry] = []
     root, file = (source.parent, source) if source.is_file() else (source, find_description(source))
     config = load_description(file, files, root) if file else {}
     names, given = (
-        parse_class_names(config, file) if config else read_class_list(root, files),
+        parse_class_names(config, file) if file and config else read_class_list(root, files),
         find_split_folders(config, root, file),
     )
     shots: list[AnnotatedImage] = []
@@ -153,7 +155,8 @@ def find_split_folders(config: dict[str, Any], root: Path, file: Path | None) ->
     found: list[tuple[Path, str | None]] = []
     bases = [root / str(config["path"]), root] if config.get("path") else [root]
     for key in ("train", "val", "valid", "test"):
-        for name in config.get(key) if isinstance(config.get(key), list) else [config.get(key)]:
+        value = config.get(key)
+        for name in value if isinstance(value, list) else [value]:
             if not name:
                 continue
             # Exported files often contain ../train/images instead of train/images.

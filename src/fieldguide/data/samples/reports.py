@@ -40,7 +40,8 @@ GOALS = (
 
 def reports(folder: Path) -> None:
     """Write reports and summaries. Winner, score and top scorer must be inferred among irrelevant sentences."""
-    rng, made = random.Random(0), {}
+    rng = random.Random(0)
+    made: dict[str, str] = {}
     while len(made) < COUNT:
         document, summary = make_match(rng)
         made.setdefault(document, summary)

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from fieldguide.data.samples.writers import text_digest, write_csv
 
@@ -142,9 +143,10 @@ def parse_parameters(text: str) -> Iterator[tuple[str, str, str, str]]:
             yield named[1], kind, default, said
 
 
-def make_questions(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[dict]]:
+def make_questions(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[dict[str, Any]]]:
     """Return the descriptions of parameters as one context, and about half of the possible questions on them."""
-    context, asked = "", []
+    context = ""
+    asked: list[dict[str, Any]] = []
     for name, kind, default, said in pair:
         context += f"{' ' if context else ''}{name} : "
         for question, answer, before in (
@@ -193,7 +195,8 @@ def phrases(folder: Path) -> None:
     """Write simple English sentences with German translations by rules: gender, case, endings, verb in second position."""
     import random
 
-    rng, pairs = random.Random(0), {}
+    rng = random.Random(0)
+    pairs: dict[str, str] = {}
 
     def noun(case: int) -> tuple[str, str]:
         """Return a random noun phrase in English and German."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -13,7 +13,7 @@ def text_digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def write_csv(file: Path, names: list[str], rows: Iterator[list[str]]) -> None:
+def write_csv(file: Path, names: list[str], rows: Iterable[list[str]]) -> None:
     """Write a CSV file with a header."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")

@@ -217,6 +217,7 @@ def row_values(data: Data, name: str) -> np.ndarray:
 def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
     """Build one series per row; trailing blanks are after its end, other blanks are missing values."""
     name = series_name_column(data)
+    assert name is not None  # tables with this layout have one
     again = ~data.rows[name].is_first_distinct().to_numpy()
     if again.any():
         return None, [make_finding(data, "repeated-series", again, name=name)]
@@ -276,11 +277,11 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
                 data, "irregular-steps", row[:MAX_SHOWN_PLACES], len(row), step=frequency.article, hint=series_hint(data)
             ),
         ]
-    where, start, times, more = placed
+    where, start, moments, more = placed
     values, source = np.full((start[-1], len(targets)), np.nan), np.full(start[-1], -1)
     source[where[where >= 0]] = row[where >= 0]
     values[where[where >= 0]] = table[row[where >= 0]]
-    return finish_panel(data, layout, frequency, targets, values, source, times, start, names, [*findings, *more])
+    return finish_panel(data, layout, frequency, targets, values, source, moments, start, names, [*findings, *more])
 
 
 def row_series(data: Data) -> pl.Series:

@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding
+from fieldguide.data.column_types import mean_value
+from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding, Kind
 from fieldguide.data.validation.duplicates import same_inputs
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places, simplify_label
 
@@ -26,7 +27,7 @@ MAX_LENGTH_RATIO, MIN_LENGTH_DIFFERENCE = (
     60,
 )  # factor and number of characters by which the lengths of a pair of texts must deviate to be reported
 MAX_CHARACTERS_PER_SECOND = 45  # maximum plausible characters per second of speech
-INPUT_NOUNS = {"image": "images", "audio": "recordings", "text": "texts"}
+INPUT_NOUNS: dict[Kind, str] = {"image": "images", "audio": "recordings", "text": "texts"}
 MAX_LEAK_ROWS = 20_000  # maximum number of rows used for leak detection
 TARGET_TYPES = ("category", "boolean", "number", "date", "identifier")  # types of targets that are classes or quantities
 
@@ -264,12 +265,12 @@ def check_leaks(data: Data) -> Iterator[Finding]:
         text, label = pl.col(feature.name).str.to_lowercase(), pl.col(column.name).str.to_lowercase()
         named = text.str.contains(label, literal=True) & (label.str.len_chars() >= 3)
         found = data.rows.select(named).to_series()
-        if (found.mean() or 0) > 0.5:
+        if (share := mean_value(found)) > 0.5:
             rows = found.fill_null(False).to_numpy()
             yield Finding(
                 "label-in-text",
                 "note",
-                f"{100 * found.mean():.0f} % of the texts in {feature.name!r} contain the name of their class",
+                f"{100 * share:.0f} % of the texts in {feature.name!r} contain the name of their class",
                 places(data, rows),
                 int(found.sum()),
                 "Check that the class name is not added to the text.",

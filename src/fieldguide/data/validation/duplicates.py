@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from fieldguide.data.dataset import HASH, Data
+from fieldguide.data.dataset import HASH, Data, Kind
 
-MEDIA = ("image", "audio", "video")
+MEDIA: tuple[Kind, ...] = ("image", "audio", "video")
 
 
 def same_inputs(data: Data) -> np.ndarray | None:

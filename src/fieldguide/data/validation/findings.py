@@ -16,8 +16,8 @@ MAX_SHOWN_PLACES = 5  # maximum number of locations in a finding
 
 def places(data: Data, rows: np.ndarray | Iterable[int]) -> tuple[str, ...]:
     """Return the locations of the first rows of a mask or list of indices."""
-    mask = isinstance(rows, np.ndarray) and rows.dtype == bool
-    return tuple(data.locate_row(int(i)) for i in (np.flatnonzero(rows) if mask else list(rows))[:MAX_SHOWN_PLACES])
+    indices = np.flatnonzero(rows) if isinstance(rows, np.ndarray) and rows.dtype == bool else list(rows)
+    return tuple(data.locate_row(int(i)) for i in indices[:MAX_SHOWN_PLACES])
 
 
 def simplify_label(label: str) -> str:
