@@ -31,10 +31,10 @@ from fieldguide.core.report_elements import (
     Sounds,
     Table,
 )
-from fieldguide.report import charts, model_card
+from fieldguide.report import axis, charts, marks, model_card
 from fieldguide.report import render as report
-from fieldguide.report.charts import el, number
 from fieldguide.report.render import Section, render
+from fieldguide.report.text import el, format_number
 
 NAN, INF = math.nan, math.inf
 HOSTILE = """</script></title></style><img src=x onerror=alert(1)>"'&amp;{{ 7*7 }}\x00\ud800\u202e"""
@@ -295,7 +295,7 @@ def test_a_new_exhibit_is_one_function_and_an_unknown_one_says_so():
     ],
 )
 def test_numbers_for_people(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_numbers_for_people(value, text):
     ],
 )
 def test_ticks_are_round(low, high, texts):
-    assert charts.tick_texts(charts.ticks(low, high)) == texts
+    assert axis.format_ticks(axis.choose_ticks(low, high)) == texts
 
 
 def test_axes_hold_their_data():
@@ -317,34 +317,34 @@ def test_axes_hold_their_data():
     for log in (False, True):
         for _ in range(300):
             values = np.abs(rng.normal(size=7) * 10.0 ** rng.integers(-9, 9)) + (0 if log else rng.normal())
-            axis = charts.axis(values, log=log)
-            placed = axis(values)
+            made = axis.make_axis(values, log=log)
+            placed = made(values)
             assert placed.min() >= -1e-9 and placed.max() <= 1 + 1e-9
-            assert 2 <= len(axis.ticks) <= 12 and len({text for _, text in axis.ticks}) == len(axis.ticks)
+            assert 2 <= len(made.ticks) <= 12 and len({text for _, text in made.ticks}) == len(made.ticks)
 
 
 def test_thinning_keeps_spikes_and_ends():
     ys = np.zeros(100_000)
     ys[54_321], ys[77_777] = 9, -9
-    kept = charts.thin(ys)
+    kept = marks.select_points(ys)
     assert len(kept) <= 322 and {0, 54_321, 77_777, 99_999} <= set(kept.tolist())
 
 
 def test_curves_keep_gaps_and_say_what_is_not_drawn():
-    drawn = charts.lines(Lines("l", lines={"a": ([1, 2, 3, 4, 5], [1, 2, NAN, 4, 5])}))
+    drawn = charts.draw_lines(Lines("l", lines={"a": ([1, 2, 3, 4, 5], [1, 2, NAN, 4, 5])}))
     path = re.search(r'class="line c0" d="([^"]*)"', drawn).group(1)
     assert path.count("M") == 2 and path.count("L") == 2
     assert "1 value is not drawn" in drawn
-    assert "2 values are not drawn" in charts.scatter(EDGES["bad dots"])
-    assert "2 values are not drawn: a logarithmic axis" in charts.lines(
+    assert "2 values are not drawn" in charts.draw_scatter(EDGES["bad dots"])
+    assert "2 values are not drawn: a logarithmic axis" in charts.draw_lines(
         Lines("l", lines={"a": ([1, 2, 3], [0, -1, 5])}, log=True)
     )
 
 
 def test_direct_labels_do_not_overlap_and_stay_inside():
     ends = {f"n{k}": 0.999 - k / 1000 for k in range(7)} | {"low": 0.0}
-    frame = charts.Frame(charts.WIDE, charts.axis(np.array([0, 1])), charts.axis(np.array([0, 1])))
-    labels = "".join(charts.direct_labels(frame, ends))
+    frame = axis.Frame(charts.WIDE, axis.make_axis(np.array([0, 1])), axis.make_axis(np.array([0, 1])))
+    labels = "".join(marks.label_curves(frame, ends))
     places = sorted(float(y) for y in re.findall(r' y="([\d.]+)"', labels))
     assert all(b - a >= 14.9 for a, b in pairwise(places))
     assert places[-1] <= frame.top + frame.h + 0.1
@@ -352,7 +352,7 @@ def test_direct_labels_do_not_overlap_and_stay_inside():
 
 def test_bars_have_length_whisker_and_words():
     values, intervals = {"model": 50.0, "other": 25.0}, {"model": (40, 60.25)}
-    drawn = charts.bars(Bars("b", values=values, intervals=intervals, unit="%"))
+    drawn = charts.draw_bars(Bars("b", values=values, intervals=intervals, unit="%"))
     assert [float(w) for w in re.findall(r'class="bar"[^>]*width="([\d.]+)"', drawn)] == [50, 25]
     assert 'd="M40.0 10H60.25' in drawn and "50.0 %" in drawn and "40.0–60.2" in drawn
 

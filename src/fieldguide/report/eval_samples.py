@@ -9,6 +9,7 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ class Glimpses:
 
     def look(self, step: int, settings: Settings, make: Callable[[], list[Exhibit]]) -> None:
         """Store the result of `make` if this evaluation is one of the few to sample."""
+        assert settings.eval_steps is not None  # resolved before training
         part = lambda s: s * VIEWS // settings.steps
         if part(step) == part(max(step - settings.eval_steps, 0)) and step != settings.steps:
             return
@@ -48,24 +50,25 @@ class Glimpses:
         joined: dict[str, Exhibit] = {}
         for step, exhibits in self.read():
             for e in exhibits:
-                pictures = [
-                    Picture(p.image, f"step {step:,}{': ' + p.caption if p.caption else ''}", p.bad)
-                    for p in getattr(e, "pictures", ())
-                ]
-                texts = [
-                    Quote(q.text, f"step {step:,}{': ' + q.caption if q.caption else ''}", q.bad)
-                    for q in getattr(e, "quotes", ())
-                ]
                 before = joined.get(e.title)
-                joined[e.title] = (
-                    Gallery(e.title, e.note, [*(before.pictures if before else ()), *pictures])
-                    if isinstance(e, Gallery)
-                    else Quotes(e.title, e.note, [*(before.quotes if before else ()), *texts])
-                )
+                if isinstance(e, Gallery):
+                    pictures = [*before.pictures] if isinstance(before, Gallery) else []
+                    pictures += [Picture(p.image, add_step(step, p.caption), p.bad) for p in e.pictures]
+                    joined[e.title] = Gallery(e.title, e.note, pictures)
+                elif isinstance(e, Quotes):
+                    quotes = [*before.quotes] if isinstance(before, Quotes) else []
+                    quotes += [Quote(q.text, add_step(step, q.caption), q.bad) for q in e.quotes]
+                    joined[e.title] = Quotes(e.title, e.note, quotes)
         return list(joined.values())
 
 
-def packed(exhibit: Exhibit) -> dict:
+def add_step(step: int, caption: str) -> str:
+    """Return the caption with the training step in front."""
+    return f"step {step:,}{': ' + caption if caption else ''}"
+
+
+def packed(exhibit: Exhibit) -> dict[str, Any]:
+    """Return an element as a JSON-compatible dictionary. Raises TypeError for other types than galleries and quotes."""
     if isinstance(exhibit, Gallery):
         return {
             "title": exhibit.title,
@@ -81,7 +84,8 @@ def packed(exhibit: Exhibit) -> dict:
     raise TypeError(f"samples during training must be galleries or quotes, not {type(exhibit).__name__}")
 
 
-def unpacked(record: dict) -> Exhibit:
+def unpacked(record: dict[str, Any]) -> Exhibit:
+    """Restore an element from `packed`."""
     if "pictures" in record:
         return Gallery(
             record["title"], record["note"], [Picture(base64.b64decode(p["image"]), p["caption"]) for p in record["pictures"]]

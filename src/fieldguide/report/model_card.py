@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from fieldguide.core.report_elements import Table
-from fieldguide.report.charts import FORBIDDEN, decimals_of, is_number, number, plain
+from fieldguide.report.text import FORBIDDEN_CHARACTERS, choose_decimals, format_number, is_number, to_python
 
 WIDEST = 60  # columns are padded to align, but one long cell must not widen the table
 
@@ -33,7 +33,7 @@ def card(
         if isinstance(content, Table):
             lines += [*([escape(content.note), ""] if content.note else []), *markdown_table(content), ""]
         else:
-            lines += [FORBIDDEN.sub("\ufffd", content).strip("\n"), ""]
+            lines += [FORBIDDEN_CHARACTERS.sub("\ufffd", content).strip("\n"), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -70,7 +70,7 @@ def to_plain(value: Any) -> Any:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
-    return plain(value)
+    return to_python(value)
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def to_plain(value: Any) -> Any:
 
 def escape(text: Any) -> str:
     """Escape text for one line of Markdown: no markup, links, images, HTML, or broken table."""
-    text = " ".join(FORBIDDEN.sub("\ufffd", str(text)).split())
+    text = " ".join(FORBIDDEN_CHARACTERS.sub("\ufffd", str(text)).split())
     text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word an underscore means nothing
     text = text.replace("&", "&amp;").replace("<", "&lt;")
@@ -91,14 +91,14 @@ def markdown_table(table: Table) -> list[str]:
     width = max([len(table.header), *map(len, table.rows)], default=0)
     if not width:
         return ["Nothing to show."]
-    rows = [[plain(v) for v in row] + [None] * (width - len(row)) for row in table.rows]
+    rows = [[to_python(v) for v in row] + [None] * (width - len(row)) for row in table.rows]
     columns = []
     for k, name in enumerate([*table.header, *[""] * (width - len(table.header))]):
         values = [row[k] for row in rows]
         present = [v for v in values if v is not None]
         numeric = bool(present) and all(map(is_number, present))
         whole = all(isinstance(v, int) for v in present)
-        digits = decimals_of(present) if numeric and not whole else None
+        digits = choose_decimals(present) if numeric and not whole else None
         texts = [escape(name), *(cell(v, digits) for v in values)]
         wide = max(3, *(min(len(text), WIDEST) for text in texts))
         columns.append([text.rjust(wide) if numeric else text.ljust(wide) for text in texts])
@@ -108,7 +108,7 @@ def markdown_table(table: Table) -> list[str]:
 
 def cell(value: Any, digits: int | None) -> str:
     if value is None or is_number(value) or isinstance(value, bool):
-        return number(value, digits)
+        return format_number(value, digits)
     if isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value)):
-        return "–".join(number(v, decimals_of(value)) for v in value)
+        return "–".join(format_number(v, choose_decimals(value)) for v in value)
     return escape(value)

@@ -6,7 +6,7 @@ with `draw`; a new type (a sound, an animation, an overlay) is one more function
     @draw.register
     def _(exhibit: Sound) -> Markup: ...
 
-All mark-up is made by `charts.el` or by the template, both of which escape, and the page's own security
+All markup is made by `text.el` or by the template, both of which escape, and the page's own security
 policy forbids any request and any script but its own: what a data set contains can be shown, never run.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, singledispatch
+from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
@@ -43,7 +44,9 @@ from fieldguide.core.report_elements import (
     Table,
 )
 from fieldguide.report import charts
-from fieldguide.report.charts import NOTHING, clean, decimals_of, el, is_number, join, number, plain
+from fieldguide.report.axis import to_floats
+from fieldguide.report.charts import NOTHING
+from fieldguide.report.text import choose_decimals, clean_text, el, format_number, is_number, join, to_python
 
 ROWS, QUOTES, PICTURES = 400, 50, 60  # the most of each that one exhibit shows; what is left out is said
 PICTURE_BYTES = 2_000_000  # all pictures of a page together
@@ -87,9 +90,10 @@ def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sectio
     finally:
         _album.reset(token)
     environment = templates()
-    script = environment.loader.get_source(environment, "report.js")[0]
+    script, style = read_template("report.js"), read_template("report.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    figure = re.match(r"(?:[−-]?\d[\d.,]*(?:\s?%)?(?=\s))?", verdict).group()
+    match = re.match(r"[−-]?\d[\d.,]*(?:\s?%)?(?=\s)", verdict)
+    figure = match.group() if match else ""
     return environment.get_template("report.html").render(
         title=title,
         figure=figure,
@@ -99,8 +103,13 @@ def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sectio
         footer=footer,
         script=Markup(script),
         digest=digest,
-        style=Markup(environment.loader.get_source(environment, "report.css")[0]),
+        style=Markup(style),
     )
+
+
+def read_template(name: str) -> str:
+    """Return the text of a file in `templates/`."""
+    return files("fieldguide.report").joinpath("templates", name).read_text("utf-8")
 
 
 @cache
@@ -109,7 +118,7 @@ def templates() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("fieldguide.report"),
         autoescape=True,
-        finalize=clean,
+        finalize=clean_text,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -142,10 +151,10 @@ def places(shown: Sequence[Exhibit]) -> list[str]:
     square = [isinstance(e, (Lines, Scatter)) and e.diagonal and not getattr(e, "log", False) for e in shown]
     slim = [isinstance(e, (Lines, Scatter, Bars)) or (isinstance(e, Table) and len(e.header) <= 3) for e in shown]
     result = ["row"] * len(slim)
-    for narrow, run in groupby(range(len(slim)), key=slim.__getitem__):
+    for narrow, group in groupby(range(len(slim)), key=slim.__getitem__):
         if not narrow:
             continue
-        run = list(run)
+        run = list(group)
         alone = next((k for k in run[::2] if not square[k]), run[0]) if len(run) % 2 else None
         for k in run:
             result[k] = "half" if k != alone else "aside" if square[k] else "row"
@@ -164,9 +173,9 @@ def draw(exhibit: Exhibit) -> Markup:
     )
 
 
-draw.register(Lines, charts.lines)
-draw.register(Scatter, charts.scatter)
-draw.register(Bars, charts.bars)
+draw.register(Lines, charts.draw_lines)
+draw.register(Scatter, charts.draw_scatter)
+draw.register(Bars, charts.draw_bars)
 
 
 def scroll(label: str, *children: Any, tall: bool = False) -> Markup:
@@ -194,7 +203,7 @@ def table(exhibit: Table) -> Markup:
     head = el("tr", *(el("th", name, scope="col", class_=c.look) for name, c in zip(names, columns)))
     body = (el("tr", *(cell(c, i, first=k == 0 and width > 1) for k, c in enumerate(columns))) for i in range(len(rows)))
     inside = el("table", el("thead", head) if any(names) else None, el("tbody", *body))
-    cut = f"The first {number(ROWS)} of {number(total)} rows are shown." if total > ROWS else ""
+    cut = f"The first {format_number(ROWS)} of {format_number(total)} rows are shown." if total > ROWS else ""
     return join([scroll(exhibit.title, inside, tall=len(rows) > 25), remark(cut)])
 
 
@@ -214,15 +223,15 @@ class Column:
 
     @classmethod
     def of(cls, values: Sequence[Any], heat: bool) -> Column:
-        values = [plain(v) for v in values]
+        values = [to_python(v) for v in values]
         present = [v for v in values if v is not None]
         numeric = bool(present) and all(map(is_number, present))
         whole = all(isinstance(v, int) for v in present)
-        digits = decimals_of(present) if numeric and not whole else None
+        digits = choose_decimals(present) if numeric and not whole else None
         pairs = [shown(v, digits) for v in values]
         shades: list[float | None] = [None] * len(values)
         if heat and numeric:
-            sizes = charts.column(values)
+            sizes = to_floats(values)
             if (sizes < 0).any() and (sizes > 0).any():  # errors to either side: the distance counts
                 sizes = np.abs(sizes)
             real = sizes[np.isfinite(sizes)]
@@ -235,10 +244,10 @@ class Column:
 def shown(value: Any, digits: int | None = None) -> tuple[str, str | None]:
     """The text of a cell, and the exact value for the pointer where the text is shorter than it."""
     if value is None or is_number(value) or isinstance(value, bool):
-        text = number(value, digits)
+        text = format_number(value, digits)
         return text, f"{value:,}" if text[-1:] in "MBT" else None
     if isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value)):
-        return "–".join(number(v, decimals_of(value)) for v in value), None
+        return "–".join(format_number(v, choose_decimals(value)) for v in value), None
     text = str(value)
     return (text, None) if len(text) <= 400 else (text[:399].rstrip() + "…", text[:4000])
 
@@ -256,7 +265,7 @@ def matrix(exhibit: Matrix) -> Markup:
     """A confusion matrix: right answers in one colour, mistakes in another, shaded by share of the row."""
     if not len(exhibit.counts):
         return NOTHING
-    counts = np.array([charts.column(row) for row in exhibit.counts])
+    counts = np.array([to_floats(row) for row in exhibit.counts])
     known, n = np.nan_to_num(counts), len(counts)
     labels = [str(label) for label in exhibit.labels][:n]
     labels += [str(k) for k in range(len(labels), n)]
@@ -317,7 +326,11 @@ def count(value: float, share: float, right: bool, words: str) -> Markup:
     shade = min(share if right else math.sqrt(share), 1.0)
     look = ("right" if right else "wrong") + (" deep" if shade > 0.6 else "")
     return el(
-        "td", number(value), class_=look, style=f"--shade:{shade:.2f}", title=f"{'right' if right else words}: {number(value)}"
+        "td",
+        format_number(value),
+        class_=look,
+        style=f"--shade:{shade:.2f}",
+        title=f"{'right' if right else words}: {format_number(value)}",
     )
 
 
@@ -340,7 +353,7 @@ def confusions(labels: Sequence[str], wrong: np.ndarray, totals: np.ndarray, mos
                 el(
                     "li",
                     el("span", el("b", labels[i], dir="auto"), " taken for ", el("b", labels[j], dir="auto")),
-                    el("span", f"{number(wrong[i, j])} of {number(totals[i])}", class_="times"),
+                    el("span", f"{format_number(wrong[i, j])} of {format_number(totals[i])}", class_="times"),
                 )
                 for i, j in items
             ),
@@ -386,7 +399,7 @@ def gallery(exhibit: Gallery) -> Markup:
 
 def left_out(count: int, what: str) -> Markup:
     be = " is" if count == 1 else "s are"
-    return remark(f"{number(count)} more {what}{be} left out to keep this page small." if count else "")
+    return remark(f"{format_number(count)} more {what}{be} left out to keep this page small." if count else "")
 
 
 def show(picture: Picture, album: Album, largest: int = LARGEST) -> Markup | None:
@@ -421,11 +434,11 @@ def embed(data: bytes, largest: int = LARGEST) -> tuple[str, bytes, tuple[int, i
             return kind, data, size
         image.draft("RGB", (largest, largest))  # lets JPEG decode at a fraction of its size
         clear = "A" in image.getbands() or "transparency" in image.info
-        image = image.convert("RGBA" if clear else "RGB")
-        image.thumbnail((largest, largest))
+        smaller = image.convert("RGBA" if clear else "RGB")
+        smaller.thumbnail((largest, largest))
         kind, out = "webp" if clear else "jpeg", io.BytesIO()  # JPEG is several times faster to write
-        image.save(out, kind, quality=80)
-        return kind, out.getvalue(), image.size
+        smaller.save(out, kind, quality=80)
+        return kind, out.getvalue(), smaller.size
 
 
 @draw.register
@@ -457,11 +470,11 @@ def quotes(exhibit: Quotes) -> Markup:
     for quote in exhibit.quotes[:QUOTES]:
         text, cut = quote.text, ""
         if len(text) > 20_000:
-            text, cut = text[:20_000], f"{number(len(text) - 20_000)} more characters are not shown."
+            text, cut = text[:20_000], f"{format_number(len(text) - 20_000)} more characters are not shown."
         body = el("p", text, dir="auto", class_="text")
         if len(text) > 320:
             start = text[:240].rsplit(" ", 1)[0]
-            more = el("span", f"all {number(len(quote.text))} characters", class_="more")
+            more = el("span", f"all {format_number(len(quote.text))} characters", class_="more")
             summary = el("summary", el("span", start + " …", class_="text start", dir="auto"), more)
             body = el("details", summary, body)
         items.append(
