@@ -28,7 +28,7 @@ def resolved(rows=4096, fewest=8, **settings):
     table = torch.randn(rows, 4)
     batches = Batches(rows, lambda index, generator=None: {"x": table[index], "target": table[index, :1]})
     chosen = with_batch(Settings(**settings), rows, fewest, 64)
-    return resolve(chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, NullCallback(), fewest=fewest)
+    return resolve(chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, NullCallback(), min_batch_size=fewest)
 
 
 def test_the_minutes_decide_on_the_steps():
@@ -43,7 +43,7 @@ def test_few_minutes_make_batches_smaller(minutes, batch):
     """Half a minute holds a thousand steps of 16 examples and not of 32."""
     chosen, _, most = resolved(minutes=minutes)
     assert chosen.batch_size == batch
-    assert (chosen.steps >= min(time_budget.ENOUGH, most)) == (batch == 16)
+    assert (chosen.steps >= min(time_budget.ENOUGH_STEPS, most)) == (batch == 16)
 
 
 def test_batches_are_not_made_smaller_where_the_optimizer_takes_the_time(monkeypatch):

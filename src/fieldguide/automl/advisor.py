@@ -1,6 +1,4 @@
-"""The advisor: rules held as data (rules.toml), applied to facts about data and machine. Every option gets its
-reasons.
-"""
+"""The advisor: ranks architectures by rules (rules.toml) about data and machine, with reasons for each option."""
 
 from __future__ import annotations
 
@@ -21,15 +19,15 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models import registry
 
-LOOKED_AT = 5  # networks whose costs are counted at least, the most promising
-SIZES = 3  # of one architecture that are of interest beside each other
-EPOCHS = 8  # passes over the data that a network should get in the time given; each halving costs a point
-# Of the machine's matrix-product speed that training reaches, about; less where products are so fast that memory waits.
+MIN_MEASURED_OPTIONS = 5  # number of the best options whose cost is measured
+MAX_SIZES_PER_ARCHITECTURE = 3  # accepted sizes of one architecture
+TARGET_EPOCHS = 8  # passes over the data in the given time; an option loses a point for each halving
+# Fraction of the machine's matrix-product speed that training reaches; lower if memory bandwidth limits fast products.
 EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
-BYTES = 16  # a parameter in training: weight, gradient, two moments, in float32
-PARAMETERS = 200  # for each training example, that a network trained from nothing should have, about
-LEAST = 0.2  # of one pass over the data: what can do less in the time given is ruled out
-HURRY = 4  # times the quickest one's time that counts as quick, where time is short for all
+BYTES_PER_PARAMETER = 16  # in training: weight, gradient and two moments in float32
+PARAMETERS_PER_EXAMPLE = 200  # rough target for a network trained from random weights
+MIN_EPOCHS = 0.2  # options that cannot make this fraction of a pass in the given time are rejected
+MAX_SLOWDOWN = 4  # if time is short for all options, those up to this many times slower than the fastest are considered
 COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
 
 
@@ -47,13 +45,13 @@ class Option:
     reasons: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     rejected: str = ""
-    slow: bool = False  # ruled out for its time or memory, as larger ones of its kind are then, too
-    seconds: float = math.inf  # that `EPOCHS` passes over the data would take, roughly; infinite: impossible
+    slow: bool = False  # rejected for time or memory; larger sizes of the architecture are then rejected too
+    seconds: float = math.inf  # estimated time of `TARGET_EPOCHS` passes over the data; infinite if impossible
 
 
 @dataclass
 class Advice:
-    """Options in order of preference, then the rejected ones."""
+    """Accepted options in order of preference, and the rejected ones."""
 
     options: list[Option]
     rejected: list[Option]
@@ -62,9 +60,7 @@ class Advice:
     def best(self) -> Option:
         if not self.options:
             why = "; ".join(f"{o.name}: {o.rejected}" for o in self.rejected[:5])
-            raise SettingsError(
-                f"no network suits this data and machine ({why}). Give more --minutes or name one with --model."
-            )
+            raise SettingsError(f"no network suits this data and machine ({why}). Raise --minutes or choose one with --model.")
         return self.options[0]
 
 
@@ -101,7 +97,7 @@ def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping
     unknown fields, and `SettingsError` for a network that reads no text if the data has text.
     """
     if needs.get("vocab_size") and not card.accepts("vocab_size"):
-        raise SettingsError(f"{card.name} reads no text, and this data has captions or the like")
+        raise SettingsError(f"{card.name} reads no text, but this data has texts")
     adapted = card.adapt(needs) if card.adapt else {}
     needs = {k: v for k, v in needs.items() if card.accepts(k)}
     if "output_type" in needs:
@@ -123,8 +119,8 @@ def advise(
     """Rank every size of every architecture that takes one of the input types and gives one of the output types.
 
     `facts` are compared by the rules: task, rows, and the task's data facts. `needs` are the dimensions of the
-    data. `model` other than "auto" is one name or glob, and then only what is impossible is rejected. `config`
-    is that of an existing network of this name.
+    data. `model` other than "auto" is a name, which is then only rejected if it is impossible. `config` is that
+    of an existing network of this name.
     """
     machine = machine or profile.machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
@@ -137,20 +133,20 @@ def advise(
     if model != "auto":
         option = considered(refuse_unable(model, able), facts, needs)
         if config is not None and option.name != model:
-            option.name = model  # of no published size
+            option.name = model  # the existing network has no published size
         look_closer(option, facts, needs, speed, minutes, machine, config)
         return asked_for(option)
-    # Counting a network's work takes long. So the most promising are looked at first, by published counts, and no more
-    # once the rest could not come before them, whatever they cost.
+    # Measuring the cost of a network is slow. Options are therefore measured in the order of the points that they can
+    # reach, and measuring stops when the remaining ones cannot be ranked before those measured.
     options = [considered(name, facts, needs) for name in able]
-    most = [o.points - proportion(o.parameters, facts["rows"]) for o in options]  # that each could come to
+    most = [o.points - proportion(o.parameters, facts["rows"]) for o in options]  # upper bound for each option
     seen: list[Option] = []
     for option, points in sorted(zip(options, most), key=lambda pair: -pair[1]):
         best = sorted((o.points for o in seen if not o.rejected), reverse=True)
-        if len(best) >= LOOKED_AT and points <= best[LOOKED_AT - 1]:
+        if len(best) >= MIN_MEASURED_OPTIONS and points <= best[MIN_MEASURED_OPTIONS - 1]:
             break
-        if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= SIZES:
-            continue  # better sizes of the same are there
+        if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= MAX_SIZES_PER_ARCHITECTURE:
+            continue  # better sizes of the architecture are accepted already
         smaller = [o for o in seen if o.architecture == option.architecture and o.slow and o.parameters <= option.parameters]
         if smaller:
             option.rejected, option.slow = f"larger than {smaller[0].name}: {smaller[0].rejected}", True
@@ -170,7 +166,7 @@ def considered(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) ->
     try:
         config = configured(card, size, needs)
         option.parameters = card.sizes[size].params or counted(card, config)
-    except (DataError, SettingsError, TypeError, ValueError) as error:  # such as a network that reads no text
+    except (DataError, SettingsError, TypeError, ValueError) as error:  # for example, a network that reads no text
         option.rejected = str(error)
         return option
     for rule in rules():
@@ -189,8 +185,8 @@ def look_closer(
     machine: Mapping[str, Any],
     config: Any = None,
 ) -> None:
-    """Count parameters and multiply-adds of the network as it is (`config`) or would be built for this data, and
-    rate them.
+    """Count parameters and multiply-adds of the network as it is (`config`), or as built for this data, and
+    add points for its size and cost.
     """
     card, size = registry.find(option.name)
     option.parameters, option.rejected = 0, ""
@@ -200,7 +196,7 @@ def look_closer(
         option.multiply_adds = profile.multiply_adds(
             card.name, config, length=facts.get("tokens", 64), side=facts.get("side", 224)
         )
-    except (DataError, SettingsError, ValueError) as error:  # such as pictures too small for its pooling
+    except (DataError, SettingsError, ValueError) as error:  # for example, images too small for its pooling
         option.rejected = str(error)
         return
     size_up(option, facts, speed, minutes, machine)
@@ -218,26 +214,28 @@ def proportion(parameters: int, rows: int) -> float:
 
 def wanted(rows: int) -> float:
     """Return the number of parameters in proportion to the data."""
-    return min(max(PARAMETERS * rows, 1e5), 1e8)
+    return min(max(PARAMETERS_PER_EXAMPLE * rows, 1e5), 1e8)
 
 
 def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float, machine: Mapping[str, Any]) -> None:
     """Reject what cannot fit or finish, and prefer sizes in proportion to the data."""
-    option.seconds = seconds = facts["rows"] * EPOCHS * 6 * option.multiply_adds / speed  # backward is twice forward
-    if option.parameters * BYTES > 0.8 * machine["memory"]:
+    option.seconds = seconds = facts["rows"] * TARGET_EPOCHS * 6 * option.multiply_adds / speed  # backward is twice forward
+    if option.parameters * BYTES_PER_PARAMETER > 0.8 * machine["memory"]:
         option.seconds, option.slow = math.inf, True
         option.rejected = (
-            f"training needs {option.parameters * BYTES / 2**30:.1f} GiB for weights and optimiser, the "
+            f"training needs {option.parameters * BYTES_PER_PARAMETER / 2**30:.1f} GiB for weights and optimizer, the "
             f"machine has {machine['memory'] / 2**30:.1f} GiB"
         )
-    elif seconds > EPOCHS * 60 * minutes / LEAST:
+    elif seconds > TARGET_EPOCHS * 60 * minutes / MIN_EPOCHS:
         option.slow = True
         option.rejected = (
-            f"one pass over the data would take about {seconds / EPOCHS / 60:.2g} minutes of the {minutes:g} given"
+            f"one pass over the data would take about {seconds / TARGET_EPOCHS / 60:.2g} minutes of the {minutes:g} given"
         )
     elif seconds > 60 * minutes:
         option.points -= math.log2(seconds / (60 * minutes))
-        option.against.append(f"{minutes:g} minutes are about {60 * minutes * EPOCHS / seconds:.1f} passes over the data: few")
+        option.against.append(
+            f"{minutes:g} minutes allow only about {60 * minutes * TARGET_EPOCHS / seconds:.1f} passes over the data"
+        )
     option.points -= proportion(option.parameters, facts["rows"])
     if option.parameters > 10 * wanted(facts["rows"]):
         option.against.append(
@@ -247,18 +245,18 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
 
 
 def hurried(options: list[Option], minutes: float) -> None:
-    """If no network can see even part of the data in the given time, accept the best of the fast ones."""
+    """Accept the best of the fastest options if all were rejected for time or memory."""
     quickest = min(o.seconds for o in options)
     if quickest < math.inf:
-        best = max((o for o in options if o.seconds <= HURRY * quickest), key=lambda o: o.points)
+        best = max((o for o in options if o.seconds <= MAX_SLOWDOWN * quickest), key=lambda o: o.points)
         best.against.insert(
-            0, f"{minutes:g} minutes are short for this much data: {best.rejected}. More --minutes will score better"
+            0, f"{minutes:g} minutes are too few for this much data: {best.rejected}. A larger --minutes gives better scores"
         )
         best.rejected = ""
 
 
 def refuse_unable(model: str, able: list[str]) -> str:
-    """Return the option that the user named. Raises `SettingsError` if it cannot do this task."""
+    """Return the size that the user named. Raises `SettingsError` if it cannot do this task."""
     card, size = registry.find(model)
     if size not in [*able, card.tiny]:
         others = sorted({registry.card(n).name for n in able})
@@ -270,12 +268,12 @@ def refuse_unable(model: str, able: list[str]) -> str:
 
 
 def asked_for(option: Option) -> Advice:
-    """Return the named option, rejected only if it is impossible."""
-    option.reasons.insert(0, "you asked for it")
+    """Return the advice for a named option, which is only rejected if it is impossible."""
+    option.reasons.insert(0, "requested by the user")
     if not option.parameters:
         raise SettingsError(
-            f"{option.name} cannot be made for this data: {option.rejected}. Sizes come from the data; "
-            "--set task.NAME=... and model.NAME=... change them."
+            f"{option.name} cannot be built for this data: {option.rejected}. "
+            "Change its dimensions with --set task.NAME=... or model.NAME=..."
         )
     if option.rejected:
         option.against.insert(0, option.rejected)

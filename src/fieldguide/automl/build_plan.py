@@ -19,7 +19,7 @@ from fieldguide.automl import distillation, finetune, profile
 from fieldguide.automl.advisor import Advice, advise, configured
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.request import grouped
-from fieldguide.automl.time_budget import ENOUGH, resolve, with_batch
+from fieldguide.automl.time_budget import ENOUGH_STEPS, resolve, with_batch
 from fieldguide.checkpoints import load
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
@@ -37,7 +37,7 @@ from fieldguide.training import peft
 
 @dataclass
 class Plan:
-    """What is trained, on what data, and how."""
+    """The plan of a run: data, task, splits, network, settings and objective."""
 
     source: Data
     task: Task
@@ -163,7 +163,7 @@ def build_plan(
     config = None
     if checkpoint is not None:
         if set(checkpoint.card.output_types) & set(kind.output_types):
-            config = checkpoint.config(dims, model_fields)
+            config = checkpoint.build_config(dims, model_fields)
         fitted = finetune.limit_length(fitted, train_rows, config, checkpoint, task_options, callback)
         dims = {"output_type": kind.output_types, **fitted.model_dims()}
     for note in fitted.notes:
@@ -201,8 +201,8 @@ def build_plan(
             plan.train_batches,
             len(plan.validation),
             callback,
-            fewest=plan.settings.batch_size if "batch_size" in requested else fitted.min_batch_size,
-            enough=finetune.MIN_STEPS if checkpoint else ENOUGH,
+            min_batch_size=plan.settings.resolved_batch_size if "batch_size" in requested else fitted.min_batch_size,
+            enough_steps=finetune.MIN_STEPS if checkpoint else ENOUGH_STEPS,
         )
     )
     return plan

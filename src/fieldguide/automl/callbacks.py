@@ -1,4 +1,4 @@
-"""Callbacks: what `fit` reports while it works."""
+"""Callbacks that receive the progress of `fit`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fieldguide.tasks import Task
 
 
 class NullCallback:
-    """The base of all callbacks of `fit`; it ignores every event. Override the methods of interest."""
+    """Base class of the callbacks of `fit`; it ignores every event. Override the methods of interest."""
 
     def log(self, text: str) -> None:
         """Receive one line for the user."""

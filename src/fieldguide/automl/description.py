@@ -18,7 +18,7 @@ class Layer:
 
 @dataclass
 class Description:
-    """A model in words and numbers. `published` is the parameter count of its authors, if they give one."""
+    """The description of a model. `published` is the parameter count of its authors, if they give one."""
 
     name: str
     architecture: str

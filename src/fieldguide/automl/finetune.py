@@ -36,7 +36,7 @@ def default_options(kind: type[Task], checkpoint: Checkpoint, requested: Mapping
     known = {f.name for f in fields(kind.Options)}
     options = {**{k: v for k, v in checkpoint.preprocessing_defaults().items() if k in known}, **requested}
     if "tokenizer" in known and "tokenizer" not in options and checkpoint.card.accepts("vocab_size"):
-        reason = checkpoint.words()[1]
+        reason = checkpoint.find_tokenizer()[1]
         reason = f" ({reason})" if reason else ""
         callback.log(
             f"WARNING: no tokenizer found for {checkpoint.path}{reason}. A new one is fitted to your texts, so the "

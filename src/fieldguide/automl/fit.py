@@ -98,7 +98,7 @@ def fit(
     Settings().with_(requested)  # report wrong settings before reading the data
     if minutes is None and not {"minutes", "steps"} & set(requested) and isinstance(data, str) and data in SAMPLES:
         minutes = SAMPLES[data].minutes
-    request = {
+    request: dict[str, Any] = {
         "data": address(data),
         "target": target,
         "group": group,
@@ -255,7 +255,7 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
             from fieldguide.report.eval_samples import Glimpses
 
             Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
-        batch_size, precision = max(64, plan.settings.batch_size), plan.settings.precision
+        batch_size, precision = max(64, plan.settings.resolved_batch_size), plan.settings.precision
         outputs = collect(objective, plan.validation, batch=batch_size, device=device, precision=precision)
         return task.score(outputs, targets)
 
@@ -280,7 +280,7 @@ def train(plan: Plan, loop: Trainer) -> State:
     rows = plan.source.take(plan.validation_rows)
     batches = plan.task.batches(rows, plan.card)
     # In float32, whatever the precision of training: the same on every machine.
-    outputs = collect(plan.objective, batches, batch=max(64, plan.settings.batch_size), device=distributed.device())
+    outputs = collect(plan.objective, batches, batch=max(64, plan.settings.resolved_batch_size), device=distributed.device())
     plan.task.calibrate(outputs, plan.task.targets(rows))
     return state
 
@@ -316,7 +316,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: Sta
     callback.log(f"testing on {len(test):,} examples{sampled} that were not used in training")
     task.prepare_test(training, test)
     task.prepare_scoring(len(test))
-    predictor = TaskPredictor(task, plan.card, plan.objective, batch_size=max(64, plan.settings.batch_size))
+    predictor = TaskPredictor(task, plan.card, plan.objective, batch_size=max(64, plan.settings.resolved_batch_size))
     outputs = predictor.run_batches(task, task.batches(test, plan.card))
     if distributed.rank() == 0:
         targets = task.targets(test)

@@ -111,7 +111,7 @@ def unknown_model(name: str, index: Mapping[str, Any]) -> SettingsError:
 
 
 def parse_literal(value: Any) -> Any:
-    """Return the number, truth value or tuple that a text spells, else the text."""
+    """Return the number, truth value or tuple that a text represents, else the text."""
     if not isinstance(value, str):
         return value
     try:

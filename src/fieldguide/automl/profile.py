@@ -24,7 +24,10 @@ def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int
     """Return zero inputs with the shapes that a network of this config takes. `length` tokens and `side` pixels
     apply if the config leaves them open.
     """
-    get = lambda word, default: getattr(config, card.names.get(word, word), default)
+
+    def get(word: str, default: Any) -> Any:
+        return getattr(config, card.names.get(word, word), default)
+
     if card.input_type == "image":
         side = get("image", side)
         return (torch.zeros(batch, get("channels", 3), side, side, device=device),)

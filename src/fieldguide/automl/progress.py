@@ -1,4 +1,4 @@
-"""The progress display of `fit`: what was found and chosen, a bar with time left, and the result."""
+"""The progress display of `fit`: data, chosen network, a progress bar and the result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Progress:
     def on_plan(self, advice: Any, config: Any) -> None:
         best = advice.best
         console.print(
-            f"\n[bold]{best.name}[/]: {best.parameters:,} parameters, {best.multiply_adds:,} multiply-adds an example"
+            f"\n[bold]{best.name}[/]: {best.parameters:,} parameters, {best.multiply_adds:,} multiply-adds per example"
         )
         for reason in best.reasons:
             console.print(f"  + {escape(reason)}")
@@ -44,10 +44,10 @@ class Progress:
             console.print(f"  - {escape(reason)}")
         others = list(dict.fromkeys(o.architecture for o in advice.options[1:] if o.architecture != best.architecture))
         if others:
-            console.print(f"  next would be: {', '.join(others[:4])}")
+            console.print(f"  alternatives: {', '.join(others[:4])}")
         ruled = list({o.architecture: o for o in advice.rejected if o.rejected}.values())
         for option in ruled[:4]:
-            console.print(f"  [dim]ruled out: {option.name}: {escape(option.rejected)}[/]")
+            console.print(f"  [dim]rejected: {option.name}: {escape(option.rejected)}[/]")
         console.print()
 
     def on_train_start(self, settings: Any, done: int) -> None:
@@ -77,15 +77,17 @@ class Progress:
             self.bar.update(self.line, total=steps)
 
     def on_step(self, step: int, losses: dict[str, float]) -> None:
+        assert self.bar is not None  # created by `on_train_start`
         text = " ".join(f"{v:.4g}" for k, v in losses.items() if k.endswith("loss"))
         self.bar.update(self.line, completed=step, loss=text)
 
     def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None:
+        assert self.bar is not None
         name, value = next(iter(scores.items()))
         if best:
             self.best = f"{value:.4g}"
         self.bar.update(self.line, score=f"{name} {value:.4g} (best {self.best})")
-        # Without a terminal there is no bar: a line now and then instead.
+        # Without a terminal there is no bar; a line is printed at most 20 times.
         if not console.is_terminal and (best or step == self.steps) and step - self.told >= self.steps / 20:
             self.told = step
             left = (time.monotonic() - self.began) / (step - self.done) * (self.steps - step)
@@ -120,7 +122,7 @@ def print_data(data: Any, task: Any, why: str) -> None:
     )
     shown = list(data.columns.values())
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
-    for name in ("column", "kind", "role", "how that was decided"):
+    for name in ("column", "kind", "role", "reason"):
         table.add_column(name)
     for column in shown[:MOST]:
         table.add_row(escape(column.name), column.kind, column.role, escape(column.why))

@@ -26,6 +26,7 @@ from fieldguide.automl.request import grouped
 from fieldguide.core.errors import DataError, FieldguideError
 from fieldguide.core.settings import Settings
 from fieldguide.data import Column, Data, Manifest, Splits, read, split
+from fieldguide.data.dataset import Kind
 from fieldguide.data.loader import Batches
 from fieldguide.data.readers.memory import to_series
 from fieldguide.models import registry
@@ -40,7 +41,7 @@ class Tabular(BaseEstimator):
     """Base class of the classifier and the regressor."""
 
     task: ClassVar[str]
-    kind: ClassVar[str]  # type of the target column
+    kind: ClassVar[Kind]  # type of the target column
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class Tabular(BaseEstimator):
         else:
             X = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite="allow-nan")
         if fitting_now:
-            self.fitted_on_frame_ = is_data_frame
+            self.fitted_on_frame_: bool = is_data_frame
         return (X, y) if fitting_now else X
 
     def _to_table(self, X: Any) -> pl.DataFrame:

@@ -1,4 +1,4 @@
-"""How many steps the minutes hold, of how many examples, in which precision: found by timing real batches."""
+"""The time budget of a run: precision, batch size and number of steps, from timing real batches."""
 
 from __future__ import annotations
 
@@ -16,83 +16,100 @@ from fieldguide.objectives import Objective
 from fieldguide.training.optim import measure_orthogonalization_seconds
 from fieldguide.training.precision import choose_precision, measure_step_seconds
 
-BUDGET = 0.9  # part of the minutes that the planned steps take; the rest is for evaluations and surprises
-CHECKS = 40  # evaluations in a whole run, at most
-ENOUGH = 1000  # steps that a run should have: where time allows fewer, batches are made smaller
-CHECKED = 0.2  # part of the time that they may take
+PLANNED_TIME_FRACTION = 0.9  # fraction of the minutes that steps and evaluations are planned for
+MAX_EVALUATIONS = 40  # evaluations during a run
+MAX_EVALUATION_TIME_FRACTION = 0.2  # fraction of the planned time spent on evaluations
+ENOUGH_STEPS = 1000  # below this number of steps, batches are made smaller to fit more steps into the minutes
 
 
-def with_batch(settings: Settings, rows: int, fewest: int, most: int) -> Settings:
-    """A batch size: about forty steps an epoch, a power of two from `fewest` to `most`, never more than there are rows."""
+def with_batch(settings: Settings, rows: int, min_batch_size: int, max_batch_size: int) -> Settings:
+    """Return the settings with a batch size.
+
+    If the user sets none: a power of two that gives about forty steps per epoch, between `min_batch_size` and
+    `max_batch_size`, at most the number of training rows. Raises `SettingsError` if there are fewer rows than micro-batches.
+    """
     parts = settings.grad_accum_steps * distributed.world()
-    batch = settings.batch_size or 2 ** round(np.log2(np.clip(rows / 40, fewest, most)))
+    batch = settings.batch_size or int(2 ** round(np.log2(np.clip(rows / 40, min_batch_size, max_batch_size))))
     batch = max(min(batch, rows) // parts, 1) * parts
     if batch > rows:
-        raise SettingsError(f"{rows} training rows are too few for {parts} parts a step.")
+        raise SettingsError(
+            f"{rows} training rows are fewer than the {parts} micro-batches of a step (grad_accum_steps x processes). "
+            "Reduce grad_accum_steps or the number of processes."
+        )
     return settings.with_({"batch_size": batch})
 
 
 def resolve(
-    settings: Settings, objective: Objective, batches: Batches, evaluated: int, callback: Any, fewest: int, enough: int = ENOUGH
+    settings: Settings,
+    objective: Objective,
+    batches: Batches,
+    validation_examples: int,
+    callback: Any,
+    min_batch_size: int,
+    enough_steps: int = ENOUGH_STEPS,
 ) -> tuple[Settings, float, int]:
-    """Fills in precision, layout, steps and evaluations by timing real batches; makes the batch smaller, down to `fewest`
-    examples, where the minutes would hold fewer steps than `enough`, unless it is the optimiser that takes the time.
+    """Return the settings with precision, memory layout, steps and evaluation interval, from timing real batches.
 
-    Returns seconds a step too and, where the minutes decide on the steps, the count that is enough however quick they
-    are; else 0.
+    If fewer than `enough_steps` steps fit into the minutes, the batch is halved down to `min_batch_size`, unless the
+    optimizer update takes most of the time.
+
+    Returns:
+        The settings, the seconds per step, and the maximum number of steps if the minutes determine the number (the steps
+        that would be enough on a faster machine), else 0.
     """
-    each = steps_per_epoch(len(batches), settings.batch_size)
-    if settings.steps and settings.precision != "auto":  # nothing is left to decide
+    epoch = steps_per_epoch(len(batches), settings.resolved_batch_size)
+    if settings.steps and settings.precision != "auto":  # nothing to measure
+        interval = settings.eval_steps or max(1, min(settings.steps, max(epoch, -(-settings.steps // MAX_EVALUATIONS))))
         return (
-            settings.with_(
-                {
-                    "channels_last": bool(settings.channels_last),
-                    "eval_steps": settings.eval_steps or max(1, min(settings.steps, max(each, -(-settings.steps // CHECKS)))),
-                }
-            ),
+            settings.with_({"channels_last": bool(settings.channels_last), "eval_steps": interval}),
             float("nan"),
             0,
         )
     parts = settings.grad_accum_steps * distributed.world()
-    batch, making = timed_batch(batches, settings.batch_size // parts)
-    precision, last, times = settings.precision, bool(settings.channels_last), {}
-    chosen, chosen_last, times = choose_precision(objective, batch, distributed.device(), callback.log)
+    batch, batch_seconds = time_batch(batches, settings.resolved_batch_size // parts)
+    precision, channels_last = settings.precision, bool(settings.channels_last)
+    best, best_channels_last, times = choose_precision(objective, batch, distributed.device(), callback.log)
     if precision == "auto":
-        precision = chosen
-        last = chosen_last if settings.channels_last is None else last
-    step = times.get(f"{precision}{' channels-last' if last else ''}", min(times.values()))
+        precision = best
+        channels_last = best_channels_last if settings.channels_last is None else channels_last
+    step = times.get(f"{precision}{' channels-last' if channels_last else ''}", min(times.values()))
     callback.log(
         "a step in "
         + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
-        + f": {precision}{', channels-last' if last else ''}"
+        + f": {precision}{', channels-last' if channels_last else ''}"
     )
-    steps, checks, most = settings.steps, CHECKS, 0
+    steps, evaluations, max_steps = settings.steps, MAX_EVALUATIONS, 0
     update = measure_orthogonalization_seconds(objective, distributed.device()) if settings.optimizer == "muon" else 0.0
-    cost = lambda: (step + (making if not settings.num_workers else 0)) * settings.grad_accum_steps * 1.1 + update
+
+    def seconds_per_step() -> float:
+        return (step + (0 if settings.num_workers else batch_seconds)) * settings.grad_accum_steps * 1.1 + update
+
     if steps is None:
         epochs = settings.epochs or float(np.clip(30 * (50_000 / len(batches)) ** 0.35, 10, 200))
         while True:
-            each = steps_per_epoch(len(batches), settings.batch_size)
-            steps = most = max(1, round(each * epochs))
+            epoch = steps_per_epoch(len(batches), settings.resolved_batch_size)
+            steps = max_steps = max(1, round(epoch * epochs))
             if not settings.minutes:
-                most = 0
+                max_steps = 0
                 break
-            limit = 60 * settings.minutes * BUDGET
-            check = evaluated / settings.batch_size * step / 3  # an evaluation costs a third of a step an example
-            checks = int(np.clip(CHECKED * limit / check, 1, CHECKS))
-            steps = max(1, min(steps, int(max(limit - checks * check, limit / 2) / cost())))
-            half = settings.batch_size // parts // 2
-            if steps >= min(enough, most) or half * parts < fewest or step * settings.grad_accum_steps / 2 < update:
+            limit = 60 * settings.minutes * PLANNED_TIME_FRACTION
+            evaluation = validation_examples / settings.resolved_batch_size * step / 3  # a forward pass: a third of a step
+            evaluations = int(np.clip(MAX_EVALUATION_TIME_FRACTION * limit / evaluation, 1, MAX_EVALUATIONS))
+            steps = max(1, min(steps, int(max(limit - evaluations * evaluation, limit / 2) / seconds_per_step())))
+            half = settings.resolved_batch_size // parts // 2
+            update_dominates = step * settings.grad_accum_steps / 2 < update
+            if steps >= min(enough_steps, max_steps) or half * parts < min_batch_size or update_dominates:
                 break
             settings = settings.with_({"batch_size": half * parts})
-            batch, making = timed_batch(batches, half)
-            step = measure_step_seconds(objective, batch, precision, last, distributed.device())
-    evaluate = settings.eval_steps or max(1, min(steps, max(each, -(-steps // checks))))
-    return settings.with_({"precision": precision, "channels_last": last, "steps": steps, "eval_steps": evaluate}), cost(), most
+            batch, batch_seconds = time_batch(batches, half)
+            step = measure_step_seconds(objective, batch, precision, channels_last, distributed.device())
+    interval = settings.eval_steps or max(1, min(steps, max(epoch, -(-steps // evaluations))))
+    changes = {"precision": precision, "channels_last": channels_last, "steps": steps, "eval_steps": interval}
+    return settings.with_(changes), seconds_per_step(), max_steps
 
 
-def timed_batch(batches: Batches, rows: int) -> tuple[dict[str, torch.Tensor], float]:
-    """A typical batch for training, and the seconds that making it took."""
+def time_batch(batches: Batches, rows: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Return a typical training batch and the seconds that preparing it took."""
     index, started = representative_rows(batches, rows), time.perf_counter()
     batch = batches.make(index, torch.Generator().manual_seed(0))
     return batch, time.perf_counter() - started

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+Numbers = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class Exhibit:
@@ -33,8 +37,8 @@ class Lines(Exhibit):
 
     x: str = ""
     y: str = ""
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    bands: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    lines: dict[str, tuple[Numbers, Numbers]] = field(default_factory=dict)
+    bands: dict[str, tuple[Numbers, Numbers, Numbers]] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
     diagonal: bool = False  # draw y = x, as calibration wants
     log: bool = False  # logarithmic y

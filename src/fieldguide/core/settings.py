@@ -54,6 +54,24 @@ class Settings:
         """
         return replace(self, **{key: parse(key, value) for key, value in canonical(changes).items()})
 
+    @property
+    def resolved_batch_size(self) -> int:
+        """The batch size after planning, when it is always set."""
+        assert self.batch_size is not None
+        return self.batch_size
+
+    @property
+    def resolved_steps(self) -> int:
+        """The number of steps after planning, when it is always set."""
+        assert self.steps is not None
+        return self.steps
+
+    @property
+    def resolved_eval_steps(self) -> int:
+        """The steps between evaluations after planning, when they are always set."""
+        assert self.eval_steps is not None
+        return self.eval_steps
+
     def override(self, requested: Mapping[str, Any]) -> Settings:
         """Return a recipe with the user's settings applied.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -36,6 +36,7 @@ class Objective(nn.Module):
 
     phases: ClassVar[tuple[Phase, ...]] = (Phase("train", ("model",)),)
     keep: ClassVar[tuple[str, ...]] = ("model",)
+    model: Any  # an nn.Module; its type depends on the objective
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         """Return the losses of one phase: `{"loss": scalar, named parts...}`. The training loop differentiates `loss`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -68,7 +68,7 @@ class Task(Preprocessor, Evaluator, ReportBuilder):
         """
         return objective.outputs
 
-    def format_predictions(self, outputs: Arrays) -> list[dict[str, Any] | list[dict[str, Any]]]:
+    def format_predictions(self, outputs: Arrays) -> Sequence[dict[str, Any] | list[dict[str, Any]]]:
         """Return one record per example, or a list of them. A value that is written to a file (image, audio) is a
         `Media`.
         """

@@ -14,7 +14,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.dataset import FILE, Column, Data, Manifest, SkippedInput
+from fieldguide.data.dataset import FILE, Column, Data, FileEntry, Manifest, SkippedInput
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import ImageTransform
 from fieldguide.tasks.evaluator import Arrays
@@ -31,6 +31,12 @@ class CheckpointAssets:
     pictures: ImageTransform | None
     pooled: str  # how token vectors are pooled into a text vector
     columns: tuple[str, ...] = ()  # names of the text columns, if the user sets them
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Return the folder of the tokenizer; only text models have one."""
+        assert self.folder is not None
+        return self.folder
 
     def texts(self, most: int = 1) -> list[Column]:
         """Return the text columns of the examples.
@@ -50,12 +56,17 @@ class Preprocessor(TaskSpec):
     It knows nothing about scores or reports: batches and `model_dims` are all that a model and the training loop need.
     """
 
-    max_batch_size = 256  # maximum examples per step, if the user sets no batch size
-    min_batch_size = 16  # minimum examples per step, if the data has that many
+    min_batch_size: int = 16  # minimum examples per step, if the data has that many
+    predict_options: Any  # an instance of `PredictOptions`
 
     def __init__(self, columns: list[Column], options: Any):
         self.columns, self.options, self.predict_options = columns, options, self.PredictOptions()
         self.notes: list[str] = []  # messages for the user about truncated, clipped or inferred values
+
+    @property
+    def max_batch_size(self) -> int:
+        """Return the maximum number of examples per step, if the user sets no batch size."""
+        return 256
 
     @property
     def column(self) -> str:
@@ -64,6 +75,7 @@ class Preprocessor(TaskSpec):
 
     @property
     def target(self) -> Column:
+        """Return the target column."""
         return next(c for c in self.columns if c.role == "target")
 
     @classmethod
@@ -112,7 +124,7 @@ class Preprocessor(TaskSpec):
         """Return the part of the state that determines how an example becomes tensors."""
         return self.state()
 
-    def teacher_inputs(self, other: Preprocessor, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    def teacher_inputs(self, other: Any, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
         """Return a function that maps batches of this task to the inputs of a teacher model with card `card`.
 
         `other` is the teacher's task. Raises `SettingsError` if the two tasks preprocess examples differently.
@@ -144,7 +156,9 @@ class Preprocessor(TaskSpec):
         """
         if not sources:
             raise DataError(f"no input given. {self.name} reads {self.reads}.")
-        data, unread, before = [], [], 0
+        data: list[Data] = []
+        unread: list[SkippedInput] = []
+        before = 0
         for source in sources:
             try:
                 one = self.read_one(source, answered)
@@ -163,7 +177,8 @@ class Preprocessor(TaskSpec):
             raise DataError("none of the inputs can be read:\n" + "\n".join(f"  - {u.why}" for u in unread))
         if len(data) == 1:
             return replace(data[0], skipped=unread)
-        files, rows = [], []
+        rows: list[pl.DataFrame] = []
+        files: list[FileEntry] = []
         for d in data:  # paths include the source's folder: two folders may hold a 1.png each
             rows.append(d.rows.with_columns(pl.col(FILE) + len(files)))
             files += [replace(f, path=full_path(d, f.path)) for f in d.manifest.files]

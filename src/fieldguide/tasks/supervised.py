@@ -16,7 +16,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.preprocessing import Labels, Standardizer
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
-from fieldguide.tasks.base import Arrays, Preprocessor, Task
+from fieldguide.tasks.base import Arrays, Task
 from fieldguide.tasks.supervised_evaluator import ClassificationEvaluator, RegressionEvaluator
 from fieldguide.tasks.supervised_report import ClassificationReport, RegressionReport
 
@@ -88,7 +88,7 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
     def preprocessing_state(self) -> dict[str, Any]:
         return {key: value for key, value in self.state().items() if key not in self.target_state()}
 
-    def teacher_inputs(self, other: Preprocessor, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    def teacher_inputs(self, other: Any, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
         if self.labels != other.labels:
             raise SettingsError(
                 f"the teacher's classes ({', '.join(other.labels[:10])}) differ from those of this data "

@@ -25,7 +25,7 @@ class LinearBaseline(Evaluator):
         raise NotImplementedError
 
     def targets(self, data: Data) -> Arrays:
-        """Return the known targets of the rows; the preprocessor defines it."""
+        """Return the known targets of the rows; the preprocessor defines them."""
         raise NotImplementedError
 
 
@@ -130,7 +130,7 @@ class RegressionEvaluator(LinearBaseline):
 
         sample, note = subsample(train)
         x, x_test = self.linear_features(sample, test)
-        fitted = Ridge().fit(x, self.standard.apply(self.values(sample)))
+        fitted = Ridge().fit(x, self.standard.apply(self.targets(sample)["value"]))
         return [
             Baseline("mean", f"always predicts {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
             Baseline(

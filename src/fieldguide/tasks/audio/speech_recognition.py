@@ -80,6 +80,8 @@ class SpeechRecognition(Task):
     mel: LogMel
     longest_seconds: float  # seconds of the longest training recording
     shown: list[tuple[str, str]]  # a few training recordings that are transcribed during training
+    typical: float  # median seconds of the training recordings
+    hours: float  # total hours of the training recordings
     stride = 4  # spectrogram frames per output frame
 
     # Matching data
@@ -89,16 +91,18 @@ class SpeechRecognition(Task):
         if len(data.features("audio")) != 1:
             return "one audio column"
         return (
-            None if data.target and data.target.kind in ("text", "category") else "a transcript column (name it with --target)"
+            None
+            if data.target and data.required_target.kind in ("text", "category")
+            else "a transcript column (name it with --target)"
         )
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         if cls.missing_requirements(data) or not (
-            data.target.kind == "text" or normalize_name(data.target.name) in TRANSCRIPT_NAMES
+            data.required_target.kind == "text" or normalize_name(data.required_target.name) in TRANSCRIPT_NAMES
         ):
             return None
-        return f"recordings in column {data.features('audio')[0].name!r} with transcripts in {data.target.name!r}"
+        return f"recordings in column {data.features('audio')[0].name!r} with transcripts in {data.required_target.name!r}"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:

@@ -125,16 +125,16 @@ class ImageText(ImageAndTextTask):
         asked = any(normalize_name(c.name) == "question" for c in data.features())
         if len(data.features("image")) != 1 or asked or data.target is None:
             return None
-        said = data.target.kind == "text" or (
-            data.target.kind == "category" and normalize_name(data.target.name) in CAPTION_NAMES
+        said = data.required_target.kind == "text" or (
+            data.required_target.kind == "category" and normalize_name(data.required_target.name) in CAPTION_NAMES
         )
-        return f"images and captions in {data.target.name!r}" if said else None
+        return f"images and captions in {data.required_target.name!r}" if said else None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
             return "one image column"
-        return None if data.target and data.target.kind == "text" else "a caption column (name it with --target)"
+        return None if data.target and data.required_target.kind == "text" else "a caption column (name it with --target)"
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:

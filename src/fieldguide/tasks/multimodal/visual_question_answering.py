@@ -79,8 +79,8 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
     @classmethod
     def match(cls, data: Data) -> str | None:
         asked = [c.name for c in data.features("text", "category") if c.name.strip().lower() == "question"]
-        if len(data.features("image")) == 1 and asked and data.target and data.target.kind != "number":
-            return f"images, questions and {data.target.distinct} answers"
+        if len(data.features("image")) == 1 and asked and data.target and data.required_target.kind != "number":
+            return f"images, questions and {data.required_target.distinct} answers"
         return None
 
     @classmethod
@@ -236,7 +236,12 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         is_ = test.rows[self.target.name].cast(pl.String).fill_null("").to_list()
         table = pl.DataFrame({"type": [question_type(q) for q in asked], "right": right, "truth": is_})
         rows = [
-            (name[0], len(part), float(part["right"].mean()), part["truth"].value_counts()["count"].max() / len(part))
+            (
+                name[0],
+                len(part),
+                part.select(pl.mean("right")).item(),
+                part["truth"].value_counts()["count"].to_numpy().max() / len(part),
+            )
             for name, part in table.group_by("type", maintain_order=True)
         ]
         rows.sort(key=lambda row: -row[1])

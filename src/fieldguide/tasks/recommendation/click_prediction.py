@@ -48,7 +48,7 @@ class ClickPrediction(TabularClassification):
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        target = data.target
+        target = data.required_target
         if options.positive is None:
             if target.distinct != 2 and len(data):
                 raise DataError(

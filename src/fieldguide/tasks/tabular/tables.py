@@ -13,18 +13,18 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.dataset import Column, Data
+from fieldguide.data.dataset import Column, Data, Kind
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TablePreparer
 from fieldguide.tasks.supervised import ClassificationTask, RegressionTask, SupervisedTask, is_discrete, mix_pairs
 
-USABLE_KINDS = ("number", "category", "boolean", "date")
+USABLE_KINDS: tuple[Kind, ...] = ("number", "category", "boolean", "date")
 
 
 class Tabular(SupervisedTask):
     """Base class of the tabular tasks, with the preprocessing of rows."""
 
-    input_types = ("table", "vector")
+    input_types: ClassVar[tuple[str, ...]] = ("table", "vector")
     recipe: ClassVar = {"weight_decay": 3e-4}
 
     @dataclass(frozen=True)

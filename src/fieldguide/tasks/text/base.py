@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -13,6 +13,7 @@ import torch
 
 from fieldguide.data.dataset import LINE, Data
 from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing.tokenizer import TextTokenizer
 from fieldguide.data.samples import SAMPLES
 from fieldguide.tasks.base import Task
 
@@ -20,7 +21,8 @@ from fieldguide.tasks.base import Task
 class TextTask(Task):
     """A task whose input is one text column; the input may also be given as the text itself."""
 
-    feature = ("text",)
+    feature: ClassVar[tuple[str, ...]] = ("text",)
+    text: TextTokenizer  # fitted or read by `fit`
 
     def texts(self, data: Data) -> list[str]:
         return data.rows[self.column].fill_null("").to_list()

@@ -254,7 +254,7 @@ class Denoising(PackedTextTask):
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         """Return the text with its gaps filled and, for the objective "spans", the filling of each gap."""
-        records = []
+        records: list[dict[str, Any]] = []
         for (first, *others), row in zip(self.request, outputs["said"].astype(int)):
             said = [token for token in row.tolist() if token >= 0]
             if self.options.damage == "infill":  # training rows are packed, so the model would continue with another text
@@ -276,7 +276,7 @@ class Denoising(PackedTextTask):
         return found if objective is None else {**found, "Restored": self.restoration_exhibits(test, objective)}
 
     @torch.no_grad()
-    def restoration_exhibits(self, test: Data, objective: Objective) -> list[Exhibit]:
+    def restoration_exhibits(self, test: Data, objective: Any) -> list[Exhibit]:
         """Return test rows as they were read, with the removed spans and the predictions under teacher forcing."""
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(SHOWN, len(batches))), None)

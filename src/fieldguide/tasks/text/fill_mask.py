@@ -59,7 +59,7 @@ class FillMask(PackedTextTask):
 
     @classmethod
     def published(cls, assets: CheckpointAssets) -> Self:
-        return cls.from_state(assets.texts(), cls.Options(length=assets.length), {"counts": []}, assets.folder)
+        return cls.from_state(assets.texts(), cls.Options(length=assets.length), {"counts": []}, assets.tokenizer_folder)
 
     # Token rows
 
@@ -74,7 +74,7 @@ class FillMask(PackedTextTask):
         first = len(SPECIAL_TOKENS) if not self.options.tokenizer else 0
         return mask_tokens(tokens, open_to, self.text.mask_token, first, self.text.size, generator, self.options.share)
 
-    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+    def batches(self, data: Data, card: Card | None, settings: Settings | None = None) -> Batches:
         """Return the examples. Training rows get random offsets and new masks each time; scored rows are always the
         same.
         """
@@ -173,7 +173,7 @@ class FillMask(PackedTextTask):
         return found
 
     @torch.no_grad()
-    def prediction_exhibits(self, test: Data, objective: Objective) -> list[Exhibit]:
+    def prediction_exhibits(self, test: Data, objective: Any) -> list[Exhibit]:
         """Return predictions of hidden test words, and the accuracy by word frequency."""
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(ROWS, len(batches))), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -101,10 +101,12 @@ class QuestionAnswering(Task):
     @classmethod
     def match(cls, data: Data) -> str | None:
         columns = find_columns(data)
-        named = columns and {columns.context.lower(), columns.question.lower()} == {"context", "question"}
+        if columns is None:
+            return None
+        named = {columns.context.lower(), columns.question.lower()} == {"context", "question"}
         return (
             f"questions on texts with answers in {columns.answers!r}"
-            if named and not cls.missing_requirements(data) and data.target.name.lower().startswith("answer")
+            if named and not cls.missing_requirements(data) and data.required_target.name.lower().startswith("answer")
             else None
         )
 
@@ -128,6 +130,7 @@ class QuestionAnswering(Task):
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         columns = find_columns(data, options.context, options.question)
+        assert columns is not None  # checked by `build_examples`
         task.options = options = replace(options, context=columns.context, question=columns.question)
         contexts, which = np.unique(np.array(task.contexts(data), dtype=object), return_inverse=True)
         questions = task.questions_of(data)
@@ -260,8 +263,8 @@ class QuestionAnswering(Task):
             # answer might be in no window.
             stride = min(self.options.stride, max(room // 2, room - self.options.longest))
             rows += [(number, first) for first in window_starts(len(located[context][0]), room, stride)]
-        number, first = np.array(rows, dtype=np.int64).reshape(-1, 2).T
-        return Windows(self.text, self.frame, self.options.length, located, which, asked, number, first)
+        numbers, firsts = np.array(rows, dtype=np.int64).reshape(-1, 2).T
+        return Windows(self.text, self.frame, self.options.length, located, which, asked, numbers, firsts)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         """Return the questions, each with all its windows."""
@@ -310,7 +313,7 @@ class QuestionAnswering(Task):
             given &= outputs["score"] - outputs["none"] > least
         return {**outputs, "given": given}
 
-    def answer_texts(self, outputs: Arrays, contexts: Sequence[str], everything: bool = False) -> list[str]:
+    def answer_texts(self, outputs: Arrays, contexts: Iterable[str], everything: bool = False) -> list[str]:
         """Return the answers as text. With `everything`, include those below the threshold."""
         return [
             text[int(begin) : int(end)].strip() if given or everything else ""
@@ -410,7 +413,7 @@ class QuestionAnswering(Task):
             [Column("context", "text"), Column("question", "text"), Column("answer", "list", "target")],
             options,
             {"median": 0, "whole": False, "silent": False, "threshold": 0.0},
-            assets.folder,
+            assets.tokenizer_folder,
         )
 
     def state(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, targets
         {"kind": [" ".join(q.lower().split()[:2]) for q in task.questions_of(test)], "exact": each[:, 0], "f1": each[:, 1]}
     )
     kinds = [
-        (name[0], len(rows), float(rows["exact"].mean()), float(rows["f1"].mean()))
+        (name[0], len(rows), rows.select(pl.mean("exact")).item(), rows.select(pl.mean("f1")).item())
         for name, rows in table.group_by("kind", maintain_order=True)
     ]
     length = np.array([len(a[0]["text"].split()) if a else 0 for a in right])

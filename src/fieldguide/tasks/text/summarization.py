@@ -49,7 +49,7 @@ class Summarization(Translation):
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("text")) != 1:
             return "one document column"
-        return None if data.target and data.target.kind == "text" else "a summary column (name it with --target)"
+        return None if data.target and data.required_target.kind == "text" else "a summary column (name it with --target)"
 
     @classmethod
     def match(cls, data: Data) -> str | None:

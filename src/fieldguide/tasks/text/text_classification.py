@@ -53,7 +53,7 @@ class TextClassification(TextTask, ClassificationTask):
         usable = data.features("number", "category", "boolean", "date", "image")
         texts = len(data.features("text"))
         if texts in (1, 2) and not usable and data.target and is_discrete(data.target):
-            return f"{'texts' if texts == 1 else 'pairs of texts'} and {data.target.distinct} classes"
+            return f"{'texts' if texts == 1 else 'pairs of texts'} and {data.required_target.distinct} classes"
         return None
 
     @classmethod
@@ -135,7 +135,7 @@ class TextClassification(TextTask, ClassificationTask):
         return tokens, segments if seconds else [], cut
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        objective = super().objective(model, card, settings, **parts)
+        objective: Any = super().objective(model, card, settings, **parts)
         if self.second and "segments" in card.optional_inputs:
             objective.inputs += ("segments",)
         return objective
@@ -210,7 +210,7 @@ class TextClassification(TextTask, ClassificationTask):
             [*assets.texts(2), Column("label", "category", "target")],
             cls.Options(length=assets.length),
             {"median": 0, **cls.label_state(assets.names)},
-            assets.folder,
+            assets.tokenizer_folder,
         )
 
     def state(self) -> dict[str, Any]:

@@ -68,9 +68,10 @@ class TextGeneration(TextTask):
         vocab_size: int | None = None  # vocabulary size if a tokenizer is fitted on the training texts
         tokenizer: str = "bytes"  # bytes: byte-level BPE; characters; or the path of a tokenizer.json
 
-    PredictOptions = GenerationConfig
+    PredictOptions = GenerationConfig  # type: ignore[assignment]  # any dataclass of options
 
     text: TextTokenizer
+    tokens: int  # of the training rows
     chat: bool = False  # whether rows are conversations
     first: Sequence[tuple[str, str]] = ()  # an example conversation up to its first answer
 
@@ -105,7 +106,7 @@ class TextGeneration(TextTask):
             pl.Series(PART_COLUMN, part),
             pl.col(LINE) + line,
         )
-        side = np.full(len(rows), "train", dtype=object) if data.splits is None else whole.splits
+        side = np.full(len(rows), "train", dtype=object) if whole.splits is None else whole.splits
         lacking = [
             (split, share) for split, share in (("test", TEST_FRACTION), ("val", VALIDATION_FRACTION)) if split not in side
         ]
@@ -197,7 +198,7 @@ class TextGeneration(TextTask):
                     has_loss[-1][0] = False  # the next speaker is not predicted
         return np.concatenate(tokens), np.concatenate(has_loss)
 
-    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+    def batches(self, data: Data, card: Card | None, settings: Settings | None = None) -> Batches:
         """Return packed rows of `length` tokens. Training rows begin at random offsets, so that every epoch differs."""
         tokens, has_loss = self.concatenate_texts(data)
         length = self.options.length
@@ -288,8 +289,8 @@ class TextGeneration(TextTask):
             return self.template.prompt(turns)
         ids = [self.text.end] if self.chat else self.text.prefix_ids() or [self.text.end]
         for (who, _), encoded in zip(turns, self.text.encode_exact([text for _, text in turns])):
-            ids += [self.text.tokenizer.token_to_id(f"<|{who}|>"), *encoded, self.text.end] if who else encoded.tolist()
-        return ids + ([self.text.tokenizer.token_to_id("<|assistant|>")] if self.chat else [])
+            ids += [self.text.token_id(f"<|{who}|>"), *encoded, self.text.end] if who else encoded.tolist()
+        return ids + ([self.text.token_id("<|assistant|>")] if self.chat else [])
 
     def generate_tokens(
         self, objective: Objective, prompts: list[list[int]], predict_options: GenerationConfig

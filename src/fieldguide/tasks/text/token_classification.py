@@ -66,7 +66,7 @@ class TokenClassification(Task):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        if data.target and data.target.kind == "list" and len(data.features("list")) == 1:
+        if data.target and data.required_target.kind == "list" and len(data.features("list")) == 1:
             return "words with one tag each"
         return None
 
@@ -74,7 +74,7 @@ class TokenClassification(Task):
     def missing_requirements(cls, data: Data) -> str | None:
         if not data.features("list"):
             return "a column `tokens` with a list of words per row"
-        tagged = data.target and data.target.kind == "list"
+        tagged = data.target and data.required_target.kind == "list"
         return None if tagged else "a column `tags` with one tag per word (name it with --target)"
 
     # Preparation
@@ -166,8 +166,8 @@ class TokenClassification(Task):
             batch = {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask), "words": torch.from_numpy(words)}
             if targets is not None:
                 target = np.full(tokens.shape, -1)
-                row, number = np.nonzero(words >= 0)
-                target[row, words[row, number]] = targets[index][row, number]
+                sentences, numbers = np.nonzero(words >= 0)
+                target[sentences, words[sentences, numbers]] = targets[index][sentences, numbers]
                 batch["target"] = torch.from_numpy(target)
             return batch
 
@@ -320,7 +320,7 @@ class TokenClassification(Task):
             [Column("tokens", "list"), Column("tags", "list", "target")],
             cls.Options(length=assets.length),
             {"tags": assets.names, "often": {}, "median": 0},
-            assets.folder,
+            assets.tokenizer_folder,
         )
 
     def state(self) -> dict[str, Any]:

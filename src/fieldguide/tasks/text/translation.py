@@ -44,7 +44,11 @@ class Translation(TextTask):
     input_types = ("pair",)
     output_types = ("tokens",)
     column_spec = ColumnSpec("last", names=("translation", "target_text", "tgt"), kinds={"target": "text", "feature": "text"})
-    metrics = (Metric("bleu", "max", "BLEU"), Metric("chrf", "max", "chrF"), Metric("loss", "min", "nats per token"))
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("bleu", "max", "BLEU"),
+        Metric("chrf", "max", "chrF"),
+        Metric("loss", "min", "nats per token"),
+    )
     monitor = "loss"
     recipe: ClassVar = {"patience": 6}
     longest: ClassVar[int] = MAX_SENTENCE_TOKENS
@@ -73,12 +77,12 @@ class Translation(TextTask):
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("text")) != 1:
             return "one text column to translate"
-        return None if data.target and data.target.kind == "text" else "a translation column (name it with --target)"
+        return None if data.target and data.required_target.kind == "text" else "a translation column (name it with --target)"
 
     @classmethod
     def match(cls, data: Data) -> str | None:
         if len(data.features()) == 1 and not cls.missing_requirements(data):
-            return f"texts in column {data.features()[0].name!r} with translations in {data.target.name!r}"
+            return f"texts in column {data.features()[0].name!r} with translations in {data.required_target.name!r}"
         return None
 
     @classmethod
@@ -137,7 +141,7 @@ class Translation(TextTask):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return NextToken(model, card.inputs, settings.label_smoothing)
 
-    def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
+    def batches(self, data: Data, card: Card | None, settings: Settings | None = None) -> Batches:
         frame = self.frame
         sources = [
             np.array([*frame.before, *ids, *frame.after])

@@ -177,10 +177,9 @@ class Forecasting(Task):
         windows: Windows = data.context
         found, length, horizon = windows.panel, self.options.length, self.options.horizon
         series, at = (data.rows[name].to_numpy().copy() for name in (SERIES, CUT))  # polars returns read-only memory
-        mean, std = self.scales(windows)
+        mean, std = (torch.from_numpy(x) for x in self.scales(windows))
         low, column, group = (torch.from_numpy(x) for x in (found.low, found.column, found.group))
         filled, observed = torch.from_numpy(found.filled), torch.from_numpy(found.observed)
-        mean, std = torch.from_numpy(mean), torch.from_numpy(std)
         gaps = bool((~found.observed).any()) or bool((at - found.low[series] < length).any())
         covariates = self.covariate_tensors(windows) if "known" in card.inputs else None
         if covariates is None and self.covariates.columns and settings:
@@ -371,6 +370,7 @@ class Forecasting(Task):
         data = super().read(sources, answered=answered)
         found, findings = panels.arrange_series(data)
         checks.enforce(findings, len(data), source=data.source)
+        assert found is not None  # `enforce` raises if there is an error
         for finding in findings:
             if finding.severity == "warning":
                 self.add_note(str(finding))

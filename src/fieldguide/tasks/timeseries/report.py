@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fieldguide.core.report_elements import Exhibit, Lines, Table
+from fieldguide.core.report_elements import Exhibit, Lines, Numbers, Table
 from fieldguide.data.dataset import Data
 from fieldguide.data.timeseries.panel import Panel
 from fieldguide.data.timeseries.windows import CUT, SERIES, Windows
@@ -32,7 +32,7 @@ def build_exhibits(
     numbers = np.unique(series)
     mean = {name: np.array([nan_mean(nan_mean(x[series == s], 1), 0) for s in numbers]) for name, x in scaled.items()}
     order = np.argsort(-np.nan_to_num(mean["this network"], nan=-1.0), kind="stable")
-    drawn = []
+    drawn: list[Exhibit] = []
     for s in numbers[order[np.linspace(0, len(order) - 1, min(SHOWN_SERIES, len(order))).round().astype(int)]]:
         mine = np.flatnonzero(series == s)
         row = int(mine[np.argsort(each[mine], kind="stable")[len(mine) // 2]])
@@ -101,7 +101,7 @@ def draw_window(
     begin, end = max(at - max(2 * len(natural), 2 * season), low, at - MAX_SHOWN_PAST_STEPS), min(at + len(natural), high)
     moment = f"step {at - low}" if found.layout == "rows" else found.frequency.label(found.times[at])
     was = (np.arange(begin, end) - at, found.values[begin:end, found.column[series]])
-    bands = {
+    bands: dict[str, tuple[Numbers, Numbers, Numbers]] = {
         f"{100 * level:.0f} %": (ahead, natural[:, 1 + a], natural[:, 1 + b])
         for level, (a, b) in sorted(levels.items(), reverse=True)
     }

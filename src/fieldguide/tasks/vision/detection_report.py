@@ -26,7 +26,8 @@ def open_image(path: str) -> Image.Image:
 
 def class_color(label: int) -> tuple[int, int, int]:
     """Return a color per class: hues spaced by the golden angle."""
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb((0.33 + 0.618034 * label) % 1, 0.85, 0.95))
+    red, green, blue = colorsys.hsv_to_rgb((0.33 + 0.618034 * label) % 1, 0.85, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_boxes(

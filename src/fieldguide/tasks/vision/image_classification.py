@@ -53,9 +53,9 @@ class ImageClassification(ClassificationTask):
     @classmethod
     def match(cls, data: Data) -> str | None:
         asked = any(normalize_name(c.name) == "question" for c in data.features())
-        said = data.target and normalize_name(data.target.name) in CAPTION_NAMES
+        said = data.target and normalize_name(data.required_target.name) in CAPTION_NAMES
         if len(data.features("image")) == 1 and not asked and not said and data.target and is_discrete(data.target):
-            return f"images and {data.target.distinct} classes"
+            return f"images and {data.required_target.distinct} classes"
         return None
 
     @classmethod
@@ -129,7 +129,7 @@ class ImageClassification(ClassificationTask):
     def preprocessing_state(self) -> dict[str, Any]:
         return {"fit": self.pictures.fit}  # other differences are converted by `teacher_inputs`
 
-    def teacher_inputs(self, other: ImageClassification, card: Card) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
+    def teacher_inputs(self, other: Any, card: Card) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
         super().teacher_inputs(other, card)  # raises if they differ otherwise
         mine, theirs = self.pictures, other.pictures
 
@@ -141,14 +141,9 @@ class ImageClassification(ClassificationTask):
         return show
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        return tuple(
-            images.load(d.rows[self.column].to_list(), min(LINEAR_SIDE, self.pictures.side), self.pictures.channels)
-            .flatten(1)
-            .float()
-            .numpy()
-            / 255
-            for d in (train, test)
-        )
+        side, channels = min(LINEAR_SIDE, self.pictures.side), self.pictures.channels
+        pixels = lambda d: images.load(d.rows[self.column].to_list(), side, channels).flatten(1).float().numpy() / 255
+        return pixels(train), pixels(test)
 
     def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
         wrong = self.mistakes(probabilities, targets, 24)
@@ -187,9 +182,9 @@ class ImageClassification(ClassificationTask):
         from PIL import Image
 
         array = images.load([data.rows[self.column][row]], min(self.pictures.side, 128), self.pictures.channels)[0]
-        array = array[0].numpy() if len(array) == 1 else array.permute(1, 2, 0).numpy()
+        pixels = array[0].numpy() if len(array) == 1 else array.permute(1, 2, 0).numpy()
         file = io.BytesIO()
-        Image.fromarray(array).save(file, "PNG")
+        Image.fromarray(pixels).save(file, "PNG")
         return file.getvalue()
 
     @classmethod

@@ -59,11 +59,11 @@ class ImageGeneration(Task):
         "a folder of images, optionally one folder per class or a .txt caption next to each; or a table "
         "of image paths, optionally with labels or captions"
     )
-    input_types = ("noisy", "noise")
-    feature = ("image",)
+    input_types: ClassVar[tuple[str, ...]] = ("noisy", "noise")
+    feature: ClassVar[tuple[str, ...]] = ("image",)
     output_types = ("image",)
     column_spec = ColumnSpec("named", names=CAPTION_NAMES, kinds={"target": infer_target_kind})
-    metrics = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN trained on this data"),
         Metric("precision", "max", "of generated images look real", percent=True),
         Metric("recall", "max", "of real images are covered by generated ones", percent=True),
@@ -110,7 +110,7 @@ class ImageGeneration(Task):
 
     def __init__(self, columns: list[Column], options: Any):
         super().__init__(columns, options)
-        self.judge: generative.FeatureClassifier | None = None  # trained for the test, and saved with the run
+        self.judge: Any = None  # a `FeatureClassifier`, trained for the test and saved with the run
         self.motion: generative.FeatureClassifier | None = None  # for videos
         self.matcher: generative.CaptionMatcher | None = None  # for images and captions
         self.text: TextTokenizer | None = None  # set if the data has captions
@@ -124,11 +124,11 @@ class ImageGeneration(Task):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        captioned = data.target is not None and data.target.kind == "text"
+        captioned = data.target is not None and data.required_target.kind == "text"
         if data.target is not None and not captioned and not is_discrete(data.target):
             raise DataError(
-                f"{data.source}: the label column {data.target.name!r} must hold classes or captions, but holds "
-                f"{data.target.kind}."
+                f"{data.source}: the label column {data.required_target.name!r} must hold classes or captions, but holds "
+                f"{data.required_target.kind}."
             )
         fits = suggest_side(data.rows[WIDTH], data.rows[HEIGHT])
         side = options.side or max(
@@ -136,11 +136,11 @@ class ImageGeneration(Task):
         )
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
-        task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target and not captioned else []
+        task.labels = list(Labels.fit(data.rows[data.required_target.name]).names) if data.target and not captioned else []
         task.options = fill_options(options, side=side, channels=channels)
         task.note_classes()
         if captioned:
-            task.fit_captions(data.rows[data.target.name].fill_null("").to_list())
+            task.fit_captions(data.rows[data.required_target.name].fill_null("").to_list())
         return task
 
     def note_classes(self) -> None:
@@ -164,6 +164,7 @@ class ImageGeneration(Task):
 
     def tokens(self, texts: list[str]) -> np.ndarray:  # -> N T int64, 0 beyond a caption's end
         out = np.zeros((len(texts), self.options.length), dtype=np.int64)
+        assert self.text is not None  # captions are read only if there is a tokenizer
         for row, ids in zip(out, self.text.encode(texts, self.options.length)[0]):
             row[: len(ids)] = ids
         return out
@@ -172,9 +173,10 @@ class ImageGeneration(Task):
         """Return labels from 1 (N), or caption tokens (N, T); 0 means none."""
         target = next((c.name for c in self.columns if c.role == "target"), None)
         if self.text is not None:
-            there = target in data.rows.columns
-            return self.tokens(data.rows[target].fill_null("").to_list() if there else [""] * len(data)) * there
-        if not self.labels or target not in data.rows.columns:
+            if target is None or target not in data.rows.columns:
+                return np.zeros((len(data), self.options.length), dtype=np.int64)
+            return self.tokens(data.rows[target].fill_null("").to_list())
+        if not self.labels or target is None or target not in data.rows.columns:
             return np.zeros(len(data), dtype=np.int64)
         return Labels(tuple(self.labels)).apply(data.rows[target]) + 1
 
@@ -211,7 +213,7 @@ class ImageGeneration(Task):
 
     # Generation
 
-    def generate(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
+    def generate(self, objective: Any, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
         """Generate images of these labels or captions (0 = none): B C S S in -1 .. 1. Each depends only on seed and
         number.
         """
@@ -276,6 +278,7 @@ class ImageGeneration(Task):
 
     def decode_caption(self, tokens: np.ndarray) -> str:
         """Return a caption as the model reads it."""
+        assert self.text is not None  # only models of captions decode them
         return self.text.decode(tokens[tokens > 0]).strip()
 
     # Evaluation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import copy
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit, Gallery, Matrix, Picture, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
-from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Finding
+from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Finding, Severity
 from fieldguide.data.loader import Batches
 from fieldguide.data.media.masks import LazyMask
 from fieldguide.data.preprocessing import masks
@@ -44,11 +45,15 @@ SAMPLED_IMAGES = 500  # images that mean and standard deviation are computed fro
 
 def check_outlines(data: Data) -> Iterator[Finding]:
     """Find boxes without outlines, and crowds."""
-    if data.target is None or data.target.kind != "boxes" or not data.rows[data.target.name].dtype.is_nested():
+    if (
+        data.target is None
+        or data.required_target.kind != "boxes"
+        or not data.rows[data.required_target.name].dtype.is_nested()
+    ):
         return
     seen = list_objects(data)
     nothing = "belong to no class, and are neither trained on nor scored"
-    for check, severity, which, what, remedy in (
+    groups: tuple[tuple[str, Severity, pl.Series, str, str], ...] = (
         (
             "box-without-outline",
             "warning",
@@ -57,7 +62,8 @@ def check_outlines(data: Data) -> Iterator[Finding]:
             "Outline these objects, or remove their images.",
         ),
         ("crowd-pixels", "note", seen["crowd"], f"crowds: their pixels {nothing}", ""),
-    ):
+    )
+    for check, severity, which, what, remedy in groups:
         if which.any():
             some = seen.filter(which)
             places = tuple(f"{data.locate_row(row)}: {label}" for row, label in some.head(5).select("row", "label").rows())
@@ -103,7 +109,7 @@ class ImageSegmentation(Task):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        if len(data.features("image")) == 1 and data.target and data.target.kind == "mask":
+        if len(data.features("image")) == 1 and data.target and data.required_target.kind == "mask":
             return "images with masks"
         return None
 
@@ -111,7 +117,7 @@ class ImageSegmentation(Task):
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
             return "one image column"
-        if data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested():
+        if data.target and data.required_target.kind == "boxes" and data.rows[data.required_target.name].dtype.is_nested():
             seen = list_objects(data)
             if seen["drawn"].any():
                 return None
@@ -119,12 +125,12 @@ class ImageSegmentation(Task):
                 f"object outlines: the data has {len(seen):,} boxes without any, and a box is not a mask. Export "
                 "polygons or masks, or train on the boxes (--task object-detection)"
             )
-        return None if data.target and data.target.kind == "mask" else "one mask per image"
+        return None if data.target and data.required_target.kind == "mask" else "one mask per image"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
         """Find the classes (values of masks or labels of outlined objects) and keep them in `context`."""
-        return (cls.prepare_outlines if data.target.kind == "boxes" else cls.prepare_masks)(data, options)
+        return (cls.prepare_outlines if data.required_target.kind == "boxes" else cls.prepare_masks)(data, options)
 
     @classmethod
     def prepare_outlines(cls, data: Data, options: Any) -> Data:
@@ -157,15 +163,15 @@ class ImageSegmentation(Task):
         known = data.context or {}
         given: dict[int, str] = dict(enumerate(known.get("classes", ())))
         given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
-        values = {name: value for value, name in given.items()}
+        value_of = {name: value for value, name in given.items()}
         try:
-            ignored = {values[v] if v in values else int(v) for v in split_names(options.ignore)}
+            ignored = {value_of[v] if v in value_of else int(v) for v in split_names(options.ignore)}
         except ValueError:
-            listed = f" or classes ({', '.join(values)})" if values else ""
+            listed = f" or classes ({', '.join(value_of)})" if value_of else ""
             raise SettingsError(
                 f"task.ignore={options.ignore!r}: for masks give values{listed} separated by commas, such as 11,255."
             ) from None
-        found = masks.distinct_values(data.rows[data.target.name].to_list())
+        found = masks.distinct_values(data.rows[data.required_target.name].to_list())
         every = np.unique(np.concatenate(found))
         if len(every) > 2 and every[-1] == VOID and VOID not in given:
             ignored.add(VOID)
@@ -217,7 +223,7 @@ class ImageSegmentation(Task):
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         kind = device().type
-        longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
+        longest = int(data.rows.select(pl.max_horizontal(pl.max(WIDTH), pl.max(HEIGHT))).item())
         side = options.side or min(MAX_SIDE_BY_DEVICE[kind], longest)
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         raw = Canvas(side, channels, tuple(data.context["values"]))
@@ -280,9 +286,10 @@ class ImageSegmentation(Task):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Segmentation(model, len(self.names), self.predict_options.tile)
 
-    def predict_step(self, objective: Objective) -> Any:
-        objective.tile = max(64, self.predict_options.tile)
-        return objective.outputs
+    def predict_step(self, objective: Any) -> Any:
+        request = copy.copy(objective)  # other requests may use other tiles at the same time
+        request.tile = max(64, self.predict_options.tile)
+        return request.outputs
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, sizes = self.paths_and_sizes(data)
@@ -298,18 +305,19 @@ class ImageSegmentation(Task):
 
         def load(index: np.ndarray, masks_too: bool) -> tuple[np.ndarray, np.ndarray | None]:
             if kept:
-                return kept[0][index], kept[1][index] if masks_too else None
+                return kept[0][index], kept[1][index] if masks_too and kept[1] is not None else None
             some, their = [paths[i] for i in index], [sizes[i] for i in index]
             return (
                 self.canvas.load_images(some, their, canvas),
-                self.canvas.load_masks([targets[i] for i in index], their, canvas) if masks_too else None,
+                self.canvas.load_masks([targets[i] for i in index], their, canvas) if masks_too and targets else None,
             )
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             inner = torch.tensor([self.canvas.fit_size(*sizes[i]) for i in index])
             if generator is not None:
                 pixels, target = load(index, True)
-                image, target = augment_pair(
+                assert target is not None and settings is not None  # a generator is passed only in training
+                image, classes = augment_pair(
                     torch.from_numpy(pixels),
                     torch.from_numpy(target),
                     inner,
@@ -317,7 +325,7 @@ class ImageSegmentation(Task):
                     settings.augmentation,
                     generator,
                 )
-                return {"image": self.normalize(image), "target": target}
+                return {"image": self.normalize(image), "target": classes}
             pixels, target = load(index, bool(targets) and settings is not None)
             size = torch.tensor([(sizes[i][1], sizes[i][0]) for i in index])
             batch = {"image": self.normalize(torch.from_numpy(pixels).float()), "inner": inner, "size": size}
@@ -346,8 +354,8 @@ class ImageSegmentation(Task):
         paths, sizes = self.paths_and_sizes(data)
         counts = np.zeros((len(paths), len(self.names)), dtype=np.int64)
         for i, mask in enumerate(self.masks(data)):
-            mask = self.canvas.load_masks([mask], [sizes[i]], (sizes[i][1], sizes[i][0]), full=True)
-            counts[i] = np.bincount(mask[mask >= 0].astype(np.int64), minlength=len(self.names))
+            classes = self.canvas.load_masks([mask], [sizes[i]], (sizes[i][1], sizes[i][0]), full=True)
+            counts[i] = np.bincount(classes[classes >= 0].astype(np.int64), minlength=len(self.names))
         return {"pixels": counts}
 
     def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
@@ -492,7 +500,7 @@ def list_objects(data: Data) -> pl.DataFrame:
     """Return one row per object of a box column: `row` of its image, `label`, `crowd`, and `drawn` (it has an
     outline).
     """
-    column = data.rows[data.target.name]
+    column = data.rows[data.required_target.name]
     rows = pl.Series("row", np.repeat(np.arange(len(column)), column.list.len().fill_null(0).to_numpy()))
     things = column.filter(column.list.len() > 0).explode()
     part = things.struct.field
@@ -545,10 +553,8 @@ def augment_pair(
 
 def palette(classes: int) -> list[tuple[int, int, int]]:
     """Return one color per class: hues spaced by the golden angle, in two brightness levels."""
-    return [
-        tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 if i % 2 else 0.7))
-        for i in range(classes)
-    ]
+    colors = [colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 if i % 2 else 0.7) for i in range(classes)]
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors]
 
 
 def swatch(colour: tuple[int, int, int]) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class ObjectDetection(Task):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        if len(data.features("image")) == 1 and data.target and data.target.kind == "boxes":
+        if len(data.features("image")) == 1 and data.target and data.required_target.kind == "boxes":
             return "images with boxes"
         return None
 
@@ -93,13 +94,13 @@ class ObjectDetection(Task):
     def missing_requirements(cls, data: Data) -> str | None:
         if len(data.features("image")) != 1:
             return "one image column"
-        boxes = data.target and data.target.kind == "boxes" and data.rows[data.target.name].dtype.is_nested()
+        boxes = data.target and data.required_target.kind == "boxes" and data.rows[data.required_target.name].dtype.is_nested()
         return None if boxes else "boxes for each image (COCO, YOLO or Pascal VOC)"
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
         """Find the classes (all, or those of `classes`) and keep them in `context`."""
-        seen = Counter(o["label"] for objects in data.rows[data.target.name].to_list() for o in objects or [])
+        seen = Counter(o["label"] for objects in data.rows[data.required_target.name].to_list() for o in objects or [])
         order = [n for n in (data.context or {}).get("classes", sorted(seen)) if n in seen]
         if asked := [n.strip() for n in options.classes.split(",") if n.strip()]:
             if strange := [n for n in asked if n not in seen]:
@@ -116,7 +117,7 @@ class ObjectDetection(Task):
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         task.names = list(data.context["classes"])
-        longest = int(max(data.rows[WIDTH].max(), data.rows[HEIGHT].max()))
+        longest = int(data.rows.select(pl.max_horizontal(pl.max(WIDTH), pl.max(HEIGHT))).item())
         side = options.side or min(MAX_SIDE_BY_DEVICE[device().type], -(-longest // STRIDE) * STRIDE)
         if side < STRIDE or side % STRIDE:
             raise SettingsError(
@@ -188,11 +189,12 @@ class ObjectDetection(Task):
         targets = None
         if self.target.name in data.rows.columns and settings is not None:
             boxes, labels, crowd = self.true_boxes(data)
-            boxes, labels = pad_boxes([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
-            targets = frame.to_square(boxes) * (labels >= 0)[..., None], labels
+            padded, classes = pad_boxes([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
+            targets = frame.to_square(padded) * (classes >= 0)[..., None], classes
 
         def fetch(index: np.ndarray) -> Boxed:
             pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
+            assert targets is not None  # pictures with boxes are fetched only in training
             return pictures, targets[0][index], targets[1][index]
 
         augment = self.augment(settings)
@@ -248,13 +250,15 @@ class ObjectDetection(Task):
     def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
         """Return normal intervals from a bootstrap over images.
 
-        Evaluation is slow, so that at most `ENOUGH` images are resampled; the spread is scaled by the root of the
+        Evaluation is slow, so that at most `MAX_BOOTSTRAP_IMAGES` images are resampled; the spread is scaled by the root of the
         sampled fraction (the m out of n bootstrap).
         """
         middle, count = self.score(outputs, targets), len(targets["labels"])
         some = np.sort(np.random.default_rng(0).permutation(count)[:MAX_BOOTSTRAP_IMAGES])
+        found, truth = ({k: v[some] for k, v in arrays.items()} for arrays in (outputs, targets))
         drawn = bootstrap(
-            *({k: v[some] for k, v in arrays.items()} for arrays in (outputs, targets)),
+            found,
+            truth,
             len(self.names),
             repeats=BOOTSTRAP_REPEATS,
         )
@@ -275,11 +279,11 @@ class ObjectDetection(Task):
                 )[0]
             )
             there += np.bincount(is_[~crowd].astype(int), minlength=classes)
-        right, scores, labels = np.concatenate(right), outputs["scores"][real], outputs["labels"][real].astype(int)
+        is_right, scores, labels = np.concatenate(right), outputs["scores"][real], outputs["labels"][real].astype(int)
         grid, best = np.linspace(0.01, 0.9, 90), []
         for least in grid:
             taken = scores >= least
-            hits, said = (np.bincount(labels[some], minlength=classes) for some in (taken & right, taken))
+            hits, said = (np.bincount(labels[some], minlength=classes) for some in (taken & is_right, taken))
             best.append((2 * hits / np.maximum(said + there, 1))[there > 0].mean())
         self.threshold = float(grid[int(np.argmax(best))]) if max(best) > 0 else 0.25
 
@@ -322,7 +326,10 @@ class ObjectDetection(Task):
                 for n, s, b in zip(outputs["labels"][i][real], outputs["scores"][i][real], outputs["boxes"][i][real])
             ]
             counts = Counter(o["label"] for o in found)
-            answer = {"found": ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing", "objects": found}
+            answer: dict[str, Any] = {
+                "found": ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing",
+                "objects": found,
+            }
             if "path" in outputs:
                 picture = draw_boxes(
                     open_image(outputs["path"][i]),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import polars as pl
 import torch
 from PIL import Image
 from torch import Tensor
@@ -85,15 +86,15 @@ class VideoGeneration(ImageGeneration):
         task = cls(list(data.columns.values()), options)
         if data.target is not None and not is_discrete(data.target):
             raise DataError(
-                f"{data.source}: the label column {data.target.name!r} must hold classes, but holds {data.target.kind}."
+                f"{data.source}: the label column {data.required_target.name!r} must hold classes, but holds {data.required_target.kind}."
             )
-        kind, shortest = device().type, int(data.rows[FRAMES].min())
+        kind, shortest = device().type, int(data.rows.select(pl.min(FRAMES)).item())
         most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MAX_SIDE_BY_DEVICE[kind])
         side = options.side or max((s for s in VIDEO_SIDES if s <= most), default=VIDEO_SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         frames = options.frames or max(2, min(FRAMES_BY_DEVICE[kind], shortest // options.stride))
         task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
-        task.labels = list(Labels.fit(data.rows[data.target.name]).names) if data.target else []
+        task.labels = list(Labels.fit(data.rows[data.required_target.name]).names) if data.target else []
         task.options = fill_options(options, side=side, channels=channels, frames=frames)
         task.note_classes()
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
@@ -135,7 +136,7 @@ class VideoGeneration(ImageGeneration):
 
     # Generation
 
-    def generate(self, objective: Objective, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
+    def generate(self, objective: Any, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
         p = self.pictures
         return objective.sample(
             label,
@@ -161,7 +162,7 @@ class VideoGeneration(ImageGeneration):
 
         return answer
 
-    def predict_last_frame(self, objective: Diffusion, batch: dict[str, Tensor]) -> Tensor:  # -> B C S S
+    def predict_last_frame(self, objective: Any, batch: dict[str, Tensor]) -> Tensor:  # -> B C S S
         """Predict the last frame from those before it.
 
         At each sampler step the known frames are restored with the noise of that step (Lugmayr et al. 2022,
@@ -318,10 +319,10 @@ class VideoGeneration(ImageGeneration):
                 ),
                 Gallery("Next frame", "The last known frame, the real next frame, and the predicted next frame.", told),
             ],
-            "Memory": self.memorization_exhibits(samples),
+            "Memory": self.memorization_exhibits(samples, targets),
         }
 
-    def memorization_exhibits(self, samples: np.ndarray) -> list[Exhibit]:
+    def memorization_exhibits(self, samples: np.ndarray, targets: Arrays) -> list[Exhibit]:
         known, made = (generative.extract_features(self.judge, x.mean(1)) for x in (self.known, torch.from_numpy(samples[:8])))
         far = generative.pairwise_distances(made, known)
         nearest = [self.known[int(row.argmin())].numpy() for row in far]
