@@ -20,7 +20,7 @@ import clips
 import guide
 import pictures
 import references
-from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.checkpoints.weights import get_tables, translate
 from references import Equations
 
 State = Mapping[str, Tensor]
@@ -376,12 +376,12 @@ def plain_attention(
 
 def huggingface_decoder(model: nn.Module) -> Peer:
     """The language model of transformers that our config, written as theirs, describes."""
-    from fieldguide.checkpoints.config_mapping import outwards
+    from fieldguide.checkpoints.config_mapping import to_public_config
     from fieldguide.models.registry import card_of
     from tv import transformers
 
     card = card_of(model)
-    theirs = outwards(card, card.configs["huggingface"], model.config)
+    theirs = to_public_config(card, card.configs["huggingface"], model.config)
     how = "plain" if theirs.get("attn_logit_softcapping") else "sdpa"  # torch's own knows no caps
     transformers.AttentionInterface.register("plain", plain_attention)
     transformers.AttentionMaskInterface.register("plain", transformers.masking_utils.eager_mask)
@@ -417,10 +417,10 @@ def huggingface_decoder(model: nn.Module) -> Peer:
 
 
 def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -> Peer:
-    from fieldguide.checkpoints.weights import tables
+    from fieldguide.checkpoints.weights import get_tables
     from tv import transformers
 
-    c, names = model.config, tables(model)["huggingface"]
+    c, names = model.config, get_tables(model)["huggingface"]
     peer = getattr(transformers, f"{kind}LMHeadModel")(
         getattr(transformers, f"{kind}Config")(
             vocab_size=c.vocab_size,
@@ -689,12 +689,12 @@ def huggingface_clip(model: nn.Module) -> Peer:
 
 
 def huggingface_llava(model: nn.Module) -> Peer:
-    from fieldguide.checkpoints.config_mapping import outwards
+    from fieldguide.checkpoints.config_mapping import to_public_config
     from fieldguide.models.registry import card_of
     from tv import transformers
 
     card = card_of(model)
-    theirs = outwards(card, card.configs["huggingface"], model.config)
+    theirs = to_public_config(card, card.configs["huggingface"], model.config)
     peer = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**theirs))
 
     class Words(nn.Module):
@@ -763,7 +763,7 @@ def timm_vit(model: nn.Module) -> Peer:
         depth=c.depth,
         num_heads=c.heads,
     )
-    return peer, lambda state: translate(state, tables(model)["timm"], reverse=True)
+    return peer, lambda state: translate(state, get_tables(model)["timm"], reverse=True)
 
 
 def timm_deit(model: nn.Module) -> Peer:
@@ -786,7 +786,7 @@ def timm_deit(model: nn.Module) -> Peer:
         num_heads=c.heads,
     )
     peer.set_distilled_training()
-    return peer, lambda state: translate(state, tables(model)["timm"], reverse=True)
+    return peer, lambda state: translate(state, get_tables(model)["timm"], reverse=True)
 
 
 class Classes(nn.Module):
@@ -828,7 +828,7 @@ def huggingface_swin(model: nn.Module) -> Peer:
             )
         )
     )
-    return peer, lambda state: peer.living(translate(state, tables(model)["huggingface"], reverse=True))
+    return peer, lambda state: peer.living(translate(state, get_tables(model)["huggingface"], reverse=True))
 
 
 def huggingface_dinov2(model: nn.Module) -> Peer:
@@ -852,7 +852,7 @@ def huggingface_dinov2(model: nn.Module) -> Peer:
     embeddings = inner.dinov2_with_registers.embeddings
     del embeddings.mask_token
     embeddings.register_buffer("mask_token", torch.zeros(1, c.dim))
-    table = tables(model)["huggingface"]
+    table = get_tables(model)["huggingface"]
 
     def rename(state: State) -> dict[str, Tensor]:
         done = {}

@@ -183,8 +183,8 @@ class Pairs(nn.Module):
 
 def official(model: nn.Module):
     """A peer for `cases`."""
-    from fieldguide.checkpoints.weights import tables, translate
+    from fieldguide.checkpoints.weights import get_tables, translate
 
     return Pairs(model.config), lambda state: {
-        f"peer.{name}": x for name, x in translate(state, tables(model)["openai"], reverse=True).items()
+        f"peer.{name}": x for name, x in translate(state, get_tables(model)["openai"], reverse=True).items()
     }

@@ -18,7 +18,7 @@ from test_loop import trainer, weights
 
 def main(path: str, kind: str) -> None:
     torch.set_num_threads(1)
-    with distributed.processes():
+    with distributed.join_process_group():
         torch.manual_seed(0)
         objective = Contrastive(create("clip-test")).double()
         image, tokens = torch.randn(22, 2, 12, 12, dtype=torch.float64), torch.randint(29, (22, 6))
@@ -38,7 +38,7 @@ def main(path: str, kind: str) -> None:
         assert all(torch.equal(alike[0], w) for w in alike), "processes hold different weights"
         if distributed.rank() == 0:
             losses = torch.tensor([[step[name] for name in ("loss", "image", "text")] for step in seen])
-            torch.save({"weights": alike[0], "losses": losses, "world": distributed.world()}, path)
+            torch.save({"weights": alike[0], "losses": losses, "world": distributed.get_world_size()}, path)
 
 
 main(*sys.argv[1:])

@@ -15,7 +15,7 @@ from test_loop import digits, gan, line, regression, trainer, weights
 
 def main(path: str, kind: str) -> None:
     torch.set_num_threads(1)
-    with distributed.processes():
+    with distributed.join_process_group():
         objective, batches = (gan(), digits()[1]) if kind == "gan" else (regression(), line())
         objective = objective.double()
         double = type(batches)(len(batches), lambda i, g: {k: t.double() for k, t in batches.make(i, g).items()})
@@ -26,7 +26,7 @@ def main(path: str, kind: str) -> None:
         alike = distributed.gather(weights(objective))
         assert all(torch.equal(alike[0], w) for w in alike), "processes hold different weights"
         if distributed.rank() == 0:
-            torch.save({"weights": alike[0], "world": distributed.world()}, path)
+            torch.save({"weights": alike[0], "world": distributed.get_world_size()}, path)
 
 
 def noise(*size, device=None) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.checkpoints.weights import get_tables, translate
 from fieldguide.models.registry import card_of
 from tied import Tied
 from tv import transformers
@@ -140,7 +140,7 @@ def encoder(model: nn.Module) -> tuple[nn.Module, Any]:
     """The peer of one of our encoders and what renames our tensors."""
     name = card_of(model).name
     peer = Answers(network(name, model.config), model.config.output_type)
-    table = tables(model)["huggingface"]
+    table = get_tables(model)["huggingface"]
     real = {key for key, _ in peer.named_parameters()}
 
     def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:

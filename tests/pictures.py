@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.checkpoints.weights import get_tables, translate
 from fieldguide.models.convolutional import efficientnet_v2, mobilenet_v3
 from tv import timm, torchvision, transformers
 
@@ -37,7 +37,7 @@ def peer(build: Callable[[nn.Module], nn.Module], origin: str) -> Callable[[nn.M
     """For cases.py: the network, and our names turned into its."""
 
     def pair(model: nn.Module) -> tuple:
-        theirs, table = build(model), tables(model)[origin]
+        theirs, table = build(model), get_tables(model)[origin]
         if not isinstance(theirs, transformers.PreTrainedModel):
             return theirs, lambda state: translate(state, table, reverse=True)
         return Logits(theirs), lambda state: {

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from clips import Official
 from fieldguide.checkpoints import load, torchscript, weights
-from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.checkpoints.weights import get_tables, translate
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.convolutional.clip_resnet import CONFIG
 from fieldguide.models.registry import cards, create
@@ -33,7 +33,7 @@ def test_names_and_shapes_of_published_sizes(size):
     with torch.device("meta"):
         model = create(size)
         theirs = Official(model.config)
-    renamed = translate(model.state_dict(), tables(model)["openai"], reverse=True)
+    renamed = translate(model.state_dict(), get_tables(model)["openai"], reverse=True)
     assert {key: x.shape for key, x in renamed.items()} == {key: x.shape for key, x in theirs.state_dict().items()}
 
 
@@ -120,7 +120,7 @@ def test_archives_that_are_damaged_or_more_than_tensors(tmp_path):
     marker = tmp_path / "was-run"
     evil = b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
     path = rewritten("evil.pt", lambda part, x: evil if part.endswith("data.pkl") else x)
-    with pytest.raises(WeightsError, match=r"evil.pt is a TorchScript archive that is not read: it holds os.system"):
+    with pytest.raises(WeightsError, match=r"evil.pt is a TorchScript archive that cannot be read: it holds an object of type os.system"):
         weights.read(path)
     assert not marker.exists()
     short = rewritten("short.pt", lambda part, x: x[: len(x) // 2] if "/data/" in part else x)
@@ -134,24 +134,24 @@ def test_archives_that_are_damaged_or_more_than_tensors(tmp_path):
 
 def test_openai_archives_say_their_activation():
     """b32 of OpenAI and of LAION have the same tensors; only archives of the former hold three numbers more."""
-    from fieldguide.checkpoints.identify import recognised
+    from fieldguide.checkpoints.identify import recognize
 
     with torch.device("meta"):
-        state = translate(create("clip-b32").state_dict(), tables(create("clip-b32"))["openai"], reverse=True)
+        state = translate(create("clip-b32").state_dict(), get_tables(create("clip-b32"))["openai"], reverse=True)
         numbers = {name: torch.zeros(()) for name in ("input_resolution", "context_length", "vocab_size")}
     with pytest.raises(WeightsError, match="could be clip-b32 or clip-b32-laion2b"):
-        recognised(state, "x.pt")
-    card, size, origin, _ = recognised(state | numbers, "x.pt")
+        recognize(state, "x.pt")
+    card, size, origin, _ = recognize(state | numbers, "x.pt")
     assert (card.name, size, origin) == ("clip", "clip-b32", "openai")
 
 
 def test_a_resnet_of_openai_is_recognised():
-    from fieldguide.checkpoints.identify import recognised
+    from fieldguide.checkpoints.identify import recognize
 
     with torch.device("meta"):
         model = create("clip-rn50")
-        state = translate(model.state_dict(), tables(model)["openai"], reverse=True)
-    card, size, origin, _ = recognised(state, "RN50.pt")
+        state = translate(model.state_dict(), get_tables(model)["openai"], reverse=True)
+    card, size, origin, _ = recognize(state, "RN50.pt")
     assert (card.name, size, origin) == ("clip-resnet", "clip-rn50", "openai")
 
 
@@ -182,7 +182,7 @@ def published(folder, name, quick, **said):
     }
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5, 0.5]}}))
-    state = translate(model.state_dict(), tables(model)["openai"], reverse=True)
+    state = translate(model.state_dict(), get_tables(model)["openai"], reverse=True)
     save_file({key: x.contiguous() for key, x in state.items()}, folder / "open_clip_model.safetensors")
     return model
 

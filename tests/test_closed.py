@@ -12,7 +12,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.models import registry
 from fieldguide.tasks import tasks
 
-SYSTEMS = list(dict.fromkeys(registry.closed().values()))
+SYSTEMS = list(dict.fromkeys(registry.closed_systems().values()))
 
 
 def test_those_that_the_guide_names_are_there():
@@ -28,9 +28,9 @@ def test_those_that_the_guide_names_are_there():
         "gen-3",
         "kling",
     }
-    assert registry.closed()["gpt4v"].stand_in == "llava-1.5-7b" and registry.closed()["gpt-3"].stand_in == "gpt3-175b"
+    assert registry.closed_systems()["gpt4v"].stand_in == "llava-1.5-7b" and registry.closed_systems()["gpt-3"].stand_in == "gpt3-175b"
     names = [name for system in SYSTEMS for name in system.names]
-    assert len(names) == len(set(names)) == len(registry.closed()) and not set(names) & set(registry.names(tests=True))
+    assert len(names) == len(set(names)) == len(registry.closed_systems()) and not set(names) & set(registry.names(tests=True))
     assert not set(names) & set(registry.cards())
 
 
@@ -50,7 +50,7 @@ def test_their_stand_ins_do_their_tasks(system):
 def test_to_create_one_says_what_is_known(name):
     with pytest.raises(SettingsError, match=r"(?s)is a closed system by .*Published is .*Source: .*Most similar model here: "):
         fieldguide.create(name)
-    with pytest.raises(SettingsError, match="no model is called 'gpt-4x'"):
+    with pytest.raises(SettingsError, match="unknown model 'gpt-4x'"):
         fieldguide.create("gpt-4x")
 
 

@@ -61,7 +61,7 @@ def test_fit_under_torchrun_scores_like_one_process(tmp_path, digits_run):
     assert record["cost"]["processes"] == 2 and record["status"] == "done"
     low, high = digits_run.record["scores"]["intervals"]["accuracy"]
     assert low - 0.02 <= record["scores"]["test"]["accuracy"] <= high + 0.02
-    assert said.count("To beat:") == 1  # one process speaks
+    assert said.count("Baselines:") == 1  # printed by one process only
     assert (out / "report.html").exists()
 
 
@@ -102,7 +102,7 @@ def test_every_task_is_trained_and_tested_by_two_processes(sample, tmp_path):
         str(out),
     )
     record = json.loads((out / "run.json").read_text())
-    assert record["cost"]["processes"] == 2 and record["status"] == "done" and said.count("To beat:") == 1
+    assert record["cost"]["processes"] == 2 and record["status"] == "done" and said.count("Baselines:") == 1
     alone = open_run(out).evaluate(sample)["scores"]
     near = 0.03 if sample == "captions" else 1e-3  # whose vectors, after three steps, rounding puts in another order
     assert alone == pytest.approx(record["scores"]["test"], rel=1e-3, abs=near, nan_ok=True)

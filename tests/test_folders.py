@@ -158,10 +158,10 @@ def test_folders_of_transformers_there_and_back(kind, tmp_path):
 def test_what_configurations_leave_unsaid():
     """transformers' own defaults hold."""
     card = cards()["convnext"]
-    written = config_mapping.outwards(card, card.configs["huggingface"], create("convnext-test").config)
+    written = config_mapping.to_public_config(card, card.configs["huggingface"], create("convnext-test").config)
     assert written.pop("layer_norm_eps") == 1e-6 and written.pop("drop_path_rate") == 0
-    card, _, table = config_mapping.identified(written)
-    assert config_mapping.inwards(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12
+    card, _, table = config_mapping.identify_config(written)
+    assert config_mapping.to_config_fields(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12
 
 
 REFUSED = {  # by which they are other networks
@@ -180,7 +180,7 @@ def test_configurations_of_other_networks_are_refused(kind, tmp_path):
     cls = getattr(transformers, name)
     cls(cls.config_class(**{**shape, **REFUSED[kind]})).save_pretrained(tmp_path)
     key = "hidden_act" if kind == "clip" else next(iter(REFUSED[kind]))
-    with pytest.raises(WeightsError, match=f"another network.*\n.*{key}"):
+    with pytest.raises(WeightsError, match=f"that differs from.*\n.*{key}"):
         fieldguide.load(tmp_path)
 
 
@@ -265,7 +265,7 @@ def test_folders_of_2022(tmp_path):
     torch.testing.assert_close(ours(x, time), theirs(x, time).sample, rtol=1e-4, atol=1e-4)
     for key in ("norm_eps", "freq_shift", "flip_sin_to_cos", "downsample_padding", "attention_head_dim"):
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != key}))
-        with pytest.raises(WeightsError, match=f"another network.*\n  {key}="):  # there, the default is another
+        with pytest.raises(WeightsError, match=f"that differs from.*\n  {key}="):  # there, the default is another
             fieldguide.load(tmp_path)
 
 
@@ -322,10 +322,10 @@ def test_names_of_timm_that_are_no_network_here(tmp_path):
     theirs = timm.create_model("resnetblur18", num_classes=5)
     assert theirs.state_dict().keys() == timm.create_model("resnet18", num_classes=5).state_dict().keys()
     folder(theirs, "resnetblur18", tmp_path / "blur")
-    with pytest.raises(WeightsError, match=r"timm's resnetblur18, which is not in this library.*resnet18"):
+    with pytest.raises(WeightsError, match=r"timm model resnetblur18, which is not supported.*resnet18"):
         fieldguide.load(tmp_path / "blur")
     folder(theirs, "resnet18", tmp_path / "odd", num_classes=5, output_stride=8)
-    with pytest.raises(WeightsError, match=r"another network than resnet18: model_args\.output_stride=8"):
+    with pytest.raises(WeightsError, match=r"model_args\.output_stride=8 is not supported for resnet18"):
         fieldguide.load(tmp_path / "odd")
 
 
@@ -364,7 +364,7 @@ def test_what_timm_calls_them(name, theirs):
         ours = create(size, **changes, **({} if peer.num_classes else {"output_type": "vector"}))  # some have no head
     table = card.weights.get("timm", card.weights.get("torchvision"))
     table = table(ours.config) if callable(table) else table
-    own, renamed = ours.state_dict(), weights.inwards(peer.state_dict(), table).state
+    own, renamed = ours.state_dict(), weights.map_to_ours(peer.state_dict(), table).state
     if hasattr(ours, "resize_weight"):  # places of a class token that has none there
         renamed |= {
             key: fitted

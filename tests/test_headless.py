@@ -82,7 +82,7 @@ def test_a_head_may_be_put_on_or_left_out(kind, tmp_path):
     image = torch.randn(2, 2, 24, 24)
     assert ours(image).shape == (2, 5)
     fieldguide.save(ours, tmp_path / "labels", "hf")
-    with pytest.warns(WeightsWarning, match="2 tensors of heads that this network has not"):
+    with pytest.warns(WeightsWarning, match="2 tensors of heads that this network does not have"):
         bare = fieldguide.load(tmp_path / "labels", output_type="vector")
     torch.testing.assert_close(bare(image), fieldguide.load(tmp_path / "theirs")(image))
     with pytest.raises(SettingsError, match=r"output_type='words' is not supported. Choose one of label, vector"):
@@ -119,7 +119,7 @@ def test_fits_begin_with_a_backbone(kind, tmp_path):
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path)
     begun = load.inspect_checkpoint(tmp_path)
-    network = begun.card.make(begun.config({"output_type": ("label",), "num_classes": 10, "image": 24, "channels": 2}, {}))
+    network = begun.card.make(begun.build_config({"output_type": ("label",), "num_classes": 10, "image": 24, "channels": 2}, {}))
     fresh = weights.load(network, begun.state, begun.origin, head="skip")
     assert fresh == ["head.weight", "head.bias"] and network(torch.randn(2, 2, 24, 24)).shape[-1] == 10
 
@@ -175,7 +175,7 @@ def test_networks_that_are_not_here_are_named(tmp_path):
     )
     theirs.save_pretrained(tmp_path)
     with pytest.raises(
-        WeightsError, match=r"config.json is of MPNetModel \(model_type='mpnet'\), which is not in this library"
+        WeightsError, match=r"config.json describes MPNetModel \(model_type='mpnet'\), which is not supported"
     ):
         fieldguide.load(tmp_path)
 

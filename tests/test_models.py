@@ -274,7 +274,7 @@ def test_its_work_is_counted(name):
 
     card = cards()[name]
     config = card.settle(card.tiny)
-    assert profile.multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0
+    assert profile.count_multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0
 
 
 @EVERY

@@ -6,7 +6,7 @@ from torch import nn
 
 from fieldguide.automl import time_budget
 from fieldguide.automl.fit import NullCallback
-from fieldguide.automl.time_budget import resolve, with_batch
+from fieldguide.automl.time_budget import choose_batch_size, resolve_settings
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches
 from fieldguide.objectives import Regression, Supervised
@@ -27,8 +27,8 @@ def clock(monkeypatch):
 def resolved(rows=4096, fewest=8, **settings):
     table = torch.randn(rows, 4)
     batches = Batches(rows, lambda index, generator=None: {"x": table[index], "target": table[index, :1]})
-    chosen = with_batch(Settings(**settings), rows, fewest, 64)
-    return resolve(chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, NullCallback(), min_batch_size=fewest)
+    chosen = choose_batch_size(Settings(**settings), rows, fewest, 64)
+    return resolve_settings(chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, NullCallback(), min_batch_size=fewest)
 
 
 def test_the_minutes_decide_on_the_steps():
@@ -54,8 +54,8 @@ def test_batches_are_not_made_smaller_where_the_optimizer_takes_the_time(monkeyp
 
 
 def test_more_rows_make_larger_batches():
-    assert [with_batch(Settings(), rows, 8, 64).batch_size for rows in (3, 100, 1000, 100_000)] == [3, 8, 32, 64]
-    assert with_batch(Settings(grad_accum_steps=4), 1000, 8, 64).batch_size % 4 == 0
+    assert [choose_batch_size(Settings(), rows, 8, 64).batch_size for rows in (3, 100, 1000, 100_000)] == [3, 8, 32, 64]
+    assert choose_batch_size(Settings(grad_accum_steps=4), 1000, 8, 64).batch_size % 4 == 0
 
 
 def test_a_time_that_muon_takes_grows_with_the_matrices():

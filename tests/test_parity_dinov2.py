@@ -177,7 +177,7 @@ def test_reads_the_authors_files(kind, size, layers, tmp_path):
     theirs.backbone.mask_token.grad = torch.zeros(1, DIM, dtype=torch.float64)
     renamed = weights.translate(
         {name: p.grad for name, p in mine.named_parameters()} | {"mask": torch.zeros(1, DIM).double()},
-        weights.tables(mine)["facebook-classifier"],
+        weights.get_tables(mine)["facebook-classifier"],
         reverse=True,
     )
     for name, p in theirs.named_parameters():
@@ -203,7 +203,7 @@ def test_a_backbone_alone_keeps_the_head_fresh(kind, tmp_path):
         want = base(x).last_hidden_state[:, 1 + registers :]
     torch.testing.assert_close(mine.features(x)["b4"].flatten(2).mT, want, **CLOSE)
     back = weights.read(weights.save(mine, tmp_path / "x.safetensors", format="facebook"))
-    for name, tensor in weights.translate(mine.state_dict(), weights.tables(mine)["facebook"], reverse=True).items():
+    for name, tensor in weights.translate(mine.state_dict(), weights.get_tables(mine)["facebook"], reverse=True).items():
         assert torch.equal(back[name], tensor)
     assert back.keys() - official.backbone.state_dict().keys() == {"linear_head.weight", "linear_head.bias"}
     assert not official.backbone.state_dict().keys() - back.keys()
@@ -243,7 +243,7 @@ def test_published_sizes_have_the_names_and_shapes_of_transformers(size):
             num_labels=1000,
             **({"num_register_tokens": 4} if c.registers else {}),
         )
-        origin = weights.translate(mine.state_dict(), weights.tables(mine)["huggingface"], reverse=True)
+        origin = weights.translate(mine.state_dict(), weights.get_tables(mine)["huggingface"], reverse=True)
         disk = {name: x.shape for name, x in on_disk(theirs).items()}
     assert {name: x.shape for name, x in origin.items()} == disk
     counted = sum(p.numel() for p in theirs.parameters())

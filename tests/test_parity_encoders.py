@@ -14,7 +14,7 @@ import encoders
 from cases import CASES
 from encoders import configuration, encoder, network
 from fieldguide.checkpoints import load, weights
-from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.checkpoints.weights import get_tables, translate
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.models.registry import cards, create, names
 from fieldguide.models.transformer._shared.disentangled_attention import relative_shift
@@ -82,7 +82,7 @@ def test_segments_equal_those_of_transformers():
 def test_cards_of_encoders(name):
     card = cards()[name]
     assert (
-        card.output_types == OUTPUT_TYPES and card.framed and card.optional_inputs == (("segments",) if name == "bert" else ())
+        card.output_types == OUTPUT_TYPES and card.has_class_token and card.optional_inputs == (("segments",) if name == "bert" else ())
     )
     assert create(card.tiny).config.output_type == "words"
     with pytest.raises(SettingsError, match=r"does not support output_type='sequence'\. Choose one of words, label"):
@@ -278,7 +278,7 @@ def test_what_belongs_to_other_heads_is_said(tmp_path):
     _, path = saved("bert", "ForPreTraining", tmp_path)
     with pytest.warns(
         WeightsWarning,
-        match=r"4 tensors of heads that this network has not(.|\n)*not used: "
+        match=r"4 tensors of heads that this network does not have(.|\n)*not used: "
         r"bert\.pooler\.dense\.weight(.|\n)*cls\.seq_relationship\.weight",
     ):
         assert weights.load(create("bert-test"), path) == []
@@ -490,7 +490,7 @@ def test_files_of_fairseq(old, tmp_path):
         assert back.keys() == want.keys() and all(torch.equal(back[key], want[key]) for key in want)
         with torch.no_grad():
             model.segment.weight.fill_(1.0)
-        with pytest.raises(WeightsError, match=r"segment\.weight must be zeros"):
+        with pytest.raises(WeightsError, match=r"segment\.weight is not zero"):
             weights.save(model, tmp_path / "x.safetensors", format="fairseq")
 
 
@@ -586,9 +586,9 @@ def test_vectors_are_means_of_length_1():
 
 
 def test_every_encoder_is_here():
-    assert {name for name in CASES if cards()[name].framed} == set(NAMES)
+    assert {name for name in CASES if cards()[name].has_class_token} == set(NAMES)
     for name in NAMES:
         for output_type in OUTPUT_TYPES:
             model = tiny(name, output_type=output_type)
-            table, state = tables(model)["huggingface"], model.state_dict()
+            table, state = get_tables(model)["huggingface"], model.state_dict()
             assert translate(translate(state, table, reverse=True), table).keys() == state.keys()

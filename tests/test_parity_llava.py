@@ -202,11 +202,11 @@ AUTHORS = {  # that of liuhaotian/llava-v1.5-7b
     ],
 )
 def test_published_configurations(tmp_path, size, said, changes):
-    from fieldguide.checkpoints.config_mapping import identified, inwards
+    from fieldguide.checkpoints.config_mapping import identify_config, to_config_fields
 
-    found, _, table = identified(said)
+    found, _, table = identify_config(said)
     assert found is card("llava")
-    assert found.config(**inwards(found, table, said, "config.json")) == found.settle(size, **changes)
+    assert found.config(**to_config_fields(found, table, said, "config.json")) == found.settle(size, **changes)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_published_configurations(tmp_path, size, said, changes):
     ],
 )
 def test_other_networks_of_that_name_are_refused(tmp_path, changes, words):
-    from fieldguide.checkpoints.config_mapping import identified, inwards
+    from fieldguide.checkpoints.config_mapping import identify_config, to_config_fields
 
     said = {**PUBLISHED, **changes}
     with pytest.raises(WeightsError, match=words):
-        inwards(card("llava"), identified(said)[2], said, "config.json")
+        to_config_fields(card("llava"), identify_config(said)[2], said, "config.json")
 
 
 def test_names_and_shapes_of_the_published_size():

@@ -121,7 +121,7 @@ def test_reads_their_files_and_they_read_ours(name, origin, build, kind, tmp_pat
     want = logits(theirs, x)
     assert not torch.allclose(logits(mine, x), want, rtol=1e-2)
     assert weights.load(mine, write(theirs, kind, tmp_path)) == []
-    assert weights._recognise(mine, weights.read(write(theirs, kind, tmp_path)), None)[0] == origin
+    assert weights._recognize(mine, weights.read(write(theirs, kind, tmp_path)), None)[0] == origin
     torch.testing.assert_close(logits(mine, x), want, rtol=1e-4, atol=1e-5)
     # The way back, into a network that holds other numbers.
     weights.save(mine, tmp_path / "back.safetensors", format=origin)
@@ -172,7 +172,9 @@ def test_trains_as_they_do(name, build):
         },
     )
     theirs = shaken(build(mine)).double().train()
-    table = next(table for table in weights.tables(mine).values() if not weights.inwards(theirs.state_dict(), table).unknown)
+    table = next(
+        table for table in weights.get_tables(mine).values() if not weights.map_to_ours(theirs.state_dict(), table).unknown
+    )
     mine = mine.double().train()
     weights.load(mine, theirs.state_dict())
     x, weighting = torch.randn(3, 3, 40, 40, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
@@ -224,7 +226,7 @@ def test_published_sizes_have_their_shapes_and_numbers(name):
     with torch.device("meta"):
         theirs = timm.create_model(theirs) if library is timm else getattr(torchvision.models, theirs)()
         mine = create(name)
-    table = weights.tables(mine)[library.__name__]
+    table = weights.get_tables(mine)[library.__name__]
     renamed = weights.translate(theirs.state_dict(), table)
     assert {key: tensor.shape for key, tensor in renamed.items()} == {k: t.shape for k, t in mine.state_dict().items()}
 
@@ -346,7 +348,7 @@ def test_huggingface_pads_for_even_sides_only():
     theirs = shaken(pictures.huggingface_efficientnet(mine))
     weights.load(mine, theirs.state_dict())
     original = pictures.timm_efficientnet(mine).eval()
-    original.load_state_dict(weights.translate(mine.state_dict(), weights.tables(mine)["timm"], reverse=True))
+    original.load_state_dict(weights.translate(mine.state_dict(), weights.get_tables(mine)["timm"], reverse=True))
     x = torch.randn(2, 3, 65, 65)
     torch.testing.assert_close(logits(mine, x), logits(original, x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(mine, x), logits(theirs, x), rtol=1e-2)
@@ -357,7 +359,7 @@ def test_dense_layers_of_timms_vgg_read_maps_in_order():
     torch.manual_seed(0)
     mine = shaken(ours("vgg", side=2))
     theirs = pictures.timm_vgg(mine).eval()
-    theirs.load_state_dict(weights.translate(mine.state_dict(), weights.tables(mine)["timm"], reverse=True))
+    theirs.load_state_dict(weights.translate(mine.state_dict(), weights.get_tables(mine)["timm"], reverse=True))
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(logits(mine, x), logits(theirs, x), rtol=1e-4, atol=1e-5)
 

@@ -116,7 +116,7 @@ def test_gradients_equal(library):
     for model in (ours, theirs):
         output = model(x)
         (getattr(output, "logits", output) * weighting).sum().backward()
-    grads = weights.translate({name: p.grad for name, p in theirs.named_parameters()}, weights.tables(ours)[origin(library)])
+    grads = weights.translate({name: p.grad for name, p in theirs.named_parameters()}, weights.get_tables(ours)[origin(library)])
     for name, parameter in ours.named_parameters():
         scale = grads[name].abs().max().clamp(min=1)
         torch.testing.assert_close(parameter.grad / scale, grads[name] / scale, rtol=1e-9, atol=1e-11)
@@ -178,5 +178,5 @@ def test_counts_are_torchvisions(name, parameters):
         theirs = getattr(torchvision.models, name)()
         ours = create(name)
     assert [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)] == [parameters] * 2
-    renamed = weights.translate(theirs.state_dict(), weights.tables(ours)["torchvision"])
+    renamed = weights.translate(theirs.state_dict(), weights.get_tables(ours)["torchvision"])
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in ours.state_dict().items()}

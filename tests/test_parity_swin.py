@@ -167,7 +167,7 @@ def test_levels_are_those_of_timm():
 def test_published_sizes_have_timms_names_and_shapes(size, theirs):
     with torch.device("meta"):
         peer, mine = timm.create_model(theirs), create(size)
-        renamed = weights.translate(mine.state_dict(), weights.tables(mine)["timm"], reverse=True)
+        renamed = weights.translate(mine.state_dict(), weights.get_tables(mine)["timm"], reverse=True)
     assert {k: x.shape for k, x in renamed.items()} == {k: x.shape for k, x in peer.state_dict().items()}
 
 

@@ -154,7 +154,7 @@ def test_they_read_ours(kind, tmp_path):
 def test_published_sizes_have_their_names_and_shapes(size, origin, build):
     with torch.device("meta"):
         theirs, mine = build(), create(size)
-        renamed = weights.translate(mine.state_dict(), weights.tables(mine)[origin], reverse=True)
+        renamed = weights.translate(mine.state_dict(), weights.get_tables(mine)[origin], reverse=True)
     theirs = theirs if isinstance(theirs, dict) else theirs.state_dict()
     assert {k: x.shape for k, x in renamed.items()} == {k: x.shape for k, x in theirs.items()}
 

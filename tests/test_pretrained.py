@@ -81,7 +81,7 @@ def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
         (timm.create_model("resnet34", num_classes=4), "resnet34"),
     ):
         torch.save(settled(theirs).state_dict(), tmp_path / "weights.pth")
-        _, found, *_ = identify.recognised(theirs.state_dict(), "a file")
+        _, found, *_ = identify.recognize(theirs.state_dict(), "a file")
         assert found == size
         torch.testing.assert_close(fieldguide.load(tmp_path / "weights.pth")(x), theirs(x), rtol=1e-4, atol=1e-4)
 
@@ -188,7 +188,7 @@ def test_a_file_of_fairseq_with_its_arguments(tmp_path):
     assert weights.load(again, tmp_path / "model.pt") == []
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), ours.state_dict().values()))
     torch.save({"cfg": WeightsWarning("x"), "model": ours.state_dict()}, tmp_path / "bad.pt")
-    with pytest.raises(WeightsError, match=r"(?s)holds a Python object besides tensors: fieldguide\.core\.errors.*safetensors"):
+    with pytest.raises(WeightsError, match=r"(?s)holds a Python object of type fieldguide\.core\.errors.*safetensors"):
         weights.read(tmp_path / "bad.pt")
 
 
@@ -197,7 +197,7 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
     state["layer1.0.gate.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "odd.pth")
     with pytest.raises(
-        WeightsError, match=r"odd\.pth: these 123 tensors match no model of this library; the nearest are resnet"
+        WeightsError, match=r"odd\.pth: the 123 tensors match no model of this library\. The closest are resnet"
     ):
         fieldguide.load(tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match=r"does not exist.*hf:organization/name"):
@@ -209,7 +209,7 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
 
 @pytest.mark.parametrize(
     "name, origin",
-    [(c.name, o) for c in cards().values() for o, table in c.configs.items() if table.keys() & set(config_mapping.WRITTEN)],
+    [(c.name, o) for c in cards().values() for o, table in c.configs.items() if table.keys() & set(config_mapping.TYPE_KEYS)],
 )
 def test_configurations_there_and_back(name, origin):
     """What is written is recognised and read as the same config; every number that a size may change is in the table."""
@@ -219,17 +219,17 @@ def test_configurations_there_and_back(name, origin):
         if unsaid := [
             row for row in card.configs[origin].values() if isinstance(row, Constant) and getattr(config, row.ours) != row.value
         ]:
-            with pytest.raises(WeightsError, match=rf"{unsaid[0].ours}=.* cannot be written so: there, "):
-                config_mapping.outwards(card, card.configs[origin], config)
+            with pytest.raises(WeightsError, match=rf"{unsaid[0].ours}=.* cannot be exported to this format: "):
+                config_mapping.to_public_config(card, card.configs[origin], config)
             continue
-        written = json.loads(json.dumps(config_mapping.outwards(card, card.configs[origin], config)))
-        found, at, table = config_mapping.identified(written)
+        written = json.loads(json.dumps(config_mapping.to_public_config(card, card.configs[origin], config)))
+        found, at, table = config_mapping.identify_config(written)
         assert (found.name, at) == (name, origin)
-        assert card.config(**config_mapping.inwards(found, table, written, "here")) == config
+        assert card.config(**config_mapping.to_config_fields(found, table, written, "here")) == config
 
 
 def test_export_refuses_what_has_no_table(tmp_path):
-    with pytest.raises(WeightsError, match="cannot be written as a folder of 'huggingface'"):
+    with pytest.raises(WeightsError, match="cannot be saved in the format 'huggingface'"):
         fieldguide.save(create("fnn-test"), tmp_path, "hf")
 
 
@@ -400,8 +400,8 @@ def params(name: str) -> dict:
 def test_params_of_meta_as_published(name):
     """They say no length and no stretch: the size that they describe does."""
     said = params(name)
-    card, origin, table = config_mapping.identified(said)
-    values = config_mapping.inwards(card, table, said, "params.json")
+    card, origin, table = config_mapping.identify_config(said)
+    values = config_mapping.to_config_fields(card, table, said, "params.json")
     wanted = dict(card.sizes[name].overrides)
     got, full = card.config(**values), card.config(**wanted)
     assert (card.name, origin) == ("llama", "meta")
@@ -500,7 +500,7 @@ def test_files_of_llama_cpp(tmp_path):
         "rope_freq_base": c.rope_theta,
     }.items():
         getattr(writer, f"add_{key}")(value)
-    names = weights.tables(ours)["gguf"]
+    names = weights.get_tables(ours)["gguf"]
     public = weights.translate({k: v for k, v in state.items() if k != "head.weight"}, names, reverse=True)
     q8 = gguf.GGMLQuantizationType.Q8_0
     for name, tensor in public.items():
@@ -524,7 +524,7 @@ def test_files_of_llama_cpp(tmp_path):
 
 def test_networks_that_are_about_to_be_filled_draw_no_numbers():
     """Zeros stand for them, which lie within the bounds of a cut normal too: torch draws one again until all do."""
-    with identify.Unfilled():
+    with identify.SkipInitialization():
         for draw in (
             nn.init.normal_,
             nn.init.uniform_,

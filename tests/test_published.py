@@ -324,7 +324,7 @@ def test_what_cannot_be_asked(tmp_path):
     with pytest.raises(WeightsError, match="no tokenizer found in"):
         PretrainedTask.load(tmp_path / "text")
     texts(tmp_path / "vectors", "Model")
-    with pytest.raises(DataError, match="no answers that could be right or wrong"):
+    with pytest.raises(DataError, match="embeddings have no targets"):
         PretrainedTask.load(tmp_path / "vectors").evaluate(tmp_path / "t.csv")
     (tmp_path / "vectors/1_Pooling").mkdir()
     (tmp_path / "vectors/1_Pooling/config.json").write_text('{"pooling_mode_max_tokens": true}')
@@ -332,7 +332,7 @@ def test_what_cannot_be_asked(tmp_path):
         PretrainedTask.load(tmp_path / "vectors")
     for name in ("sasrec-test", "fnn-test"):
         torch.save(create(name).state_dict(), tmp_path / f"{name}.pt")
-        with pytest.raises(WeightsError, match="no task predicts or scores that without training"):
+        with pytest.raises(WeightsError, match="no task can use that without training"):
             PretrainedTask.load(tmp_path / f"{name}.pt", name=name)
 
 

@@ -362,7 +362,7 @@ def test_matrix_says_shares_and_worst_confusions():
     text = page.text()
     for words in ("80%", "82%", "88%", "Most frequent confusions", "2 of 10"):
         assert words in text
-    assert re.search(r"cat\s+taken for\s+dog", text) and not re.search(r"cat\s+taken for\s+cat", text)
+    assert re.search(r"cat\s+predicted as\s+dog", text) and not re.search(r"cat\s+predicted as\s+cat", text)
 
 
 def test_large_matrix_shows_the_most_confused_classes():
@@ -415,7 +415,7 @@ def test_sounds_play_inside_the_page_and_are_limited():
     assert page.count("audio") == 0 and "cannot be played" in page.text()
     many = [Sound(tone(10, seed=k), "c") for k in range(30)]  # 160 kB each
     html, page = page_of(*[Sounds("s", sounds=many[k:] + many[:k]) for k in (0, 10)])
-    assert page.count("audio") == 18 and len(html) < 4_200_000 and "12 more sounds are left out" in page.text()
+    assert page.count("audio") == 18 and len(html) < 4_200_000 and "12 more recordings are left out" in page.text()
     wide, narrow = (report.draw(Gallery("g", pictures=[Picture(png(700, 100), "c")], wide=w)) for w in (True, False))
     assert 'class="gallery wide"' in wide and 'width="700"' in wide and 'width="384"' in narrow
 
@@ -428,9 +428,9 @@ def test_long_texts_are_folded_and_nothing_is_lost():
 def test_exhibits_stand_side_by_side_in_pairs():
     line, square = Lines("l", lines={"a": ([1], [1])}), Scatter("s", points=[(1, 1)], diagonal=True)
     table, wide = Table("t", header=("a", "b")), Table("t", header=tuple("abcd"))
-    assert report.places([line, table]) == ["half", "half"]
-    assert report.places([line, line, line, wide, square]) == ["row", "half", "half", "row", "aside"]
-    assert report.places([square, line, line]) == ["half", "half", "row"]
+    assert report.place_elements([line, table]) == ["half", "half"]
+    assert report.place_elements([line, line, line, wide, square]) == ["row", "half", "half", "row", "aside"]
+    assert report.place_elements([square, line, line]) == ["half", "half", "row"]
 
 
 def test_colours_can_be_read_in_both_schemes():
@@ -470,7 +470,7 @@ FRONT = {
 
 
 def test_card_front_matter_round_trip():
-    text = model_card.card(title='T: "x"', verdict="v", facts=[], sections=[], front=FRONT)
+    text = model_card.build_card(title='T: "x"', verdict="v", facts=[], sections=[], front=FRONT)
     start, front, _ = text.split("---\n", 2)
     read = yaml.safe_load(front)
     assert start == "" and read["tags"] == FRONT["tags"] and read["deep"] == FRONT["deep"]
@@ -492,7 +492,7 @@ def test_card_front_matter_round_trip():
 
 def test_card_tables_and_escapes():
     table = Table("t", "How to read.", header=("class", "F1"), rows=[["a|b\nc", 0.98765], ["`x`", None], ["\\|", 1.0]])
-    text = model_card.card(
+    text = model_card.build_card(
         title="# a\n---\nb",
         verdict="<img src=x> [l](http://x.y) *b* a_b _c_",
         front={"license": "mit"},
@@ -507,5 +507,5 @@ def test_card_tables_and_escapes():
     assert text.count("---\n") == 2 and "# \\# a --- b\n" in text and "```\n*raw*\n```" in text
     assert "&lt;img src=x> \\[l\\](http\\://x.y) \\*b\\* a_b \\_c\\_" in text
     assert "- a: 1\\. b" in text and "- c: \\- d" in text
-    empty = model_card.card(title="t", verdict="v", facts=[], sections=[("s", Table("t"))], front={})
+    empty = model_card.build_card(title="t", verdict="v", facts=[], sections=[("s", Table("t"))], front={})
     assert "Nothing to show." in empty

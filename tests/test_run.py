@@ -24,6 +24,7 @@ from fieldguide.core.run_record import SCHEMA, migrate
 from fieldguide.core.settings import Settings
 from fieldguide.data import samples
 from fieldguide.data.splits import Splits
+from fieldguide.report.eval_samples import EvalSamples
 from fieldguide.tasks import tasks
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -391,6 +392,18 @@ def test_settings_and_configs_of_schema_1_have_their_new_names():
     assert found["settings"] == {"batch_size": 8, "finetune": "whole", "lr": 0.1}
 
 
+def test_eval_samples_of_schema_1_are_read_from_their_former_folder(tmp_path):
+    sample = [{"title": "Samples", "note": "", "quotes": [{"text": "a b c", "caption": ""}]}]
+    for folder in (tmp_path / "old" / "glimpses", tmp_path / "new" / "eval_samples"):
+        folder.mkdir(parents=True)
+        (folder / "step-00000002.json").write_text(json.dumps(sample))
+        samples = EvalSamples(folder.parent)
+        assert samples.folder == folder
+        (step, (quotes,)), *others = samples.read()
+        assert step == 2 and quotes.quotes[0].text == "a b c" and not others
+    assert EvalSamples(tmp_path / "empty").folder.name == "eval_samples"
+
+
 def test_splits_are_plain_arrays():
     assert [f.name for f in Splits.__dataclass_fields__.values()] == ["train", "validation", "test", "description"]
 
@@ -398,11 +411,11 @@ def test_splits_are_plain_arrays():
 def test_a_verdict_says_where_a_baseline_is_better(iris_run):
     import copy
 
-    from fieldguide.report.pages import verdict
+    from fieldguide.report.pages import summarize_result
 
     record, metric = copy.deepcopy(iris_run.record), iris_run.task.metrics[0]
     record["scores"]["test"]["accuracy"] = 0.5
     record["scores"]["baselines"][1]["scores"]["accuracy"] = 0.6
-    assert "does not beat logistic regression" in verdict(record, metric)
+    assert "does not beat logistic regression" in summarize_result(record, metric)
     record["scores"]["baselines"][1]["scores"]["accuracy"] = 0.4
-    assert "does not beat" not in verdict(record, metric)
+    assert "does not beat" not in summarize_result(record, metric)

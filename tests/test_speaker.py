@@ -161,7 +161,7 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path, parted, begin, begun):
     begin with is written where the file says so, or its kind does."""
     gguf = pytest.importorskip("gguf")
     from fieldguide.core.gguf import LLAMA3
-    from fieldguide.core.gguf import tokenizer as read
+    from fieldguide.core.gguf import read_tokenizer as read
 
     made = bpe()
     made.add_special_tokens(["<s>", "</s>"])

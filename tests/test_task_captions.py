@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from damage import finding
-from fieldguide.automl.advisor import configured
+from fieldguide.automl.advisor import build_config
 from fieldguide.automl.fit import fit
 from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
@@ -93,7 +93,7 @@ def test_a_table_of_pictures_and_captions(tmp_path):
     forced, *_ = asked(tmp_path / "table.csv", kinds={"caption": "category"})
     assert len(kind.fit(forced, kind.Options()).labels) == 27
     with pytest.raises(SettingsError, match="dcgan reads no text, and this data has captions"):
-        configured(*find("dcgan-32"), task.model_dims())
+        build_config(*find("dcgan-32"), task.model_dims())
     with pytest.raises(SettingsError, match=r"dcgan-32 cannot be made .* reads no text"):
         fit(str(tmp_path / "table.csv"), task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={"steps": 1})
 

@@ -17,7 +17,7 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
 from fieldguide.data.media import video
 from fieldguide.data.validation.checks import BadData
-from fieldguide.report.pages import verdict
+from fieldguide.report.pages import summarize_result
 from fieldguide.tasks.vision.video_generation import (
     VideoGeneration,
     decibels,
@@ -210,4 +210,4 @@ def test_a_network_learns_to_film(tmp_path):
     assert run.evaluate(tmp_path / "films")["scores"] == pytest.approx(run.scores, rel=1e-4)
     with pytest.raises(SettingsError, match="sampler='euler'"):
         run.predict(["left"], sampler="euler")
-    assert "copy-last" not in verdict(run.record, VideoGeneration.metrics[0])  # which has no such score
+    assert "copy-last" not in summarize_result(run.record, VideoGeneration.metrics[0])  # which has no such score

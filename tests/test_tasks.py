@@ -578,8 +578,8 @@ def test_only_promising_networks_are_made(monkeypatch):
     from fieldguide.automl import profile
     from fieldguide.automl.advisor import advise
 
-    made, count = [], profile.multiply_adds
-    monkeypatch.setattr(profile, "multiply_adds", lambda name, config, **k: made.append(name) or count(name, config, **k))
+    made, count = [], profile.count_multiply_adds
+    monkeypatch.setattr(profile, "count_multiply_adds", lambda name, config, **k: made.append(name) or count(name, config, **k))
     advice = advise(
         facts={"task": "image-classification", "rows": 2000, "side": 32, "classes": 10},
         minutes=5,

@@ -71,5 +71,5 @@ def test_stopped_and_resumed(name, tmp_path, monkeypatch):
         assert file.read_bytes() == (again.path / file.name).read_bytes()
     for key, value in whole.scores.items():
         np.testing.assert_equal(again.scores[key], value)
-    first, second = (sorted(p.name for p in (run.path / "glimpses").glob("*")) for run in (whole, again))
+    first, second = (sorted(p.name for p in (run.path / "eval_samples").glob("*")) for run in (whole, again))
     assert first == second

@@ -415,7 +415,7 @@ def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
     }.items():
         getattr(writer, f"add_{key}")(value)
     state = {k: v for k, v in net.state_dict().items() if k != "head.weight"}
-    for name, tensor in weights.translate(state, weights.tables(net)["gguf"], reverse=True).items():
+    for name, tensor in weights.translate(state, weights.get_tables(net)["gguf"], reverse=True).items():
         writer.add_tensor(name, tensor.detach().numpy())
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()

@@ -267,8 +267,8 @@ def test_other_networks_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("said", "wrong"),
     [
-        ({"size": 30, "crop_size": 20}, "pictures of 20 pixels, cut out of 30"),
-        ({"size": 20, "crop_size": 24}, "cut out of 20"),
+        ({"size": 30, "crop_size": 20}, "images of 20 pixels per side, cropped from 30"),
+        ({"size": 20, "crop_size": 24}, "cropped from 20"),
         ({"size": 24, "do_center_crop": False}, "the network reads 24"),
     ],
 )

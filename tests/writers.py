@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from fieldguide.checkpoints.config_mapping import outwards
-from fieldguide.checkpoints.weights import tables, translate
+from fieldguide.checkpoints.config_mapping import to_public_config
+from fieldguide.checkpoints.weights import get_tables, translate
 from fieldguide.models.registry import card_of
 from tied import Tied
 from tv import transformers
@@ -65,7 +65,7 @@ class Pairs(Tied):
 def configuration(model: nn.Module, **other: Any) -> Any:
     """Our config written as that of transformers."""
     card = card_of(model)
-    theirs = outwards(card, card.configs["huggingface"], model.config) | other
+    theirs = to_public_config(card, card.configs["huggingface"], model.config) | other
     kind = theirs.pop("model_type")
     kept = {key: value for key, value in theirs.items() if key != "architectures"}
     return transformers.AutoConfig.for_model(kind, **kept, bos_token_id=0, attn_implementation="eager")
@@ -81,7 +81,7 @@ def network(model: nn.Module, **other: Any) -> nn.Module:
 
 def writer(model: nn.Module, **other: Any) -> tuple[nn.Module, Any]:
     """The peer of one of our encoder-decoders and what renames our tensors."""
-    peer, table = Pairs(network(model, **other)), tables(model)["huggingface"]
+    peer, table = Pairs(network(model, **other)), get_tables(model)["huggingface"]
     there = {key for key in peer.state_dict() if key not in peer.tied()}
 
     def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:

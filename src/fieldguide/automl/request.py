@@ -9,15 +9,15 @@ from typing import Any
 from fieldguide.automl.index import parse_literal
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import canonical
-from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
+from fieldguide.data.read import LoadedSource, load
 from fieldguide.data.samples import SAMPLES
 from fieldguide.tasks import Task, get_requested_task, infer_task
 from fieldguide.tasks import task as task_named
 
 
-def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
+def group_settings(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
     """Return settings by group: training, model.*, task.*, column.*, role.*."""
     groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "task": {}, "column": {}, "role": {}}
     for key, value in settings.items():
@@ -34,7 +34,7 @@ def grouped(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict, dict]:
     )
 
 
-def address(data: Any) -> str | None:
+def get_location(data: Any) -> str | None:
     """Return a location from which the data can be read again from any folder, or None for data in memory."""
     if not isinstance(data, str | Path):
         return None
@@ -44,33 +44,40 @@ def address(data: Any) -> str | None:
 
 def read_request(request: Mapping[str, Any], data: Any) -> Data:
     """Read the requested data, with the column specification of the task if one is named."""
-    column_spec = task_named(request["task"]).column_spec if request.get("task") else ColumnSpec()
-    return read(
-        request["data"] if data is None else data,
-        target=request["target"],
-        kinds=request["kinds"] or None,
-        group=request["group"],
-        time=request["time"],
-        roles=request.get("roles"),
-        column_spec=column_spec,
+    return interpret(load_requested(request, data), request, last=True)
+
+
+def load_requested(request: Mapping[str, Any], data: Any) -> LoadedSource:
+    """Read the files of the requested data once."""
+    return load(request["data"] if data is None else data, target=request["target"])
+
+
+def interpret(loaded: LoadedSource, request: Mapping[str, Any], *, last: bool) -> Data:
+    """Return the loaded data with the column types and roles of the request."""
+    return loaded.interpret(
+        kinds=request["kinds"],
+        roles={"group": request["group"], "time": request["time"], **(request.get("roles") or {})},
+        column_spec=task_named(request["task"]).column_spec if request.get("task") else None,
         allow_bad=request["allow_bad"],
+        last=last,
     )
 
 
 def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task], str]:
     """Return the data, its task, and the reason for that task.
 
-    If the inferred task has its own column specification, it is noted in the request and the data is read with
-    it.
+    If the inferred task has its own column specification, it is noted in the request and the columns are interpreted
+    again with it.
     """
     known = SAMPLES.get(request["data"]) if isinstance(request["data"], str) else None
     if known and not request["task"] and task_named(known.task).column_spec != ColumnSpec():
         request["task"], request["target"] = known.task, request["target"] or known.target or None
-    source = read_request(request, data)
+    loaded = load_requested(request, data)
+    source = interpret(loaded, request, last=bool(request["task"]))
     if request["task"]:
         return source, get_requested_task(request["task"], source), "requested"
     kind, why = infer_task(source)
     if kind.column_spec != ColumnSpec():
         request["task"] = kind.name
-        source = read_request(request, data)
+        source = interpret(loaded, request, last=True)
     return source, kind, why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError, nearest
-from fieldguide.data import column_types, source
+from fieldguide.data import column_types
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import (
     BOOKKEEPING,
@@ -31,6 +32,9 @@ from fieldguide.data.dataset import (
 )
 from fieldguide.data.media import media_types
 from fieldguide.data.readers import delimited
+from fieldguide.data.source import Options as RawOptions
+from fieldguide.data.source import RawTable, relative_path
+from fieldguide.data.source import load as load_raw
 from fieldguide.data.validation import checks, findings
 
 RENAMABLE_TYPES = (
@@ -80,13 +84,68 @@ def read(
     known = [c if isinstance(c, Column) else Column(**c) for c in schema or ()]
     if known:
         target = next((c.name for c in known if c.role == "target"), None)
-    where, name = locate(source)
-    options = _options(target, header, known, labels_optional)
-    raw = _load(where, options)
-    requested_roles = {role: column for role, column in {"group": group, "time": time, **(roles or {})}.items() if column}
-    return TableReader(name, raw, options, allow_bad, column_spec or ColumnSpec(), lenient).run(
-        dict(kinds or {}), known, requested_roles
+    loaded = load(source, target=target, header=header, names=tuple(c.name for c in known), labels_optional=labels_optional)
+    return loaded.interpret(
+        kinds=kinds,
+        known=known,
+        roles={"group": group, "time": time, **(roles or {})},
+        column_spec=column_spec,
+        allow_bad=allow_bad,
+        lenient=lenient,
+        last=True,
     )
+
+
+def load(
+    source: Any,
+    *,
+    target: str | None = None,
+    header: bool | None = None,
+    names: tuple[str, ...] = (),
+    labels_optional: bool = False,
+) -> LoadedSource:
+    """Read a source without interpreting its columns. The parameters are those of `read`; `names` are expected columns.
+
+    Raises DataError for a path that does not exist and for an unsupported format.
+    """
+    where, name = locate(source)
+    options = RawOptions(target, header, names, labels_optional)
+    return LoadedSource(name, load_raw(where, options), options)
+
+
+@dataclass
+class LoadedSource:
+    """A source that was read once: its raw table, and what is known about its media files.
+
+    `interpret` can be called again, for example when the inferred task has a column specification of its own. Files are not
+    read or decoded a second time.
+    """
+
+    name: str
+    raw: RawTable
+    options: RawOptions
+    media: dict[tuple[str, str], Any] = field(default_factory=dict)  # (kind, path) -> result of decoding
+
+    def interpret(
+        self,
+        *,
+        kinds: Mapping[str, Kind] | None = None,
+        known: Sequence[Column] = (),
+        roles: Mapping[Role, str | None] | None = None,
+        column_spec: ColumnSpec | None = None,
+        allow_bad: bool = False,
+        lenient: bool = False,
+        last: bool = False,
+    ) -> Data:
+        """Return the data with typed columns and roles. The parameters and errors are those of `read`.
+
+        With `last`, raw columns are freed as they are typed, and `interpret` cannot be called again.
+        """
+        rows = self.raw.rows if last else self.raw.rows.clone()
+        raw = replace(self.raw, rows=rows, files=list(self.raw.files), findings=list(self.raw.findings), kinds=dict(self.raw.kinds))
+        requested_roles = {role: column for role, column in (roles or {}).items() if column}
+        reader = TableReader(self.name, raw, self.options, allow_bad, column_spec or ColumnSpec(), lenient, self.media)
+        return reader.run(dict(kinds or {}), list(known), requested_roles)
 
 
 def locate(source: Any) -> tuple[Any, str]:
@@ -106,26 +165,20 @@ def locate(source: Any) -> tuple[Any, str]:
     raise DataError(f"{source}: no such file, folder or sample.{hint} The samples are: {', '.join(samples.SAMPLES)}.")
 
 
-def _options(target: str | None, header: bool | None, known: list[Column], optional: bool) -> source.Options:
-    return source.Options(target, header, tuple(c.name for c in known), optional)
-
-
-def _load(where: Any, options: source.Options) -> source.RawTable:
-    return source.load(where, options)
-
-
 class TableReader:
     """Converts a raw table to `Data`, collecting findings and unusable rows."""
 
     def __init__(
         self,
         name: str,
-        raw: source.RawTable,
-        options: source.Options,
+        raw: RawTable,
+        options: RawOptions,
         allow_bad: bool,
         column_spec: ColumnSpec,
-        lenient: bool = False,
+        lenient: bool,
+        media: dict[tuple[str, str], Any],
     ) -> None:
+        self.media = media
         self.lenient, self.why = lenient, dict[int, str]()  # row -> reason why it is unusable
         self.name, self.raw, self.options, self.allow_bad, self.column_spec = name, raw, options, allow_bad, column_spec
         self.findings = list(raw.findings)
@@ -363,15 +416,15 @@ class TableReader:
         rows = self.data.rows
         paths = rows[column.name].fill_null("").to_list()
         unique = sorted(set(paths) - {""})
-        seen = dict(zip(unique, medium.check(unique)))
+        unseen = [path for path in unique if (column.kind, path) not in self.media]
+        self.media |= {(column.kind, path): found for path, found in zip(unseen, medium.check(unseen))}
+        seen = {path: self.media[column.kind, path] for path in unique}
         checked = [seen.get(p, medium.missing) for p in paths]
         bad = np.array([bool(c.problem) for c in checked], dtype=bool)
         files = self.data.manifest.files
         own = FILE not in rows.columns  # a folder of images: one file per row
         root = self.raw.root.absolute()
-        entries = [
-            FileEntry(source.relative_path(Path(p), root), seen[p].bytes, seen[p].sha256, rows=1 if own else 0) for p in unique
-        ]
+        entries = [FileEntry(relative_path(Path(p), root), seen[p].bytes, seen[p].sha256, rows=1 if own else 0) for p in unique]
         if own:
             index = {p: i + len(files) for i, p in enumerate(unique)}
             rows = rows.with_columns(

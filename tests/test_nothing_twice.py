@@ -1,13 +1,18 @@
-"""No text is tokenized twice in a fit, although training, validation, test and baselines all need its tokens."""
+"""Nothing is read, decoded or tokenized twice in a fit."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
+import numpy as np
 import polars as pl
 import tokenizers
+from PIL import Image
 
 import fieldguide
+from fieldguide.automl.request import read_for
+from fieldguide.data.media import images
 from fieldguide.data.preprocessing import TextTokenizer
 
 TEXTS = [f"Row {i} is about {'rain and wind' if i % 2 else 'bread and soup'} on day {i * 7}." for i in range(60)]
@@ -37,3 +42,23 @@ def test_kept_tokens_belong_to_their_texts():
     for n in range(10):
         text.encode_exact(TEXTS[n : n + 2])
     assert len(text.recent) <= 4
+
+
+def test_an_inferred_task_with_its_own_columns_reads_nothing_again(tmp_path, monkeypatch):
+    """Detection is inferred from a first interpretation of the columns; the second one reuses the files and their facts."""
+    loads, decoded = [], Counter()
+    module = sys.modules["fieldguide.data.read"]
+    load_raw, check_one = module.load_raw, images.check_one
+    monkeypatch.setattr(module, "load_raw", lambda *args: loads.append(args[0]) or load_raw(*args))
+    monkeypatch.setattr(images, "check_one", lambda path: decoded.update([str(path)]) or check_one(path))
+    rng = np.random.default_rng(0)
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 2, (16, 16), dtype=np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+    request = dict.fromkeys(("target", "kinds", "group", "time", "roles", "task"))
+    request |= {"data": str(tmp_path), "allow_bad": False}
+    data, task, _ = read_for(request)
+    assert task.name == "image-segmentation" and request["task"] == task.name and len(data) == 12
+    assert len(loads) == 1 and len(decoded) == 24 and set(decoded.values()) == {1}
