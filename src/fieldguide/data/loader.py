@@ -88,7 +88,7 @@ def mix_seeds(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class BatchDataset(Dataset):
+class BatchDataset(Dataset[tuple[int, dict[str, Tensor]]]):
     """A dataset whose items are whole batches, built in the main process or in a worker."""
 
     def __init__(self, batches: Batches, seed: int, augment: bool):

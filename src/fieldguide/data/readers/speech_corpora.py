@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,13 @@ def load_common_voice(path: Path, root: Path, number: int) -> RawTable:
     return raw
 
 
-def build_raw(rows: list[tuple], root: Path, entry: FileEntry, findings: list[Finding], unusable: int) -> RawTable:
+def build_raw(
+    rows: Sequence[tuple[str | None, str | None, int, int]],
+    root: Path,
+    entry: FileEntry,
+    findings: list[Finding],
+    unusable: int,
+) -> RawTable:
     """Build the raw table of one file. Raises DataError if it has no rows."""
     table = pl.DataFrame(rows, schema={AUDIO: pl.String, TRANSCRIPT: pl.String, FILE: pl.Int32, LINE: pl.Int64}, orient="row")
     if not rows:

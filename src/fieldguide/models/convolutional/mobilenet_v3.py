@@ -24,6 +24,7 @@ from fieldguide.models.layers.mbconv import InvertedResidual, make_divisible
 from fieldguide.models.mapping.key_rules import Reshaped, Row
 
 # Tables 1 and 2: kernel, hidden width, width, squeeze-and-excitation, hard-swish, stride; 0: the next one of `early`.
+BlockRow = tuple[int, int, int, bool, bool, int]
 LARGE = (
     (3, 16, 16, False, False, 1),
     (3, 64, 24, False, False, 0),
@@ -68,7 +69,7 @@ class Config:
     num_classes: int = 1000
     channels: int = 3  # C
     stem: int = 16  # width of the stem
-    blocks: tuple[tuple, ...] = LARGE  # one row per block
+    blocks: tuple[BlockRow, ...] = LARGE  # one row per block
     hidden: int = 1280  # width of the dense layer after the pooling
     early: tuple[int, ...] = (2, 2, 2)  # strides of the stem and of the two blocks with stride 0
     dropout: float = 0.2  # before the head
@@ -76,10 +77,10 @@ class Config:
     padding: str = "symmetric"  # or "same", the padding of TensorFlow
 
 
-def group_stages(config: Config) -> list[list[tuple]]:
+def group_stages(config: Config) -> list[list[BlockRow]]:
     """Group the rows of equal width into stages and fill in the early strides."""
     early = iter(config.early[1:])
-    rows = [(*rest, stride or next(early)) for *rest, stride in config.blocks]
+    rows = [(*row[:-1], row[-1] or next(early)) for row in config.blocks]
     return [list(group) for _, group in groupby(rows, key=lambda row: row[2])]
 
 

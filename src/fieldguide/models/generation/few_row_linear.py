@@ -40,7 +40,7 @@ class FewRows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def few_rows_mode(rows: int, device: torch.device) -> AbstractContextManager:
+def few_rows_mode(rows: int, device: torch.device) -> AbstractContextManager[object]:
     """Return `FewRows` if this number of rows on this device benefits from it, else a null context."""
     helps = device.type == "cpu" and MIN_ROWS <= rows <= MAX_ROWS and torch.backends.mkl.is_available()
     return FewRows() if helps else nullcontext()

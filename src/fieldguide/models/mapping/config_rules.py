@@ -22,7 +22,7 @@ class Expect:
 
     value: Any | Callable[[Any], Any]
     written: bool = True
-    among: tuple = ()
+    among: tuple[Any, ...] = ()
     absent: Any = ...
 
 
