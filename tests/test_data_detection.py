@@ -11,19 +11,10 @@ from PIL import Image
 
 from fieldguide.data.loader import make_generator
 from fieldguide.data.media import images
-from fieldguide.data.preprocessing.detection import (
-    Augment,
-    Letterbox,
-    clip_boxes,
-    flip,
-    jitter,
-    letterbox,
-    mosaic,
-    pad_boxes,
-    warp,
-)
+from fieldguide.data.preprocessing.augmentation import BoxAugmentation, jitter, mirror_boxes, mosaic, warp
+from fieldguide.data.preprocessing.detection import Letterbox, clip_boxes, letterbox, pad_boxes
 
-PLAIN = Augment(mosaic=0, scale=0, shift=0, flip=0, hue=0, saturation=0, brightness=0)
+PLAIN = BoxAugmentation(mosaic=0, scale=0, shift=0, flip=0, hue=0, saturation=0, brightness=0)
 
 
 def scenes(count: int, side: int = 48, channels: int | None = None):
@@ -121,7 +112,7 @@ def test_boxes_that_are_hardly_seen_are_dropped():
 def test_flip_moves_boxes_with_the_pixels():
     scene = scenes(4)
     which = torch.tensor([True, False, True, False])
-    pictures, boxes, labels = flip(*scene, which)
+    pictures, boxes, labels = mirror_boxes(*scene, which)
     assert agree(pictures, boxes, labels, 0) == 8
     assert torch.equal(pictures[1], scene[0][1]) and not torch.equal(pictures[0], scene[0][0])
     assert not boxes[:, 2].any()  # padding stays zero
@@ -181,7 +172,7 @@ def test_jitter_turns_colours_and_leaves_greys():
 # ---------------------------------------------------------------------------------------------- all together
 
 
-def augmented(how: Augment, seed: int = 0):
+def augmented(how: BoxAugmentation, seed: int = 0):
     """Twelve pictures; what is fetched for a mosaic has classes of its own wherever it comes from."""
     return how(lambda rows: scenes(len(rows), 64, 96), np.arange(12), 12, make_generator(seed, 5))
 
@@ -196,7 +187,7 @@ def test_without_any_change_pictures_stay():
 def test_boxes_follow_all_changes(mosaic):
     checked = 0
     for seed in range(6):
-        pictures, boxes, labels = augmented(Augment(mosaic=mosaic, brightness=0.02), seed)
+        pictures, boxes, labels = augmented(BoxAugmentation(mosaic=mosaic, brightness=0.02), seed)
         checked += agree(pictures, boxes, labels)
         sides = (boxes[..., 2:] - boxes[..., :2])[labels >= 0]
         assert (boxes >= 0).all() and (boxes <= 64).all() and (sides >= 2).all() and not boxes[labels < 0].any()
@@ -220,7 +211,7 @@ def test_mosaics_and_single_pictures_keep_their_places():
 
 
 def test_chance_is_a_function_of_the_generator():
-    first, again, other = augmented(Augment()), augmented(Augment()), augmented(Augment(), 1)
+    first, again, other = augmented(BoxAugmentation()), augmented(BoxAugmentation()), augmented(BoxAugmentation(), 1)
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
     # One setting moves no draw of another: the same pictures are mirrored, whatever becomes of their colours.
     plain, bright = augmented(replace(PLAIN, flip=0.5)), augmented(replace(PLAIN, flip=0.5, brightness=0.3))

@@ -14,7 +14,7 @@ import boxes as slow
 from fieldguide.automl.fit import NullCallback
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing.detection import Augment
+from fieldguide.data.preprocessing.augmentation import BoxAugmentation
 from fieldguide.metrics.detection import average_precision
 from fieldguide.models.layers import boxes as fast
 from fieldguide.models.registry import create, find
@@ -331,7 +331,7 @@ def scattered_digits(count: int, side: int, seed: int) -> tuple[Tensor, Tensor, 
     return torch.from_numpy(pictures), torch.from_numpy(boxes).float(), torch.from_numpy(labels)
 
 
-def learnt(size: str, side: int, steps: int, lr: float, augment: Augment | None = None, **overrides) -> dict:
+def learnt(size: str, side: int, steps: int, lr: float, augment: BoxAugmentation | None = None, **overrides) -> dict:
     """Average precision on digits that were not in training, of a network that the loop trained on the CPU."""
     torch.manual_seed(0)
     train, test = scattered_digits(512, side, 0), scattered_digits(128, side, 1)
@@ -371,7 +371,7 @@ def test_a_small_network_finds_digits():
 
 @pytest.mark.slow
 def test_yolov8n_finds_digits_from_mosaics():
-    scores = learnt("yolov8n", 64, 300, 2e-3, Augment(mosaic=0.5, flip=0.0, scale=0.3))
+    scores = learnt("yolov8n", 64, 300, 2e-3, BoxAugmentation(mosaic=0.5, flip=0.0, scale=0.3))
     assert scores["map50"] > 0.95 and scores["map"] > 0.65
 
 

@@ -16,6 +16,7 @@ from fieldguide.automl.fit import fit
 from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
+from fieldguide.data.preprocessing.augmentation import augment_with_masks
 from fieldguide.data.preprocessing.masks import Canvas, read_codes
 from fieldguide.data.validation.checks import BadData
 from fieldguide.objectives.segmentation import (
@@ -27,7 +28,7 @@ from fieldguide.objectives.segmentation import (
     reflect_pad,
 )
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.vision.image_segmentation import ImageSegmentation, augment_pair
+from fieldguide.tasks.vision.image_segmentation import ImageSegmentation
 from test_models import tiny
 
 
@@ -146,14 +147,14 @@ def test_augmented_masks_stay_with_their_pictures(augment):
     target = torch.arange(40 * 48).view(1, 40, 48).div(160, rounding_mode="floor").repeat(6, 1, 1) % 5
     pixels = (target[:, None] * 50).expand(-1, 3, -1, -1).to(torch.uint8)
     inner = torch.tensor([[40, 48]] * 3 + [[20, 30]] * 3)
-    image, classes = augment_pair(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
+    image, classes = augment_with_masks(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
     assert image.shape == (6, 3, 32, 32) and classes.shape == (6, 32, 32) and classes.max() < 5
     real = classes >= 0
     assert real.float().mean() > 0.3 and real[:3].float().mean() > 0.6
     if augment != "standard":
         near = (image[:, 0] / 50 - classes).abs() < 0.5  # edges are blurred by scaling
         assert near[real].float().mean() > 0.9
-    again = augment_pair(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
+    again = augment_with_masks(pixels, target, inner, 32, augment, torch.Generator().manual_seed(1))
     assert torch.equal(image, again[0]) and torch.equal(classes, again[1])
 
 

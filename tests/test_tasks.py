@@ -18,13 +18,13 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data import read, samples
 from fieldguide.data.preprocessing import Standardizer
+from fieldguide.data.preprocessing.augmentation import augment_images
 from fieldguide.data.splits import Splits
 from fieldguide.models import registry
 from fieldguide.tasks import infer_task, task
 from fieldguide.tasks.base import bootstrap_intervals
 from fieldguide.tasks.supervised import mix_pairs
 from fieldguide.tasks.supervised_evaluator import calibration_error, roc_auc
-from fieldguide.tasks.vision.image_classification import augment
 
 QUICK = {"steps": 8, "precision": "float32"}
 
@@ -302,16 +302,18 @@ def test_mixup_is_one_proportion_of_inputs_and_labels():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmentation_keeps_shape_and_range(how, channels):
     x = torch.randint(0, 256, (20, channels, 17, 17), dtype=torch.uint8)
-    out = augment(x, how, True, torch.Generator().manual_seed(1))
+    out = augment_images(x, how, True, torch.Generator().manual_seed(1))
     assert out.shape == x.shape and out.min() >= 0 and out.max() <= 255
-    assert torch.equal(out, augment(x, how, True, torch.Generator().manual_seed(1)))
+    assert torch.equal(out, augment_images(x, how, True, torch.Generator().manual_seed(1)))
     if how == "none":
         assert torch.equal(out, x)
     else:
-        assert not torch.equal(out, augment(x, how, True, torch.Generator().manual_seed(2)))
+        assert not torch.equal(out, augment_images(x, how, True, torch.Generator().manual_seed(2)))
         assert not torch.equal(out.float(), x.float())
         flat = torch.full_like(x, 77)  # what is even stays even, up to the border
-        assert torch.allclose(augment(flat, how, True, torch.Generator().manual_seed(1)).float(), flat.float(), atol=1e-3)
+        assert torch.allclose(
+            augment_images(flat, how, True, torch.Generator().manual_seed(1)).float(), flat.float(), atol=1e-3
+        )
 
 
 def test_pictures_are_mirrored_only_where_allowed():
@@ -319,8 +321,8 @@ def test_pictures_are_mirrored_only_where_allowed():
     x[..., :4] = 255  # a bar on the left, wider than any shift
     left = lambda out: out[..., :8].float().mean((1, 2, 3)) > out[..., 8:].float().mean((1, 2, 3))
     for how in ("light", "standard"):
-        assert left(augment(x, how, False, torch.Generator().manual_seed(0))).all()
-        share = left(augment(x, how, True, torch.Generator().manual_seed(0))).float().mean()
+        assert left(augment_images(x, how, False, torch.Generator().manual_seed(0))).all()
+        share = left(augment_images(x, how, True, torch.Generator().manual_seed(0))).float().mean()
         assert 0.35 < share < 0.65
     assert x[..., :4].eq(255).all() and x[..., 4:].eq(0).all()  # the stored pictures are untouched
 

@@ -38,9 +38,9 @@ class TokenizerFiles:
 def read(place: Path) -> TokenizerFiles:
     """Load from a folder, a tokenizer.json or a GGUF file. Raises DataError if there is no valid tokenizer."""
     if place.suffix == ".gguf" and place.is_file():
-        from fieldguide.core.gguf import tokenizer
+        from fieldguide.core.gguf import read_tokenizer
 
-        made, special, template = tokenizer(place)
+        made, special, template = read_tokenizer(place)
         return TokenizerFiles(made, special, template, tuple(special[k] for k in ("eos_token",) if k in special))
     folder = place if place.is_dir() else place.parent
     config = read_config(folder)

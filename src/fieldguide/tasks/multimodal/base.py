@@ -20,10 +20,10 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import CHANNELS, HASH, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer, suggest_side
+from fieldguide.data.preprocessing.augmentation import augment_images
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.tasks.base import Task
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.vision.image_classification import augment
 
 IMAGE_SIDES = (16, 24, 32, 48, 64, 96, 192)  # image sizes that the patches of the small models divide
 MAX_SIDE_BY_DEVICE = {"cpu": 96, "mps": 96, "cuda": 192}  # maximum pixels per side by device, if the user sets no size
@@ -123,7 +123,7 @@ class ImageAndTextTask(Task):
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> Tensor:
             x = stored[torch.from_numpy(where[index])] if stored is not None else p.load([paths[i] for i in index])
-            return p.apply(x if generator is None else augment(x, how, self.options.flip, generator))
+            return p.apply(x if generator is None else augment_images(x, how, self.options.flip, generator))
 
         return make
 

@@ -164,7 +164,7 @@ class TextClassification(TextTask, ClassificationTask):
         }
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        tokens, segments, cut = self.encode_rows(data, bool(card) and card.framed)
+        tokens, segments, cut = self.encode_rows(data, bool(card) and card.has_class_token)
         if not settings:  # for training texts `fit` has added the note
             self.note_cut(cut, len(tokens))
         lengths = np.array([len(t) for t in tokens])

@@ -23,6 +23,7 @@ from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform, suggest_side
+from fieldguide.data.preprocessing.augmentation import augment_images
 from fieldguide.tasks.base import CheckpointAssets
 from fieldguide.tasks.supervised import ClassificationTask, fill_options, is_discrete, mix_pairs
 
@@ -114,7 +115,7 @@ class ImageClassification(ClassificationTask):
             rows = torch.from_numpy(index)
             x = stored[rows] if stored is not None else p.load([paths[i] for i in index])
             if generator is not None:
-                x = augment(x, how, bool(self.options.flip), generator)
+                x = augment_images(x, how, bool(self.options.flip), generator)
             batch = {"image": p.apply(x)}
             if target is not None:
                 batch["target"] = target[rows]
@@ -208,34 +209,6 @@ class ImageClassification(ClassificationTask):
         task.pictures = ImageTransform.from_json(state["pictures"])
         task.load_target_state(state)
         return task
-
-
-def augment(x: Tensor, how: str, flip: bool, generator: torch.Generator) -> Tensor:  # B C S S uint8 -> the same
-    """Augment a batch. light: shifts by up to an eighth, mirroring. standard: rotation by up to 10 degrees, scaling by
-    up to 10 %, and shifts.
-    """
-    if how == "none":
-        return x
-    count, side = len(x), x.shape[-1]
-    if flip:
-        mirrored = torch.rand(count, generator=generator) < 0.5
-        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-    if how == "light":
-        far = max(1, side // 8)
-        padded = (
-            F.pad(x, (far,) * 4, mode="replicate") if x.is_floating_point() else F.pad(x.float(), (far,) * 4, mode="replicate")
-        )
-        rows = torch.randint(2 * far + 1, (count, 1), generator=generator) + torch.arange(side)
-        columns = torch.randint(2 * far + 1, (count, 1), generator=generator) + torch.arange(side)
-        picture = torch.arange(count)[:, None, None, None]
-        channel = torch.arange(x.shape[1])[None, :, None, None]
-        return padded[picture, channel, rows[:, None, :, None], columns[:, None, None, :]].to(x.dtype)
-    uniform = lambda size: torch.rand(count, generator=generator) * 2 * size - size
-    angle, scale = uniform(10 / 180 * torch.pi), 1 + uniform(0.1)
-    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    matrix = torch.stack([torch.stack([cos, -sin, uniform(0.2)], 1), torch.stack([sin, cos, uniform(0.2)], 1)], 1)
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
 
 
 TASKS = (ImageClassification,)

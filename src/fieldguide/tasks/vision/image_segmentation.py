@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import polars as pl
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Findi
 from fieldguide.data.loader import Batches
 from fieldguide.data.media.masks import LazyMask
 from fieldguide.data.preprocessing import masks
+from fieldguide.data.preprocessing.augmentation import augment_with_masks
 from fieldguide.data.preprocessing.masks import Canvas, Mask
 from fieldguide.data.validation import checks
 from fieldguide.objectives import Objective
@@ -317,7 +317,7 @@ class ImageSegmentation(Task):
             if generator is not None:
                 pixels, target = load(index, True)
                 assert target is not None and settings is not None  # a generator is passed only in training
-                image, classes = augment_pair(
+                image, classes = augment_with_masks(
                     torch.from_numpy(pixels),
                     torch.from_numpy(target),
                     inner,
@@ -516,39 +516,6 @@ def list_objects(data: Data) -> pl.DataFrame:
 
 def split_names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def augment_pair(
-    pixels: Tensor, target: Tensor, inner: Tensor, crop: int, augment: str, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:  # N C H W, N H W -> N C S S, N S S
-    """Return a random square crop of each image: rescaled (0.5 to 2 times), mirrored, with random brightness and
-    contrast.
-    """
-    count, _, height, width = pixels.shape
-    uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
-    scale = torch.ones(count) if augment == "none" else 2 ** uniform(-0.5, 0.5) if augment == "light" else 2 ** uniform(-1, 1)
-    mirror = torch.ones(count) if augment == "none" else torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    # The square covers crop / scale pixels, and is placed inside the image if possible.
-    half = crop / scale / 2
-    middles = []
-    for size in (inner[:, 1].float(), inner[:, 0].float()):
-        low, high = torch.minimum(half, size / 2), torch.maximum(size - half, size / 2)
-        middles.append(low + (high - low) * torch.rand(count, generator=generator))
-    steps = (torch.arange(crop) + 0.5) / crop * 2 - 1
-    x = middles[0][:, None] + half[:, None] * mirror[:, None] * steps  # N S: pixels from the left
-    y = middles[1][:, None] + half[:, None] * steps
-    across, down = 2 * x / width - 1, 2 * y / height - 1
-    grid = torch.stack([across[:, None].expand(-1, crop, -1), down[:, :, None].expand(-1, -1, crop)], -1)
-    image = F.grid_sample(pixels.float(), grid, "bilinear", "zeros", align_corners=False)
-    # Masks are shifted by one, so that outside the image, where 0 is sampled, the target is -1 (ignored).
-    classes = F.grid_sample(target[:, None].float() + 1, grid, "nearest", "zeros", align_corners=False)[:, 0].long() - 1
-    inside = ((x >= 0) & (x < inner[:, 1:]))[:, None] & ((y >= 0) & (y < inner[:, :1]))[:, :, None]
-    classes = torch.where(inside, classes, -1)
-    if augment == "standard":
-        light, contrast = uniform(-25, 25).view(-1, 1, 1, 1), uniform(0.75, 1.25).view(-1, 1, 1, 1)
-        mean = image.mean((1, 2, 3), keepdim=True)
-        image = ((image - mean) * contrast + mean + light).clamp(0, 255)
-    return image, classes
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:

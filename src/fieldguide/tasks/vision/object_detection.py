@@ -24,7 +24,8 @@ from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.media.boxes import SIDES
-from fieldguide.data.preprocessing.detection import Augment, Boxed, Letterbox, pad_boxes
+from fieldguide.data.preprocessing.augmentation import BoxAugmentation
+from fieldguide.data.preprocessing.detection import Boxed, Letterbox, pad_boxes
 from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
@@ -217,11 +218,11 @@ class ObjectDetection(Task):
 
         return Batches(len(paths), make)
 
-    def augment(self, settings: Settings | None) -> Augment | None:
+    def augment(self, settings: Settings | None) -> BoxAugmentation | None:
         if settings is None or settings.augmentation == "none":
             return None
         if settings.augmentation == "light":
-            return Augment(
+            return BoxAugmentation(
                 mosaic=self.options.mosaic or 0.0,
                 scale=0.2,
                 shift=0.05,
@@ -230,7 +231,7 @@ class ObjectDetection(Task):
                 saturation=0.2,
                 brightness=0.15,
             )
-        return Augment(mosaic=0.5 if self.options.mosaic is None else self.options.mosaic, flip=self.options.flip)
+        return BoxAugmentation(mosaic=0.5 if self.options.mosaic is None else self.options.mosaic, flip=self.options.flip)
 
     # Scores
 
