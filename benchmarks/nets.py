@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fieldguide import create
 from fieldguide.checkpoints import weights
-from fieldguide.checkpoints.config_mapping import outwards
+from fieldguide.checkpoints.config_mapping import to_public_config
 from fieldguide.models.registry import find
 from fieldguide.objectives import Classification, NextToken, Objective, Supervised
 from fieldguide.objectives.masked_lm import MaskedLM
@@ -48,7 +48,7 @@ class Net:
     def theirs(self, **changes: Any) -> nn.Module:
         """As transformers makes it of our config, which is written as its own."""
         card = find(self.size)[0]
-        said = outwards(card, card.configs["huggingface"], self.empty(**changes).config)
+        said = to_public_config(card, card.configs["huggingface"], self.empty(**changes).config)
         kind, none = getattr(transformers, said["architectures"][0]), dict.fromkeys(("bos_token_id", "eos_token_id"))
         return kind(transformers.AutoConfig.for_model(said.pop("model_type"), **said | none | {"pad_token_id": None}))
 

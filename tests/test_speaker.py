@@ -204,7 +204,7 @@ def test_from_the_shell(folder, capsys):
     assert [line["text"] for line in lines] == [theirs(folder, p) for p in ("the cat", "who")]
     assert "nothing" not in run("--set", "tokens=3").stdout
     for words, message in (
-        (("x", "--set", "heat=1"), "has no option 'heat'"),
+        (("x", "--set", "heat=1"), "has no option heat"),
         ((), "no prompt"),
         (("x", "--set", "temperature=-1"), "must be at least 0"),
     ):

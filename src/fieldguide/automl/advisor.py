@@ -65,11 +65,11 @@ class Advice:
 
 
 @functools.cache
-def rules() -> list[dict[str, Any]]:
+def load_rules() -> list[dict[str, Any]]:
     return tomllib.loads(files(__package__).joinpath("rules.toml").read_text())["rule"]
 
 
-def holds(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
+def match_facts(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
     """Return whether every condition holds: "<1000" and ">0.5" compare numbers, other text is a glob."""
     for key, wanted in when.items():
         fact = facts.get(key)
@@ -83,14 +83,14 @@ def holds(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
     return True
 
 
-def speaks_of(rule: Mapping[str, Any], card: Card) -> bool:
+def match_card(rule: Mapping[str, Any], card: Card) -> bool:
     return any(
         fnmatch.fnmatch(card.family if kind == "family" else card.name, pattern)
         for kind, _, pattern in ((p.partition(":") if ":" in p else ("name", "", p)) for p in rule["for"])
     )
 
 
-def configured(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping[str, Any] = {}) -> Any:
+def build_config(card: Card, size: str, needs: Mapping[str, Any], changes: Mapping[str, Any] = {}) -> Any:
     """Return the config of a size for the dimensions of the data, then the user's own fields.
 
     A network with several heads gets the first output type of the task that it supports. Raises `TypeError` for
@@ -122,7 +122,7 @@ def advise(
     data. `model` other than "auto" is a name, which is then only rejected if it is impossible. `config` is that
     of an existing network of this name.
     """
-    machine = machine or profile.machine()
+    machine = machine or profile.measure_machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
     able = [
         n
@@ -131,15 +131,15 @@ def advise(
     ]
     needs = {"output_type": output_types, **needs}
     if model != "auto":
-        option = considered(refuse_unable(model, able), facts, needs)
+        option = rate_by_rules(resolve_size(model, able), facts, needs)
         if config is not None and option.name != model:
             option.name = model  # the existing network has no published size
-        look_closer(option, facts, needs, speed, minutes, machine, config)
-        return asked_for(option)
+        measure_cost(option, facts, needs, speed, minutes, machine, config)
+        return advise_requested(option)
     # Measuring the cost of a network is slow. Options are therefore measured in the order of the points that they can
     # reach, and measuring stops when the remaining ones cannot be ranked before those measured.
-    options = [considered(name, facts, needs) for name in able]
-    most = [o.points - proportion(o.parameters, facts["rows"]) for o in options]  # upper bound for each option
+    options = [rate_by_rules(name, facts, needs) for name in able]
+    most = [o.points - compute_size_penalty(o.parameters, facts["rows"]) for o in options]  # upper bound for each option
     seen: list[Option] = []
     for option, points in sorted(zip(options, most), key=lambda pair: -pair[1]):
         best = sorted((o.points for o in seen if not o.rejected), reverse=True)
@@ -151,32 +151,32 @@ def advise(
         if smaller:
             option.rejected, option.slow = f"larger than {smaller[0].name}: {smaller[0].rejected}", True
         elif not option.rejected:
-            look_closer(option, facts, needs, speed, minutes, machine)
+            measure_cost(option, facts, needs, speed, minutes, machine)
         seen.append(option)
     if seen and all(o.rejected for o in seen):
-        hurried(seen, minutes)
+        accept_fastest(seen, minutes)
     ranked = sorted(seen, key=lambda o: (-o.points, o.parameters))
     return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
 
 
-def considered(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:
+def rate_by_rules(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:
     """Return an option with the points of the rules and its published parameter count, without measuring its cost."""
     card, size = registry.find(name)
     option = Option(name, card.name)
     try:
-        config = configured(card, size, needs)
-        option.parameters = card.sizes[size].params or counted(card, config)
+        config = build_config(card, size, needs)
+        option.parameters = card.sizes[size].params or count_parameters(card, config)
     except (DataError, SettingsError, TypeError, ValueError) as error:  # for example, a network that reads no text
         option.rejected = str(error)
         return option
-    for rule in rules():
-        if holds(rule["when"], facts) and speaks_of(rule, card):
+    for rule in load_rules():
+        if match_facts(rule["when"], facts) and match_card(rule, card):
             option.points += rule["points"]
             (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
     return option
 
 
-def look_closer(
+def measure_cost(
     option: Option,
     facts: Mapping[str, Any],
     needs: Mapping[str, Any],
@@ -191,33 +191,33 @@ def look_closer(
     card, size = registry.find(option.name)
     option.parameters, option.rejected = 0, ""
     try:
-        config = configured(card, size, needs) if config is None else config
-        option.parameters = counted(card, config)
-        option.multiply_adds = profile.multiply_adds(
+        config = build_config(card, size, needs) if config is None else config
+        option.parameters = count_parameters(card, config)
+        option.multiply_adds = profile.count_multiply_adds(
             card.name, config, length=facts.get("tokens", 64), side=facts.get("side", 224)
         )
     except (DataError, SettingsError, ValueError) as error:  # for example, images too small for its pooling
         option.rejected = str(error)
         return
-    size_up(option, facts, speed, minutes, machine)
+    rate_cost(option, facts, speed, minutes, machine)
 
 
-def counted(card: Card, config: Any) -> int:
+def count_parameters(card: Card, config: Any) -> int:
     with torch.device("meta"):
-        return profile.parameters(card.make(config))
+        return profile.count_parameters(card.make(config))
 
 
-def proportion(parameters: int, rows: int) -> float:
+def compute_size_penalty(parameters: int, rows: int) -> float:
     """Return the points lost for the size of the network: half a point for each factor of ten from the target."""
-    return 0.5 * abs(math.log10(max(parameters, 1) / wanted(rows)))
+    return 0.5 * abs(math.log10(max(parameters, 1) / get_target_parameters(rows)))
 
 
-def wanted(rows: int) -> float:
+def get_target_parameters(rows: int) -> float:
     """Return the number of parameters in proportion to the data."""
     return min(max(PARAMETERS_PER_EXAMPLE * rows, 1e5), 1e8)
 
 
-def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: float, machine: Mapping[str, Any]) -> None:
+def rate_cost(option: Option, facts: Mapping[str, Any], speed: float, minutes: float, machine: Mapping[str, Any]) -> None:
     """Reject what cannot fit or finish, and prefer sizes in proportion to the data."""
     option.seconds = seconds = facts["rows"] * TARGET_EPOCHS * 6 * option.multiply_adds / speed  # backward is twice forward
     if option.parameters * BYTES_PER_PARAMETER > 0.8 * machine["memory"]:
@@ -236,15 +236,15 @@ def size_up(option: Option, facts: Mapping[str, Any], speed: float, minutes: flo
         option.against.append(
             f"{minutes:g} minutes allow only about {60 * minutes * TARGET_EPOCHS / seconds:.1f} passes over the data"
         )
-    option.points -= proportion(option.parameters, facts["rows"])
-    if option.parameters > 10 * wanted(facts["rows"]):
+    option.points -= compute_size_penalty(option.parameters, facts["rows"])
+    if option.parameters > 10 * get_target_parameters(facts["rows"]):
         option.against.append(
             f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
             "[guide, FAQ 'How do I choose the right model size': start small]"
         )
 
 
-def hurried(options: list[Option], minutes: float) -> None:
+def accept_fastest(options: list[Option], minutes: float) -> None:
     """Accept the best of the fastest options if all were rejected for time or memory."""
     quickest = min(o.seconds for o in options)
     if quickest < math.inf:
@@ -255,7 +255,7 @@ def hurried(options: list[Option], minutes: float) -> None:
         best.rejected = ""
 
 
-def refuse_unable(model: str, able: list[str]) -> str:
+def resolve_size(model: str, able: list[str]) -> str:
     """Return the size that the user named. Raises `SettingsError` if it cannot do this task."""
     card, size = registry.find(model)
     if size not in [*able, card.tiny]:
@@ -267,7 +267,7 @@ def refuse_unable(model: str, able: list[str]) -> str:
     return size
 
 
-def asked_for(option: Option) -> Advice:
+def advise_requested(option: Option) -> Advice:
     """Return the advice for a named option, which is only rejected if it is impossible."""
     option.reasons.insert(0, "requested by the user")
     if not option.parameters:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from fieldguide.automl import distillation, finetune, profile
-from fieldguide.automl.advisor import Advice, advise, configured
+from fieldguide.automl.advisor import Advice, advise, build_config
 from fieldguide.automl.callbacks import NullCallback
-from fieldguide.automl.request import grouped
-from fieldguide.automl.time_budget import ENOUGH_STEPS, resolve, with_batch
+from fieldguide.automl.request import group_settings
+from fieldguide.automl.time_budget import ENOUGH_STEPS, choose_batch_size, resolve_settings
 from fieldguide.checkpoints import load
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
@@ -139,7 +139,7 @@ def build_plan(
     `fit` does.
     """
     callback = callback or NullCallback()
-    requested, model_fields, task_options, *_ = grouped(settings or {})
+    requested, model_fields, task_options, *_ = group_settings(settings or {})
     if minutes is not None:
         requested["minutes"] = minutes
     elif "steps" in requested:
@@ -152,7 +152,7 @@ def build_plan(
     if weights is not None:
         checkpoint = load.inspect_checkpoint(weights, None if model == "auto" else model, callback.log)
         model = checkpoint.size
-        task_options = finetune.default_options(kind, checkpoint, task_options, callback)
+        task_options = finetune.get_default_options(kind, checkpoint, task_options, callback)
     options = kind.options_from(task_options)
     source = kind.build_examples(source, options)
     splits = splits or split(source, seed=seed)
@@ -174,13 +174,13 @@ def build_plan(
         input_types=kind.input_types,
         output_types=kind.output_types,
         minutes=Settings().with_(requested).minutes or float("inf"),
-        machine=distributed.broadcast(profile.machine()),
+        machine=distributed.broadcast(profile.measure_machine()),
         model=model,
         config=config,
     )
     card, size = (checkpoint.card, model) if checkpoint else registry.find(advice.best.name)
     try:
-        config = config or configured(card, size, dims, model_fields)
+        config = config or build_config(card, size, dims, model_fields)
     except TypeError as error:
         raise SettingsError(f"--set model.FIELD: {error}") from None
     callback.on_plan(advice, config)
@@ -192,10 +192,10 @@ def build_plan(
     plan = Plan(source, fitted, why, splits, card, size, config, chosen, advice, parts)
     plan.build_batches(callback)
     largest = min(fitted.max_batch_size, finetune.MAX_BATCH_SIZE) if checkpoint else fitted.max_batch_size
-    plan.settings = with_batch(chosen, len(plan.train_batches), fitted.min_batch_size, largest)
+    plan.settings = choose_batch_size(chosen, len(plan.train_batches), fitted.min_batch_size, largest)
     plan.build_objective(callback, checkpoint, requested)
     plan.settings, plan.seconds_per_step, plan.max_steps = distributed.broadcast(
-        resolve(
+        resolve_settings(
             plan.settings,
             plan.objective,
             plan.train_batches,
@@ -211,4 +211,4 @@ def build_plan(
 def configure_part(name: str, dims: Mapping[str, Any]) -> tuple[Card, str, Any]:
     """Return card, size and config of a further network that a card names, such as a generator's critic."""
     card, size = registry.find(name)
-    return card, size, configured(card, size, dims)
+    return card, size, build_config(card, size, dims)

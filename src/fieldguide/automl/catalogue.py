@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fieldguide.automl import profile
 from fieldguide.automl.description import Description, Layer
-from fieldguide.automl.index import source_digest
+from fieldguide.automl.index import compute_source_digest
 from fieldguide.core.card import Closed
 from fieldguide.core.options import PREDICT_ALIASES
 from fieldguide.core.settings import ALIASES, Settings
@@ -36,7 +36,7 @@ def list_models(glob: str = "*", *, family: str | None = None, task: str | None 
     ]
 
 
-def tasks_of(name: str) -> list[str]:
+def list_tasks_of(name: str) -> list[str]:
     """Return the names of the tasks that a model can be trained for."""
     card = registry.card(name)
     return [
@@ -49,15 +49,15 @@ def show(name: str, **overrides: Any) -> Description | Closed:
 
     Raises `SettingsError` for an unknown name or field.
     """
-    if (system := registry.closed().get(name.lower())) is not None:
+    if (system := registry.closed_systems().get(name.lower())) is not None:
         return system
     card, size = registry.find(name)
     with torch.device("meta"):
         model = registry.create(name, **overrides).eval()
         config = card.settle(size, **overrides)
-    inputs = profile.example(card, config)
-    parts = {n: profile.parameters(child) for n, child in model.named_children()}
-    own = profile.parameters(model) - sum(parts.values())
+    inputs = profile.build_example_inputs(card, config)
+    parts = {n: profile.count_parameters(child) for n, child in model.named_children()}
+    own = profile.count_parameters(model) - sum(parts.values())
     return Description(
         name=size,
         architecture=card.name,
@@ -68,35 +68,35 @@ def show(name: str, **overrides: Any) -> Description | Closed:
         year=card.year,
         input_type=card.input_type,
         output_type=" or ".join(card.output_types),
-        tasks=tasks_of(name),
+        tasks=list_tasks_of(name),
         config=asdict(config),
-        parameters=profile.parameters(model),
+        parameters=profile.count_parameters(model),
         published=None if overrides else card.sizes[size].params,
-        multiply_adds=profile.multiply_adds(card.name, config),
-        inputs=", ".join(shape(x) for x in inputs),
-        sizes=sizes(card.name),
+        multiply_adds=profile.count_multiply_adds(card.name, config),
+        inputs=", ".join(format_shape(x) for x in inputs),
+        sizes=count_size_parameters(card.name),
         parts=parts | ({"(own)": own} if own > 0 else {}),
-        layers=layers(model, inputs),
+        layers=list_layers(model, inputs),
     )
 
 
 @functools.cache
-def sizes(architecture: str) -> dict[str, int]:
+def count_size_parameters(architecture: str) -> dict[str, int]:
     """Return the exact parameter count of every named size."""
     counts, card = {}, registry.card(architecture)
     for size in card.sizes:
         if size != card.tiny:
             with torch.device("meta"):
-                counts[size] = profile.parameters(card.make(card.settle(size)))
+                counts[size] = profile.count_parameters(card.make(card.settle(size)))
     return counts
 
 
-def layers(model: nn.Module, inputs: tuple) -> list[Layer]:
+def list_layers(model: nn.Module, inputs: tuple) -> list[Layer]:
     """Return the modules in the order of their definition, each with its output shape."""
     names, ran, handles = {m: n for n, m in model.named_modules() if n}, [], []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        ran.append(Layer(names[module], type(module).__name__, profile.parameters(module), shape(output)))
+        ran.append(Layer(names[module], type(module).__name__, profile.count_parameters(module), format_shape(output)))
 
     handles = [m.register_forward_hook(hook) for m in names]
     with torch.no_grad():
@@ -107,14 +107,14 @@ def layers(model: nn.Module, inputs: tuple) -> list[Layer]:
     return sorted({layer.path: layer for layer in ran}.values(), key=lambda layer: order[layer.path])
 
 
-def shape(value: Any) -> str:
+def format_shape(value: Any) -> str:
     """Return `2x3x4` for a tensor, comma-separated for several."""
     if isinstance(value, Tensor):
         return "x".join(map(str, value.shape)) or "scalar"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {shape(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {format_shape(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(filter(None, map(shape, value)))
+        return ", ".join(filter(None, map(format_shape, value)))
     return ""
 
 
@@ -140,13 +140,13 @@ def build_index() -> dict[str, Any]:
                 "paper": card.paper,
                 "source": card.sizes[size].source,
                 "summary": card.summary,
-                "tasks": tasks_of(size),
+                "tasks": list_tasks_of(size),
             }
     return {
-        "digest": source_digest(),
+        "digest": compute_source_digest(),
         "models": models,
         "names": names,
-        "closed": {name: asdict(system) for name, system in registry.closed().items()},
+        "closed": {name: asdict(system) for name, system in registry.closed_systems().items()},
         "tasks": {name: describe_task(kind) for name, kind in tasks().items()},
         "settings": describe_fields(Settings),
         "aliases": dict(ALIASES),

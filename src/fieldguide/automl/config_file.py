@@ -54,15 +54,15 @@ def write_config(folder: Path, record: dict[str, Any]) -> None:
         "task": record["task"],
         "model": record["model"]["size"],
         "seed": settings.pop("seed"),
-        "settings": {k: v for k, v in settings.items() if v is not None} | plain(request.get("settings", {})),
+        "settings": {k: v for k, v in settings.items() if v is not None} | to_yaml_value(request.get("settings", {})),
     }
     head = "# Repeats this run: fieldguide fit --config fit.yaml\n"
     body = yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False, allow_unicode=True)
     write_atomically(folder / NAME, (head + body).encode())
 
 
-def plain(value: Any) -> Any:
+def to_yaml_value(value: Any) -> Any:
     """Return a value with lists in place of tuples, as YAML holds it."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: to_yaml_value(item) for key, item in value.items()}
+    return [to_yaml_value(item) for item in value] if isinstance(value, list | tuple) else value

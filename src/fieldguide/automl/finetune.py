@@ -28,7 +28,9 @@ RATES = {"whole": {"lr": 1e-3, "layer_decay": 0.65}, "lora": {"lr": 1e-3}, "froz
 PARAMETERS_OF_MEASURED_RATE = 22_000_000
 
 
-def default_options(kind: type[Task], checkpoint: Checkpoint, requested: Mapping[str, Any], callback: Any) -> dict[str, Any]:
+def get_default_options(
+    kind: type[Task], checkpoint: Checkpoint, requested: Mapping[str, Any], callback: Any
+) -> dict[str, Any]:
     """Return task options that the checkpoint determines, such as its tokenizer and normalization, then those requested.
 
     Warns if the checkpoint has a vocabulary and its tokenizer cannot be found.
@@ -73,7 +75,7 @@ def choose_settings(
 ) -> Settings:
     """Return training settings for a pretrained network, including which of its parts are trained, and log the reason."""
     size = sum(t.numel() for t in checkpoint.state.values())
-    memory = size * BYTES_PER_PARAMETER / profile.machine()["memory"]
+    memory = size * BYTES_PER_PARAMETER / profile.measure_machine()["memory"]
     if "finetune" in requested:
         mode, why = requested["finetune"], "requested"
     elif memory > MAX_MEMORY_FRACTION:
@@ -94,12 +96,12 @@ def choose_settings(
             "grad_clip": 1.0,
             "ema": 0.0,
             "finetune": mode,
-            **learning_rates(mode, size),
+            **get_learning_rates(mode, size),
         }
     )
 
 
-def learning_rates(mode: str, parameters: int) -> dict[str, float]:
+def get_learning_rates(mode: str, parameters: int) -> dict[str, float]:
     """Return `lr` and `layer_decay` for a fine-tuning mode and a network size."""
     rates = dict(RATES.get(mode, {}))
     if mode == "whole":
@@ -124,6 +126,6 @@ def resolve_finetune(
     """Return the settings, with full fine-tuning in place of `frozen` if no parameter is new and the user did not ask."""
     if settings.finetune == "frozen" and not fresh and "finetune" not in requested:
         size = sum(t.numel() for t in checkpoint.state.values())
-        settings = settings.with_({"finetune": "whole", **learning_rates("whole", size), **requested})
+        settings = settings.with_({"finetune": "whole", **get_learning_rates("whole", size), **requested})
         callback.log("finetune=whole instead: the checkpoint fills the whole network, so no new head is left to train")
     return settings

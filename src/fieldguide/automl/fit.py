@@ -19,7 +19,7 @@ import torch
 from fieldguide.automl import config_file, profile
 from fieldguide.automl.build_plan import Plan, build_plan
 from fieldguide.automl.callbacks import NullCallback
-from fieldguide.automl.request import address, grouped, read_for, read_request
+from fieldguide.automl.request import get_location, group_settings, read_for, read_request
 from fieldguide.core import distributed
 from fieldguide.core.deprecation import accept_renamed
 from fieldguide.core.errors import RunError, SettingsError
@@ -94,12 +94,12 @@ def fit(
     SettingsError : a setting is unknown or cannot work.
     """
     callback = callback or NullCallback()
-    requested, _, _, kinds, roles = grouped(settings or {})
+    requested, _, _, kinds, roles = group_settings(settings or {})
     Settings().with_(requested)  # report wrong settings before reading the data
     if minutes is None and not {"minutes", "steps"} & set(requested) and isinstance(data, str) and data in SAMPLES:
         minutes = SAMPLES[data].minutes
     request: dict[str, Any] = {
-        "data": address(data),
+        "data": get_location(data),
         "target": target,
         "group": group,
         "time": time_column,
@@ -107,13 +107,13 @@ def fit(
         "kinds": kinds,
         "roles": roles,
         "task": task,
-        "settings": {key: config_file.plain(value) for key, value in (settings or {}).items() if "." in key},
-        "weights": address(weights) if weights is not None else None,
+        "settings": {key: config_file.to_yaml_value(value) for key, value in (settings or {}).items() if "." in key},
+        "weights": get_location(weights) if weights is not None else None,
         "model": model,
     }
     if out is not None:
         check_available(Path(out))
-    with distributed.processes():
+    with distributed.join_process_group():
         source, _, _ = read_for(request, data)
         plan = build_plan(
             source,
@@ -126,7 +126,7 @@ def fit(
             weights=weights,
         )
         path = distributed.broadcast(create_folder(out, source) if distributed.rank() == 0 else None)
-        record = initial_record(plan, request)
+        record = build_record(plan, request)
         if distributed.rank() == 0:
             splits = plan.splits
             plan.task.save(path / "preprocess")
@@ -137,7 +137,7 @@ def fit(
         return train_and_test(path, record, plan, callback, resume=False)
 
 
-def initial_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
+def build_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
     """Return run.json as it is before training."""
     source, splits, best = plan.source, plan.splits, plan.advice.best
     return {
@@ -177,14 +177,14 @@ def initial_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
             },
         },
         "cost": {
-            "parameters": profile.parameters(plan.objective.model),
+            "parameters": profile.count_parameters(plan.objective.model),
             "multiply_adds": best.multiply_adds,
             "seconds_per_step": plan.seconds_per_step,
             "max_steps": plan.max_steps,
-            "processes": distributed.world(),
+            "processes": distributed.get_world_size(),
         },
-        "machine": profile.machine(),
-        "versions": versions(),
+        "machine": profile.measure_machine(),
+        "versions": get_versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
 
@@ -207,11 +207,11 @@ def resume(
     if run.status == "done":
         callback.log(f"{path} is finished already.")
         return run
-    with distributed.processes():
+    with distributed.join_process_group():
         chosen = change_settings(run.settings, settings or {}, callback)
-        if (before := run.record["cost"]["processes"]) != distributed.world():
+        if (before := run.record["cost"]["processes"]) != distributed.get_world_size():
             callback.log(
-                f"started with {before} processes, resumed with {distributed.world()}: each step sees the same examples, "
+                f"started with {before} processes, resumed with {distributed.get_world_size()}: each step sees the same examples, "
                 "but dropout and augmentation differ"
             )
         if run.record["request"]["data"] is None and data is None:
@@ -252,9 +252,9 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
 
     def evaluate(objective: Objective) -> dict[str, float]:
         if folder and distributed.rank() == 0:
-            from fieldguide.report.eval_samples import Glimpses
+            from fieldguide.report.eval_samples import EvalSamples
 
-            Glimpses(folder).look(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
+            EvalSamples(folder).sample(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
         batch_size, precision = max(64, plan.settings.resolved_batch_size), plan.settings.precision
         outputs = collect(objective, plan.validation, batch=batch_size, device=device, precision=precision)
         return task.score(outputs, targets)
@@ -343,7 +343,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: Sta
         record["status"] = "done"
         write_record(path, record)
         pages.write(open_run(path), task.exhibits(test, outputs, targets, plan.objective))
-    if distributed.world() > 1:
+    if distributed.get_world_size() > 1:
         torch.distributed.barrier()
 
 
@@ -377,7 +377,7 @@ def create_folder(out: str | Path | None, source: Data) -> Path:
     raise RunError("runs/ has no free name left: choose one with --out.")
 
 
-def versions() -> dict[str, str]:
+def get_versions() -> dict[str, str]:
     """Return the versions of fieldguide, torch, numpy and Python."""
     return {
         "fieldguide": __version__,

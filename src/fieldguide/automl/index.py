@@ -25,7 +25,7 @@ SOURCES = ("models", "tasks", "core")
 
 
 @functools.cache
-def source_digest() -> str:
+def compute_source_digest() -> str:
     """Return a digest of the files that define models, tasks and settings."""
     digest = hashlib.sha256()
     for folder in SOURCES:
@@ -42,7 +42,7 @@ def load_index() -> dict[str, Any] | None:
         index = json.loads(INDEX.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return index if index["digest"] == source_digest() else None
+    return index if index["digest"] == compute_source_digest() else None
 
 
 def get_index() -> dict[str, Any]:
@@ -59,7 +59,7 @@ def describe(name: str, fields: Mapping[str, Any]) -> Any:
     if not fields and (index := load_index()) is not None:
         size = index["names"].get(name)
         if size is None and name.lower() not in index["closed"]:
-            raise unknown_model(name, index)
+            raise build_unknown_model_error(name, index)
         if size is not None and DESCRIPTIONS.is_file():
             from fieldguide.automl.description import Description
 
@@ -89,11 +89,9 @@ def check_names(*, task: str | None = None, model: str = "auto", settings: Mappi
     if (index := load_index()) is None:
         return
     if task is not None and task not in index["tasks"]:
-        raise SettingsError(
-            f"there is no task {task!r}.{nearest(task, index['tasks'])} Tasks are: {', '.join(index['tasks'])}."
-        )
+        raise SettingsError(f"unknown task {task!r}.{nearest(task, index['tasks'])} Tasks are: {', '.join(index['tasks'])}.")
     if model != "auto" and model not in index["names"] and model.lower().replace("_", "-") not in index["closed"]:
-        raise unknown_model(model, index)
+        raise build_unknown_model_error(model, index)
     if task is not None:
         known = {option["key"] for option in index["tasks"][task]["options"]} | set(index["option_aliases"])
         for key in groups["task"]:
@@ -105,9 +103,9 @@ def check_names(*, task: str | None = None, model: str = "auto", settings: Mappi
                 )
 
 
-def unknown_model(name: str, index: Mapping[str, Any]) -> SettingsError:
+def build_unknown_model_error(name: str, index: Mapping[str, Any]) -> SettingsError:
     """Return the error for a model name that does not exist."""
-    return SettingsError(f"no model is called {name!r}.{nearest(name, index['names'])} `fieldguide models` lists them all.")
+    return SettingsError(f"unknown model {name!r}.{nearest(name, index['names'])} `fieldguide models` lists them all.")
 
 
 def parse_literal(value: Any) -> Any:

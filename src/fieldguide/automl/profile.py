@@ -15,12 +15,14 @@ from fieldguide.core.card import Card
 from fieldguide.core.hardware import cores, ram
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters, without buffers, counting tied ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
-def example(card: Card, config: Any, batch: int = 1, length: int = 64, side: int = 224, device: str = "meta") -> tuple:
+def build_example_inputs(
+    card: Card, config: Any, batch: int = 1, length: int = 64, side: int = 224, device: str = "meta"
+) -> tuple:
     """Return zero inputs with the shapes that a network of this config takes. `length` tokens and `side` pixels
     apply if the config leaves them open.
     """
@@ -102,7 +104,7 @@ class RecurrentFlops:
 
 
 @functools.cache
-def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224) -> int:
+def count_multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224) -> int:
     """Return the multiply-adds of one forward pass of one example: half of the floating-point operations."""
     from fieldguide.models import registry
 
@@ -111,12 +113,12 @@ def multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224
         model = card.make(config).eval().requires_grad_(False)  # hooks of the counter stumble over what needs a gradient
     recurrent = RecurrentFlops(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*example(card, config, length=length, side=side))
+        model(*build_example_inputs(card, config, length=length, side=side))
     return (counter.get_total_flops() + recurrent.total) // 2
 
 
 @functools.cache
-def machine() -> dict[str, Any]:
+def measure_machine() -> dict[str, Any]:
     """Return this machine's device, cores, memory in bytes, and measured floating-point operations per second."""
     from fieldguide.core import distributed
 
@@ -131,11 +133,11 @@ def machine() -> dict[str, Any]:
         "name": name,
         "cores": cores(),
         "memory": memory,
-        "flops": {str(d)[6:]: flops(device, d) for d in (torch.float32, torch.bfloat16)},
+        "flops": {str(d)[6:]: measure_flops(device, d) for d in (torch.float32, torch.bfloat16)},
     }
 
 
-def flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:
+def measure_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:
     """Return the floating-point operations per second of a square matrix product, the best of a few runs."""
     x = torch.randn(side, side, device=device).to(dtype)
     best = float("inf")

@@ -95,12 +95,12 @@ class Progress:
 
     def on_end(self, run: Any) -> None:
         self.stop()
-        from fieldguide.report.pages import clock, verdict
+        from fieldguide.report.pages import format_duration, summarize_result
 
         cost = run.record["cost"]
-        console.print(f"\n[bold]{escape(verdict(run.record, run.task.metrics[0]))}[/]")
+        console.print(f"\n[bold]{escape(summarize_result(run.record, run.task.metrics[0]))}[/]")
         console.print(
-            f"Trained {cost['steps']:,} steps in {clock(cost['seconds'])}; peak memory {cost['peak_memory'] / 2**20:,.0f} MiB."
+            f"Trained {cost['steps']:,} steps in {format_duration(cost['seconds'])}; peak memory {cost['peak_memory'] / 2**20:,.0f} MiB."
         )
         console.print(f"Report:  {escape(str(run.path / 'report.html'))}")
         console.print(f"Predict: fieldguide predict {escape(str(run.path))} INPUT...")

@@ -22,7 +22,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_consistent_length, check_is_fitted, validate_data
 
 from fieldguide.automl import fit as fitting
-from fieldguide.automl.request import grouped
+from fieldguide.automl.request import group_settings
 from fieldguide.core.errors import DataError, FieldguideError
 from fieldguide.core.settings import Settings
 from fieldguide.data import Column, Data, Manifest, Splits, read, split
@@ -191,7 +191,7 @@ class Tabular(BaseEstimator):
         target = self._target_name(table.columns)
         table = table.with_columns(pl.Series(target, y))
         if self.fitted_on_frame_:
-            *_, kinds, _ = grouped(self.settings or {})
+            *_, kinds, _ = group_settings(self.settings or {})
             return read(table, target=target, kinds={**kinds, target: self.kind})
         columns = {n: Column(n, "number", "feature", "column of an array") for n in table.columns}
         columns[target] = Column(target, self.kind, "target", "y", distinct=table[target].n_unique())

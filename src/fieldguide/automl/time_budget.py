@@ -22,13 +22,13 @@ MAX_EVALUATION_TIME_FRACTION = 0.2  # fraction of the planned time spent on eval
 ENOUGH_STEPS = 1000  # below this number of steps, batches are made smaller to fit more steps into the minutes
 
 
-def with_batch(settings: Settings, rows: int, min_batch_size: int, max_batch_size: int) -> Settings:
+def choose_batch_size(settings: Settings, rows: int, min_batch_size: int, max_batch_size: int) -> Settings:
     """Return the settings with a batch size.
 
     If the user sets none: a power of two that gives about forty steps per epoch, between `min_batch_size` and
     `max_batch_size`, at most the number of training rows. Raises `SettingsError` if there are fewer rows than micro-batches.
     """
-    parts = settings.grad_accum_steps * distributed.world()
+    parts = settings.grad_accum_steps * distributed.get_world_size()
     batch = settings.batch_size or int(2 ** round(np.log2(np.clip(rows / 40, min_batch_size, max_batch_size))))
     batch = max(min(batch, rows) // parts, 1) * parts
     if batch > rows:
@@ -39,7 +39,7 @@ def with_batch(settings: Settings, rows: int, min_batch_size: int, max_batch_siz
     return settings.with_({"batch_size": batch})
 
 
-def resolve(
+def resolve_settings(
     settings: Settings,
     objective: Objective,
     batches: Batches,
@@ -65,7 +65,7 @@ def resolve(
             float("nan"),
             0,
         )
-    parts = settings.grad_accum_steps * distributed.world()
+    parts = settings.grad_accum_steps * distributed.get_world_size()
     batch, batch_seconds = time_batch(batches, settings.resolved_batch_size // parts)
     precision, channels_last = settings.precision, bool(settings.channels_last)
     best, best_channels_last, times = choose_precision(objective, batch, distributed.device(), callback.log)

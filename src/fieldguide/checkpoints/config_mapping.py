@@ -1,4 +1,4 @@
-"""Public configuration files: which model they describe, and their keys as config fields and back."""
+"""Public configuration files: identification of the model, and conversion of keys to config fields and back."""
 
 from __future__ import annotations
 
@@ -13,47 +13,53 @@ from fieldguide.core.errors import WeightsError, nearest
 from fieldguide.models.mapping.config_rules import ConfigRow, Constant, Derived, Expect, LabelCount, ValueMap, WithDefault
 from fieldguide.models.registry import cards
 
-WRITTEN = ("model_type", "_class_name")  # keys that say what a configuration is of: where we write such,
-IDENTITY = (*WRITTEN, "general.architecture")  # and all
-TIMM = "timm"  # whose configurations say a name, and what was asked for beside it
-ASKED = {"img_size": "image", "drop_rate": "dropout", "drop_path_rate": "drop_path"}  # there, here
-SEEN = ("num_classes", "in_chans", "global_pool", "pretrained", "checkpoint_path")  # tensors say it, or it has no effect
-Identified = tuple[Card, str, Mapping[str, ConfigRow]]  # card, origin, table of configuration keys
+TYPE_KEYS = ("model_type", "_class_name")  # keys that identify the model in the configurations that we write
+IDENTITY_KEYS = (*TYPE_KEYS, "general.architecture")  # ... and in those that we read
+TIMM = "timm"  # its configurations hold a name and the arguments that differ from the defaults of that name
+TIMM_ARGS = {"img_size": "image", "drop_rate": "dropout", "drop_path_rate": "drop_path"}  # argument of timm -> our field
+IGNORED_TIMM_ARGS = (
+    "num_classes",
+    "in_chans",
+    "global_pool",
+    "pretrained",
+    "checkpoint_path",
+)  # follow from the tensors, or have no effect
+IdentifiedConfig = tuple[Card, str, Mapping[str, ConfigRow]]  # card, origin, table of configuration keys
 
 
 def read(path: Path) -> dict[str, Any]:
     """Return the keys of a JSON or GGUF file. Raises `WeightsError` if it holds none."""
     if path.suffix == ".gguf":
-        from fieldguide.core.gguf import metadata
+        from fieldguide.core.gguf import read_metadata
 
-        return metadata(path)
+        return read_metadata(path)
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}") from None
+        raise WeightsError(f"{path} is not valid JSON: {error}. Download or export it again.") from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a dictionary of keys")
+        raise WeightsError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")
     return content
 
 
-def identified(config: Mapping[str, Any]) -> Identified | None:
-    """Return card, size and origin of a configuration, or None if no card matches."""
+def identify_config(config: Mapping[str, Any]) -> IdentifiedConfig | None:
+    """Return card, origin and key table of a configuration, or None if no card matches."""
     for card in cards().values():
         for origin, table in card.configs.items():
             said = {
                 key: row.among or (row.value,)
                 for key, row in table.items()
-                if isinstance(row, Expect) and (key in IDENTITY or row.among)
+                if isinstance(row, Expect) and (key in IDENTITY_KEYS or row.among)
             }
-            plain = [] if said.keys() & set(IDENTITY) else [key for key, row in table.items() if isinstance(row, str)]
-            if all(at(config, key)[1] in values for key, values in said.items()) and all(
-                at(config, key)[1] is not None for key in plain
+            plain = [] if said.keys() & set(IDENTITY_KEYS) else [key for key, row in table.items() if isinstance(row, str)]
+            if all(look_up(config, key)[1] in values for key, values in said.items()) and all(
+                look_up(config, key)[1] is not None for key in plain
             ):
                 return card, origin, table
     return None
 
 
-def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, Any]]:
+def resolve_timm_name(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, Any]]:
     """Return card, size and overrides for the architecture name in a configuration of timm.
 
     Raises `WeightsError` for an unknown name or unknown overrides.
@@ -62,18 +68,18 @@ def named(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, A
     name = str(config["architecture"]).partition(".")[0]
     if name not in known:
         raise WeightsError(
-            f"{where} is of timm's {name}, which is not in this library.{nearest(name, known)} Relatives may have "
-            "the same tensors and compute otherwise; where you know what it is, say name=..."
+            f"{where} describes the timm model {name}, which is not supported.{nearest(name, known)} "
+            "If you know an equivalent model of this library, pass its name=..."
         )
     card, meant = known[name]
     size, changes = (meant, {}) if isinstance(meant, str) else meant
-    asked = {key: value for key, value in (config.get("model_args") or {}).items() if key not in SEEN}
-    if strange := [key for key in asked if key not in ASKED or not card.accepts(ASKED[key])]:
-        raise WeightsError(f"{where} describes another network than {size}: model_args.{strange[0]}={asked[strange[0]]!r}")
-    return card, size, {**changes, **{ASKED[key]: value for key, value in asked.items() if value is not None}}
+    asked = {key: value for key, value in (config.get("model_args") or {}).items() if key not in IGNORED_TIMM_ARGS}
+    if strange := [key for key in asked if key not in TIMM_ARGS or not card.accepts(TIMM_ARGS[key])]:
+        raise WeightsError(f"{where}: model_args.{strange[0]}={asked[strange[0]]!r} is not supported for {size}.")
+    return card, size, {**changes, **{TIMM_ARGS[key]: value for key, value in asked.items() if value is not None}}
 
 
-def at(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
+def look_up(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
     """Return whether a dotted key exists, and its value."""
     for part in key.split("."):
         if not isinstance(config, Mapping) or part not in config:
@@ -82,7 +88,7 @@ def at(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
     return True, config
 
 
-def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any], where: Any) -> dict[str, Any]:
+def to_config_fields(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any], where: Any) -> dict[str, Any]:
     """Return a public configuration as config fields.
 
     Raises `WeightsError` that lists every key by which it describes another network.
@@ -91,13 +97,13 @@ def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any
     kinds = {f.name: str(f.type) for f in fields(card.config)}
     faults = []
     for key, row in table.items():
-        there, value = at(config, key)
+        there, value = look_up(config, key)
         if isinstance(row, WithDefault):
             values[row.ours] = value if there and value is not None else row.value
         elif isinstance(row, ValueMap) and there:
             value = value[0] if isinstance(value, list) and value else value
             if value not in row.values:
-                faults.append(f"{key}={value!r} is none of {', '.join(map(repr, row.values))}")
+                faults.append(f"{key}={value!r} must be one of {', '.join(map(repr, row.values))}")
             else:
                 values[row.ours] = row.values[value]
         elif isinstance(row, LabelCount):
@@ -112,23 +118,25 @@ def inwards(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any
     if not faults:
         made = card.config(**values)
         for key, row in table.items():
-            there, value = at(config, key)
+            there, value = look_up(config, key)
             if isinstance(row, Expect) and not there and row.absent is not ...:
                 there, value = True, row.absent
             if isinstance(row, Expect) and there and (wanted := row.value(made) if callable(row.value) else row.value) != value:
-                faults.append(f"{key}={value!r}, and {card.name} here has {wanted!r}")
+                faults.append(f"{key}={value!r} is not supported; {card.name} requires {wanted!r}")
     if faults:
-        raise WeightsError("\n".join([f"{where} describes another network than {card.name}:", *(f"  {f}" for f in faults)]))
+        raise WeightsError(
+            "\n".join([f"{where} describes a network that differs from {card.name}:", *(f"  {f}" for f in faults)])
+        )
     return values
 
 
-def outwards(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[str, Any]:
+def to_public_config(card: Card, table: Mapping[str, ConfigRow], config: Any) -> dict[str, Any]:
     """Return a config under public keys. Raises `WeightsError` for values that the origin cannot express."""
     out: dict[str, Any] = {}
     for key, row in table.items():
         if isinstance(row, Constant):
             if (own := getattr(config, row.ours)) != row.value:
-                raise WeightsError(f"{card.name} with {row.ours}={own!r} cannot be written so: there, {key.strip('<>')}.")
+                raise WeightsError(f"{card.name} with {row.ours}={own!r} cannot be exported to this format: {key.strip('<>')}.")
             continue
         if isinstance(row, Expect):
             if not row.written:

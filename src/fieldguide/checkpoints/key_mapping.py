@@ -19,11 +19,11 @@ State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DDP, torch.compile, wrappers
-LISTED = 20  # keys shown of each kind in an error
+MAX_LISTED_KEYS = 20  # keys shown of each kind in an error
 
 
 @cache
-def compiled(pattern: str) -> tuple[re.Pattern, tuple[tuple[str, int], ...]]:
+def compile_pattern(pattern: str) -> tuple[re.Pattern, tuple[tuple[str, int], ...]]:
     """Return a pattern as a regular expression, with the name and offset of each of its groups."""
     groups, text = [], ""
     for piece in re.split(r"(\{\w+(?:[+-]\d+)?\}|\*)", pattern):
@@ -31,48 +31,50 @@ def compiled(pattern: str) -> tuple[re.Pattern, tuple[tuple[str, int], ...]]:
             groups.append(("*", 0))
             text += r"([^.]+)"
         elif piece.startswith("{"):
-            name, offset = re.fullmatch(r"\{(\w+)([+-]\d+)?\}", piece).groups()
-            groups.append((name, int(offset or 0)))
+            found = re.fullmatch(r"\{(\w+)([+-]\d+)?\}", piece)
+            assert found is not None  # by the split above
+            groups.append((found[1], int(found[2] or 0)))
             text += r"(\d+)"
         else:
             text += re.escape(piece)
     return re.compile(text), tuple(groups)
 
 
-def matched(pattern: str, name: str) -> dict[str, int | str] | None:
+def match_name(pattern: str, name: str) -> dict[str, int | str] | None:
     """Return the values of a pattern's groups in a name, or None if it does not match."""
-    expression, groups = compiled(pattern)
+    expression, groups = compile_pattern(pattern)
     if not (found := expression.fullmatch(name)):
         return None
     values: dict[str, int | str] = {}
     for (group, offset), text in zip(groups, found.groups()):
-        value = text if group == "*" else int(text) - offset
-        if values.setdefault(group, value) != value or (group != "*" and value < 0):
+        number = 0 if group == "*" else int(text) - offset
+        value = text if group == "*" else number
+        if values.setdefault(group, value) != value or number < 0:
             return None
     return values
 
 
-def spelt(pattern: str, values: Mapping[str, int | str]) -> str:
+def fill_pattern(pattern: str, values: Mapping[str, int | str]) -> str:
     """Return the name for a pattern and the values of its groups."""
 
     def text(found: re.Match) -> str:
         if found[0] == "*":
             return str(values["*"])
-        return str(values[found[1]] + int(found[2] or 0))
+        return str(int(values[found[1]]) + int(found[2] or 0))
 
     return re.sub(r"\{(\w+)([+-]\d+)?\}|\*", text, pattern)
 
 
-def zeros(table: Table) -> list[Zeros]:
+def find_zero_rows(table: Table) -> list[Zeros]:
     return [row for row in table.values() if isinstance(row, Zeros)]
 
 
-def ours_of(row: Row) -> str | None:
+def get_our_name(row: Row) -> str | None:
     return row if isinstance(row, str) else getattr(row, "ours", None)
 
 
-def turned(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
-    """Return the tensor in our layout, or in theirs."""
+def convert_layout(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
+    """Return the tensor in our layout (`side` "here") or in the public one ("there")."""
     if isinstance(row, Reshaped):
         return tensor.reshape(getattr(row, side))
     if pairs := getattr(row, "pairs", 0):
@@ -81,19 +83,19 @@ def turned(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
     return tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
 
 
-def holds(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Return whether a shape, in which one length may be open, fits this tensor exactly."""
+def fits_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Return whether the tensor can be reshaped to a shape, in which one length may be -1."""
     known = math.prod(length for length in shape if length != -1)
     return tensor.numel() % known == 0 if -1 in shape else tensor.numel() == known
 
 
 @dataclass
-class Translated:
+class TranslatedState:
     state: dict[str, Tensor] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)  # new name -> old name(s)
     unknown: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    means: dict[str, Any] = field(default_factory=dict)  # fields of the config that such files have
+    means: dict[str, Any] = field(default_factory=dict)  # config fields implied by dropped tensors
 
     def put(self, name: str, tensor: Tensor, old: str) -> None:
         if name in self.state and not tensor.is_meta and not torch.equal(self.state[name], tensor):
@@ -101,11 +103,12 @@ class Translated:
         self.state[name], self.origin[name] = tensor, old
 
 
-def inwards(state: State, table: Table) -> Translated:
+def map_to_ours(state: State, table: Table) -> TranslatedState:
     """Map public names to ours."""
-    done, parts = Translated(), {}
+    done = TranslatedState()
+    parts: dict[tuple[str, int], dict[int, tuple[str, Tensor]]] = {}  # by our name and number of parts
     for name, tensor in state.items():
-        hit = next(((row, values) for public, row in table.items() if (values := matched(public, name)) is not None), None)
+        hit = next(((row, values) for public, row in table.items() if (values := match_name(public, name)) is not None), None)
         if hit is None:
             done.unknown.append(name)
             continue
@@ -113,51 +116,51 @@ def inwards(state: State, table: Table) -> Translated:
         if isinstance(row, Dropped):
             done.means |= row.means
             continue
-        ours = spelt(ours_of(row), values)
+        ours = fill_pattern(row if isinstance(row, str) else row.ours, values)
         if isinstance(row, Fused):
-            parts.setdefault((ours, row.parts), {})[row.part] = (name, turned(tensor, row, "here"))
-        elif isinstance(row, Reshaped) and not holds(tensor, row.here):
-            done.faults.append(f"{name} ({shape_of(tensor)}) cannot be read in the shape {row.here} of {ours}")
+            parts.setdefault((ours, row.parts), {})[row.part] = (name, convert_layout(tensor, row, "here"))
+        elif isinstance(row, Reshaped) and not fits_shape(tensor, row.here):
+            done.faults.append(f"{name} ({format_shape(tensor)}) cannot be reshaped to {row.here}, the shape of {ours}")
         else:
-            done.put(ours, turned(tensor, row, "here"), name)
+            done.put(ours, convert_layout(tensor, row, "here"), name)
     for (ours, count), found in parts.items():
         names = ", ".join(found[i][0] for i in sorted(found))
         tensors = [found[i][1] for i in sorted(found)]
         if len(found) < count:
-            done.faults.append(f"{ours} is made of {count} tensors, the file has only {names}")
+            done.faults.append(f"{ours} is built from {count} tensors, but the file has only {names}")
         elif len({t.shape for t in tensors}) > 1:
-            done.faults.append(f"{ours} is made of {names}, whose shapes differ")
+            done.faults.append(f"{ours} is built from {names}, whose shapes differ")
         else:
             done.put(ours, torch.cat(tensors), names)
-    for row in zeros(table):
+    for row in find_zero_rows(table):
         if row.like in done.state and row.ours not in done.state:
             other = done.state[row.like]
             like = other[:, 0] if row.column else other[: row.length]
-            done.put(row.ours, torch.zeros_like(like), "what such files do without")
+            done.put(row.ours, torch.zeros_like(like), "no public tensor")
     return done
 
 
-def outwards(state: State, table: Table) -> Translated:
+def map_to_public(state: State, table: Table) -> TranslatedState:
     """Map our names to public ones. If several public names mean one tensor, the first row counts."""
-    done = Translated()
+    done = TranslatedState()
     for name, tensor in state.items():
         hits = [
             (public, row, values)
             for public, row in table.items()
-            if ours_of(row) and (values := matched(ours_of(row), name)) is not None
+            if (ours := get_our_name(row)) and (values := match_name(ours, name)) is not None
         ]
         if not hits:
             done.unknown.append(name)
         elif isinstance(hits[0][1], Fused):
             parts = {row.part: (public, row, values) for public, row, values in reversed(hits) if isinstance(row, Fused)}
-            for public, row, values in parts.values():
-                done.put(spelt(public, values), turned(tensor.chunk(row.parts)[row.part], row, "there"), name)
+            for public, part, values in parts.values():
+                done.put(fill_pattern(public, values), convert_layout(tensor.chunk(part.parts)[part.part], part, "there"), name)
         elif isinstance(hits[0][1], Zeros):
             if tensor.any():
-                done.faults.append(f"{name} must be zeros to be written so, and is not")
+                done.faults.append(f"{name} is not zero, so it cannot be written in this format")
         else:
             public, row, values = hits[0]
-            done.put(spelt(public, values), turned(tensor, row, "there"), name)
+            done.put(fill_pattern(public, values), convert_layout(tensor, row, "there"), name)
     return done
 
 
@@ -166,13 +169,13 @@ def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Te
 
     Raises `WeightsError` that lists all names without a row, and tensors that contradict each other.
     """
-    done = (outwards if reverse else inwards)(state, table)
+    done = (map_to_public if reverse else map_to_ours)(state, table)
     if done.unknown or done.faults:
         raise WeightsError(
             "\n".join(
                 [
                     f"{len(done.unknown)} of {len(state)} names have no row in the table:",
-                    *listed("unknown", done.unknown),
+                    *format_list("unknown", done.unknown),
                     *done.faults,
                 ]
             )
@@ -180,19 +183,19 @@ def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Te
     return done.state
 
 
-def forms(state: State) -> list[State]:
-    """Yield the state, then the state without each prefix that all its names share."""
+def strip_prefixes(state: State) -> list[State]:
+    """Return the state, then the state without each prefix that all its names share."""
     forms = [state]
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in forms[-1])), ""):
         forms.append({name.removeprefix(prefix): tensor for name, tensor in forms[-1].items()})
     return forms
 
 
-def listed(kind: str, lines: Iterable[str]) -> list[str]:
+def format_list(kind: str, lines: Iterable[str]) -> list[str]:
     lines = list(lines)
-    more = [f"  {kind}: and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-    return [f"  {kind}: {line}" for line in lines[:LISTED]] + more
+    more = [f"  {kind}: and {len(lines) - MAX_LISTED_KEYS} more"] if len(lines) > MAX_LISTED_KEYS else []
+    return [f"  {kind}: {line}" for line in lines[:MAX_LISTED_KEYS]] + more
 
 
-def shape_of(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
+def format_shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

@@ -11,25 +11,44 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fieldguide.checkpoints import config_mapping, run_folder, weights
-from fieldguide.checkpoints.config_mapping import TIMM, WRITTEN, Identified, identified, inwards, named, outwards
-from fieldguide.checkpoints.identify import FREE, Unfilled, headed, headless, recognised, seen, sibling
+from fieldguide.checkpoints.config_mapping import (
+    TIMM,
+    TYPE_KEYS,
+    IdentifiedConfig,
+    identify_config,
+    resolve_timm_name,
+    to_config_fields,
+    to_public_config,
+)
+from fieldguide.checkpoints.identify import (
+    FREE_FIELDS,
+    SkipInitialization,
+    choose_variant,
+    has_head,
+    infer_fields,
+    lacks_head,
+    recognize,
+)
 from fieldguide.checkpoints.names import CONFIG_FILE, CONFIG_FILES, HUB_PREFIX
-from fieldguide.checkpoints.preprocessor_config import pixels, preparation, shown
+from fieldguide.checkpoints.preprocessor_config import format_pixels, get_image_options, read_preprocessor
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.data.preprocessing import ImageTransform, tokenizer_files
 from fieldguide.models.registry import card_of, find
 
-FILE = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}  # beside it
-PARTS = "consolidated.*.pth"  # Meta's, one for each machine
-TEMPLATE = "a photo of a {}."  # of CLIP's paper, section 3.1.4: how a class is said
+if TYPE_CHECKING:
+    from fieldguide.core.card import Network
+
+WEIGHT_FILES = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}  # written next to it
+SHARD_PATTERN = "consolidated.*.pth"  # files of Meta's checkpoints, one per machine
+CLIP_TEMPLATE = "a photo of a {}."  # text for a class name, from section 3.1.4 of the CLIP paper
 
 
 @dataclass(frozen=True)
@@ -44,19 +63,19 @@ class Checkpoint:
 
     @property
     def size(self) -> str:
-        """The name of its size, or the bare name of its architecture if it matches none."""
+        """Name of its size, or of its architecture if no size matches."""
         if self.path and (self.path / "run.json").is_file():
             return config_mapping.read(self.path / "run.json")["model"]["size"]
-        card, free = self.card, {"output_type", *(self.card.names.get(word, word) for word in FREE)}
+        card, free = self.card, {"output_type", *(self.card.names.get(word, word) for word in FREE_FIELDS)}
         mine = asdict(card.config(**self.values))
         best, most = card.name, -1
         for size, said in card.sizes.items():
             apart = {k for k, v in asdict(card.config(**said.overrides)).items() if v != mine[k]}
-            if not apart - free and len(mine) - len(apart) > most:  # of sizes that differ in such alone, the nearest
+            if not apart - free and len(mine) - len(apart) > most:  # the closest size that differs only in free fields
                 best, most = size, len(mine) - len(apart)
         return best
 
-    def config(self, needs: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
+    def build_config(self, needs: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
         """Return its config with another head, and for images of another size.
 
         Raises `SettingsError` for a tokenizer with more tokens than the checkpoint has, and for impossible
@@ -68,16 +87,16 @@ class Checkpoint:
                 given for given in needs.get("output_type", card.output_types) if given in card.output_types
             )
             if kept["output_type"] == "label" and self.values.get("output_type") == "vector" and card.accepts("mean"):
-                kept["mean"] = True  # by which it has learnt to say what a text is
+                kept["mean"] = True  # its embedding was trained as the mean over the tokens
         if card.input_type == "image" and needs.get("channels", self.channels) != self.channels:
             raise SettingsError(
-                f"{self.path} reads pictures of {self.channels} channels, and these are to have "
-                f"{needs['channels']}: leave task.channels to it."
+                f"{self.path} reads images with {self.channels} channels, but task.channels is {needs['channels']}. "
+                "Leave out task.channels."
             )
         if needs.get("vocab_size", 0) > self.values.get("vocab_size", getattr(card.config(**self.values), "vocab_size", 0)):
             raise SettingsError(
-                f"the tokenizer has {needs['vocab_size']:,} tokens, more than {self.path} knows: give the one that "
-                "it was trained with (--set task.tokenizer=PATH)."
+                f"the tokenizer has {needs['vocab_size']:,} tokens, more than the vocabulary of {self.path}. Pass the "
+                "tokenizer that it was trained with (--set task.tokenizer=PATH)."
             )
         try:
             return card.config(**{card.names.get(k, k): v for k, v in {**self.values, **kept, **changes}.items()})
@@ -86,10 +105,10 @@ class Checkpoint:
 
     @property
     def channels(self) -> int:
-        """The number of channels of its input images."""
+        """Number of channels of its input images."""
         return getattr(self.card.config(**self.values), self.card.names.get("channels", "channels"), 3)
 
-    def words(self) -> tuple[Path | None, str]:
+    def find_tokenizer(self) -> tuple[Path | None, str]:
         """Return the path of its tokenizer, or None and the reason why it cannot be read (empty if there is none)."""
         folder = self.path if self.path.is_dir() else self.path.parent
         if (folder / "run.json").is_file():
@@ -100,24 +119,24 @@ class Checkpoint:
         """Return the task options that reproduce the checkpoint's own preprocessing."""
         folder = self.path if self.path.is_dir() else self.path.parent
         offered: dict[str, Any] = {}
-        if words := self.words()[0]:
+        if words := self.find_tokenizer()[0]:
             offered["tokenizer"] = str(words)
         if self.card.accepts("begin"):
             offered["begin"] = self.card.config(**self.values).begin
         if self.card.input_type == "image":
-            offered["pixels"] = pixels(preparation(folder)[1], self.card.scale, self.channels)
+            offered["pixels"] = format_pixels(read_preprocessor(folder)[1], self.card.scale, self.channels)
             if (folder / "run.json").is_file():
                 state, _ = run_folder.read_preprocessing(folder)
                 if "pictures" in state:
                     transform = ImageTransform.from_json(state["pictures"])
-                    offered["pixels"] = pixels({}, (transform.mean, transform.std), self.channels)
+                    offered["pixels"] = format_pixels({}, (transform.mean, transform.std), self.channels)
             offered["channels"] = self.channels
         if self.card.input_type == "captioned":
-            offered |= self.pictured(folder)
+            offered |= self.get_image_text_defaults(folder)
         return offered
 
-    def pictured(self, folder: Path) -> dict[str, Any]:
-        """Return these options for a network of images and texts, with image size and text length."""
+    def get_image_text_defaults(self, folder: Path) -> dict[str, Any]:
+        """Return the task options for a network of images and texts, including image size and text length."""
         card, config = self.card, self.card.config(**self.values)
         side, length = (getattr(config, card.names.get(word, word)) for word in ("image", "length"))
         offered = {"side": side, "channels": self.channels, "length": length}
@@ -126,8 +145,8 @@ class Checkpoint:
         if not (folder / "run.json").is_file():
             return (
                 offered
-                | shown(folder, side, self.channels, card.scale)
-                | ({"template": TEMPLATE} if "embeddings" in card.output_types else {})
+                | get_image_options(folder, side, self.channels, card.scale)
+                | ({"template": CLIP_TEMPLATE} if "embeddings" in card.output_types else {})
             )
         state, options = run_folder.read_preprocessing(folder)
         transform = ImageTransform.from_json(state["pictures"])
@@ -146,55 +165,56 @@ def inspect_checkpoint(
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
         from fieldguide.checkpoints import hub
 
-        with distributed.turns():  # one process of a machine downloads, the others find the files in the cache
+        with distributed.main_process_first():  # one process of a machine downloads, the others find the files in the cache
             source = hub.download_model(source.removeprefix(HUB_PREFIX), callback or hub.print_stderr)
     path = Path(source)
     if not path.exists():
         raise WeightsError(
             f"{path} does not exist. For a model of the Hugging Face Hub use hf:organization/name; for a "
-            "network with new weights, fieldguide.create."
+            "network with random weights use fieldguide.create."
         )
     if run_folder.is_run(path):
         card, config, state = run_folder.read_network(path)
         return Checkpoint(path, card, weights.OURS, asdict(config), state)
     folder = path if path.is_dir() else path.parent
     beside = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
-    if path.suffix == ".gguf":  # says itself what it is
+    if path.suffix == ".gguf":  # contains its own configuration
         beside = path
     said = config_mapping.read(beside) if beside and name is None else {}
-    known = identified(said) if said else None
-    if path.is_dir() and len(parts := sorted(path.glob(PARTS))) > 1:
-        return joined(path, parts, known, inwards(known[0], known[2], said, beside) if known else {})
+    known = identify_config(said) if said else None
+    if path.is_dir() and len(parts := sorted(path.glob(SHARD_PATTERN))) > 1:
+        return join_shards(path, parts, known, to_config_fields(known[0], known[2], said, beside) if known else {})
     state = weights.read(path)
+    origin: str | None
     if known:
         card, origin, table = known
-        values = inwards(card, table, said, beside)
-        origin = sibling(card, origin, values, state)
-        values |= unsaid(card, values, state)
-        if card.accepts("tie_embeddings"):  # the file itself says it best: it has a head, or not
-            values["tie_embeddings"] = not headed(card, values, state, origin)
+        values = to_config_fields(card, table, said, beside)
+        origin = choose_variant(card, origin, values, state)
+        values |= infer_vocab_size(card, values, state)
+        if card.accepts("tie_embeddings"):  # whether the file has a head is more reliable than its configuration
+            values["tie_embeddings"] = not has_head(card, values, state, origin)
         return Checkpoint(path, card, origin, values, state)
     changes: Mapping[str, Any] = {}
     if name is not None:
         card, size = find(name)
         origin = None
     elif "architecture" in said and "pretrained_cfg" in said:
-        card, size, changes = named(said, beside)
+        card, size, changes = resolve_timm_name(said, beside)
         origin = TIMM if TIMM in card.weights else None
     else:
         try:
-            card, size, origin, changes = recognised(state, str(path))
+            card, size, origin, changes = recognize(state, str(path))
         except WeightsError as error:
             if "model_type" not in said:
                 raise
             raise WeightsError(
-                f"{beside} is of {' or '.join(said.get('architectures') or ['a network'])} "
-                f"(model_type={said['model_type']!r}), which is not in this library. {error}"
+                f"{beside} describes {' or '.join(said.get('architectures') or ['a network'])} "
+                f"(model_type={said['model_type']!r}), which is not supported. {error}"
             ) from None
     values = {**card.sizes[size].overrides, **changes}
-    if headless(card, values, state):
+    if lacks_head(card, values, state):
         values["output_type"] = "vector"
-    return Checkpoint(path, card, origin, {**values, **seen(card, values, state)}, state)
+    return Checkpoint(path, card, origin, {**values, **infer_fields(card, values, state)}, state)
 
 
 def load(source: str | Path, *, name: str | None = None, head: Literal["load", "skip"] = "load", **overrides: Any) -> nn.Module:
@@ -206,26 +226,27 @@ def load(source: str | Path, *, name: str | None = None, head: Literal["load", "
     `image`. `head="skip"` leaves a head that the file lacks, or has for other classes, randomly initialized
     (see `fieldguide.checkpoints.weights.load`).
 
-    Raises `WeightsError` if no model matches, with the nearest ones.
+    Raises `WeightsError` that lists the closest models if none matches.
     """
     found = inspect_checkpoint(source, name)
-    return filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(source), head)
+    return build_network(found.card, {**found.values, **overrides}, found.state, found.origin, str(source), head)
 
 
-def filled(
+def build_network(
     card: Card,
     values: Mapping[str, Any],
     state: Mapping[str, Tensor],
     origin: str | None,
     where: str,
     head: Literal["load", "skip"] = "load",
-) -> nn.Module:
+) -> Network:
+    """Create a network of a card with the given fields and fill it with tensors, in evaluation mode."""
     try:
         config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
     except TypeError as error:
         raise SettingsError(f"{card.name}: {error}") from None
-    with Unfilled() if head == "load" else nullcontext():
-        model = card.make(config)
+    with SkipInitialization() if head == "load" else nullcontext():
+        model: Network = card.make(config)
     try:
         weights.load(model, state, origin, head)
     except WeightsError as error:
@@ -233,31 +254,29 @@ def filled(
     return model.eval()
 
 
-def unsaid(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Add the vocabulary size if the configuration leaves it to the tensors."""
+def infer_vocab_size(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the vocabulary size read from the tensors if the configuration lacks it, else nothing."""
     field = card.names.get("vocab_size", "vocab_size")
     if not card.accepts("vocab_size") or field in values:
         return {}
-    return {key: value for key, value in seen(card, values, state).items() if key == field}
+    return {key: value for key, value in infer_fields(card, values, state).items() if key == field}
 
 
-def joined(path: Path, parts: list[Path], known: Identified | None, values: Mapping[str, Any]) -> Checkpoint:
-    """Return a network whose tensors are sharded across files: each along the axis on which its parts form the
-    whole.
-    """
+def join_shards(path: Path, parts: list[Path], known: IdentifiedConfig | None, values: Mapping[str, Any]) -> Checkpoint:
+    """Return a checkpoint whose tensors are sharded across files, each concatenated along the axis that was split."""
     if known is None:
         raise WeightsError(
-            f"{path} holds {len(parts)} parts of a network, and no {' or '.join(CONFIG_FILES)} that says which it is"
+            f"{path} holds {len(parts)} parts of a network, but no configuration. Add {' or '.join(CONFIG_FILES)}."
         )
     card, origin, _ = known
     files = [weights.read(part) for part in parts]
-    values = {**values, **unsaid(card, values, files[0])}
+    values = {**values, **infer_vocab_size(card, values, files[0])}
     with torch.device("meta"):
         model = card.make(card.config(**values))
     written = weights.translate(model.state_dict(), card.tables(model.config)[origin], reverse=True)
     wanted = {name: t.shape for name, t in written.items()}
     if strange := {name for file in files for name in file} - {name for file in files[:1] for name in file}:
-        raise WeightsError(f"{parts[0]} lacks {', '.join(sorted(strange)[:3])}, which other parts have")
+        raise WeightsError(f"{parts[0]} lacks {', '.join(sorted(strange)[:3])}, which other parts have. Download it again.")
     state = {}
     for name, first in files[0].items():
         shape = wanted.get(name, first.shape)
@@ -276,7 +295,7 @@ def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path
     format = "huggingface" if format == "hf" else format
     card = card_of(model)
     if format == "huggingface" and card and format not in card.weights and "diffusers" in card.weights:
-        format = "diffusers"  # the other library whose folders lie there
+        format = "diffusers"  # diffusers also saves in Hugging Face folders
     if Path(path).suffix == ".safetensors":
         return weights.save(model, path, format)
     return export(model, path, format)
@@ -285,16 +304,17 @@ def save(model: nn.Module, path: str | Path, format: str = weights.OURS) -> Path
 def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
     """Write config.json and model.safetensors in the format of an origin."""
     card = card_of(model)
-    known = {name: table for name, table in (card.configs if card else {}).items() if any(key in table for key in WRITTEN)}
+    known = {name: table for name, table in (card.configs if card else {}).items() if any(key in table for key in TYPE_KEYS)}
     if origin not in known:
         raise WeightsError(
-            f"{type(model).__name__} cannot be written as a folder of {origin!r}.{nearest(origin, known)} "
-            f"Known are {', '.join(known) or 'none'}."
+            f"{type(model).__name__} cannot be saved in the format {origin!r}.{nearest(origin, known)} "
+            f"Supported formats: {', '.join(known) or 'none'}."
         )
-    folder, said = Path(folder), outwards(card, known[origin], model.config)
+    assert card is not None  # it has a table of this origin
+    folder, said = Path(folder), to_public_config(card, known[origin], model.config)
     folder.mkdir(parents=True, exist_ok=True)
     bare = f"{origin}-base"  # names in files without a head, where they differ
     names = bare if getattr(model.config, "output_type", "") == "vector" and bare in card.weights else origin
-    weights.save(model, folder / next(FILE[key] for key in WRITTEN if key in said), names)
+    weights.save(model, folder / next(WEIGHT_FILES[key] for key in TYPE_KEYS if key in said), names)
     (folder / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n")
     return folder

@@ -1,4 +1,4 @@
-"""Image preprocessing of pretrained networks, as the files next to the weights describe it.
+"""Image preprocessing of pretrained networks, read from the files next to the weights.
 
 The formats of transformers, timm (`pretrained_cfg`) and open_clip (`preprocess_cfg`) are converted to the newer
 keys of transformers: `size` (shortest_edge, or height and width), `crop_size`, `image_mean`, `image_std`,
@@ -16,9 +16,9 @@ from fieldguide.checkpoints.config_mapping import read
 from fieldguide.core.card import Scale
 from fieldguide.core.errors import WeightsError
 
-FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
-# The preprocessor of transformers that prepares for a kind of network, where the file leaves that open.
-OWN = {
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's constants
+# model_type -> image processor of transformers, for files that do not name one.
+DEFAULT_PROCESSORS = {
     "vit": "vit",
     "swin": "vit",
     "deit": "deit",
@@ -27,13 +27,13 @@ OWN = {
     "resnet": "convnext",
     "efficientnet": "efficientnet",
 }
-SQUARE = ("vit", "deit", "efficientnet")  # for which one number as a size is both sides, not the shorter one
-FILTER = {"vit": "bilinear"}  # where none is named; else bicubic
-WIDE = 384  # pixels from which ConvNeXt's pictures are stretched, not cut
-Said = dict[str, Any]
+SQUARE_PROCESSORS = ("vit", "deit", "efficientnet")  # processors whose `size`, if it is one number, means both sides
+DEFAULT_FILTERS = {"vit": "bilinear"}  # resize filter if the file names none; the others use bicubic
+MIN_STRETCHED_SIDE_PIXELS = 384  # from this size on, ConvNeXt's processor stretches instead of cropping
+Values = dict[str, Any]
 
 
-def timm(content: Said, file: Path) -> Said:
+def convert_timm(content: Values, file: Path) -> Values:
     """Return timm's evaluation preprocessing: the shorter side is scaled to the crop divided by `crop_pct`."""
     said = content.get("pretrained_cfg") or {}
     if "input_size" not in said:
@@ -53,11 +53,11 @@ def timm(content: Said, file: Path) -> Said:
     }
 
 
-def open_clip(content: Said, file: Path) -> Said:
+def convert_open_clip(content: Values, file: Path) -> Values:
     if not (said := content.get("preprocess_cfg")):
         return {}
     if said.get("resize_mode", "shortest") not in ("shortest", "squash"):
-        raise WeightsError(f"{file}: resize_mode={said['resize_mode']!r}; known are shortest and squash")
+        raise WeightsError(f"{file}: resize_mode={said['resize_mode']!r} is not supported; it must be shortest or squash.")
     return {
         "image_mean": said.get("mean"),
         "image_std": said.get("std"),
@@ -66,25 +66,25 @@ def open_clip(content: Said, file: Path) -> Said:
     }
 
 
-def transformers(content: Said, file: Path) -> Said:
-    """Return a preprocessor's values with its defaults filled in; of one for images and texts, those for images."""
-    said = content if file.name.startswith("pre") else content.get("image_processor") or {}
+def convert_transformers(content: Values, file: Path) -> Values:
+    """Return the values of an image processor, or of the image part of a processor, with its defaults filled in."""
+    said: Values = content if file.name.startswith("pre") else content.get("image_processor") or {}
     if not said:
         return {}
     name = str(said.get("image_processor_type") or said.get("feature_extractor_type") or "")
     config = file.parent / "config.json"
-    kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name).lower() or OWN.get(
+    kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name).lower() or DEFAULT_PROCESSORS.get(
         str(read(config).get("model_type")) if config.is_file() else "", ""
     )
-    said = {**said, "resample": said.get("resample", FILTERS.index(FILTER.get(kind, "bicubic")))}
+    said = {**said, "resample": said.get("resample", FILTERS.index(DEFAULT_FILTERS.get(kind, "bicubic")))}
     size = said.get("size")
-    if isinstance(size, int) and kind in SQUARE:
+    if isinstance(size, int) and kind in SQUARE_PROCESSORS:
         said["size"] = {"height": size, "width": size}
     elif kind == "convnext" and size:
         edge = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
         said |= (
             {"size": {"height": edge, "width": edge}}
-            if edge >= WIDE
+            if edge >= MIN_STRETCHED_SIDE_PIXELS
             else {"size": {"shortest_edge": int(edge / (said.get("crop_pct") or 224 / 256))}, "crop_size": edge}
         )
     if kind == "efficientnet" and said.get("include_top", True) and "image_std" in said:
@@ -94,58 +94,62 @@ def transformers(content: Said, file: Path) -> Said:
     return said
 
 
-# Files that say how pictures are prepared -> who reads them; the first that says it.
-PREPARED: Mapping[str, Callable[[Said, Path], Said]] = {
-    "preprocessor_config.json": transformers,
-    "processor_config.json": transformers,
-    "open_clip_config.json": open_clip,
-    "config.json": timm,
+# File name -> function that converts it; the first file with preprocessing values is used.
+CONVERTERS: Mapping[str, Callable[[Values, Path], Values]] = {
+    "preprocessor_config.json": convert_transformers,
+    "processor_config.json": convert_transformers,
+    "open_clip_config.json": convert_open_clip,
+    "config.json": convert_timm,
 }
 
 
-def preparation(folder: Path) -> tuple[Path | None, Said]:
+def read_preprocessor(folder: Path) -> tuple[Path | None, Values]:
     """Return the name and content of the file next to the weights that describes the preprocessing.
 
     Raises `WeightsError` if it cannot be read.
     """
-    there = ((folder / name, way) for name, way in PREPARED.items() if (folder / name).is_file())
+    there = ((folder / name, way) for name, way in CONVERTERS.items() if (folder / name).is_file())
     return next(((file, said) for file, way in there if (said := way(read(file), file))), (None, {}))
 
 
-def number(size: Any, *keys: str) -> int | None:
-    """Return a side length given as a number, or under one of these keys."""
+def get_side(size: Any, *keys: str) -> int | None:
+    """Return `size` if it is a number, else its value under the first of these keys that it has."""
     return size if isinstance(size, int) or not size else next((size[key] for key in keys if size.get(key)), None)
 
 
-def side_of(folder: Path) -> int | None:
+def get_input_side(folder: Path) -> int | None:
     """Return the side of the network's input images in pixels."""
-    said = preparation(folder)[1]
-    return number(said.get("crop_size"), "height") or number(said.get("size"), "shortest_edge", "height")
+    said = read_preprocessor(folder)[1]
+    return get_side(said.get("crop_size"), "height") or get_side(said.get("size"), "shortest_edge", "height")
 
 
-def shown(folder: Path, side: int, channels: int, scale: Scale) -> dict[str, str]:
+def get_image_options(folder: Path, side: int, channels: int, scale: Scale) -> dict[str, str]:
     """Return the task options `pixels` and `resize` for input images of `side` pixels.
 
     They come from the files next to the weights, else from `scale`. Raises `WeightsError` if the files are for
     another side.
     """
-    file, said = preparation(folder)
+    file, said = read_preprocessor(folder)
     size = said.get("size") or side
-    short, both = number(size, "shortest_edge"), number({} if isinstance(size, int) else size, "height")
+    short, both = get_side(size, "shortest_edge"), get_side({} if isinstance(size, int) else size, "height")
     edge, padded = short or both, said.get("do_pad") is True and "crop_size" not in said
-    cut = None if said.get("do_center_crop") is False else number(said.get("crop_size"), "height") or (short and side)
+    cut = None if said.get("do_center_crop") is False else get_side(said.get("crop_size"), "height") or (short and side)
     if edge and not padded and ((cut or both) != side or edge < side):
         raise WeightsError(
-            f"{file} gives pictures of {cut or both or 'any'} pixels, cut out of {edge}; the network reads {side} a side"
+            f"{file} produces images of {cut or both or 'any'} pixels per side, cropped from {edge}, but the network reads "
+            f"{side}. Pass the size that the file describes."
         )
     fit = "pad" if padded else "crop" if short else "stretch"
     share = f" {side / edge}" if edge and edge != side and fit != "pad" else ""
     way = FILTERS[said.get("resample", FILTERS.index("bicubic"))]
-    return {"pixels": pixels(said, scale, channels), "resize": f"{fit}{share} {way}{' even' if said.get('even') else ''}"}
+    return {
+        "pixels": format_pixels(said, scale, channels),
+        "resize": f"{fit}{share} {way}{' even' if said.get('even') else ''}",
+    }
 
 
-def pixels(said: Mapping[str, Any], scale: Scale, channels: int) -> str:
-    """Return mean and standard deviation of each channel as the task option `pixels` writes them."""
+def format_pixels(said: Mapping[str, Any], scale: Scale, channels: int) -> str:
+    """Return mean and standard deviation of each channel as text for the task option `pixels`."""
     values = [list(said.get(key) or own) for key, own in zip(("image_mean", "image_std"), scale)]
     one: Callable[[list[float]], list[float]] = lambda numbers: [sum(numbers) / len(numbers)]
     values = [own if len(own) == channels else one(own) if channels == 1 else own[:channels] for own in values]

@@ -1,4 +1,4 @@
-"""Read what a new fit needs of an earlier run: its network, weights, and how it prepared its inputs."""
+"""Reading of an earlier run for a new fit: its network, weights and fitted preprocessing."""
 
 from __future__ import annotations
 

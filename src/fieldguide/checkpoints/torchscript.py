@@ -1,4 +1,4 @@
-"""Tensors of TorchScript archives, the format in which OpenAI published CLIP. None of their code is run.
+"""Tensors of TorchScript archives, the format in which OpenAI published CLIP. Code in the archive is not run.
 
 An archive is a zip file: `data.pkl` describes a tree of modules, `data/` holds the numbers, and `code/` lists
 the parameters and buffers of each class, so that the names are exactly those of its `state_dict()`.
@@ -33,38 +33,39 @@ DTYPES = {
 }
 
 
-class Part:
+class ArchivedModule:
     """A module of the archive: its attributes without its code."""
 
-    kind = ""  # the class that it was of
+    kind = ""  # qualified name of its class
     state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-def rebuilt(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+def rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     return torch.as_strided(storage, size, stride, offset)
 
 
-def same(value: Any, *_: Any) -> Any:
+def return_value(value: Any, *_: Any) -> Any:
     return value
 
 
-class Reader(pickle.Unpickler):
+class ArchiveUnpickler(pickle.Unpickler):
     """An unpickler that creates tensors, plain values and `Part`s and rejects everything else, so that no code is
     called.
     """
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(root + "data.pkl"))
-        self.archive, self.root, self.storages = archive, root, {}
+        self.archive, self.root = archive, root
+        self.storages: dict[str, torch.Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "__torch__":
-            return type("Part", (Part,), {"kind": f"{module}.{name}"})
+            return type("Part", (ArchivedModule,), {"kind": f"{module}.{name}"})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return rebuilt
+            return rebuild_tensor
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in DTYPES:
@@ -76,8 +77,8 @@ class Reader(pickle.Unpickler):
             "build_tensorlist",
             "restore_type_tag",
         ):
-            return same
-        raise WeightsError(f"it holds {module}.{name} besides tensors and modules")
+            return return_value
+        raise WeightsError(f"it holds an object of type {module}.{name}; only tensors and modules are supported")
 
     def persistent_load(self, said: Any) -> Tensor:
         _, dtype, key, *_ = said
@@ -95,16 +96,16 @@ def is_archive(path: Path) -> bool:
         return any(re.fullmatch(r"[^/]+/constants\.pkl", name) for name in archive.namelist())
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return parameters and buffers of an archive by name. Raises `WeightsError` if it is damaged or holds other
     objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             root = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)).partition("/")[0] + "/"
-            return dict(walked(Reader(archive, root).load(), "", declared(archive, root)))
+            return dict(iterate_tensors(ArchiveUnpickler(archive, root).load(), "", read_declared_names(archive, root)))
     except WeightsError as error:
-        raise WeightsError(f"{path} is a TorchScript archive that is not read: {error}") from None
+        raise WeightsError(f"{path} is a TorchScript archive that cannot be read: {error}.") from None
     except (
         zipfile.BadZipFile,
         pickle.UnpicklingError,
@@ -117,10 +118,10 @@ def tensors(path: Path) -> dict[str, Tensor]:
         AttributeError,
         IndexError,
     ) as error:
-        raise WeightsError(f"{path} is a damaged TorchScript archive: {error}") from None
+        raise WeightsError(f"{path} is a damaged TorchScript archive: {error}. Download it again.") from None
 
 
-def declared(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
+def read_declared_names(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
     """Return the names of the parameters and buffers of each class."""
     found = {}
     for name in archive.namelist():
@@ -132,9 +133,9 @@ def declared(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
     return found
 
 
-def walked(part: Part, before: str, known: dict[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(part: ArchivedModule, before: str, known: dict[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
     for name, value in part.state.items():
-        if isinstance(value, Part):
-            yield from walked(value, f"{before}{name}.", known)
+        if isinstance(value, ArchivedModule):
+            yield from iterate_tensors(value, f"{before}{name}.", known)
         elif isinstance(value, Tensor) and name in known[part.kind]:
             yield before + name, value

@@ -13,9 +13,9 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -23,17 +23,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fieldguide.checkpoints import torchscript
-from fieldguide.checkpoints.key_mapping import State, Table, Translated, forms, inwards, listed, shape_of, translate
+from fieldguide.checkpoints.key_mapping import (
+    State,
+    Table,
+    TranslatedState,
+    format_list,
+    format_shape,
+    map_to_ours,
+    strip_prefixes,
+    translate,
+)
 from fieldguide.checkpoints.names import WEIGHT_SUFFIXES
 from fieldguide.core.errors import WeightsError, WeightsWarning, nearest
 from fieldguide.core.files import atomic_path
 
 OURS = "fieldguide"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys that hold the tensors
-PLAIN = [argparse.Namespace]  # classes that hold values and run nothing: fairseq keeps its arguments in one
-FILES = (
+# Classes that hold values and run nothing: fairseq keeps its arguments in one.
+SAFE_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
+WEIGHT_FILE_NAMES = (
     "model.safetensors",
-    "model.safetensors.index.json",  # what a folder of Hugging Face may hold
+    "model.safetensors.index.json",  # names used by Hugging Face
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.safetensors",
@@ -46,37 +56,38 @@ FILES = (
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _pickled(path: Path) -> object:
+def _read_pickle(path: Path) -> object:
     """Read a file of torch.save without running any code in it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on the protocol of the pickle
             # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
-            with torch.serialization.safe_globals(PLAIN):
+            with torch.serialization.safe_globals(SAFE_CLASSES):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         text = str(error) or type(error).__name__
         if found := re.search(r"GLOBAL (\w+\.[\w.]+)", text):
             raise WeightsError(
-                f"{path} holds a Python object besides tensors: {found[1]}. Reading it could "
-                "run any code, so the file is not read. Where you trust it, save its "
-                "state_dict as safetensors and give that."
+                f"{path} holds a Python object of type {found[1]}, and reading it could run arbitrary code. If you "
+                "trust the file, save its state_dict as safetensors and load that."
             ) from None
         reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()[0]
-        raise WeightsError(f"{path} is damaged, cut short or no file of torch.save: {reason}") from None
+        raise WeightsError(f"{path} is damaged, truncated or not a file of torch.save: {reason}. Download it again.") from None
 
 
-def _sharded(path: Path) -> dict[str, Tensor]:
+def _read_shards(path: Path) -> dict[str, Tensor]:
     """Read all shards that an index lists."""
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{path} is not an index of shards: it has no readable weight_map ({error})") from None
+        raise WeightsError(
+            f"{path} is not an index of shards: weight_map is missing or invalid ({error}). Download it again."
+        ) from None
     if outside := [name for name in shards if Path(name).name != name]:
-        raise WeightsError(f"{path} names files outside its folder: {', '.join(outside)}")
+        raise WeightsError(f"{path} refers to files outside its folder: {', '.join(outside)}. Use file names only.")
     if lost := [name for name in shards if not (path.parent / name).is_file()]:
         raise WeightsError(
-            f"{path} names {len(shards)} files, of which {len(lost)} are not there: "
+            f"{path} lists {len(shards)} files, but {len(lost)} are missing: "
             f"{', '.join(lost)}. Download them into {path.parent}."
         )
     return {name: tensor for shard in shards for name, tensor in read(path.parent / shard).items()}
@@ -90,30 +101,32 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        known = [path / name for name in FILES if (path / name).is_file()]
+        known = [path / name for name in WEIGHT_FILE_NAMES if (path / name).is_file()]
         single = [p for p in sorted(path.iterdir()) if p.suffix in WEIGHT_SUFFIXES]
         if not known and len(single) != 1:
-            raise WeightsError(f"{path} has none of {', '.join(FILES)}, and {len(single)} other checkpoints; name one file")
+            raise WeightsError(
+                f"{path} holds none of {', '.join(WEIGHT_FILE_NAMES)}, and {len(single)} other weight files. Specify one file."
+            )
         return read((known or single)[0])
     if not path.is_file():
-        raise WeightsError(f"{path} does not exist")
+        raise WeightsError(f"{path} does not exist. Check the path.")
     if path.name.endswith(".index.json"):
-        return _sharded(path)
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise WeightsError(f"{path} is damaged or cut short: {error}") from None
+            raise WeightsError(f"{path} is damaged or truncated: {error}. Download it again.") from None
     if path.suffix == ".gguf":
-        from fieldguide.core.gguf import tensors
+        from fieldguide.core.gguf import read_tensors
 
-        return tensors(path)
+        return read_tensors(path)
     if torchscript.is_archive(path):
-        return torchscript.tensors(path)
-    return _tensors(_pickled(path), str(path))
+        return torchscript.read_tensors(path)
+    return _extract_tensors(_read_pickle(path), str(path))
 
 
-def _tensors(content: object, where: str) -> dict[str, Tensor]:
+def _extract_tensors(content: object, where: str) -> dict[str, Tensor]:
     """Return the dictionary of tensors in a loaded object: the object itself, or its value under a usual key."""
     while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -126,14 +139,14 @@ def _tensors(content: object, where: str) -> dict[str, Tensor]:
             if isinstance(content, Mapping)
             else f"a {type(content).__name__}"
         )
-        raise WeightsError(f"{where} holds no named tensors but {held}")
+        raise WeightsError(f"{where} holds no named tensors, but {held}. Save a state_dict and load that.")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
 # ------------------------------------------------------------------------------------------------ networks
 
 
-def tables(model: nn.Module) -> dict[str, Table]:
+def get_tables(model: nn.Module) -> dict[str, Table]:
     """Return the tables of public names of a network's card, by origin."""
     from fieldguide.models.registry import card_of
 
@@ -141,21 +154,21 @@ def tables(model: nn.Module) -> dict[str, Table]:
     return card.tables(model.config) if card and card.weights else {}
 
 
-def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str, Translated]:
+def _recognize(model: nn.Module, state: State, origin: str | None) -> tuple[str, TranslatedState]:
     """Return the origin, and the form of its names, that matches most parameters of the network."""
-    wanted, known = model.state_dict().keys(), tables(model)
+    wanted, known = model.state_dict().keys(), get_tables(model)
     if origin not in (None, OURS, *known):
         raise WeightsError(
-            f"{type(model).__name__} knows no origin {origin!r}.{nearest(str(origin), known)} "
-            f"Known are {', '.join((OURS, *known))}."
+            f"{type(model).__name__} has no weights of the origin {origin!r}.{nearest(str(origin), known)} "
+            f"Origins are {', '.join((OURS, *known))}."
         )
-    best, score = ("", Translated()), 0
+    best, score = ("", TranslatedState()), 0
     for name in (OURS, *known) if origin is None else (origin,):
-        for form in forms(state):
+        for form in strip_prefixes(state):
             if name == OURS:
-                done = Translated(dict(form), {key: key for key in form})
+                done = TranslatedState(dict(form), {key: key for key in form})
             else:
-                done = inwards(form, known[name])
+                done = map_to_ours(form, known[name])
             filled = len(done.state.keys() & wanted)
             if filled > score:
                 best, score = (name, done), filled
@@ -163,8 +176,8 @@ def _recognise(model: nn.Module, state: State, origin: str | None) -> tuple[str,
         raise WeightsError(
             f"no name in the checkpoint belongs to {type(model).__name__} "
             f"(tried {', '.join((OURS, *known)) if origin is None else origin}). "
-            f"It begins {', '.join(list(state)[:3])}; "
-            f"the network {', '.join(list(wanted)[:3])}."
+            f"The checkpoint begins with {', '.join(list(state)[:3])}; "
+            f"the network with {', '.join(list(wanted)[:3])}."
         )
     return best
 
@@ -186,25 +199,25 @@ def load(
     """
     if not isinstance(model, nn.Module):
         raise WeightsError(
-            f"load needs a network, but got {model!r} is none: make one first with fieldguide.create('resnet18')."
+            f"load needs a network, but got {model!r}. Create one first, for example with fieldguide.create('resnet18')."
         )
     where = "the checkpoint" if isinstance(source, Mapping) else str(source)
-    state = _tensors(source, where) if isinstance(source, Mapping) else read(source)
-    found, done = _recognise(model, state, origin)
+    state = _extract_tensors(source, where) if isinstance(source, Mapping) else read(source)
+    found, done = _recognize(model, state, origin)
     wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
-        raise WeightsError("the network is on the meta device and holds no numbers: create it on a real one")
+        raise WeightsError("the network is on the meta device, which stores no values. Create it on the CPU or a GPU.")
 
     loaded = done.state.keys() & wanted.keys()
-    for name, holder, part in _refitting(model):
+    for name, holder, part in _find_resizable(model):
         if name in loaded and done.state[name].shape != wanted[name].shape:
             fitted = holder.resize_weight(part, done.state[name])
             done.state[name] = done.state[name] if fitted is None else fitted
-    filled = {_place(wanted[name]) for name in loaded}  # a tied tensor is filled by any of its names
+    filled = {_get_storage_key(wanted[name]) for name in loaded}  # a tied tensor is filled by any of its names
     missing = [
         name
         for name in wanted
-        if name not in loaded and _place(wanted[name]) not in filled and not name.endswith("num_batches_tracked")
+        if name not in loaded and _get_storage_key(wanted[name]) not in filled and not name.endswith("num_batches_tracked")
     ]
     heads = getattr(type(model), "heads", ())
     spare = [done.origin[name] for name in done.state if name not in wanted and name.partition(".")[0] in heads]
@@ -239,33 +252,39 @@ def load(
             f"{where} does not fit {type(model).__name__} (names read as those of {found}): "
             f"{len(missing)} missing, {len(unknown)} unknown, {len(misshaped)} misshaped"
         ]
-        lines += listed("missing", (f"{name} ({shape_of(wanted[name])})" for name in missing))
-        lines += listed("unknown", (name + nearest(name, taken) for name in unknown))
-        lines += listed(
+        lines += format_list("missing", (f"{name} ({format_shape(wanted[name])})" for name in missing))
+        lines += format_list("unknown", (name + nearest(name, taken) for name in unknown))
+        lines += format_list(
             "misshaped",
             (
-                f"{name}: {shape_of(done.state[name])} {_kind(done.state[name])} in the checkpoint as "
-                f"{done.origin[name]}, {shape_of(wanted[name])} {_kind(wanted[name])} in the network"
+                f"{name}: {format_shape(done.state[name])} {_format_dtype(done.state[name])} in the checkpoint as "
+                f"{done.origin[name]}, {format_shape(wanted[name])} {_format_dtype(wanted[name])} in the network"
                 for name in misshaped
             ),
         )
         lines += [f"  {fault}" for fault in done.faults]
         if skippable:
             lines.append(
-                f'  Only the layer {layer.pop()!r} differs: load(..., head="skip") keeps it fresh, '
+                f'  Only the layer {layer.pop()!r} differs: load(..., head="skip") leaves it randomly initialized, '
                 "to be trained on your classes."
             )
         raise WeightsError("\n".join(lines))
 
     if spare:
-        lines = [f"{where} holds {len(spare)} tensors of heads that this network has not; they are not used:"]
-        warnings.warn("\n".join([*lines, *listed("not used", spare)]), WeightsWarning, stacklevel=2)
+        lines = [f"{where} holds {len(spare)} tensors of heads that this network does not have; they are not used:"]
+        warnings.warn("\n".join([*lines, *format_list("not used", spare)]), WeightsWarning, stacklevel=2)
     model.load_state_dict({name: done.state[name] for name in loaded if name not in fresh}, strict=False)
     return fresh
 
 
-def _refitting(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Return the tensors of modules that can resize: name, module, name there."""
+class _Resizable(Protocol):
+    """A module that can change the size of its tensors."""
+
+    def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None: ...
+
+
+def _find_resizable(model: nn.Module) -> list[tuple[str, _Resizable, str]]:
+    """Return (name, module, name in the module) of the tensors of modules with a method `resize_weight`."""
     return [
         (f"{prefix}.{part}".removeprefix("."), module, part)
         for prefix, module in model.named_modules()
@@ -274,12 +293,12 @@ def _refitting(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     ]
 
 
-def _kind(tensor: Tensor) -> str:
+def _format_dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _place(tensor: Tensor) -> object:
-    """Return this for two names of one tensor."""
+def _get_storage_key(tensor: Tensor) -> object:
+    """Return a key that is equal for tensors that share the same memory."""
     if not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -293,16 +312,18 @@ def save(model: nn.Module, path: str | Path, format: str = OURS) -> Path:
     """
     state = model.state_dict()
     if format != OURS:
-        known = tables(model)
+        known = get_tables(model)
         if format not in known:
             raise WeightsError(
-                f"{type(model).__name__} cannot be written as {format!r}."
-                f"{nearest(format, known)} Known are {', '.join((OURS, *known))}."
+                f"{type(model).__name__} cannot be saved in the format {format!r}."
+                f"{nearest(format, known)} Supported formats: {', '.join((OURS, *known))}."
             )
         state = translate(state, known[format], reverse=True)
-    once = {_place(tensor): name for name, tensor in reversed(state.items())}
-    # Views of a part of another tensor are not allowed in a safetensors file: such are copied.
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if once[_place(tensor)] == name}
+    once = {_get_storage_key(tensor): name for name, tensor in reversed(state.items())}
+    # safetensors rejects views of other tensors, so they are copied.
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if once[_get_storage_key(tensor)] == name
+    }
     uses = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
     tensors = {
         name: tensor.clone() if uses[tensor.untyped_storage().data_ptr()] > 1 else tensor for name, tensor in tensors.items()

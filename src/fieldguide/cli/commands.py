@@ -116,7 +116,9 @@ def fit(
     if config is not None:
         from fieldguide.automl.config_file import read_config
 
-        given = {k: v for k, v in arguments.items() if context.get_parameter_source(k).name == "COMMANDLINE"}
+        origins = {key: context.get_parameter_source(key) for key in arguments}
+        typed = {key for key, origin in origins.items() if origin is not None and origin.name == "COMMANDLINE"}
+        given = {key: value for key, value in arguments.items() if key in typed}
         arguments |= read_config(config) | given
         settings = {**arguments.pop("settings"), **settings}
     if (arguments["data"] is None) == (resume is None):
@@ -261,9 +263,9 @@ def check(
     check_names(task=task, settings=settings)
     check_exists(data)
     from fieldguide.automl.progress import print_data
-    from fieldguide.automl.request import grouped, read_for
+    from fieldguide.automl.request import group_settings, read_for
 
-    _, _, options, kinds, roles = grouped(settings)
+    _, _, options, kinds, roles = group_settings(settings)
     request = {
         "data": data,
         "target": target,

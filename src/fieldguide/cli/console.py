@@ -1,4 +1,4 @@
-"""What the command line prints: findings, choices, progress, answers."""
+"""Output of the command line: predictions, scores, and lists of models, tasks and settings."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Seque
             print(f"not read: {answer['input']}: {answer['error']}", file=sys.stderr)
     answers = [answer for answer in answers if "error" not in answer]
     plain = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
-    shown = plain if len(plain) > 1 or not answers else list(answers[0])  # where else nothing is said
+    shown = plain if len(plain) > 1 or not answers else list(answers[0])  # nested values only if there is nothing else
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in shown:
         table.add_column(name, justify="right" if isinstance(answers[0][name], float) else "left")
     for answer in answers:
-        table.add_row(*(escape(brief(answer[k])) for k in shown))
+        table.add_row(*(escape(shorten(answer[k])) for k in shown))
     console.print(table)
 
 
-def brief(value: Any, most: int = 80) -> str:
-    """A value of an answer for a person: of long lists, the begin."""
+def shorten(value: Any, most: int = 80) -> str:
+    """Return a value of a prediction as text; long lists are shortened."""
     if isinstance(value, dict):
-        return " ".join(brief(v) for v in value.values())
+        return " ".join(shorten(v) for v in value.values())
     if isinstance(value, list):
-        text = ("; " if any(isinstance(v, dict) for v in value) else " ").join(map(brief, value))
+        text = ("; " if any(isinstance(v, dict) for v in value) else " ").join(map(shorten, value))
         return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_stream(pieces: Iterator[str]) -> None:
-    """Text as it comes into being."""
+    """Print generated text piece by piece."""
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -76,7 +76,7 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
 
     index = get_index()
     if task is not None and task not in index["tasks"]:
-        raise SettingsError(f"there is no task {task!r}.{nearest(task, index['tasks'])} `fieldguide tasks` lists them.")
+        raise SettingsError(f"unknown task {task!r}.{nearest(task, index['tasks'])} `fieldguide tasks` lists them.")
     rows = [
         {
             "name": row["name"],
@@ -116,7 +116,7 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
     for name in ("name", "parameters", "input_type", "output_type", "year", "what", "source"):
         table.add_column(name, justify="right" if name == "parameters" else "left", no_wrap=name not in ("what", "source"))
     said = ""
-    for row in rows:  # what an architecture is stands beside the first of its sizes
+    for row in rows:  # the summary is printed only for the first size of an architecture
         what, said = ("" if row["summary"] == said else row["summary"].split(" (")[0].rstrip(".")), row["summary"]
         table.add_row(
             row["name"],
@@ -134,8 +134,8 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
 
 
 def print_closed(systems: list[dict[str, Any]]) -> None:
-    """Print systems whose weights and code are not public, with the nearest model here."""
-    table = build_table("closed", "maker", "year", "nearest here", no_wrap=True)
+    """Print systems whose weights and code are not public, with the most similar model here."""
+    table = build_table("closed", "maker", "year", "most similar model", no_wrap=True)
     for system in systems:
         table.add_row(system["names"][0], escape(system["maker"]), str(system["year"]), system["stand_in"])
     console.print(table)
@@ -164,7 +164,7 @@ def print_settings(task: str | None, as_json: bool) -> None:
     if task is None:
         groups = {"fit --set": index["settings"]}
     elif task not in index["tasks"]:
-        raise SettingsError(f"there is no task {task!r}.{nearest(task, index['tasks'])} `fieldguide tasks` lists them.")
+        raise SettingsError(f"unknown task {task!r}.{nearest(task, index['tasks'])} `fieldguide tasks` lists them.")
     else:
         found = index["tasks"][task]
         options = [{**option, "key": f"task.{option['key']}"} for option in found["options"]]
@@ -242,6 +242,10 @@ def print_samples() -> None:
     for name, sample in SAMPLES.items():
         metric, value = sample.reaches
         table.add_row(
-            name, sample.task, f"{metric} {value:g}", escape(("made: " if sample.made else "") + sample.what), sample.licence
+            name,
+            sample.task,
+            f"{metric} {value:g}",
+            escape(("synthetic: " if sample.made else "") + sample.what),
+            sample.licence,
         )
     console.print(table)

@@ -10,9 +10,18 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fieldguide.core.deprecation import rename_keys
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    class Network(nn.Module):
+        """The type of the networks that cards create. It exists for type checkers only."""
+
+        config: Any  # an instance of `Card.config`
+
 
 # Input type -> names of the batch tensors passed to `forward`, in order.
 INPUT_TYPES: dict[str, tuple[str, ...]] = {
@@ -136,7 +145,7 @@ class Size:
 
 
 # Type annotation of a config field -> accepted Python types, and their description for error messages.
-KINDS = {
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "int": (Integral, "an integer of at least 0"),
     "float": (Real, "a number"),
     "bool": (bool, "True or False"),
@@ -224,7 +233,7 @@ class Card:
         return (self.output_type,) if isinstance(self.output_type, str) else tuple(self.output_type)
 
     @property
-    def framed(self) -> bool:
+    def has_class_token(self) -> bool:
         """Whether token sequences begin with a class token and each text ends with a separator, as for BERT."""
         return "words" in self.output_types
 
@@ -263,7 +272,7 @@ class Card:
             if name not in known:
                 raise TypeError(f"{self.name} has no field {key!r}. Its fields are {', '.join(sorted(known))}.")
             kind, words = KINDS.get(known[name].partition("[")[0], (object, ""))
-            if not isinstance(value, kind) or (kind is Integral and value < 0):
+            if not isinstance(value, kind) or (kind is Integral and isinstance(value, Integral) and value < 0):
                 raise TypeError(f"{self.name}: {key}={value!r} must be {words}.")
             if name == "output_type" and value not in self.output_types:
                 raise TypeError(

@@ -15,7 +15,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -29,7 +29,7 @@ def device() -> torch.device:
 
 
 @contextmanager
-def processes() -> Iterator[None]:
+def join_process_group() -> Iterator[None]:
     """Join the process group of `torchrun`, if there is one, and leave it at the end."""
     started = "RANK" in os.environ and not dist.is_initialized()
     if started:
@@ -44,21 +44,21 @@ def processes() -> Iterator[None]:
 
 
 @contextmanager
-def turns() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Run the block first on the first process of each machine, then on the others, which find its files."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if world() > 1 and not first:
+    if get_world_size() > 1 and not first:
         dist.barrier()
     try:
         yield
     finally:
-        if world() > 1 and first:
+        if get_world_size() > 1 and first:
             dist.barrier()
 
 
 def broadcast(value: Any) -> Any:
     """Return the value of the first process in every process."""
-    if world() == 1:
+    if get_world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -67,8 +67,8 @@ def broadcast(value: Any) -> Any:
 
 def gather(value: Any) -> list[Any]:
     """Return the values of all processes, by rank, in every process."""
-    if world() == 1:
+    if get_world_size() == 1:
         return [value]
-    box: list[Any] = [None] * world()
+    box: list[Any] = [None] * get_world_size()
     dist.all_gather_object(box, value)
     return box

@@ -15,13 +15,13 @@ from torch import Tensor
 from fieldguide.core.errors import WeightsError
 
 
-def opened(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     """Map a file into memory. Raises `WeightsError` if it is not GGUF or the package is missing."""
-    return reader(path, path.stat().st_mtime_ns)
+    return open_reader(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(1)  # its vocabulary takes seconds to read, and is asked for twice
-def reader(path: Path, changed: int) -> Any:
+def open_reader(path: Path, changed: int) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -32,16 +32,16 @@ def reader(path: Path, changed: int) -> Any:
         raise WeightsError(f"{path} is damaged, cut short or no GGUF file: {error}") from None
 
 
-def tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     from gguf import dequantize
 
-    return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in opened(path).tensors}
+    return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in open_file(path).tensors}
 
 
-def metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata as nested dictionaries: {"general": {"architecture": "llama"}, ...}."""
     said: dict[str, Any] = {}
-    for key, field in opened(path).fields.items():
+    for key, field in open_file(path).fields.items():
         *parents, last = key.split(".")
         part = said
         for parent in parents:
@@ -52,7 +52,7 @@ def metadata(path: Path) -> dict[str, Any]:
             value = field.contents()
             part[last] = float(f"{value:.6g}") if isinstance(value, float) else value  # stored as float32
     # By how much rotations are slowed down, at most, is said by a tensor alone.
-    for tensor in opened(path).tensors:
+    for tensor in open_file(path).tensors:
         if tensor.name == "rope_freqs.weight":
             said["slowest"] = float(tensor.data.max())
     return said
@@ -66,14 +66,14 @@ LLAMA3 = (
 PARTED = {"llama-bpe": LLAMA3, "qwen2": LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
-def tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
+def read_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
     """Return the tokenizer of a file, its special tokens by name, and its chat template.
 
     Raises `WeightsError` for tokenizers other than byte-level BPE.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    said = metadata(path).get("tokenizer", {})
+    said = read_metadata(path).get("tokenizer", {})
     ggml = said.get("ggml", {})
     kind, parted = ggml.get("model"), ggml.get("pre", "default")
     if kind != "gpt2" or parted not in ("default", "gpt-2", "smollm", *PARTED):
@@ -90,9 +90,11 @@ def tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
         )
     )
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=parted not in PARTED)
-    before = {"smollm": [pre_tokenizers.Digits(individual_digits=True)]}.get(parted, [])
+    before: list[pre_tokenizers.PreTokenizer] = []
     if parted in PARTED:
         before = [pre_tokenizers.Split(Regex(PARTED[parted]), "isolated")]
+    elif parted == "smollm":
+        before = [pre_tokenizers.Digits(individual_digits=True)]
     made.pre_tokenizer = pre_tokenizers.Sequence([*before, whole])
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(

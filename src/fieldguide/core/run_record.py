@@ -1,6 +1,7 @@
 """The record of a run, `run.json`: its schema, its migration from older schemas, reading and writing.
 
-Schema 2 uses the names of today's settings and configs. `RENAMED` is the only place that knows the names of schema 1.
+Schema 2 uses the current names of settings and config fields. Only `RENAMED` and `FORMER_FOLDERS` know the names of
+schema 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ RENAMED: dict[str, dict[str, str]] = {
     "config": {"classes": "num_classes", "vocab": "vocab_size", "tied": "tie_embeddings", "gives": "output_type"},
     **{f"config/{name}": ROTARY for name in ("llama", "llava", "mixtral", "gemma", "gemma2", "gemma3", "qwen3")},
 }
+
+# Folders of a run that schema 1 named differently: name -> former name.
+FORMER_FOLDERS = {"eval_samples": "glimpses"}
+
+
+def find_folder(run: Path, name: str) -> Path:
+    """Return the folder `name` of a run, under its former name if an earlier version created it."""
+    former = run / FORMER_FOLDERS[name]
+    return former if former.is_dir() else run / name
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fieldguide.checkpoints import config_mapping
-from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
+from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError
@@ -23,6 +22,19 @@ from fieldguide.inference.zero_shot import build_task, build_transform
 from fieldguide.models.generation import Greedy, generate_batch
 from fieldguide.models.generation.stop_strings import truncate_at_stop
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fieldguide.core.card import Network
+    from fieldguide.models.generation.sampling import GenerativeModel
+
+    class VisionLanguageNetwork(Network):
+        """The type of the networks that can be loaded here."""
+
+        def expand_image_tokens(self, tokens: Sequence[int]) -> list[int]: ...
+        def with_images(self, image: Tensor) -> GenerativeModel: ...
+
+
 TEMPLATE_FILE = "chat_template.json"  # of processors in folders written before 2025
 IMAGES_PER_BATCH = 4  # each image is many tokens
 
@@ -30,11 +42,11 @@ IMAGES_PER_BATCH = 4  # each image is many tokens
 class ImageToText(Predictor):
     """A vision-language model that answers the same prompt for each image. `image_token` stands for the image in prompts."""
 
-    LOAD_OPTIONS: ClassVar = {}
+    LOAD_OPTIONS: ClassVar[dict[str, type]] = {}
 
     def __init__(
         self,
-        network: nn.Module,
+        network: VisionLanguageNetwork,
         files: TokenizerFiles,
         transform: ImageTransform,
         template: ChatTemplate | None = None,
@@ -45,7 +57,9 @@ class ImageToText(Predictor):
             TextTokenizer(files.tokenizer),
             template,
         )
-        self.begin, self.image_token = files.special.get("bos_token"), files.tokenizer.id_to_token(network.config.picture)
+        image_token = files.tokenizer.id_to_token(network.config.picture)
+        assert image_token is not None  # checked by `load`
+        self.begin, self.image_token = files.special.get("bos_token"), image_token
         self.end_tokens, self.card = find_end_tokens(files), card
         self.task = build_task(self.text, transform, self.text.end, network.config.length)
 
@@ -63,7 +77,8 @@ class ImageToText(Predictor):
                 f"{found.path} is {card.name}, which maps {card.input_type} to {' or '.join(card.output_types)}; image-to-text "
                 "needs a network that reads images with tokens and predicts the next token."
             )
-        network = filled(card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
+        filled_network = build_network(card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
+        network = cast("VisionLanguageNetwork", filled_network)  # all networks with this input and output have its methods
         folder, c = found.path if found.path.is_dir() else found.path.parent, network.config
         files = read_tokenizer(found)
         if files.template is None and (folder / TEMPLATE_FILE).is_file():
@@ -78,7 +93,7 @@ class ImageToText(Predictor):
         return cls(network, files, transform, build_chat_template(files), card)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> VisionLanguageNetwork:
         return self.network
 
     def format_prompt(self, prompt: str) -> str:
@@ -100,7 +115,7 @@ class ImageToText(Predictor):
             raise SettingsError(
                 f"prompt={prompt!r} contains {self.image_token} {count} times; one image at a time is supported."
             )
-        has_begin = bool(self.begin) and text.startswith(self.begin)  # from a template that writes special tokens itself
+        has_begin = bool(self.begin and text.startswith(self.begin))  # from a template that writes special tokens itself
         return self.network.expand_image_tokens(self.text.tokenizer.encode(text, add_special_tokens=not has_begin).ids)
 
     def predict(self, inputs: Any = (), prompt: str = "", **options: Any) -> Predictions:

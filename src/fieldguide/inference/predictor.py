@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
@@ -21,6 +20,9 @@ from fieldguide.data.loader import Batches
 from fieldguide.objectives import EmbeddingObjective, Objective
 from fieldguide.tasks import Task
 from fieldguide.training.inference_loop import collect
+
+if TYPE_CHECKING:
+    from fieldguide.core.card import Network
 
 
 class Predictions(list):
@@ -34,13 +36,18 @@ class Predictions(list):
 class Predictor:
     """The interface of everything that predicts."""
 
-    card: Card
+    card: Card | None
     generates_text: bool = False  # each prediction is a text, to be printed as it is
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> Network:
         """The trained network."""
         raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """Name of the architecture, for messages."""
+        return self.card.name if self.card else type(self.model).__name__
 
     def predict(self, inputs: Any = (), **options: Any) -> Predictions:
         """Return one record for each raw input: `input`, then the prediction.
@@ -52,7 +59,7 @@ class Predictor:
 
     def evaluate(self, source: Any, **options: Any) -> dict[str, Any]:
         """Return scores on data with known targets: {"rows", "scores", "intervals", "note"}."""
-        raise SettingsError(f"{self.card.name} without a trained task has no scores; train it with `fieldguide fit`.")
+        raise SettingsError(f"{self.name} without a trained task has no scores; train it with `fieldguide fit`.")
 
     def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
         """Return the generated text of one input piece by piece; None if the prediction is not text."""
@@ -61,7 +68,7 @@ class Predictor:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return a unit vector for each text, N D float32; dot products are cosine similarities."""
         raise SettingsError(
-            f"{self.card.name} does not embed texts. Runs of encoders such as BERT or ModernBERT do, for fill-mask or "
+            f"{self.name} does not embed texts. Runs of encoders such as BERT or ModernBERT do, for fill-mask or "
             "text-classification."
         )
 
@@ -70,6 +77,7 @@ class TaskPredictor(Predictor):
     """A network with a fitted task: a finished run, or a pretrained network with a head."""
 
     task: Task
+    card: Card
     objective: Objective
     batch_size: int = 64
     pooling: str = "mean"  # of token vectors, for `embed`
@@ -78,7 +86,7 @@ class TaskPredictor(Predictor):
         self.task, self.card, self.objective, self.batch_size, self.pooling = task, card, objective, batch_size, pooling
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> Network:
         return self.objective.model
 
     def outputs(self, data: Data) -> dict[str, np.ndarray]:
@@ -96,7 +104,7 @@ class TaskPredictor(Predictor):
         )
         return task.postprocess({**outputs, **batches.meta})
 
-    def predict(self, inputs: Any = (), callback: Callable[[int], None] = lambda done: None, **options: Any) -> Predictions:
+    def predict(self, inputs: Any = (), *, callback: Callable[[int], None] = lambda done: None, **options: Any) -> Predictions:
         """Return one record for each raw input, or several: a forecast has one for each step.
 
         `options` are those of the task (`fieldguide settings TASK`): `temperature`, `num_beams`, `threshold`, ...

@@ -1,6 +1,6 @@
-"""Published: a pretrained network as its publisher left it, with its head, its tokenizer and its way to prepare pictures.
+"""Prediction with a pretrained network and its own head, tokenizer and image preprocessing.
 
-It does the task that its head is for, asked in the same words as a run of that task; a network without a head gives vectors.
+It performs the task of its head, with the same options as a run of that task. A network without a head returns embeddings.
 """
 
 from __future__ import annotations
@@ -8,14 +8,12 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fieldguide.checkpoints import config_mapping
-from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
+from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
 from fieldguide.checkpoints.names import CONFIG_FILE
-from fieldguide.checkpoints.preprocessor_config import side_of
+from fieldguide.checkpoints.preprocessor_config import get_input_side
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
@@ -31,20 +29,23 @@ from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.base import TextTask
 from fieldguide.tasks.vision.image_classification import ImageClassification
 
-SIDE = 224  # pixels, where neither network nor files say
-POOLING = "1_Pooling/config.json"  # of sentence-transformers
-LENGTH = "sentence_bert_config.json"  # the same: how many tokens of a text are read
-ANYHOW = "pooling_mode_"
-NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
-ONE = {"regression": "a number", "multi_label_classification": "several classes at once"}
+if TYPE_CHECKING:
+    from fieldguide.core.card import Network
+
+DEFAULT_SIDE_PIXELS = 224  # if neither the network nor the files specify the size
+POOLING_FILE = "1_Pooling/config.json"  # written by sentence-transformers
+LENGTH_FILE = "sentence_bert_config.json"  # written by sentence-transformers; holds the maximum number of tokens
+POOLING_KEY_PREFIX = "pooling_mode_"
+POOLING_NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
+UNSUPPORTED_PROBLEMS = {"regression": "a number", "multi_label_classification": "several classes at once"}
 
 
 class PretrainedTask(TaskPredictor):
-    """A pretrained network that does the task of its head: classes, tags, answers, masked words; vectors without a head."""
+    """A pretrained network that performs the task of its head; without a head it returns embeddings."""
 
     LOAD_OPTIONS: ClassVar = {"output_type": str, "gives": str, "columns": str}
 
-    def __init__(self, network: torch.nn.Module, card: Card, task: Task, pooling: str = "mean"):
+    def __init__(self, network: Network, card: Card, task: Task, pooling: str = "mean"):
         super().__init__(task, card, task.objective(network, card, Settings()).to(distributed.device()).eval(), pooling=pooling)
 
     @classmethod
@@ -63,8 +64,8 @@ class PretrainedTask(TaskPredictor):
         `output_type="vector"` leaves out the head. `columns` names the text columns of tables, "text" by default; two,
         separated by a comma, for a network that reads pairs. `gives` is the former name of `output_type`.
 
-        Raises `WeightsError` for a network that does no task by itself, and if its tokenizer is missing or belongs to
-        another network.
+        Raises `WeightsError` for a network that cannot perform a task without training, and if its tokenizer is
+        missing or belongs to another network.
         """
         found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source, name)
         values = {**found.values, **overrides}
@@ -72,26 +73,27 @@ class PretrainedTask(TaskPredictor):
             values["output_type"] = output_type or gives
         chosen = values.get("output_type", found.card.output_types[0])
         assets = replace(read_assets(found, values, chosen), columns=tuple(filter(None, columns.split(","))))
+        kinds: list[type[Task]] = [*tasks().values(), TextVectors, ImageVectors]
         candidates = (
             kind.published(assets)
-            for kind in (*tasks().values(), TextVectors, PictureVectors)
+            for kind in kinds
             if found.card.input_type in kind.input_types and chosen in kind.output_types
         )
         if (task := next((candidate for candidate in candidates if candidate is not None), None)) is None:
             raise WeightsError(
-                f"{found.path} is {found.card.name}, which maps {found.card.input_type} to {chosen}: no task predicts or "
-                "scores that without training. Train it on your data with `fieldguide fit --weights`."
+                f"{found.path} is {found.card.name}, which maps {found.card.input_type} to {chosen}; no task can use "
+                "that without training. Train it on your data with `fieldguide fit --weights`."
             )
         with warnings.catch_warnings():
             if chosen == "vector":  # leaves out the head on purpose
                 warnings.simplefilter("ignore", WeightsWarning)
-            network = filled(found.card, values, found.state, found.origin, str(found.path))
+            network = build_network(found.card, values, found.state, found.origin, str(found.path))
         text = getattr(task, "text", None)
         vocab_size = getattr(network.config, found.card.names.get("vocab_size", "vocab_size"), None)
         if text is not None and text.size > vocab_size:
             raise WeightsError(
-                f"{assets.folder}: the tokenizer has {text.size:,} tokens, but the network {vocab_size:,}: it belongs to "
-                "another network."
+                f"{assets.folder}: the tokenizer has {text.size:,} tokens, but the network {vocab_size:,}. The tokenizer "
+                "belongs to another network."
             )
         return cls(network, found.card, task, assets.pooled)
 
@@ -106,36 +108,36 @@ class PretrainedTask(TaskPredictor):
 
 
 def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> CheckpointAssets:
-    """What lies beside a network's weights. Raises `WeightsError` where what it cannot do without is missing."""
+    """Return the preprocessing and class names next to the weights. Raises `WeightsError` if the tokenizer is missing."""
     folder, card = found.path if found.path.is_dir() else found.path.parent, found.card
     config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
     said = config_mapping.read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     words, pictures = None, None
     if card.input_type in ("tokens", "captioned"):
-        words, why = found.words()
+        words, why = found.find_tokenizer()
         if words is None:
             raise WeightsError(f"no tokenizer found in {folder}; this model needs one. {why}")
     if card.input_type in ("image", "captioned"):
         from fieldguide.inference.zero_shot import build_transform
 
-        side = getattr(config, "image", None) or side_of(folder) or SIDE
+        side = getattr(config, "image", None) or get_input_side(folder) or DEFAULT_SIDE_PIXELS
         pictures = build_transform(folder, side, found.channels, card.scale)
     names = (
-        named(said, getattr(config, card.names.get("num_classes", "num_classes"), 0), found.path)
+        get_class_names(said, getattr(config, card.names.get("num_classes", "num_classes"), 0), found.path)
         if gives in ("label", "labels")
         else []
     )
     length = getattr(config, "length", 0)
-    if gives == "vector" and (folder / LENGTH).is_file():
-        length = min(length, config_mapping.read(folder / LENGTH).get("max_seq_length") or length)
-    return CheckpointAssets(names, words, length, pictures, pooled(folder))
+    if gives == "vector" and (folder / LENGTH_FILE).is_file():
+        length = min(length, config_mapping.read(folder / LENGTH_FILE).get("max_seq_length") or length)
+    return CheckpointAssets(names, words, length, pictures, read_pooling(folder))
 
 
-def named(said: dict[str, Any], classes: int, where: Path) -> list[str]:
-    """What classes are called; by their numbers where no file says it."""
-    if classes < 2 or said.get("problem_type") in ONE:
+def get_class_names(said: dict[str, Any], classes: int, where: Path) -> list[str]:
+    """Return the class names in the configuration, else the class numbers as text."""
+    if classes < 2 or said.get("problem_type") in UNSUPPORTED_PROBLEMS:
         raise WeightsError(
-            f"{where} gives {ONE.get(said.get('problem_type'), 'a number')}, not one class of several: load it "
+            f"{where} gives {UNSUPPORTED_PROBLEMS.get(str(said.get('problem_type')), 'a number')}, not one class of several: load it "
             "by fieldguide.load"
         )
     known = said.get("label_names") or (said.get("pretrained_cfg") or {}).get("label_names") or said.get("id2label") or {}
@@ -143,22 +145,24 @@ def named(said: dict[str, Any], classes: int, where: Path) -> list[str]:
     return [str(known.get(str(i), i)) for i in range(classes)]
 
 
-def pooled(folder: Path) -> str:
-    """How a text's vector is made, as sentence-transformers says it beside weights; else the mean."""
-    if not (folder / POOLING).is_file():
+def read_pooling(folder: Path) -> str:
+    """Return the pooling mode of sentence-transformers next to the weights; by default the mean."""
+    if not (folder / POOLING_FILE).is_file():
         return POOLING_MODES[0]
-    said = config_mapping.read(folder / POOLING)
-    chosen = [key.removeprefix(ANYHOW) for key, on in said.items() if key.startswith(ANYHOW) and on is True]
-    if len(chosen) != 1 or chosen[0] not in NAMES:
+    said = config_mapping.read(folder / POOLING_FILE)
+    chosen = [
+        key.removeprefix(POOLING_KEY_PREFIX) for key, on in said.items() if key.startswith(POOLING_KEY_PREFIX) and on is True
+    ]
+    if len(chosen) != 1 or chosen[0] not in POOLING_NAMES:
         raise WeightsError(
-            f"{folder / POOLING} makes vectors of texts by {' and '.join(chosen) or 'nothing'}; known are "
-            f"{' and '.join(NAMES)}, one alone"
+            f"{folder / POOLING_FILE} makes vectors of texts by {' and '.join(chosen) or 'nothing'}; known are "
+            f"{' and '.join(POOLING_NAMES)}, one alone"
         )
-    return NAMES[chosen[0]]
+    return POOLING_NAMES[chosen[0]]
 
 
 class EmbeddingTask(Task):
-    """A task whose answers are vectors of length 1."""
+    """A task whose predictions are embeddings of length 1."""
 
     output_types = ("vector",)
 
@@ -169,18 +173,20 @@ class EmbeddingTask(Task):
         return outputs
 
     def targets(self, data: Data) -> Arrays:
-        raise DataError(f"{data.source}: a network that gives vectors has no answers that could be right or wrong.")
+        raise DataError(f"{data.source}: embeddings have no targets, so they cannot be scored.")
 
 
 class TextVectors(EmbeddingTask, TextTask):
     name = "text-vectors"
     reads = "a text, or a table with a column `text`"
     input_types = ("tokens",)
+    length: int  # number of tokens the network reads
+    pooled: str  # how token vectors are pooled
 
     @classmethod
     def published(cls, beside: CheckpointAssets) -> TextVectors:
         task = cls(beside.texts(), cls.Options())
-        task.text, task.length, task.pooled = TextTokenizer.load(beside.folder), beside.length, beside.pooled
+        task.text, task.length, task.pooled = TextTokenizer.load(beside.tokenizer_folder), beside.length, beside.pooled
         return task
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -188,7 +194,7 @@ class TextVectors(EmbeddingTask, TextTask):
         if cut := sum(len(ids) > self.length - 2 for ids in self.text.encode_exact(texts)):
             self.notes.append(
                 f"{cut} of {len(texts)} texts are longer than the {self.length} tokens that the network reads, "
-                "and are cut there"
+                "and are truncated"
             )
         return self.encode_texts(texts, self.length)
 
@@ -196,10 +202,10 @@ class TextVectors(EmbeddingTask, TextTask):
         return EmbeddingObjective(model, self.pooled)
 
 
-class PictureVectors(EmbeddingTask, ImageClassification):
+class ImageVectors(EmbeddingTask, ImageClassification):
     name = "picture-vectors"
-    reads = "a picture, a folder of them, or a table with a column `image` of paths"
-    input_types = ("image",)
+    reads = "an image, a folder of images, or a table with a column `image` of paths"
+    input_types = ("image",)  # type: ignore[assignment]  # the inferred type of the base class has its own length
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return EmbeddingObjective(model)

@@ -53,8 +53,9 @@ class Run(TaskPredictor):
         """The scores on the test rows, by metric."""
         return self.record.get("scores", {}).get("test", {})
 
+    # These attributes of a predictor are loaded when they are first needed.
     @functools.cached_property
-    def task(self) -> Task:
+    def task(self) -> Task:  # type: ignore[override]
         folder = self.path / "preprocess"
         try:
             return Task.load(folder)
@@ -64,7 +65,7 @@ class Run(TaskPredictor):
             raise RunError(f"{folder / 'task.json'} is damaged: {error}.") from None
 
     @functools.cached_property
-    def card(self):
+    def card(self) -> Card:  # type: ignore[override]
         return registry.card(self.record["model"]["architecture"])
 
     @property
@@ -82,7 +83,7 @@ class Run(TaskPredictor):
         return found
 
     @functools.cached_property
-    def objective(self) -> Objective:
+    def objective(self) -> Objective:  # type: ignore[override]
         """The trained network inside its objective, in evaluation mode."""
         if self.status != "done":
             raise RunError(f"{self.path} is not finished. Continue it with `fieldguide fit --resume {self.path}`.")
@@ -97,7 +98,7 @@ class Run(TaskPredictor):
         return Settings(**self.record["settings"])
 
     @property
-    def batch_size(self) -> int:
+    def batch_size(self) -> int:  # type: ignore[override]
         return max(64, self.settings.batch_size or 64)
 
     def evaluate(self, source: Any, **options: Any) -> dict[str, Any]:

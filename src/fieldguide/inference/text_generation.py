@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 
-from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
+from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.core.options import PREDICT_ALIASES, parse_options, parse_value, rename_aliases
@@ -25,6 +24,9 @@ from fieldguide.models.generation import EncoderDecoderState, GenerationConfig, 
 from fieldguide.models.generation.engine import group_by_length
 from fieldguide.models.generation.quantization import quantize_int8
 from fieldguide.models.generation.stop_strings import truncate_at_stop
+
+if TYPE_CHECKING:
+    from fieldguide.core.card import Network
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text to continue, or messages with role and content
 # Tokens that known models end an answer with, beside those that their files name.
@@ -45,7 +47,7 @@ class TextGenerator(Predictor):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         text: TextTokenizer,
         end_tokens: Sequence[int],
         template: ChatTemplate | None = None,
@@ -82,7 +84,7 @@ class TextGenerator(Predictor):
             )
         if card.input_type == "tokens" and (source or target):
             raise SettingsError(f"{path} is {card.name}, a decoder without languages: leave out source and target.")
-        network = filled(card, {**found.values, **overrides}, found.state, found.origin, str(path))
+        network = build_network(card, {**found.values, **overrides}, found.state, found.origin, str(path))
         files = read_tokenizer(found)
         size, vocab_size = files.tokenizer.get_vocab_size(), network.config.vocab_size
         if size > vocab_size:
@@ -98,11 +100,12 @@ class TextGenerator(Predictor):
             )
             markers = resolve_markers(text, options, LANGUAGES)
             end_tokens = sorted({getattr(config, "end", markers.end), *read_eos_token_ids(folder)})
-        network = quantize_int8(network) if weights == "int8" else network
+        if weights == "int8":
+            quantize_int8(network)
         return cls(network, text, end_tokens, build_chat_template(files) if markers is None else None, markers, card)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Network:
         return self.network
 
     def tokens(self, prompt: Prompt) -> list[int]:
@@ -135,7 +138,8 @@ class TextGenerator(Predictor):
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
         """Return the answer to each prompt; prompts of any length share batches. `options` are those of `GenerationConfig`."""
-        config, answers_by_row = self.config_type(**rename_aliases(options, PREDICT_ALIASES)), {}
+        config = self.config_type(**rename_aliases(options, PREDICT_ALIASES))
+        answers_by_row: dict[int, str] = {}
         rows = [self.tokens(prompt) for prompt in prompts]
         for group in group_by_length([len(row) for row in rows]):
             network, starts = self.prepare([rows[i] for i in group])

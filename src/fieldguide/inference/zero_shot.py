@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-
-from fieldguide.checkpoints.load import TEMPLATE as DEFAULT_TEMPLATE
-from fieldguide.checkpoints.load import Checkpoint, filled, inspect_checkpoint
-from fieldguide.checkpoints.preprocessor_config import shown
+from fieldguide.checkpoints.load import CLIP_TEMPLATE as DEFAULT_TEMPLATE
+from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
+from fieldguide.checkpoints.preprocessor_config import get_image_options
 from fieldguide.core import distributed
 from fieldguide.core.card import OPENAI, Card, Scale
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, nearest
@@ -24,6 +22,9 @@ from fieldguide.inference.predictor import Predictions, TaskPredictor, as_list, 
 from fieldguide.inference.run import open_run
 from fieldguide.objectives import Contrastive
 from fieldguide.tasks.multimodal.image_text import ImageText
+
+if TYPE_CHECKING:
+    from fieldguide.core.card import Network
 
 BATCH_SIZE = 64
 
@@ -44,9 +45,10 @@ class ZeroShotClassifier(TaskPredictor):
     `templates` turn a class name into a text, "{}" in the place of the name; the vectors of several are averaged.
     """
 
+    task: ImageText
     LOAD_OPTIONS: ClassVar = {"tokenizer": str}
 
-    def __init__(self, network: nn.Module, card: Card, task: ImageText, templates: Sequence[str] = (DEFAULT_TEMPLATE,)):
+    def __init__(self, network: Network, card: Card, task: ImageText, templates: Sequence[str] = (DEFAULT_TEMPLATE,)):
         objective = Contrastive(network, card.inputs).to(distributed.device()).eval()
         super().__init__(task, card, objective, batch_size=BATCH_SIZE)
         self.templates = tuple(templates)
@@ -76,7 +78,7 @@ class ZeroShotClassifier(TaskPredictor):
                 f"{found.path} is {found.card.name}, whose output is {' or '.join(found.card.output_types)}; zero-shot "
                 "classification needs a network that embeds images and texts."
             )
-        network = filled(found.card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
+        network = build_network(found.card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
         folder = found.path if found.path.is_dir() else found.path.parent
         file = Path(tokenizer) if tokenizer else folder / "tokenizer.json"
         if not file.is_file():
@@ -138,7 +140,8 @@ class ZeroShotClassifier(TaskPredictor):
         names = [(classes or {}).get(name, name.replace("_", " ")) for name in labels.names]
         task = self.build_request(names, split_text(templates, "|"))
         images = data.rows.rename({data.features("image")[0].name: task.column})
-        rows = Data(data.source, images.select(task.column), task.columns, data.manifest)
+        columns = {column.name: column for column in task.columns}
+        rows = Data(data.source, images.select(task.column), columns, data.manifest)
         outputs = self.run_batches(task, task.predict_batches(rows, self.card))
         targets = {"class": labels.apply(data.rows[data.target.name])}
         return {
@@ -151,7 +154,7 @@ class ZeroShotClassifier(TaskPredictor):
 
 def build_transform(folder: Path, side: int, channels: int, scale: Scale = OPENAI) -> ImageTransform:
     """Return the image preprocessing that the files next to the weights describe, by default with the given scale."""
-    described = shown(folder, side, channels, scale)
+    described = get_image_options(folder, side, channels, scale)
     return ImageTransform(side, channels).with_normalization(described["pixels"]).with_resize(described["resize"])
 
 

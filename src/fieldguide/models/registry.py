@@ -1,4 +1,4 @@
-"""Every architecture by name: `names`, `card`, `create`. Finds model files by looking; nothing is listed twice."""
+"""Registry of all architectures: `names`, `card` and `create`. Model files are found by walking the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fieldguide.core.errors import SettingsError, nearest
 
 @functools.cache
 def cards() -> dict[str, Card]:
-    """All cards by architecture name, in order of year, then name."""
+    """Return all cards by architecture name, in order of year, then name."""
     import fieldguide.models as root
 
     found = []
@@ -27,8 +27,8 @@ def cards() -> dict[str, Card]:
 
 
 @functools.cache
-def closed() -> dict[str, Closed]:
-    """The systems that nobody outside has, by each of their names."""
+def closed_systems() -> dict[str, Closed]:
+    """Return the closed systems, whose weights are not available, by each of their names."""
     rows = tomllib.loads(files("fieldguide.models").joinpath("closed.toml").read_text("utf-8"))["system"]
     fields: list[dict[str, Any]] = [{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()} for row in rows]
     systems = [Closed(**row) for row in fields]
@@ -36,13 +36,13 @@ def closed() -> dict[str, Closed]:
 
 
 @functools.cache
-def _index() -> dict[str, tuple[str, str]]:
-    """Name -> (architecture, size). Sizes are global names; an architecture's bare name is its first size."""
+def _index_sizes() -> dict[str, tuple[str, str]]:
+    """Return name -> (architecture, size). The bare name of an architecture is its first size."""
     index: dict[str, tuple[str, str]] = {}
     for card in cards().values():
         for size in card.sizes:
             if size in index:
-                raise ValueError(f"size {size!r} is named by both {index[size][0]!r} and {card.name!r}")
+                raise ValueError(f"size {size!r} is defined by both {index[size][0]!r} and {card.name!r}")
             index[size] = (card.name, size)
     for card in cards().values():
         index.setdefault(card.name, (card.name, card.default))
@@ -50,23 +50,25 @@ def _index() -> dict[str, tuple[str, str]]:
 
 
 def find(name: str) -> tuple[Card, str]:
-    """The card and size that a name means. Raises `SettingsError` with the nearest known name, or with what is known of a
-    closed system."""
-    if name not in _index():
-        if (system := closed().get(name.lower().replace(" ", "-").replace("_", "-"))) is not None:
+    """Return the card and the size of a name.
+
+    Raises `SettingsError` that suggests the closest known name, or describes the closed system of that name.
+    """
+    if name not in _index_sizes():
+        if (system := closed_systems().get(name.lower().replace(" ", "-").replace("_", "-"))) is not None:
             raise SettingsError(system.text)
-        raise SettingsError(f"no model is called {name!r}.{nearest(name, _index())} `fieldguide models` lists them all.")
-    architecture, size = _index()[name]
+        raise SettingsError(f"unknown model {name!r}.{nearest(name, _index_sizes())} `fieldguide models` lists them all.")
+    architecture, size = _index_sizes()[name]
     return cards()[architecture], size
 
 
 def card(name: str) -> Card:
-    """The card of an architecture or of one of its sizes."""
+    """Return the card of an architecture or of one of its sizes."""
     return find(name)[0]
 
 
 def card_of(network: Any) -> Card | None:
-    """The card of a network's class; None for a network of somebody else's."""
+    """Return the card of a network's class, or None if the class is not of this library."""
     return next((found for found in cards().values() if found.model is type(network)), None)
 
 
@@ -78,7 +80,7 @@ def names(
     output_type: str | None = None,
     tests: bool = False,
 ) -> list[str]:
-    """Size names that match a glob (`resnet*`), a family (a folder of models), and what they take and give."""
+    """Return the names of sizes that match a glob (`resnet*`), a family, an input type and an output type."""
     return [
         size
         for c in cards().values()
@@ -92,9 +94,9 @@ def names(
 
 
 def create(name: str, **overrides: Any) -> Any:
-    """A freshly initialised network: `create("resnet50", classes=10, channels=1)`.
+    """Create a network with random weights: `create("resnet50", num_classes=10, channels=1)`.
 
-    Overrides are the project's vocabulary or the config's own field names.
+    `overrides` are fields of the config, by the common vocabulary or by the config's own names.
     Raises `SettingsError` for an unknown name or field.
     """
     found, size = find(name)

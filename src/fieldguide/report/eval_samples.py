@@ -15,25 +15,26 @@ import torch
 
 from fieldguide.core.files import write_atomically
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Quote, Quotes
+from fieldguide.core.run_record import find_folder
 from fieldguide.core.settings import Settings
 
-VIEWS = 8  # of a whole run
+MAX_SAMPLED_EVALUATIONS = 8  # per run
 
 
-class Glimpses:
-    """Store and read the samples of a run. They are galleries and quotes."""
+class EvalSamples:
+    """Samples of a run: galleries and quotes, one JSON file per sampled evaluation."""
 
     def __init__(self, run: Path):
-        self.folder = run / "glimpses"
+        self.folder = find_folder(run, "eval_samples")
 
-    def look(self, step: int, settings: Settings, make: Callable[[], list[Exhibit]]) -> None:
+    def sample(self, step: int, settings: Settings, make: Callable[[], list[Exhibit]]) -> None:
         """Store the result of `make` if this evaluation is one of the few to sample."""
         assert settings.eval_steps is not None  # resolved before training
-        part = lambda s: s * VIEWS // settings.steps
+        part = lambda s: s * MAX_SAMPLED_EVALUATIONS // settings.steps
         if part(step) == part(max(step - settings.eval_steps, 0)) and step != settings.steps:
             return
         with torch.random.fork_rng():
-            shown = [packed(e) for e in make()]
+            shown = [to_json(e) for e in make()]
         if shown:
             self.folder.mkdir(exist_ok=True)
             write_atomically(self.folder / f"step-{step:08d}.json", json.dumps(shown, ensure_ascii=False).encode())
@@ -41,11 +42,11 @@ class Glimpses:
     def read(self) -> list[tuple[int, list[Exhibit]]]:
         """Return (step, elements) in order of training."""
         return [
-            (int(path.stem.removeprefix("step-")), [unpacked(e) for e in json.loads(path.read_text())])
+            (int(path.stem.removeprefix("step-")), [from_json(e) for e in json.loads(path.read_text())])
             for path in sorted(self.folder.glob("step-*.json"))
         ]
 
-    def together(self) -> list[Exhibit]:
+    def merge(self) -> list[Exhibit]:
         """Return one element for each title over all steps, as the report shows them."""
         joined: dict[str, Exhibit] = {}
         for step, exhibits in self.read():
@@ -67,7 +68,7 @@ def add_step(step: int, caption: str) -> str:
     return f"step {step:,}{': ' + caption if caption else ''}"
 
 
-def packed(exhibit: Exhibit) -> dict[str, Any]:
+def to_json(exhibit: Exhibit) -> dict[str, Any]:
     """Return an element as a JSON-compatible dictionary. Raises TypeError for other types than galleries and quotes."""
     if isinstance(exhibit, Gallery):
         return {
@@ -81,11 +82,11 @@ def packed(exhibit: Exhibit) -> dict[str, Any]:
             "note": exhibit.note,
             "quotes": [{"text": q.text, "caption": q.caption} for q in exhibit.quotes],
         }
-    raise TypeError(f"samples during training must be galleries or quotes, not {type(exhibit).__name__}")
+    raise TypeError(f"eval samples must be Gallery or Quotes, not {type(exhibit).__name__}")
 
 
-def unpacked(record: dict[str, Any]) -> Exhibit:
-    """Restore an element from `packed`."""
+def from_json(record: dict[str, Any]) -> Exhibit:
+    """Restore an element from `to_json`."""
     if "pictures" in record:
         return Gallery(
             record["title"], record["note"], [Picture(base64.b64decode(p["image"]), p["caption"]) for p in record["pictures"]]

@@ -14,16 +14,21 @@ from fieldguide.report.text import FORBIDDEN_CHARACTERS, choose_decimals, format
 WIDEST = 60  # columns are padded to align, but one long cell must not widen the table
 
 
-def card(
-    *, title: str, verdict: str, facts: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str | Table]], front: dict
+def build_card(
+    *,
+    title: str,
+    verdict: str,
+    facts: Sequence[tuple[str, str]],
+    sections: Sequence[tuple[str, str | Table]],
+    front: dict[str, Any],
 ) -> str:
-    """Return the card as Markdown: front matter, title, verdict, facts, then each section under its heading.
+    """Return the card as Markdown: front matter, title, result in one sentence, facts, then the sections with headings.
 
     The text of a section is Markdown and stays as it is; everything else is escaped. `front` becomes the front
     matter key by key. If it has `task` and `metrics` but no `model-index`, these become one: `metrics` is name
     -> value or a list of {"type", "value", "name"}, `dataset` a name or the hub's {"name", "type"}.
     """
-    matter = yaml.safe_dump(to_plain(metadata(title, front)), sort_keys=False, allow_unicode=True, width=1000)
+    matter = yaml.safe_dump(to_plain(add_model_index(title, front)), sort_keys=False, allow_unicode=True, width=1000)
     lines = ["---", *matter.rstrip("\n").split("\n"), "---", ""]
     lines += [f"# {escape(title)}", "", f"**{escape(verdict)}**", ""]
     lines += [f"- {escape(label)}: {escape(value)}" for label, value in facts]
@@ -31,7 +36,7 @@ def card(
     for heading, content in sections:
         lines += [f"## {escape(heading)}", ""]
         if isinstance(content, Table):
-            lines += [*([escape(content.note), ""] if content.note else []), *markdown_table(content), ""]
+            lines += [*([escape(content.note), ""] if content.note else []), *build_table(content), ""]
         else:
             lines += [FORBIDDEN_CHARACTERS.sub("\ufffd", content).strip("\n"), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -40,7 +45,7 @@ def card(
 # -- the hub's metadata ------------------------------------------------------------------------------------
 
 
-def metadata(title: str, front: Mapping[str, Any]) -> dict[str, Any]:
+def add_model_index(title: str, front: Mapping[str, Any]) -> dict[str, Any]:
     """Return `front` with `task` as pipeline tag and the scores as the hub's model-index."""
     rest = {key: value for key, value in front.items() if key not in ("task", "metrics", "dataset")}
     task, metrics, data = front.get("task"), front.get("metrics"), front.get("dataset")
@@ -86,7 +91,7 @@ def escape(text: Any) -> str:
     return re.sub(r"^(\d+(?=[.)](?: |$))|(?=[#>+=-]))", r"\1\\", text)  # nor headings or lists
 
 
-def markdown_table(table: Table) -> list[str]:
+def build_table(table: Table) -> list[str]:
     """Return a table with aligned columns, numbers to the right."""
     width = max([len(table.header), *map(len, table.rows)], default=0)
     if not width:
@@ -99,14 +104,14 @@ def markdown_table(table: Table) -> list[str]:
         numeric = bool(present) and all(map(is_number, present))
         whole = all(isinstance(v, int) for v in present)
         digits = choose_decimals(present) if numeric and not whole else None
-        texts = [escape(name), *(cell(v, digits) for v in values)]
+        texts = [escape(name), *(format_cell(v, digits) for v in values)]
         wide = max(3, *(min(len(text), WIDEST) for text in texts))
         columns.append([text.rjust(wide) if numeric else text.ljust(wide) for text in texts])
         columns[-1].insert(1, "-" * (wide - 1) + ":" if numeric else "-" * wide)
     return ["| " + " | ".join(cells) + " |" for cells in zip(*columns)]
 
 
-def cell(value: Any, digits: int | None) -> str:
+def format_cell(value: Any, digits: int | None) -> str:
     if value is None or is_number(value) or isinstance(value, bool):
         return format_number(value, digits)
     if isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value)):

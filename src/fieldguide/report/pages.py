@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fieldguide.core.files import write_atomically
-from fieldguide.core.report_elements import Bars, Exhibit, Lines, Table
+from fieldguide.core.report_elements import Bars, Exhibit, Lines, Numbers, Table
 from fieldguide.inference.run import Run
 from fieldguide.report import model_card
-from fieldguide.report.eval_samples import Glimpses
+from fieldguide.report.eval_samples import EvalSamples
 from fieldguide.report.render import Section, render
 from fieldguide.tasks.base import Metric
 
@@ -20,23 +20,25 @@ def write(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:
     metrics = [m for m in run.task.metrics if m.name in record["scores"]["test"]]
     title = f"{record['model']['size']} on {record['data']['source']}"
     sections = [
-        results(run, metrics),
+        build_scores_section(run, metrics),
         *(Section(name, exhibits=shown) for name, shown in exhibits.items()),
-        training(run, run.task.monitored_metric()),
-        choice(record),
-        data(record),
-        settings(record),
+        build_training_section(run, run.task.monitored_metric()),
+        build_choice_section(record),
+        build_data_section(record),
+        build_settings_section(record),
     ]
     footer = (
-        f"Made by fieldguide {record['versions']['fieldguide']} with torch {record['versions']['torch']}, "
+        f"Created by fieldguide {record['versions']['fieldguide']} with torch {record['versions']['torch']}, "
         f"started {record['started']}."
     )
-    page = render(title=title, verdict=verdict(record, metrics[0]), facts=facts(run), sections=sections, footer=footer)
+    page = render(
+        title=title, verdict=summarize_result(record, metrics[0]), facts=list_facts(run), sections=sections, footer=footer
+    )
     write_atomically(run.path / "report.html", page.encode())
-    write_atomically(run.path / "README.md", words(run, title, metrics).encode())
+    write_atomically(run.path / "README.md", build_model_card(run, title, metrics).encode())
 
 
-def verdict(record: Mapping[str, Any], metric: Metric) -> str:
+def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
     """Return the result in one sentence, next to the baselines."""
     scores = record["scores"]
     low, high = (metric.text(v) for v in scores["intervals"][metric.name])
@@ -56,14 +58,14 @@ def verdict(record: Mapping[str, Any], metric: Metric) -> str:
         for b in beaten
         if metric.name in b["scores"] and sign * b["scores"][metric.name] > sign * scores["test"][metric.name]
     ]
-    best = f" At best: {listed(bounds)}." if bounds else ""
+    best = f" Upper bound: {listed(bounds)}." if bounds else ""
     advice = (
-        f" The network does not beat {' and '.join(better)}: prefer that, or give it more minutes or data." if better else ""
+        f" The network does not beat {' and '.join(better)}: use that, or train with more minutes or data." if better else ""
     )
-    return f"{said} (95 % interval {low} to {high}). To beat: {listed(beaten)}.{best}{advice}"
+    return f"{said} (95 % interval {low} to {high}). Baselines: {listed(beaten)}.{best}{advice}"
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def list_facts(run: Run) -> list[tuple[str, str]]:
     record, cost = run.record, run.record["cost"]
     split = record["data"]["split"]
     tested = record["scores"].get("tested", split["test"])
@@ -73,13 +75,13 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("multiply-adds", f"{cost['multiply_adds']:,}"),
         ("trained on", f"{split['train']:,} examples"),
         ("tested on", f"{tested:,} examples"),
-        ("training", f"{clock(cost['seconds'])}, {record['settings']['precision']}"),
+        ("training", f"{format_duration(cost['seconds'])}, {record['settings']['precision']}"),
         ("peak memory", f"{cost['peak_memory'] / 2**20:,.0f} MiB"),
         ("machine", f"{record['machine']['cores']} cores, {record['machine']['device']}"),
     ]
 
 
-def results(run: Run, metrics: Sequence[Metric]) -> Section:
+def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     record = run.record
     scores, main = record["scores"], metrics[0]
     header = ["metric", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])]
@@ -95,8 +97,8 @@ def results(run: Run, metrics: Sequence[Metric]) -> Section:
     ]
     factor = 100 if main.percent else 1
     bars = Bars(
-        f"{main.name.replace('_', ' ').capitalize()} beside the baselines",
-        "The whisker is the 95 % interval.",
+        f"{main.name.replace('_', ' ').capitalize()} compared with the baselines",
+        "The line shows the 95 % interval.",
         {
             "this network": factor * scores["test"][main.name],
             **{
@@ -109,15 +111,15 @@ def results(run: Run, metrics: Sequence[Metric]) -> Section:
         "%" if main.percent else "",
     )
     lead = (
-        "Measured on examples that no step of training, choosing or stopping has seen; intervals by bootstrap over "
-        "those examples."
+        "Measured on test examples that were not used for training, model selection or early stopping. Intervals are "
+        "bootstrap intervals over these examples."
     )
     return Section("Scores", lead, [bars, Table("All scores", "", header, rows)])
 
 
-def training(run: Run, metric: Metric) -> Section:
+def build_training_section(run: Run, metric: Metric) -> Section:
     lines = run.losses()
-    losses, rates = curves(lines, "loss"), curves(lines, "lr")
+    losses, rates = collect_curves(lines, "loss"), collect_curves(lines, "lr")
     scored = [(r["step"], r["scores"]) for r in lines if "scores" in r]
     exhibits: list[Exhibit] = []
     if losses:
@@ -126,7 +128,7 @@ def training(run: Run, metric: Metric) -> Section:
         exhibits.append(
             Lines(
                 f"Validation {metric.name.replace('_', ' ')}",
-                "On the validation part, which chose the weights that are kept.",
+                "Score on the validation examples, which selects the weights that are kept.",
                 x="step",
                 y=metric.name,
                 lines={"validation": ([s for s, _ in scored], [v[metric.name] for _, v in scored])},
@@ -135,23 +137,23 @@ def training(run: Run, metric: Metric) -> Section:
         )
     if rates:
         exhibits.append(Lines("Learning rate", "", x="step", y="rate", lines=rates))
-    exhibits += Glimpses(run.path).together()
+    exhibits += EvalSamples(run.path).merge()
     cost = run.record["cost"]
-    lead = f"{cost['steps']:,} steps in {clock(cost['seconds'])}; the weights of step {cost['best_step']:,} are kept."
+    lead = f"{cost['steps']:,} steps in {format_duration(cost['seconds'])}; the weights of step {cost['best_step']:,} are kept."
     return Section("Training", lead + (f" Stopped early: {cost['stopped']}." if cost["stopped"] else ""), exhibits)
 
 
-def curves(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, tuple]:
+def collect_curves(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, tuple[Numbers, Numbers]]:
     """Return the logged values called `name` of every phase: phase -> (steps, values)."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for key, value in line.items():
             if key == name or key.endswith("." + name):
                 found.setdefault(key, []).append((line["step"], value))
-    return {key: tuple(zip(*points)) for key, points in found.items()}
+    return {key: ([step for step, _ in points], [value for _, value in points]) for key, points in found.items()}
 
 
-def choice(record: Mapping[str, Any]) -> Section:
+def build_choice_section(record: Mapping[str, Any]) -> Section:
     chosen = record["choice"]
     rows = [[record["model"]["size"], "chosen", r] for r in chosen["reasons"]]
     rows += [[record["model"]["size"], "against", r] for r in chosen["against"]]
@@ -166,15 +168,15 @@ def choice(record: Mapping[str, Any]) -> Section:
     ]
     return Section(
         "Why this network",
-        f"Task: {record['task']}, because of {chosen['why']}.",
+        f"Task: {record['task']} ({chosen['why']}).",
         [
-            Table("Reasons", "Each rule names where it is written.", ("network", "", "reason"), rows),
-            Table("Other options", "", ("network", "parameters", "standing", "reasons"), others),
+            Table("Reasons", "Each reason names its source.", ("network", "", "reason"), rows),
+            Table("Other options", "", ("network", "parameters", "status", "reasons"), others),
         ],
     )
 
 
-def data(record: Mapping[str, Any]) -> Section:
+def build_data_section(record: Mapping[str, Any]) -> Section:
     d = record["data"]
     columns = [[c["name"], c["kind"], c["role"], c["distinct"], c["missing"], c["why"]] for c in d["columns"]]
     findings = [[f["severity"], f["what"], f["count"], ", ".join(f["places"]), f["remedy"]] for f in d["findings"]]
@@ -186,22 +188,22 @@ def data(record: Mapping[str, Any]) -> Section:
         "Data",
         lead,
         [
-            Table("Columns", "", ("column", "kind", "role", "distinct", "missing", "how that was decided"), columns),
+            Table("Columns", "", ("column", "kind", "role", "distinct", "missing", "reason"), columns),
             Table(
-                "What the doctor found",
-                "" if findings else "Nothing to complain of.",
-                ("", "what", "count", "where", "remedy"),
+                "Data checks",
+                "" if findings else "No problems found.",
+                ("", "problem", "count", "location", "remedy"),
                 findings,
             ),
         ],
     )
 
 
-def settings(record: Mapping[str, Any]) -> Section:
+def build_settings_section(record: Mapping[str, Any]) -> Section:
     model = [[k, str(v)] for k, v in record["model"]["config"].items()]
     return Section(
         "Settings",
-        "Every number that this run followed.",
+        "All settings of this run.",
         [
             Table("Training", "", ("setting", "value"), [[k, str(v)] for k, v in record["settings"].items()]),
             Table("Network", record["model"]["architecture"], ("field", "value"), model),
@@ -209,7 +211,7 @@ def settings(record: Mapping[str, Any]) -> Section:
     )
 
 
-def words(run: Run, title: str, metrics: Sequence[Metric]) -> str:
+def build_model_card(run: Run, title: str, metrics: Sequence[Metric]) -> str:
     record = run.record
     scores, d = record["scores"], record["data"]
     table = Table(
@@ -242,10 +244,10 @@ def words(run: Run, title: str, metrics: Sequence[Metric]) -> str:
             }
         ],
     }
-    return model_card.card(
+    return model_card.build_card(
         title=title,
-        verdict=verdict(record, metrics[0]),
-        facts=facts(run),
+        verdict=summarize_result(record, metrics[0]),
+        facts=list_facts(run),
         front=front,
         sections=[
             ("Scores", table),
@@ -258,16 +260,16 @@ def words(run: Run, title: str, metrics: Sequence[Metric]) -> str:
             (
                 "Data",
                 f"{d['rows']:,} examples of {d['source']}; split: {d['split']['how']}. "
-                f"{len(d['findings'])} findings of the doctor stand in report.html.",
+                f"The {len(d['findings'])} findings of the data checks are listed in report.html.",
             ),
             (
                 "Limits",
-                "The scores hold for data like the test part. Inputs of another kind, another camera or "
-                "another year are outside what was measured.",
+                "The scores apply to data like the test examples. For other data, such as images from another camera "
+                "or records of another year, they may not hold.",
             ),
         ],
     )
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"

@@ -1,13 +1,13 @@
-"""The report page: one HTML file that needs no network, no script and no explanation beside it.
+"""The report page: one self-contained HTML file that works offline and without JavaScript.
 
 `render` turns sections of exhibits into the page. Each type of exhibit is drawn by one function registered
-with `draw`; a new type (a sound, an animation, an overlay) is one more function:
+with `draw`; a new type needs one more function:
 
     @draw.register
     def _(exhibit: Sound) -> Markup: ...
 
-All markup is made by `text.el` or by the template, both of which escape, and the page's own security
-policy forbids any request and any script but its own: what a data set contains can be shown, never run.
+All markup is created by `text.el` or the template, which both escape, and the content security policy of the
+page forbids requests and scripts other than its own. Content of a data set is therefore displayed but never run.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from fieldguide.report.axis import to_floats
 from fieldguide.report.charts import NOTHING
 from fieldguide.report.text import choose_decimals, clean_text, el, format_number, is_number, join, to_python
 
-ROWS, QUOTES, PICTURES = 400, 50, 60  # the most of each that one exhibit shows; what is left out is said
-PICTURE_BYTES = 2_000_000  # all pictures of a page together
-LARGEST = 384  # pixels a side: twice what a tile shows, for dense screens
-WIDEST = 800  # ... and of a tile of a wide gallery
-SOUND_BYTES = 3_000_000  # all sounds of a page together
-SOUNDS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mpeg", b"\xff": "mpeg"}  # how a file of each begins
-CLASSES = 30  # larger confusion matrices show their most confused classes
+ROWS, QUOTES, PICTURES = 400, 50, 60  # shown per exhibit; the number of others is stated
+PICTURE_BYTES = 2_000_000  # of all images of a page
+LARGEST = 384  # pixels per side: twice the size of a tile, for high-density screens
+WIDEST = 800  # the same for tiles of wide galleries
+SOUND_BYTES = 3_000_000  # of all recordings of a page
+SOUNDS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mpeg", b"\xff": "mpeg"}  # first bytes -> type
+CLASSES = 30  # larger confusion matrices show only the classes confused most often
 UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMBT]|ms|s|min|h|[KMGT]i?B)(?!\w))")  # no line break before a unit
 
 
@@ -68,28 +68,28 @@ class Section:
 
 
 def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], footer: str = "") -> str:
-    """The whole page. `verdict` is the one sentence to remember; `facts` are label and value of small tiles.
+    """Return the page. `verdict` is the result in one sentence; `facts` are labels and values of small tiles.
 
-    A verdict that begins with a figure ("98.6 % of ...") is set with that figure large.
+    If the verdict begins with a number ("98.6 % of ..."), that number is displayed in large type.
     """
     pictures = [p.image for s in sections for e in s.exhibits if isinstance(e, Gallery) for p in e.pictures]
-    token = _album.set(Album(repeated={image for image, n in Counter(pictures).items() if n > 1}))
+    token = _page_media.set(PageMedia(repeated={image for image, n in Counter(pictures).items() if n > 1}))
     try:
-        anchors = anchors_for([s.title for s in sections])
+        anchors = build_anchors([s.title for s in sections])
         drawn = [
             {
                 "title": s.title,
                 "lead": s.lead,
                 "anchor": anchor,
                 "figures": [
-                    {"exhibit": e, "body": draw(e), "place": place} for e, place in zip(s.exhibits, places(s.exhibits))
+                    {"exhibit": e, "body": draw(e), "place": place} for e, place in zip(s.exhibits, place_elements(s.exhibits))
                 ],
             }
             for s, anchor in zip(sections, anchors)
         ]
     finally:
-        _album.reset(token)
-    environment = templates()
+        _page_media.reset(token)
+    environment = load_templates()
     script, style = read_template("report.js"), read_template("report.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     match = re.match(r"[−-]?\d[\d.,]*(?:\s?%)?(?=\s)", verdict)
@@ -113,8 +113,8 @@ def read_template(name: str) -> str:
 
 
 @cache
-def templates() -> jinja2.Environment:
-    # finalize cleans every value a template shows, as `el` does for every value a drawing shows
+def load_templates() -> jinja2.Environment:
+    # `finalize` cleans all values in templates, as `el` does in drawings.
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("fieldguide.report"),
         autoescape=True,
@@ -123,15 +123,15 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["tie"] = tie
+    made.filters["tie"] = join_units
     return made
 
 
-def tie(text: str) -> str:
+def join_units(text: str) -> str:
     return UNIT.sub("\u00a0", str(text))
 
 
-def anchors_for(titles: Sequence[str]) -> list[str]:
+def build_anchors(titles: Sequence[str]) -> list[str]:
     """Return readable link targets, each unique: `worst-errors`, `scores`, `scores-2`."""
     seen: Counter[str] = Counter()
     anchors = []
@@ -142,11 +142,11 @@ def anchors_for(titles: Sequence[str]) -> list[str]:
     return anchors
 
 
-def places(shown: Sequence[Exhibit]) -> list[str]:
-    """Where each exhibit stands on a wide screen: beside a neighbour, in its own row, or beside its own text.
+def place_elements(shown: Sequence[Exhibit]) -> list[str]:
+    """Return the placement of each exhibit on a wide screen: "half" (two per row), "row" or "aside" (next to its text).
 
-    Neighbours that need little width go two by two. Of an odd number one takes a whole row: the first that
-    can use it, which a square chart cannot.
+    Consecutive narrow exhibits are placed in pairs. If their number is odd, one of them takes a whole row: the first that
+    is not a square chart.
     """
     square = [isinstance(e, (Lines, Scatter)) and e.diagonal and not getattr(e, "log", False) for e in shown]
     slim = [isinstance(e, (Lines, Scatter, Bars)) or (isinstance(e, Table) and len(e.header) <= 3) for e in shown]
@@ -161,15 +161,15 @@ def places(shown: Sequence[Exhibit]) -> list[str]:
     return result
 
 
-# -- one drawing function a type ---------------------------------------------------------------------------
+# -- one drawing function per type ---------------------------------------------------------------------------
 
 
 @singledispatch
 def draw(exhibit: Exhibit) -> Markup:
     """Return the markup of one element, chosen by its type."""
     raise TypeError(
-        f"the report cannot draw an exhibit of type {type(exhibit).__name__!r}: register a "
-        f"function for it with `fieldguide.report.render.draw.register`"
+        f"the report cannot draw an exhibit of type {type(exhibit).__name__!r}. Register a "
+        f"function for it with `fieldguide.report.render.draw.register`."
     )
 
 
@@ -178,20 +178,20 @@ draw.register(Scatter, charts.draw_scatter)
 draw.register(Bars, charts.draw_bars)
 
 
-def scroll(label: str, *children: Any, tall: bool = False) -> Markup:
-    """A box that scrolls by itself, so that the page never does sideways; reachable by keyboard."""
+def build_scroll_box(label: str, *children: Any, tall: bool = False) -> Markup:
+    """Return a box that scrolls horizontally in place of the page and can be focused by keyboard."""
     return el(
         "div", *children, class_="scroll tall" if tall else "scroll", tabindex="0", role="region", aria_label=label or "table"
     )
 
 
-def remark(*texts: str) -> Markup:
+def build_remark(*texts: str) -> Markup:
     return join(el("p", text, class_="remark") for text in texts if text)
 
 
 @draw.register
 def table(exhibit: Table) -> Markup:
-    """Numbers aligned by their points, text to the left, shaded columns where asked."""
+    """Return a table: numbers aligned by decimal point, text on the left, columns in `heat` shaded."""
     total = len(exhibit.rows)
     if not total:
         return NOTHING
@@ -201,15 +201,15 @@ def table(exhibit: Table) -> Markup:
     names = [*exhibit.header, *[""] * (width - len(exhibit.header))]
     columns = [Column.of([row[k] for row in rows], names[k] in exhibit.heat) for k in range(width)]
     head = el("tr", *(el("th", name, scope="col", class_=c.look) for name, c in zip(names, columns)))
-    body = (el("tr", *(cell(c, i, first=k == 0 and width > 1) for k, c in enumerate(columns))) for i in range(len(rows)))
+    body = (el("tr", *(build_cell(c, i, first=k == 0 and width > 1) for k, c in enumerate(columns))) for i in range(len(rows)))
     inside = el("table", el("thead", head) if any(names) else None, el("tbody", *body))
     cut = f"The first {format_number(ROWS)} of {format_number(total)} rows are shown." if total > ROWS else ""
-    return join([scroll(exhibit.title, inside, tall=len(rows) > 25), remark(cut)])
+    return join([build_scroll_box(exhibit.title, inside, tall=len(rows) > 25), build_remark(cut)])
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column ready to show: texts, full texts where these are shortened, and shades from 0 to 1."""
+    """A formatted column: texts, full texts of shortened cells, and shades from 0 to 1."""
 
     texts: list[str]
     full: list[str | None]
@@ -228,11 +228,11 @@ class Column:
         numeric = bool(present) and all(map(is_number, present))
         whole = all(isinstance(v, int) for v in present)
         digits = choose_decimals(present) if numeric and not whole else None
-        pairs = [shown(v, digits) for v in values]
+        pairs = [format_cell(v, digits) for v in values]
         shades: list[float | None] = [None] * len(values)
         if heat and numeric:
             sizes = to_floats(values)
-            if (sizes < 0).any() and (sizes > 0).any():  # errors to either side: the distance counts
+            if (sizes < 0).any() and (sizes > 0).any():  # shade signed errors by their absolute value
                 sizes = np.abs(sizes)
             real = sizes[np.isfinite(sizes)]
             low, high = (real.min(), real.max()) if len(real) else (0, 0)
@@ -241,8 +241,8 @@ class Column:
         return cls(texts, full, numeric, heat and numeric, shades)
 
 
-def shown(value: Any, digits: int | None = None) -> tuple[str, str | None]:
-    """The text of a cell, and the exact value for the pointer where the text is shorter than it."""
+def format_cell(value: Any, digits: int | None = None) -> tuple[str, str | None]:
+    """Return the text of a cell, and the exact value as a tooltip if the text is shortened."""
     if value is None or is_number(value) or isinstance(value, bool):
         text = format_number(value, digits)
         return text, f"{value:,}" if text[-1:] in "MBT" else None
@@ -252,7 +252,7 @@ def shown(value: Any, digits: int | None = None) -> tuple[str, str | None]:
     return (text, None) if len(text) <= 400 else (text[:399].rstrip() + "…", text[:4000])
 
 
-def cell(column: Column, i: int, *, first: bool) -> Markup:
+def build_cell(column: Column, i: int, *, first: bool) -> Markup:
     text, shade = column.texts[i], column.shades[i]
     if column.numeric:
         return el("td", text, class_=column.look, title=column.full[i], style=None if shade is None else f"--shade:{shade:.2f}")
@@ -262,7 +262,7 @@ def cell(column: Column, i: int, *, first: bool) -> Markup:
 
 @draw.register
 def matrix(exhibit: Matrix) -> Markup:
-    """A confusion matrix: right answers in one colour, mistakes in another, shaded by share of the row."""
+    """Return a confusion matrix: correct predictions and errors in two colors, shaded by their share of the row."""
     if not len(exhibit.counts):
         return NOTHING
     counts = np.array([to_floats(row) for row in exhibit.counts])
@@ -275,8 +275,8 @@ def matrix(exhibit: Matrix) -> Markup:
     if n > CLASSES:
         keep = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[: CLASSES - 5])
         says = (
-            f"{n} classes are too many to read at once: the matrix shows the {len(keep)} that are "
-            f"confused most. The shares at its edges and the list below are of all {n}."
+            f"The matrix shows only the {len(keep)} of {n} classes that are confused most often. The totals at its edges "
+            f"and the list below include all classes."
         )
     totals, answers = known.sum(1), known.sum(0)
     upright = max(len(labels[k]) for k in keep) > (2 if len(keep) > 14 else 5)
@@ -284,28 +284,31 @@ def matrix(exhibit: Matrix) -> Markup:
         "tr",
         el("th", el("span", "true ↓ predicted →"), scope="col", class_="corner"),
         *(el("th", el("span", labels[k]), scope="col") for k in keep),
-        el("th", "found", scope="col", class_="sum", title="share of this class found (recall)"),
+        el("th", "recall", scope="col", class_="sum", title="fraction of this class that is predicted (recall)"),
     )
     body = [
         el(
             "tr",
             el("th", labels[i], scope="row", dir="auto"),
             *(
-                count(
-                    counts[i, j], known[i, j] / totals[i] if totals[i] > 0 else 0, i == j, f"{labels[i]} taken for {labels[j]}"
+                build_matrix_cell(
+                    counts[i, j],
+                    known[i, j] / totals[i] if totals[i] > 0 else 0,
+                    i == j,
+                    f"{labels[i]} predicted as {labels[j]}",
                 )
                 for j in keep
             ),
-            el("td", percent(known[i, i], totals[i]), class_="sum"),
+            el("td", format_percent(known[i, i], totals[i]), class_="sum"),
         )
         for i in keep
     ]
-    precise = "share of these predictions that are right (precision)"
+    precise = "fraction of these predictions that are correct (precision)"
     foot = el(
         "tr",
-        el("th", "right when said", scope="row", title=precise),
-        *(el("td", percent(known[j, j], answers[j]), class_="sum") for j in keep),
-        el("td", percent(np.trace(known), known.sum()), class_="sum all"),
+        el("th", "precision", scope="row", title=precise),
+        *(el("td", format_percent(known[j, j], answers[j]), class_="sum") for j in keep),
+        el("td", format_percent(np.trace(known), known.sum()), class_="sum all"),
     )
     inside = el(
         "table",
@@ -314,11 +317,11 @@ def matrix(exhibit: Matrix) -> Markup:
         el("tfoot", foot),
         class_="matrix" + (" upright" if upright else "") + (" dense" if len(keep) > 14 else ""),
     )
-    return join([remark(says), scroll(exhibit.title, inside), confusions(labels, wrong, totals)])
+    return join([build_remark(says), build_scroll_box(exhibit.title, inside), list_confusions(labels, wrong, totals)])
 
 
-def count(value: float, share: float, right: bool, words: str) -> Markup:
-    """One cell. Mistakes are rare in a good model, so their shade grows with the root of their share."""
+def build_matrix_cell(value: float, share: float, right: bool, words: str) -> Markup:
+    """Return one cell. Errors are rare in a good model, so their shade is the square root of their share."""
     if value != value:
         return el("td", "–")
     if value == 0:
@@ -334,12 +337,12 @@ def count(value: float, share: float, right: bool, words: str) -> Markup:
     )
 
 
-def percent(part: float, whole: float) -> str:
+def format_percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f}%" if whole > 0 else "–"
 
 
-def confusions(labels: Sequence[str], wrong: np.ndarray, totals: np.ndarray, most: int = 8) -> Markup:
-    """The largest mistakes in words."""
+def list_confusions(labels: Sequence[str], wrong: np.ndarray, totals: np.ndarray, most: int = 8) -> Markup:
+    """Return a list of the most frequent confusions."""
     if len(labels) < 3 or not wrong.any():
         return Markup("")
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
@@ -352,7 +355,7 @@ def confusions(labels: Sequence[str], wrong: np.ndarray, totals: np.ndarray, mos
             *(
                 el(
                     "li",
-                    el("span", el("b", labels[i], dir="auto"), " taken for ", el("b", labels[j], dir="auto")),
+                    el("span", el("b", labels[i], dir="auto"), " predicted as ", el("b", labels[j], dir="auto")),
                     el("span", f"{format_number(wrong[i, j])} of {format_number(totals[i])}", class_="times"),
                 )
                 for i, j in items
@@ -363,8 +366,8 @@ def confusions(labels: Sequence[str], wrong: np.ndarray, totals: np.ndarray, mos
 
 
 @dataclass
-class Album:
-    """The pictures of the page being drawn: repeated ones are stored once, all together within a budget."""
+class PageMedia:
+    """Images and recordings of the page that is drawn. Repeated images are stored once; the total size is limited."""
 
     repeated: set[bytes] = field(default_factory=set)
     placed: dict[bytes, tuple[str, str]] = field(default_factory=dict)
@@ -372,45 +375,45 @@ class Album:
     heard: int = 0  # bytes of sounds
 
 
-_album: ContextVar[Album] = ContextVar("album")
+_page_media: ContextVar[PageMedia] = ContextVar("album")
 
 
 @draw.register
 def gallery(exhibit: Gallery) -> Markup:
-    album = _album.get(None) or Album()
+    album = _page_media.get(None) or PageMedia()
     tiles, over = [], 0
     for picture in exhibit.pictures[:PICTURES]:
-        image = show(picture, album, WIDEST if exhibit.wide else LARGEST)
+        image = build_picture(picture, album, WIDEST if exhibit.wide else LARGEST)
         over += image is None
         if image is not None:
             tiles.append(
                 el(
                     "li",
                     image,
-                    el("span", tie(picture.caption), class_="caption", dir="auto"),
+                    el("span", join_units(picture.caption), class_="caption", dir="auto"),
                     class_="bad" if picture.bad else None,
                 )
             )
     over += max(0, len(exhibit.pictures) - PICTURES)
     if not tiles and not over:
         return NOTHING
-    return join([el("ul", *tiles, class_="gallery wide" if exhibit.wide else "gallery"), left_out(over, "picture")])
+    return join([el("ul", *tiles, class_="gallery wide" if exhibit.wide else "gallery"), note_left_out(over, "image")])
 
 
-def left_out(count: int, what: str) -> Markup:
+def note_left_out(count: int, what: str) -> Markup:
     be = " is" if count == 1 else "s are"
-    return remark(f"{format_number(count)} more {what}{be} left out to keep this page small." if count else "")
+    return build_remark(f"{format_number(count)} more {what}{be} left out to keep this page small." if count else "")
 
 
-def show(picture: Picture, album: Album, largest: int = LARGEST) -> Markup | None:
-    """The picture inside the page, or None where the page is full."""
+def build_picture(picture: Picture, album: PageMedia, largest: int = LARGEST) -> Markup | None:
+    """Return the markup of an image, or None if the size limit of the page is reached."""
     if picture.image in album.placed:
         name, view = album.placed[picture.image]
         return el("svg", el("use", href=f"#{name}"), viewBox=view, role="img", aria_label=picture.caption)
     try:
         kind, data, (width, height) = embed(picture.image, largest)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises
-        return el("span", "This picture cannot be read.", class_="broken")
+        return el("span", "This image cannot be read.", class_="broken")
     if album.spent + len(data) > PICTURE_BYTES:
         return None
     album.spent += len(data)
@@ -425,43 +428,48 @@ def show(picture: Picture, album: Album, largest: int = LARGEST) -> Markup | Non
 
 
 def embed(data: bytes, largest: int = LARGEST) -> tuple[str, bytes, tuple[int, int]]:
-    """Format, bytes and size of a picture as the page holds it: what is large is made smaller."""
+    """Return format, bytes and size of an image for the page; large ones are downscaled."""
     with Image.open(io.BytesIO(data)) as image:
         kind, size = (image.format or "").lower(), image.size
         if kind not in ("png", "jpeg", "webp", "gif"):
-            raise ValueError(f"{kind or 'unknown'} is not PNG, JPEG, WebP or GIF")
+            raise ValueError(f"image format {kind or 'unknown'} is not PNG, JPEG, WebP or GIF")
         if max(size) <= largest or len(data) <= 24_000:
             return kind, data, size
         image.draft("RGB", (largest, largest))  # lets JPEG decode at a fraction of its size
         clear = "A" in image.getbands() or "transparency" in image.info
         smaller = image.convert("RGBA" if clear else "RGB")
         smaller.thumbnail((largest, largest))
-        kind, out = "webp" if clear else "jpeg", io.BytesIO()  # JPEG is several times faster to write
+        kind, out = "webp" if clear else "jpeg", io.BytesIO()  # JPEG is several times faster to write than PNG
         smaller.save(out, kind, quality=80)
         return kind, out.getvalue(), smaller.size
 
 
 @draw.register
 def sounds(exhibit: Sounds) -> Markup:
-    """Each with the browser's own player; what does not fit into the page is counted."""
-    album = _album.get(None) or Album()
+    """Return recordings with audio players; those beyond the size limit of the page are only counted."""
+    album = _page_media.get(None) or PageMedia()
     items, over = [], 0
     for sound in exhibit.sounds:
         kind = next((kind for head, kind in SOUNDS.items() if sound.sound.startswith(head)), None)
         if kind and album.heard + len(sound.sound) > SOUND_BYTES:
             over += 1
             continue
-        player = el("span", "This sound cannot be played.", class_="broken")
+        player = el("span", "This recording cannot be played.", class_="broken")
         if kind:
             album.heard += len(sound.sound)
             source = f"data:audio/{kind};base64,{base64.b64encode(sound.sound).decode()}"
             player = el("audio", src=source, controls="", preload="metadata", aria_label=sound.caption)
         items.append(
-            el("li", player, el("span", tie(sound.caption), class_="caption", dir="auto"), class_="bad" if sound.bad else None)
+            el(
+                "li",
+                player,
+                el("span", join_units(sound.caption), class_="caption", dir="auto"),
+                class_="bad" if sound.bad else None,
+            )
         )
     if not items and not over:
         return NOTHING
-    return join([el("ul", *items, class_="sounds"), left_out(over, "sound")])
+    return join([el("ul", *items, class_="sounds"), note_left_out(over, "recording")])
 
 
 @draw.register
@@ -481,11 +489,11 @@ def quotes(exhibit: Quotes) -> Markup:
             el(
                 "li",
                 body,
-                remark(cut),
-                el("span", tie(quote.caption), class_="caption", dir="auto"),
+                build_remark(cut),
+                el("span", join_units(quote.caption), class_="caption", dir="auto"),
                 class_="bad" if quote.bad else None,
             )
         )
     if not items:
         return NOTHING
-    return join([el("ul", *items, class_="quotes"), left_out(len(exhibit.quotes) - len(items), "text")])
+    return join([el("ul", *items, class_="quotes"), note_left_out(len(exhibit.quotes) - len(items), "text")])

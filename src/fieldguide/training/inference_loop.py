@@ -31,8 +31,10 @@ def collect(
     padded with -1, or NaN for floating-point outputs. `callback` gets the number of examples done by this process.
     """
     step = step or objective.outputs
-    mine = np.arange(len(batches))[distributed.rank() :: distributed.world()]
-    rows, parts, training = [], [], objective.training
+    mine = np.arange(len(batches))[distributed.rank() :: distributed.get_world_size()]
+    training = objective.training
+    rows: list[np.ndarray] = []
+    parts: list[dict[str, np.ndarray]] = []
     objective.eval()
     for index, tensors in iterate_in_order(batches, batch, mine):
         with autocast(device, precision):
@@ -42,9 +44,9 @@ def collect(
         callback(sum(map(len, rows)))
     objective.train(training)
     gathered = distributed.gather((rows, parts))
-    rows = np.concatenate([i for r, _ in gathered for i in r])
+    places = np.concatenate([i for r, _ in gathered for i in r])
     joined = {name: concatenate_padded([p[name] for _, ps in gathered for p in ps]) for name in gathered[0][1][0]}
-    order = np.argsort(rows)
+    order = np.argsort(places)
     return {name: values[order] for name, values in joined.items()}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from fieldguide.core.settings import Settings
 from fieldguide.training.peft import get_layer_depths, get_tower_prefixes
@@ -16,10 +17,11 @@ from fieldguide.training.peft import get_layer_depths, get_tower_prefixes
 
 def get_lr_factor(settings: Settings, step: int) -> float:
     """Return the learning rate of a step relative to the peak: linear warm-up, then constant, cosine or linear decay."""
-    warm = max(1, round(settings.warmup * settings.steps))
+    steps = settings.resolved_steps
+    warm = max(1, round(settings.warmup * steps))
     if step < warm:
         return (step + 1) / warm
-    done = (step - warm) / max(1, settings.steps - warm)
+    done = (step - warm) / max(1, steps - warm)
     if settings.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
@@ -68,19 +70,19 @@ class Muon(torch.optim.Optimizer):
     that its magnitude matches AdamW's and the same learning rate suits both (Liu et al. 2025, arXiv:2502.16982, eq. 4).
     """
 
-    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
                     by_shape.setdefault(tuple(p.flatten(1).shape), []).append(p)
             for (rows, columns), same in by_shape.items():
-                grads, moments = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
+                grads, moments = [p.grad for p in same if p.grad is not None], [self.state[p]["momentum"] for p in same]
                 torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, moments, group["momentum"])
                 update = orthogonalize(torch.stack([u.flatten(1) for u in nesterov]))

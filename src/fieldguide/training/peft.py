@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,9 @@ def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -
 def merge(model: nn.Module) -> None:
     """Merge the low-rank updates into the weights, which leaves a plain network."""
     for module in model.modules():
-        if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], LowRank):
+        if parametrize.is_parametrized(module, "weight") and isinstance(
+            module.get_submodule("parametrizations.weight.0"), LowRank
+        ):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
@@ -108,7 +111,7 @@ class _CheckpointedForward:
     def __init__(self, block: nn.Module):
         self.block, self.forward = block, block.forward
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         return checkpoint(
@@ -126,6 +129,7 @@ def freeze_batch_norm_statistics(block: nn.Module) -> Iterator[None]:
     norms = [(m, m.momentum) for m in block.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for norm, _ in norms:
         norm.momentum = 0.0
+        assert norm.num_batches_tracked is not None  # since it tracks statistics
         norm.num_batches_tracked.sub_(1)  # the recomputation adds it again
     try:
         yield
@@ -172,5 +176,5 @@ def get_lowest_trainable_depth(settings: Settings, step: int, top: int) -> int:
     section 3.3). All depths are trained after a fraction `unfreeze_fraction` of the steps."""
     if not settings.unfreeze_fraction:
         return 0
-    done = step / max(1.0, settings.unfreeze_fraction * settings.steps)
+    done = step / max(1.0, settings.unfreeze_fraction * settings.resolved_steps)
     return max(0, top - int(done * (top + 1)))

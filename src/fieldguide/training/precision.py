@@ -32,6 +32,11 @@ def move_batch(batch: dict[str, Tensor], device: torch.device, channels_last: bo
     return {name: move(t) for name, t in batch.items()}
 
 
+def to_channels_last(objective: Objective) -> Objective:
+    """Store the kernels of an objective in the channels-last layout."""
+    return objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
+
+
 @contextmanager
 def deterministic_kernels() -> Iterator[None]:
     """Use deterministic cuDNN algorithms inside, so that a resumed run uses the same ones."""
@@ -60,7 +65,7 @@ def measure_step_seconds(
     """
     trial = copy.deepcopy(objective).to(device).train()
     if channels_last:
-        trial = trial.to(memory_format=torch.channels_last)
+        trial = to_channels_last(trial)
     batch, best, total, turn = move_batch(batch, device, channels_last), float("inf"), 0.0, 0
     while turn <= repeats or (total < enough and turn < 20):  # the first pass is a warm-up
         started = time.perf_counter()
@@ -102,7 +107,7 @@ def choose_precision(
                     raise
                 # A kernel does not support this precision or layout.
                 log(f"{choice[0]} is not supported here: {str(error).splitlines()[0]}")
-    best = min(timed, key=timed.get)
+    best = min(timed, key=timed.__getitem__)
     if timed[("float32", False)] < MIN_SPEEDUP * timed[best]:
         best = ("float32", False)
     return *best, {f"{p}{' channels-last' if c else ''}": t for (p, c), t in timed.items()}

@@ -33,8 +33,8 @@ from fieldguide.training import checkpoint
 from fieldguide.training.ema import ExponentialMovingAverage
 from fieldguide.training.optim import build_optimizers, get_lr_factor
 from fieldguide.training.peft import get_frozen_modules, get_layer_depths, get_lowest_trainable_depth, get_tower_prefixes
-from fieldguide.training.precision import autocast, deterministic_kernels, move_batch
-from fieldguide.training.tracking import TRACKERS
+from fieldguide.training.precision import autocast, deterministic_kernels, move_batch, to_channels_last
+from fieldguide.training.tracking import TRACKERS, TensorBoard
 
 MAX_LOG_LINES = 400  # approximate number of loss lines that a run writes to metrics.jsonl
 MAX_TIME_OVERRUN = 1.05  # a run stops after this factor times the given minutes
@@ -97,7 +97,7 @@ class PhaseRunner:
         self.optimizers = build_optimizers(objective, named, self.settings)
         self.lr = 0.0
         self.module: nn.Module = PhaseModule(objective, phase)
-        if distributed.world() > 1:
+        if distributed.get_world_size() > 1:
             with require_grad_only(
                 self.parameters, objective
             ):  # DDP reduces the parameters that require a gradient at construction
@@ -163,12 +163,14 @@ class Trainer:
         self.evaluate, self.metric, self.batches = evaluate, metric, batches
         self.objective = objective.to(device)
         if settings.channels_last:
-            self.objective = self.objective.to(memory_format=torch.channels_last)
+            self.objective = to_channels_last(self.objective)
         self.runners = [PhaseRunner(self.objective, phase, settings, device) for phase in objective.phases]
         self.batches_per_step = max(phase.times for phase in objective.phases)
         self.kept = nn.ModuleDict({name: getattr(self.objective, name) for name in objective.keep})
         self.average = ExponentialMovingAverage(self.kept, settings.ema) if settings.ema else None
-        self.state, self.best, self.tracker = State(most=max_steps), None, None
+        self.state = State(most=max_steps)
+        self.best: dict[str, Tensor] | None = None  # the best weights so far
+        self.tracker: TensorBoard | None = None
         self.stopping = False
         self.frozen_modules = get_frozen_modules(self.objective)
         self.pace_start = (0, 0.0)  # step and seconds that the pace is counted from
@@ -191,12 +193,14 @@ class Trainer:
         started = time.monotonic()
         self.pace_start = (state.step, state.seconds)
         with self.handle_signals(), deterministic_kernels():
-            while state.step < self.settings.steps and not state.stopped:
+            while state.step < self.settings.resolved_steps and not state.stopped:
                 losses = self.train_step(stream)
                 state.step += 1
                 state.seconds = before + time.monotonic() - started
                 self.log_losses(losses)
-                scored = self.evaluate and (state.step % self.settings.eval_steps == 0 or state.step == self.settings.steps)
+                scored = self.evaluate and (
+                    state.step % self.settings.resolved_eval_steps == 0 or state.step == self.settings.steps
+                )
                 if scored:
                     self.evaluate_and_keep_best()
                     state.seconds = before + time.monotonic() - started
@@ -239,15 +243,15 @@ class Trainer:
 
     def make_batch_stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Return the batches of this process, from the next step to the last."""
-        settings, world, rank = self.settings, distributed.world(), distributed.rank()
+        settings, world, rank = self.settings, distributed.get_world_size(), distributed.rank()
         return iterate_training_batches(
             self.batches,
-            batch=settings.batch_size,
+            batch=settings.resolved_batch_size,
             parts=world * settings.grad_accum_steps,
             mine=range(rank * settings.grad_accum_steps, (rank + 1) * settings.grad_accum_steps),
             seed=settings.seed,
             start=self.state.step * self.batches_per_step,
-            stop=settings.steps * self.batches_per_step,
+            stop=settings.resolved_steps * self.batches_per_step,
             workers=settings.num_workers,
             pin=self.device.type == "cuda",
         )
@@ -269,12 +273,13 @@ class Trainer:
         )
         total = min(state.most, state.step + max(1, int(goal * steps / max(seconds, 1e-9))))
         goal, total = distributed.broadcast((goal, total))  # clocks differ between processes, but the plan must not
-        left, planned = total - state.step, settings.steps - state.step
-        if goal <= 0 or planned < MIN_REPLAN_CHANGE * settings.steps or abs(left - planned) <= MIN_REPLAN_CHANGE * planned:
+        before = settings.resolved_steps
+        left, planned = total - state.step, before - state.step
+        if goal <= 0 or planned < MIN_REPLAN_CHANGE * before or abs(left - planned) <= MIN_REPLAN_CHANGE * planned:
             return False
         if abs(left - planned) > MIN_REPORTED_CHANGE * planned:
-            self.callback.log(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {settings.steps:,}")
-        state.steps, state.evaluate = total, max(1, round(settings.eval_steps * total / settings.steps))
+            self.callback.log(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {before:,}")
+        state.steps, state.evaluate = total, max(1, round(settings.resolved_eval_steps * total / before))
         self.replan()
         return True
 
@@ -284,14 +289,15 @@ class Trainer:
             self.settings = self.settings.with_(counts)
             for runner in self.runners:
                 runner.settings = runner.settings.with_(counts)
-            self.callback.on_replan(self.settings.steps)
+            self.callback.on_replan(self.settings.resolved_steps)
 
     def train_step(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
         """Run one training step: each phase as often as its `times`. Return the losses by name."""
-        settings, losses = self.settings, {}
+        settings = self.settings
+        losses: dict[str, float] = {}
         seed_generators(mix_seeds(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
         batches = [
-            [move_batch(next(stream)[1], self.device, settings.channels_last) for _ in range(settings.grad_accum_steps)]
+            [move_batch(next(stream)[1], self.device, bool(settings.channels_last)) for _ in range(settings.grad_accum_steps)]
             for _ in range(self.batches_per_step)
         ]
         for runner in self.runners:
@@ -310,17 +316,17 @@ class Trainer:
         """Compute the gradients of the mean loss over accumulated batches and processes. Return the losses."""
         totals: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
-            accumulates = number < len(batches) - 1 and isinstance(runner.module, DistributedDataParallel)
-            with runner.module.no_sync() if accumulates else nullcontext():
+            module, accumulates = runner.module, number < len(batches) - 1
+            with module.no_sync() if accumulates and isinstance(module, DistributedDataParallel) else nullcontext():
                 with autocast(self.device, self.settings.precision):
-                    parts = runner.module(batch)
+                    parts = module(batch)
                 (parts["loss"] / len(batches)).backward()
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / len(batches)
         stacked = torch.stack(list(totals.values()))
-        if distributed.world() > 1:
+        if distributed.get_world_size() > 1:
             dist.all_reduce(stacked)
-            stacked /= distributed.world()
+            stacked /= distributed.get_world_size()
         return dict(zip(totals, stacked.tolist()))
 
     def apply_gradients(self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float]) -> None:
@@ -363,6 +369,7 @@ class Trainer:
 
     def evaluate_and_keep_best(self) -> None:
         """Evaluate the averaged weights, keep the best ones and apply early stopping."""
+        assert self.evaluate is not None
         state, (name, direction) = self.state, self.metric
         self.objective.eval()
         with self.average.average_parameters() if self.average else nullcontext():
@@ -390,7 +397,7 @@ class Trainer:
             state.sums[name] = state.sums.get(name, 0.0) + value
         state.summed += 1
         self.callback.on_step(state.step, losses)
-        if state.step % max(1, self.settings.steps // MAX_LOG_LINES) == 0 or state.step == self.settings.steps:
+        if state.step % max(1, self.settings.resolved_steps // MAX_LOG_LINES) == 0 or state.step == self.settings.steps:
             means = {name: total / state.summed for name, total in state.sums.items()}
             self.log_metrics({"step": state.step, "seconds": round(state.seconds, 3), **means})
             state.sums, state.summed = {}, 0
@@ -431,7 +438,7 @@ class Trainer:
 
     def is_true_anywhere(self, flag: bool) -> bool:
         """Return True in all processes if `flag` is True in any."""
-        if distributed.world() == 1:
+        if distributed.get_world_size() == 1:
             return flag
         tensor = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(tensor)
@@ -458,6 +465,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Load the newest intact checkpoint of the run folder. Return False if there is none."""
+        assert self.folder is not None, "a trainer without a run folder saves nothing to resume from"
         found = checkpoint.load(self.folder / "checkpoints", self.callback.log)
         if found is None:
             if distributed.rank() == 0:

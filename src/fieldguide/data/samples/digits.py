@@ -8,7 +8,7 @@ from pathlib import Path
 from fieldguide.data.samples.writers import write_csv
 
 
-def digits(folder: Path) -> None:
+def write_digits(folder: Path) -> None:
     """Write 1,797 handwritten digits of 8 x 8 pixels as PNG, one folder per class; 17 gray levels are scaled to 0 to 255."""
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -21,7 +21,7 @@ def digits(folder: Path) -> None:
         Image.fromarray(gray).save(folder / str(digit) / f"{i:04d}.png")
 
 
-def classification_table(loader: str, target: str) -> Callable[[Path], None]:
+def build_table_writer(loader: str, target: str) -> Callable[[Path], None]:
     """Return a generator that writes a classification data set of scikit-learn as CSV, with class names as targets."""
 
     def make(folder: Path) -> None:
@@ -34,7 +34,7 @@ def classification_table(loader: str, target: str) -> Callable[[Path], None]:
     return make
 
 
-def diabetes(folder: Path) -> None:
+def write_diabetes(folder: Path) -> None:
     """Write scikit-learn's diabetes data set as CSV."""
     from sklearn.datasets import load_diabetes
 

@@ -13,7 +13,7 @@ SHOWS = (
 ).split()
 
 
-def episodes(folder: Path) -> None:
+def write_episodes(folder: Path) -> None:
     """Write views of episodes: viewers mostly continue with the next episode of a show, and prefer popular shows."""
     import random
 
@@ -39,7 +39,7 @@ def episodes(folder: Path) -> None:
 TOPICS = "sport politics science travel food music".split()
 
 
-def clicks(folder: Path) -> None:
+def write_clicks(folder: Path) -> None:
     """Write impressions of articles: readers have tastes, articles an appeal, and long ones are avoided on phones."""
     import numpy as np
 
@@ -78,7 +78,7 @@ SITES = {
 HOLIDAYS = (0, 88, 91, 120, 129, 140)  # days of 2024: New Year, Easter, May, ...
 
 
-def demand(folder: Path) -> None:
+def write_demand(folder: Path) -> None:
     """Write 20 weeks of hourly electricity demand at six sites: daily patterns, weekends, holidays, weather and noise."""
     import numpy as np
 

@@ -38,7 +38,7 @@ GOALS = (
 )
 
 
-def reports(folder: Path) -> None:
+def write_reports(folder: Path) -> None:
     """Write reports and summaries. Winner, score and top scorer must be inferred among irrelevant sentences."""
     rng = random.Random(0)
     made: dict[str, str] = {}

@@ -45,7 +45,7 @@ def make_scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple
     return ground.astype(np.uint8), found
 
 
-def inked(folder: Path) -> None:
+def write_masks(folder: Path) -> None:
     """Write 500 scenes with masks: background, white ink, black ink."""
     import numpy as np
     from PIL import Image
@@ -63,7 +63,7 @@ def inked(folder: Path) -> None:
         Image.fromarray(mask).save(folder / "masks" / f"{number:04d}.png")
 
 
-def scattered(folder: Path) -> None:
+def write_boxes(folder: Path) -> None:
     """Write 900 scenes of 96 x 96 with the boxes of their digits in YOLO format."""
     import numpy as np
     from PIL import Image
@@ -99,7 +99,7 @@ def describe_digits(image: Any, found: list[Any]) -> list[tuple[str, float, floa
     ]
 
 
-def captions(folder: Path) -> None:
+def write_captions(folder: Path) -> None:
     """Write 3,000 scenes of one or two digits with captions: "a small white digit at the top left"."""
     import numpy as np
     from PIL import Image
@@ -118,7 +118,7 @@ def captions(folder: Path) -> None:
     write_csv(folder / "captions.csv", ["image", "caption"], iter(rows))
 
 
-def questions(folder: Path) -> None:
+def write_questions(folder: Path) -> None:
     """Write 1,500 scenes of one to three digits with three questions about each."""
     import numpy as np
     from PIL import Image
@@ -148,7 +148,7 @@ def questions(folder: Path) -> None:
     write_csv(folder / "questions.csv", ["image", "question", "answer"], iter(rows))
 
 
-def moving(folder: Path) -> None:
+def write_videos(folder: Path) -> None:
     """Write digits that move one pixel per frame in four directions, as strips of eight frames of 16 x 16 pixels."""
     import numpy as np
     from PIL import Image

@@ -7,7 +7,7 @@ from pathlib import Path
 from fieldguide.data.samples.writers import write_csv
 
 
-def spoken(folder: Path) -> None:
+def write_recordings(folder: Path) -> None:
     """Write 600 synthetic recordings of one to three digits, each with a different voice, and a table of transcripts."""
     import wave
 

@@ -19,7 +19,7 @@ TEXTS_PER_CLASS = 800  # texts per class of `docstrings`
 LIBRARIES = {"python": "", "numpy": "numpy", "scikit-learn": "sklearn", "polars": "polars", "torch": "torch"}
 
 
-def docstrings(folder: Path) -> None:
+def write_docstrings(folder: Path) -> None:
     """Write first paragraphs of docstrings, labeled with the library they document."""
     taken: dict[str, str] = {}
     seen: set[str] = set()
@@ -84,7 +84,7 @@ def parse_sources(folder: Path) -> Iterator[ast.Module]:
             continue
 
 
-def manual(folder: Path) -> None:
+def write_manual(folder: Path) -> None:
     """Write Python's help on its language, one text per topic.
 
     Topics overlap: each paragraph is kept only in the longest topic that contains it, so that the test set does not
@@ -107,12 +107,12 @@ CONTEXTS = 1500  # number of contexts in `parameters`
 PARAMETER = re.compile(r"(\w+) : (.+)")
 
 
-def parameters(folder: Path) -> None:
+def write_parameter_questions(folder: Path) -> None:
     """Write template questions on the type, default and purpose of parameters in scikit-learn's documentation.
 
     Each context describes two parameters of a function; some questions are unanswerable.
     """
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for tree in parse_sources(library_folder("sklearn")):
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -191,7 +191,7 @@ FORMS = {
 }
 
 
-def phrases(folder: Path) -> None:
+def write_translations(folder: Path) -> None:
     """Write simple English sentences with German translations by rules: gender, case, endings, verb in second position."""
     import random
 
