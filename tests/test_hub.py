@@ -26,7 +26,7 @@ LARGE = (".safetensors", ".bin")
 
 
 class Hub:
-    """A hub with the models `org/tiny`, `org/gated` (listed, but not to be downloaded) and `org/private`.
+    """A hub with the models `org/tiny`, `org/private`, and `org/gated` and `org/blocked`, whose files are listed only.
 
     `versions` holds the files of each branch and tag. `cuts` says how many bytes of each next large response are sent before
     the line breaks. `requests` are method, path and first byte, `headers` those of each request. If another server is the
@@ -82,7 +82,7 @@ class Hub:
         revision, _, name = map(unquote, rest.partition("/"))
         if repository == "org/private" and request.headers.get("Authorization") != "Bearer secret":
             return self.send(request, 401, {"X-Error-Code": "RepoNotFound"})
-        if repository not in ("org/tiny", "org/gated", "org/private"):
+        if repository not in ("org/tiny", "org/gated", "org/blocked", "org/private"):
             return self.send(request, 401, {"X-Error-Code": "RepoNotFound"})  # the hub hides which models exist
         if (commit := self.commit(revision)) is None:
             return self.send(request, 404, {"X-Error-Code": "RevisionNotFound"})
@@ -91,6 +91,8 @@ class Hub:
             return self.send(request, 200, body=json.dumps(listing(repository, commit, files)).encode())
         if repository == "org/gated":
             return self.send(request, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+        if repository == "org/blocked":
+            return self.send(request, 403)
         content = files[name]
         etag = sha256(content) if name.endswith(LARGE) else blob_id(content)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
@@ -290,6 +292,7 @@ def test_long_downloads_report_progress(server, monkeypatch, capsys):
         ("org/private", "For a private model set HF_TOKEN"),
         ("org/tiny@v2", "this revision does not exist"),
         ("org/gated", "access is gated. Accept the terms"),
+        ("org/blocked", r"the hub refuses the request \(403 Forbidden"),
         ("tiny", "use hf:organization/name"),
         ("../x/y", "use hf:organization/name"),
         ("org/a--b", "use hf:organization/name"),
@@ -403,4 +406,4 @@ def test_safetensors_are_preferred():
     assert hub.choose_files(names) == {"config.json", "model.safetensors", "vocab.txt"}
     assert hub.choose_files(names[:2]) == {"config.json", "pytorch_model.bin"}
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    assert hub.choose_files(shards) == set(shards)
+    assert hub.choose_files([*shards, "2_Dense/model.safetensors", "onnx/config.json"]) == set(shards)

@@ -175,7 +175,7 @@ def progress_class(path: str, log: Callable[[str], None]) -> type[tqdm]:
 
     class Progress(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            pace = {"mininterval": LOG_INTERVAL_S, "delay": LOG_INTERVAL_S, "miniters": 1}
+            pace = {"mininterval": LOG_INTERVAL_S, "miniters": 1}
             super().__init__(*args, **kwargs | pace | {"file": io.StringIO(), "leave": False, "disable": False})
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
