@@ -516,6 +516,32 @@ def test_a_class_that_was_not_in_training_is_refused(iris_run):
         iris_run.evaluate(table)
 
 
+def test_the_size_of_a_requested_architecture_follows_data_and_time():
+    from fieldguide.automl.advisor import advise
+    from fieldguide.tasks import task
+
+    kind = task("image-classification")
+    machine = {"device": "cpu", "memory": 24e9, "flops": {"float32": 1.5e11, "bfloat16": 4e10}}
+
+    def advice(model: str, rows: int, minutes: float):
+        return advise(
+            facts={"task": kind.name, "rows": rows, "side": 32, "num_classes": 10},
+            minutes=minutes,
+            machine=machine,
+            needs={"num_classes": 10, "image": 32, "channels": 3},
+            input_types=kind.input_types,
+            output_types=kind.output_types,
+            model=model,
+        )
+
+    short, long = advice("resnet", 2_000, 1).best, advice("resnet", 50_000, 10_000).best
+    assert short.architecture == long.architecture == "resnet" and short.parameters < long.parameters
+    assert "requested" in short.reasons[0]
+    assert advice("resnet50", 2_000, 1).best.name == "resnet50"  # the name of a size is final
+    with pytest.raises(SettingsError, match="cannot use"):
+        advice("llama", 2_000, 1)
+
+
 def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
     """Large texts and few minutes: every network is too slow for eight passes, and the encoder still leads."""
     from fieldguide.automl.advisor import advise
@@ -534,7 +560,7 @@ def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
             output_types=kind.output_types,
         ).best
 
-    assert best(3).name == "transformer-encoder-s" and any("few" in a for a in best(3).against)
+    assert best(3).name == "transformer-encoder-s" and any("allow only" in a for a in best(3).against)
     assert best(0.001).parameters > 0  # however short the time: something is advised, with its reason
     assert "minutes are short" in best(0.001).against[0]
 

@@ -119,8 +119,8 @@ def advise(
     """Rank every size of every architecture that takes one of the input types and gives one of the output types.
 
     `facts` are compared by the rules: task, rows, and the task's data facts. `needs` are the dimensions of the
-    data. `model` other than "auto" is a name, which is then only rejected if it is impossible. `config` is that
-    of an existing network of this name.
+    data. `model` other than "auto" is the name of a size, which is then only rejected if it is impossible, or of an
+    architecture, whose sizes are then ranked. `config` is that of an existing network of this name.
     """
     machine = machine or profile.measure_machine()
     speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
@@ -130,7 +130,10 @@ def advise(
         if registry.card(n).input_type in input_types and set(registry.card(n).output_types) & set(output_types)
     ]
     needs = {"output_type": output_types, **needs}
-    if model != "auto":
+    if config is None and registry.is_architecture(model):
+        resolve_size(model, able)
+        able = [name for name in able if registry.card(name).name == model]
+    elif model != "auto":
         option = rate_by_rules(resolve_size(model, able), facts, needs)
         if config is not None and option.name != model:
             option.name = model  # the existing network has no published size
@@ -155,6 +158,9 @@ def advise(
         seen.append(option)
     if seen and all(o.rejected for o in seen):
         accept_fastest(seen, minutes)
+    if model != "auto":
+        for option in seen:
+            option.reasons.insert(0, "architecture requested by the user; the size fits data, machine and time")
     ranked = sorted(seen, key=lambda o: (-o.points, o.parameters))
     return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
 

@@ -8,10 +8,13 @@ import importlib
 import pkgutil
 import tomllib
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fieldguide.core.card import Card, Closed
 from fieldguide.core.errors import SettingsError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @functools.cache
@@ -62,6 +65,11 @@ def find(name: str) -> tuple[Card, str]:
     return cards()[architecture], size
 
 
+def is_architecture(name: str) -> bool:
+    """Return whether a name is that of an architecture with several sizes rather than of one size."""
+    return name in cards() and name not in cards()[name].sizes and len(cards()[name].sizes) > 1
+
+
 def card(name: str) -> Card:
     """Return the card of an architecture or of one of its sizes."""
     return find(name)[0]
@@ -93,7 +101,7 @@ def names(
     ]
 
 
-def create(name: str, **overrides: Any) -> Any:
+def create(name: str, **overrides: Any) -> nn.Module:
     """Create a network with random weights: `create("resnet50", num_classes=10, channels=1)`.
 
     `overrides` are fields of the config, by the common vocabulary or by the config's own names.
