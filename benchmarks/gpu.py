@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import torch
 from common import arguments, begin, figure, free, report
-from decoding import PROMPT, read
+from decoding import PROMPT, count_bytes_per_step
 from nets import Net, Picture, pictures, writers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -201,7 +201,7 @@ def decoded(net: Net, device: torch.device, timer: Timer, best: dict[str, float]
 
     seconds = {"peer": timer(lambda: peer.generate(prompts, **asked), 1), "ours": timer(ours, 1)}
     for who, taken in seconds.items():
-        part = read(model, rows, tokens) * tokens / taken / best["bytes"]
+        part = count_bytes_per_step(model, rows, tokens) * tokens / taken / best["bytes"]
         out.append(
             [
                 net.size,

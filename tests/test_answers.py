@@ -268,11 +268,11 @@ def test_manners():
     assert BeamSearch(temperature=0).sampling.temperature == 0 and BeamSearch(top_p=0.9).sampling.temperature == 1
     assert BeamSearch(top_k=5).effective_beams == 1 and GenerationConfig(num_beams=3, temperature=0).effective_beams == 3
     assert (
-        GenerationConfig(stop="x").stops == ["x"]
-        and GenerationConfig().stops == []
-        and GenerationConfig(stop='["a", "b"]').stops == ["a", "b"]
+        GenerationConfig(stop_strings="x").stop_list == ["x"]
+        and GenerationConfig().stop_list == []
+        and GenerationConfig(stop_strings='["a", "b"]').stop_list == ["a", "b"]
     )
-    assert GenerationConfig(stop="[").stops == ["["]
+    assert GenerationConfig(stop_strings="[").stop_list == ["["]
     for bad, why in (
         ({"num_beams": 2, "top_k": 3}, "top_k"),
         ({"num_beams": 0}, "at least 1"),

@@ -185,7 +185,11 @@ def test_conversations_that_cannot_be_written(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(DataError) as error:
         learnt_from(tmp_path, CHATS[:2])
-    assert ", ".join(CHAT_SPECIAL_TOKENS[1:]) in str(error.value) and "chat_template.jinja" in str(error.value)
+    assert str(error.value) == (
+        f"{tmp_path}: conversations need a chat template in the tokenizer's folder (chat_template.jinja, or chat_template in "
+        f"tokenizer_config.json) or the tokens {', '.join(CHAT_SPECIAL_TOKENS)}. "
+        f"Missing tokens: {', '.join(CHAT_SPECIAL_TOKENS[1:])}."
+    )
 
 
 def checkpoint(folder, name="chatml", length=64):

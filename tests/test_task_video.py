@@ -119,7 +119,7 @@ def test_films_of_cameras(tmp_path):
         film = video.load([path], 32, 1)[0][:, 0]
         assert film.shape == (8, 32, 32) and np.abs(film.astype(int) - picture[..., 0]).mean() < 8
     whole = (tmp_path / "walks" / "7.mp4").read_bytes()
-    for content, check in ((whole[: len(whole) // 2], "truncated-film"), (b"", "empty-file"), (b"no film", "truncated-film")):
+    for content, check in ((whole[: len(whole) // 2], "truncated-video"), (b"", "empty-file"), (b"no film", "truncated-video")):
         (tmp_path / "walks" / "7.mp4").write_bytes(content)
         found = {f.check: f for f in read(tmp_path, column_spec=VideoGeneration.column_spec).findings if f.unusable}
         assert found[check].count == 1 and found[check].places[0].startswith("walks/7.mp4")
@@ -128,7 +128,7 @@ def test_films_of_cameras(tmp_path):
 def test_damaged_films(tmp_path):
     root = folder(tmp_path, 110)
     good = (root / "left" / "3.png").read_bytes()
-    cases = {"empty-file": b"", "not-a-film": b"no film at all", "truncated-film": good[: len(good) // 2]}
+    cases = {"empty-file": b"", "not-a-video": b"no film at all", "truncated-video": good[: len(good) // 2]}
     for check, content in cases.items():
         (root / "left" / "3.png").write_bytes(content)
         data = read(root, column_spec=VideoGeneration.column_spec)

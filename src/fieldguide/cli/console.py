@@ -245,7 +245,7 @@ def print_samples() -> None:
             name,
             sample.task,
             f"{metric} {value:g}",
-            escape(("synthetic: " if sample.made else "") + sample.what),
+            escape(("synthetic: " if sample.synthetic else "") + sample.what),
             sample.licence,
         )
     console.print(table)

@@ -19,6 +19,7 @@ PREDICT_ALIASES = {
     "beams": "num_beams",
     "penalty": "length_penalty",
     "repetition": "repetition_penalty",
+    "stop": "stop_strings",
     "guidance_scale": "guidance",
     "num_inference_steps": "steps",
     "num_return_sequences": "count",

@@ -147,5 +147,5 @@ class ImageToText(Predictor):
                 decode=self.text.decode,
                 row_ids=range(first, first + len(image)),
             )
-            found += [{"text": truncate_at_stop(self.text.decode(tokens), config.stops).strip()} for tokens in generated]
+            found += [{"text": truncate_at_stop(self.text.decode(tokens), config.stop_list).strip()} for tokens in generated]
         return Predictions(join_skipped(data, found))

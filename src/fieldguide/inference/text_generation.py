@@ -152,7 +152,7 @@ class TextGenerator(Predictor):
                 row_ids=group,
                 prefix_length=len(self.markers.target_start) - 1 if self.markers else 0,
             )
-            answers_by_row |= {i: truncate_at_stop(self.text.decode(row), config.stops) for i, row in zip(group, generated)}
+            answers_by_row |= {i: truncate_at_stop(self.text.decode(row), config.stop_list) for i, row in zip(group, generated)}
         return [answers_by_row[i] for i in range(len(rows))]
 
     def predict(self, inputs: Any = (), *, chat: Any = None, **options: Any) -> Predictions:

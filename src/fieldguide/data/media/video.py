@@ -66,11 +66,11 @@ def check_one(path: str | Path) -> VideoCheck:
             shapes.append(frame.size)
             is_color = is_color or frame.mode not in images.GRAY_MODES
     except UnidentifiedImageError:
-        return VideoCheck("not-a-film", "the content is not a known image or video format", size, sha)
+        return VideoCheck("not-a-video", "the content is not a known image or video format", size, sha)
     except NotAStripError as error:
         return VideoCheck("no-strip", str(error), size, sha)
     except (*images.DECODE_ERRORS, ValueError) as error:
-        return VideoCheck("truncated-film", str(error)[:100], size, sha)
+        return VideoCheck("truncated-video", str(error)[:100], size, sha)
     if len(shapes) < 2:
         return VideoCheck("single-frame", f"{len(shapes)} frames", size, sha)
     if len(set(shapes)) > 1:

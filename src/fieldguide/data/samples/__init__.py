@@ -31,7 +31,7 @@ class Sample:
     what: str
     licence: str
     source: str
-    made: bool
+    synthetic: bool
     target: str
     make: Callable[[Path], None]
     minutes: float = 2.5

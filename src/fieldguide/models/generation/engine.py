@@ -37,7 +37,7 @@ class GenerationConfig:
     top_p: float | None = None  # keep the most likely tokens with this total probability; 1 = off
     min_p: float | None = None  # keep tokens with this fraction of the highest probability; 0 = off
     repetition_penalty: float = 1.0  # above 1: tokens that occurred before become less likely
-    stop: str = ""  # stop string, not part of the output; several as JSON: ["one", "two"]
+    stop_strings: str = ""  # stop string, not part of the output; several as JSON: ["one", "two"]
     seed: int = 0  # of sampling
 
     defaults: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.8, "top_p": 0.95}
@@ -55,22 +55,22 @@ class GenerationConfig:
 
     @property
     def sampling_overrides(self) -> dict[str, float]:
-        """The sampling options that are set."""
+        """Sampling options that are set."""
         return {name: value for name in SAMPLING_OPTIONS if (value := getattr(self, name)) is not None}
 
     @property
     def is_sampling(self) -> bool:
-        """Whether the options that are set ask for sampling."""
+        """Whether the options that are set require sampling."""
         return bool(self.sampling_overrides) and self.temperature != 0
 
     @property
     def effective_beams(self) -> int:
-        """The number of beams; 1 = no beam search."""
+        """Number of beams; 1 = no beam search."""
         return self.num_beams or (1 if self.sampling_overrides else int(self.defaults["num_beams"]))
 
     @property
     def sampling(self) -> Sampling:
-        """The sampling parameters, with the defaults for those that are not set."""
+        """Sampling parameters, with defaults for those that are not set."""
         defaults = {name: value for name, value in self.defaults.items() if name in SAMPLING_OPTIONS}
         if self.is_sampling and not defaults.get("temperature"):  # sampling needs a temperature above 0
             defaults["temperature"] = 1.0
@@ -78,15 +78,15 @@ class GenerationConfig:
         return Sampling(**values, repetition=self.repetition_penalty)
 
     @property
-    def stops(self) -> list[str]:
-        """The stop strings as a list."""
-        if not self.stop.startswith("["):
-            return [self.stop] if self.stop else []
+    def stop_list(self) -> list[str]:
+        """Stop strings as a list."""
+        if not self.stop_strings.startswith("["):
+            return [self.stop_strings] if self.stop_strings else []
         try:
-            found = json.loads(self.stop)
+            found = json.loads(self.stop_strings)
         except ValueError:
-            return [self.stop]
-        return found if found and all(isinstance(text, str) and text for text in found) else [self.stop]
+            return [self.stop_strings]
+        return found if found and all(isinstance(text, str) and text for text in found) else [self.stop_strings]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def generate_batch(
         )
     max_new_tokens = clamp_to_context(model, prompts, config.max_new_tokens if max_lengths is None else int(max_lengths.max()))
     max_length = [max_new_tokens] * len(prompts) if max_lengths is None else max_lengths.tolist()
-    stops = config.stops if decode else []
+    stops = config.stop_list if decode else []
     rows: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(rows)
     for step in generate(
@@ -211,7 +211,7 @@ def stream_text(
         eos_token_ids=eos_token_ids,
         seed=config.seed,
     )
-    return decode_stream((int(step) for step in steps), decode, eos_token_ids, config.stops)
+    return decode_stream((int(step) for step in steps), decode, eos_token_ids, config.stop_list)
 
 
 def clamp_to_context(model: GenerativeModel, prompts: Sequence[Sequence[int]], tokens: int) -> int:

@@ -333,7 +333,7 @@ class TextGeneration(TextTask):
         ]
 
     def truncate_at_stop(self, text: str) -> str:
-        return truncate_at_stop(text, self.predict_options.stops)
+        return truncate_at_stop(text, self.predict_options.stop_list)
 
     def make_row(self, text: str) -> pl.DataFrame:
         """Return a row of the table for a text given as input; in a conversation it is the user's message."""

@@ -229,7 +229,7 @@ class Translation(TextTask):
         if "said" not in outputs:
             return outputs
         texts = [
-            truncate_at_stop(self.text.decode(row[row >= 0]), self.predict_options.stops).strip()
+            truncate_at_stop(self.text.decode(row[row >= 0]), self.predict_options.stop_list).strip()
             for row in outputs["said"].astype(int)
         ]
         return {**outputs, "text": np.array(texts, dtype=object)}
