@@ -10,15 +10,16 @@ CODE := src tests benchmarks docs tools
 run: $(VENV)/ready-to-run          ## train on real data: handwritten digits
 	$(BIN)/fieldguide fit digits
 
-test: lint                         ## style and quick tests: under 12 minutes on 2 cores
+test: lint                         ## style, types and quick tests: under 12 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: lint                     ## the slow tests too
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: $(VENV)/ready-to-test        ## style
+lint: $(VENV)/ready-to-test        ## style and types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
 
 format: $(VENV)/ready-to-test
 	$(BIN)/ruff check --fix $(CODE)

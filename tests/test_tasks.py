@@ -562,7 +562,7 @@ def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
 
     assert best(3).name == "transformer-encoder-s" and any("allow only" in a for a in best(3).against)
     assert best(0.001).parameters > 0  # however short the time: something is advised, with its reason
-    assert "minutes are short" in best(0.001).against[0]
+    assert "minutes are too few" in best(0.001).against[0]
 
 
 def advice_on_pictures(rows: int, minutes: float = 20):
