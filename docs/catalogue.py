@@ -1,4 +1,4 @@
-"""Writes docs/catalogue.md from the cards, docs/catalogue.toml and the closed systems: python docs/catalogue.py."""
+"""Write docs/catalogue.md from the cards, docs/catalogue.toml and the closed systems: python docs/catalogue.py."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fieldguide.models import registry
 HERE = Path(__file__).parent
 INTRO = """# Catalogue
 
-What is here, how large it is, and what proves it. Written by `make catalogue` from the cards in `src/fieldguide/models` and
-from `docs/catalogue.toml`; a test holds it up to date.
+All architectures with their sizes and the tests that prove them. Written by `make catalogue` from the cards in
+`src/fieldguide/models` and from `docs/catalogue.toml`; a test keeps it up to date.
 
-*Exact* is the number of parameters, which `tests/test_models.py` counts for every size. Every network is compared with its
-peer there, on random weights and inputs: outputs, gradients, and what training leaves in buffers; the file beside the peer has
-more. *Guide* and *published* are the figures of the guide and of the paper, where they give one.
+*Exact* is the number of parameters, which `tests/test_models.py` counts for every size. The same file compares every network
+with its peer on random weights and inputs: outputs, gradients, and buffers after training; the named file contains further
+comparisons. *Guide* and *published* are the numbers given by the guide and by the paper.
 """
 
 
@@ -49,12 +49,12 @@ def lines(card: Card, data: dict[str, Any]) -> list[str]:
 
 
 def page(data: dict[str, Any]) -> str:
-    """Raises `KeyError` for a size or an architecture that does not exist."""
+    """Return the page. Raises `KeyError` for a size or an architecture that does not exist."""
     cards, placed = registry.cards(), [name for names in data["section"].values() for name in names]
     exact = {name: size.params for card in cards.values() for name, size in card.sizes.items()}
-    strange = [name for name in (*placed, *data["architecture"]) if name not in cards]
-    if strange := strange + [name for name in data["size"] if name not in exact]:
-        raise KeyError(strange[0])
+    unknown = [name for name in (*placed, *data["architecture"]) if name not in cards]
+    if unknown := unknown + [name for name in data["size"] if name not in exact]:
+        raise KeyError(unknown[0])
     out = [INTRO]
     others = {
         f"Others: {family}": [c.name for c in cards.values() if c.family == family and c.name not in placed]
@@ -72,15 +72,15 @@ def page(data: dict[str, Any]) -> str:
     out += [
         "## Closed systems",
         "",
-        "Nobody outside has these. What is published of them:",
+        "The weights of these systems are not available. What is published about them:",
         "",
-        *table("system", "maker", "published", "source", "nearest here"),
+        *table("system", "maker", "published", "source", "most similar model here"),
     ]
     out += [
         row(s.title, f"{s.maker}, {s.year}", s.published, s.source, f"`{s.stand_in}`: {s.why}")
-        for s in dict.fromkeys(registry.closed().values())
+        for s in dict.fromkeys(registry.closed_systems().values())
     ]
-    out += ["", "## Where the guide is wrong", ""]
+    out += ["", "## Errors in the guide", ""]
     for error in data["error"]:
         seen = [f"`{name}` {exact[name]:,}" for name in (*error.get("outside", ()), *error.get("exact", ()))]
         out.append(f"- *{error['claim']}.* {error['why']}" + (f" {', '.join(seen)}." if seen else ""))
