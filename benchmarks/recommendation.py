@@ -43,7 +43,7 @@ def histories() -> dict[str, Tensor]:
     lengths = torch.randint(50, LENGTH + 1, (HISTORIES, 1), generator=chance)
     mask = torch.arange(LENGTH) >= LENGTH - lengths
     read, target = items[:, :-1] * mask, items[:, 1:] * mask
-    return {"items": read, "mask": mask, "target": target, "seen": read, "asked": target[:, -1]}
+    return {"items": read, "mask": mask, "target": target, "seen": read, "next_item": target[:, -1]}
 
 
 def right(batch: dict[str, Tensor]) -> dict[str, Tensor]:

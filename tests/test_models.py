@@ -131,7 +131,7 @@ def test_docstring_says_what_it_is(name):
     text = sys.modules[card.model.__module__].__doc__
     assert re.fullmatch(r"[^\n]{20,110}\.", text.splitlines()[0]), "a title line that ends with a full stop"
     assert str(card.year) in text.splitlines()[0] and card.new.endswith(".") and len(card.new) > 40
-    assert "\nInitialisation" in text
+    assert "\nInitialization" in text
     assert re.search(r"^Shapes: .*B batch", text, re.M)
     source = Path(inspect.getsourcefile(card.model.forward)).read_text()  # its own file, or its base's
     forwards = re.findall(r"def forward\(.*", source)

@@ -90,10 +90,10 @@ def test_rows_hold_the_texts(file, name):
     assert text.decode([t for t in ids if t != text.sep]) == "".join(data.rows["text"].to_list())
     assert ids.count(text.sep) == len(data) and one.frame.end not in ids
     for batch in (first, batches.make(index, generator(1))):
-        asked, target = batch["asked"], batch["target"]
-        share = asked.sum() / (len(ids) - len(data))
+        removed, target = batch["removed"], batch["target"]
+        share = removed.sum() / (len(ids) - len(data))
         assert {"spans": 0.13, "infill": 0.2}[one.options.damage] < share < {"spans": 0.17, "infill": 0.31}[one.options.damage]
-        assert not np.isin(target[asked].numpy(), [*one.sentinels, text.sep, text.pad, one.frame.end, -1]).any()
+        assert not np.isin(target[removed].numpy(), [*one.sentinels, text.sep, text.pad, one.frame.end, -1]).any()
         assert torch.equal(batch["tokens"][:, 0], torch.full((len(index),), one.frame.target_start[0]))
         follows = torch.where(target[:, :-1] < 0, text.pad, target[:, :-1])
         assert torch.equal(batch["tokens"][:, 1:], follows) and max(x.shape[1] for x in batch.values()) <= 40
@@ -110,30 +110,30 @@ def test_what_is_left_out_of_a_text_is_what_is_asked(file):
     batch = one.batches(data, card("t5")).make(np.arange(20), None)  # as the user says, not as the card does
     for row in range(20):
         source = [t for t in batch["source"][row][batch["source_mask"][row]].tolist() if t != one.text.mask_token]
-        asked, target = batch["asked"][row].tolist(), batch["target"][row].tolist()
-        kept = [t for t, a in zip(target, asked) if not a and t >= 0 and t != one.frame.end]
-        assert [t for t in source if t != one.text.sep] == [t for t in kept if t != one.text.sep] and any(asked)
+        removed, target = batch["removed"][row].tolist(), batch["target"][row].tolist()
+        kept = [t for t, a in zip(target, removed) if not a and t >= 0 and t != one.frame.end]
+        assert [t for t in source if t != one.text.sep] == [t for t in kept if t != one.text.sep] and any(removed)
 
 
 def test_scores_count_what_was_left_out_alone():
     torch.manual_seed(0)
     model, length = create("bart-test").eval(), 7
     tokens, target = torch.randint(5, 30, (3, length)), torch.randint(5, 30, (3, length))
-    asked = torch.zeros(3, length, dtype=torch.bool)
-    asked[0, 2:4], asked[1, 0], target[2] = True, True, -1
+    removed = torch.zeros(3, length, dtype=torch.bool)
+    removed[0, 2:4], removed[1, 0], target[2] = True, True, -1
     batch = {
         "source": tokens,
         "source_mask": torch.ones(3, length, dtype=torch.bool),
         "tokens": tokens,
         "target": target,
-        "asked": asked,
+        "removed": removed,
     }
     with torch.no_grad():
         found = DenoisingObjective(model, cards()["bart"].inputs).outputs(batch)
         logp = model(tokens, batch["source_mask"], tokens).log_softmax(-1)
-    want = [-sum(logp[row, t, target[row, t]].item() for t in range(length) if asked[row, t]) for row in range(3)]
+    want = [-sum(logp[row, t, target[row, t]].item() for t in range(length) if removed[row, t]) for row in range(3)]
     assert found["nats"].tolist() == pytest.approx(want, rel=1e-5) and found["count"].tolist() == [2, 1, 0]
-    right = [sum(int(logp[row, t].argmax() == target[row, t]) for t in range(length) if asked[row, t]) for row in range(3)]
+    right = [sum(int(logp[row, t].argmax() == target[row, t]) for t in range(length) if removed[row, t]) for row in range(3)]
     assert found["right"].tolist() == right
 
 
@@ -210,9 +210,9 @@ def test_settings_that_cannot_be(file):
 
 def test_gaps_are_written_as_people_do(file):
     one, _ = made(file, length=40, vocab_size=420)
-    asked = lambda *texts: one.predict_batches(one.read([pl.DataFrame({"text": texts})]), card("t5"))
+    removed = lambda *texts: one.predict_batches(one.read([pl.DataFrame({"text": texts})]), card("t5"))
     texts = ["We saw the <mask> house", "We saw the ___ house and [MASK] tree", "<extra_id_7> saw the house"]
-    batch = asked(*texts).make(np.arange(3), None)
+    batch = removed(*texts).make(np.arange(3), None)
     for row, gaps in enumerate((1, 2, 1)):
         ids = batch["source"][row][batch["source_mask"][row]].tolist()
         assert [t for t in ids if t in one.sentinels] == one.sentinels[:gaps].tolist()
@@ -220,9 +220,9 @@ def test_gaps_are_written_as_people_do(file):
         assert int(batch["gaps"][row]) == gaps
     assert one.text.decode(batch["source"][0][: batch["source"][0].tolist().index(one.sentinels[0])].tolist()) == "We saw the"
     with pytest.raises(DataError, match=r"has no gap\. Write <mask>"):
-        asked("all is here")
+        removed("all is here")
     with pytest.raises(DataError, match="the model reads at most 40"):
-        asked("<mask> " + "one two three " * 20)
+        removed("<mask> " + "one two three " * 20)
     # What was written, taken apart: out of order, twice, or not at all.
     s, (red, blue) = one.sentinels.tolist(), (int(ids[0]) for ids in one.text.encode_exact([" a", "b"]))
     assert one.split_fillings([s[1], red, s[0], blue, red, s[2], one.frame.end], 2) == [[blue, red], [red]]

@@ -97,7 +97,7 @@ def test_training_never_sees_what_is_asked(tmp_path):
     batch = task.batches(test, None).make(np.arange(3), None)
     for row, (user, before) in enumerate((("ann", ["jam", "tea", "bun"]), ("bob", ["jam", "tea"]), ("cy", ["bun", "tea"]))):
         assert [task.items[i - 1] for i in batch["items"][row] if i > 0] == before, user
-    assert batch["asked"].tolist() == task.targets(test)["item"].tolist()
+    assert batch["next_item"].tolist() == task.targets(test)["item"].tolist()
 
 
 @pytest.mark.parametrize("chance", [None, 0, 1, 2])

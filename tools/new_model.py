@@ -16,7 +16,7 @@ MODEL = '''"""{title}: one line on its idea (Authors 2000, arXiv:0000.00000).
 
 New here: what this paper brought that others did not have.
 
-Initialisation: how weights start, with the section of the paper.
+Initialization: how weights start, with the section of the paper.
 Shapes: B batch, C channels, H W height and width, D width.
 """
 

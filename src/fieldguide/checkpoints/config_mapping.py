@@ -73,10 +73,10 @@ def resolve_timm_name(config: Mapping[str, Any], where: Any) -> tuple[Card, str,
         )
     card, meant = known[name]
     size, changes = (meant, {}) if isinstance(meant, str) else meant
-    asked = {key: value for key, value in (config.get("model_args") or {}).items() if key not in IGNORED_TIMM_ARGS}
-    if strange := [key for key in asked if key not in TIMM_ARGS or not card.accepts(TIMM_ARGS[key])]:
-        raise WeightsError(f"{where}: model_args.{strange[0]}={asked[strange[0]]!r} is not supported for {size}.")
-    return card, size, {**changes, **{TIMM_ARGS[key]: value for key, value in asked.items() if value is not None}}
+    args = {key: value for key, value in (config.get("model_args") or {}).items() if key not in IGNORED_TIMM_ARGS}
+    if unsupported := [key for key in args if key not in TIMM_ARGS or not card.accepts(TIMM_ARGS[key])]:
+        raise WeightsError(f"{where}: model_args.{unsupported[0]}={args[unsupported[0]]!r} is not supported for {size}.")
+    return card, size, {**changes, **{TIMM_ARGS[key]: value for key, value in args.items() if value is not None}}
 
 
 def look_up(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:

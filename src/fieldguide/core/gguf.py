@@ -20,7 +20,7 @@ def open_file(path: Path) -> Any:
     return open_reader(path, path.stat().st_mtime_ns)
 
 
-@functools.lru_cache(1)  # its vocabulary takes seconds to read, and is asked for twice
+@functools.lru_cache(1)  # reading the vocabulary takes seconds, and it is needed twice
 def open_reader(path: Path, changed: int) -> Any:
     try:
         from gguf import GGUFReader

@@ -43,16 +43,16 @@ class NextToken(Objective):
 class DenoisingObjective(NextToken):
     """Next-token objective for denoising: the loss covers all of `target`, the metrics only the removed tokens.
 
-    `asked` (B T bool) marks the removed tokens.
+    `removed` (B T bool) marks the removed tokens.
     """
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `nats`, `right` (correct predictions) and `count` over the removed tokens of each row (teacher forcing)."""
-        target, asked = batch["target"], batch["asked"]
+        target, removed = batch["target"], batch["removed"]
         logits = self.compute_logits(batch).float()
         nats = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none").view_as(target)
         return {
-            "nats": torch.where(asked, nats, 0).sum(1),
-            "right": (asked & (logits.argmax(-1) == target)).sum(1),
-            "count": asked.sum(1),
+            "nats": torch.where(removed, nats, 0).sum(1),
+            "right": (removed & (logits.argmax(-1) == target)).sum(1),
+            "count": removed.sum(1),
         }

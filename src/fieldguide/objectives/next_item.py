@@ -66,16 +66,16 @@ class NextItem(Objective):
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `top`, the best items of each row in descending order, and their logits, `scores`.
 
-        With `asked` (B int64, 0 = unknown), the item to rank, also return its `rank` among all items: 1 + the number of
+        With `next_item` (B int64, 0 = unknown), the item to rank, also return its `rank` among all items: 1 + the number of
         items with a higher logit + half the number of other items with the same logit.
         """
         hidden = self.model.features(*(batch[name] for name in self.inputs))[:, -1]
         scores = F.linear(hidden, self.model.table()).float()
-        return rank_items(scores, batch["seen"], batch.get("asked"), self.repeats, self.top)
+        return rank_items(scores, batch["seen"], batch.get("next_item"), self.repeats, self.top)
 
 
 def rank_items(
-    scores: Tensor, seen: Tensor, asked: Tensor | None, repeats: bool = False, top: int = DEFAULT_TOP_K
+    scores: Tensor, seen: Tensor, next_item: Tensor | None, repeats: bool = False, top: int = DEFAULT_TOP_K
 ) -> dict[str, Tensor]:
     """Rank items by scores B V, excluding those of `seen` (B T, 0 = none) unless `repeats`; see `NextItem.outputs`."""
     scores = scores.clone()
@@ -84,8 +84,8 @@ def rank_items(
     scores[:, 0] = -torch.inf
     best = scores.topk(min(top, scores.shape[1] - 1))
     found = {"top": best.indices.masked_fill(best.values == -torch.inf, 0), "scores": best.values}
-    if asked is not None:
-        own = scores.gather(1, asked[:, None])
+    if next_item is not None:
+        own = scores.gather(1, next_item[:, None])
         rank = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
-        found["rank"] = rank.masked_fill((asked == 0) | (own[:, 0] == -torch.inf), torch.inf)
+        found["rank"] = rank.masked_fill((next_item == 0) | (own[:, 0] == -torch.inf), torch.inf)
     return found

@@ -118,8 +118,8 @@ def write_parameter_questions(folder: Path) -> None:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 described = list(parse_parameters(ast.get_docstring(node) or ""))
                 for pair in zip(described[::2], described[1::2]):
-                    context, asked = make_questions(pair)
-                    found.setdefault(context, asked)
+                    context, questions = make_questions(pair)
+                    found.setdefault(context, questions)
     kept = sorted(found, key=text_digest)[:CONTEXTS]
     paragraphs = [
         {"context": context, "qas": [{"id": f"{number}.{place}", **question} for place, question in enumerate(found[context])]}
@@ -146,7 +146,7 @@ def parse_parameters(text: str) -> Iterator[tuple[str, str, str, str]]:
 def make_questions(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, list[dict[str, Any]]]:
     """Return the descriptions of parameters as one context, and about half of the possible questions on them."""
     context = ""
-    asked: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
     for name, kind, default, said in pair:
         context += f"{' ' if context else ''}{name} : "
         for question, answer, before in (
@@ -155,7 +155,7 @@ def make_questions(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, li
             (f"What is {name} for?", said, ". "),
         ):
             context += before
-            asked.append(
+            questions.append(
                 {
                     "question": question,
                     "answers": [{"text": answer, "answer_start": len(context)}] if answer else [],
@@ -163,8 +163,8 @@ def make_questions(pair: tuple[tuple[str, str, str, str], ...]) -> tuple[str, li
                 }
             )
             context += answer
-    chosen = [entry for entry in asked if text_digest(context + entry["question"])[0] % 2]
-    return context, chosen or asked[:1]
+    chosen = [entry for entry in questions if text_digest(context + entry["question"])[0] % 2]
+    return context, chosen or questions[:1]
 
 
 NOUNS = (

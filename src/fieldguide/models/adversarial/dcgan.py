@@ -4,7 +4,7 @@ New here: the noise is a map of one pixel, and each layer doubles the side and h
 norm and ReLU in between and tanh at the end. Interpolation in the noise gives semantic interpolation. The critic is
 `dcgan-discriminator`.
 
-Initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of batch norm (section 4 and torch's example).
+Initialization: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of batch norm (section 4 and torch's example).
 Shapes: B batch, Z noise, C channels, S side of an image.
 """
 

@@ -3,7 +3,7 @@
 New here: strides instead of pooling, batch norm everywhere except in the first and last layer, and no hidden dense
 layers, with which the training of convolutional GANs is stable. Widths and parameter names are those of torch's example.
 
-Initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of batch norm (section 4 and the example).
+Initialization: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of batch norm (section 4 and the example).
 Shapes: B batch, C channels, S side of an image.
 """
 

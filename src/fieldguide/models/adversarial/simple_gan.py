@@ -3,7 +3,7 @@
 New here: a generator is trained to fool a second network, the discriminator, which is trained to distinguish generated
 from real data. No likelihood is computed.
 
-Initialisation: torch's default for linear layers, as in the guide's code.
+Initialization: torch's default for linear layers, as in the guide's code.
 Shapes: B batch, Z noise, F values of a flat image in -1 .. 1.
 """
 

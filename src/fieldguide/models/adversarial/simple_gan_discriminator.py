@@ -3,7 +3,7 @@
 New here: a classifier that serves as the loss of the generator. It returns probabilities, as in the guide's code;
 `net[:-1]` returns logits, with which the loss is numerically more stable.
 
-Initialisation: torch's default for linear layers, as in the guide's code.
+Initialization: torch's default for linear layers, as in the guide's code.
 Shapes: B batch, F values of a flat image.
 """
 

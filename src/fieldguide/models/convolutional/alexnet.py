@@ -3,7 +3,7 @@
 New here: compared to AlexNet of 2012 (`alexnet-2012`), a single-device network with fewer channels, one group and no
 response normalization. The last map is average-pooled to 6 x 6 before the dense layers, so images may have any size.
 
-Initialisation: He normal weights (arXiv:1502.01852), those of the head normal with standard deviation 0.01, zero biases.
+Initialization: He normal weights (arXiv:1502.01852), those of the head normal with standard deviation 0.01, zero biases.
 Shapes: B batch, C channels, H W height and width, D width of a level.
 """
 

@@ -3,7 +3,7 @@
 New here: ReLU instead of tanh, dropout, overlapping pooling, local response normalization, and two groups of channels,
 originally on two GPUs, that are connected only in the third convolution.
 
-Initialisation: biases as in section 5: one in the second, fourth and fifth convolution and the hidden dense layers,
+Initialization: biases as in section 5: one in the second, fourth and fifth convolution and the hidden dense layers,
 zero elsewhere; head weights normal with standard deviation 0.01. The other weights are He normal (arXiv:1502.01852),
 because the paper's 0.01 suits only its own widths.
 Shapes: B batch, C channels, S side, D width of a level.

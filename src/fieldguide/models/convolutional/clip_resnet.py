@@ -4,7 +4,7 @@ New here: strided convolutions are replaced by 2 x 2 average pooling (Zhang 2019
 convolutions (He et al. 2018, arXiv:1812.01187, section 4); and the last map is pooled by attention, with its mean as the
 query, instead of being averaged (section 2.4).
 
-Initialisation: torch's default for convolutions, N(0, 1/D) for the attention pooling; the last norm of each block starts at
+Initialization: torch's default for convolutions, N(0, 1/D) for the attention pooling; the last norm of each block starts at
 zero. The text encoder and the temperature are as in `clip`.
 Shapes: B batch, C channels, S side of an image, h = S/32 that of the last map, D its width, N = 1 + h^2, E width of the
 embeddings.

@@ -4,7 +4,7 @@ New here: the design choices of Swin Transformer are applied to a ResNet-50, and
 depthwise 7x7 convolutions before an inverted bottleneck, one GELU per block, one layer norm per block instead of batch
 norm, and separate downsampling layers.
 
-Initialisation: normal with standard deviation 0.02, truncated at 2, zero biases; layer scales start at 1e-6.
+Initialization: normal with standard deviation 0.02, truncated at 2, zero biases; layer scales start at 1e-6.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32.
 """
 

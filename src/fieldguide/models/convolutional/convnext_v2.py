@@ -4,7 +4,7 @@ New here: global response normalization inside each block instead of a layer sca
 norm relative to the mean norm of all channels, which makes channels compete and avoids redundant features. It addresses
 the feature collapse of ConvNeXt in masked-autoencoder pretraining.
 
-Initialisation: as ConvNeXt; the response normalization starts as the identity.
+Initialization: as ConvNeXt; the response normalization starts as the identity.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32.
 """
 

@@ -6,7 +6,7 @@ residuals of MobileNetV2 with squeeze-and-excitation.
 
 Names that begin with `tf` have TensorFlow's padding and epsilon, for weights trained there (including
 "google/efficientnet-b0"); the others follow torchvision, whose B5 to B7 have the same epsilon.
-Initialisation: normal by fan-out, per group for grouped convolutions; the head uniform in +-1 / sqrt(classes).
+Initialization: normal by fan-out, per group for grouped convolutions; the head uniform in +-1 / sqrt(classes).
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 

@@ -5,7 +5,7 @@ New here: in the first three stages one full 3x3 convolution replaces the expans
 increase of image size and regularization during training is not implemented.
 
 Names that begin with `tf` have TensorFlow's padding, for weights trained there; the others follow torchvision.
-Initialisation: normal by fan-out, per group for grouped convolutions; the head uniform in +-1 / sqrt(classes).
+Initialization: normal by fan-out, per group for grouped convolutions; the head uniform in +-1 / sqrt(classes).
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 

@@ -7,7 +7,7 @@ coefficient and bias per map (S2, S4), a third layer with partial connections (C
 (7 x 12 pixels, +1 and -1). The negative distances are returned as logits, so that cross-entropy is the paper's
 discriminative criterion (equation 9) without its rubbish class.
 
-Initialisation: uniform in +-2.4 / fan-in (appendix A). The bitmaps of the ten digits were drawn for this project;
+Initialization: uniform in +-2.4 / fan-in (appendix A). The bitmaps of the ten digits were drawn for this project;
 for other numbers of classes they are fixed random codes of +1 and -1.
 Shapes: B batch, C channels, S side.
 """

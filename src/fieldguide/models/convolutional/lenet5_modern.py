@@ -3,7 +3,7 @@
 New here: only simplifications: the second convolution is fully connected to the first, pooling has no weights, and
 the head returns logits. Images of 28 x 28 are padded by 2 to 32 x 32.
 
-Initialisation: He uniform matrices (arXiv:1502.01852), zero biases.
+Initialization: He uniform matrices (arXiv:1502.01852), zero biases.
 Shapes: B batch, C channels, S side.
 """
 

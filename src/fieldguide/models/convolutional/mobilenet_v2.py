@@ -3,7 +3,7 @@
 New here: the inverted residual. The residual connections are narrow and have no activation, which would lose information in
 few channels. Each block expands them six times for a depthwise convolution, which is cheap. ReLU6 suits low precision.
 
-Initialisation: normal by fan-out, per group for grouped convolutions; the head normal with standard deviation 0.01.
+Initialization: normal by fan-out, per group for grouped convolutions; the head normal with standard deviation 0.01.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 

@@ -5,7 +5,7 @@ New here: piecewise linear approximations of the sigmoid, cheap on phones, in sq
 pooling.
 
 Epsilon and padding are torchvision's; timm's own weights have `eps=1e-5`, its `tf` weights 1e-3 and `padding="same"`.
-Initialisation: normal by fan-out, per group for grouped convolutions; dense layers normal with standard deviation 0.01.
+Initialization: normal by fan-out, per group for grouped convolutions; dense layers normal with standard deviation 0.01.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
 

@@ -4,7 +4,7 @@ New here: every block adds its output to its input, which solves degradation, th
 networks. The stride of a bottleneck is on its 3x3 convolution ("v1.5" of torchvision, timm and NVIDIA; in the paper it
 is on the first 1x1).
 
-Initialisation: He normal by fan-out for convolutions; the last norm of each block starts at zero, so that blocks start
+Initialization: He normal by fan-out for convolutions; the last norm of each block starts at zero, so that blocks start
 as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1); the head is uniform by fan-in.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c2 is at H/4, c5 at H/32
 (H and H/8 with the 3x3 stem).

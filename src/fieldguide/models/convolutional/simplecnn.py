@@ -3,7 +3,7 @@
 New here: nothing; a simple network for small images. Two blocks of convolution, batch normalization and pooling,
 then a classifier with dropout.
 
-Initialisation: torch's defaults, as in the guide's code.
+Initialization: torch's defaults, as in the guide's code.
 Shapes: B batch, C channels, S side.
 """
 

@@ -5,7 +5,7 @@ that predictions use both context and detail. It can be trained on a few dozen i
 padded and the output is smaller than the input (572 pixels give 388); with `padding="same"`, as it is mostly used
 today, it has the same size. There is no normalization.
 
-Initialisation: He normal by fan-in (section 3), zero biases.
+Initialization: He normal by fan-in (section 3), zero biases.
 Shapes: B batch, C channels, H W height and width, D width of a level.
 """
 

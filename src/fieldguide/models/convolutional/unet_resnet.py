@@ -4,7 +4,7 @@ New here: the encoder of U-Net (Ronneberger et al. 2015) is a ResNet, so it can 
 classification. The decoder upsamples each map by nearest neighbor and concatenates the ResNet's map of that size. The
 output has the size of the input, which may be any.
 
-Initialisation: the encoder as ResNet; the decoder He uniform by fan-in, the head Glorot uniform.
+Initialization: the encoder as ResNet; the decoder He uniform by fan-in, the head Glorot uniform.
 Shapes: B batch, C channels, H W height and width, D width of a level.
 """
 

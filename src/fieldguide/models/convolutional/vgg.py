@@ -3,7 +3,7 @@
 New here: two or three 3x3 convolutions have the receptive field of one of 5x5 or 7x7, with fewer parameters and more
 nonlinearities. The width doubles as pooling halves the map. Most parameters belong to the first dense layer.
 
-Initialisation: He normal (arXiv:1502.01852), by fan-out for convolutions and by fan-in for dense layers, the last
+Initialization: He normal (arXiv:1502.01852), by fan-out for convolutions and by fan-in for dense layers, the last
 one normal with standard deviation 0.01; zero biases. (With 0.01 everywhere the paper's deep networks did not train.)
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """

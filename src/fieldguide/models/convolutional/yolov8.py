@@ -8,7 +8,7 @@ aggregation network (Liu et al. 2018, arXiv:1803.01534).
 
 This file was written from public diagrams and parameter counts. The original code is AGPL-3.0; none of it is used.
 
-Initialisation: convolutions uniform by fan-in; the distances start as uniform distributions, the classes with the
+Initialization: convolutions uniform by fan-in; the distances start as uniform distributions, the classes with the
 probability of 5 objects per image among all points of a level (after Lin et al. 2017, arXiv:1708.02002, 3.3).
 Shapes: B batch, C channels, H W height and width, D width of a map, R bins of a distance, K classes, A points of all
 levels: ceil(H/8) ceil(W/8) + ceil(H/16) ceil(W/16) + ceil(H/32) ceil(W/32).

@@ -6,7 +6,7 @@ embedding; so is the mean over the tokens of a caption encoded by a small Transf
 arXiv:2112.10741). With `patch` above 1, patches of pixels are processed as one position, which saves time at high
 resolutions (Hoogeboom et al. 2023, arXiv:2301.11093, section 3.2).
 
-Initialisation: Glorot uniform, zero biases; the last layers of residual paths and of the network start near zero (code of
+Initialization: Glorot uniform, zero biases; the last layers of residual paths and of the network start near zero (code of
 appendix B); labels and captions N(0, 1), the scale of the time embedding, because smaller ones are learned late.
 Shapes: B batch, C channels, H W height and width, D width of a level, E = 4 * dim width of the time embedding, T tokens, W
 width of the caption encoder.

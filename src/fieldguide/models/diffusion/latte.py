@@ -4,7 +4,7 @@ New here: blocks alternate between spatial and temporal attention, which is chea
 frames. The blocks are those of DiT (Peebles and Xie 2022, arXiv:2212.09748): time and label determine the scale, shift and
 gate of each block, with gates that start at zero (adaLN-Zero).
 
-Initialisation: Glorot uniform matrices, zero biases; zero for the modulation layers and the last layer, so that an untrained
+Initialization: Glorot uniform matrices, zero biases; zero for the modulation layers and the last layer, so that an untrained
 network outputs zero. Label embeddings are N(0, 1) and the time layers preserve the variance; with the authors' N(0, 0.02)
 for both, classes are not learned within hundreds of steps.
 Shapes: B batch, F frames, C channels, S side, P side of a patch, N = (S/P)^2 patches of a frame, D width.

@@ -4,7 +4,7 @@ New here: a factorization machine models pairwise interactions (dot products of 
 order, and both share the embeddings, so that no feature engineering is needed. The embedding of a number is multiplied by
 the number, as in equation 2.
 
-Initialisation: embeddings of categories uniform by their width, of unseen values zero, of numbers N(0, 0.01);
+Initialization: embeddings of categories uniform by their width, of unseen values zero, of numbers N(0, 0.01);
 first-order weights zero; the MLP as torch's linear layers.
 Shapes: B batch, N number columns, K category columns, F = N + K fields, D width of an embedding.
 """

@@ -3,7 +3,7 @@
 New here: a deliberately simple baseline. The past is decomposed into a moving average and the remainder; each passes
 through one linear layer over time, shared by all series. Their sum outperformed the forecasting Transformers of its time.
 
-Initialisation: torch's default for linear layers, as in the authors' code.
+Initialization: torch's default for linear layers, as in the authors' code.
 Shapes: B batch, T steps of the past, H steps of the future, C series, Q values per step.
 """
 

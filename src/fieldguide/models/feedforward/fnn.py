@@ -2,7 +2,7 @@
 
 New here: hidden layers between input and output, trained by backpropagation.
 
-Initialisation: torch's default for linear layers, uniform by fan-in, as in the guide's code.
+Initialization: torch's default for linear layers, uniform by fan-in, as in the guide's code.
 Shapes: B batch (any leading axes), F features.
 """
 

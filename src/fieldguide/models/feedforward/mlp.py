@@ -3,7 +3,7 @@
 New here: numbers are used as they are, categories as learned embeddings. A well-tuned MLP is a strong baseline for
 tabular data.
 
-Initialisation: He uniform matrices and zero biases; embeddings as in `models.layers.table.CategoryEmbedding`.
+Initialization: He uniform matrices and zero biases; embeddings as in `models.layers.table.CategoryEmbedding`.
 Shapes: B batch, N number columns, K category columns, E width of a category embedding, D width.
 """
 

@@ -5,7 +5,7 @@ New here: the members share all weight matrices and differ only in vectors that 
 their predictions is used, so that the ensemble needs little more memory than one network. Numbers are encoded by
 piecewise-linear embeddings (arXiv:2203.05556).
 
-Initialisation: as in section 3.3 of the paper: matrices uniform by fan-in, equal biases for all members; the first
+Initialization: as in section 3.3 of the paper: matrices uniform by fan-in, equal biases for all members; the first
 input scale is normal, one value per column and member; all other scales are 1, so that members initially differ only
 in their weighting of the columns; the heads are independent.
 Shapes: B batch, N number columns, K category columns, M members, D width.

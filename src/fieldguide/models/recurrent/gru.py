@@ -4,7 +4,7 @@ New here: an update gate that keeps or replaces the state and a reset gate that 
 parameters of an LSTM. The form is that of torch and cuDNN: the reset gate is applied after the recurrent product,
 which has its own bias (the paper's first version applies it before).
 
-Initialisation: that of `models.recurrent._shared.text_encoder`.
+Initialization: that of `models.recurrent._shared.text_encoder`.
 Shapes: B batch, T tokens, D width of an embedding, H hidden units, directions 1 or 2.
 """
 

@@ -3,7 +3,7 @@
 New here: the cell state is updated by addition, so that gradients do not vanish over many steps. Gates control what is
 written, kept (the forget gate of Gers et al. 2000) and read.
 
-Initialisation: that of `models.recurrent._shared.text_encoder`.
+Initialization: that of `models.recurrent._shared.text_encoder`.
 Shapes: B batch, T tokens, D width of an embedding, H hidden units, directions 1 or 2.
 """
 

@@ -3,7 +3,7 @@
 New here: with a mask, the state after the last real token is used. The guide's code uses the last position of a row,
 which is padding in a padded batch; without a mask this network equals it.
 
-Initialisation: torch's defaults, as in the guide's code.
+Initialization: torch's defaults, as in the guide's code.
 Shapes: B batch, T tokens, E width of an embedding, H hidden units.
 """
 

@@ -7,7 +7,7 @@ errors do not accumulate, and quantiles need no sampling. Series of a window are
 Differences from the paper: no forking sequences (each window gives one training example), and the known covariates are
 also inputs in the past.
 
-Initialisation: that of `models.layers.recurrent.Recurrent` for the LSTM, torch's default for linear layers.
+Initialization: that of `models.layers.recurrent.Recurrent` for the LSTM, torch's default for linear layers.
 Shapes: B batch, T steps of the past, H steps of the future, C series, Q values per step, P covariates known only in the past,
 K covariates known in advance, S width of the state, D width of a context.
 """

@@ -3,7 +3,7 @@
 New here: the hidden state is fed back, so that outputs depend on earlier tokens. Gradients vanish or explode with the
 number of steps, which limits its memory; LSTM and GRU address this.
 
-Initialisation: that of `models.recurrent._shared.text_encoder`.
+Initialization: that of `models.recurrent._shared.text_encoder`.
 Shapes: B batch, T tokens, D width of an embedding, H hidden units, directions 1 or 2.
 """
 

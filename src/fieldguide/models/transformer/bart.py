@@ -5,7 +5,7 @@ autoregressive decoder (as GPT's) reconstructs the original, so one pre-training
 summarization, question answering, translation. GELU activations; learned positions on both sides; one embedding
 shared by both sides and the output head; post-norm layers.
 
-Initialisation: N(0, 0.02) for matrices and embeddings, zero biases.
+Initialization: N(0, 0.02) for matrices and embeddings, zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width.
 """
 

@@ -4,7 +4,7 @@ New here: pre-training without labels. Some tokens are masked and predicted from
 head on the same encoder then solves the task: a label, a tag for each token, an answer span or an embedding.
 Sequences begin with a class token; each of two texts ends with a separator token and has its own segment.
 
-Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
+Initialization: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
 by sqrt(768 / D) for smaller D (small models hardly train otherwise); zero biases. The paper truncates the normal
 distribution at two standard deviations.
 Shapes: B batch, T tokens, D width.

@@ -5,7 +5,7 @@ and any sentence can serve as a class. The image encoder is a ViT with an additi
 the text encoder a small GPT; the output at one position, the class token or the end of the text, is projected and
 normalized to length 1.
 
-Initialisation: N(0, 0.02) for token embeddings, N(0, 0.01) for their positions; matrices by width and depth as in the
+Initialization: N(0, 0.02) for token embeddings, N(0, 0.01) for their positions; matrices by width and depth as in the
 authors' code, which does so for the text encoder only, here for both; zero biases; the temperature starts at 0.07.
 The answer head, which is not part of the paper: matrices by their width.
 Shapes: B batch, C channels, S image side, N = 1 + (S/P)^2 image tokens, T tokens, D width, E width of the embeddings,

@@ -6,7 +6,7 @@ frame rate by four. Positions are relative (Transformer-XL): a term of each scor
 frames. The paper uses an RNN transducer; here one linear layer predicts the symbols of CTC (Graves et al. 2006),
 blank = 0.
 
-Initialisation: torch's default for every layer, zeros for the attention biases u and v; the paper does not specify
+Initialization: torch's default for every layer, zeros for the attention biases u and v; the paper does not specify
 it.
 Shapes: B batch, T frames of the spectrogram, F features per frame, S = ceil(T/4) frames after subsampling, D width.
 """

@@ -4,7 +4,7 @@ New here: no position is added to the token embeddings. The attention score is t
 content, content to position and position to content; relative positions have embeddings of their own, shared by all
 layers. In this first version every distance up to `far` has its own embedding; later versions are in `deberta-v2`.
 
-Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
+Initialization: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
 by sqrt(768 / D) for smaller D (small models hardly train otherwise); zero biases.
 Shapes: B batch, T tokens, D width, d width of a head, R = 2 T - 1 relative distances.
 """

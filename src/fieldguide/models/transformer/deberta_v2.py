@@ -5,7 +5,7 @@ as far; the query and key projections of the content are also used for the relat
 SentencePiece. V2 adds a convolution to its first layer. V3 has the same layers without it and was pre-trained by
 replaced token detection instead of masked language modeling.
 
-Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
+Initialization: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
 by sqrt(768 / D) for smaller D (small models hardly train otherwise); zero biases.
 Shapes: B batch, T tokens, D width, d width of a head, R = 2 T - 1 relative distances, N rows of the distance table
 used.

@@ -4,7 +4,7 @@ New here: a distillation token, whose prediction is trained to match the teacher
 convolutional teacher works best. `--set teacher=RUN` sets it. Without a teacher both tokens are trained on the
 labels. The paper's models without this token are `vit-ti16`, `vit-s16` and `vit-b16`.
 
-Initialisation: truncated N(0, 0.02), as in the authors' code, with a standard deviation larger by sqrt(768 / D) if D
+Initialization: truncated N(0, 0.02), as in the authors' code, with a standard deviation larger by sqrt(768 / D) if D
 is less than 768; zero biases.
 Shapes: B batch, C channels, H W image height and width, N = 2 + H W / P^2 tokens, D width.
 """

@@ -8,7 +8,7 @@ without position that take up global information which the model would otherwise
 Position embeddings are interpolated to other image sizes as in the authors' code: scaled with an offset of 0.1
 without antialiasing, and with registers without offset but with antialiasing; transformers has no offset (`offset=0`
 gives the same result).
-Initialisation: truncated N(0, 0.02), with a standard deviation larger by sqrt(768 / D) if D is less than 768;
+Initialization: truncated N(0, 0.02), with a standard deviation larger by sqrt(768 / D) if D is less than 768;
 LayerScale with `scale`; zero biases.
 Shapes: B batch, C channels, H W image height and width, P patch size, R registers, h w = H/P W/P, N = 1 + R + h w, D
 width.

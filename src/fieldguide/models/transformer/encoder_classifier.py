@@ -5,7 +5,7 @@ apart. Layers normalize their input (pre-norm; Xiong et al. 2020, arXiv:2002.047
 warm-up. The label is predicted from the mean over the real tokens: unlike a class token, it sees the whole sequence
 from the start of training, which helps with small data sets.
 
-Initialisation: embeddings N(0, 1/D), scaled by sqrt(D) on input as in section 3.4; Glorot uniform matrices, zero
+Initialization: embeddings N(0, 1/D), scaled by sqrt(D) on input as in section 3.4; Glorot uniform matrices, zero
 biases. Positions are the fixed sinusoids of section 3.5, so rare positions need no training.
 Shapes: B batch, T tokens, D width.
 """

@@ -4,7 +4,7 @@ New here: heads of width 256 for all sizes, so together they may be wider than t
 small size; GELU gates; embeddings scaled by sqrt(D) and shared with the output head; normalization weights stored as
 an offset to 1.
 
-Initialisation: N(0, 0.02), normalization weights 1.
+Initialization: N(0, 0.02), normalization weights 1.
 Shapes: B batch, T tokens, D width, d width of a head.
 """
 

@@ -3,7 +3,7 @@
 New here: local and global attention layers alternate; attention logits and output logits are soft-capped by a tanh;
 every sublayer is normalized before and after.
 
-Initialisation: N(0, 0.02), normalization weights 1.
+Initialization: N(0, 0.02), normalization weights 1.
 Shapes: B batch, T tokens, D width, d width of a head, K keys.
 """
 

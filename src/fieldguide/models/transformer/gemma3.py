@@ -5,7 +5,7 @@ local and global layers have different rotary frequencies. Every sublayer is nor
 normalization weights are stored as an offset to 1; embeddings are scaled by sqrt(D); queries and keys are normalized;
 the output head is tied to the embedding.
 
-Initialisation: N(0, 0.02), normalization weights 1.
+Initialization: N(0, 0.02), normalization weights 1.
 Shapes: B batch, T tokens, D width, d width of a head.
 """
 

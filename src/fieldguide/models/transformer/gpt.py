@@ -4,7 +4,7 @@ New here: unsupervised pre-training on whole books, then fine-tuning of the whol
 word vectors were transferred. Layers normalize after the residual connection (post-norm), as in the original
 Transformer; GPT-2 changed this. Positions are learned, and the output head is tied to the embedding.
 
-Initialisation: N(0, 0.02) for matrices, embeddings and positions, zero biases (section 4.1).
+Initialization: N(0, 0.02) for matrices, embeddings and positions, zero biases (section 4.1).
 Shapes: B batch, T tokens, D width, K tokens seen so far.
 """
 

@@ -4,7 +4,7 @@ New here: one model and one objective, next-token prediction; every task is expr
 are pre-norm, with one more normalization before the head; the output head is tied to the embedding. Positions are
 learned.
 
-Initialisation: N(0, 0.02), positions N(0, 0.01) as in the released code; projections that are added to the residual
+Initialization: N(0, 0.02), positions N(0, 0.01) as in the released code; projections that are added to the residual
 stream are divided by the square root of the number of such additions (section 2.3); zero biases.
 Shapes: B batch, T tokens, D width, K tokens seen so far.
 """

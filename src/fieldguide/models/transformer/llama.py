@@ -4,7 +4,7 @@ New here: a combination of known parts: RMS normalization without bias, a gated 
 instead of learned positions, no biases. From Llama 2 70B on, heads share keys and values; from Llama 3.1 on, low
 rotary frequencies are scaled down for sequences longer than those of the first training.
 
-Initialisation: N(0, 0.02) for all matrices and embeddings, as in the authors' later code and in transformers.
+Initialization: N(0, 0.02) for all matrices and embeddings, as in the authors' later code and in transformers.
 Shapes: B batch, T tokens, D width, d width of a head.
 """
 

@@ -4,7 +4,7 @@ New here: a pre-trained ViT and a pre-trained LLaMA are connected by a two-layer
 CLIP's image encoder, one block before its end, are projected to the width of the language model and replace the image
 tokens in its input; the model then generates text.
 
-Initialisation: those of CLIP and LLaMA; N(0, 0.02) and zero biases for the two projection layers, as in transformers.
+Initialization: those of CLIP and LLaMA; N(0, 0.02) and zero biases for the two projection layers, as in transformers.
 Shapes: B batch, C channels, S image side, N = (S/P)^2 patches, T tokens, V width of the image encoder, D width of the
 language model.
 """

@@ -4,7 +4,7 @@ New here: BART's training on 25 or 50 languages at once, with a token for the la
 first in the target; for 50 (arXiv:2008.00401), first in both. Layers are pre-norm, which deeper stacks and noisier
 data need; each stack ends with a normalization layer, and the input embeddings are scaled by sqrt(D).
 
-Initialisation: as BART, N(0, 0.02), zero biases.
+Initialization: as BART, N(0, 0.02), zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width.
 """
 

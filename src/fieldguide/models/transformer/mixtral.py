@@ -4,7 +4,7 @@ New here: a router selects the two highest-scoring experts for every token and w
 the two scores, so the model has many more parameters than one token uses. To keep all experts in use, training adds a
 load-balancing loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6).
 
-Initialisation: N(0, 0.02).
+Initialization: N(0, 0.02).
 Shapes: B batch, T tokens, D width, N = B T, E experts.
 """
 

@@ -3,7 +3,7 @@
 New here: rotary positions instead of learned ones, gated MLPs (GeGLU), pre-norm and no biases; two of three layers
 use local attention, with a smaller rotary base than the global layers, so sequences may have thousands of tokens.
 
-Initialisation (section 2.2, as in the authors' code): normal with standard deviation 0.02 at the paper's width of
+Initialization (section 2.2, as in the authors' code): normal with standard deviation 0.02 at the paper's width of
 768, larger by sqrt(768 / D) for smaller D, truncated at two standard deviations; projections that are added to the
 residual stream are divided by the square root of the number of such additions, and so is the layer before the head.
 Shapes: B batch, T tokens, D width, d width of a head.

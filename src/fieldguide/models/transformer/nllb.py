@@ -4,7 +4,7 @@ New here: the training data, sentences mined and cleaned for low-resource langua
 M2M-100 (arXiv:2010.11125): mBART with sinusoidal positions, ReLU and no normalization of the embeddings. The language
 token is first in the source, and in the target it follows the start token.
 
-Initialisation: N(0, 0.02) for matrices and embeddings, zero biases.
+Initialization: N(0, 0.02) for matrices and embeddings, zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width.
 """
 

@@ -5,7 +5,7 @@ highest-scoring experts for each token and weights their outputs by a softmax ov
 GShard: Lepikhin et al. 2020, arXiv:2006.16668). Against overfitting on low-resource languages, the output of the
 experts is dropped for some tokens in training. No expert capacity limit is used: the paper's limit only saves memory.
 
-Initialisation: N(0, 0.02) for matrices and embeddings, zero biases.
+Initialization: N(0, 0.02) for matrices and embeddings, zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width, N tokens of all sequences, E experts.
 """
 

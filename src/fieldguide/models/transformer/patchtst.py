@@ -5,7 +5,7 @@ and are processed independently. The past is normalized to mean 0 and standard d
 back (RevIN, Kim et al. 2022). Layers are post-norm with batch normalization; attention scores are added to those of
 the previous layer.
 
-Initialisation: torch's default for linear layers, positions uniform in -0.02 .. 0.02, as in the authors' code.
+Initialization: torch's default for linear layers, positions uniform in -0.02 .. 0.02, as in the authors' code.
 Shapes: B batch, T steps of the past, H steps of the future, C series, Q values per step, N patches, P steps of a
 patch, D width, h heads.
 """

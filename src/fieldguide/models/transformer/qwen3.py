@@ -3,7 +3,7 @@
 New here: the queries and keys of each head are RMS-normalized before the rotation, which keeps attention from
 saturating in deep models and replaces the biases of earlier Qwen models; the head width is independent of D.
 
-Initialisation: N(0, 0.02).
+Initialization: N(0, 0.02).
 Shapes: B batch, T tokens, D width, d width of a head.
 """
 

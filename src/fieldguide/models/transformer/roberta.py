@@ -6,7 +6,7 @@ unknown tokens. Positions are counted from the ID of the padding token + 1, as i
 of the position table are unused. There is one segment only; labels are predicted from the first token through a
 separate layer.
 
-Initialisation: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
+Initialization: N(0, 0.02) for matrices and embeddings at the paper's width of 768, with a standard deviation larger
 by sqrt(768 / D) for smaller D (small models hardly train otherwise); zero biases, and a zero segment embedding, which
 the authors' model does not have.
 Shapes: B batch, T tokens, D width.

@@ -5,7 +5,7 @@ the authors' own form: in attention only the queries are normalized, and the res
 queries, not the input; there is no output projection; the hidden width of the MLP is D; items are scored by the input
 embedding. Common ports differ in each of these points.
 
-Initialisation: Glorot uniform for all matrices and both embeddings, zero biases, as in the authors' code.
+Initialization: Glorot uniform for all matrices and both embeddings, zero biases, as in the authors' code.
 Shapes: B batch, T items of a history, D width.
 """
 

@@ -3,7 +3,7 @@
 New here: every token compares its query with the keys of all tokens and takes a weighted mean of their values, in
 several heads at once. This is a single layer, not a whole model: no positions, no mask.
 
-Initialisation: torch's default for linear layers, as in the guide's code.
+Initialization: torch's default for linear layers, as in the guide's code.
 Shapes: B batch, T tokens, D width.
 """
 

@@ -5,7 +5,7 @@ preceding target tokens, then to the encoder output. Source, target and output h
 post-norm, as in the paper, which needs a learning rate warm-up. Linear layers have biases, which the paper does not
 specify.
 
-Initialisation: embeddings N(0, 1/D), scaled by sqrt(D) on input (section 3.4); Glorot uniform matrices, zero biases.
+Initialization: embeddings N(0, 1/D), scaled by sqrt(D) on input (section 3.4); Glorot uniform matrices, zero biases.
 Shapes: B batch, S source tokens, T target tokens, D width, K target tokens seen so far.
 """
 

@@ -7,7 +7,7 @@ width.
 Images may have any size: feature maps are zero-padded to a multiple of the window, and the padding takes part in
 attention, as in the authors' code for detection; windows are at most as large as the feature map, and are not shifted
 if one covers it all.
-Initialisation: truncated N(0, 0.02), with a standard deviation larger by sqrt(96 / width) if the width is less than
+Initialization: truncated N(0, 0.02), with a standard deviation larger by sqrt(96 / width) if the width is less than
 96; zero biases.
 Shapes: B batch, C channels, H W height and width (of a feature map, in positions), D width, w window side, M = w^2
 positions of a window, K windows.

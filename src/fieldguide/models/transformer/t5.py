@@ -5,7 +5,7 @@ corruption. There are no position embeddings: a learned bias for the relative di
 attention score, by buckets that grow with the distance, the same in all layers. Scores are not scaled; RMS
 normalization without bias, pre-norm. Version 1.1 has GELU-gated MLPs and an untied output head.
 
-Initialisation: embeddings N(0, 1); matrices N(0, 1/inputs), queries additionally divided by sqrt(d) in place of score
+Initialization: embeddings N(0, 1); matrices N(0, 1/inputs), queries additionally divided by sqrt(d) in place of score
 scaling; in version 1.1 the head too, as its logits are not scaled.
 Shapes: B batch, S source tokens, T target tokens, D width, d width of a head, H heads, K target tokens seen so far.
 """

@@ -4,7 +4,7 @@ New here: image patches and text tokens form one sequence and pass through the s
 encoder or object detector. The answer is predicted from the first token of the question, as a class among frequent
 answers.
 
-Initialisation: N(0, 0.02) for matrices, embeddings and positions at the paper's width of 768, with a standard
+Initialization: N(0, 0.02) for matrices, embeddings and positions at the paper's width of 768, with a standard
 deviation larger by sqrt(768 / D) for smaller D (small models hardly train otherwise); zero biases.
 Shapes: B batch, C channels, H W image height and width, P patch size, N = 1 + H W / P^2 image tokens, T tokens, D
 width.

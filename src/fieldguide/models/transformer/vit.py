@@ -7,7 +7,7 @@ data, or with a teacher (DeiT), ViT is.
 The `eps` of the normalization layers is 1e-6 in the authors' code, timm, torchvision and here; transformers uses
 1e-12 for the same weights, and `fieldguide.load` reads it from the configuration. A weights file alone does not
 contain it: set `eps=1e-12`.
-Initialisation: truncated N(0, 0.02) as in DeiT (arXiv:2012.12877), with a standard deviation larger by sqrt(768 / D)
+Initialization: truncated N(0, 0.02) as in DeiT (arXiv:2012.12877), with a standard deviation larger by sqrt(768 / D)
 if D is less than 768; zero biases. The authors' Xavier initialization with position embeddings N(0, 0.02) makes the
 position embeddings too small at first and trained much more slowly on small data sets.
 Shapes: B batch, C channels, H W image height and width, P patch size, h w = H/P W/P, N = 1 + h w, D width.

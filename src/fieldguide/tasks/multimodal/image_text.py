@@ -122,8 +122,8 @@ class ImageText(ImageAndTextTask):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        asked = any(normalize_name(c.name) == "question" for c in data.features())
-        if len(data.features("image")) != 1 or asked or data.target is None:
+        has_question = any(normalize_name(c.name) == "question" for c in data.features())
+        if len(data.features("image")) != 1 or has_question or data.target is None:
             return None
         said = data.required_target.kind == "text" or (
             data.required_target.kind == "category" and normalize_name(data.required_target.name) in CAPTION_NAMES
@@ -221,15 +221,15 @@ class ImageText(ImageAndTextTask):
 
     def names(self) -> list[str]:
         """Return the texts that an image is compared with."""
-        asked = [name.strip() for name in self.predict_options.classes.split(",") if name.strip()]
-        return asked or self.classes or self.known
+        requested = [name.strip() for name in self.predict_options.classes.split(",") if name.strip()]
+        return requested or self.classes or self.known
 
     def templates(self) -> list[str]:
         """Return the templates of `names`. Raises `SettingsError` for a template without {}."""
-        asked = [each.strip() for each in self.predict_options.templates.split("|") if each.strip()]
-        if lost := [each for each in asked if "{}" not in each]:
+        requested = [each.strip() for each in self.predict_options.templates.split("|") if each.strip()]
+        if lost := [each for each in requested if "{}" not in each]:
             raise SettingsError(f"templates: {lost[0]!r} has no {{}}. Put {{}} where the class name goes.")
-        return asked or [self.options.template if self.class_column or self.predict_options.classes else "{}"]
+        return requested or [self.options.template if self.class_column or self.predict_options.classes else "{}"]
 
     def encode_names(self, model: Any, where: torch.device) -> Tensor:  # -> K E, of length 1
         """Return the normalized embedding of each of `names`, averaged over the templates."""

@@ -74,12 +74,12 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        question: str = ""  # asked of every image, instead of the table's own questions
+        question: str = ""  # question about every image, in place of the questions of a table
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        asked = [c.name for c in data.features("text", "category") if c.name.strip().lower() == "question"]
-        if len(data.features("image")) == 1 and asked and data.target and data.required_target.kind != "number":
+        question_columns = [c.name for c in data.features("text", "category") if c.name.strip().lower() == "question"]
+        if len(data.features("image")) == 1 and question_columns and data.target and data.required_target.kind != "number":
             return f"images, questions and {data.required_target.distinct} answers"
         return None
 
@@ -231,10 +231,10 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
     def exhibits(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        p, y, asked = outputs["probabilities"], targets["label"], self.questions_of(test)
+        p, y, questions = outputs["probabilities"], targets["label"], self.questions_of(test)
         known, said, right = np.flatnonzero(y >= 0), p.argmax(1), p.argmax(1) == y
         is_ = test.rows[self.target.name].cast(pl.String).fill_null("").to_list()
-        table = pl.DataFrame({"type": [question_type(q) for q in asked], "right": right, "truth": is_})
+        table = pl.DataFrame({"type": [question_type(q) for q in questions], "right": right, "truth": is_})
         rows = [
             (
                 name[0],
@@ -257,7 +257,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
                 )
             ]
         }
-        say = lambda i: f"{asked[i]} {self.labels[said[i]]} ({100 * p[i].max():.0f} % confident)"
+        caption = lambda i: f"{questions[i]} {self.labels[said[i]]} ({100 * p[i].max():.0f} % confident)"
         wrong = np.flatnonzero(~right)
         worst = wrong[np.argsort(-p[wrong].max(1), kind="stable")][:16]
         shuffled = np.random.default_rng(0).permutation(len(y))
@@ -267,7 +267,9 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
                 note,
                 [
                     Picture(
-                        self.thumbnail(test, int(i)), say(i) + (f"; target: {is_[i]}" if not right[i] else ""), bad=not right[i]
+                        self.thumbnail(test, int(i)),
+                        caption(i) + (f"; target: {is_[i]}" if not right[i] else ""),
+                        bad=not right[i],
                     )
                     for i in some
                 ],
@@ -283,7 +285,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         if objective is not None and hasattr(objective.model, "attention"):
             some = np.random.default_rng(1).permutation(len(y))[:12]
             where = next(objective.parameters()).device
-            ids, _ = self.tokens([asked[i] for i in some])
+            ids, _ = self.tokens([questions[i] for i in some])
             tokens, mask = (torch.from_numpy(a).to(where) for a in self.text.batch(ids))
             with torch.inference_mode():
                 image = self.pixels(test.take(some))(np.arange(len(some)), None).to(where)
@@ -292,7 +294,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
                 Gallery(
                     "Attention",
                     "Test images; red marks the patches that contribute most to the answer (attention rollout).",
-                    [Picture(self.overlay(test, int(i), h), say(i), bad=not right[i]) for i, h in zip(some, heat)],
+                    [Picture(self.overlay(test, int(i), h), caption(i), bad=not right[i]) for i, h in zip(some, heat)],
                     wide=True,
                 )
             ]

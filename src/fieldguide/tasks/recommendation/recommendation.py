@@ -235,12 +235,12 @@ class Recommendation(Task):
 
         return Batches(len(owner), make)
 
-    def next_item_batches(self, histories: list[np.ndarray], asked: bool = True) -> Batches:
-        """Return each history without its last item, which is the target; with `asked=False`, the whole history."""
+    def next_item_batches(self, histories: list[np.ndarray], hold_out_last: bool = True) -> Batches:
+        """Return each history without its last item, which is the target; with `hold_out_last=False`, the whole history."""
         length = self.options.length
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
-            before = [histories[i][:-1] if asked else histories[i] for i in index]
+            before = [histories[i][:-1] if hold_out_last else histories[i] for i in index]
             known = [h[h > 0] for h in before]
             items = pad_left([h[-length:] for h in known], length)
             # a history of unknown items is read as one padding position
@@ -251,8 +251,8 @@ class Recommendation(Task):
                 "mask": torch.from_numpy(mask),
                 "seen": torch.from_numpy(pad_left(known, max([1, *map(len, known)]))),
             }
-            if asked:
-                batch["asked"] = torch.tensor([int(histories[i][-1]) for i in index])
+            if hold_out_last:
+                batch["next_item"] = torch.tensor([int(histories[i][-1]) for i in index])
             return batch
 
         return Batches(len(histories), make)
@@ -358,7 +358,7 @@ class Recommendation(Task):
         if new := sum(int((h == 0).sum()) for h in histories):
             self.notes.append(f"{new} events have items that are not in the training data; they are ignored")
         self.request = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
-        return self.next_item_batches(histories, asked=False)
+        return self.next_item_batches(histories, hold_out_last=False)
 
     def predict_step(self, objective: Objective) -> Any:
         objective.top = max(DEFAULT_TOP_K, self.predict_options.count)

@@ -123,21 +123,21 @@ class Denoising(PackedTextTask):
     # Rows
 
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:  # N L int64, padded
-        """Corrupt rows; returns source, source_mask, tokens, target and asked (the removed tokens)."""
+        """Corrupt rows; returns source, source_mask, tokens, target and the mask `removed` of the removed tokens."""
         text, frame, o = self.text, self.frame, self.options
         lengths = (tokens != text.pad).sum(1)
         plain = tokens != text.sep  # separators are not scored
         if o.damage == "spans":
             span = damage.sample_spans(lengths, tokens.shape[1], rng, o.share, o.mean)
             source, mask, target = damage.corrupt_spans(tokens, span, lengths, self.sentinels, frame.end, text.pad)
-            asked = (target >= 0) & ~np.isin(target, self.sentinels) & (target != frame.end) & (target != text.sep)
+            removed = (target >= 0) & ~np.isin(target, self.sentinels) & (target != frame.end) & (target != text.sep)
         else:
             begins, gone = damage.sample_infill_masks(lengths, tokens.shape[1], rng, o.share, o.mean)
             source, mask = damage.apply_infilling(tokens, lengths, text.mask_token, text.pad, begins, gone)
             source, mask = surround_rows(source, mask, frame.before, frame.after, text.pad)
             target, real = surround_rows(tokens, tokens != text.pad, (), (frame.end,), text.pad)
             target = np.where(real, target, -1)
-            asked = np.pad(gone & plain, ((0, 0), (0, 1)))
+            removed = np.pad(gone & plain, ((0, 0), (0, 1)))
         said = np.where(target < 0, text.pad, target)[:, :-1]
         lead = np.broadcast_to(np.array(frame.target_start), (len(tokens), len(frame.target_start)))
         skip = ((0, 0), (len(frame.target_start) - 1, 0))  # the tokens that start every target have no loss
@@ -148,7 +148,7 @@ class Denoising(PackedTextTask):
                 "source_mask": mask,
                 "tokens": np.concatenate([lead, said], 1),
                 "target": np.pad(target, skip, constant_values=-1),
-                "asked": np.pad(asked, skip),
+                "removed": np.pad(removed, skip),
             }.items()
         }
 
@@ -180,7 +180,7 @@ class Denoising(PackedTextTask):
     def targets(self, data: Data) -> Arrays:
         batches = self.batches(data, None)
         batch = batches.make(np.arange(len(batches)), None)
-        return {"target": torch.where(batch["asked"], batch["target"], -1).numpy()}
+        return {"target": torch.where(batch["removed"], batch["target"], -1).numpy()}
 
     # Predictions
 
@@ -283,9 +283,9 @@ class Denoising(PackedTextTask):
         device = next(objective.model.parameters()).device
         guess = objective.compute_logits({name: x.to(device) for name, x in batch.items()}).argmax(-1).cpu()
         quotes = []
-        rows = zip(*(batch[k] for k in ("source", "source_mask", "asked", "target")), guess)
-        for source, mask, asked, target, said in rows:
-            runs = np.flatnonzero(np.diff(asked.numpy().astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+        rows = zip(*(batch[k] for k in ("source", "source_mask", "removed", "target")), guess)
+        for source, mask, removed, target, said in rows:
+            runs = np.flatnonzero(np.diff(removed.numpy().astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
             pairs = [
                 f"{self.decode(target[a:b].tolist()).strip()!r}: {self.decode(said[a:b].tolist()).strip()!r}" for a, b in runs
             ]

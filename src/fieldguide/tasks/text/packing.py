@@ -140,16 +140,16 @@ class PackedTextTask(TextTask):
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         target = self.targets(test)["target"]
-        asked, share = target >= 0, (self.counts + 1) / (self.counts.sum() + len(self.counts))
+        scored, share = target >= 0, (self.counts + 1) / (self.counts.sum() + len(self.counts))
         nats, best = -np.log(share), int(self.counts.argmax())
         return [
             Baseline(
                 "token frequency",
                 f"each token with its training frequency; always predicts {self.decode([best])!r}",
                 {
-                    "nats": np.where(asked, nats[np.maximum(target, 0)], 0).sum(1),
+                    "nats": np.where(scored, nats[np.maximum(target, 0)], 0).sum(1),
                     "right": (target == best).sum(1),
-                    "count": asked.sum(1),
+                    "count": scored.sum(1),
                 },
             )
         ]

@@ -88,7 +88,7 @@ class QuestionAnswering(Task):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        question: str = ""  # asked of every text, instead of a table's own questions
+        question: str = ""  # question about every text, in place of the questions of a table
         threshold: float | None = None  # minimum margin of an answer over no answer, in nats; None: chosen on validation data
 
     text: TextTokenizer
@@ -142,8 +142,8 @@ class QuestionAnswering(Task):
         task.frame = pair_template(task.text)
         located = task.text.encode_with_spans(contexts.tolist())
         around = task.frame.size
-        asked = [len(ids) for ids in task.text.encode_exact(questions)]
-        sizes = [around + min(n, MAX_QUESTION_TOKENS) + len(located[i][0]) for n, i in zip(asked, which)]
+        lengths = [len(ids) for ids in task.text.encode_exact(questions)]
+        sizes = [around + min(n, MAX_QUESTION_TOKENS) + len(located[i][0]) for n, i in zip(lengths, which)]
         task.median = int(np.median(sizes))
         rows = [(contexts[i], located[i][1], a[0]) for i, a in zip(which, task.known_answers(data)) if a]
         if not rows:
@@ -171,7 +171,7 @@ class QuestionAnswering(Task):
                 f"{long} training answers are longer than {task.options.longest} tokens; such answers are not "
                 "predicted (change this with task.longest=...)"
             )
-        if cut := sum(n > task.max_question_tokens for n in asked):
+        if cut := sum(n > task.max_question_tokens for n in lengths):
             task.notes.append(f"{cut} questions are longer than {task.max_question_tokens} tokens and are truncated")
         if several := sum(n > length for n in sizes):
             task.notes.append(
@@ -255,16 +255,16 @@ class QuestionAnswering(Task):
         located = []
         for text, (ids, spans) in zip(contexts.tolist(), self.text.encode_with_spans(contexts.tolist())):
             located.append((ids, widen_to_words(text, spans) if self.whole else spans, spans))
-        asked = [ids[: self.max_question_tokens] for ids in self.text.encode_exact(self.questions_of(data))]
+        questions = [ids[: self.max_question_tokens] for ids in self.text.encode_exact(self.questions_of(data))]
         rows = []
-        for number, (ids, context) in enumerate(zip(asked, which)):
+        for number, (ids, context) in enumerate(zip(questions, which)):
             room = self.options.length - self.frame.size - len(ids)
             # Consecutive windows overlap by the longest answer, or by half if there is little room: else an
             # answer might be in no window.
             stride = min(self.options.stride, max(room // 2, room - self.options.longest))
             rows += [(number, first) for first in window_starts(len(located[context][0]), room, stride)]
         numbers, firsts = np.array(rows, dtype=np.int64).reshape(-1, 2).T
-        return Windows(self.text, self.frame, self.options.length, located, which, asked, numbers, firsts)
+        return Windows(self.text, self.frame, self.options.length, located, which, questions, numbers, firsts)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         """Return the questions, each with all its windows."""

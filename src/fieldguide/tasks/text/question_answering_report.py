@@ -38,7 +38,7 @@ def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, targets
         "6 to 10 words": (length > 5) & (length < 11),
         "more": length > 10,
     }
-    asked: list[Exhibit] = [
+    exhibits: list[Exhibit] = [
         Table(
             "By question word",
             "Test questions; rare types are left out.",
@@ -53,8 +53,8 @@ def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, targets
         ),
     ]
     if task.silent:
-        asked.append(threshold_curve(task, outputs, targets))
-    return {"Questions": asked, "Worst answers": worst_answers(task, test, outputs, each)}
+        exhibits.append(threshold_curve(task, outputs, targets))
+    return {"Questions": exhibits, "Worst answers": worst_answers(task, test, outputs, each)}
 
 
 def threshold_curve(task: QuestionAnswering, outputs: Arrays, targets: Arrays) -> Exhibit:
@@ -75,7 +75,7 @@ def threshold_curve(task: QuestionAnswering, outputs: Arrays, targets: Arrays) -
 
 def worst_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[Exhibit]:
     """Return wrong answers with the highest confidence, in their contexts."""
-    contexts, asked, right = task.contexts(test), task.questions_of(test), task.known_answers(test)
+    contexts, questions, right = task.contexts(test), task.questions_of(test), task.known_answers(test)
     sure = np.where(outputs["given"], outputs["score"], outputs["none"])
     said, quotes = task.answer_texts(outputs, contexts), []
     for row in np.lexsort((-sure, each[:, 1]))[:SHOWN]:
@@ -83,7 +83,7 @@ def worst_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np
             break
         spot = answer_span(right[row][0]) if right[row] else (int(outputs["begin"][row]), int(outputs["end"][row]))
         caption = (
-            f"{asked[row]} · predicted: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % confident) · target: "
+            f"{questions[row]} · predicted: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % confident) · target: "
             + ("; ".join(dict.fromkeys(a["text"] for a in right[row])) or "no answer")
             + f" · {test.locate_row(int(row))}"
         )

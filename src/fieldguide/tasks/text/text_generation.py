@@ -137,7 +137,7 @@ class TextGeneration(TextTask):
         if task.template:
             turns = task.turns(data)
             task.notes.append(task.template.describe(turns, data.locate_row))
-            task.first = next((asked for row in turns if (asked := take_until_answer(row))), [("user", "")])
+            task.first = next((turns_before for row in turns if (turns_before := take_until_answer(row))), [("user", "")])
         elif task.chat and (lacking := [s for s in CHAT_SPECIAL_TOKENS if task.text.tokenizer.token_to_id(s) is None]):
             raise DataError(
                 f"{options.tokenizer}: conversations need a chat template in the tokenizer's folder "

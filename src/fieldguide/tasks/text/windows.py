@@ -32,9 +32,9 @@ class Windows:
 
     def __post_init__(self) -> None:
         before, between, behind = self.frame.before, self.frame.between, self.frame.behind
-        asked = np.array([len(ids) for ids in self.question_ids], dtype=np.int64)[self.number]
+        question_lengths = np.array([len(ids) for ids in self.question_ids], dtype=np.int64)[self.number]
         tokens = np.array([len(ids) for ids, _, _ in self.contexts], dtype=np.int64)[self.context_of_question[self.number]]
-        self.begin = asked + len(before) + len(between)  # the position of each window's first context token
+        self.begin = question_lengths + len(before) + len(between)  # the position of each window's first context token
         room = self.length - self.begin - len(behind)
         self.stop = np.minimum(tokens, self.first + room)  # one past its last context token
         self.sizes = self.begin + self.stop - self.first + len(behind)

@@ -53,9 +53,9 @@ class ImageClassification(ClassificationTask):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        asked = any(normalize_name(c.name) == "question" for c in data.features())
+        has_question = any(normalize_name(c.name) == "question" for c in data.features())
         said = data.target and normalize_name(data.required_target.name) in CAPTION_NAMES
-        if len(data.features("image")) == 1 and not asked and not said and data.target and is_discrete(data.target):
+        if len(data.features("image")) == 1 and not has_question and not said and data.target and is_discrete(data.target):
             return f"images and {data.required_target.distinct} classes"
         return None
 

@@ -310,9 +310,12 @@ class ImageGeneration(Task):
                 "real": generative.extract_features(self.judge, real),
             }
             if self.labels:
-                asked = torch.from_numpy(outputs["label"].astype(np.int64)) - 1
+                requested = torch.from_numpy(outputs["label"].astype(np.int64)) - 1
                 pupil = generative.train_classifier(
-                    made, asked, len(self.labels), steps=EVALUATION_STEPS if self.pictures.side > 16 else EVALUATION_STEPS // 2
+                    made,
+                    requested,
+                    len(self.labels),
+                    steps=EVALUATION_STEPS if self.pictures.side > 16 else EVALUATION_STEPS // 2,
                 )
                 found["right"] = generative.extract_features(pupil, real, return_classes=True) == targets["label"] - 1
             if self.matcher is not None:

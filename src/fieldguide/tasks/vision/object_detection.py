@@ -103,13 +103,13 @@ class ObjectDetection(Task):
         """Find the classes (all, or those of `classes`) and keep them in `context`."""
         seen = Counter(o["label"] for objects in data.rows[data.required_target.name].to_list() for o in objects or [])
         order = [n for n in (data.context or {}).get("classes", sorted(seen)) if n in seen]
-        if asked := [n.strip() for n in options.classes.split(",") if n.strip()]:
-            if strange := [n for n in asked if n not in seen]:
+        if requested := [n.strip() for n in options.classes.split(",") if n.strip()]:
+            if strange := [n for n in requested if n not in seen]:
                 raise SettingsError(
                     f"task.classes names {', '.join(map(repr, strange))}, but {data.source} has no such "
                     f"boxes. Classes are: {', '.join(order)}."
                 )
-            order = asked
+            order = requested
         if not order:
             raise DataError(f"{data.source}: no image has a usable box. Add annotated images.")
         return replace(data, context={"classes": order})

@@ -3,7 +3,7 @@
 The mean over the tokens is not normalized, because normalization by the part that all captions share would suppress their
 differences.
 
-Initialisation: as the encoder's; the weights of the last layer are 2.5 times those that preserve the variance. Captions share
+Initialization: as the encoder's; the weights of the last layer are 2.5 times those that preserve the variance. Captions share
 most of their words, so that their differences are then about N(0, 1), the scale of the time and label embeddings.
 Shapes: B batch, T tokens, W width, E width of the vector.
 """

@@ -1,6 +1,6 @@
 """Shared base of the RNN, LSTM and GRU text classifiers, which differ only in the cell.
 
-Initialisation: that of `models.layers.recurrent.Recurrent`; embeddings are normal with standard deviation 0.1, the
+Initialization: that of `models.layers.recurrent.Recurrent`; embeddings are normal with standard deviation 0.1, the
 head is uniform by fan-in.
 Shapes: B batch, T tokens, D width of an embedding, H hidden units, directions 1 or 2.
 """
