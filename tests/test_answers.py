@@ -108,7 +108,7 @@ def theirs(network, rows, pad, **how):
     ],
     ids=str,
 )
-def test_folders_of_encoder_decoders_answer_as_in_transformers(pair, how):
+def test_encoder_decoder_folders_generate_as_transformers(pair, how):
     folder, network, form, made, forced, languages = pair
     speaker = TextGenerator.load(folder, **languages)
     rows = [framed(form, made, languages, p) for p in PROMPTS]
@@ -122,7 +122,7 @@ def test_folders_of_encoder_decoders_answer_as_in_transformers(pair, how):
     assert any(ours) and (form == "mbart" or len(set(map(len, skipped))) > 1)  # they say something, and end by themselves
 
 
-def test_what_is_forced_before_an_answer_counts_as_length(pair, monkeypatch):
+def test_forced_start_tokens_count_toward_the_length(pair, monkeypatch):
     folder, _, _, _, forced, languages = pair
     seen = []
     monkeypatch.setattr(
@@ -134,7 +134,7 @@ def test_what_is_forced_before_an_answer_counts_as_length(pair, monkeypatch):
     assert seen == [len(forced)]
 
 
-def test_an_answer_in_pieces_stops_and_seeds(pair):
+def test_streaming_honors_stop_strings_and_seeds(pair):
     folder, _, form, _, _, languages = pair
     speaker = TextGenerator.load(folder, **languages)
     whole = speaker.generate(PROMPTS, tokens=14)
@@ -153,7 +153,7 @@ def test_an_answer_in_pieces_stops_and_seeds(pair):
         assert len(speaker.generate(["a"], tokens=300, temperature=3.0, repetition=0.5)[0].split()) <= 40
 
 
-def test_languages_are_named_or_known(pair):
+def test_language_tokens_are_required_or_inferred(pair):
     folder, _, form, _, _, _ = pair
     if form == "nllb":
         with pytest.raises(SettingsError, match=r"default: eng_Latn.*--set target="):
@@ -167,7 +167,7 @@ def test_languages_are_named_or_known(pair):
         assert TextGenerator.load(folder, target="fra_Latn").markers.target_start == (CODE["fra_Latn"],)
 
 
-def test_folders_from_the_shell(pair):
+def test_folders_on_the_command_line(pair):
     folder, _, _, _, _, languages = pair
     named = [x for side, name in languages.items() for x in ("--set", f"{side.removesuffix('_language')}={name}")]
     run = lambda *words: CliRunner().invoke(app, ["predict", str(folder), *words, *named, "--set", "tokens=14"])
@@ -221,7 +221,7 @@ def decoder(request, tmp_path_factory):
     ],
     ids=str,
 )
-def test_any_end_ends_an_answer(decoder, how):
+def test_any_end_token_ends_the_output(decoder, how):
     folder, network, made = decoder
     speaker = TextGenerator.load(folder)
     assert speaker.end_tokens == (0, 2)
@@ -242,7 +242,7 @@ def test_any_end_ends_an_answer(decoder, how):
     assert lasts == {0, 2}  # both end answers here
 
 
-def test_beams_need_an_end_and_room(decoder):
+def test_beam_search_needs_an_end_token_and_free_context(decoder):
     speaker = TextGenerator.load(decoder[0])
     with pytest.raises(SettingsError, match="Beam search needs an end token"):
         TextGenerator(speaker.network, speaker.text, ()).generate(["a"], beams=2)
@@ -254,7 +254,7 @@ def test_beams_need_an_end_and_room(decoder):
         TextGenerator.load(decoder[0], source="deu_Latn")
 
 
-def test_manners():
+def test_generation_config_defaults_and_ranges():
     assert (GenerationConfig().effective_beams, GenerationConfig().sampling.temperature, GenerationConfig().sampling.top_p) == (
         1,
         0.8,

@@ -82,7 +82,7 @@ def test_logits_equal_those_of_clip_with_its_processor(clip):
     assert want.std() > 0.1
 
 
-def test_what_was_prepared_is_kept_and_said(clip):
+def test_preprocessing_of_the_checkpoint_is_kept_and_noted(clip):
     folder, _, run = clip
     options = run.task.options
     assert (options.side, options.length, options.vocab_size, options.channels) == (
@@ -96,7 +96,7 @@ def test_what_was_prepared_is_kept_and_said(clip):
     assert any("are longer than 16 tokens" in note for note in run.record["data"]["notes"])
 
 
-def test_classes_by_name_are_told_as_by_the_untouched_checkpoint(clip):
+def test_zero_shot_after_fit_equals_the_original_checkpoint(clip):
     folder, place, run = clip
     want = ZeroShotClassifier.load(folder).predict(str(place / "photos"), CLASSES)
     for source in (run, ZeroShotClassifier.load(run.path)):
@@ -113,7 +113,7 @@ def test_classes_by_name_are_told_as_by_the_untouched_checkpoint(clip):
         )
 
 
-def test_tokens_stand_around_a_text_whoever_puts_them_there(clip):
+def test_special_tokens_are_added_once(clip):
     """Some tokenizer.json of CLIP put them themselves, some do not."""
     folder, _, run = clip
     said = json.loads((folder / "tokenizer.json").read_text())
@@ -124,7 +124,7 @@ def test_tokens_stand_around_a_text_whoever_puts_them_there(clip):
         assert ours.tolist() == want.tolist() and ours[0] == run.task.end - 1
 
 
-def test_a_run_goes_on_as_it_was_prepared(clip, tmp_path):
+def test_resumed_run_keeps_its_preprocessing(clip, tmp_path):
     _, place, run = clip
     again = fit(place / "photos.csv", task="image-text", weights=run.path, out=tmp_path / "again", settings=STILL)
     assert again.task.pictures == run.task.pictures and again.task.options.template == "a photo of a {}."
@@ -133,7 +133,7 @@ def test_a_run_goes_on_as_it_was_prepared(clip, tmp_path):
     assert again.predict(photo)[0]["similarity"] == pytest.approx(run.predict(photo)[0]["similarity"], abs=1e-6)
 
 
-def test_another_side_spreads_the_places(clip, tmp_path):
+def test_position_embeddings_are_interpolated_for_another_image_size(clip, tmp_path):
     folder, place, _ = clip
     run = fit(
         place / "photos.csv", task="image-text", weights=folder, out=tmp_path / "run", settings={**STILL, "task.side": 16}
@@ -175,7 +175,7 @@ def vilt_folder(path):
     return path, tokenizer, pictures
 
 
-def test_vilt_reads_as_with_its_processor(tmp_path):
+def test_vilt_inputs_equal_those_of_its_processor(tmp_path):
     """Square pictures: others have white beside them here, and another shape there."""
     folder, tokenizer, pictures = vilt_folder(tmp_path / "theirs")
     asked = ["What is it?,bus", "Where is it?,red", "how many buses are there in it?,bus", "where are red,red"]
@@ -204,7 +204,7 @@ def test_vilt_reads_as_with_its_processor(tmp_path):
     torch.testing.assert_close(run.model(image, tokens, mask).detach(), want, rtol=0, atol=1e-4)
 
 
-def test_ways_to_resize():
+def test_resize_methods():
     plain, picture = ImageTransform(8, 3), Image.effect_noise((20, 13), 50).convert("RGB")
     for way, edge in (("crop bicubic", 8), ("crop 0.875 bilinear", 9), ("pad lanczos", 8), ("stretch box", 8)):
         how = plain.with_resize(way)

@@ -53,14 +53,14 @@ def test_every_architecture_is_on_the_page_once():
 
 
 @pytest.mark.parametrize("name", DATA["architecture"])
-def test_its_proof_is_there(name):
+def test_proof_file_mentions_the_architecture(name):
     file = DOCS.parent / DATA["architecture"][name]["proof"]
     words = {name, name.partition("-")[0], cards()[name].model.__name__, name.replace("-", "_")}
     assert name in CASES and any(word in file.read_text("utf-8") for word in words)
 
 
 @pytest.mark.parametrize("error", [error for error in DATA["error"] if "range" in error], ids=lambda error: error["claim"])
-def test_what_is_said_to_lie_outside_does(error):
+def test_sizes_outside_of_the_guides_range_are_outside(error):
     low, high = error["range"]
     assert error["outside"] and all(not low <= EXACT[name] <= high for name in error["outside"])
 

@@ -156,7 +156,7 @@ def bad_line(run, data) -> str:
     return ended.stderr
 
 
-def test_predict_a_picture_a_folder_and_a_list(good, digits_run, tmp_path):
+def test_predict_an_image_a_folder_and_a_list(good, digits_run, tmp_path):
     home = samples.path("digits")
     one = sorted((home / "7").iterdir())[0]
     (row,) = [json.loads(line) for line in good("predict", digits_run.path, one, "--json").splitlines()]
@@ -173,7 +173,7 @@ def test_predict_a_picture_a_folder_and_a_list(good, digits_run, tmp_path):
     assert "a/x.png" in nested and "b/x.jpg" in nested
 
 
-def test_predict_names_what_it_cannot_read(call, digits_run, tmp_path):
+def test_predict_lists_unreadable_inputs(call, digits_run, tmp_path):
     """The rest is answered, in order; a line each on the error output, and an exit code of its own."""
     folder, run = tmp_path / "some", digits_run.path
     folder.mkdir()
@@ -219,7 +219,7 @@ def damaged(tmp_path):
     return tmp_path / "classes"
 
 
-def test_predict_text_that_is_typed(good, bad, text_run, tmp_path, monkeypatch):
+def test_predict_text_given_as_argument(good, bad, text_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     typed = ["Return the indices of the maximum values along an axis.", "héllo 😀", "", "axis"]
     rows = [json.loads(x) for x in good("predict", text_run.path, *typed, "--json").splitlines()]
@@ -236,7 +236,7 @@ def test_predict_text_that_is_typed(good, bad, text_run, tmp_path, monkeypatch):
 # What cannot work is refused in one line that says what to do
 
 
-def test_refusals(bad, iris_run, flowers, tmp_path):
+def test_invalid_arguments_are_rejected(bad, iris_run, flowers, tmp_path):
     assert "Did you mean 'resnet50'?" in bad("show", "resnet51")
     assert "Did you mean 'resnet50'?" in bad("fit", "iris", "--model", "resnet51")
     assert "Did you mean 'tabular-regression'?" in bad("fit", "iris", "--task", "tabular-regresion")
@@ -258,14 +258,14 @@ def test_refusals(bad, iris_run, flowers, tmp_path):
     assert "schema" not in bad("evaluate", tmp_path / "nothing", "iris")
 
 
-def test_fit_wants_data_or_a_run_and_not_both(bad, iris_run):
+def test_fit_requires_either_data_or_resume(bad, iris_run):
     for arguments in ((), ("iris", "--resume", iris_run.path)):
         assert "either data to train on" in bad("fit", *arguments)
     for option in (("--target", "x"), ("--model", "mlp-s"), ("--seed", "2"), ("--out", "x"), ("--group", "g"), ("--task", "t")):
         assert f"{option[0]} cannot change" in bad("fit", "--resume", iris_run.path, *option)
 
 
-def test_what_is_there_is_never_written_over(bad, good, iris_run, tmp_path):
+def test_existing_output_is_never_overwritten(bad, good, iris_run, tmp_path):
     before = {p: p.read_bytes() for p in iris_run.path.rglob("*") if p.is_file()}
     said = bad("fit", "iris", "--out", iris_run.path, *TINY)
     assert f"fit --resume {iris_run.path}" in said
@@ -312,7 +312,7 @@ def test_check(good, call, tmp_path):
     assert "19 examples from" in good("check", home, "--allow-bad")
 
 
-def test_check_refuses_what_the_task_would(good, bad, tmp_path):
+def test_check_reports_errors_of_the_task(good, bad, tmp_path):
     """A mask whose values are no classes: seen when masks are read as such, not when they are listed."""
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
@@ -359,6 +359,6 @@ def test_a_broken_pipe_is_no_error(arguments):
     assert process.returncode in (0, 1) and err == b""  # rich ends with 1
 
 
-def test_no_colour_codes_in_a_file(flowers):
+def test_no_color_codes_if_output_is_redirected(flowers):
     said = subprocess.run([sys.executable, "-m", "fieldguide", "check", flowers], capture_output=True, text=True).stdout
     assert "\x1b" not in said and "species" in said

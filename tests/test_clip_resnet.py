@@ -38,7 +38,7 @@ def test_names_and_shapes_of_published_sizes(size):
 
 
 @torch.no_grad()
-def test_what_the_pool_looks_at():
+def test_attention_pooling_weights():
     """The map's weights, times values, are what the pool says; and a place whose key answers is where it looks."""
     model = tiny("clip-resnet")
     image = batch("clip-resnet")[0]
@@ -55,7 +55,7 @@ def test_what_the_pool_looks_at():
     assert not torch.allclose(seen, seen.mT)  # rows and columns are not taken for each other by both
 
 
-def test_refuses_what_does_not_fit():
+def test_invalid_sizes_are_rejected():
     with pytest.raises(DataError, match="image=24"):
         create("clip-resnet-test").encode_image(torch.zeros(1, 2, 24, 25))
     with pytest.raises(SettingsError, match="multiple of 8"):
@@ -85,7 +85,7 @@ def archive(path, name, half=False):
 @archives
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("name", ["clip", "clip-resnet"])
-def test_archives_are_read_as_torch_reads_them(tmp_path, name, half):
+def test_torchscript_archives_are_read_as_by_torch(tmp_path, name, half):
     archive(tmp_path / "x.pt", name, half)
     assert torchscript.is_archive(tmp_path / "x.pt")
     found, wanted = weights.read(tmp_path / "x.pt"), torch.jit.load(tmp_path / "x.pt").state_dict()
@@ -99,7 +99,7 @@ def test_archives_are_read_as_torch_reads_them(tmp_path, name, half):
 @archives
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["clip", "clip-resnet"])
-def test_an_archive_becomes_a_network(tmp_path, name):
+def test_torchscript_archive_loads_into_a_network(tmp_path, name):
     image, tokens, mask, wanted = archive(tmp_path / "x.pt", name)
     model = load.load(tmp_path / "x.pt", name=f"{name}-test")
     found = model(image, tokens, mask)
@@ -107,7 +107,7 @@ def test_an_archive_becomes_a_network(tmp_path, name):
 
 
 @archives
-def test_archives_that_are_damaged_or_more_than_tensors(tmp_path):
+def test_damaged_archives_and_other_objects_are_rejected(tmp_path):
     archive(tmp_path / "good.pt", "clip")
 
     def rewritten(name, change):
@@ -120,7 +120,9 @@ def test_archives_that_are_damaged_or_more_than_tensors(tmp_path):
     marker = tmp_path / "was-run"
     evil = b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
     path = rewritten("evil.pt", lambda part, x: evil if part.endswith("data.pkl") else x)
-    with pytest.raises(WeightsError, match=r"evil.pt is a TorchScript archive that cannot be read: it holds an object of type os.system"):
+    with pytest.raises(
+        WeightsError, match=r"evil.pt is a TorchScript archive that cannot be read: it holds an object of type os.system"
+    ):
         weights.read(path)
     assert not marker.exists()
     short = rewritten("short.pt", lambda part, x: x[: len(x) // 2] if "/data/" in part else x)
@@ -132,7 +134,7 @@ def test_archives_that_are_damaged_or_more_than_tensors(tmp_path):
             weights.read(path)
 
 
-def test_openai_archives_say_their_activation():
+def test_openai_archives_imply_their_activation():
     """b32 of OpenAI and of LAION have the same tensors; only archives of the former hold three numbers more."""
     from fieldguide.checkpoints.identify import recognize
 
@@ -145,7 +147,7 @@ def test_openai_archives_say_their_activation():
     assert (card.name, size, origin) == ("clip", "clip-b32", "openai")
 
 
-def test_a_resnet_of_openai_is_recognised():
+def test_openai_resnet_is_identified():
     from fieldguide.checkpoints.identify import recognize
 
     with torch.device("meta"):
@@ -189,7 +191,7 @@ def published(folder, name, quick, **said):
 
 @pytest.mark.parametrize("quick", [True, False], ids=["quick gelu", "gelu"])
 @pytest.mark.parametrize("name", ["clip", "clip-resnet"])
-def test_folders_of_open_clip(tmp_path, name, quick):
+def test_open_clip_folders(tmp_path, name, quick):
     wanted = published(tmp_path / "x", name, quick)
     model = load.load(tmp_path / "x")
     assert model.config == wanted.config and type(model) is type(wanted)
@@ -208,11 +210,11 @@ def test_folders_of_open_clip(tmp_path, name, quick):
         ("text", "no_causal_mask", True),
     ],
 )
-def test_relatives_of_open_clip_are_refused(tmp_path, part, key, value):
+def test_unsupported_open_clip_models_are_rejected(tmp_path, part, key, value):
     published(tmp_path / "x", "clip", True, **{part: {key: value}})
     with pytest.raises(WeightsError, match=f"{part}_cfg.{key}={value!r}, which clip does not support"):
         load.load(tmp_path / "x")
 
 
-def test_each_configuration_belongs_to_one_card():
+def test_each_configuration_matches_one_card():
     assert cards()["clip"].configs["openclip"] is OPENCLIP_CONFIG and cards()["clip-resnet"].configs["openclip"] is CONFIG

@@ -15,7 +15,7 @@ from fieldguide.tasks import tasks
 SYSTEMS = list(dict.fromkeys(registry.closed_systems().values()))
 
 
-def test_those_that_the_guide_names_are_there():
+def test_closed_systems_of_the_guide_are_listed():
     assert {system.name for system in SYSTEMS} == {
         "gpt-3",
         "gpt-4",
@@ -28,14 +28,17 @@ def test_those_that_the_guide_names_are_there():
         "gen-3",
         "kling",
     }
-    assert registry.closed_systems()["gpt4v"].stand_in == "llava-1.5-7b" and registry.closed_systems()["gpt-3"].stand_in == "gpt3-175b"
+    assert (
+        registry.closed_systems()["gpt4v"].stand_in == "llava-1.5-7b"
+        and registry.closed_systems()["gpt-3"].stand_in == "gpt3-175b"
+    )
     names = [name for system in SYSTEMS for name in system.names]
     assert len(names) == len(set(names)) == len(registry.closed_systems()) and not set(names) & set(registry.names(tests=True))
     assert not set(names) & set(registry.cards())
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
-def test_their_stand_ins_do_their_tasks(system):
+def test_stand_ins_support_the_tasks(system):
     card, size = registry.find(system.stand_in)
     fits = {
         name
@@ -47,14 +50,14 @@ def test_their_stand_ins_do_their_tasks(system):
 
 
 @pytest.mark.parametrize("name", ["gpt-4", "GPT-4", "dall_e_3", "Claude", "sora"])
-def test_to_create_one_says_what_is_known(name):
+def test_creating_a_closed_system_describes_it(name):
     with pytest.raises(SettingsError, match=r"(?s)is a closed system by .*Published is .*Source: .*Most similar model here: "):
         fieldguide.create(name)
     with pytest.raises(SettingsError, match="unknown model 'gpt-4x'"):
         fieldguide.create("gpt-4x")
 
 
-def test_the_command_line_lists_them_apart(capsys):
+def test_command_line_lists_closed_systems_separately(capsys):
     console.print_models("g*", None, "text-generation", False)
     lines = capsys.readouterr().out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("closed"))

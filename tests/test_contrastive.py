@@ -37,7 +37,7 @@ def slow_loss(pictures: Tensor, texts: Tensor, scale: Tensor, same: list[int], s
     [(range(5), range(5)), ([0, 1, 0, 0, 1], range(5)), (range(5), [0, 0, 1, 2, 2]), ([0, 1, 0, 2, 3], [0, 0, 1, 2, 2])],
     ids=["all differ", "equal texts", "several texts of a picture", "both"],
 )
-def test_the_loss_is_the_papers(same, shown):
+def test_loss_equals_the_equations(same, shown):
     model = tiny("clip")
     inputs = dict(zip(("image", "tokens", "mask"), batch("clip")))
     given = inputs | {name: torch.tensor(x) for name, x in (("text", same), ("picture", shown)) if len(set(x)) < 5}
@@ -57,7 +57,7 @@ def test_the_loss_is_the_papers(same, shown):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "texts"])
-def test_two_processes_equal_one(kind, tmp_path):
+def test_two_processes_equal_one_process(kind, tmp_path):
     """Six SGD steps in float64, with 11 rows a step for two: losses and weights are those of the joined batch."""
     for processes in (1, 2):
         torchrun(processes, str(HERE / "contrastive_worker.py"), str(tmp_path / f"{processes}.pt"), kind)
@@ -68,7 +68,7 @@ def test_two_processes_equal_one(kind, tmp_path):
     assert (one["losses"][0] - one["losses"][-1]).abs().max() > 1e-3
 
 
-def test_the_scale_never_exceeds_100_and_comes_back():
+def test_logit_scale_is_clamped_at_100():
     model = tiny("clip", torch.float32)
     objective, inputs = Contrastive(model), dict(zip(("image", "tokens", "mask"), batch("clip", dtype=torch.float32)))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_scale_never_exceeds_100_and_comes_back():
     assert model.logit_scale.item() == 2.0
 
 
-def test_half_precision_keeps_the_digits_of_logits():
+def test_half_precision_logits_are_accurate():
     model = tiny("clip", torch.float32)
     objective, inputs = Contrastive(model), dict(zip(("image", "tokens", "mask"), batch("clip", dtype=torch.float32)))
     pairs = model(*inputs.values()).detach() * 3
@@ -102,7 +102,7 @@ def test_half_precision_keeps_the_digits_of_logits():
 
 
 @torch.no_grad()
-def test_outputs_are_unit_vectors_of_both():
+def test_outputs_are_unit_vectors():
     model = tiny("clip")
     inputs = dict(zip(("image", "tokens", "mask"), batch("clip")))
     found = Contrastive(model).outputs(inputs)
@@ -111,13 +111,13 @@ def test_outputs_are_unit_vectors_of_both():
     torch.testing.assert_close(found["text"], model.encode_text(inputs["tokens"], inputs["mask"]))
 
 
-def test_refuses_a_batch_of_one():
+def test_batch_of_one_is_rejected():
     inputs = {name: x[:1] for name, x in zip(("image", "tokens", "mask"), batch("clip"))}
     with pytest.raises(SettingsError, match="batch_size=2"):
         Contrastive(tiny("clip"))(inputs)
 
 
-def test_learns_which_digit_a_text_means():
+def test_learns_to_match_digits_and_names():
     """Digits and their names: pictures never seen find the right one among ten names."""
     from sklearn.datasets import load_digits
 

@@ -127,7 +127,7 @@ def learnt_from(folder, chats, **options) -> TextGeneration:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_conversations_are_written_as_transformers_does(name, tmp_path):
+def test_conversations_are_rendered_as_in_transformers(name, tmp_path):
     template, begin, end, closing = TEMPLATES[name]
     peer, chats = fast(template, begin, end), ALTERNATING if name == "llama2" else CHATS
     peer.save_pretrained(tmp_path)
@@ -151,7 +151,7 @@ def test_conversations_are_written_as_transformers_does(name, tmp_path):
     ]
 
 
-def test_what_the_assistant_says_is_what_the_template_marks(tmp_path):
+def test_assistant_tokens_follow_the_template(tmp_path):
     template, _, end, _ = TEMPLATES["marked"]
     peer = fast(template, None, end)
     peer.save_pretrained(tmp_path)
@@ -160,7 +160,7 @@ def test_what_the_assistant_says_is_what_the_template_marks(tmp_path):
     assert learnt.tolist() == [bool(x) for one in theirs for x in one["assistant_masks"]] and 0 < learnt.sum() < len(tokens)
 
 
-def test_where_it_cannot_be_told_all_is_learnt_and_said(tmp_path):
+def test_unidentified_turns_are_trained_on_and_noted(tmp_path):
     fast(SHOUTS, "<|im_start|>", "<|im_end|>").save_pretrained(tmp_path)
     task = learnt_from(tmp_path, CHATS[:2])
     assert task.concatenate_texts(table(CHATS[:2]))[1].all() and "all text is trained on" in task.notes[0]
@@ -171,13 +171,13 @@ def test_where_it_cannot_be_told_all_is_learnt_and_said(tmp_path):
     assert task.text.tokenizer.decode(tokens[learnt].tolist(), skip_special_tokens=False) == "?!<|im_end|>"
 
 
-def test_marks_that_do_not_match_are_not_believed():
+def test_unmatched_generation_marks_are_ignored():
     template = ChatTemplate("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
     assert template.render_with_spans([{"role": "assistant", "content": "a\ufdd1b"}]) == ("ab", None)
     assert template([{"role": "assistant", "content": "a"}]) == "a"
 
 
-def test_conversations_that_cannot_be_written(tmp_path):
+def test_conversations_that_cannot_be_rendered_are_rejected(tmp_path):
     peer = fast(LLAMA2, "<|begin_of_text|>", "<|endoftext|>")
     peer.save_pretrained(tmp_path)
     with pytest.raises(DataError, match=r"memory:2: .*roles must alternate"):
@@ -217,7 +217,7 @@ def checkpoint(folder, name="chatml", length=64):
 STEPS = {"batch": 8, "precision": "float32", "evaluate": 100, "task.length": 32}
 
 
-def test_a_fit_on_conversations_learns_to_answer_and_to_end(tmp_path):
+def test_fit_on_conversations_learns_to_answer_and_stop(tmp_path):
     peer = checkpoint(tmp_path / "net")
     chats = [[{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "how are you"}] for i in range(60)]
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
@@ -238,7 +238,7 @@ def test_a_fit_on_conversations_learns_to_answer_and_to_end(tmp_path):
     assert again.task.text.template == run.task.text.template and again.task.ends == run.task.ends
 
 
-def test_a_batch_in_which_nothing_is_learnt_is_no_error():
+def test_batch_without_targets_is_no_error():
     net = torch.nn.Embedding(5, 5)
     objective = NextToken(net, ("tokens",), smoothing=0.1)
     tokens = torch.arange(4)[None]
@@ -250,7 +250,7 @@ def test_a_batch_in_which_nothing_is_learnt_is_no_error():
     torch.testing.assert_close(objective({"tokens": tokens, "target": target})["loss"], wanted)
 
 
-def test_a_fit_on_texts_begins_them_as_the_tokenizer_does(tmp_path):
+def test_fit_on_texts_adds_the_prefix_of_the_tokenizer(tmp_path):
     from tokenizers import processors
 
     peer = checkpoint(tmp_path / "net", "llama3")
@@ -275,7 +275,7 @@ def test_a_fit_on_texts_begins_them_as_the_tokenizer_does(tmp_path):
     assert isinstance(run.predict(["hello there"], tokens=3)[0]["text"], str)
 
 
-def test_a_template_in_a_run_is_kept(tmp_path):
+def test_chat_template_is_saved_with_the_run(tmp_path):
     fast(*TEMPLATES["llama3"][:3]).save_pretrained(tmp_path)
     task = learnt_from(tmp_path, CHATS)
     (tmp_path / "kept").mkdir()

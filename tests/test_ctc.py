@@ -59,7 +59,7 @@ def answers(rows: int, steps: int, vocab: int, seed: int = 0) -> Tensor:
 # ---------------------------------------------------------------------------------------------- loss
 
 
-def test_loss_is_that_of_all_paths():
+def test_loss_equals_the_sum_over_all_paths():
     features, lengths = answers(4, 9, 3), torch.tensor([9, 7, 4, 10])[:4].clamp(max=9)
     target, size = torch.tensor([[1, 2, 1], [2, 2, 0], [1, 0, 0], [0, 0, 0]]), torch.tensor([3, 2, 1, 0])
     batch = {"features": features, "lengths": lengths, "target": target, "target_lengths": size}
@@ -81,7 +81,7 @@ def test_loss_is_that_of_all_paths():
         assert ((high - objective(batch)["loss"]) / 2e-5).item() == pytest.approx(slow, rel=1e-5)
 
 
-def test_what_cannot_be_written_is_counted_and_teaches_nothing():
+def test_impossible_transcripts_are_counted_and_have_no_gradient():
     features, lengths = answers(3, 6, 4), torch.tensor([6, 6, 4])  # 3, 3 and 2 frames
     target, size = torch.tensor([[1, 2, 3], [1, 1, 0], [2, 2, 3]]), torch.tensor([3, 2, 2])
     batch = {"features": features, "lengths": lengths, "target": target, "target_lengths": size}
@@ -98,12 +98,12 @@ def test_what_cannot_be_written_is_counted_and_teaches_nothing():
     assert objective(hopeless) == {"loss": 0.0, "impossible": 1.0}
 
 
-def test_needed_counts_only_the_real_symbols():
+def test_min_frames_ignores_padding():
     target = torch.tensor([[1, 1, 1, 1], [1, 2, 2, 9], [3, 0, 0, 0], [0, 0, 0, 0]])
     assert min_frames(target, torch.tensor([3, 3, 1, 0])).tolist() == [5, 4, 1, 0]
 
 
-def test_low_precision_answers_are_summed_in_high():
+def test_low_precision_logits_are_summed_in_float32():
     features = answers(2, 20, 5).bfloat16()
     batch = {
         "features": features,
@@ -120,7 +120,7 @@ def test_low_precision_answers_are_summed_in_high():
     )
 
 
-def test_answers_of_batches_of_different_length_are_collected():
+def test_outputs_of_different_length_are_collected():
     lengths = np.array([4, 20, 11, 7, 2, 15])
     features = answers(6, 20, 5).float()
 
@@ -137,7 +137,7 @@ def test_answers_of_batches_of_different_length_are_collected():
         assert got["sure"][row] == pytest.approx(probabilities.log().mean().exp().item(), rel=1e-5)
 
 
-def test_a_conformer_learns_to_write():
+def test_conformer_learns_to_transcribe():
     model = tiny("conformer", torch.float32).train()
     torch.manual_seed(0)
     batch = {
@@ -159,7 +159,7 @@ def test_a_conformer_learns_to_write():
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def test_collapse_is_that_of_every_path():
+def test_collapse_equals_the_definition_for_every_path():
     every = torch.tensor(list(itertools.product(range(3), repeat=5)))
     for frames in range(6):
         text, count = collapse(every, torch.full((len(every),), frames))
@@ -174,7 +174,7 @@ def test_collapse_is_that_of_every_path():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("steps", "vocab"), [(1, 3), (4, 3), (6, 3), (4, 4)])
-def test_a_wide_search_is_exact(steps, vocab, seed):
+def test_wide_beam_search_is_exact(steps, vocab, seed):
     logs = answers(1, steps, vocab, seed)[0].log_softmax(-1)
     want = sorted(((total(entries), text) for text, entries in paths(logs).items()), reverse=True)
     got = beam_search(logs, width=10_000)
@@ -185,7 +185,7 @@ def test_a_wide_search_is_exact(steps, vocab, seed):
     assert sum(math.exp(h.log_probability) for h in got) == pytest.approx(1)
 
 
-def test_the_search_sums_where_the_likeliest_path_misleads():
+def test_beam_search_sums_over_alignments():
     """The likeliest single path is blank, blank; but 1 is written by three others that are likelier together."""
     logs = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()
     assert collapse(logs.argmax(-1)[None], torch.tensor([2]))[1].item() == 0
@@ -194,7 +194,7 @@ def test_the_search_sums_where_the_likeliest_path_misleads():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_language_model_and_a_bonus_are_those_of_every_text(seed):
+def test_language_model_and_bonus_equal_an_exhaustive_search(seed):
     logs = answers(1, 5, 3, seed)[0].log_softmax(-1)
     model = {(): {1: 0.9, 2: 0.1}, (1,): {1: 0.2, 2: 0.8}, (2,): {1: 0.5, 2: 0.5}}  # by the symbol before
     language = lambda prefix, symbol: math.log(model[prefix[-1:]][symbol])
@@ -207,7 +207,7 @@ def test_a_language_model_and_a_bonus_are_those_of_every_text(seed):
         assert h.symbols == text and h.log_probability == pytest.approx(value) and h.score == pytest.approx(score)
 
 
-def test_a_narrow_search_keeps_to_its_limits():
+def test_narrow_beam_search_keeps_its_limits():
     logs = answers(1, 10, 20)[0].log_softmax(-1)
     got = beam_search(logs, width=8, symbols=5)
     assert len(got) == 8 and got == sorted(got, key=lambda h: h.score, reverse=True)
@@ -223,7 +223,7 @@ def test_a_narrow_search_keeps_to_its_limits():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_alignment_is_the_best_of_all_paths(seed):
+def test_alignment_is_the_most_likely_path(seed):
     targets = [(1, 2), (1, 1), (2,), (), (1, 2, 1), (2, 2, 2)]
     frames = torch.tensor([6, 5, 6, 4, 3, 4])  # the last does not fit
     logs = answers(6, 6, 3, seed).log_softmax(-1)
@@ -247,7 +247,7 @@ def test_alignment_is_the_best_of_all_paths(seed):
     assert got.score[-1] == -math.inf and (got.spans[-1] == -1).all() and not got.confidence[-1].any()
 
 
-def test_alignment_is_batched_and_bounded_by_the_loss():
+def test_batched_alignment_is_bounded_by_the_loss():
     logs, frames = answers(9, 50, 12).log_softmax(-1), torch.randint(30, 51, (9,))
     lengths, target = torch.randint(1, 13, (9,)), torch.randint(1, 12, (9, 12))
     got = align(logs, frames, target, lengths)
@@ -269,7 +269,7 @@ def test_alignment_is_batched_and_bounded_by_the_loss():
 
 
 @pytest.mark.parametrize("length", [3, 31, 32, 33, 50, 55, 56, 57, 80, 81, 200, 203])
-def test_chunks_of_a_network_that_sees_little_are_the_whole(length):
+def test_chunks_equal_the_whole_for_a_small_receptive_field(length):
     """Without attention, the tiny Conformer sees 3 + 2 * 4 steps to either side: less than half of 24."""
     model = tiny("conformer")
     with torch.no_grad():
@@ -286,18 +286,18 @@ def test_chunks_of_a_network_that_sees_little_are_the_whole(length):
 
 
 @torch.no_grad()
-def test_one_chunk_is_the_whole_with_attention():
+def test_one_chunk_equals_the_whole_with_attention():
     model, x = tiny("conformer"), torch.randn(47, 6, dtype=torch.float64)
     torch.testing.assert_close(compute_logits_in_chunks(model, x, size=48, overlap=24), model(x[None])[0])
 
 
-def test_stitching_takes_each_half():
+def test_stitching_uses_the_half_far_from_each_edge():
     chunks = torch.arange(3)[:, None, None] * 100 + torch.arange(10)[:, None].expand(3, 10, 1)
     got = stitch_chunks(chunks, 4, 21)[:, 0].tolist()
     assert got == [*range(8), *range(102, 108), *range(202, 209)]
 
 
 @pytest.mark.parametrize("wrong", [{"size": 47, "overlap": 8}, {"size": 48, "overlap": 12}, {"size": 48, "overlap": 48}])
-def test_chunks_that_do_not_fall_on_frames(wrong):
+def test_chunk_sizes_off_the_frame_grid_are_rejected(wrong):
     with pytest.raises(SettingsError, match="must be a multiple of 4"):
         compute_logits_in_chunks(tiny("conformer"), torch.zeros(100, 6), **wrong)

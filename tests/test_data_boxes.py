@@ -95,7 +95,7 @@ MAKERS = {"voc": voc, "yolo": yolo, "coco": coco}
 
 
 @pytest.mark.parametrize("form", MAKERS)
-def test_every_form_says_the_same(form, tmp_path):
+def test_coco_yolo_and_voc_give_the_same_table(form, tmp_path):
     data, kind, _ = read_for(
         {
             "data": str(MAKERS[form](tmp_path)),
@@ -125,7 +125,7 @@ def test_every_form_says_the_same(form, tmp_path):
     assert read(tmp_path).manifest.digest != before  # what is annotated is part of the data
 
 
-def test_coco_by_splits_and_by_file(tmp_path):
+def test_coco_with_splits_and_as_a_single_file(tmp_path):
     for part in ("train", "val"):
         coco(tmp_path / part, 20)
         (tmp_path / "annotations").mkdir(exist_ok=True)

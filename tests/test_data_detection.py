@@ -53,7 +53,7 @@ def agree(pictures, boxes, labels, within: float = 1.0) -> int:
 # ---------------------------------------------------------------------------------------------- letterbox
 
 
-def test_letterbox_is_where_pillow_pads():
+def test_letterbox_equals_pillow_padding():
     rng = np.random.default_rng(0)
     sizes = [(64, 64), (100, 37), (37, 100), (640, 480), (5, 3), (999, 1000), (8, 200)]
     for width, height in sizes + rng.integers(20, 300, (40, 2)).tolist():
@@ -65,7 +65,7 @@ def test_letterbox_is_where_pillow_pads():
             assert whole.tolist() == pytest.approx([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], abs=1e-3)
 
 
-def test_letterbox_goes_there_and_back():
+def test_letterbox_round_trip():
     boxes = torch.tensor([[[0.0, 0, 640, 480], [100, 50, 200, 450]], [[0, 0, 33, 99], [1, 2, 3, 4]]])
     box = Letterbox.of([640, 33], [480, 99], 64)
     inside = box.to_square(boxes)
@@ -75,7 +75,7 @@ def test_letterbox_goes_there_and_back():
     assert beyond[:, 0].tolist() == [[0, 0, 640, 480], [0, 0, 33, 99]]
 
 
-def test_letterbox_of_a_picture_in_memory():
+def test_letterbox_of_an_image_in_memory():
     rng = np.random.default_rng(0)
     for width, height in ((90, 40), (31, 77), (20, 20)):
         pixels = np.asarray(Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((width, height)))
@@ -95,7 +95,7 @@ def test_pad():
 # ---------------------------------------------------------------------------------------------- changes
 
 
-def test_boxes_that_are_hardly_seen_are_dropped():
+def test_hardly_visible_boxes_are_dropped():
     boxes = torch.tensor(
         [
             [[-90.0, 0, 9, 20], [-90, 0, 11, 20], [98.5, 0, 110, 50], [120, 0, 140, 9], [50, 60, 40, 70], [5, 5, 20, 30]],
@@ -132,7 +132,7 @@ def test_warp_moves_boxes_with_the_pixels(scale):
     assert pictures.shape == (6, 12, 80, 80) and agree(pictures, boxes, labels) >= 8
 
 
-def test_mosaic_puts_four_together():
+def test_mosaic_combines_four_images():
     pictures, boxes, labels = scenes(8, 32)
     four, places, names = mosaic(*(x.unflatten(0, (2, 4)) for x in (pictures, boxes, labels)))
     assert four.shape == (2, 16, 64, 64) and places.shape == (2, 12, 4)
@@ -144,7 +144,7 @@ def test_mosaic_puts_four_together():
     assert names.tolist() == labels.view(2, 12).tolist()
 
 
-def test_jitter_turns_colours_and_leaves_greys():
+def test_jitter_rotates_hue_and_keeps_gray():
     torch.manual_seed(0)
     grey, colour = torch.rand(1, 1, 4, 4).expand(1, 3, 4, 4) * 255, 80 + 60 * torch.rand(1, 3, 4, 4)
     one = lambda x: torch.tensor([float(x)])
@@ -177,14 +177,14 @@ def augmented(how: BoxAugmentation, seed: int = 0):
     return how(lambda rows: scenes(len(rows), 64, 96), np.arange(12), 12, make_generator(seed, 5))
 
 
-def test_without_any_change_pictures_stay():
+def test_no_augmentation_keeps_images():
     pictures, boxes, labels = augmented(PLAIN)
     scene = scenes(12, 64, 96)
     assert torch.equal(pictures, scene[0]) and torch.equal(boxes, scene[1][:, :2]) and torch.equal(labels, scene[2][:, :2])
 
 
 @pytest.mark.parametrize("mosaic", [0.0, 0.5, 1.0])
-def test_boxes_follow_all_changes(mosaic):
+def test_boxes_follow_all_augmentations(mosaic):
     checked = 0
     for seed in range(6):
         pictures, boxes, labels = augmented(BoxAugmentation(mosaic=mosaic, brightness=0.02), seed)
@@ -195,7 +195,7 @@ def test_boxes_follow_all_changes(mosaic):
     assert checked > 100
 
 
-def test_mosaics_and_single_pictures_keep_their_places():
+def test_mosaics_and_single_images_keep_their_order():
     def fetch(rows):  # a picture's own number is its brightness
         return (
             torch.from_numpy(rows).view(-1, 1, 1, 1).float().expand(-1, 1, 8, 8),
@@ -210,7 +210,7 @@ def test_mosaics_and_single_pictures_keep_their_places():
     assert labels.shape == (8, 1)
 
 
-def test_chance_is_a_function_of_the_generator():
+def test_augmentation_depends_on_the_generator_only():
     first, again, other = augmented(BoxAugmentation()), augmented(BoxAugmentation()), augmented(BoxAugmentation(), 1)
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
     # One setting moves no draw of another: the same pictures are mirrored, whatever becomes of their colours.

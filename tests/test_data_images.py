@@ -37,7 +37,7 @@ def test_folder_of_classes(tmp_path):
     assert [summary[k] for k in ("root", "files", "rows", "dropped")] == [str(tmp_path), 120, 120, 0]
 
 
-def test_splits_nesting_and_what_is_ignored(tmp_path):
+def test_splits_nested_folders_and_ignored_files(tmp_path):
     digits(tmp_path, split="train")
     (tmp_path / "valid" / "1" / "deep").mkdir(parents=True)
     for i, file in enumerate(sorted((samples.path("digits") / "1").iterdir())[50:60]):
@@ -75,7 +75,7 @@ def garble(path: Path) -> None:
         (lambda p: (p.unlink(), p.symlink_to("/nowhere/at/all.png")), "link-outside", "Copy the files into"),
     ],
 )
-def test_damaged_pictures(tmp_path, damage, check, remedy):
+def test_damaged_images(tmp_path, damage, check, remedy):
     digits(tmp_path, each=60)
     victims = sorted((tmp_path / "1").iterdir())[5:7]
     damage(victims[0])
@@ -101,7 +101,7 @@ def test_every_problem_in_one_error(tmp_path):
         read(tmp_path)
 
 
-def test_wrong_extension_is_used_by_content(tmp_path):
+def test_content_overrides_a_wrong_extension(tmp_path):
     digits(tmp_path)
     first = sorted((tmp_path / "2").iterdir())[0]
     first.rename(first.with_suffix(".jpg"))
@@ -110,7 +110,7 @@ def test_wrong_extension_is_used_by_content(tmp_path):
     assert len(data) == 120 and found.severity == "warning" and found.places == (f"2/{first.stem}.jpg",)
 
 
-def test_pictures_without_a_class(tmp_path):
+def test_images_without_a_class(tmp_path):
     digits(tmp_path)
     stray = sorted((tmp_path / "2").iterdir())[0].rename(tmp_path / "stray.png")
     data = read(tmp_path)
@@ -139,7 +139,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     assert finding(read(tmp_path), "too-many-pixels").count == 1
 
 
-def test_modes_are_counted_and_look_right(tmp_path):
+def test_image_modes_are_counted_and_converted(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(4):
         photo(tmp_path / "a" / f"{i}.png", seed=i)
@@ -187,7 +187,7 @@ def test_loading_gives_the_same_pixels():
 
 
 @pytest.mark.parametrize(("fit", "left"), [("crop", 10), ("pad", 255), ("stretch", 0)])
-def test_fitting_of_wide_and_tall_pictures(tmp_path, fit, left):
+def test_fit_of_wide_and_tall_images(tmp_path, fit, left):
     image = np.full((10, 30), 10, dtype=np.uint8)
     image[:, 10:20] = 100
     image[:, :3] = 0
@@ -201,7 +201,7 @@ def test_fitting_of_wide_and_tall_pictures(tmp_path, fit, left):
         assert abs(int(wide[0 if fit == "pad" else 5, 0]) - left) <= 1
 
 
-def test_damaged_pictures_are_named_when_loading(tmp_path):
+def test_loading_names_damaged_images(tmp_path):
     digits(tmp_path)
     file = sorted((tmp_path / "0").iterdir())[3]
     truncate(file)
@@ -225,7 +225,7 @@ def test_table_of_paths(tmp_path):
         read(write(tmp_path / "t.csv", rows))
 
 
-def test_no_warning_of_pillow_escapes(tmp_path):
+def test_pillow_warnings_are_suppressed(tmp_path):
     digits(tmp_path)
     Image.new("P", (8, 8)).save(tmp_path / "0" / "p.png", transparency=b"\0" * 10)
     with warnings.catch_warnings():

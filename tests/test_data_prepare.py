@@ -45,7 +45,7 @@ def test_numbers_agree_with_scikit_learn():
     assert len(preparer.numbers[0].quantiles) == 100
 
 
-def test_a_value_that_fills_the_lower_half_is_not_extreme():
+def test_value_of_half_of_the_rows_is_not_extreme():
     """Where scikit-learn puts a tied minimum at -5.2, the middle of its probabilities is used here as
     elsewhere."""
     x = np.maximum(np.random.default_rng(0).normal(size=2000), 0)
@@ -53,7 +53,7 @@ def test_a_value_that_fills_the_lower_half_is_not_extreme():
     assert -1 < numbers.min() < -0.5
 
 
-def test_missing_unseen_and_json():
+def test_missing_and_unseen_values_and_json_round_trip():
     n = 200
     x = [None if i % 10 == 0 else i * 0.37 for i in range(n)]
     c = [None if i % 7 == 0 else "uvw"[i % 3] for i in range(n)]
@@ -76,7 +76,7 @@ def test_missing_unseen_and_json():
     assert again.numbers == preparer.numbers and again.categories == preparer.categories
 
 
-def test_nothing_of_other_rows_is_learnt():
+def test_only_training_rows_are_fitted():
     data = read("iris")
     made = split(data)
     before = TablePreparer.fit(data.rows[made.train], data.features()).to_json()
@@ -86,7 +86,7 @@ def test_nothing_of_other_rows_is_learnt():
     assert TablePreparer.fit(rows[made.train], data.features()).to_json() == before
 
 
-def test_constant_and_rare():
+def test_constant_columns_and_rare_values():
     n = 300
     names = [f"town {i // 2 % 40}" if i < 280 else f"once {i}" for i in range(n)]
     preparer, data = learn({"same": [1.0] * (n - 1) + [2.0], "town": names})
@@ -130,7 +130,7 @@ def test_labels():
     assert Labels.fit(pl.Series([True, False])).apply(pl.Series([True, False])).tolist() == [1, 0]
 
 
-def test_standard():
+def test_standardizer():
     values = np.random.default_rng(0).normal(50, 7, 1000)
     standard = Standardizer.fit(values)
     scaled = standard.apply(values)
@@ -171,18 +171,18 @@ def test_text_batches(text):
     assert text.apply(["Return None"], 9)[0].tolist() == text.apply(["RETURN none"], 9)[0].tolist()
 
 
-def test_learning_text_is_deterministic():
+def test_tokenizer_training_is_deterministic():
     texts = read("docstrings").rows["text"].to_list()[:500]
     assert TextTokenizer.fit(texts).tokenizer.to_str() == TextTokenizer.fit(texts).tokenizer.to_str()
 
 
-def test_sizes_of_text():
+def test_vocabulary_sizes():
     sizes = [suggest_size(n) for n in (0, 10_000, 270_000, 26_000_000, 10**10)]
     assert sizes == [512, 512, 2048, 16384, 32768]
     assert [suggest_length(s) for s in ([3, 4, 5, 90], [5000] * 9, [1])] == [80, 512, 8]
 
 
-def test_given_tokenizer_that_is_none(tmp_path):
+def test_invalid_tokenizer_file_is_rejected(tmp_path):
     with pytest.raises(DataError, match="no tokenizer found"):
         TextTokenizer.load(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -190,7 +190,7 @@ def test_given_tokenizer_that_is_none(tmp_path):
         TextTokenizer.load(tmp_path / "tokenizer.json")
 
 
-def test_pictures(tmp_path):
+def test_image_transform(tmp_path):
     paths = read(digits(tmp_path)).rows["image"].to_list()
     x = ImageTransform(8, 1, (0.5,), (0.25,)).load(paths)
     pictures = ImageTransform.from_pixels(x)
@@ -207,7 +207,7 @@ def test_suggested_side():
     assert sides == [8, 8, 28, 32, 48, 96, 224]
 
 
-def test_columns_of_other_kinds_are_passed_over():
+def test_columns_of_other_types_are_skipped():
     rows = pl.DataFrame({"t": ["a b", "c d"], "x": [1.0, 2.0]})
     preparer = TablePreparer.fit(rows, [Column("t", "text"), Column("x", "number")])
     assert [n.column for n in preparer.numbers] == ["x"] and preparer.categories == ()

@@ -69,7 +69,7 @@ def test_wide_tables(tmp_path):
     assert build_panel(only).names == ["b"] and only.columns["a"].role == "feature"
 
 
-def test_a_series_a_row(tmp_path):
+def test_one_series_per_row(tmp_path):
     data = got(write(tmp_path / "t.csv", rows()))
     found = build_panel(data)
     assert find_layout(data) == "rows" and found.names[3] == "H3" and len(found) == 40
@@ -85,7 +85,7 @@ def test_a_series_a_row(tmp_path):
     assert odd.names == found.names and odd.series_values(3)[:7].tolist() == [30, 31, 32, 1, 34, 0, 36]
 
 
-def test_numbers_and_other_frequencies_as_time(tmp_path):
+def test_numeric_times_and_other_frequencies(tmp_path):
     years = got(write(tmp_path / "t.csv", ["year,y", *(f"{1950 + i},{i % 9}.5" for i in range(60))]), time="year")
     assert build_panel(years).frequency.size == 1 and build_panel(years).times[0] == 1950
     monthly = [f"20{10 + i // 12}-{1 + i % 12:02d}-01,{i}.5" for i in range(50) if i != 7]
@@ -165,7 +165,7 @@ def test_damaged_long_tables(tmp_path, suffix):
         stored([line_.rpartition(",")[0] for line_ in good])
 
 
-def test_damaged_text(tmp_path):
+def test_series_of_text_values(tmp_path):
     good = long()
     data = got(write(tmp_path / "t.csv", [*good[:50], good[50].rpartition(",")[0] + ",broken", *good[51:]]))
     assert finding(data, "mixed-types").places == ("t.csv:51",) and "'broken'" in finding(data, "mixed-types").what

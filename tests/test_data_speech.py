@@ -43,7 +43,7 @@ def generator(seed: int = 0) -> torch.Generator:
     ("rate", "bands", "window", "hop", "low", "high"),
     [(16_000, 80, 0.025, 0.010, 20.0, None), (8_000, 40, 0.032, 0.005, 0.0, 3_700.0)],
 )
-def test_spectrogram_is_that_of_transformers(rate, bands, window, hop, low, high):
+def test_spectrogram_equals_transformers(rate, bands, window, hop, low, high):
     from tv import transformers
 
     audio = transformers.audio_utils
@@ -69,7 +69,7 @@ def test_spectrogram_is_that_of_transformers(rate, bands, window, hop, low, high
     np.testing.assert_allclose(ours, theirs.T, atol=2e-4)
 
 
-def test_a_tone_is_where_it_sounds():
+def test_tone_is_in_its_mel_band():
     mel = LogMel()
     t = torch.arange(16_000) / 16_000
     bands = [int(mel.spectrogram(torch.sin(2 * math.pi * f * t)[None])[0, 20].argmax()) for f in (300, 1_000, 3_000)]
@@ -79,7 +79,7 @@ def test_a_tone_is_where_it_sounds():
 
 
 @pytest.mark.parametrize("scale", ["recording", "corpus"])
-def test_recordings_together_are_those_alone(scale):
+def test_batch_equals_single_recordings(scale):
     many = waves(16_000, 300, 400, 401, 559, 560, 7_777)
     mel = LogMel() if scale == "recording" else LogMel.fit([pad_waves(many)])
     together, frames = mel.apply(*pad_waves(many))
@@ -91,7 +91,7 @@ def test_recordings_together_are_those_alone(scale):
         assert not together[row, count:].any()
 
 
-def test_padding_is_never_heard():
+def test_padding_does_not_affect_features():
     mel = LogMel()
     batch, lengths = pad_waves(waves(16_000, 5_000, 300))
     before = mel.apply(batch, lengths)
@@ -99,7 +99,7 @@ def test_padding_is_never_heard():
     assert all(torch.equal(a, b) for a, b in zip(mel.apply(batch, lengths), before))
 
 
-def test_each_recording_has_mean_zero_and_deviation_one():
+def test_recordings_are_standardized():
     x, frames = LogMel().apply(*pad_waves(waves(16_000, 8_000)))
     for row, count in zip(x, frames):
         torch.testing.assert_close(row[:count].mean(0), torch.zeros(80), atol=1e-4, rtol=0)
@@ -107,7 +107,7 @@ def test_each_recording_has_mean_zero_and_deviation_one():
     assert LogMel().apply(torch.zeros(1, 900), torch.tensor([900]))[0].isfinite().all()  # digital silence
 
 
-def test_the_corpus_scale_is_learnt_on_real_frames_in_any_batches():
+def test_corpus_scale_is_fitted_on_real_frames():
     many = waves(16_000, 3_000, 9_000, 400)
     mel = LogMel.fit([pad_waves(many)], bands=40)
     parts = LogMel.fit([pad_waves(many[:1]), pad_waves(many[1:])], bands=40)
@@ -125,7 +125,7 @@ def test_the_corpus_scale_is_learnt_on_real_frames_in_any_batches():
         LogMel(scale="corpus").apply(*pad_waves(many))
 
 
-def test_bands_that_cannot_be():
+def test_invalid_mel_bands_are_rejected():
     with pytest.raises(SettingsError, match="contain no frequency"):
         LogMel(rate=8_000, bands=128).spectrogram(torch.zeros(1, 400))
     with pytest.raises(SettingsError, match="half the sample rate"):
@@ -136,7 +136,7 @@ def test_bands_that_cannot_be():
 
 
 @pytest.mark.parametrize(("rate", "wanted"), [(44_100, 16_000), (8_000, 16_000), (48_000, 8_000), (11_025, 16_000)])
-def test_resampling_keeps_what_can_be_heard_and_nothing_else(rate, wanted):
+def test_resampling_keeps_representable_frequencies_only(rate, wanted):
     t, new = np.arange(rate) / rate, np.arange(wanted) / wanted
     tone = 0.35 * min(rate, wanted)
     out = resample(np.sin(2 * np.pi * tone * t).astype(np.float32), rate, wanted)
@@ -174,7 +174,7 @@ def test_rates_and_channels():
 
 
 @pytest.mark.parametrize(("seconds", "hop"), [(0.186, 0.010), (0.184, 0.008), (0.154, 0.008), (0.152, 0.005), (0.01, 0.005)])
-def test_the_hop_leaves_frames_for_every_symbol(seconds, hop):
+def test_hop_leaves_frames_for_every_symbol(seconds, hop):
     """5 symbols need 17 frames before the network halves them twice: a window and 16 hops."""
     assert suggest_hop(np.array([seconds]), np.array([5])) == hop
     assert suggest_hop(np.array([seconds] + [9.0] * 999), np.full(1_000, 5)) == 0.010  # one in a thousand
@@ -183,7 +183,7 @@ def test_the_hop_leaves_frames_for_every_symbol(seconds, hop):
         assert fits >= 5
 
 
-def test_speed_changes_length_and_pitch():
+def test_speed_perturbation_changes_length_and_pitch():
     t = np.arange(8_000) / 8_000
     many = [np.sin(2 * np.pi * 400 * t).astype(np.float32), np.sin(2 * np.pi * 400 * t[:4_000]).astype(np.float32)] * 8
     batch, lengths = pad_waves(many)
@@ -204,7 +204,7 @@ def test_speed_changes_length_and_pitch():
 # ---------------------------------------------------------------------------------------------- masks
 
 
-def test_masks_are_stripes_within_their_limits():
+def test_spec_augment_masks_stay_within_their_limits():
     features, frames = torch.ones(400, 100, 80), torch.tensor([100, 40] * 200)
     out = SpecAugment(band_masks=1, time_masks=0).apply(features, frames, generator())
     bands = out[:, 0] == 0
@@ -218,7 +218,7 @@ def test_masks_are_stripes_within_their_limits():
     assert torch.equal(features, torch.ones(400, 100, 80))  # the input is left alone
 
 
-def test_masks_follow_from_the_generator():
+def test_spec_augment_depends_on_the_generator_only():
     features, frames = torch.randn(4, 50, 80), torch.tensor([50, 40, 3, 0])
     augment = SpecAugment()
     first = augment.apply(features, frames, generator(3))
@@ -226,7 +226,7 @@ def test_masks_follow_from_the_generator():
     assert not torch.equal(first, augment.apply(features, frames, generator(4)))
 
 
-def test_widths_are_even():
+def test_spec_augment_widths_are_uniform():
     hidden = sample_stripes(torch.full((20_000,), 50), 50, 1, 0.1, generator()).sum(1)
     shares = torch.bincount(hidden, minlength=6) / len(hidden)
     torch.testing.assert_close(shares, torch.full((6,), 1 / 6), atol=0.01, rtol=0)
@@ -238,7 +238,7 @@ TEXTS = ["Hello  world", "the quick brown fox", "la fe\u0301e, d'accord ", "hell
 
 
 @pytest.mark.parametrize("pieces", [None, 40])
-def test_transcripts_there_and_back(pieces):
+def test_transcripts_round_trip(pieces):
     t = Transcripts.fit(TEXTS, pieces=pieces)
     rows, unknown = t.encode(TEXTS)
     assert not unknown and all(row.min() >= 1 and row.max() < t.size for row in rows)
@@ -261,14 +261,14 @@ def test_transcripts_there_and_back(pieces):
 
 
 @pytest.mark.parametrize("pieces", [None, 40])
-def test_characters_that_training_never_had_are_counted(pieces):
+def test_unseen_characters_are_counted(pieces):
     t = Transcripts.fit(TEXTS, pieces=pieces)
     rows, unknown = t.encode(["the zoo Zz ", "7", ""])
     assert unknown == {"z": 3, "7": 1}
     assert [t.decode(row) for row in rows] == ["the oo", "", ""]
 
 
-def test_what_transcripts_refuse():
+def test_invalid_transcripts_are_rejected():
     with pytest.raises(DataError, match="all transcripts are empty"):
         Transcripts.fit(["", "  ", None])
     with pytest.raises(DataError, match="reserved for spaces"):

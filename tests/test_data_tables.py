@@ -81,7 +81,7 @@ def test_targets(tmp_path):
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
-def test_delimiters_and_marks_of_encodings(tmp_path, mark):
+def test_delimiters_and_byte_order_marks(tmp_path, mark):
     text = "\n".join(lines("iris")).replace(",", mark) + "\n"
     plain = read("iris")
     for name, encoding in (("a.csv", "utf-8"), ("b.csv", "utf-8-sig"), ("c.csv", "utf-16")):
@@ -96,7 +96,7 @@ def test_decimal_comma(tmp_path):
     assert data.columns["x"].kind == "number" and data.rows["x"][13] == pytest.approx(13.3)
 
 
-def test_wrong_encoding_is_read_and_said(tmp_path):
+def test_wrong_encoding_is_read_and_reported(tmp_path):
     rows = lines("iris")
     rows[41] = rows[41].replace("setosa", "setôsa")
     (tmp_path / "t.csv").write_bytes("\n".join(rows).encode("cp1252"))
@@ -123,20 +123,20 @@ def test_nul_bytes_are_refused(tmp_path):
         (30, '"5.1"0,3.5,1.4,0.2,setosa', r"t\.csv:30: broken quoting: text follows a closing"),
     ],
 )
-def test_broken_lines_are_named(tmp_path, line, text, message):
+def test_malformed_lines_are_named(tmp_path, line, text, message):
     rows = lines("iris")
     rows[line - 1] = text
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / "t.csv", rows))
 
 
-def test_quotation_marks_inside_cells_are_no_fault(tmp_path):
+def test_quotation_marks_inside_cells_are_allowed(tmp_path):
     rows = ["size,text,y"] + [f'{i},pipe of {i % 5}" width and {i} more,{"ab"[i % 2]}' for i in range(40)]
     data = read(write(tmp_path / "t.csv", rows))
     assert len(data) == 40 and data.rows["text"][3] == 'pipe of 3" width and 3 more'
 
 
-def test_lines_are_right_where_cells_hold_line_breaks(tmp_path):
+def test_line_numbers_with_line_breaks_in_cells(tmp_path):
     rows = ["text,label"] + [f'"a first line, number {i}\nand ""a second"" of it",{"ab"[i % 2]}' for i in range(40)]
     data = read(write(tmp_path / "t.csv", rows))
     assert data.rows["text"][1] == 'a first line, number 1\nand "a second" of it'
@@ -163,7 +163,7 @@ def test_bad_column_names(tmp_path, names, message):
         read(write(tmp_path / "t.csv", [names, *lines("iris")[1:]]))
 
 
-def test_direct_speech_between_tabs(tmp_path):
+def test_literal_quotation_marks_in_tsv(tmp_path):
     """Marks that would be broken quoting stand for themselves; whole quoted cells are still cells."""
     rows = "".join(f"number {i} of many\tZahl {i} von vielen\n" for i in range(40))
     (tmp_path / "spoken.tsv").write_text('en\tde\n"Well,"\u2028he said.\t"Nun", sagte er.\n' + rows, newline="\r\n")
@@ -179,7 +179,7 @@ def test_direct_speech_between_tabs(tmp_path):
         read(tmp_path / "wide.tsv", column_spec=column_spec)
 
 
-def test_sentences_in_the_first_line_are_no_names(tmp_path):
+def test_sentences_in_the_first_line_are_not_names(tmp_path):
     rows = "".join(f"the cat of number {i} sat\tdie Katze Nummer {i} sitzt\n" for i in range(40))
     (tmp_path / "pairs.tsv").write_text(rows)
     (tmp_path / "named.tsv").write_text("in English\tin German\n" + rows)
@@ -221,7 +221,7 @@ def test_infinite_numbers(tmp_path):
     assert data.columns["x"].missing == 3 and np.isfinite(data.rows["x"].drop_nulls().to_numpy()).all()
 
 
-def test_missing_targets_are_left_out_and_counted(tmp_path):
+def test_rows_without_target_are_dropped_and_counted(tmp_path):
     rows = ["x,y"] + [f"{i * 0.7},{'ab'[i % 2]}" for i in range(300)]
     rows[5] = rows[9] = "1.5,"
     data = read(write(tmp_path / "t.csv", rows))
@@ -293,7 +293,7 @@ def test_split_column(tmp_path):
     assert data.columns["split"].role == "split" and len(data.features()) == 4
 
 
-def test_classes_spelt_otherwise_in_a_split(tmp_path):
+def test_spelling_variants_of_classes_in_a_split(tmp_path):
     names, *rows = lines("iris")
     write(tmp_path / "train.csv", [names, *rows[::2]])
     write(tmp_path / "test.csv", [names, *(f"{r.replace('setosa', 'Setosa')}." for r in rows[1::2])])
@@ -401,7 +401,7 @@ def test_unknown_sources(tmp_path):
         read(write(tmp_path / "h.csv", ["a,b"]))
 
 
-def test_memory_stays_near_the_size_of_the_file(tmp_path):
+def test_memory_is_close_to_the_file_size(tmp_path):
     """The text of a column is let go when it is typed: what is left is 8 bytes a number."""
     values = np.random.default_rng(0).normal(size=(20_000, 10))
     pl.DataFrame(values, schema=[f"x{i}" for i in range(10)]).write_csv(tmp_path / "t.csv")

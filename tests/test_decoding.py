@@ -32,7 +32,7 @@ def test_gpt2_with_cache_equals_the_whole_row(pieces, padded):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_gpt2_prompts_of_unequal_length_go_on_together(side):
+def test_gpt2_padded_prompts_and_reordered_beams(side):
     """Prompts padded on either side, then tokens without a mask; and beams that change places on the way."""
     model, tokens = tiny("gpt2"), torch.randint(30, (3, 8))
     length = torch.tensor([5, 1, 3])[:, None]
@@ -51,7 +51,7 @@ def test_gpt2_prompts_of_unequal_length_go_on_together(side):
 
 
 @torch.no_grad()
-def test_gpt2_refuses_more_than_its_length():
+def test_gpt2_rejects_sequences_that_are_too_long():
     model = tiny("gpt2")
     with pytest.raises(DataError, match="13 tokens"):
         model(torch.zeros(1, 13, dtype=torch.int64))
@@ -59,7 +59,7 @@ def test_gpt2_refuses_more_than_its_length():
 
 @pytest.mark.parametrize("bare", [False, True], ids=["saved by transformers", "as on the hub"])
 @torch.no_grad()
-def test_gpt2_files_of_huggingface(tmp_path, bare):
+def test_gpt2_huggingface_files(tmp_path, bare):
     """The first files have no prefix and hold causal masks; no file holds the tied head."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -79,7 +79,7 @@ def test_gpt2_files_of_huggingface(tmp_path, bare):
     assert all(torch.equal(back[key], tensor) for key, tensor in weights.read(tmp_path).items())
 
 
-def test_gpt2_files_of_nanogpt(tmp_path):
+def test_gpt2_nanogpt_files(tmp_path):
     """The same names, linear layers not transposed, the tied head under both of its names."""
     ours, other = tiny("gpt2", torch.float32), create("gpt2-test")
     state = weights.read(weights.save(ours, tmp_path / "model.safetensors", "nanogpt"))

@@ -13,7 +13,7 @@ from fieldguide.objectives.denoising import apply_infilling, corrupt_spans, samp
 SENTINELS = np.arange(99, 79, -1)  # as T5's: the first is the highest number
 
 
-def test_the_example_of_the_paper():
+def test_t5_example_of_the_paper():
     """Figure 2 of T5: two spans; each is a sentinel, and the target ends with one more."""
     # Thank you [for inviting] me to your party [last] week.
     tokens = np.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 0, 0, 0, 0, 0, 0, 0]])
@@ -24,14 +24,14 @@ def test_the_example_of_the_paper():
     assert target.tolist() == [[99, 3, 4, 98, 9, 97, 50], [99, 2, 98, 50, -1, -1, -1]]
 
 
-def test_spans_side_by_side_are_two():
+def test_adjacent_spans_are_separate():
     source, _, target = corrupt_spans(np.array([[1, 2, 3, 4]]), np.array([[0, 1, 2, 2]]), np.array([4]), SENTINELS, 50, 0)
     assert source.tolist() == [[1, 99, 98, 50]] and target.tolist() == [[99, 2, 98, 3, 4, 97, 50]]
     with pytest.raises(ValueError, match="2 spans in a row need 3 sentinels, but the tokenizer has 2"):
         corrupt_spans(np.array([[1, 2, 3, 4]]), np.array([[0, 1, 2, 2]]), np.array([4]), SENTINELS[:2], 50, 0)
 
 
-def test_parts_sum_to_the_total_and_all_sums_are_drawn_alike():
+def test_partitions_are_uniform_and_sum_to_the_total():
     rng = np.random.default_rng(0)
     found = sample_partitions(np.full(12_000, 5), np.full(12_000, 3), rng)
     assert (found.sum(1) == 5).all() and (found >= 1).all()
@@ -41,7 +41,7 @@ def test_parts_sum_to_the_total_and_all_sums_are_drawn_alike():
     assert mixed.sum(1).tolist() == [7, 1, 4, 9] and (mixed > 0).sum(1).tolist() == [2, 1, 4, 1]
 
 
-def test_share_and_length_of_spans():
+def test_fraction_and_length_of_spans():
     lengths = np.concatenate([np.full(500, 512), np.arange(0, 200)])
     span = sample_spans(lengths, 512, np.random.default_rng(0))
     real = np.arange(512)[None] < lengths[:, None]
@@ -60,7 +60,7 @@ def test_share_and_length_of_spans():
     assert len({tuple(row) for row in span[:500]}) == 500
 
 
-def test_a_damaged_row_and_its_target_hold_the_text():
+def test_corrupted_row_and_target_contain_the_text():
     rng = np.random.default_rng(1)
     lengths = rng.integers(2, 60, 200)
     tokens = np.where(np.arange(60)[None] < lengths[:, None], rng.integers(1, 50, (200, 60)), 0)
@@ -99,7 +99,7 @@ def test_infilling_by_hand():
     assert row([4, 1, 1, 1, 1], [2, 4, 9, 0, 1], 0.5) == [1, 2, 77, 77, 6, 7, 8, 9, 10]  # one begins inside another
 
 
-def test_infilling_keeps_the_order_and_the_share():
+def test_infilling_keeps_order_and_fraction():
     rng = np.random.default_rng(0)
     lengths = np.concatenate([np.full(300, 200), [0, 1, 2, 5]])
     tokens = np.where(np.arange(200)[None] < lengths[:, None], np.arange(1, 201)[None], 0)

@@ -35,7 +35,7 @@ def some_boxes(*shape: int, side: float = 64.0, generator: torch.Generator | Non
 # ---------------------------------------------------------------------------------------------- overlap
 
 
-def test_overlap_of_boxes_drawn_by_hand():
+def test_iou_by_hand():
     a = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 4, 4], [1, 1, 1, 1], [3, 3, 1, 1]])
     b = torch.tensor([[2.0, 1, 6, 3], [0, 0, 4, 4], [4, 0, 8, 4], [1, 1, 2, 3], [1, 1, 1, 1], [0, 0, 4, 4]])
     assert fast.area(a).tolist() == [16, 16, 16, 16, 0, 0]
@@ -47,7 +47,7 @@ def test_overlap_of_boxes_drawn_by_hand():
     torch.testing.assert_close(fast.ciou(a, b)[1], torch.tensor(1.0))
 
 
-def test_overlap_equals_loops():
+def test_iou_equals_loops():
     torch.manual_seed(0)
     a, b = some_boxes(40), some_boxes(30)
     for ours, theirs in ((fast.iou, slow.overlap), (fast.ciou, slow.complete)):
@@ -55,7 +55,7 @@ def test_overlap_equals_loops():
         torch.testing.assert_close(ours(a[:, None], b[None]), want, rtol=1e-10, atol=1e-12)
 
 
-def test_complete_overlap_has_the_gradient_of_its_equation():
+def test_ciou_gradient_equals_its_equation():
     """Alpha is a constant to it; and empty, equal and distant boxes give finite ones."""
     torch.manual_seed(0)
     a, b = some_boxes(6).requires_grad_(), some_boxes(6)
@@ -91,7 +91,7 @@ def kept(boxes: Tensor, scores: Tensor, labels: Tensor, limit: float) -> list[in
 
 @pytest.mark.parametrize("limit", [0.0, 0.3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("pairs", [40, 10**6])
-def test_suppression_equals_the_greedy_sweep(limit, pairs, monkeypatch):
+def test_nms_equals_the_greedy_sweep(limit, pairs, monkeypatch):
     """Boxes on a coarse grid, so that overlaps tie with the limit; few different scores; doubles; one class or many."""
     monkeypatch.setattr(fast, "MAX_PAIRS_PER_CHUNK", pairs)
     random = torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ def test_suppression_equals_the_greedy_sweep(limit, pairs, monkeypatch):
         assert kept(boxes, scores, labels, limit) == sorted(want)
 
 
-def test_suppression_follows_long_chains():
+def test_nms_of_long_chains():
     """Each overlaps its neighbours only: every other one stays, however far that is from the best."""
     left = torch.arange(301.0) * 4
     boxes = torch.stack([left, left * 0, left + 10, left * 0 + 10], -1)  # 6 of 14 in common, then 2 of 18
@@ -117,7 +117,7 @@ def test_suppression_follows_long_chains():
     assert kept(boxes, scores, torch.arange(301) % 2, 0.3) == list(range(301))  # neighbours of other classes
 
 
-def test_suppression_is_quick():
+def test_nms_is_fast():
     """1000 candidates a picture of 80 classes, 8 pictures; and of one class. Far below what a sweep in Python takes."""
     torch.manual_seed(0)
     boxes, scores = some_boxes(8000, side=640).float(), torch.rand(8000)
@@ -133,7 +133,7 @@ def test_suppression_is_quick():
         assert min(times) / 8 < most  # seconds a picture; about 0.001 and 0.03 on one idle core
 
 
-def test_detections_of_a_batch():
+def test_detections_are_sorted_clipped_and_padded():
     """The best of every class, from the highest score down, within the picture, and padding after."""
     boxes = torch.tensor([[[-4.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 40, 70]], [[0.0, 0, 9, 9]] * 3])
     scores = torch.tensor([[[0.9, 0.2], [0.8, 0.3], [0.05, 0.6]], [[0.0, 0.0]] * 3])
@@ -218,7 +218,7 @@ def test_assignment_equals_loops(topk):
     assert fought >= 6 and (owner[2] == -1).all()
 
 
-def test_the_smallest_boxes_have_points_to_answer():
+def test_smallest_boxes_get_points():
     """Boxes of 1 to 7 pixels anywhere, most of them without a point: one of the finest grid is near enough."""
     points, strides = make_grid(64, 64, STRIDES, torch.device("cpu"))
     random = torch.Generator().manual_seed(0)
@@ -236,7 +236,7 @@ def test_the_smallest_boxes_have_points_to_answer():
     assert not (none == 0).any(1).all()
 
 
-def test_assignment_without_any_box():
+def test_assignment_without_boxes():
     raw, truth, labels, size = situation()
     points, strides = make_grid(*size, STRIDES, raw.device)
     boxes, _, logits = decode(raw, torch.arange(6), points, strides)
@@ -263,7 +263,7 @@ def test_loss_equals_loops():
     assert parts["loss"].item() == pytest.approx(7.5 * want["box"] + 0.5 * want["label"] + 1.5 * want["distance"], rel=1e-9)
 
 
-def test_gradient_is_the_slope_where_owners_stay(monkeypatch):
+def test_gradient_equals_the_numerical_slope(monkeypatch):
     """Owners and qualities are constants to it. (Complete IoU, with its constant alpha, is held to its own above.)"""
     raw, truth, labels, size = situation()
     points, strides = make_grid(*size, STRIDES, raw.device)
@@ -282,7 +282,7 @@ def test_gradient_is_the_slope_where_owners_stay(monkeypatch):
     assert (slope * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
 
 
-def test_empty_pictures_teach_only_that_nothing_is_there():
+def test_empty_images_only_train_the_background():
     raw, truth, labels, size = situation()
     for batch in ({"boxes": truth, "labels": torch.full_like(labels, -1)}, {"boxes": truth[:, :0], "labels": labels[:, :0]}):
         model = Answers(6)
@@ -364,13 +364,13 @@ def learnt(size: str, side: int, steps: int, lr: float, augment: BoxAugmentation
 
 
 @pytest.mark.slow  # test_task_detection.py learns in `make test`
-def test_a_small_network_finds_digits():
+def test_small_network_detects_digits():
     scores = learnt("yolov8n", 64, 150, 8e-3, widths=(8, 12, 24, 32, 48), depths=(1, 1, 1, 1), bins=8)
     assert scores["map50"] > 0.8 and scores["map"] > 0.5
 
 
 @pytest.mark.slow
-def test_yolov8n_finds_digits_from_mosaics():
+def test_yolov8n_detects_digits_with_mosaics():
     scores = learnt("yolov8n", 64, 300, 2e-3, BoxAugmentation(mosaic=0.5, flip=0.0, scale=0.3))
     assert scores["map50"] > 0.95 and scores["map"] > 0.65
 

@@ -62,7 +62,7 @@ def test_noise_schedules_equal_those_of_diffusers(schedule, steps):
     torch.testing.assert_close(process.signal**2 + process.noise**2, torch.ones(steps))
 
 
-def test_cosine_schedule_is_the_papers_curve():
+def test_cosine_schedule_equals_the_paper():
     curve = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
     left = Process("cosine", 1000).alpha_bar
     for t in (0, 10, 500, 900, 990):
@@ -71,7 +71,7 @@ def test_cosine_schedule_is_the_papers_curve():
 
 @SHAPES
 @BOTH
-def test_mixing_and_targets_equal_those_of_diffusers(predicts, shape):
+def test_noising_and_targets_equal_diffusers(predicts, shape):
     process = Process("cosine", predicts=predicts).double()
     peer = scheduler("DDPMScheduler", process, "cosine")
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def trajectory(peer, model: nn.Module, x: Tensor, label: Tensor, draw: Noise, st
     ("steps", "eta", "shape"),
     [(1, 0.0, (2, 4, 4)), (4, 0.6, (2, 4, 4)), (50, 0.0, (3, 2, 4, 4)), (50, 1.0, (2, 4, 4)), (250, 0.3, (7,))],
 )
-def test_ddim_walks_as_that_of_diffusers(predicts, schedule, steps, eta, shape):
+def test_ddim_steps_equal_diffusers(predicts, schedule, steps, eta, shape):
     model, process = Wavy(), Process(schedule, predicts=predicts)
     peer, label = scheduler("DDIMScheduler", process, schedule), torch.tensor([0, 1, 2])
     ours = sample(model, process, DDIM(steps=steps, eta=eta), label, shape, seed=3, guidance=1.5)
@@ -140,7 +140,7 @@ def test_ddim_walks_as_that_of_diffusers(predicts, schedule, steps, eta, shape):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize(("steps", "shape"), [(3, (2, 4, 4)), (50, (3, 2, 4, 4)), (1000, (4,))])
-def test_ddpm_walks_as_that_of_diffusers(predicts, schedule, variance, steps, shape, monkeypatch):
+def test_ddpm_steps_equal_diffusers(predicts, schedule, variance, steps, shape, monkeypatch):
     model, process = Wavy(), Process(schedule, predicts=predicts)
     peer, label = scheduler("DDPMScheduler", process, schedule, variance_type=f"fixed_{variance}"), torch.tensor([0, 1, 2])
     ours = sample(model, process, DDPM(steps=steps, variance=variance), label, shape, seed=3)
@@ -157,13 +157,13 @@ def test_ddpm_walks_as_that_of_diffusers(predicts, schedule, variance, steps, sh
 
 
 @BOTH
-def test_ddim_with_eta_1_is_ddpm(predicts):
+def test_ddim_with_eta_1_equals_ddpm(predicts):
     model, process, label = Wavy(), Process(predicts=predicts), torch.tensor([1, 2])
     ddpm, ddim = (sample(model, process, sampler, label, (6,), seed=1) for sampler in (DDPM(steps=30), DDIM(steps=30, eta=1.0)))
     torch.testing.assert_close(ddpm, ddim, rtol=1e-7, atol=1e-9)
 
 
-def test_times_begin_at_the_last_and_are_evenly_spaced():
+def test_sampling_times_are_evenly_spaced_from_the_last():
     process = Process(steps=1000)
     for steps in (1, 2, 3, 7, 20, 49, 333, 999, 1000):
         times = DDIM(steps=steps).get_timesteps(process)
@@ -183,7 +183,7 @@ def test_times_begin_at_the_last_and_are_evenly_spaced():
         (lambda: DDIM(steps=1001).get_timesteps(Process()), "1 to 1000"),
     ],
 )
-def test_refuses_what_cannot_be(make, words):
+def test_invalid_settings_are_rejected(make, words):
     with pytest.raises(SettingsError, match=words):
         make()
 
@@ -226,7 +226,7 @@ def slow_loss(
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @SHAPES
-def test_the_loss_is_the_papers(predicts, schedule, gamma, shape):
+def test_loss_equals_the_paper(predicts, schedule, gamma, shape):
     torch.manual_seed(1)
     batch = {"image": torch.rand(12, *shape, dtype=torch.float64) * 2 - 1, "label": torch.randint(0, 4, (12,))}
     objective = Diffusion(Wavy(), Process(schedule, predicts=predicts), Uniform() if gamma is None else MinSNR(gamma), drop=0.3)
@@ -238,7 +238,7 @@ def test_the_loss_is_the_papers(predicts, schedule, gamma, shape):
     assert torch.autograd.grad(loss, objective.model.scale)[0].isfinite()
 
 
-def test_the_weights_of_eps_and_v_mean_the_same_error_of_the_data():
+def test_min_snr_weights_of_eps_and_v_are_equivalent():
     """A network that errs by the same x_0 is punished the same whatever it predicts: Hang et al., section 3.4."""
     torch.manual_seed(0)
     clean, noise, wrong = (torch.randn(8, 3, dtype=torch.float64) for _ in range(3))
@@ -258,7 +258,7 @@ def test_the_weights_of_eps_and_v_mean_the_same_error_of_the_data():
     torch.testing.assert_close(found[1], want, rtol=1e-5, atol=1e-9)
 
 
-def test_labels_are_dropped_as_often_as_asked_and_only_in_training():
+def test_label_dropout_rate_in_training_only():
     seen = []
 
     class Listens(Wavy):
@@ -279,7 +279,7 @@ def test_labels_are_dropped_as_often_as_asked_and_only_in_training():
     assert (seen[0] == 0).all()
 
 
-def test_evaluation_repeats_whatever_the_batch():
+def test_evaluation_does_not_depend_on_the_batch():
     objective = Diffusion(Wavy())
     torch.manual_seed(0)
     batch = {"image": torch.randn(6, 2, 3, dtype=torch.float64), "label": torch.arange(6)}
@@ -352,7 +352,7 @@ def test_samples_follow_the_mixture(predicts, schedule, sampler, dims):
         assert (nearest[:, 0] == nearest[:, 1]).double().mean() > 0.97
 
 
-def test_a_label_asks_for_one_component_and_guidance_for_more_of_it():
+def test_label_and_guidance_select_a_component():
     process = Process()
     model, label = BestDenoiser(process), torch.arange(1, 4).repeat_interleave(800)
     # Without noise, few steps end up too close to the middle: 17 % at 60 steps, a few at 400.
@@ -370,7 +370,7 @@ def test_a_label_asks_for_one_component_and_guidance_for_more_of_it():
 
 
 @pytest.mark.parametrize("sampler", [DDPM(steps=10), DDIM(steps=10), DDIM(steps=10, eta=1.0)], ids=["ddpm", "ddim", "eta"])
-def test_samples_depend_on_seed_and_number_alone(sampler):
+def test_samples_depend_on_seed_and_number_only(sampler):
     model, process, label = Wavy().double(), Process(), torch.tensor([0, 1, 2, 1, 2])
     whole = sample(model, process, sampler, label, (2, 5), seed=4)
     torch.testing.assert_close(sample(model, process, sampler, label, (2, 5), seed=4), whole, rtol=0, atol=0)
@@ -385,7 +385,7 @@ def test_samples_depend_on_seed_and_number_alone(sampler):
     assert whole.abs().max() <= 1  # clipped
 
 
-def test_sampling_leaves_the_network_and_the_generator_as_they_were():
+def test_sampling_has_no_side_effects():
     model = Wavy().train()
     torch.manual_seed(0)
     before, steps = torch.get_rng_state(), []
@@ -407,7 +407,7 @@ def digits(side: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.slow  # test_task_images_made.py does so in `make test`, end to end
 @pytest.mark.parametrize(("side", "steps"), [(8, 300), (16, 1500)])
-def test_learns_to_draw_the_digit_that_is_asked_for(side, steps):
+def test_learns_to_generate_the_requested_digit(side, steps):
     """A linear classifier of real digits reads what was drawn in 20 steps."""
     from sklearn.linear_model import LogisticRegression
 
@@ -427,7 +427,7 @@ def test_learns_to_draw_the_digit_that_is_asked_for(side, steps):
     assert drawn.view(10, 10, -1).std(0).mean() > 0.04  # ten drawings of a digit differ, but not at the rim
 
 
-def test_noise_is_a_function_of_seed_and_number():
+def test_noise_depends_on_seed_and_number_only():
     draw = Noise(3, [7, 8], (5,), torch.zeros((), dtype=torch.float64))
     first, second = draw(), draw()
     assert first.dtype == torch.float64 and not torch.equal(first, second)

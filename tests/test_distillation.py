@@ -49,7 +49,7 @@ def objective(student, teacher, **more) -> Distillation:
     return Distillation(Fixed(student), ("image",), Classification(), Fixed(teacher), **more).eval()
 
 
-def test_hard_is_equation_3():
+def test_hard_distillation_is_equation_3():
     losses = objective(STUDENT, TEACHER)(BATCH)
     truth = (cross(STUDENT, 0) + cross(STUDENT, 2)) / 2
     assert losses["truth"].item() == pytest.approx(truth)
@@ -58,7 +58,7 @@ def test_hard_is_equation_3():
 
 
 @pytest.mark.parametrize(("tau", "share"), [(3.0, 0.1), (1.5, 0.7)])
-def test_soft_is_equation_2(tau, share):
+def test_soft_distillation_is_equation_2(tau, share):
     losses = objective(STUDENT, TEACHER, hard=False, temperature=tau, share=share)(BATCH)
     truth = (cross(STUDENT, 0) + cross(STUDENT, 2)) / 2
     p, q = softmax(TEACHER, tau), softmax(STUDENT, tau)
@@ -67,14 +67,14 @@ def test_soft_is_equation_2(tau, share):
     assert losses["loss"].item() == pytest.approx((1 - share) * truth + share * lesson, rel=1e-5)
 
 
-def test_paper_values_are_the_defaults():
+def test_defaults_are_those_of_the_paper():
     found = objective(STUDENT, TEACHER)
     assert (found.hard, found.temperature, found.share) == (True, 3.0, 0.1)
     with pytest.raises(SettingsError, match="temperature=0"):
         objective(STUDENT, TEACHER, temperature=0)
 
 
-def test_each_answer_has_its_own_aim():
+def test_class_and_distillation_token_have_separate_targets():
     """The class token learns the truth alone, the distillation token the teacher alone; other ensembles learn both."""
     both = [STUDENT, [1.0, 0.0, -1.0]]
     student = objective(both, TEACHER)
@@ -87,14 +87,14 @@ def test_each_answer_has_its_own_aim():
     assert everyone["truth"].item() == pytest.approx(sum(cross(z, y) for z in both for y in (0, 2)) / 4)
 
 
-def test_an_ensemble_teaches_its_mean():
+def test_ensemble_teacher_is_averaged():
     teachers = [[3.0, 0.0, 0.0], [-8.0, 1.0, 0.9]]
     want = [(a + b) / 2 for a, b in zip(softmax(teachers[0]), softmax(teachers[1]))]
     said = objective(STUDENT, teachers).teacher_logits(BATCH)
     torch.testing.assert_close(said.softmax(-1)[0], torch.tensor(want))
 
 
-def test_deit_sends_the_teacher_to_its_second_token():
+def test_deit_trains_its_second_token_on_the_teacher():
     torch.manual_seed(0)
     student, teacher = create("deit-test"), create("resnet-test", channels=2)
     nn.init.normal_(student.head.weight)
@@ -111,7 +111,7 @@ def test_deit_sends_the_teacher_to_its_second_token():
     assert found.eval().outputs(batch)["probabilities"].shape == (4, 5)
 
 
-def test_the_teacher_is_only_asked():
+def test_teacher_is_frozen_and_not_saved():
     """Frozen, in evaluation whatever happens, in no checkpoint and no optimiser; it moves along with the student."""
     found = objective(STUDENT, TEACHER)
     teacher = found.frozen_teacher[0]
@@ -133,12 +133,12 @@ def test_the_teacher_is_only_asked():
     assert teacher.asked == 1  # scores do not ask it
 
 
-def test_another_number_of_classes_is_refused():
+def test_different_number_of_classes_is_rejected():
     with pytest.raises(SettingsError, match="teacher has 2 classes, the student 3"):
         objective(STUDENT, [0.0, 1.0])(BATCH)
 
 
-def test_pictures_are_remade_as_the_teacher_learnt_them():
+def test_images_are_converted_to_the_teachers_preprocessing():
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     mine = ImageTransform(8, 3, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))
     x = mine.apply(pixels)
@@ -178,7 +178,7 @@ def teacher(pictures):
     return fieldguide.fit(pictures, model="resnet-test", out=pictures.parent / "teacher", settings=QUICK)
 
 
-def test_a_run_teaches_another(pictures, teacher, tmp_path, monkeypatch):
+def test_run_as_teacher(pictures, teacher, tmp_path, monkeypatch):
     """Named from another folder, with pictures of another side, resumed to the bit; a finished run needs none."""
     monkeypatch.chdir(teacher.path.parent)
     settings = {**QUICK, "steps": 4, "teacher": "teacher", "task.side": 16}
@@ -204,21 +204,21 @@ def test_a_run_teaches_another(pictures, teacher, tmp_path, monkeypatch):
         teacher.path.with_name("gone").rename(teacher.path)
 
 
-def test_the_form_is_a_setting(pictures, teacher):
+def test_distillation_form_is_a_setting(pictures, teacher):
     source = fieldguide.data.read(str(pictures))
     for distill, hard in (("hard", True), ("soft", False)):
         plan = build_plan(source, model="deit-test", settings={**QUICK, "teacher": str(teacher.path), "distill": distill})
         assert isinstance(plan.objective, Distillation) and plan.objective.hard is hard
 
 
-def test_a_teacher_that_saw_the_test_rows_is_refused(pictures, teacher):
+def test_teacher_trained_on_test_rows_is_rejected(pictures, teacher):
     with pytest.raises(SettingsError, match=r"trained on \d+ of the \d+ test rows .* --seed 0"):
         build_plan(
             fieldguide.data.read(str(pictures)), model="deit-test", seed=1, settings={**QUICK, "teacher": str(teacher.path)}
         )
 
 
-def test_teachers_that_cannot_teach_are_named(pictures, teacher, tmp_path):
+def test_invalid_teachers_are_rejected(pictures, teacher, tmp_path):
     source = fieldguide.data.read(str(pictures))
     with pytest.raises(RunError, match="nobody"):
         build_plan(source, model="deit-test", settings={**QUICK, "teacher": str(tmp_path / "nobody")})

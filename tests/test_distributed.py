@@ -30,7 +30,7 @@ def torchrun(processes: int, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "gan"])  # two phases, or one of them
-def test_gradients_of_two_processes_equal_those_of_one(kind, tmp_path):
+def test_gradients_of_two_processes_equal_one_process(kind, tmp_path):
     """Eight SGD steps in float64: any difference between gradients would be a difference between weights."""
     for processes in (1, 2):
         torchrun(processes, str(HERE / "distributed_worker.py"), str(tmp_path / f"{processes}.pt"), kind)
@@ -83,7 +83,7 @@ def test_fit_under_torchrun_scores_like_one_process(tmp_path, digits_run):
         "clicks",
     ],
 )
-def test_every_task_is_trained_and_tested_by_two_processes(sample, tmp_path):
+def test_every_task_runs_on_two_processes(sample, tmp_path):
     """What two processes answered together is what one answers alone, drawn pictures and films among it."""
     out = tmp_path / "two"
     said = torchrun(

@@ -12,7 +12,7 @@ from damage import checks, digits, finding, lines, refused, write
 from fieldguide.data import BadData, Finding, enforce, read
 
 
-def test_good_data_has_no_complaints():
+def test_good_data_has_no_findings():
     for name in ("digits", "iris", "wine", "breast-cancer", "diabetes", "docstrings"):
         data = read(name)
         assert not [f for f in data.findings if f.severity != "note"], name
@@ -43,12 +43,12 @@ def test_single_class(tmp_path):
         read(digits(tmp_path / "d", classes=1))
 
 
-def test_constant_amount(tmp_path):
+def test_constant_numeric_target(tmp_path):
     with refused("single-class", "7.5 in every row"):
         read(write(tmp_path / "t.csv", ["x,y", *(f"{i},7.5" for i in range(60))]), kinds={"y": "number"})
 
 
-def test_classes_of_one_example_and_with_similar_names(tmp_path):
+def test_classes_with_one_example_or_similar_names(tmp_path):
     rows = lines("iris")
     rows[5] = rows[5].replace("setosa", "rare")
     rows[9:12] = [r.replace("setosa", " Setosa.") for r in rows[9:12]]
@@ -63,7 +63,7 @@ def test_too_many_classes(tmp_path):
     assert finding(read(write(tmp_path / "t.csv", rows)), "many-classes").severity == "warning"
 
 
-def test_nothing_to_learn_from(tmp_path):
+def test_no_usable_features(tmp_path):
     rows = ["id,same,y", *(f"{i},a,{'pq'[i % 2]}" for i in range(60))]
     with refused("no-features", "no usable feature columns"):
         read(write(tmp_path / "t.csv", rows))
@@ -89,7 +89,7 @@ def test_duplicates_across_splits_and_conflicts(tmp_path):
     assert clash.count == 1 and clash.places == ("test.csv:78 is 'virginica', train.csv:17 is 'setosa'",)
 
 
-def test_texts_are_compared_without_case_and_blanks(tmp_path):
+def test_texts_are_compared_ignoring_case_and_whitespace(tmp_path):
     rows = lines("docstrings")[:200]
     text, library = rows[8].rsplit(",", 1)
     write(tmp_path / "train.csv", rows)
@@ -98,7 +98,7 @@ def test_texts_are_compared_without_case_and_blanks(tmp_path):
     assert found.count == 2 and found.places[1] == "test.csv:3 = train.csv:9"
 
 
-def test_pictures_are_compared_by_pixels(tmp_path):
+def test_images_are_compared_by_pixels(tmp_path):
     digits(tmp_path, split="train")
     (tmp_path / "test" / "1").mkdir(parents=True)
     first, second = sorted((tmp_path / "train" / "1").iterdir())[:2]
@@ -109,7 +109,7 @@ def test_pictures_are_compared_by_pixels(tmp_path):
     assert finding(data, "conflicting-duplicate").places == (f"train/2/wrong.png is '2', train/1/{second.name} is '1'",)
 
 
-def test_leaks(tmp_path):
+def test_leaking_features(tmp_path):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 400)
     names = np.array(["low", "mid", "high"])
@@ -129,13 +129,13 @@ def test_leaks(tmp_path):
     assert [c.name for c in data.features()] == ["x", "almost", "noisy"]
 
 
-def test_a_rare_class_alone_makes_no_leak():
+def test_rare_class_is_not_a_leak():
     rng = np.random.default_rng(0)
     y = np.where(np.arange(1000) < 5, "rare", "usual")
     assert "leak" not in checks(read({"a": rng.integers(0, 5, 1000), "b": rng.normal(size=1000), "y": y}, target="y"))
 
 
-def test_leaks_into_an_amount():
+def test_leaks_into_a_numeric_target():
     rng = np.random.default_rng(0)
     y = rng.normal(20, 5, 300)
     table = {"x": rng.normal(size=300), "fahrenheit": y * 1.8 + 32, "celsius": y}

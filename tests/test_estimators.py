@@ -50,18 +50,18 @@ def mixed():
 
 
 @parametrize_with_checks([FieldguideClassifier("mlp-s", settings=QUICK), FieldguideRegressor("mlp-s", settings=QUICK)])
-def test_scikit_learns_own_checks(estimator, check):
+def test_passes_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
 
-def test_the_default_network_learns(iris):
+def test_default_network_learns(iris):
     fitted = FieldguideClassifier("tabm", minutes=0, settings={**QUICK, "model.members": 4, "model.dim": 32}).fit(*iris)
     assert fitted.architecture_ == "tabm" and fitted.n_steps_ == 30
     assert fitted.score(*iris) > 0.9
     assert fitted.validation_score_ > 0.8
 
 
-def test_frames_are_typed_by_column(mixed):
+def test_data_frame_columns_are_typed(mixed):
     X, y = mixed
     fitted = FieldguideClassifier("mlp-s", settings=LONGER).fit(X, y)
     assert {c.name: c.kind for c in fitted.task_.inputs()} == {
@@ -82,13 +82,13 @@ def test_frames_are_typed_by_column(mixed):
         fitted.predict(X.rename(columns={"height": "size"}))
 
 
-def test_kinds_of_a_frames_columns_can_be_given(mixed):
+def test_column_types_can_be_set(mixed):
     X, y = mixed
     fitted = FieldguideClassifier("mlp-s", settings={**QUICK, "column.day": "identifier"}).fit(X, y)
     assert "day" not in {c.name for c in fitted.task_.inputs()}
 
 
-def test_arrays_are_numbers_whatever_they_look_like():
+def test_array_columns_are_always_numeric():
     """Row numbers, 0/1 columns and few whole values are no identifiers, truth values or classes in an array."""
     rng = np.random.default_rng(0)
     X = np.c_[np.arange(60), rng.integers(0, 2, 60), np.ones(60), rng.normal(size=60)]
@@ -111,13 +111,13 @@ def test_few_rows(rows):
     assert FieldguideRegressor("mlp-s", settings=QUICK).fit(X, X[:, 0]).predict(X).shape == (rows,)
 
 
-def test_equal_rows_of_two_classes():
+def test_equal_rows_with_different_classes():
     """Equal rows stay on one side of a split; a class that has no others must be trained on all the same."""
     X, y = np.repeat(np.eye(10), 2, 0), np.arange(20)
     assert FieldguideClassifier("mlp-s", settings=QUICK).fit(X, y).predict_proba(X).shape == (20, 20)
 
 
-def test_sparse_is_refused(iris):
+def test_sparse_input_is_rejected(iris):
     with pytest.raises(TypeError, match="toarray"):
         FieldguideClassifier("mlp-s", settings=QUICK).fit(csr_matrix(iris[0]), iris[1])
 
@@ -139,7 +139,7 @@ def test_grid_search():
     assert search.best_score_ > 0.3
 
 
-def test_a_stored_estimator_answers_the_same(iris):
+def test_saved_estimator_predicts_the_same(iris):
     fitted = FieldguideClassifier("mlp-s", settings=QUICK).fit(*iris)
     file = io.BytesIO()
     joblib.dump(fitted, file)
@@ -155,7 +155,7 @@ def test_seeds(iris):
     assert made.set_params(random_state=np.random.RandomState(3)).fit(*iris).n_steps_ == 30
 
 
-def test_same_machinery_as_fit(iris):
+def test_equals_the_network_of_fit(iris):
     """The network is the one that the parts of `fit` make from the same rows, to the bit."""
     X, y = iris
     ours = FieldguideClassifier("mlp-s", minutes=0, settings=QUICK).fit(X, y)
@@ -166,13 +166,15 @@ def test_same_machinery_as_fit(iris):
     )
     from fieldguide.automl.sklearn import split_rows
 
-    plan = fit.build_plan(data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"}, splits=split_rows(data, 0))
+    plan = fit.build_plan(
+        data, model="mlp-s", minutes=0, settings={**QUICK, "precision": "float32"}, splits=split_rows(data, 0)
+    )
     fit.build_trainer(plan, fit.NullCallback()).train()
     for mine, theirs in zip(ours.model_.parameters(), plan.objective.model.parameters()):
         np.testing.assert_array_equal(mine.detach().numpy(), theirs.detach().double().numpy())
 
 
-def test_a_run_folder_where_asked_for(iris, tmp_path):
+def test_run_folder_if_requested(iris, tmp_path):
     X, y = iris
     names = load_iris().target_names[y]
     fitted = FieldguideClassifier("mlp-s", settings=QUICK, out=tmp_path / "run").fit(X, names)
@@ -182,6 +184,6 @@ def test_a_run_folder_where_asked_for(iris, tmp_path):
     assert fitted.score(X, names) > 0.85
 
 
-def test_progress_is_told_where_asked_for(iris, capsys):
+def test_progress_if_verbose(iris, capsys):
     FieldguideClassifier("mlp-s", settings=QUICK, verbose=1).fit(*iris)
     assert "training 30 steps" in capsys.readouterr().out

@@ -12,12 +12,12 @@ LEARN = {"convnextv2-atto": (120, 0.4), "vit-mini": (120, 0.4), "dinov2-mini": (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", LEARN)
-def test_it_learns_with_the_defaults_of_its_card(size, tmp_path):
+def test_learns_with_the_recipe_of_its_card(size, tmp_path):
     steps, floor = LEARN[size]
     run = fit("digits", model=size, out=tmp_path / "run", settings={"steps": steps, "batch": 32})
     assert run.scores["accuracy"] > floor
 
 
-def test_pictures_that_are_too_small_are_said(tmp_path):
+def test_images_that_are_too_small_are_rejected(tmp_path):
     with pytest.raises(SettingsError, match="images of 8 pixels per side are too small: AlexNet needs at least"):
         fit("digits", model="alexnet", out=tmp_path / "run", settings={"steps": 1})

@@ -138,7 +138,7 @@ def answers(theirs: nn.Module, ours: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_folders_of_transformers_there_and_back(kind, tmp_path):
+def test_transformers_folders_round_trip(kind, tmp_path):
     name, shape, understood = FOLDERS[kind]
     cls = getattr(transformers, name)
     torch.manual_seed(0)
@@ -155,13 +155,17 @@ def test_folders_of_transformers_there_and_back(kind, tmp_path):
     assert fieldguide.load(tmp_path / "ours").config == ours.config
 
 
-def test_what_configurations_leave_unsaid():
+def test_missing_keys_have_the_defaults_of_transformers():
     """transformers' own defaults hold."""
     card = cards()["convnext"]
     written = config_mapping.to_public_config(card, card.configs["huggingface"], create("convnext-test").config)
     assert written.pop("layer_norm_eps") == 1e-6 and written.pop("drop_path_rate") == 0
     card, _, table = config_mapping.identify_config(written)
-    assert config_mapping.to_config_fields(card, table, written, "here")["eps"] == transformers.ConvNextConfig().layer_norm_eps == 1e-12
+    assert (
+        config_mapping.to_config_fields(card, table, written, "here")["eps"]
+        == transformers.ConvNextConfig().layer_norm_eps
+        == 1e-12
+    )
 
 
 REFUSED = {  # by which they are other networks
@@ -175,7 +179,7 @@ REFUSED = {  # by which they are other networks
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_configurations_of_other_networks_are_refused(kind, tmp_path):
+def test_configurations_of_other_networks_are_rejected(kind, tmp_path):
     name, shape, _ = FOLDERS[kind]
     cls = getattr(transformers, name)
     cls(cls.config_class(**{**shape, **REFUSED[kind]})).save_pretrained(tmp_path)
@@ -185,7 +189,7 @@ def test_configurations_of_other_networks_are_refused(kind, tmp_path):
 
 
 @torch.no_grad()
-def test_old_configurations_of_clip_end_texts_at_their_largest_token(tmp_path):
+def test_old_clip_configurations_use_the_largest_token_as_end(tmp_path):
     theirs = settled(transformers.CLIPModel(transformers.CLIPConfig(**TOWERS)))
     theirs.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
@@ -229,7 +233,7 @@ def unet(**changes) -> nn.Module:
 
 @torch.no_grad()
 @pytest.mark.parametrize("labels", [None, 4])
-def test_folders_of_diffusers_there_and_back(labels, tmp_path):
+def test_diffusers_folders_round_trip(labels, tmp_path):
     from tv import diffusers
 
     theirs = unet(num_class_embeds=labels)
@@ -245,7 +249,7 @@ def test_folders_of_diffusers_there_and_back(labels, tmp_path):
 
 
 @torch.no_grad()
-def test_folders_of_2022(tmp_path):
+def test_diffusers_folders_of_2022(tmp_path):
     """As google/ddpm-cifar10-32 lies: old names in one .bin, and a configuration that does not say all."""
     theirs = unet(num_class_embeds=None)
     theirs.save_pretrained(tmp_path)
@@ -305,7 +309,7 @@ def folder(model: nn.Module, name: str, path, **args) -> None:
         ("vit_tiny_patch16_224", "vit-ti16", {"eps": 1e-6}),
     ],
 )
-def test_repositories_of_timm(name, size, fields, tmp_path):
+def test_timm_repositories(name, size, fields, tmp_path):
     """Those that look the same by shape compute otherwise, and their name tells which they are."""
     torch.manual_seed(0)
     theirs = settled(timm.create_model(name, num_classes=5))
@@ -317,7 +321,7 @@ def test_repositories_of_timm(name, size, fields, tmp_path):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-3)
 
 
-def test_names_of_timm_that_are_no_network_here(tmp_path):
+def test_unsupported_timm_names_are_rejected(tmp_path):
     """Same tensors, other network: anti-aliased convolutions have no weights of their own."""
     theirs = timm.create_model("resnetblur18", num_classes=5)
     assert theirs.state_dict().keys() == timm.create_model("resnet18", num_classes=5).state_dict().keys()
@@ -330,7 +334,7 @@ def test_names_of_timm_that_are_no_network_here(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_its_name_a_file_of_tensorflow_is_refused(tmp_path):
+def test_tensorflow_weights_need_a_name(tmp_path):
     theirs = timm.create_model("tf_efficientnet_b0", num_classes=5)
     torch.save(theirs.state_dict(), tmp_path / "alone.pth")
     with pytest.raises(WeightsError, match=r"could be .*efficientnet-b0.*Specify one"):
@@ -355,7 +359,7 @@ QUICK = {
 @pytest.mark.parametrize(
     "name, theirs", [pytest.param(*row, marks=() if row[1] in QUICK else pytest.mark.slow) for row in ALIASES]
 )
-def test_what_timm_calls_them(name, theirs):
+def test_timm_names_match_their_sizes(name, theirs):
     """Every shape, stride, padding and epsilon of timm's own network of that name."""
     card, meant = cards()[name], cards()[name].aliases["timm"][theirs]
     size, changes = (meant, {}) if isinstance(meant, str) else meant

@@ -42,7 +42,7 @@ class Last(nn.Module):
 # Objective
 
 
-def test_each_window_is_normalised_by_what_is_observed():
+def test_windows_are_normalized_by_observed_steps():
     series = torch.tensor([[[1.0, 7.0], [3.0, 7.0], [100.0, 7.0], [5.0, 7.0]]])
     observed = torch.tensor([[[True, True], [True, True], [False, True], [True, True]]])
     mean, scale = compute_mean_and_scale(series, observed)
@@ -58,7 +58,7 @@ def test_each_window_is_normalised_by_what_is_observed():
     assert torch.equal(plain.seen, series)
 
 
-def test_a_forecast_follows_level_and_scale():
+def test_forecast_follows_level_and_scale():
     torch.manual_seed(0)
     series, objective = torch.randn(4, 9, 2), Forecast(Last(beside=(0.3,)), ["series"], (0.5,))
     before, after = (objective.outputs({"series": x})["values"] for x in (series, 5 * series + 2))
@@ -66,7 +66,7 @@ def test_a_forecast_follows_level_and_scale():
 
 
 @pytest.mark.parametrize("point", ["mae", "mse"])
-def test_losses_are_their_formulas(point):
+def test_losses_equal_their_formulas(point):
     rng = np.random.default_rng(0)
     quantiles, beside = (0.1, 0.5, 0.9), (-1.0, 0.2, 1.5)
     series, target = rng.normal(size=(5, 4, 2)), rng.normal(size=(5, 3, 2))
@@ -97,7 +97,7 @@ def test_losses_are_their_formulas(point):
     assert nothing["loss"].item() == 0
 
 
-def test_the_least_pinball_loss_is_at_the_quantile():
+def test_pinball_loss_is_minimal_at_the_quantile():
     draws, levels = torch.randn(20_000, generator=torch.Generator().manual_seed(0)), torch.tensor([0.05, 0.5, 0.9])
     tried = torch.linspace(-3, 3, 601)
     loss = pinball_loss(tried[:, None, None].expand(-1, 1, 3), draws[:1].expand(601, 1), levels)  # shapes broadcast
@@ -106,7 +106,7 @@ def test_the_least_pinball_loss_is_at_the_quantile():
     assert tried[mean.argmin(0)].tolist() == pytest.approx(draws.quantile(levels).tolist(), abs=0.03)
 
 
-def test_crossing_quantiles_are_sorted_and_odd_settings_refused():
+def test_crossing_quantiles_and_invalid_settings():
     values = Forecast(Last(2, (2.0, -1.0)), ["series"], (0.1, 0.9), normalise=False).outputs({"series": torch.zeros(1, 3, 1)})
     assert values["values"][0, 0, 0].tolist() == [0.0, -1.0, 2.0]
     for wrong in ({"point": "rmse"}, {"quantiles": (0.9, 0.1)}, {"quantiles": (0.0, 0.5)}, {"quantiles": (0.5, 0.5)}):
@@ -117,7 +117,7 @@ def test_crossing_quantiles_are_sorted_and_odd_settings_refused():
 # Scores
 
 
-def test_mase_and_smape_are_those_of_m4():
+def test_mase_and_smape_equal_m4():
     """The competition's own code, in words: mean |y - f| / mean |y_t - y_(t-m)|; 200 |y - f| / (|y| + |f|)."""
     rng = np.random.default_rng(1)
     past, future, said = rng.uniform(1, 9, 50), rng.uniform(1, 9, 6), rng.uniform(1, 9, 6)
@@ -137,7 +137,7 @@ def test_mase_and_smape_are_those_of_m4():
     assert forecasts.smape(np.zeros(1), np.zeros(1)).tolist() == [0.0]
 
 
-def test_widened_intervals_hold_what_they_promise():
+def test_widened_intervals_have_nominal_coverage():
     rng = np.random.default_rng(2)
     for spread in (0.3, 1.0, 4.0):  # far too narrow, and far too wide
         y = rng.normal(size=4000)
@@ -154,7 +154,7 @@ def task_of(horizon=4, season=2, **more):
     return task
 
 
-def test_scores_are_their_definitions():
+def test_scores_equal_their_definitions():
     rng = np.random.default_rng(3)
     task, rows = task_of(), 7
     mean, std, naive = rng.normal(size=rows), rng.uniform(1, 3, rows), rng.uniform(0.5, 2, rows)
@@ -202,7 +202,7 @@ def test_scores_are_their_definitions():
     assert low <= wanted["mase"] <= high and high > low
 
 
-def test_calibration_is_learnt_step_by_step():
+def test_calibration_is_fitted_per_step():
     rng, task = np.random.default_rng(4), task_of(horizon=2)
     spread = np.array([1.0, 3.0])[None, :, None]  # the second step is three times as unsure
     values = np.tile([0, -1, -0.5, 0, 0.5, 1.0], (900, 2, 1, 1))
@@ -243,7 +243,7 @@ def moments(*texts: str) -> np.ndarray:
         (moments(*(str(d) for d in np.busday_offset("2024-01-01", np.arange(30)))), "business day", 5, 14),
     ],
 )
-def test_frequencies_are_those_of_clock_and_calendar(times, words, season, horizon):
+def test_clock_and_calendar_frequencies(times, words, season, horizon):
     found = infer_frequency([times, times[:3]], dates=True)
     assert (found.words, found.season, default_horizon(found, found.season)) == (words, season, horizon)
     assert (found.times(times[0], len(times)) == times).all()  # going on gives the same moments
@@ -251,7 +251,7 @@ def test_frequencies_are_those_of_clock_and_calendar(times, words, season, horiz
     assert np.diff(position) == pytest.approx(np.ones(len(times) - 1))
 
 
-def test_numbers_have_steps_too():
+def test_numeric_frequencies():
     assert (
         infer_frequency([np.array([3.0, 5.0, 7.0, 11.0])], dates=False).size == 2
         and infer_frequency([np.array([1.0])], dates=False) is None
@@ -259,7 +259,7 @@ def test_numbers_have_steps_too():
     assert infer_frequency([np.array([3.0, 5.0])], dates=False).season is None
 
 
-def test_the_season_that_values_show():
+def test_season_estimated_from_values():
     rng, t = np.random.default_rng(0), np.arange(600)
     for season in (7, 12, 24):
         shape = rng.normal(size=season)
@@ -268,7 +268,7 @@ def test_the_season_that_values_show():
     assert estimate_season([np.ones(100)]) == 1 == estimate_season([np.ones(3)])
 
 
-def test_covariates_of_columns_and_calendar():
+def test_column_and_calendar_covariates():
     hours = np.arange(24 * 14) * HOUR + moments("2024-01-01")[0]
     rows = pl.DataFrame(
         {"price": [1.0, 3.0, None, 5.0], "promo": [True, False, True, None], "kind": ["a", "b", "a", None], "same": [1.0] * 4}
@@ -320,7 +320,7 @@ def windows(rows, **options):
     return Forecasting.build_examples(data, Forecasting.options_from(options))
 
 
-def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
+def test_splits_are_periods_and_windows_do_not_look_ahead():
     made = windows(table(100), horizon=5, length=10)
     found, at = made.context.panel, made.rows[CUT].to_numpy() - made.context.panel.start[made.rows[SERIES].to_numpy()]
     side = {name: at[made.splits == name] for name in ("train", "val", "test")}
@@ -346,7 +346,7 @@ def test_parts_are_stretches_of_time_and_no_window_looks_ahead():
     assert first.locate_row(0).endswith(":81") and found.names == ["s0", "s1"]  # row 81 is step 80, where the future begins
 
 
-def test_the_standard_borders_of_ett():
+def test_standard_ett_splits():
     """8640 / 2880 / 2880 steps, pasts reach back over the border: 8209, 2785 and 2785 windows of each series."""
     hours = [dt.datetime(2016, 7, 1) + dt.timedelta(hours=h) for h in range(17420)]
     wave = np.sin(np.arange(17420))
@@ -368,7 +368,7 @@ def test_the_standard_borders_of_ett():
     assert task.standards["a"] == pytest.approx((wave[:8640].mean(), wave[:8640].std()))
 
 
-def test_mase_is_scaled_by_what_was_before_the_part():
+def test_mase_is_scaled_by_values_before_the_split():
     steps = np.r_[np.arange(70.0), 70 + 5 * np.arange(30.0)]  # steeper from validation on
     rows = table(100, series=1).with_columns(pl.Series("y", steps))
     made = windows(rows, horizon=5, length=10, season=1)
@@ -379,7 +379,7 @@ def test_mase_is_scaled_by_what_was_before_the_part():
     assert beyond[:2].tolist() == [210, 215] and beyond[2:].isnan().all()  # nothing is known behind the end
 
 
-def test_many_series_are_tested_on_their_last_horizon():
+def test_many_series_are_tested_on_the_last_horizon():
     made = windows(table(60, series=31), horizon=5)
     assert [int((made.splits == name).sum()) for name in ("val", "test")] == [31, 31]
     found, rows = made.context.panel, made.rows.filter(pl.Series(made.splits == "test"))
@@ -392,7 +392,7 @@ def test_many_series_are_tested_on_their_last_horizon():
         windows(table(60), horizon=40)
 
 
-def test_parts_that_the_source_names(tmp_path):
+def test_splits_given_by_the_source(tmp_path):
     for name, part in (("train", slice(0, 40)), ("test", slice(40, 60))):
         pl.concat([x[part] for x in table(60).partition_by("unique_id")]).write_csv(tmp_path / f"{name}.csv")
     made = windows(tmp_path, horizon=5, length=10)
@@ -404,7 +404,7 @@ def test_parts_that_the_source_names(tmp_path):
         windows(tmp_path / "odd.csv", horizon=5)
 
 
-def test_gaps_are_neither_learnt_nor_scored_and_short_pasts_stand_still():
+def test_gaps_are_not_trained_on_or_scored():
     gone = pl.col("y").is_in([20.0, 21.0, 55.0])
     rows = table(60, series=1).with_columns(pl.when(gone).then(None).otherwise(pl.col("y")).alias("y"))
     made = windows(rows.filter(pl.col("y").is_null() | (pl.col("y") != 30)), horizon=5, length=10)  # 30 has no row at all
@@ -428,7 +428,7 @@ def test_gaps_are_neither_learnt_nor_scored_and_short_pasts_stand_still():
     assert (batch["series"][0, : lacking + 1] == batch["series"][0, lacking]).all()
 
 
-def test_what_is_known_ahead_reaches_the_end_of_the_horizon():
+def test_future_covariates_cover_the_horizon():
     rows = table(60, promo=[float(t % 5) for t in range(60)], weather=[float(t) for t in range(60)])
     made = windows(rows, horizon=5, length=10, known="promo", calendar=False)
     task = Forecasting.fit(made, Forecasting.options_from({"known": "promo"}))
@@ -445,7 +445,7 @@ def test_what_is_known_ahead_reaches_the_end_of_the_horizon():
         Forecasting.fit(windows(rows, horizon=5, known="promos"), Forecasting.Options())
 
 
-def test_baselines_are_what_they_say():
+def test_baselines_equal_their_definitions():
     made = windows(table(100, series=1), horizon=9, length=10)
     task = Forecasting.fit(made.take(split(made).train), Forecasting.Options())
     test = made.take(split(made).test)

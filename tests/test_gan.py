@@ -39,7 +39,7 @@ def distance(fake: Tensor, real: Tensor) -> float:
     return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * roots)
 
 
-def test_dcgan_learns_digits_and_its_average_is_kept():
+def test_dcgan_learns_digits_with_averaged_weights():
     x, data = pictures()
     objective, recipe = gan(), {k: v for k, v in card("dcgan").recipe.items() if k != "lr"}
     before = distance(objective.sample(range(500)), x)
@@ -56,7 +56,7 @@ def test_dcgan_learns_digits_and_its_average_is_kept():
     assert not torch.equal(live[name], objective.model.main[0].weight)
 
 
-def test_the_average_holds_the_statistics_of_normalisation_too():
+def test_ema_includes_batch_norm_statistics():
     generator = create("dcgan-test").train()
     average = ExponentialMovingAverage(generator, 0.5)
     generator(torch.randn(8, 6))
@@ -66,7 +66,7 @@ def test_the_average_holds_the_statistics_of_normalisation_too():
     torch.testing.assert_close(mean, generator.main[1].running_mean / 2)
 
 
-def test_samples_depend_on_seed_and_number_alone():
+def test_samples_depend_on_seed_and_number_only():
     objective = gan().double().train()
     statistics = objective.model.main[1].running_mean.clone()
     whole = objective.sample(range(5), seed=2)
@@ -81,7 +81,7 @@ def test_samples_depend_on_seed_and_number_alone():
     torch.testing.assert_close(objective.model(noise[None])[0], whole[4])
 
 
-def test_each_phase_moves_its_own_network_only():
+def test_each_phase_trains_its_own_network_only():
     objective = gan()
     _, data = pictures()
     batch = data.make(np.arange(8), None)
@@ -93,13 +93,13 @@ def test_each_phase_moves_its_own_network_only():
 
 
 @pytest.mark.parametrize("beta1", [0.5, 0.9])
-def test_beta1_reaches_the_optimiser(beta1):
+def test_beta1_is_passed_to_the_optimizer(beta1):
     net = torch.nn.Linear(2, 2)
     (made,) = build_optimizers(net, net.named_parameters(), settled(beta1=beta1))
     assert made.param_groups[0]["betas"] == (beta1, 0.999)
 
 
-def test_both_are_told_the_class():
+def test_generator_and_critic_are_conditioned_on_the_class():
     """A generator that copies what it is told, and a critic that finds it again in its further channels."""
 
     class Copy(torch.nn.Module):

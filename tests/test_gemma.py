@@ -62,7 +62,7 @@ def test_generation_with_a_cache_equals_transformers(kind, tmp_path):
 
 
 @torch.no_grad()
-def test_caps_and_windows_of_the_second():
+def test_gemma2_soft_caps_and_windows():
     model, tokens = tiny("gemma2", cap=0.5), torch.randint(30, (2, 9))
     assert model(tokens).abs().max() < model.config.cap == 0.5
     assert softcap(torch.tensor([1e6, -1e6, 0.0]), 3.0).tolist() == [3.0, -3.0, 0.0]
@@ -73,7 +73,7 @@ def test_caps_and_windows_of_the_second():
 
 
 @torch.no_grad()
-def test_the_first_configurations(tmp_path):
+def test_original_gemma_configurations(tmp_path):
     """As google/gemma-2b was published: it says gelu and means its approximation; no key speaks of rotations' kind."""
     peer = theirs("gemma")
     peer.save_pretrained(tmp_path)
@@ -94,7 +94,7 @@ def test_the_first_configurations(tmp_path):
         ("gemma", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='yarn'"),
     ],
 )
-def test_relatives_are_refused(kind, changes, said, tmp_path):
+def test_unsupported_configurations_are_rejected(kind, changes, said, tmp_path):
     theirs(kind).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))

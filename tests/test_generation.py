@@ -60,7 +60,7 @@ def test_probabilities(sampling):
         np.testing.assert_allclose(got[row], wanted, rtol=1e-5, atol=1e-7)
 
 
-def test_choice_has_the_probabilities():
+def test_choice_follows_the_probabilities():
     sampling = Sampling(0.9, top_k=4)
     uniform = (torch.arange(20_000) + 0.5) / 20_000
     drawn = sampling.choose(LOGITS[:1].expand(20_000, -1), NOTHING[:1].expand(20_000, -1), uniform)
@@ -71,7 +71,7 @@ def test_choice_has_the_probabilities():
 @pytest.mark.parametrize(
     "bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"repetition": 0}]
 )
-def test_out_of_range_is_refused(bad):
+def test_values_out_of_range_are_rejected(bad):
     with pytest.raises(SettingsError, match=next(iter(bad))):
         Sampling(**bad)
 
@@ -81,7 +81,7 @@ def rows(model, prompts, most, **how):
 
 
 @torch.no_grad()
-def test_greedy_is_the_argmax_of_the_whole_row_even_when_it_slides():
+def test_greedy_equals_the_argmax_with_a_sliding_context():
     model = tiny("gpt2")  # it reads 12 tokens at most
     prompt, most = [3, 1, 4, 1, 5], 20
     got = rows(model, [prompt], most, sampling=Sampling(0))[0].tolist()
@@ -93,7 +93,7 @@ def test_greedy_is_the_argmax_of_the_whole_row_even_when_it_slides():
     assert len(got) == most
 
 
-def test_chance_is_a_matter_of_seed_and_number_alone():
+def test_sampling_depends_on_seed_and_row_only():
     model = tiny("gpt2")
     prompts = [[1, 2, 3], [7], [4, 9]]
     together = rows(model, prompts, 6, seed=5)
@@ -102,7 +102,7 @@ def test_chance_is_a_matter_of_seed_and_number_alone():
         assert torch.equal(rows(model, [prompt], 6, seed=5, row_ids=[number])[0], together[number])
 
 
-def test_rows_end_by_themselves():
+def test_rows_end_independently():
     model = tiny("gpt2")
     free = rows(model, [[1], [2]], 8, sampling=Sampling(0))
     end = int(free[0, 2])
@@ -154,7 +154,7 @@ def search(chain, inputs, beams, **how):
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("before", [0, 2])
-def test_beams_as_wide_as_all_answers_find_the_best(penalty, before):
+def test_full_width_beam_search_is_exhaustive(penalty, before):
     """Answers end, or are as long as they may be."""
     inputs, vocab, most = 3, 4, 3
     chain = Chain(inputs, vocab)
@@ -171,7 +171,7 @@ def test_beams_as_wide_as_all_answers_find_the_best(penalty, before):
             assert answer == best[place] and abs(float(scores[number, place]) - every[answer]) < 1e-5
 
 
-def test_one_beam_is_greedy_and_limits_hold():
+def test_one_beam_equals_greedy_decoding():
     chain = Chain(5, 6)
     said, _ = search(chain, 5, 1, max_new_tokens=9, length_penalty=0.0, max_lengths=torch.tensor([9, 9, 2, 1, 4]))
     for number, limit in enumerate([9, 9, 2, 1, 4]):
@@ -221,7 +221,7 @@ def test_ngram_equals_its_definition():
 
 
 @pytest.mark.parametrize("repetition, best", [(1.0, 0), (1.1, 1)])
-def test_greedy_choice_is_the_likeliest_and_heeds_repetition(repetition, best):
+def test_greedy_choice_with_repetition_penalty(repetition, best):
     logits, seen = torch.tensor([[3.0, 2.9, -1.0], [-2.0, -2.1, -9.0]]), torch.tensor([[-1, 0], [0, 0]])
     sampling = Sampling(temperature=0.0, repetition=repetition)
     chosen = sampling.choose(logits, seen, torch.tensor([0.99, 0.0]))

@@ -65,7 +65,7 @@ def test_equal_outputs(ours, arguments, inputs, parameters, training):
 
 
 @SIX
-def test_same_initialisation(ours, arguments, inputs, parameters):
+def test_same_initialization(ours, arguments, inputs, parameters):
     torch.manual_seed(2)
     mine = ours(*arguments).state_dict()
     torch.manual_seed(2)
@@ -96,7 +96,7 @@ def test_fnn_takes_any_leading_axes():
     assert FNN(6, 5, 4)(torch.randn(2, 3, 6)).shape == (2, 3, 4)
 
 
-def test_simplecnn_for_other_pictures():
+def test_simplecnn_for_other_image_sizes():
     model = SimpleCNN(7, channels=1, image=28)
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 7)
     assert model.classifier[1].in_features == 64 * 7 * 7

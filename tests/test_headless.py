@@ -54,7 +54,7 @@ def vectors(theirs, where, image):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", MODELS)
-def test_vectors_equal_transformers_there_and_back(kind, tmp_path):
+def test_backbone_vectors_equal_transformers(kind, tmp_path):
     theirs, where = made(kind)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fieldguide.load(tmp_path / "theirs")
@@ -75,7 +75,7 @@ def test_vectors_equal_transformers_there_and_back(kind, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "swin", "convnext"])
-def test_a_head_may_be_put_on_or_left_out(kind, tmp_path):
+def test_head_can_be_added_or_omitted(kind, tmp_path):
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fieldguide.load(tmp_path / "theirs", output_type="label", num_classes=5, head="skip")
@@ -90,7 +90,7 @@ def test_a_head_may_be_put_on_or_left_out(kind, tmp_path):
 
 
 @torch.no_grad()
-def test_files_without_a_head(tmp_path):
+def test_backbone_files(tmp_path):
     """DINOv2's authors publish such, and timm writes them where nobody asked for classes."""
     model = create("dinov2-small", image=28, output_type="vector", depth=1)
     path = weights.save(model, tmp_path / "x.safetensors", "facebook")
@@ -108,18 +108,20 @@ def test_files_without_a_head(tmp_path):
     torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-4)
 
 
-def test_whole_classifiers_stay_as_they_were(tmp_path):
+def test_classifier_files_keep_their_head(tmp_path):
     found = load.inspect_checkpoint(weights.save(create("vit-test"), tmp_path / "x.safetensors", "timm"), "vit-test")
     assert found.values.get("output_type", "label") == "label"
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "swin", "convnext", "deit"])
-def test_fits_begin_with_a_backbone(kind, tmp_path):
+def test_fit_starts_from_a_backbone(kind, tmp_path):
     """Of what a checkpoint is made into for ten classes, all but the head is its own."""
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path)
     begun = load.inspect_checkpoint(tmp_path)
-    network = begun.card.make(begun.build_config({"output_type": ("label",), "num_classes": 10, "image": 24, "channels": 2}, {}))
+    network = begun.card.make(
+        begun.build_config({"output_type": ("label",), "num_classes": 10, "image": 24, "channels": 2}, {})
+    )
     fresh = weights.load(network, begun.state, begun.origin, head="skip")
     assert fresh == ["head.weight", "head.bias"] and network(torch.randn(2, 2, 24, 24)).shape[-1] == 10
 
@@ -143,7 +145,7 @@ TEXTS = {  # as their published folders say
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::fieldguide.core.errors.WeightsWarning")  # of their poolers
 @pytest.mark.parametrize("name", TEXTS)
-def test_encoders_of_text_without_a_head(name, tmp_path):
+def test_text_encoders_without_a_head(name, tmp_path):
     torch.manual_seed(0)
     config = getattr(transformers, name.replace("Model", "Config"))(
         vocab_size=40,
@@ -167,22 +169,20 @@ def test_encoders_of_text_without_a_head(name, tmp_path):
     torch.testing.assert_close(ours.features(tokens), theirs(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
-def test_networks_that_are_not_here_are_named(tmp_path):
+def test_unsupported_networks_are_named(tmp_path):
     theirs = transformers.MPNetModel(
         transformers.MPNetConfig(
             vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
         )
     )
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(
-        WeightsError, match=r"config.json describes MPNetModel \(model_type='mpnet'\), which is not supported"
-    ):
+    with pytest.raises(WeightsError, match=r"config.json describes MPNetModel \(model_type='mpnet'\), which is not supported"):
         fieldguide.load(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dinov2", "swin"])
-def test_a_whole_fit_from_a_backbone(kind, tmp_path):
+def test_complete_fit_from_a_backbone(kind, tmp_path):
     """The head is new, the rest is what the folder says; the run answers, and is a classifier in transformers' words."""
     from fieldguide.automl.fit import fit
 

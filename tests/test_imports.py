@@ -89,7 +89,7 @@ def test_every_layer_is_in_the_table():
     assert {own(f) for f in FILES} == set(MAY)
 
 
-def test_the_table_is_an_order():
+def test_layers_are_ordered():
     order = list(MAY)
     for name, allowed in MAY.items():
         assert allowed <= set(order[: order.index(name)]), f"{name} may import {allowed}, some of which come after it"
@@ -111,7 +111,7 @@ def test_imports_point_one_way(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
-def test_no_peers_and_heavy_packages_late(file):
+def test_no_peers_and_lazy_heavy_imports(file):
     for line, module, top in imports(file):
         name = module.split(".")[0]
         assert name not in PEERS, f"{file}:{line} imports {name}"
@@ -134,7 +134,7 @@ def test_nothing_is_pickled(file):
             assert said & safe, f"{file}:{node.lineno}: {ast.unparse(node)} may unpickle"
 
 
-def test_networks_know_nothing_else():
+def test_networks_import_only_torch_and_core():
     """A network is plain torch: of the project it imports cards, errors and blocks, and of packages torch alone."""
     for file in (ROOT / "models").glob("*/*.py"):
         outside = {m.split(".")[0] for _, m, _ in imports(file)} - sys.stdlib_module_names - {"fieldguide", "__future__"}

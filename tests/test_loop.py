@@ -64,7 +64,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-9, atol=1e-11)
 
 
-def test_another_optimizer_brings_its_own_rate():
+def test_other_optimizers_have_their_own_learning_rate():
     """A hundredth suits Muon and would blow up AdamW."""
     recipe = Settings(optimizer="muon", lr=1e-2)
     assert recipe.override({"optimizer": "adamw"}).lr == 1e-3
@@ -84,7 +84,7 @@ def test_every_optimizer_learns(optimizer):
     assert objective(batch)["loss"] < 0.1 < regression()(batch)["loss"]
 
 
-def test_muon_equals_torchs():
+def test_muon_equals_torch():
     torch.manual_seed(0)
     start, grads = torch.randn(6, 4), [torch.randn(6, 4) for _ in range(4)]
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -98,7 +98,7 @@ def test_muon_equals_torchs():
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 14), (3, 14, 12), (2, 8, 40), (2, 40, 8), (1, 6, 12)])
-def test_updates_are_what_the_iteration_gives(shape):
+def test_orthogonalization_equals_the_published_iteration(shape):
     """Of matrices with singular values from 1 to 1e-4, by the published equation in float64, whichever way is taken."""
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.logspace(0, -4, shape[-1])
@@ -109,7 +109,7 @@ def test_updates_are_what_the_iteration_gives(shape):
     torch.testing.assert_close(orthogonalize(x).double(), expected, rtol=0, atol=3e-4)
 
 
-def test_muon_takes_kernels_as_matrices_and_makes_updates_orthogonal():
+def test_muon_orthogonalizes_kernels_as_matrices():
     singular = torch.linalg.svdvals(orthogonalize(torch.randn(3, 16, 40)).float())
     assert (singular > 0.5).all() and (singular < 1.4).all()
     kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
@@ -119,7 +119,7 @@ def test_muon_takes_kernels_as_matrices_and_makes_updates_orthogonal():
     assert singular.min() > 0.5 * singular.max()
 
 
-def test_vectors_and_embeddings_do_not_decay():
+def test_no_weight_decay_for_vectors_and_embeddings():
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     made = build_optimizers(net, net.named_parameters(), settled(weight_decay=0.5))
     decay = {id(p): g["weight_decay"] for o in made for g in o.param_groups for p in g["params"]}
@@ -132,7 +132,7 @@ def test_vectors_and_embeddings_do_not_decay():
     }
 
 
-def test_schedule_rises_then_falls():
+def test_schedule_warms_up_then_decays():
     s = settled(steps=100, warmup=0.1)
     rates = [get_lr_factor(s, i) for i in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
@@ -140,7 +140,7 @@ def test_schedule_rises_then_falls():
     assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
 
 
-def test_the_average_follows_the_weights_and_gives_them_back():
+def test_ema_follows_and_restores_the_weights():
     net = nn.Linear(2, 2)
     first = net.weight.detach().clone()
     average = ExponentialMovingAverage(net, decay=0.9)
@@ -152,7 +152,7 @@ def test_the_average_follows_the_weights_and_gives_them_back():
     torch.testing.assert_close(net.weight.detach(), first + 1)
 
 
-def test_the_best_weights_are_kept_and_training_stops():
+def test_best_weights_and_early_stopping():
     objective, seen = regression(), []
 
     def evaluate(o):
@@ -196,7 +196,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("planned", [30, 400, 4000])
-def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
+def test_steps_are_replanned_after_a_wrong_estimate(planned, monkeypatch):
     clock = Clock(monkeypatch, 0.1)  # one minute holds 600 steps
     loop = Trainer(
         clock.objective(),
@@ -213,7 +213,7 @@ def test_steps_are_counted_anew_where_a_trial_was_wrong(planned, monkeypatch):
     assert loop.runners[0].lr < 1e-3 * loop.settings.lr  # the rate has come down
 
 
-def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and_again(monkeypatch):
+def test_short_load_does_not_replan_repeatedly(monkeypatch):
     clock = Clock(monkeypatch, 0.1)
     objective, said = clock.objective(), []
     pauses = torch.rand(2000, generator=torch.Generator().manual_seed(0)) < 0.02  # one step in fifty takes 2.1 s
@@ -235,7 +235,7 @@ def test_a_machine_that_is_busy_now_and_then_does_not_change_the_count_again_and
     assert len(said) <= 4
 
 
-def test_every_process_follows_the_first_ones_clock(monkeypatch):
+def test_all_processes_follow_the_plan_of_the_first(monkeypatch):
     clock = Clock(monkeypatch, 1.0)  # this one's minutes are nearly over
     loop = Trainer(
         clock.objective(),
@@ -253,7 +253,7 @@ def test_every_process_follows_the_first_ones_clock(monkeypatch):
     assert not loop.replan_steps() and loop.settings.steps == 300
 
 
-def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_path):
+def test_resumed_run_keeps_the_replanned_steps(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, 0.1)
     make = lambda: Trainer(
         clock.objective(),
@@ -271,7 +271,7 @@ def test_a_resumed_run_keeps_the_steps_that_were_counted_anew(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("most, expected", [(0, 30), (100, 100)])
-def test_steps_stay_where_they_are_fixed_or_enough(most, expected, monkeypatch):
+def test_fixed_or_sufficient_steps_are_not_replanned(most, expected, monkeypatch):
     clock = Clock(monkeypatch, 0.1)
     loop = Trainer(
         clock.objective(),
@@ -284,7 +284,7 @@ def test_steps_stay_where_they_are_fixed_or_enough(most, expected, monkeypatch):
     assert loop.train().step == expected
 
 
-def test_two_phases_equal_a_gan_trained_by_hand():
+def test_two_phases_equal_a_plain_gan_loop():
     """The guide's GAN in the loop, and in a plain loop with two optimisers: the same weights, step for step."""
     pixels, data = digits()
     ours, theirs = gan(), gan()
@@ -304,7 +304,7 @@ def test_two_phases_equal_a_gan_trained_by_hand():
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-6)
 
 
-def test_the_guides_gan_learns_digits():
+def test_guide_gan_learns_digits():
     """The generated pictures come to share the mean and the spread of the real ones."""
     pixels, data = digits()
     objective = gan()
@@ -322,7 +322,7 @@ def test_the_guides_gan_learns_digits():
     assert gap() < 0.75 * before
 
 
-def test_a_phase_trains_its_own_parameters_only():
+def test_phase_trains_its_own_parameters_only():
     class Two(Objective):
         phases = (Phase("first", ("model",), times=2), Phase("second", ("other",), settings=(("lr", 0.5),)))
         keep = ("model", "other")
@@ -349,7 +349,7 @@ def test_a_phase_trains_its_own_parameters_only():
 
 
 @pytest.mark.parametrize("where", ["batch", "weights"])
-def test_a_loss_that_is_not_finite_stops_with_its_batch(where, tmp_path):
+def test_non_finite_loss_stops_and_saves_the_batch(where, tmp_path):
     batches, objective = line(), regression()
 
     def make(index, rng):
@@ -376,7 +376,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch(where, tmp_path):
     assert weights(again.objective).isfinite().all()
 
 
-def test_every_epoch_is_a_fresh_shuffle_and_any_step_can_be_begun_at():
+def test_epochs_are_reshuffled_and_any_step_can_be_resumed():
     whole = list(plan_batches(50, 8, seed=3, stop=30))
     each = steps_per_epoch(50, 8)
     first = np.concatenate([i for s, i in whole[:each]])
@@ -406,7 +406,7 @@ def test_workers_make_the_same_batches():
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
 
 
-def test_in_order_gives_every_example_once():
+def test_evaluation_yields_every_example_once():
     lengths = np.array([5, 1, 4, 2, 3])
     batches = Batches(5, lambda index, _: {"x": torch.from_numpy(index)}, lengths)
     got = list(iterate_in_order(batches, 2))
@@ -414,12 +414,12 @@ def test_in_order_gives_every_example_once():
     assert all(np.array_equal(i, b["x"].numpy()) for i, b in got)
 
 
-def test_generators_depend_on_all_their_numbers():
+def test_generators_depend_on_all_seeds():
     draw = lambda *n: torch.rand(1, generator=make_generator(*n)).item()
     assert len({draw(0, 1), draw(1, 0), draw(0, 0), draw(0, 1, 0)}) >= 3 and draw(5, 7) == draw(5, 7)
 
 
-def test_members_of_an_ensemble_are_trained_on_the_mean_of_their_losses():
+def test_ensemble_members_are_trained_on_the_mean_loss():
     logits, target = torch.randn(5, 4, 3), torch.tensor([0, 2, 1, 1, 0])
     loss = Classification(smoothing=0.1)
     apart = torch.stack([loss(logits[:, k], target)["loss"] for k in range(4)]).mean()
@@ -439,17 +439,17 @@ def test_members_of_an_ensemble_are_trained_on_the_mean_of_their_losses():
         ("class_weights", "maybe", "not a bool"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(key, value, complaint):
+def test_invalid_settings_are_rejected(key, value, complaint):
     with pytest.raises(SettingsError, match=complaint):
         parse(key, value)
 
 
-def test_settings_are_read_from_text():
+def test_settings_are_parsed_from_text():
     s = Settings().with_({"lr": "1e-2", "steps": "50", "class_weights": "true", "batch": "auto"})
     assert (s.lr, s.steps, s.class_weights, s.batch_size) == (0.01, 50, True, None)
 
 
-def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
+def test_tensorboard_equals_metrics_jsonl(tmp_path):
     import json
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -20,7 +20,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_how_often_words_are_hidden():
+def test_masking_rates():
     """15 % of the places that may be; of them 80 % the mask, 10 % another token, 10 % as they were."""
     tokens = torch.randint(FIRST, VOCAB, (400, 500), generator=generator(0))
     open_to = torch.rand(tokens.shape, generator=generator(1)) < 0.7
@@ -39,14 +39,14 @@ def test_how_often_words_are_hidden():
     assert by_place.min() > 0.05 and by_place.max() < 0.3  # no place is preferred
 
 
-def test_hiding_is_a_function_of_the_generator():
+def test_masking_depends_on_the_generator_only():
     tokens = torch.randint(FIRST, VOCAB, (8, 40), generator=generator(0))
     open_to = torch.ones_like(tokens, dtype=torch.bool)
     first, again, other = (mask_tokens(tokens, open_to, MASK, FIRST, VOCAB, generator(seed)) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[1], other[1])
 
 
-def test_short_rows_have_one_hidden_word_and_empty_ones_none():
+def test_short_rows_have_one_masked_token():
     tokens = torch.randint(FIRST, VOCAB, (300, 3), generator=generator(0))
     open_to = torch.zeros_like(tokens, dtype=torch.bool)
     open_to[:200, 1] = True
@@ -72,7 +72,7 @@ def test_loss_and_gradients_equal_those_of_transformers(name):
 
 
 @torch.no_grad()
-def test_outputs_of_hidden_words_are_counted_by_row():
+def test_outputs_are_counted_per_row():
     model = tiny("bert")
     tokens, mask = batch("bert", 6)
     shown, target = mask_tokens(tokens, mask, MASK, FIRST, 30, generator(0), share=0.5)
@@ -94,7 +94,7 @@ def test_outputs_of_hidden_words_are_counted_by_row():
     assert objective(inputs)["loss"] == 0
 
 
-def test_labels_of_tokens_equal_those_of_transformers():
+def test_token_classification_loss_equals_transformers():
     model = tiny("roberta", output_type="labels")
     tokens, mask = batch("roberta", 6)
     target = torch.randint(3, tokens.shape).masked_fill(~mask | (torch.rand(tokens.shape) < 0.3), -1)
@@ -116,7 +116,7 @@ def test_labels_of_tokens_equal_those_of_transformers():
     assert objective({"tokens": tokens, "mask": mask, "target": torch.full_like(tokens, -1)})["loss"] == 0
 
 
-def test_spans_equal_those_of_transformers_and_a_slow_search():
+def test_spans_equal_transformers_and_a_slow_search():
     model = tiny("bert", output_type="span")
     tokens, mask = batch("bert", 6)
     mask[:] = True
@@ -155,7 +155,7 @@ def test_spans_equal_those_of_transformers_and_a_slow_search():
             assert found["place"][row].tolist() == [0, 0] and found["score"][row] == -torch.inf
 
 
-def test_a_network_learns_hidden_words_from_both_sides():
+def test_masked_tokens_are_learned_from_both_sides():
     """Rows are runs a, a + 1, a + 2, ...: a hidden token follows from either neighbour."""
     torch.manual_seed(0)
     model = create("bert-test", dim=32, hidden=64, vocab_size=15, length=8)
@@ -184,7 +184,7 @@ def test_a_network_learns_hidden_words_from_both_sides():
             assert (model(shown)[:, place].argmax(-1) == tokens[:, place]).float().mean() > 0.6
 
 
-def test_only_asked_places_are_said():
+def test_logits_are_computed_at_masked_positions_only():
     """The head of words sees as many places as are asked, not all of them."""
     model = tiny("bert", torch.float32)
     tokens, mask = batch("bert", 6)

@@ -31,7 +31,7 @@ def score(found, truth, classes=2, width=4):
 A, B = (0, 0, 10, 10), (20, 20, 40, 30)
 
 
-def test_all_right_and_all_wrong():
+def test_all_correct_and_all_wrong():
     right = score([[(0, A, 0.9), (1, B, 0.8)]], [[(0, A), (1, B)]])
     assert [right["map"], right["map50"], right["map75"], *right["class_map"]] == pytest.approx([1] * 5)
     assert right["precision"] == pytest.approx(np.ones((2, 101)))
@@ -60,14 +60,14 @@ def test_precision_by_hand():
     assert double["map50"] == pytest.approx(1) and double["class_map"][0] == pytest.approx((9 * 1 + 0.5) / 10)
 
 
-def test_one_overlap_at_a_time():
+def test_single_iou_thresholds():
     """IoU 0.72 is right at 0.7 and wrong at 0.75; 0.77 is right at both."""
     for width, at75 in ((7.2, 0), (7.7, 1)):
         got = score([[(0, (0, 0, width, 10), 0.9)]], [[(0, A)]], classes=1)
         assert (got["map50"], got["map75"], got["map"]) == pytest.approx((1, at75, 0.5 + 0.1 * at75))
 
 
-def test_every_overlap_counts():
+def test_mean_over_iou_thresholds():
     """IoU 100/150: right at 0.5 to 0.65, wrong above; a class without boxes is left out."""
     got = score([[(0, (0, 0, 10, 15), 0.9), (1, A, 0.3)]], [[(0, A)]], classes=3)
     assert got["map50"] == pytest.approx(1) and got["map75"] == 0 and got["map"] == pytest.approx(4 / 10)
@@ -75,7 +75,7 @@ def test_every_overlap_counts():
     assert np.isnan(got["precision"][1:]).all()
 
 
-def test_crowds_may_be_found_or_not():
+def test_crowds_are_not_evaluated():
     found = pad([[(0, A, 0.9), (0, B, 0.95)]], 2)
     truth = pad([[(0, A), (0, B)]], 2)
     without = {"boxes": truth["boxes"], "labels": np.array([[0, -1]])}
@@ -102,7 +102,7 @@ def sweep(found, truth, label, limit):
     return np.mean([max((p for r, p in points if r >= recall - 1e-12), default=0.0) for recall in np.arange(101) / 100])
 
 
-def test_equals_a_sweep_in_python():
+def test_equals_a_python_implementation():
     rng = np.random.default_rng(0)
     truth, found = [], []
     for _ in range(12):
@@ -131,7 +131,7 @@ def test_equals_a_sweep_in_python():
         ({"boxes": np.zeros((1, 2, 5))}, "shapes of the predicted boxes do not match"),
     ],
 )
-def test_refuses_what_does_not_fit(change, words):
+def test_invalid_arrays_are_rejected(change, words):
     found, truth = pad([[(0, A, 0.9)]], 2), pad([[(0, A)]], 2)
     del truth["scores"]
     with pytest.raises(DataError, match=words):
@@ -144,6 +144,6 @@ def test_refuses_what_does_not_fit(change, words):
         average_precision(pad([[(0, A, 0.9)]] * 3, 2), truth, 2)
 
 
-def test_says_nothing(capsys):
+def test_prints_nothing(capsys):
     score([[(0, A, 0.9)]], [[(0, A)]])
     assert capsys.readouterr() == ("", "")

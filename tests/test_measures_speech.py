@@ -53,7 +53,7 @@ def corpus(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("unit", ["words", "characters"])
 @pytest.mark.parametrize("together", [speech.MAX_TABLE_CELLS, 40])
-def test_edits_are_those_of_every_way(unit, together, monkeypatch):
+def test_edits_equal_an_exhaustive_search(unit, together, monkeypatch):
     monkeypatch.setattr(speech, "MAX_TABLE_CELLS", together)
     said, heard = corpus(300)
     got = count_edits(said, heard, unit)
@@ -71,7 +71,7 @@ def test_edits_are_those_of_every_way(unit, together, monkeypatch):
 
 
 @pytest.mark.parametrize("unit", ["words", "characters"])
-def test_pairs_tell_the_same_edits(unit):
+def test_alignment_agrees_with_the_counts(unit):
     said, heard = corpus(200, seed=1)
     got = count_edits(said, heard, unit)
     for row, (a, b) in enumerate(zip(said, heard)):
@@ -96,14 +96,14 @@ def test_known_rates():
     assert count_edits([], []).errors.shape == (0,) and count_edits(["", "a"], ["", "a"]).rate == 0
 
 
-def test_refusals():
+def test_invalid_inputs_are_rejected():
     with pytest.raises(DataError, match="2 reference transcripts but 1"):
         wer(["a", "b"], ["a"])
     with pytest.raises(DataError, match="error rate is undefined"):
         wer([""], ["a"])
 
 
-def test_a_corpus_takes_no_longer_than_a_breath():
+def test_large_corpus_is_fast():
     """3,000 sentences of 20 words, 100 characters: a table for each in Python would take minutes."""
     rng = np.random.default_rng(0)
     said = ["".join(row) for row in rng.choice(list("abcdefgh "), (3_000, 100))]

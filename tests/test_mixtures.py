@@ -24,7 +24,7 @@ def slow(scores, used, real):
 
 
 @pytest.mark.parametrize("used", [1, 2, 3])
-def test_unevenness_by_hand(used):
+def test_load_balancing_loss_by_hand(used):
     torch.manual_seed(0)
     scores, real = torch.randn(11, 4, dtype=torch.float64), torch.rand(11) > 0.3
     assert load_balancing_loss(scores, used, real).item() == pytest.approx(slow(scores, used, real), rel=1e-6)
@@ -44,7 +44,7 @@ def trained(name, model, inputs):
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
-def test_the_whole_loss_of_mixtral_equals_that_of_transformers(padded):
+def test_mixtral_loss_equals_transformers(padded):
     model = tiny("mixtral", balancing=0.3).train()
     peer, rename = huggingface_decoder(model)
     peer.double().load_state_dict(rename(model.state_dict()))
@@ -67,7 +67,7 @@ def test_the_whole_loss_of_mixtral_equals_that_of_transformers(padded):
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_balance_of_nllb_leaves_padding_out():
+def test_nllb_load_balancing_ignores_padding():
     model = tiny("nllb-moe", balancing=0.3).train()
     inputs = batch("nllb-moe")
     step, said = trained("nllb-moe", model, inputs)
@@ -84,14 +84,14 @@ def test_the_balance_of_nllb_leaves_padding_out():
     assert found["loss"].item() == pytest.approx(plain.item() + 0.3 * found["balance_loss"].item(), rel=1e-5)
 
 
-def test_networks_without_experts_have_the_loss_alone():
+def test_networks_without_experts_have_no_auxiliary_loss():
     step, said = trained("mixtral", create("llama-test").train(), batch("llama"))
     assert set(step(said)) == {"loss"}
     step, said = trained("mixtral", tiny("mixtral", balancing=0.0).train(), batch("mixtral"))
     assert set(step(said)) == {"loss"}
 
 
-def test_asides_are_of_the_phase_that_trains_them():
+def test_auxiliary_losses_belong_to_the_phase_of_their_network():
     class Asking(torch.nn.Module):
         def __init__(self, value):
             super().__init__()
@@ -115,7 +115,7 @@ def test_asides_are_of_the_phase_that_trains_them():
     assert PhaseModule(both, both.phases[1])({}) == {"loss": torch.tensor(11.0), "at 2.0": torch.tensor(2.0)}
 
 
-def test_experts_stay_in_use():
+def test_load_balancing_keeps_all_experts_in_use():
     """A router that begins with one favourite: without the balance, that expert keeps most tokens; with it, all are used."""
     shares = {}
     for balancing in (0.0, 0.1):

@@ -126,7 +126,7 @@ def test_every_card_has_a_row():
 
 
 @EVERY
-def test_docstring_says_what_it_is(name):
+def test_docstring_has_the_required_parts(name):
     card = cards()[name]
     text = sys.modules[card.model.__module__].__doc__
     assert re.fullmatch(r"[^\n]{20,110}\.", text.splitlines()[0]), "a title line that ends with a full stop"
@@ -139,7 +139,7 @@ def test_docstring_says_what_it_is(name):
 
 
 @EVERY
-def test_names_that_create_it(name):
+def test_config_vocabulary_is_mapped(name):
     card = cards()[name]
     assert card.tiny in card.sizes and card.tiny not in names() and card.tiny in names(tests=True)
     assert find(name) == (card, card.default) and card.default in names(family=card.family, input_type=card.input_type)
@@ -148,7 +148,7 @@ def test_names_that_create_it(name):
 
 
 @pytest.mark.parametrize("size", names(tests=True))
-def test_sizes_have_the_published_parameters(size):
+def test_sizes_have_the_published_parameter_counts(size):
     with torch.device("meta"):
         model = create(size)
     expected = find(size)[0].sizes[size].params
@@ -163,7 +163,7 @@ def test_recipe_names_known_settings(name):
 
 
 @EVERY
-def test_output_has_the_promised_shape(name):
+def test_output_has_the_declared_shape(name):
     card, _ = case(name)
     inputs = batch(name, 3)
     assert len(inputs) == len(card.inputs)
@@ -202,7 +202,7 @@ def test_output_has_the_promised_shape(name):
 
 
 @IMAGES
-def test_image_networks_take_other_pictures(name):
+def test_image_networks_accept_other_sizes(name):
     card, _ = case(name)
     for channels, side in ((1, 28), (3, 32), (4, 45)):
         sizes = {"channels": channels, **({"image": side} if card.accepts("image") else {})}
@@ -210,7 +210,7 @@ def test_image_networks_take_other_pictures(name):
 
 
 @CLASSIFIERS
-def test_maps_of_pictures_have_their_levels(name):
+def test_feature_maps_match_levels(name):
     """What detection and masks stand on: as wide as the levels say, and a picture larger by a stride has one place more."""
     card, row = case(name)
     maps = {}
@@ -226,7 +226,7 @@ def test_maps_of_pictures_have_their_levels(name):
 
 
 @EVERY
-def test_initialisation_is_complete_and_repeats(name):
+def test_initialization_is_complete_and_reproducible(name):
     """Fresh memory is filled with NaN first, so a parameter that nobody initialised shows."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -268,7 +268,7 @@ def test_equals_its_peer(name, dtype, training):
 
 
 @EVERY
-def test_its_work_is_counted(name):
+def test_multiply_adds_are_counted(name):
     """Without numbers, as the advisor does it; at least every matrix of the head once."""
     from fieldguide.automl import profile
 
@@ -278,7 +278,7 @@ def test_its_work_is_counted(name):
 
 
 @EVERY
-def test_batch_equals_rows_alone(name):
+def test_batch_equals_single_rows(name):
     """Neighbours and padding change nothing."""
     card, _ = case(name)
     model, inputs = tiny(name), batch(name)
@@ -316,7 +316,7 @@ NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].
 
 
 @NEXT
-def test_padding_may_stand_on_either_side(name):
+def test_padding_may_be_on_either_side(name):
     """Where every token has an answer, each row may also end, not begin, at the same place: for all rows of tokens."""
     model, inputs = tiny(name), batch(name)
     want, moved = meant(name, model(*inputs), inputs), list(inputs)
@@ -329,7 +329,7 @@ def test_padding_may_stand_on_either_side(name):
 
 
 @NEXT
-def test_what_follows_is_never_read(name):
+def test_later_tokens_are_never_read(name):
     model, inputs = tiny(name), batch(name)
     before = model(*inputs)
     *rest, tokens, mask = inputs
@@ -347,7 +347,7 @@ def test_gradient_reaches_every_parameter(name):
 
 
 @EVERY
-def test_rows_are_not_mixed(name):
+def test_rows_are_independent(name):
     """The gradient of one row's output with respect to another row's input is zero."""
     model, inputs = tiny(name), batch(name)
     first, *rest = inputs  # the first place of a row is never padding
@@ -380,7 +380,7 @@ def test_learns_one_batch(name):
 
 
 @EVERY
-def test_saved_and_loaded_is_the_same(name, tmp_path):
+def test_save_and_load_round_trip(name, tmp_path):
     model, inputs = tiny(name, torch.float32), batch(name, dtype=torch.float32)
     path = weights.save(model, tmp_path / "model.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -413,7 +413,7 @@ EXPORTED = {
 @pytest.mark.parametrize("name", [n if n in EXPORTED else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 # torch's own recurrent layers keep a second list of their weights, which its exporter remarks on.
 @pytest.mark.filterwarnings("ignore:The tensor attributes? .*_flat_weights:UserWarning")
-def test_exports_with_any_batch(name):
+def test_exports_with_dynamic_batch(name):
     model = tiny(name, torch.float32)
     batch_axis = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(
@@ -439,7 +439,7 @@ def test_runs_in_bfloat16_autocast(name):
 
 
 @EVERY
-def test_copies_do_not_share(name):
+def test_copies_share_no_state(name):
     model = tiny(name)
     other = copy.deepcopy(model)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from fieldguide.data.preprocessing import TextTokenizer
 TEXTS = [f"Row {i} is about {'rain and wind' if i % 2 else 'bread and soup'} on day {i * 7}." for i in range(60)]
 
 
-def test_a_fit_tokenizes_each_text_once(tmp_path, monkeypatch):
+def test_fit_tokenizes_each_text_once(tmp_path, monkeypatch):
     counts: Counter[str] = Counter()
     encode = tokenizers.Tokenizer.encode_batch
 
@@ -34,7 +34,7 @@ def test_a_fit_tokenizes_each_text_once(tmp_path, monkeypatch):
     assert set(times) <= {1, 2} and times[1] >= 55
 
 
-def test_kept_tokens_belong_to_their_texts():
+def test_cached_tokens_belong_to_their_texts():
     text = TextTokenizer.fit_exact(TEXTS, size=300)
     first, other = text.encode_exact(TEXTS[:3]), text.encode_exact(TEXTS[3:6])
     assert all((a == b).all() for a, b in zip(text.encode_exact(TEXTS[:3]), first))
@@ -44,7 +44,7 @@ def test_kept_tokens_belong_to_their_texts():
     assert len(text.recent) <= 4
 
 
-def test_an_inferred_task_with_its_own_columns_reads_nothing_again(tmp_path, monkeypatch):
+def test_inferred_task_with_its_own_columns_reads_files_once(tmp_path, monkeypatch):
     """Detection is inferred from a first interpretation of the columns; the second one reuses the files and their facts."""
     loads, decoded = [], Counter()
     module = sys.modules["fieldguide.data.read"]

@@ -39,7 +39,7 @@ def inside(polygon, x, y):
     return odd
 
 
-def test_a_polygon_has_the_pixels_whose_middle_it_surrounds():
+def test_polygon_contains_pixels_by_their_center():
     square = fill_polygon([1, 2, 4, 2, 4, 5, 1, 5], 7, 6)
     by_hand = np.zeros((7, 6), bool)
     by_hand[2:5, 1:4] = True
@@ -56,7 +56,7 @@ def test_a_polygon_has_the_pixels_whose_middle_it_surrounds():
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
-def test_polygons_are_those_of_pycocotools():
+def test_polygons_equal_pycocotools():
     rng, overlaps = np.random.default_rng(1), []
     for _ in range(60):
         polygon = blob(rng, int(rng.integers(5, 12)), 60, 50)
@@ -72,7 +72,7 @@ def test_polygons_are_those_of_pycocotools():
     assert np.mean(overlaps) > 0.95
 
 
-def test_run_lengths_are_those_of_pycocotools():
+def test_run_lengths_equal_pycocotools():
     rng = np.random.default_rng(2)
     for size in ((20, 30), (1, 1), (300, 400), (7, 1)):
         for share in (0.0, 0.02, 0.5, 1.0):
@@ -94,7 +94,7 @@ def square(label, left, top, right, bottom, **more):
     return make_object(label, left, top, right, bottom, [[left, top, right, top, right, bottom, left, bottom]], **more)
 
 
-def test_a_drawing_by_hand():
+def test_drawing_order_by_hand():
     """Crowds and bare boxes below, then large below small, wherever they stand in the list."""
     things = one(
         square("b", 2, 1, 4, 3),
@@ -250,7 +250,7 @@ def test_damaged_outlines(tmp_path):
     assert finding(none, "box-without-outline").count == 1 and not [f for f in none.findings if f.check == "malformed-outline"]
 
 
-def test_crowds_and_other_damage(tmp_path):
+def test_crowds_and_damaged_annotations(tmp_path):
     runs = [40 * 10, 40 * 5, 40 * 33]  # columns 10 to 14
     packed = coco_mask.frPyObjects({"counts": runs, "size": [40, 48]}, 40, 48)["counts"].decode()
     for name, counts in (("plain", runs), ("packed", packed)):
@@ -293,7 +293,7 @@ def test_crowds_and_other_damage(tmp_path):
     assert finding(asked(lines)[0], "box-without-outline").count == 1
 
 
-def test_a_network_learns_from_outlines(tmp_path):
+def test_network_learns_from_outlines(tmp_path):
     run = fit(
         str(coco(tmp_path / "data", 60)),
         task="image-segmentation",
@@ -331,7 +331,7 @@ def run_mask(number):
     return want
 
 
-def test_masks_and_outlines_are_told_apart(tmp_path):
+def test_masks_and_outlines_are_distinguished(tmp_path):
     data = read(coco(tmp_path, 24), column_spec=ImageSegmentation.column_spec)
     assert data.target.kind == "boxes"
     with pytest.raises(SettingsError, match=r"for masks give values or classes \(square, bar, unseen\)"):

@@ -28,10 +28,12 @@ def resolved(rows=4096, fewest=8, **settings):
     table = torch.randn(rows, 4)
     batches = Batches(rows, lambda index, generator=None: {"x": table[index], "target": table[index, :1]})
     chosen = choose_batch_size(Settings(**settings), rows, fewest, 64)
-    return resolve_settings(chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, NullCallback(), min_batch_size=fewest)
+    return resolve_settings(
+        chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, NullCallback(), min_batch_size=fewest
+    )
 
 
-def test_the_minutes_decide_on_the_steps():
+def test_minutes_determine_the_steps():
     """A tenth of a minute of examples at a millisecond each: less than 84 of 64."""
     chosen, seconds, most = resolved(rows=4096, fewest=64, minutes=0.1)
     assert chosen.batch_size == 64 and seconds == pytest.approx(0.064 * 1.1, rel=0.1)
@@ -39,26 +41,26 @@ def test_the_minutes_decide_on_the_steps():
 
 
 @pytest.mark.parametrize(("minutes", "batch"), [(0.1, 8), (0.5, 16)])
-def test_few_minutes_make_batches_smaller(minutes, batch):
+def test_few_minutes_give_smaller_batches(minutes, batch):
     """Half a minute holds a thousand steps of 16 examples and not of 32."""
     chosen, _, most = resolved(minutes=minutes)
     assert chosen.batch_size == batch
     assert (chosen.steps >= min(time_budget.ENOUGH_STEPS, most)) == (batch == 16)
 
 
-def test_batches_are_not_made_smaller_where_the_optimizer_takes_the_time(monkeypatch):
+def test_batches_are_not_reduced_if_the_optimizer_dominates(monkeypatch):
     monkeypatch.setattr(time_budget, "measure_orthogonalization_seconds", lambda objective, device: 0.1)
     chosen, seconds, _ = resolved(minutes=0.1, optimizer="muon")
     assert chosen.batch_size == 64 and seconds == pytest.approx(0.064 * 1.1 + 0.1, rel=0.1)
     assert resolved(minutes=0.1)[0].batch_size == 8  # AdamW makes nothing orthogonal
 
 
-def test_more_rows_make_larger_batches():
+def test_more_rows_give_larger_batches():
     assert [choose_batch_size(Settings(), rows, 8, 64).batch_size for rows in (3, 100, 1000, 100_000)] == [3, 8, 32, 64]
     assert choose_batch_size(Settings(grad_accum_steps=4), 1000, 8, 64).batch_size % 4 == 0
 
 
-def test_a_time_that_muon_takes_grows_with_the_matrices():
+def test_muon_time_grows_with_the_matrices():
     few, many = (
         time_budget.measure_orthogonalization_seconds(
             nn.Sequential(*[nn.Linear(256, 256) for _ in range(n)]), torch.device("cpu")

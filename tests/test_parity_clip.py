@@ -78,7 +78,7 @@ def test_attention_maps_equal_those_of_transformers():
 
 
 @torch.no_grad()
-def test_a_picture_whose_meaning_is_in_one_patch_is_seen_there():
+def test_attention_map_points_to_the_relevant_patch():
     """Keys of one patch are made to answer every query: the map says so, at its row and column."""
     model = tiny("clip")
     for block in model.vision.blocks:
@@ -130,7 +130,7 @@ def test_names_and_shapes_of_published_sizes(size):
 
 
 @torch.no_grad()
-def test_texts_are_read_at_their_end():
+def test_text_embedding_is_read_at_the_end_token():
     model = tiny("clip")
     end = model.config.end
     text = torch.tensor([[4, 5, end, 7, 8]])
@@ -149,7 +149,7 @@ def test_texts_are_read_at_their_end():
 
 
 @torch.no_grad()
-def test_vectors_have_length_1_and_logits_the_scale():
+def test_embeddings_have_length_1_and_logits_the_scale():
     model = tiny("clip", torch.float32)
     model.logit_scale.fill_(3.0)
     inputs = batch("clip", dtype=torch.float32)
@@ -165,7 +165,7 @@ def test_vectors_have_length_1_and_logits_the_scale():
 
 
 @pytest.mark.parametrize("size", ["clip-test", "clip-resnet-test"])
-def test_answers_are_read_from_both_vectors_and_their_product(size):
+def test_answer_head_uses_both_embeddings_and_their_product(size):
     """By the equations, from the vectors that the same towers give in the other use of the network."""
     torch.manual_seed(0)
     pairs = create(size).double()
@@ -189,11 +189,11 @@ def test_answers_are_read_from_both_vectors_and_their_product(size):
     assert all(x.grad is not None for x in asked.parameters())  # as several processes need it
 
 
-def test_starts_at_the_papers_temperature():
+def test_starts_at_the_temperature_of_the_paper():
     assert create("clip-test").logit_scale.exp().item() == pytest.approx(1 / 0.07)
 
 
-def test_refuses_what_does_not_fit():
+def test_invalid_inputs_are_rejected():
     model = create("clip-test")
     with pytest.raises(DataError, match="image=12"):
         model.encode_image(torch.zeros(1, 2, 12, 13))

@@ -16,7 +16,7 @@ from test_models import batch, tiny
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9, 21, 40])
-def test_frames_are_counted_and_recordings_alone_are_the_same(length):
+def test_frame_counts_and_single_recordings(length):
     model = tiny("conformer")
     features = torch.randn(3, 41, 6, dtype=torch.float64)
     lengths = torch.tensor([41, length, 17])
@@ -39,7 +39,7 @@ def test_padding_is_never_read():
     assert model(features, torch.tensor([21, 0, 1, 5, 9])).isfinite().all()
 
 
-def test_padding_moves_neither_statistics_nor_gradients_in_training():
+def test_padding_does_not_affect_statistics_or_gradients():
     """The same recordings with more padding, in other rows: the same step."""
     results = []
     for pad, order in ((0, [0, 1, 2, 3, 4]), (13, [3, 0, 4, 2, 1])):
@@ -52,7 +52,7 @@ def test_padding_moves_neither_statistics_nor_gradients_in_training():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_masked_batch_norm_is_torchs_on_real_frames(training):
+def test_masked_batch_norm_equals_torch_on_real_frames(training):
     torch.manual_seed(0)
     ours = MaskedBatchNorm(5).double().train(training)
     theirs = torch.nn.BatchNorm1d(5).double().train(training)
@@ -66,7 +66,7 @@ def test_masked_batch_norm_is_torchs_on_real_frames(training):
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
-def test_scores_are_those_of_the_equation(steps):
+def test_attention_scores_equal_the_equation(steps):
     """Equation of section 3.3 of Transformer-XL, one pair of frames after another."""
     torch.manual_seed(0)
     attn = RelativeAttention(6, 2, 0.0).double()
@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_equation(steps):
 
 
 @torch.no_grad()
-def test_equals_the_whole_encoder_of_transformers():
+def test_equals_the_encoder_of_transformers():
     """With the positions, the final norm and the head that it makes itself; files in the names of its layers fit."""
     from tv import transformers
 
@@ -147,7 +147,7 @@ def test_layers_have_the_shapes_of_transformers(size, params):
     assert sum(p.numel() for p in model.blocks.parameters()) - positions + c.depth * 4 * c.dim == known
 
 
-def test_refusals():
+def test_invalid_settings_are_rejected():
     with pytest.raises(SettingsError, match="must be odd, such as 31 or 33"):
         create("conformer-test", kernel=32)
     with pytest.raises(SettingsError, match="multiple of heads=3"):

@@ -28,7 +28,7 @@ def test_names_and_shapes_of_published_sizes(size):
     [{}, {"attend": (16, 8), "image": 16, "growth": (1, 2, 1), "num_classes": 0, "depth": 2}],
     ids=["tiny", "three levels"],
 )
-def test_files_of_diffusers(tmp_path, shape):
+def test_diffusers_files(tmp_path, shape):
     """Under today's names and those of the hub's old files; the network is found by its names."""
     ours = tiny("ddpm-unet", torch.float32, **shape)
     peer, rename = diffusers_unet(ours)
@@ -54,20 +54,20 @@ def test_files_of_diffusers(tmp_path, shape):
 
 
 @torch.no_grad()
-def test_no_label_is_label_zero():
+def test_missing_label_equals_label_zero():
     model, (image, time, label) = tiny("ddpm-unet"), batch("ddpm-unet", 3)
     torch.testing.assert_close(model(image, time), model(image, time, torch.zeros_like(label)))
     assert not torch.allclose(model(image, time), model(image, time, label))
     assert not torch.allclose(model(image, time), model(image, time + 1))
 
 
-def test_refuses_sides_that_cannot_be_halved():
+def test_indivisible_sides_are_rejected():
     with pytest.raises(DataError, match="multiples of 2"):
         tiny("ddpm-unet")(torch.zeros(1, 2, 8, 9, dtype=torch.float64), torch.zeros(1))
 
 
 @torch.no_grad()
-def test_a_patched_network_is_the_plain_one_on_patches():
+def test_patches_equal_the_plain_network_on_patches():
     """Each 2 x 2 square as one pixel of four times the channels, laid out by hand."""
     ours = tiny("ddpm-unet", patch=2, image=16)
     plain = tiny("ddpm-unet", channels=8)
@@ -113,7 +113,7 @@ def torch_reader(model):
     return read
 
 
-def test_captions_against_torch_and_diffusers():
+def test_captions_equal_torch_and_diffusers():
     """What torch's encoder reads goes into diffusers' network in the place of a label's vector; gradients agree, too."""
     model = tiny("ddpm-unet", **CAPTIONED)
     peer, rename = diffusers_unet(tiny("ddpm-unet", num_classes=0))
@@ -130,7 +130,7 @@ def test_captions_against_torch_and_diffusers():
 
 
 @torch.no_grad()
-def test_no_caption_is_nothing_but_zeros():
+def test_missing_caption_equals_zeros():
     model = tiny("ddpm-unet", **CAPTIONED)
     image, time = torch.randn(4, 2, 8, 8, dtype=torch.float64), torch.full((4,), 7.0, dtype=torch.float64)
     torch.testing.assert_close(model(image, time), model(image, time, torch.zeros(4, 6, dtype=torch.int64)))
@@ -141,7 +141,7 @@ def test_no_caption_is_nothing_but_zeros():
         model(image, time, torch.ones(4, 10, dtype=torch.int64))
 
 
-def test_what_captions_differ_in_begins_as_heavy_as_labels():
+def test_caption_differences_start_at_the_scale_of_labels():
     torch.manual_seed(0)
     model = create("ddpm-unet-test", **{**CAPTIONED, "dim": 32, "words": 64})
     tokens = torch.randint(1, 30, (200, 8))

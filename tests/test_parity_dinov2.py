@@ -128,7 +128,7 @@ class Official(nn.Module):
 
 
 @EACH
-def test_reads_the_files_of_transformers_and_writes_them(kind, tmp_path):
+def test_transformers_files_round_trip(kind, tmp_path):
     theirs, mine = random(huggingface(kind)), random(ours(kind), 1)
     theirs.save_pretrained(tmp_path / "theirs")
     assert weights.load(mine, tmp_path / "theirs") == []
@@ -144,7 +144,7 @@ def test_reads_the_files_of_transformers_and_writes_them(kind, tmp_path):
 
 @EACH
 @pytest.mark.parametrize("size", [(20, 20), (8, 8), (8, 24)], ids=str)
-def test_other_sizes_of_picture_equal_those_of_transformers(kind, size):
+def test_other_image_sizes_equal_transformers(kind, size):
     """It antialiases with registers and not without, as the authors do; a network of another size of picture agrees."""
     theirs, mine = random(huggingface(kind)), ours(kind)
     x = torch.randn(2, 3, *size)
@@ -160,7 +160,7 @@ def test_other_sizes_of_picture_equal_those_of_transformers(kind, size):
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("size", [(12, 12), (20, 20), (8, 24)], ids=str)
 @EACH
-def test_reads_the_authors_files(kind, size, layers, tmp_path):
+def test_author_files_are_read(kind, size, layers, tmp_path):
     """A classifier and a backbone alone, at other sizes with the authors' offset, outputs and gradients in float64."""
     registers, gated = KINDS[kind]
     how = {"antialias": True, "offset": 0.0} if registers else {"antialias": False, "offset": 0.1}
@@ -185,7 +185,7 @@ def test_reads_the_authors_files(kind, size, layers, tmp_path):
 
 
 @EACH
-def test_a_backbone_alone_keeps_the_head_fresh(kind, tmp_path):
+def test_backbone_leaves_the_head_initialized(kind, tmp_path):
     """dinov2_vits14_pretrain.pth and facebook/dinov2-small hold no head."""
     registers, gated = KINDS[kind]
     official = random(Official(registers, gated, 1, False, 0.0))
@@ -210,7 +210,7 @@ def test_a_backbone_alone_keeps_the_head_fresh(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "gated registers"])
-def test_features_are_those_of_the_backbone_of_transformers(kind):
+def test_features_equal_the_backbone_of_transformers(kind):
     theirs = random(huggingface(kind, "Backbone", out_features=["stage1", "stage2", "stage3", "stage4"]))
     mine = ours(kind)
     weights.load(
@@ -269,7 +269,7 @@ def test_offset_and_antialiasing_both_matter():
     assert all((found[a] - found[b]).abs().max() > 1e-3 for a, b in ((0, 1), (1, 2), (0, 2)))
 
 
-def test_branches_start_small_and_may_be_left_out():
+def test_layer_scale_and_stochastic_depth():
     model = create("dinov2-test")
     assert all(torch.equal(scale.gamma, torch.full((16,), 1e-5)) for b in model.blocks for scale in (b.scale1, b.scale2))
     model, x = random(create("dinov2-test", drop_path=0.5)), torch.randn(8, 2, 12, 12)
@@ -279,7 +279,7 @@ def test_branches_start_small_and_may_be_left_out():
     assert {block.drop_path.p for block in model.blocks} == {0.5}
 
 
-def test_refuses_what_cannot_be():
+def test_invalid_settings_are_rejected():
     with pytest.raises(SettingsError, match="read=5"):
         ours(read=5)
     mine = ours()

@@ -79,10 +79,12 @@ def test_segments_equal_those_of_transformers():
 
 
 @EVERY
-def test_cards_of_encoders(name):
+def test_encoder_cards(name):
     card = cards()[name]
     assert (
-        card.output_types == OUTPUT_TYPES and card.has_class_token and card.optional_inputs == (("segments",) if name == "bert" else ())
+        card.output_types == OUTPUT_TYPES
+        and card.has_class_token
+        and card.optional_inputs == (("segments",) if name == "bert" else ())
     )
     assert create(card.tiny).config.output_type == "words"
     with pytest.raises(SettingsError, match=r"does not support output_type='sequence'\. Choose one of words, label"):
@@ -98,7 +100,7 @@ def test_cards_of_encoders(name):
 
 @EVERY
 @HEAD
-def test_rows_alone_are_the_same(name, output_type):
+def test_batch_equals_single_rows(name, output_type):
     """Neighbours in the batch and padding change nothing, for every head; what stands in the padding is not read."""
     model, (tokens, mask) = tiny(name, output_type=output_type), batch(name, 5)
     together = model(tokens, mask)
@@ -125,7 +127,7 @@ def test_gradient_reaches_every_parameter_of_every_head(name, output_type):
 
 
 @EVERY
-def test_dropout_acts_in_training_alone(name):
+def test_dropout_only_in_training(name):
     model = tiny(name, output_type="label", dropout=0.3)
     tokens, mask = batch(name, 4)
     assert torch.equal(model(tokens, mask), model(tokens, mask))
@@ -136,7 +138,7 @@ def test_dropout_acts_in_training_alone(name):
 
 
 @EVERY
-def test_dropout_acts_as_often_as_in_transformers(name, monkeypatch):
+def test_dropout_positions_equal_transformers(name, monkeypatch):
     """On the same places: counted where numbers are drawn, in training and not."""
     model = tiny(name, torch.float32, output_type="label", dropout=0.5)
     peer, drawn = network(name, model.config), []
@@ -163,7 +165,7 @@ def test_dropout_acts_as_often_as_in_transformers(name, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [size for name in NAMES for size in cards()[name].sizes])
-def test_counts_of_every_size_are_those_of_transformers(size):
+def test_parameter_counts_equal_transformers(size):
     """With every head, for the first size of an architecture; the others with their own."""
     card = next(card for card in cards().values() if size in card.sizes)
     for output_type in OUTPUT_TYPES if size == card.default else (create_on_meta(size).config.output_type,):
@@ -194,7 +196,7 @@ def create_on_meta(size: str, **overrides) -> nn.Module:
         ("minilm-l6", 22_713_216),
     ],
 )
-def test_published_counts_of_the_encoder_alone(size, published):
+def test_published_counts_of_the_bare_encoder(size, published):
     """BERT's and RoBERTa's have a layer more, which the vector of the first token goes through."""
     model = create_on_meta(size, output_type="vector")
     pooler = model.config.dim * (model.config.dim + 1) if size.startswith(("bert", "roberta", "minilm")) else 0
@@ -274,7 +276,7 @@ def test_every_file_loads_into_every_head(name, kind, tmp_path):
                 weights.load(model, path)
 
 
-def test_what_belongs_to_other_heads_is_said(tmp_path):
+def test_tensors_of_other_heads_are_reported(tmp_path):
     _, path = saved("bert", "ForPreTraining", tmp_path)
     with pytest.warns(
         WeightsWarning,
@@ -321,7 +323,7 @@ def test_old_names_and_repeated_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2"])
-def test_names_of_the_authors_heads(name, tmp_path):
+def test_author_head_names(name, tmp_path):
     """`lm_predictions.lm_head`, and what version 3 has beside it: the judge of replaced words."""
     theirs, path = saved(name, "ForMaskedLM", tmp_path, legacy=False)
     state = weights.read(path)
@@ -346,7 +348,7 @@ def test_names_of_the_authors_heads(name, tmp_path):
 
 @EVERY
 @HEAD
-def test_written_files_are_those_of_transformers(name, output_type, tmp_path):
+def test_written_files_equal_transformers(name, output_type, tmp_path):
     """Read by transformers again, with every tensor in its place."""
     model = tiny(name, torch.float32, output_type=output_type)
     weights.save(model, tmp_path / "model.safetensors", format="huggingface")
@@ -368,7 +370,7 @@ def test_written_files_are_those_of_transformers(name, output_type, tmp_path):
 
 @EVERY
 @HEAD
-def test_folders_of_transformers_there_and_back(name, output_type, tmp_path):
+def test_transformers_folders_round_trip(name, output_type, tmp_path):
     """Recognised by their configuration, head and all; written so that transformers reads the same network."""
     torch.manual_seed(0)
     config = cards()[name].settle(cards()[name].tiny, output_type=output_type)
@@ -388,7 +390,7 @@ def test_folders_of_transformers_there_and_back(name, output_type, tmp_path):
     torch.testing.assert_close(found * keep, want * keep, rtol=2e-4, atol=2e-5)
 
 
-def test_xlm_roberta_is_roberta_by_another_name(tmp_path):
+def test_xlm_roberta_is_roberta(tmp_path):
     ours = create("roberta-test")
     config = transformers.XLMRobertaConfig(
         **{
@@ -402,7 +404,7 @@ def test_xlm_roberta_is_roberta_by_another_name(tmp_path):
     assert load.load(tmp_path).config == ours.config
 
 
-def test_attention_of_another_kind_is_refused(tmp_path):
+def test_other_attention_terms_are_rejected(tmp_path):
     for name, changes, words in (
         ("deberta-v2", {"share_att_key": False}, "share_att_key=False"),
         ("deberta", {"pos_att_type": ["c2p"]}, "must contain c2p and p2c"),
@@ -462,7 +464,7 @@ class Fairseq(nn.Module):
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["published", "new"])
-def test_files_of_fairseq(old, tmp_path):
+def test_fairseq_files(old, tmp_path):
     torch.manual_seed(0)
     model = create("roberta-test").eval()
     peer = Fairseq(model.config, old).eval()
@@ -513,7 +515,7 @@ def test_positions_of_roberta_begin_after_the_padding():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_scores_by_distance_are_found_by_place(steps):
+def test_relative_shift_equals_indexing(steps):
     x = torch.randn(2, 3, steps, 2 * steps - 1)
     found = relative_shift(x)
     for i in range(steps):
@@ -522,7 +524,7 @@ def test_scores_by_distance_are_found_by_place(steps):
 
 
 @pytest.mark.parametrize(("buckets", "far", "length"), [(256, 512, 2048), (4, 8, 12), (32, 100, 300)])
-def test_buckets_are_those_of_transformers(buckets, far, length):
+def test_buckets_equal_transformers(buckets, far, length):
     from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
     distance = torch.arange(length)
@@ -535,7 +537,7 @@ def test_buckets_are_those_of_transformers(buckets, far, length):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 12, 40])
-def test_distances_of_short_and_long_rows(name, steps):
+def test_relative_distances_of_short_and_long_rows(name, steps):
     """Up to rows where most distances are beyond what is told apart."""
     model = tiny(name, length=40)
     peer, _ = copied(model)
@@ -545,7 +547,7 @@ def test_distances_of_short_and_long_rows(name, steps):
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 12, 40])
-def test_windows_of_modernbert(steps):
+def test_modernbert_windows(steps):
     model = tiny("modernbert", length=40, window=6)
     peer, _ = copied(model)
     tokens = torch.randint(30, (2, steps))
@@ -556,7 +558,7 @@ def test_windows_of_modernbert(steps):
 
 
 @torch.no_grad()
-def test_only_some_layers_of_modernbert_see_far():
+def test_modernbert_local_layers_have_limited_reach():
     model = tiny("modernbert", depth=1, window=4)
     tokens = torch.randint(30, (1, 12))
     changed = tokens.clone()
@@ -571,7 +573,7 @@ def test_only_some_layers_of_modernbert_see_far():
 
 
 @torch.no_grad()
-def test_vectors_are_means_of_length_1():
+def test_embeddings_are_normalized_means():
     for name in NAMES:
         model = tiny(name, torch.float32, output_type="vector")
         tokens, mask = batch(name, 4)
@@ -585,7 +587,7 @@ def test_vectors_are_means_of_length_1():
             assert model(tokens, mask).dtype == torch.float32
 
 
-def test_every_encoder_is_here():
+def test_every_encoder_is_tested():
     assert {name for name in CASES if cards()[name].has_class_token} == set(NAMES)
     for name in NAMES:
         for output_type in OUTPUT_TYPES:

@@ -30,7 +30,7 @@ def part(name: str):
     return importlib.import_module(f"{diffusers.__name__}.models.{name}")
 
 
-def test_counts_and_names_are_those_of_the_authors_xl2():
+def test_parameter_names_and_counts_equal_the_authors_xl2():
     with torch.device("meta"):
         model = create("latte-xl2")
     fixed = {"pos_embed": (1, 256, 1152), "temp_embed": (1, 16, 1152)}  # there, parameters without a gradient
@@ -43,7 +43,7 @@ def test_counts_and_names_are_those_of_the_authors_xl2():
     assert shapes["t_embedder.mlp.0.weight"] == (1152, 256) and len(shapes) == 28 * 10 + 2 + 4 + 1 + 2 + 2
 
 
-def test_places_and_moments_equal_those_of_diffusers():
+def test_position_and_time_embeddings_equal_diffusers():
     embeddings = part("embeddings")
     theirs = embeddings.get_2d_sincos_pos_embed(16, 5, base_size=5, output_type="pt")
     torch.testing.assert_close(position_embedding(5, 16), theirs.float().view(25, 16), rtol=1e-5, atol=1e-6)
@@ -52,7 +52,7 @@ def test_places_and_moments_equal_those_of_diffusers():
 
 
 @torch.no_grad()
-def test_a_block_over_space_equals_that_of_diffusers():
+def test_spatial_block_equals_diffusers():
     """DiT's block there has the time and label inside: they are handed over, and the same six vectors come out."""
     model = tiny("latte")
     ours, dim = model.blocks[0], 16
@@ -103,7 +103,7 @@ def test_a_block_over_space_equals_that_of_diffusers():
 
 
 @torch.no_grad()
-def test_blocks_look_along_their_own_axis_only():
+def test_blocks_attend_along_their_own_axis_only():
     model = tiny("latte")
     torch.manual_seed(0)
     x, what = torch.randn(1, 3, 4, 16, dtype=torch.float64), torch.randn(1, 16, dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_blocks_look_along_their_own_axis_only():
 
 
 @torch.no_grad()
-def test_fewer_frames_and_the_second_answer():
+def test_fewer_frames_and_variance_output():
     model = tiny("latte")
     video, time, label = batch("latte", 2)
     peer = Equations(model, references.latte(model.config)).double()
@@ -132,7 +132,7 @@ def test_fewer_frames_and_the_second_answer():
 
 
 @torch.no_grad()
-def test_files_of_the_authors(tmp_path):
+def test_author_files(tmp_path):
     ours = tiny("latte", torch.float32)
     state = translate(ours.state_dict(), OFFICIAL, reverse=True)
     fixed = {"pos_embed": torch.zeros(1, 16, 16), "temp_embed": torch.zeros(1, 3, 16)}
@@ -144,7 +144,7 @@ def test_files_of_the_authors(tmp_path):
 
 
 @torch.no_grad()
-def test_no_label_is_label_zero_and_the_untrained_network_answers_zero():
+def test_missing_label_and_zero_output_before_training():
     model, (video, time, label) = tiny("latte"), batch("latte", 3)
     torch.testing.assert_close(model(video, time), model(video, time, torch.zeros_like(label)))
     answers = [model(video[:1], time[:1], torch.tensor([number])) for number in range(4)]
@@ -158,7 +158,7 @@ def test_no_label_is_label_zero_and_the_untrained_network_answers_zero():
     assert plain(video.float(), time.float()).shape == video.shape
 
 
-def test_refuses_what_does_not_fit():
+def test_invalid_inputs_are_rejected():
     model = tiny("latte", torch.float32)
     with pytest.raises(DataError, match="at most frames=3"):
         model(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1))
@@ -194,7 +194,7 @@ def centres(video: Tensor) -> Tensor:  # B F 1 S S -> B F 2: row and column of t
 
 
 @pytest.mark.slow  # test_task_video.py films in `make test`
-def test_learns_to_move_the_way_that_is_asked_for():
+def test_learns_the_requested_motion():
     video, label = moving(512)
     torch.manual_seed(0)
     model = create("latte-test", frames=4, channels=1, image=8, patch=4, num_classes=2, dim=64, depth=4, heads=4)

@@ -84,7 +84,7 @@ def live(path, state):
 
 @torch.no_grad()
 @pytest.mark.parametrize("named", [lambda path, state: state, hub, live], ids=["written here", "hub", "memory"])
-def test_folders_of_transformers(folder, tmp_path, named):
+def test_transformers_folders(folder, tmp_path, named):
     state = load_file(folder / "model.safetensors")
     save_file(named(folder, state), tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -100,7 +100,7 @@ def test_folders_of_transformers(folder, tmp_path, named):
 
 
 @torch.no_grad()
-def test_what_we_write_transformers_reads(tmp_path):
+def test_transformers_reads_written_folders(tmp_path):
     ours = tiny("llava", torch.float32, channels=3)
     save(ours, tmp_path, "hf")
     peer = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -117,7 +117,7 @@ def test_what_we_write_transformers_reads(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("layer", "above"), [(-1, 0), (-2, 1), (-3, 2), (2, 1), (1, 2)])
-def test_every_state_of_the_tower_may_be_read(tmp_path, layer, above):
+def test_any_hidden_state_of_the_image_encoder_can_be_used(tmp_path, layer, above):
     peer = theirs(vision_feature_layer=layer)
     peer.save_pretrained(tmp_path)
     ours = fieldguide.load(tmp_path)
@@ -218,7 +218,7 @@ def test_published_configurations(tmp_path, size, said, changes):
         ({"text_config": {"model_type": "mistral"}}, "mistral"),
     ],
 )
-def test_other_networks_of_that_name_are_refused(tmp_path, changes, words):
+def test_other_llava_variants_are_rejected(tmp_path, changes, words):
     from fieldguide.checkpoints.config_mapping import identify_config, to_config_fields
 
     said = {**PUBLISHED, **changes}
@@ -236,7 +236,7 @@ def test_names_and_shapes_of_the_published_size():
 
 
 @torch.no_grad()
-def test_files_of_the_authors(folder):
+def test_author_files(folder):
     """The language model and the two layers lie in one file, the tower in that of CLIP."""
     ours, both = fieldguide.load(folder), {}
     for key, x in load_file(folder / "model.safetensors").items():
@@ -258,7 +258,7 @@ def test_files_of_the_authors(folder):
         weights.load(other, {k: x for k, x in both.items() if "vision_tower" not in k})
 
 
-def test_answers_equal_those_of_transformers(folder):
+def test_generated_text_equals_transformers(folder):
     """With a cache, two prompts of unequal length together, the likeliest token each time."""
     ours, peer = fieldguide.load(folder), transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
     image, rows = asked()
@@ -282,7 +282,7 @@ def test_answers_equal_those_of_transformers(folder):
 
 
 @torch.no_grad()
-def test_a_cache_gives_what_the_whole_row_gives():
+def test_cache_equals_the_whole_row():
     ours = tiny("llava")
     image, tokens, _ = (x.double() if x.is_floating_point() else x for x in shown(ours.config, 3))
     tokens, seeing = tokens[:, :7], ours.with_images(image)
@@ -292,7 +292,7 @@ def test_a_cache_gives_what_the_whole_row_gives():
         torch.testing.assert_close(seeing.last(new, None, cache), ours(image, tokens[:, :last])[:, -1], rtol=1e-9, atol=1e-11)
 
 
-def test_rows_that_cannot_be():
+def test_invalid_rows_are_rejected():
     ours = tiny("llava")
     image, tokens, mask = (x.double() if x.is_floating_point() else x for x in shown(ours.config, 2))
     with pytest.raises(DataError, match=r"token 31 3 times.*2 images has 4 patches"):
@@ -314,7 +314,7 @@ def test_rows_that_cannot_be():
     assert ours.expand_image_tokens([1, 31, 2]) == [1, 31, 31, 31, 31, 2]
 
 
-def test_learns_to_say_what_is_seen():
+def test_learns_to_describe_images():
     """The tower stays as it was, as in the paper; which quarter of a picture is bright, in a word, then the end."""
     torch.manual_seed(0)
     model = create("llava-test", channels=1, seen_dim=32, dim=32, hidden=64)
@@ -334,7 +334,7 @@ def test_learns_to_say_what_is_seen():
     assert (said == tokens[640:, 6:]).all(1).float().mean() > 0.95
 
 
-def test_its_configuration_says_what_it_reads(tmp_path):
+def test_configuration_has_image_token_and_size(tmp_path):
     save(create("llava-test", channels=3), tmp_path, "hf")
     said = json.loads((tmp_path / "config.json").read_text())
     assert said["image_seq_length"] == PATCHES and said["vision_feature_layer"] == -2 and said["image_token_index"] == 31

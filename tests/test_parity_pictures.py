@@ -114,7 +114,7 @@ def write(theirs: nn.Module, kind: str, folder):
 
 
 @EACH
-def test_reads_their_files_and_they_read_ours(name, origin, build, kind, tmp_path):
+def test_files_round_trip(name, origin, build, kind, tmp_path):
     torch.manual_seed(0)
     mine, x = ours(name), torch.randn(2, 3, 64, 64)
     theirs = shaken(build(mine))
@@ -137,7 +137,7 @@ def test_reads_their_files_and_they_read_ours(name, origin, build, kind, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["convnext", "convnextv2"])
-def test_authors_names_as_timm_reads_them(name, tmp_path):
+def test_author_names_equal_timms_conversion(name, tmp_path):
     """timm has a function that turns the authors' files into its own."""
     torch.manual_seed(0)
     mine, x = shaken(ours(name)), torch.randn(2, 3, 64, 64)
@@ -160,7 +160,7 @@ def test_authors_names_as_timm_reads_them(name, tmp_path):
         if name in ("efficientnet", "tf-efficientnetv2", "mobilenetv3-small", "convnext")
     ],
 )
-def test_trains_as_they_do(name, build):
+def test_training_equals_the_reference(name, build):
     """Gradients and batch statistics, beside those of tests/test_models.py, where the library's own class has them."""
     torch.manual_seed(0)
     mine = ours(
@@ -220,7 +220,7 @@ QUICK = (
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in THEIR_NAMES])
-def test_published_sizes_have_their_shapes_and_numbers(name):
+def test_published_sizes_equal_the_reference_networks(name):
     """Every name, shape, epsilon, stride and chance of the library's own network of that name."""
     library, theirs = THEIR_NAMES[name]
     with torch.device("meta"):
@@ -257,7 +257,7 @@ def test_every_published_size_is_compared():
 
 @pytest.mark.parametrize("name", list(SHAPES))
 @pytest.mark.parametrize("side", [32, 64, 96], ids=["adapted to 32", "adapted to 64", "as published"])
-def test_levels_are_what_they_say(name, side):
+def test_levels_match_features(name, side):
     size, values = SHAPES[name]
     card = next(card for card in cards().values() if size in card.sizes)
     adapted = card.adapt({"image": side})
@@ -276,14 +276,14 @@ def test_levels_are_what_they_say(name, side):
 
 
 @pytest.mark.parametrize("name, least", [("alexnet", 63), ("vgg", 32), ("convnext", 32)])
-def test_pictures_of_which_nothing_is_left_are_refused(name, least):
+def test_images_that_are_too_small_are_rejected(name, least):
     model = ours(name)
     assert logits(model, torch.randn(1, 3, least, least + 9)).isfinite().all()
     with pytest.raises(DataError, match=rf"{least - 1} x {least}.*at least {least} pixels"):
         model(torch.randn(1, 3, least - 1, least))
 
 
-def test_alexnet_of_2012_says_what_it_needs():
+def test_alexnet_2012_names_its_image_size():
     with pytest.raises(SettingsError, match=r"image=60.*at least 63"):
         create("alexnet-2012", image=60, hidden=4)
     with pytest.raises(SettingsError, match=r"image=14.*at least 15"):
@@ -298,7 +298,7 @@ def test_alexnet_of_2012_says_what_it_needs():
 # ---------------------------------------------------------------------------------------------- what the catalogue warns of
 
 
-def test_responses_are_normalised_by_the_sum_not_the_mean():
+def test_response_norm_uses_the_sum():
     """torch divides its alpha by the number of maps; the paper does not. Also with fewer maps than neighbours."""
     for maps in (3, 8):
         x = torch.randn(2, maps, 3, 3, dtype=torch.float64) * 30
@@ -307,7 +307,7 @@ def test_responses_are_normalised_by_the_sum_not_the_mean():
 
 
 @pytest.mark.parametrize("kernel, stride", [(3, 2), (5, 2), (2, 2), (3, 3), (7, 4)])
-def test_same_padding_is_timms(kernel, stride):
+def test_same_padding_equals_timm(kernel, stride):
     """At every rest of the side; torch's own padding answers otherwise on even sides."""
     torch.manual_seed(0)
     mine = SameConv2d(4, 4, kernel, stride, groups=2)
@@ -318,7 +318,7 @@ def test_same_padding_is_timms(kernel, stride):
         assert torch.equal(mine(x), theirs(x)) and mine(x).shape[2] == math.ceil(side / stride)
 
 
-def test_padding_and_epsilon_make_a_difference():
+def test_padding_and_epsilon_matter():
     """So weights of the one kind are not silently right in the other."""
     torch.manual_seed(0)
     mine, x = shaken(ours("efficientnet")), torch.randn(2, 3, 64, 64)
@@ -341,7 +341,7 @@ def create_on_meta(name: str) -> tuple[str, float]:
     return model.config.padding, model.stem.norm.eps
 
 
-def test_huggingface_pads_for_even_sides_only():
+def test_huggingface_padding_assumes_even_sides():
     """transformers always puts its zeros behind; TensorFlow, as we do, puts one on both sides of an odd picture."""
     torch.manual_seed(0)
     mine = ours("tf-efficientnet")
@@ -354,7 +354,7 @@ def test_huggingface_pads_for_even_sides_only():
     assert not torch.allclose(logits(mine, x), logits(theirs, x), rtol=1e-2)
 
 
-def test_dense_layers_of_timms_vgg_read_maps_in_order():
+def test_timm_vgg_dense_layers_are_reshaped_correctly():
     """Its first dense layer is a 7x7 convolution: on more than one pixel a wrong order of reshaping shows."""
     torch.manual_seed(0)
     mine = shaken(ours("vgg", side=2))
@@ -364,7 +364,7 @@ def test_dense_layers_of_timms_vgg_read_maps_in_order():
     torch.testing.assert_close(logits(mine, x), logits(theirs, x), rtol=1e-4, atol=1e-5)
 
 
-def test_layers_as_the_guide_counts_them():
+def test_efficientnet_layer_counts_of_the_guide():
     """82 layers of B0 are its convolutions and its head, those of the gates included; they hold for B0 only."""
 
     def layers(name: str, kinds: tuple = (nn.Conv2d, nn.Linear)) -> int:
@@ -378,7 +378,7 @@ def test_layers_as_the_guide_counts_them():
 # ---------------------------------------------------------------------------------------------- chance
 
 
-def test_drop_path_leaves_out_rows_and_keeps_the_mean():
+def test_drop_path_drops_rows_and_keeps_the_mean():
     torch.manual_seed(0)
     drop, x = DropPath(0.3), torch.ones(4000, 2, 3)
     assert drop.eval()(x) is x and DropPath(0.0).train()(x) is x
@@ -400,7 +400,7 @@ CHANCE = [
 
 
 @pytest.mark.parametrize("name, build", CHANCE, ids=[name for name, _ in CHANCE])
-def test_chance_is_theirs_in_training_and_off_in_evaluation(name, build):
+def test_dropout_equals_the_reference_in_training(name, build):
     """The same seed draws the same dropout and stochastic depth, at the same places, in their order."""
     torch.manual_seed(0)
     mine, x = ours(name), torch.randn(6, 3, 64, 64)
@@ -415,7 +415,7 @@ def test_chance_is_theirs_in_training_and_off_in_evaluation(name, build):
     assert not torch.allclose(answers[0], answers[2], rtol=1e-2)
 
 
-def test_alexnet_of_2012_drops_out_after_its_hidden_layers():
+def test_alexnet_2012_dropout_after_hidden_layers():
     torch.manual_seed(0)
     model, x = shaken(create("alexnet-2012-test", dropout=0.5)), torch.randn(64, 3, 20, 20)
     seen = {}
@@ -431,7 +431,7 @@ def test_alexnet_of_2012_drops_out_after_its_hidden_layers():
     torch.testing.assert_close(seen["first"][kept], 2 * quiet["first"][kept])
 
 
-def test_stochastic_depth_rises_as_in_each_paper():
+def test_stochastic_depth_rates_equal_the_papers():
     """EfficientNet counts from 0 to just below its chance, ConvNeXt up to and with it; timm does both."""
     for name, build in (
         ("efficientnet", pictures.timm_efficientnet),
@@ -445,7 +445,7 @@ def test_stochastic_depth_rises_as_in_each_paper():
         assert chances == pytest.approx(theirs) and chances[-1] > 0.4 and chances[0] == 0
 
 
-def test_branches_of_blocks_start_small():
+def test_residual_branches_start_small():
     """ConvNeXt starts near the identity; the response normalisation of its second version starts as it."""
     block = ours("convnext").stages[1][0]
     x = torch.randn(1, 12, 8, 8)
@@ -454,7 +454,7 @@ def test_branches_of_blocks_start_small():
     assert torch.equal(ours("convnextv2").stages[1][0].response(y), y)
 
 
-def test_maps_that_are_long_gain_and_short_ones_lose():
+def test_global_response_norm_equals_the_equation():
     """GRN as section 3 writes it, in double precision, by places and maps."""
     torch.manual_seed(0)
     layer = ours("convnextv2").stages[0][0].response.double()
@@ -467,5 +467,5 @@ def test_maps_that_are_long_gain_and_short_ones_lose():
     torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
 
 
-def test_transformers_last_epsilon_is_another_than_the_authors():
+def test_final_epsilon_of_transformers_differs():
     assert transformers.ConvNextConfig().layer_norm_eps == 1e-12 and ours("convnext").norm.eps == 1e-6

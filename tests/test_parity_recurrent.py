@@ -39,7 +39,7 @@ def test_equals_its_equations(name, depth, directions):
 
 
 @pytest.mark.parametrize("name", list(STEPS))
-def test_initialisation(name):
+def test_initialization(name):
     torch.manual_seed(0)
     model = create(f"{name}-test", hidden=16, dim=8)
     rnn = model.rnn.layers[0][0]
@@ -53,14 +53,14 @@ def test_initialisation(name):
     assert cards()[name].settle(f"{name}-s").depth == 1
 
 
-def test_wrong_settings_are_refused():
+def test_invalid_settings_are_rejected():
     with pytest.raises(SettingsError, match="directions=3"):
         create("lstm-test", directions=3)
     with pytest.raises(SettingsError, match="depth"):
         create("lstm-test", depth=0)
 
 
-def test_padding_blocks():
+def test_padding_is_ignored():
     mask = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
     assert lengths(mask).tolist() == [2, 1, 3]
     assert ensure_nonempty(mask).tolist() == [[True, True, False], [True, False, False], [True, True, True]]

@@ -97,7 +97,7 @@ def write(theirs: nn.Module, library: str, kind: str, folder) -> object:
         ("huggingface", "folder", "bottleneck"),
     ],
 )
-def test_reads_their_files_to_the_bit(library, kind, block, tmp_path):
+def test_files_are_read_bit_exact(library, kind, block, tmp_path):
     """Same operations on the same layout, so the outputs are equal, not close."""
     theirs, ours = pair(library, block)
     x = torch.randn(2, 3, 48, 48)
@@ -116,14 +116,16 @@ def test_gradients_equal(library):
     for model in (ours, theirs):
         output = model(x)
         (getattr(output, "logits", output) * weighting).sum().backward()
-    grads = weights.translate({name: p.grad for name, p in theirs.named_parameters()}, weights.get_tables(ours)[origin(library)])
+    grads = weights.translate(
+        {name: p.grad for name, p in theirs.named_parameters()}, weights.get_tables(ours)[origin(library)]
+    )
     for name, parameter in ours.named_parameters():
         scale = grads[name].abs().max().clamp(min=1)
         torch.testing.assert_close(parameter.grad / scale, grads[name] / scale, rtol=1e-9, atol=1e-11)
 
 
 @EACH
-def test_they_read_ours(library, tmp_path):
+def test_written_files_are_read_by_the_reference(library, tmp_path):
     theirs, ours = pair(library, "basic")
     weights.save(ours, tmp_path / "model.safetensors", format=origin(library))
     theirs.load_state_dict(weights.read(tmp_path / "model.safetensors"), strict=True)
@@ -144,7 +146,7 @@ def test_channels_last_is_close():
     torch.testing.assert_close(logits(ours, x), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_small_stem_equals_torchvision_without_its_own():
+def test_small_stem_equals_torchvision_without_stem():
     torch.manual_seed(0)
     theirs, settings = torchvision_resnet("basic")
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -173,7 +175,7 @@ def test_blocks_start_as_the_identity():
 
 
 @pytest.mark.parametrize("name, parameters", [("resnet18", 11_689_512), ("resnet152", 60_192_808)])
-def test_counts_are_torchvisions(name, parameters):
+def test_parameter_counts_equal_torchvision(name, parameters):
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)()
         ours = create(name)

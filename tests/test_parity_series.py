@@ -30,7 +30,7 @@ def patchtst_of_the_authors(dim: int, hidden: int, patch: int, patches: int, dep
 
 
 @torch.no_grad()
-def test_patchtst_files_of_the_authors(tmp_path):
+def test_patchtst_author_files(tmp_path):
     model = create("patchtst-test", values=1).eval()
     c = model.config
     state = patchtst_of_the_authors(c.dim, c.hidden, c.patch, len(model.pos), c.depth, c.horizon)
@@ -49,7 +49,7 @@ def test_patchtst_has_the_authors_number_of_parameters():
     assert count == 81_731 == sum(p.numel() for p in create("patchtst-etth1").parameters()) + 3
 
 
-def test_dlinear_files_of_the_authors():
+def test_dlinear_author_files():
     model, c = create("dlinear-test", values=1), create("dlinear-test").config
     state = {
         f"{name}.{key}": x for name in ("Linear_Seasonal", "Linear_Trend") for key, x in linear(c.length, c.horizon).items()
@@ -71,12 +71,12 @@ def test_patchtst_follows_the_level_and_scale_of_its_past():
 
 
 @pytest.mark.parametrize("name", ["patchtst", "dlinear"])
-def test_refuses_a_past_of_another_length(name):
+def test_past_of_another_length_is_rejected(name):
     with pytest.raises(DataError, match="11 steps"):
         tiny(name)(torch.zeros(2, 11, 3, dtype=torch.float64))
 
 
-def test_refuses_settings_that_cannot_work():
+def test_invalid_settings_are_rejected():
     with pytest.raises(SettingsError, match="odd"):
         create("dlinear-test", window=4)
     with pytest.raises(SettingsError, match="divisible by heads=3"):

@@ -78,7 +78,7 @@ def microsoft(theirs: nn.Module) -> dict[str, torch.Tensor]:
     )
 
 
-def test_reads_timms_files_and_writes_them(tmp_path):
+def test_timm_files_round_trip(tmp_path):
     theirs, mine, x = random(timm_swin()), random(ours(), 1), torch.randn(2, 3, 32, 32)
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     assert weights.load(mine, tmp_path / "timm.pth") == []
@@ -89,7 +89,7 @@ def test_reads_timms_files_and_writes_them(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
-def test_reads_the_authors_files_and_writes_them(tmp_path):
+def test_author_files_round_trip(tmp_path):
     """Which differ from timm's in two names only: taken for one another, stages would get each other's merging."""
     theirs, mine, x = random(timm_swin()), random(ours(), 1), torch.randn(2, 3, 32, 32)
     torch.save({"model": microsoft(theirs)}, tmp_path / "swin.pth")
@@ -102,7 +102,7 @@ def test_reads_the_authors_files_and_writes_them(tmp_path):
         weights.load(mine, microsoft(theirs), origin="timm")
 
 
-def test_reads_the_files_of_transformers_and_writes_them(tmp_path):
+def test_transformers_files_round_trip(tmp_path):
     theirs, mine, x = random(huggingface_swin()), random(ours(), 1), torch.randn(2, 3, 32, 32)
     theirs.save_pretrained(tmp_path / "theirs")
     assert weights.load(mine, tmp_path / "theirs") == []
@@ -115,7 +115,7 @@ def test_reads_the_files_of_transformers_and_writes_them(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(33, 33), (48, 40), (35, 62), (64, 64)], ids=str)
-def test_any_size_of_picture_equals_transformers(size):
+def test_any_image_size_equals_transformers(size):
     """Patches, windows and merging are all filled up; windows shift over what was filled up."""
     theirs, mine, x = random(huggingface_swin()), ours(), torch.randn(2, 3, *size)
     weights.load(mine, on_disk(theirs))
@@ -123,7 +123,7 @@ def test_any_size_of_picture_equals_transformers(size):
 
 
 @pytest.mark.parametrize("size", [(32, 64), (64, 32), (32, 32), (16, 64)], ids=str)
-def test_windows_shift_only_along_sides_that_they_do_not_hold(size):
+def test_windows_shift_only_along_larger_sides(size):
     """timm, made for each size, decides side by side. Its smaller windows have smaller tables: the middle of ours."""
     theirs, mine, x = random(timm_swin(size, window=8)), random(ours(window=8), 1), torch.randn(2, 3, *size)
     state = theirs.state_dict()
@@ -138,7 +138,7 @@ def test_windows_shift_only_along_sides_that_they_do_not_hold(size):
     torch.testing.assert_close(logits(mine, x), logits(theirs, x), **CLOSE)
 
 
-def test_levels_are_those_of_timm():
+def test_levels_equal_timm():
     theirs, mine, x = random(timm_swin()), ours(), torch.randn(2, 3, 32, 32).double()
     weights.load(mine, theirs.state_dict())
     mine, theirs = mine.double(), theirs.double()
@@ -171,21 +171,21 @@ def test_published_sizes_have_timms_names_and_shapes(size, theirs):
     assert {k: x.shape for k, x in renamed.items()} == {k: x.shape for k, x in peer.state_dict().items()}
 
 
-def test_pictures_of_224_need_no_filling():
+def test_images_of_224_need_no_padding():
     """So the published size is equal to any peer's there: 56, 28, 14 and 7 places a side, the last of which never shifts."""
     sizes = [Windows((side, side), 7, torch.device("cpu")) for side in (56, 28, 14, 7)]
     assert [w.full for w in sizes] == [w.size for w in sizes] and [w.shift for w in sizes] == [(3, 3)] * 3 + [(0, 0)]
     assert [w.mask is None for w in sizes] == [False, False, False, True]
 
 
-def test_cutting_and_joining_are_each_others_inverse():
+def test_partition_and_unpartition_are_inverse():
     windows, x = Windows((7, 10), 4, torch.device("cpu")), torch.arange(2 * 8 * 12 * 3).view(2, 8, 12, 3)
     cut = windows.partition(x)
     assert cut.shape == (2 * 6, 16, 3) and torch.equal(cut[1].view(4, 4, 3), x[0, :4, 4:8])
     assert torch.equal(windows.unpartition(cut), x)
 
 
-def test_tables_for_other_windows_are_spread_when_they_are_loaded():
+def test_bias_tables_are_interpolated_for_other_windows():
     theirs, mine = random(ours(window=4)), ours(window=7)
     assert weights.load(mine, theirs.state_dict()) == []
     table = theirs.stages[1].blocks[0].attn.bias.weight.view(7, 7, 2).permute(2, 0, 1)[None]
@@ -196,7 +196,7 @@ def test_tables_for_other_windows_are_spread_when_they_are_loaded():
             weights.load(mine, {**mine.state_dict(), "stages.0.blocks.0.attn.bias.weight": torch.zeros(rows, 1)})
 
 
-def test_chance_in_training_alone():
+def test_stochastic_layers_only_in_training():
     x = torch.randn(8, 2, 16, 16)
     for change in ({"dropout": 0.5}, {"drop_path": 0.5}):
         model = random(create("swin-test", **change))
@@ -207,7 +207,7 @@ def test_chance_in_training_alone():
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 
-def test_small_pictures_get_small_patches_and_windows():
+def test_small_images_get_small_patches_and_windows():
     adapt = cards()["swin"].adapt
     assert {side: tuple(adapt({"image": side}).values()) for side in (8, 16, 28, 32, 64, 96, 128, 224)} == {
         8: (1, 4),
@@ -221,7 +221,7 @@ def test_small_pictures_get_small_patches_and_windows():
     }
 
 
-def test_refuses_what_cannot_be():
+def test_invalid_settings_are_rejected():
     with pytest.raises(SettingsError, match="must have the same length"):
         ours(heads=(1, 2))
     with pytest.raises(SettingsError, match="heads=3"):

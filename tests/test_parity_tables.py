@@ -70,7 +70,7 @@ def test_piecewise_linear_starts_linear():
     torch.testing.assert_close(low + high, 2 * middle)
 
 
-def test_bad_edges_are_refused():
+def test_invalid_edges_are_rejected():
     block = PiecewiseLinear(2, 2, 3)
     with pytest.raises(SettingsError, match="column 1 must increase"):
         block.set_edges(torch.tensor([[0.0, 1, 2], [0, 0, 1]]))
@@ -80,7 +80,7 @@ def test_bad_edges_are_refused():
         PiecewiseLinear(2, 0, 3)
 
 
-def test_categories():
+def test_category_encodings():
     one_hot = OneHot((3, 2))
     x = torch.tensor([[0, 0], [1, 0], [2, 1]])
     assert one_hot.width == 3
@@ -93,7 +93,7 @@ def test_categories():
 
 @pytest.mark.parametrize("name", ["mlp-test", "tabm-test"])
 @pytest.mark.parametrize("numbers, categories", [(0, (3, 4)), (3, ()), (2, (1, 3)), (1, (100, 3, 70))])
-def test_tables_of_every_make_up(name, numbers, categories):
+def test_tables_with_any_column_types(name, numbers, categories):
     """No numbers, no categories, a column that was only ever missing, columns with many values."""
     torch.manual_seed(0)
     model = create(name, numbers=numbers, categories=categories)
@@ -104,12 +104,12 @@ def test_tables_of_every_make_up(name, numbers, categories):
 
 
 @pytest.mark.parametrize("name", ["mlp-test", "tabm-test"])
-def test_empty_tables_are_refused(name):
+def test_empty_tables_are_rejected(name):
     with pytest.raises(SettingsError, match="no columns"):
         create(name, numbers=0, categories=())
 
 
-def test_unseen_category_is_no_category():
+def test_unseen_category_equals_no_category():
     """TabM: a row whose category is unseen equals one whose one-hot part is cut from the first layer."""
     torch.manual_seed(0)
     model = create("tabm-test", numbers=2, categories=(4,)).eval()
@@ -121,7 +121,7 @@ def test_unseen_category_is_no_category():
     assert not torch.allclose(model(numbers, unseen + 1), before)
 
 
-def test_members_differ_and_many_valued_columns_are_one_chunk():
+def test_tabm_initialization_of_members():
     torch.manual_seed(0)
     model = create("tabm-test", numbers=2, categories=(4, 200), embedding=5)
     first = model.layers[0].r

@@ -34,7 +34,7 @@ def test_unet_of_three_levels_equals_its_equations(padding, size):
     torch.testing.assert_close(model(x), peer(x), rtol=1e-9, atol=1e-11)
 
 
-def test_unet_refuses_what_is_too_small():
+def test_unet_rejects_images_that_are_too_small():
     with torch.device("meta"):
         for padding, smallest in (("valid", 188), ("same", 16)):
             model = create("unet-2015", padding=padding)
@@ -62,7 +62,7 @@ def test_unet_resnet_equals_segmentation_models_pytorch(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_unet_resnet_has_as_many_parameters(name):
+def test_unet_resnet_parameter_counts(name):
     with torch.device("meta"):
         theirs, ours = smp.Unet(name, encoder_weights=None), create(f"unet-{name}")
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())

@@ -39,7 +39,7 @@ def test_names_and_shapes_of_the_published_size():
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(12, 12), (8, 8), (16, 24), (20, 4)])
-def test_pictures_of_other_sizes_as_in_transformers(shape):
+def test_other_image_sizes_equal_transformers(shape):
     """Places are spread over the picture there is."""
     ours, peer = pair()
     _, tokens, mask = batch("vilt", 3)
@@ -49,7 +49,7 @@ def test_pictures_of_other_sizes_as_in_transformers(shape):
 
 
 @torch.no_grad()
-def test_where_it_looks_follows_the_attention_of_transformers():
+def test_attention_rollout_equals_transformers():
     ours, peer = pair()
     image, tokens, mask = batch("vilt", 4)
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def in_order(peer, image: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def test_files_of_transformers(tmp_path):
+def test_transformers_files(tmp_path):
     ours = tiny("vilt", torch.float32)
     state = translate(ours.state_dict(), HUGGINGFACE, reverse=True)
     other = create("vilt-test")
@@ -95,14 +95,14 @@ def test_files_of_transformers(tmp_path):
 
 
 @torch.no_grad()
-def test_picture_and_question_both_count():
+def test_output_depends_on_image_and_question():
     model, (image, tokens, mask) = tiny("vilt"), batch("vilt", 3)
     before = model(image, tokens, mask)
     for changed in ((image.flip(2), tokens), (image, (tokens + 1) % 30), (image, tokens.flip(0))):
         assert not torch.allclose(model(*changed, mask), before)
 
 
-def test_refuses_what_does_not_fit():
+def test_invalid_inputs_are_rejected():
     model = create("vilt-test")
     with pytest.raises(DataError, match="multiples of patch=4"):
         model(torch.zeros(1, 2, 12, 13), torch.zeros(1, 3, dtype=torch.int64))
@@ -112,7 +112,7 @@ def test_refuses_what_does_not_fit():
         create("vilt-test", image=13)
 
 
-def test_learns_to_answer_about_pictures_never_seen():
+def test_learns_to_answer_about_unseen_images():
     """Four squares, each in one of four colours; the question names a square, the answer is its colour."""
     colours = torch.tensor(list(itertools.product(range(4), repeat=4)))  # all 256 pictures
     colours = colours[torch.randperm(256, generator=torch.Generator().manual_seed(0))].repeat_interleave(4, 0)

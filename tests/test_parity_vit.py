@@ -107,7 +107,7 @@ def write(model: nn.Module, folder) -> object:
 
 
 @EACH
-def test_reads_their_files(kind, tmp_path):
+def test_reference_files_are_read(kind, tmp_path):
     theirs, mine = random(THEIRS[kind]()), random(ours(kind), 1)
     x = torch.randn(3, 3, SIDE, SIDE)
     assert weights.load(mine, write(theirs, tmp_path)) == []
@@ -117,7 +117,7 @@ def test_reads_their_files(kind, tmp_path):
 
 
 @EACH
-def test_they_read_ours(kind, tmp_path):
+def test_written_files_are_read_by_the_reference(kind, tmp_path):
     """By their own reader, and every tensor to the bit."""
     origin = kind.split()[1]
     theirs, mine = random(THEIRS[kind]()), ours(kind)
@@ -159,7 +159,7 @@ def test_published_sizes_have_their_names_and_shapes(size, origin, build):
     assert {k: x.shape for k, x in renamed.items()} == {k: x.shape for k, x in theirs.items()}
 
 
-def test_a_backbone_of_transformers_is_read_without_a_head(tmp_path):
+def test_transformers_backbone_without_a_head(tmp_path):
     """As google/vit-base-patch16-224-in21k is: other names, a pooler, no head."""
     theirs, mine = random(transformers.ViTModel(transformers.ViTConfig(**settings()))), random(ours("vit huggingface"), 1)
     head = mine.head.weight.clone()
@@ -173,7 +173,7 @@ def test_a_backbone_of_transformers_is_read_without_a_head(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["vit huggingface", "deit huggingface"])
-def test_eps_of_each_origin_comes_along(kind, tmp_path):
+def test_eps_is_read_from_each_origin(kind, tmp_path):
     """On patches that hardly differ from their mean, eps decides. A folder of transformers says it, or means its default; a
     lone file has that of timm and of the authors."""
     theirs, x = random(THEIRS[kind]()), 1e-6 * torch.randn(2, 3, SIDE, SIDE)
@@ -203,7 +203,7 @@ def on_disk(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["vit timm", "deit timm"])
 @pytest.mark.parametrize("size", [(20, 20), (8, 8), (8, 24), (18, 13)], ids=str)
-def test_other_sizes_of_picture_equal_timms(kind, size):
+def test_other_image_sizes_equal_timm(kind, size):
     """Places spread as timm spreads them; sides that patches do not fill are filled up as it does."""
     theirs = random(THEIRS[kind](dynamic_img_size=True, dynamic_img_pad=True))
     mine = ours(kind)
@@ -214,7 +214,7 @@ def test_other_sizes_of_picture_equal_timms(kind, size):
 
 @pytest.mark.parametrize("kind", ["vit timm", "deit timm"])
 @pytest.mark.parametrize("side", [20, 8])
-def test_weights_of_another_grid_are_spread_when_they_are_loaded(kind, side):
+def test_position_embeddings_are_interpolated_when_loaded(kind, side):
     theirs = random(THEIRS[kind](dynamic_img_size=True))
     mine, first = ours(kind, side), kind == "deit timm"
     assert weights.load(mine, theirs.state_dict()) == []
@@ -225,7 +225,7 @@ def test_weights_of_another_grid_are_spread_when_they_are_loaded(kind, side):
     torch.testing.assert_close(mine.pos.weight, resampled[0], **CLOSE)
 
 
-def test_weights_that_cannot_be_spread_are_refused():
+def test_incompatible_position_embeddings_are_rejected():
     mine = ours("vit timm")
     for rows, dim in ((1, 16), (12, 16), (10, 8)):  # no patch, no square, another width
         state = {**mine.state_dict(), "pos.weight": torch.zeros(rows, dim)}
@@ -235,7 +235,7 @@ def test_weights_that_cannot_be_spread_are_refused():
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])
-def test_features_are_the_blocks_that_timm_gives(name):
+def test_features_equal_timm(name):
     theirs = random(THEIRS[f"{name} timm"](side=12))
     mine = ours(f"{name} timm")
     weights.load(mine, theirs.state_dict())
@@ -253,7 +253,7 @@ def test_features_are_the_blocks_that_timm_gives(name):
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])
-def test_chance_in_training_alone(name):
+def test_stochastic_layers_only_in_training(name):
     """Dropout and stochastic depth: other answers each time in training, the same in evaluation."""
     x = torch.randn(8, 2, 12, 12)
     for change in ({"dropout": 0.5}, {"drop_path": 0.5}):
@@ -268,7 +268,7 @@ def test_chance_in_training_alone(name):
 
 
 @torch.no_grad()
-def test_the_two_heads_of_deit():
+def test_deit_heads():
     """Both answers in training, their mean after it; each head reads its own token."""
     theirs, mine = random(timm_deit()), ours("deit timm")
     theirs.set_distilled_training()
@@ -297,7 +297,7 @@ def test_the_two_heads_of_deit():
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])
-def test_small_pictures_get_small_patches(name):
+def test_small_images_get_small_patches(name):
     adapt = cards()[name].adapt
     assert [adapt({"image": side}).get("patch") for side in (8, 16, 28, 32, 64, 96, 127, 128, 224)] == [
         2,
@@ -313,7 +313,7 @@ def test_small_pictures_get_small_patches(name):
 
 
 @pytest.mark.parametrize("size, std", [("vit-b16", 0.02), ("deit-base", 0.02), ("deit-tiny", 0.04)])
-def test_initialisation_follows_the_paper(size, std):
+def test_initialization_follows_the_paper(size, std):
     """And is wider where the network is narrower, by the root."""
     torch.manual_seed(0)
     model = create(size, depth=1)
@@ -322,11 +322,11 @@ def test_initialisation_follows_the_paper(size, std):
     assert not model.blocks[0].mlp.up.bias.any() and model.cls.std().item() == pytest.approx(std, rel=0.2)
 
 
-def test_refuses_heads_that_do_not_divide():
+def test_indivisible_heads_are_rejected():
     with pytest.raises(SettingsError, match="heads=5"):
         create("vit-test", heads=5)
 
 
-def test_half_precision_keeps_its_type():
+def test_half_precision_keeps_its_dtype():
     model = tiny("vit", torch.bfloat16)
     assert model(torch.randn(2, 2, 20, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16

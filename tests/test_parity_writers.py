@@ -57,7 +57,7 @@ def asked(peer: nn.Module, source, mask, tokens, real):
 
 @torch.no_grad()
 @EVERY
-def test_folders_of_transformers_there_and_back(name, tmp_path):
+def test_transformers_folders_round_trip(name, tmp_path):
     theirs = random(network(create(f"{name}-test")))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fieldguide.load(tmp_path / "theirs")
@@ -73,7 +73,7 @@ def test_folders_of_transformers_there_and_back(name, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["bart", "mbart"])
-def test_files_of_the_stacks_alone(name, tmp_path):
+def test_files_of_the_bare_stacks(name, tmp_path):
     """As facebook/bart-large was published: no head, no bias, no prefix; tied tensors under all of their names."""
     theirs = random(network(create(f"{name}-test")))
     theirs.final_logits_bias.zero_()
@@ -85,7 +85,7 @@ def test_files_of_the_stacks_alone(name, tmp_path):
     torch.testing.assert_close(asked(fieldguide.load(tmp_path), *inputs), asked(theirs, *inputs), rtol=2e-4, atol=2e-5)
 
 
-def test_a_network_that_bends_otherwise_is_refused(tmp_path):
+def test_other_activations_are_rejected(tmp_path):
     theirs = network(create("bart-test"), activation_function="relu", scale_embedding=True)
     theirs.save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"(?s)activation_function='relu'.*scale_embedding=True"):
@@ -96,7 +96,7 @@ def test_a_network_that_bends_otherwise_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [NEW, {"gated": True}, {"scaled": False}], ids=["v1.1", "gated", "unscaled"])
-def test_versions_of_t5(changes):
+def test_t5_versions(changes):
     """Outputs and gradients; transformers ties the head of version 1.1, so there it is untied by hand."""
     model = tiny("t5", **changes)
     peer, rename = writer(model)
@@ -112,7 +112,7 @@ def test_versions_of_t5(changes):
 
 
 @torch.no_grad()
-def test_files_of_t5_of_version_1_1(tmp_path):
+def test_t5_version_1_1_files(tmp_path):
     """As published (a head of its own, tie_word_embeddings false), and as transformers 5 writes it: tied, yet unscaled."""
     ours = random(create("t5-test", **NEW))
     fieldguide.save(ours, tmp_path / "published", "hf")
@@ -132,7 +132,7 @@ def test_files_of_t5_of_version_1_1(tmp_path):
 
 
 @torch.no_grad()
-def test_old_files_of_t5_hold_more(tmp_path):
+def test_old_t5_files_with_additional_tensors(tmp_path):
     theirs = random(network(create("t5-test")))
     state = {key: x.clone() for key, x in theirs.state_dict().items()}  # the embedding under four names
     state["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(6, 2)
@@ -149,7 +149,7 @@ def test_old_files_of_t5_hold_more(tmp_path):
 
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize(("buckets", "far"), [(32, 128), (6, 5), (64, 1000)])
-def test_buckets_are_those_of_transformers(both, buckets, far):
+def test_buckets_equal_transformers(both, buckets, far):
     distance = torch.arange(-3000, 3000)
     bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
     assert torch.equal(relative_position_bucket(distance, both, buckets, far), bucket(distance, both, buckets, far))
@@ -157,7 +157,7 @@ def test_buckets_are_those_of_transformers(both, buckets, far):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("steps", "keys", "both"), [(1, 1, True), (7, 7, True), (5, 9, False), (1, 9, False), (40, 40, True)])
-def test_numbers_by_distance(steps, keys, both):
+def test_position_bias_by_distance(steps, keys, both):
     model = tiny("t5")
     c, table = model.config, model.encoder_bias
     found = model.bias(table, steps, keys, both)
@@ -169,7 +169,7 @@ def test_numbers_by_distance(steps, keys, both):
 
 
 @torch.no_grad()
-def test_rows_of_t5_may_have_any_length():
+def test_t5_rows_of_any_length():
     """Longer than `length`, where distances no longer differ; other networks refuse."""
     model = tiny("t5")
     peer, rename = writer(model)
@@ -184,7 +184,7 @@ def test_rows_of_t5_may_have_any_length():
             tiny(name)(tokens[:, :3], None, tokens[:, :13])
 
 
-def test_the_encoder_of_the_largest_has_the_published_count():
+def test_largest_encoder_has_the_published_count():
     with torch.device("meta"):
         model = create("t5-v1.1-xxl")
     assert sum(p.numel() for key, p in model.named_parameters() if key.startswith(("embed", "encoder"))) == 4_762_310_656
@@ -193,7 +193,7 @@ def test_the_encoder_of_the_largest_has_the_published_count():
 # ---------------------------------------------------------------------------------------------- places, experts, chance
 
 
-def test_places_are_those_of_transformers():
+def test_position_embeddings_equal_transformers():
     theirs = transformers.models.m2m_100.modeling_m2m_100.M2M100SinusoidalPositionalEmbedding(1024, 64, 1)
     assert torch.equal(SinusoidalPositions(1026, 64).weights[2:], theirs.weights[2:])
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_places_are_those_of_transformers():
 
 
 @torch.no_grad()
-def test_experts_of_a_token_by_hand():
+def test_experts_by_hand():
     """Two experts each, shares that sum to 1; a part of the answer where all tokens are heard; some left out in training."""
     layer = next(m for m in tiny("nllb-moe").modules() if isinstance(m, Experts))
     x = torch.randn(2, 50, 16, dtype=torch.float64)
@@ -226,7 +226,7 @@ def test_experts_of_a_token_by_hand():
 
 
 @torch.no_grad()
-def test_masked_experts_equal_transformers_when_asked():
+def test_masked_experts_equal_transformers():
     model = tiny("nllb-moe", masking=0.3)
     peer, rename = writer(model)
     peer.double().eval().load_state_dict(rename(model.state_dict()))
@@ -237,7 +237,7 @@ def test_masked_experts_equal_transformers_when_asked():
         create("nllb-moe-test", experts=1)
 
 
-def test_balance_is_least_where_all_experts_are_liked_alike():
+def test_balance_is_minimal_for_a_uniform_load():
     model = create("nllb-moe-test").train()
     source, _, tokens, _ = batch("nllb-moe")
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_balance_is_least_where_all_experts_are_liked_alike():
 @torch.no_grad()
 @EVERY
 @pytest.mark.parametrize("field", ["dropout", "attn_dropout", "mlp_dropout"])
-def test_dropout_is_chance_in_training_alone(name, field):
+def test_dropout_only_in_training(name, field):
     if name == "t5" and field != "dropout":
         return
     inputs, model = batch(name, dtype=torch.float32), tiny(name, torch.float32, **{field: 0.5})
@@ -273,7 +273,7 @@ def test_dropout_is_chance_in_training_alone(name, field):
 @torch.no_grad()
 @CACHED
 @pytest.mark.parametrize("pieces", [(9,), (5, 1, 1, 1, 1), (1,) * 9, (4, 3, 2)], ids=str)
-def test_with_cache_equals_the_whole_row(name, pieces):
+def test_cache_equals_the_whole_row(name, pieces):
     """The source is read once; padding on the left, in some rows, moves nothing."""
     model, (source, mask, tokens, _) = tiny(name), batch(name)
     cache = model.new_cache(len(tokens), 9)
@@ -291,7 +291,7 @@ def test_with_cache_equals_the_whole_row(name, pieces):
 
 @torch.no_grad()
 @CACHED
-def test_beams_share_their_source_and_change_places(name):
+def test_beams_share_their_source_and_are_reordered(name):
     model, (source, mask, _, _) = tiny(name), batch(name, 2)
     tokens = torch.randint(30, (6, 9), generator=torch.Generator().manual_seed(0))
     order = torch.tensor([2, 0, 0, 3, 5, 4])
@@ -308,7 +308,7 @@ def test_beams_share_their_source_and_change_places(name):
 
 @torch.no_grad()
 @CACHED
-def test_beam_search_finds_the_best_of_all(name):
+def test_full_width_beam_search_is_exhaustive(name):
     """As wide as all answers of two tokens, the second of them an end or not."""
     model, (source, mask, _, _) = tiny(name), batch(name, 2)
     beams = 30

@@ -32,7 +32,7 @@ def ultralytics():
 
 @pytest.mark.parametrize("size", ["yolov8n", "yolov8s", "yolov8m", "yolov8l", "yolov8x"])
 @torch.no_grad()
-def test_equals_the_original(ultralytics, size, tmp_path):
+def test_equals_the_original_package(ultralytics, size, tmp_path):
     """Boxes and class probabilities as that package decodes them, from one set of weights, and the way back."""
     classes = 7 if size == "yolov8s" else 80
     theirs, ours = ultralytics(size, classes).eval(), create(size, num_classes=classes).eval()
@@ -59,7 +59,7 @@ def test_equals_the_original(ultralytics, size, tmp_path):
 
 
 @torch.no_grad()
-def test_large_and_oblong_pictures_equal_the_equations():
+def test_large_and_oblong_images_equal_the_equations():
     """Large enough that pooling once, twice and three times see different things, and of no round size."""
     model = tiny("yolov8")
     peer, rename = equations(boxes.yolov8)(model)
@@ -68,7 +68,7 @@ def test_large_and_oblong_pictures_equal_the_equations():
     torch.testing.assert_close(model(x), peer(x), rtol=1e-9, atol=1e-11)
 
 
-def test_widths_of_heads():
+def test_head_widths():
     """That of the classes' half grows with them to 100 only; that of the sides' half has four maps a bin at least."""
     for classes, bins, label, side in ((10, 16, 64, 64), (90, 16, 90, 64), (365, 16, 100, 64), (80, 32, 80, 128)):
         head = create("yolov8n", num_classes=classes, bins=bins).heads[0]
@@ -76,7 +76,7 @@ def test_widths_of_heads():
         assert (head.label[-1].out_channels, head.box[-1].out_channels) == (classes, 4 * bins)
 
 
-def test_names_of_public_files():
+def test_public_file_names():
     """Those of the smallest network, as its files have them."""
     with torch.device("meta"):
         state = weights.translate(create("yolov8n").state_dict(), ultralytics_keys(), reverse=True)
@@ -102,13 +102,13 @@ def test_names_of_public_files():
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
 
 
-def test_the_first_odds_of_classes():
+def test_initial_class_probability():
     """5 objects of a 640 pixel picture among a level's points, over 80 classes."""
     for head, points in zip(create("yolov8n").heads, (6400, 1600, 400)):
         torch.testing.assert_close(head.label[-1].bias.sigmoid(), torch.full((80,), 5 / 80 / points), rtol=1e-3, atol=0)
 
 
-def test_refuses_missing_levels():
+def test_missing_levels_are_rejected():
     with pytest.raises(SettingsError, match="five widths"):
         create("yolov8-test", widths=(4, 8, 8, 8))
     with pytest.raises(SettingsError, match="even"):

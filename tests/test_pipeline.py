@@ -71,7 +71,7 @@ def test_one_predictor_serves_many_threads(task):
     assert predictor.task.predict_options == predictor.task.PredictOptions() and not predictor.task.notes
 
 
-def test_former_and_usual_names_of_options():
+def test_option_aliases():
     predictor = fieldguide.pipeline(GOLDEN / "v1-translation")
     text = ["In summer an old house sells a good bird."]
     assert predictor.predict(text, beams=2, penalty=0.3) == predictor.predict(text, num_beams=2, length_penalty=0.3)
@@ -86,14 +86,14 @@ def test_streamed_text_is_the_predicted_text():
     assert fieldguide.pipeline(GOLDEN / "v1-tabular-regression").stream("x.csv") is None
 
 
-def test_vectors_of_texts():
+def test_text_embeddings():
     vectors = fieldguide.pipeline(GOLDEN / "v1-fill-mask").embed(["Rain fell.", "Essen played Worms."])
     assert vectors.shape[0] == 2 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     with pytest.raises(SettingsError, match="does not embed texts"):
         fieldguide.pipeline(GOLDEN / "v1-tabular-regression").embed(["a"])
 
 
-def test_what_is_not_a_source(tmp_path):
+def test_invalid_sources_are_rejected(tmp_path):
     with pytest.raises(RunError, match=r"is not a run folder: it has no run\.json"):
         fieldguide.pipeline(tmp_path)
     with pytest.raises(SettingsError, match="weights: not a load option"):

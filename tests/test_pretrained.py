@@ -33,7 +33,7 @@ def gpt2(**changes) -> nn.Module:
 
 
 @torch.no_grad()
-def test_a_folder_of_transformers_there_and_back(tmp_path):
+def test_transformers_folder_round_trip(tmp_path):
     theirs = gpt2()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fieldguide.load(tmp_path / "theirs")
@@ -46,7 +46,7 @@ def test_a_folder_of_transformers_there_and_back(tmp_path):
 
 
 @torch.no_grad()
-def test_the_first_gpt_there_and_back(tmp_path):
+def test_gpt_round_trip(tmp_path):
     """With the names of its first files too, which had no prefix and kept the causal mask."""
     torch.manual_seed(0)
     theirs = settled(
@@ -67,14 +67,14 @@ def test_the_first_gpt_there_and_back(tmp_path):
     assert torch.equal(fieldguide.load(tmp_path / "old")(tokens), ours(tokens))
 
 
-def test_a_configuration_of_another_network_is_refused_by_name(tmp_path):
+def test_unsupported_configuration_is_named(tmp_path):
     gpt2(activation_function="relu", scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"(?s)activation_function='relu'.*scale_attn_by_inverse_layer_idx=True"):
         fieldguide.load(tmp_path)
 
 
 @torch.no_grad()
-def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
+def test_file_is_identified_by_names_and_shapes(tmp_path):
     x = torch.randn(2, 3, 64, 64)
     for theirs, size in (
         (torchvision.models.resnet18(num_classes=11), "resnet18"),
@@ -98,7 +98,7 @@ def test_a_file_is_recognised_by_names_and_shapes(tmp_path):
     ],
 )
 @torch.no_grad()
-def test_lone_files_of_bert_are_told_by_their_heads(kind, output_type, tmp_path):
+def test_bert_files_are_identified_by_their_heads(kind, output_type, tmp_path):
     torch.manual_seed(0)
     more = {} if kind in ("Model", "ForPreTraining", "ForMaskedLM", "ForQuestionAnswering") else {"num_labels": 5}
     theirs = settled(
@@ -139,7 +139,7 @@ def test_lone_files_of_bert_are_told_by_their_heads(kind, output_type, tmp_path)
     ],
 )
 @torch.no_grad()
-def test_folders_of_timm_by_name(name, card, more, tmp_path):
+def test_timm_folders_by_name(name, card, more, tmp_path):
     side = 224 if card == "deit" else 56
     asked = {} if card == "deit" else {"img_size": side}
     torch.manual_seed(0)
@@ -158,7 +158,7 @@ def test_folders_of_timm_by_name(name, card, more, tmp_path):
     }
 
 
-def test_every_name_of_timm_is_of_the_size_that_it_is_called(tmp_path):
+def test_timm_names_match_their_sizes(tmp_path):
     """Shapes of timm's own networks, on no device."""
     known = {name: meant for kind in ("deit", "dinov2") for name, meant in cards()[kind].aliases["timm"].items()}
     assert len(known) == 12 and set(known) <= set(timm.list_models())
@@ -172,7 +172,7 @@ def test_every_name_of_timm_is_of_the_size_that_it_is_called(tmp_path):
 
 
 @torch.no_grad()
-def test_a_file_of_fairseq_with_its_arguments(tmp_path):
+def test_fairseq_file_with_arguments(tmp_path):
     """They stand in a Namespace, which runs nothing; other classes are still refused."""
     ours = settled(create("roberta-test"))
     ours.segment.weight.zero_()
@@ -192,7 +192,7 @@ def test_a_file_of_fairseq_with_its_arguments(tmp_path):
         weights.read(tmp_path / "bad.pt")
 
 
-def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
+def test_unknown_tensors_suggest_the_closest_models(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     state["layer1.0.gate.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "odd.pth")
@@ -211,7 +211,7 @@ def test_what_is_of_no_network_says_what_comes_nearest(tmp_path):
     "name, origin",
     [(c.name, o) for c in cards().values() for o, table in c.configs.items() if table.keys() & set(config_mapping.TYPE_KEYS)],
 )
-def test_configurations_there_and_back(name, origin):
+def test_configurations_round_trip(name, origin):
     """What is written is recognised and read as the same config; every number that a size may change is in the table."""
     card = cards()[name]
     for size in card.sizes:
@@ -228,12 +228,12 @@ def test_configurations_there_and_back(name, origin):
         assert card.config(**config_mapping.to_config_fields(found, table, written, "here")) == config
 
 
-def test_export_refuses_what_has_no_table(tmp_path):
+def test_export_requires_a_configuration_table(tmp_path):
     with pytest.raises(WeightsError, match="cannot be saved in the format 'huggingface'"):
         fieldguide.save(create("fnn-test"), tmp_path, "hf")
 
 
-def test_the_size_may_be_said(tmp_path):
+def test_size_can_be_given(tmp_path):
     ours = create("resnet18", num_classes=6)
     fieldguide.save(ours, tmp_path / "here.safetensors")
     again = fieldguide.load(tmp_path / "here.safetensors", name="resnet18")
@@ -270,7 +270,7 @@ DECODERS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", DECODERS)
-def test_decoders_of_transformers_there_and_back(kind, tmp_path):
+def test_transformers_decoders_round_trip(kind, tmp_path):
     """With padding on the left, and written again bit-equal."""
     torch.manual_seed(0)
     theirs = settled(
@@ -314,7 +314,7 @@ def interleaved(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("shards", [1, 2])
-def test_files_of_meta(shards, tmp_path):
+def test_meta_files(shards, tmp_path):
     """Rows of queries and keys turn back; a network parted among machines is put together. It says of itself what Llama 2
     says: nothing of the vocabulary, nor of the longest row."""
     ours = create("llama-test", rope_scaling=(), eps=1e-5, length=4096)
@@ -397,7 +397,7 @@ def params(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", OLD | NEW | SCALED)
-def test_params_of_meta_as_published(name):
+def test_published_meta_params(name):
     """They say no length and no stretch: the size that they describe does."""
     said = params(name)
     card, origin, table = config_mapping.identify_config(said)
@@ -415,7 +415,7 @@ def test_params_of_meta_as_published(name):
     [("llama-7b", 2048, 0), ("llama2-13b", 4096, 0), ("llama3-8b", 8192, 0), ("llama3.2-1b", 131_072, 32)],
 )
 @torch.no_grad()
-def test_small_files_of_meta_compute_as_their_generation(name, length, factor, tmp_path):
+def test_small_meta_files_equal_their_generation(name, length, factor, tmp_path):
     """Fewer layers, of the published width where it tells generations apart, beside transformers with what is published."""
     said = params(name) | {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8}
     said |= {"n_kv_heads": 2} if "n_kv_heads" in said else {}
@@ -478,7 +478,7 @@ def test_small_files_of_meta_compute_as_their_generation(name, length, factor, t
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_files_of_llama_cpp(tmp_path):
+def test_llama_cpp_files(tmp_path):
     """Eight-bit numbers as they were packed, rotations turned back, and the stretch that only a tensor tells of."""
     gguf = pytest.importorskip("gguf")
     import numpy as np
@@ -522,7 +522,7 @@ def test_files_of_llama_cpp(tmp_path):
         fieldguide.load(tmp_path / "cut.gguf")
 
 
-def test_networks_that_are_about_to_be_filled_draw_no_numbers():
+def test_initialization_is_skipped_before_loading():
     """Zeros stand for them, which lie within the bounds of a cut normal too: torch draws one again until all do."""
     with identify.SkipInitialization():
         for draw in (

@@ -66,7 +66,7 @@ def seen(processor, paths) -> torch.Tensor:
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_pictures_are_prepared_as_by_transformers(pictures, tmp_path, name, said):
+def test_image_preprocessing_equals_transformers(pictures, tmp_path, name, said):
     theirs = getattr(transformers, name)(**said)
     theirs.save_pretrained(tmp_path)
     side = 384 if said["size"].get("shortest_edge") == 384 else 24
@@ -81,7 +81,7 @@ def test_pictures_are_prepared_as_by_transformers(pictures, tmp_path, name, said
 
 
 @pytest.mark.parametrize("kind", OLD)
-def test_old_files_leave_open_whose_they_are(pictures, tmp_path, kind):
+def test_old_preprocessor_files_without_a_type(pictures, tmp_path, kind):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(OLD[kind]))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     name = {"vit": "ViTImageProcessorPil", "deit": "DeiTImageProcessorPil", "convnext": "ConvNextImageProcessorPil"}[kind]
@@ -101,7 +101,7 @@ def test_old_files_leave_open_whose_they_are(pictures, tmp_path, kind):
     ],
     ids=["crop", "whole", "unsaid", "squash"],
 )
-def test_pictures_are_prepared_as_by_timm(pictures, tmp_path, said):
+def test_image_preprocessing_equals_timm(pictures, tmp_path, said):
     (tmp_path / "config.json").write_text(
         json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 24, 24], **said}})
     )
@@ -126,7 +126,7 @@ def photos(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_classes_of_pictures(photos, pictures):
+def test_image_classification(photos, pictures):
     folder, theirs, ready = photos
     want = theirs(seen(ready, files(pictures))).logits.softmax(-1).numpy()
     found = PretrainedTask.load(folder).predict(str(pictures))
@@ -135,14 +135,14 @@ def test_classes_of_pictures(photos, pictures):
 
 
 @torch.no_grad()
-def test_vectors_of_pictures(photos, pictures):
+def test_image_embeddings(photos, pictures):
     folder, theirs, ready = photos
     want = theirs.vit(seen(ready, files(pictures))).last_hidden_state[:, 0]
     found = PretrainedTask.load(folder, output_type="vector").predict(str(pictures))
     np.testing.assert_allclose([r["vector"] for r in found], nn.functional.normalize(want, dim=-1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_resnet_of_timm_without_names(tmp_path, pictures):
+def test_timm_resnet_without_class_names(tmp_path, pictures):
     torch.manual_seed(0)
     theirs = timm.create_model("resnet18", num_classes=3).eval()
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
@@ -186,7 +186,7 @@ def texts(path, kind: str, **said):
 
 
 @torch.no_grad()
-def test_classes_of_texts(tmp_path):
+def test_text_classification(tmp_path):
     theirs, words = texts(tmp_path, "ForSequenceClassification", **NAMES)
     want = theirs(**words(SENTENCES, return_tensors="pt", padding=True)).logits.softmax(-1).numpy()
     found = PretrainedTask.load(tmp_path).predict(SENTENCES)
@@ -195,7 +195,7 @@ def test_classes_of_texts(tmp_path):
 
 
 @torch.no_grad()
-def test_classes_of_pairs(tmp_path):
+def test_text_pair_classification(tmp_path):
     theirs, words = texts(tmp_path, "ForSequenceClassification", **NAMES)
     pairs = [("the cat sat", "the mat ran"), ("don't", "the cat ran to the mat and sat")]
     want = theirs(**words(*map(list, zip(*pairs)), return_tensors="pt", padding=True)).logits.softmax(-1).numpy()
@@ -207,7 +207,7 @@ def test_classes_of_pairs(tmp_path):
 
 
 @torch.no_grad()
-def test_tags_of_words(tmp_path):
+def test_token_classification(tmp_path):
     tags = ["O", "B-PER", "I-PER"]
     theirs, words = texts(
         tmp_path, "ForTokenClassification", id2label=dict(enumerate(tags)), label2id={tag: i for i, tag in enumerate(tags)}
@@ -224,7 +224,7 @@ def test_tags_of_words(tmp_path):
 
 
 @torch.no_grad()
-def test_answers_to_questions(tmp_path):
+def test_question_answering(tmp_path):
     theirs, words = texts(tmp_path, "ForQuestionAnswering")
     question, context = "who sat?", "the cat ran to the mat and sat on the other one"
     made = words(question, context, return_tensors="pt", return_offsets_mapping=True)
@@ -237,7 +237,7 @@ def test_answers_to_questions(tmp_path):
 
 
 @torch.no_grad()
-def test_hidden_words(tmp_path):
+def test_fill_mask(tmp_path):
     theirs, words = texts(tmp_path, "ForMaskedLM")
     made = words("the cat [MASK] on the mat", return_tensors="pt")
     place = made["input_ids"][0].tolist().index(words.mask_token_id)
@@ -249,7 +249,7 @@ def test_hidden_words(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pooled", ["mean", "cls", None])
-def test_vectors_of_texts(tmp_path, pooled):
+def test_text_embeddings(tmp_path, pooled):
     theirs, words = texts(tmp_path, "Model")
     if pooled:
         (tmp_path / "1_Pooling").mkdir()
@@ -276,7 +276,7 @@ def test_vectors_of_texts(tmp_path, pooled):
 
 
 @torch.no_grad()
-def test_questions_on_pictures(tmp_path, pictures):
+def test_visual_question_answering(tmp_path, pictures):
     vocab = wordpieces(tmp_path)
     torch.manual_seed(0)
     theirs = settled(
@@ -305,7 +305,7 @@ def test_questions_on_pictures(tmp_path, pictures):
 # ---------------------------------------------------------------------------------------------- refusals, and the shell
 
 
-def test_what_cannot_be_asked(tmp_path):
+def test_invalid_requests_are_rejected(tmp_path):
     texts(tmp_path / "one", "ForSequenceClassification", num_labels=1)
     with pytest.raises(WeightsError, match="gives a number, not one class of several"):
         PretrainedTask.load(tmp_path / "one")

@@ -27,7 +27,7 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3, MAX_INT8_ROWS, MAX_INT8_ROWS + 1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_rounded_weights(rows, bias):
+def test_int8_products_equal_rounded_weights(rows, bias):
     torch.manual_seed(rows)
     weight, x = torch.randn(37, 96) * torch.rand(37, 1) * 3, torch.randn(rows, 96) * 10
     b = torch.randn(37) if bias else None
@@ -39,14 +39,14 @@ def test_products_are_those_of_rounded_weights(rows, bias):
 
 
 @torch.no_grad()
-def test_widths_that_the_product_cannot_take_are_right_too():
+def test_int8_fallback_for_unsupported_widths():
     torch.manual_seed(0)
     for width in (1, 12, 33, 48):
         weight, x = torch.randn(5, width), torch.randn(2, width)
         torch.testing.assert_close(F.linear(x, Int8.quantize(weight)), (x.double() @ rounded(weight).T).float())
 
 
-def test_any_other_operation_sees_floats():
+def test_other_operations_use_the_dequantized_matrix():
     torch.manual_seed(0)
     weight, at = torch.randn(6, 4), torch.tensor([[5, 0]])
     weight[2] = 0  # a row without a scale
@@ -59,7 +59,7 @@ def test_any_other_operation_sees_floats():
 
 
 @pytest.mark.parametrize("size, changes", [("gpt2-test", {}), ("llama-test", {}), ("llama-test", {"tie_embeddings": True})])
-def test_a_network_answers_as_with_rounded_weights(size, changes):
+def test_int8_network_equals_rounded_weights(size, changes):
     torch.manual_seed(0)
     network = create(size, dim=64, vocab_size=100, **changes).eval()
     with torch.no_grad():
@@ -87,14 +87,14 @@ def test_a_network_answers_as_with_rounded_weights(size, changes):
     assert said.shape == (2, 6) and said.min() >= 0 and said.max() < 100
 
 
-def test_a_network_without_linear_layers_is_refused():
+def test_network_without_linear_layers_is_rejected():
     with pytest.raises(SettingsError, match="no linear layers"):
         quantize_int8(nn.Sequential(nn.Embedding(3, 2)))
 
 
 @pytest.mark.parametrize("rows", [1, MIN_ROWS, MAX_ROWS, MAX_ROWS + 1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_layers_of_few_rows_are_the_same_in_the_other_order(rows, bias, monkeypatch):
+def test_few_row_linear_equals_linear(rows, bias, monkeypatch):
     calls = []
     for name, plain in (("mm", torch.mm), ("addmm", torch.addmm)):
         monkeypatch.setattr(torch, name, lambda *a, name=name, plain=plain: (calls.append(name), plain(*a))[1])
@@ -114,7 +114,7 @@ def test_linear_layers_of_few_rows_are_the_same_in_the_other_order(rows, bias, m
     )
 
 
-def test_answers_written_together_are_those_written_alone(monkeypatch):
+def test_batched_generation_equals_single_prompts(monkeypatch):
     monkeypatch.setattr("fieldguide.models.generation.few_row_linear.MIN_WEIGHT_NUMBERS", 1)
     torch.manual_seed(0)
     network = create("gpt2-test", dim=32).eval()
@@ -126,7 +126,7 @@ def test_answers_written_together_are_those_written_alone(monkeypatch):
     assert torch.equal(say(prompts), torch.cat([say([p]) for p in prompts]))
 
 
-def test_a_user_may_ask_for_eight_bits(tmp_path, monkeypatch):
+def test_int8_as_a_load_option(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from fieldguide.cli.commands import app

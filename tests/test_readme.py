@@ -71,7 +71,7 @@ def test_other_commands_exist():
     assert seen >= 1
 
 
-def test_links_lead_somewhere():
+def test_links_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), f"README.md points to {target}, which is not there"
 

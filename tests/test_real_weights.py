@@ -45,7 +45,7 @@ def meant(folder: Path, texts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def test_vectors_of_minilm(minilm):
+def test_minilm_embeddings(minilm):
     with pytest.warns(WeightsWarning, match="pooler"):  # a layer that its vectors do without
         model = load.load(minilm, output_type="vector")
     assert sum(p.numel() for p in model.parameters()) == 22_565_376
@@ -56,7 +56,7 @@ def test_vectors_of_minilm(minilm):
     assert expected[0] @ expected[1] > 0.5 > expected[0] @ expected[2]
 
 
-def test_a_run_that_keeps_minilm_makes_the_same_vectors(minilm, tmp_path):
+def test_run_with_frozen_minilm_gives_the_same_embeddings(minilm, tmp_path):
     """Through a fit of a new head: the same tokenizer, and weights that were not touched."""
     table = tmp_path / "texts.csv"
     table.write_text("text,label\n" + "\n".join(f"{TEXTS[k % 3]} {k},{'abc'[k % 3]}" for k in range(60)) + "\n")
@@ -72,7 +72,7 @@ def test_a_run_that_keeps_minilm_makes_the_same_vectors(minilm, tmp_path):
 
 
 @torch.no_grad()
-def test_smollm2_of_llama_cpp(monkeypatch):
+def test_smollm2_gguf(monkeypatch):
     """Four-bit numbers: the same next token 200 times, and the same perplexity."""
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate", reason="transformers reads such files by it")

@@ -64,7 +64,7 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def test_the_reference_is_the_initial_network_and_stays(preference):
+def test_reference_is_the_initial_network_and_stays_frozen(preference):
     plan = fitting.build_plan(read("iris"), task="preference", model="mlp-test", settings=SETTINGS)
     reference, initial = plan.objective.held[0], weights(plan.objective.model)
     assert all(torch.equal(a, b) for a, b in zip(weights(reference), initial))
@@ -76,7 +76,7 @@ def test_the_reference_is_the_initial_network_and_stays(preference):
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
-def test_a_resumed_run_has_the_same_reference(preference, tmp_path, pretrained):
+def test_resumed_run_has_the_same_reference(preference, tmp_path, pretrained):
     start = (
         {"weights": fitting.fit("iris", model="mlp-test", settings=SETTINGS, out=tmp_path / "first").path} if pretrained else {}
     )

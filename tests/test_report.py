@@ -192,12 +192,12 @@ EDGES = {
 
 
 @pytest.mark.parametrize("exhibit", EDGES.values(), ids=EDGES)
-def test_every_exhibit_is_drawn_whatever_it_holds(exhibit):
+def test_every_exhibit_is_drawn_for_any_content(exhibit):
     html, page = page_of(exhibit)
     assert page.count("figure") == 1 and len(html) < 1_000_000
 
 
-def test_ordinary_page_is_whole_small_and_quick():
+def test_ordinary_page_is_complete_small_and_fast():
     start = time.perf_counter()
     html = render(
         title="Digits",
@@ -217,7 +217,7 @@ def test_ordinary_page_is_whole_small_and_quick():
         assert words in page.text(), words
 
 
-def test_page_asks_for_nothing_outside_itself():
+def test_page_makes_no_requests():
     html, page = page_of(sections=ordinary())
     for tag, attributes, _ in page.elements:
         for name in ("src", "href", "srcset", "poster", "data", "action", "xlink:href"):
@@ -236,7 +236,7 @@ def test_policy_allows_exactly_the_script_of_the_page():
     assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in html
 
 
-def test_nothing_in_the_data_becomes_markup():
+def test_data_is_never_markup():
     h = HOSTILE
     shown = [
         Table(h, h, header=(h, "n"), rows=[[h, 1], [h * 20, 2]], heat=(h,)),
@@ -259,7 +259,7 @@ def test_nothing_in_the_data_becomes_markup():
     assert "\x00" not in html and "\ud800" not in html
 
 
-def test_a_new_exhibit_is_one_function_and_an_unknown_one_says_so():
+def test_exhibit_types_can_be_registered():
     @dataclass(frozen=True)
     class Sound(Exhibit):
         seconds: float = 0
@@ -294,7 +294,7 @@ def test_a_new_exhibit_is_one_function_and_an_unknown_one_says_so():
         (-1e-20, "−10⁻²⁰"),
     ],
 )
-def test_numbers_for_people(value, text):
+def test_number_format(value, text):
     assert format_number(value) == text
 
 
@@ -312,7 +312,7 @@ def test_ticks_are_round(low, high, texts):
     assert axis.format_ticks(axis.choose_ticks(low, high)) == texts
 
 
-def test_axes_hold_their_data():
+def test_axes_contain_their_data():
     rng = np.random.default_rng(0)
     for log in (False, True):
         for _ in range(300):
@@ -330,7 +330,7 @@ def test_thinning_keeps_spikes_and_ends():
     assert len(kept) <= 322 and {0, 54_321, 77_777, 99_999} <= set(kept.tolist())
 
 
-def test_curves_keep_gaps_and_say_what_is_not_drawn():
+def test_curves_keep_gaps_and_report_missing_points():
     drawn = charts.draw_lines(Lines("l", lines={"a": ([1, 2, 3, 4, 5], [1, 2, NAN, 4, 5])}))
     path = re.search(r'class="line c0" d="([^"]*)"', drawn).group(1)
     assert path.count("M") == 2 and path.count("L") == 2
@@ -350,14 +350,14 @@ def test_direct_labels_do_not_overlap_and_stay_inside():
     assert places[-1] <= frame.top + frame.h + 0.1
 
 
-def test_bars_have_length_whisker_and_words():
+def test_bars_have_length_interval_and_label():
     values, intervals = {"model": 50.0, "other": 25.0}, {"model": (40, 60.25)}
     drawn = charts.draw_bars(Bars("b", values=values, intervals=intervals, unit="%"))
     assert [float(w) for w in re.findall(r'class="bar"[^>]*width="([\d.]+)"', drawn)] == [50, 25]
     assert 'd="M40.0 10H60.25' in drawn and "50.0 %" in drawn and "40.0–60.2" in drawn
 
 
-def test_matrix_says_shares_and_worst_confusions():
+def test_matrix_shows_shares_and_worst_confusions():
     _, page = page_of(Matrix("m", labels=["cat", "dog", "owl"], counts=[[8, 2, 0], [0, 9, 1], [0, 0, 5]]))
     text = page.text()
     for words in ("80%", "82%", "88%", "Most frequent confusions", "2 of 10"):
@@ -383,7 +383,7 @@ def test_tables_align_and_shade():
     assert "400 of 5000 rows" in page_of(EDGES["huge table"])[1].text()
 
 
-def test_pictures_are_embedded_once_shrunk_and_limited():
+def test_images_are_embedded_once_downscaled_and_limited():
     small, large = png(8, 8), png(900, 600, kind="JPEG")
     html, page = page_of(Gallery("g", pictures=[Picture(small, "small"), Picture(large, "large")]))
     classes = [a.get("class") for tag, a, _ in page.elements if tag == "img"]
@@ -403,7 +403,7 @@ def tone(seconds=0.1, kind="WAV", seed=0):
     return out.getvalue()
 
 
-def test_sounds_play_inside_the_page_and_are_limited():
+def test_recordings_are_embedded_and_limited():
     kinds = {"WAV": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mpeg"}
     html, page = page_of(Sounds("s", sounds=[Sound(tone(kind=k), HOSTILE, bad=k == "WAV") for k in kinds]))
     players = [a for tag, a, _ in page.elements if tag == "audio"]
@@ -420,12 +420,12 @@ def test_sounds_play_inside_the_page_and_are_limited():
     assert 'class="gallery wide"' in wide and 'width="700"' in wide and 'width="384"' in narrow
 
 
-def test_long_texts_are_folded_and_nothing_is_lost():
+def test_long_texts_are_collapsed():
     _, page = page_of(Quotes("q", quotes=[Quote("word " * 500 + "end", "c", bad=True), Quote("short", "d")]))
     assert page.count("details") == 1 and "end" in page.text() and page.count("li", class_="bad") == 1
 
 
-def test_exhibits_stand_side_by_side_in_pairs():
+def test_narrow_exhibits_are_placed_in_pairs():
     line, square = Lines("l", lines={"a": ([1], [1])}), Scatter("s", points=[(1, 1)], diagonal=True)
     table, wide = Table("t", header=("a", "b")), Table("t", header=tuple("abcd"))
     assert report.place_elements([line, table]) == ["half", "half"]
@@ -433,7 +433,7 @@ def test_exhibits_stand_side_by_side_in_pairs():
     assert report.place_elements([square, line, line]) == ["half", "half", "row"]
 
 
-def test_colours_can_be_read_in_both_schemes():
+def test_colors_have_contrast_in_both_schemes():
     css = (Path(report.__file__).parent / "templates" / "report.css").read_text()
 
     def light(colour):

@@ -87,7 +87,7 @@ def step_of(run: Path) -> int:
 # Seven kills a task, in `make test-all`: each takes a minute. Ctrl-C below and test_tasks_resume.py stop runs quickly.
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_a_killed_run_ends_like_one_never_stopped(task, tmp_path):
+def test_killed_run_resumes_bit_exact(task, tmp_path):
     whole, killed, dice = tmp_path / "whole", tmp_path / "killed", random.Random(task)
     complete(begin(task, whole))
     last = losses(whole)[-1]["step"]
@@ -111,7 +111,7 @@ def test_a_killed_run_ends_like_one_never_stopped(task, tmp_path):
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
+def test_ctrl_c_leaves_a_resumable_run(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     complete(begin("tabular-classification", whole))
     process = start(begin("tabular-classification", stopped))
@@ -125,7 +125,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_a_full_disk_ends_in_one_message_and_keeps_the_last_checkpoint(tmp_path):
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     run = tmp_path / "run"
     process = start(begin("tabular-classification", run))
     while step_of(run) < 5 and process.poll() is None:
@@ -146,7 +146,7 @@ def test_a_full_disk_ends_in_one_message_and_keeps_the_last_checkpoint(tmp_path)
     complete(["--resume", str(run)])
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     complete(begin("tabular-classification", whole))
     process = start(begin("tabular-classification", run))
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
     assert losses(run) == losses(whole)
 
 
-def test_changes_on_resume_are_shown_or_refused(tmp_path):
+def test_changed_settings_on_resume(tmp_path):
     run = tmp_path / "run"
     process = start(begin("tabular-classification", run))
     while step_of(run) < 5 and process.poll() is None:
@@ -177,7 +177,7 @@ def test_changes_on_resume_are_shown_or_refused(tmp_path):
     assert "changed on resume: lr" in said and "-> 0.0001" in said
 
 
-def test_changed_data_is_refused_on_resume(tmp_path):
+def test_changed_data_on_resume_is_rejected(tmp_path):
     from fieldguide.data.samples import path
 
     table, run = tmp_path / "wine.csv", tmp_path / "run"

@@ -52,7 +52,7 @@ def rewrite(path: Path, **changes) -> None:
 # What is in it
 
 
-def test_a_run_folder_holds_what_is_documented(run):
+def test_run_folder_has_the_documented_files(run):
     top = {p.name for p in run.path.iterdir()}
     assert top == {
         "run.json",
@@ -71,7 +71,7 @@ def test_a_run_folder_holds_what_is_documented(run):
     assert kept == {".json", ".safetensors"}
 
 
-def test_nothing_in_it_is_pickled(run):
+def test_run_folder_contains_no_pickle(run):
     """Each file is of the kind that its name says, none holds a pickle, and the arrays are plain numbers."""
     for path in (p for p in run.path.rglob("*") if p.is_file()):
         content = path.read_bytes()
@@ -164,7 +164,7 @@ def test_losses_and_scores_by_step(run):
     assert run.record["cost"]["best_step"] in [x["step"] for x in lines if "scores" in x]
 
 
-def test_report_and_card_tell_the_same(run):
+def test_report_and_card_agree(run):
     value = run.task.metrics[0].text(run.scores[run.task.metrics[0].name])
     page, card = ((run.path / n).read_text() for n in ("report.html", "README.md"))
     plain = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
@@ -177,7 +177,7 @@ def test_report_and_card_tell_the_same(run):
 # Opened again
 
 
-def test_answers_are_the_same_when_opened_again(run, tmp_path):
+def test_predictions_are_the_same_after_reopening(run, tmp_path):
     moved = copy(run, tmp_path / "elsewhere" / "run")
     again = fieldguide.open_run(moved)
     source = samples.path(run.record["request"]["data"])
@@ -188,14 +188,14 @@ def test_answers_are_the_same_when_opened_again(run, tmp_path):
     assert again.scores == run.scores and repr(again).endswith("done)")
 
 
-def test_training_data_is_scored_on_its_test_part(run):
+def test_training_data_is_scored_on_its_test_rows(run):
     found = run.evaluate(run.record["request"]["data"])
     assert found["rows"] == run.record["data"]["split"]["test"] and "only its test rows" in found["note"]
     assert found["scores"] == pytest.approx(run.scores, abs=1e-6)
     assert found["intervals"].keys() == run.record["scores"]["intervals"].keys()
 
 
-def test_other_data_is_scored_whole(iris_run):
+def test_other_data_is_scored_completely(iris_run):
     table = pl.read_csv(samples.path("iris"))
     found = iris_run.evaluate(table.head(149))
     assert found["rows"] == 149 and not found["note"]
@@ -203,7 +203,7 @@ def test_other_data_is_scored_whole(iris_run):
     assert one["rows"] == 1 and one["scores"]["accuracy"] in (0, 1) and np.isnan(one["scores"]["auc"])
 
 
-def test_data_without_answers_cannot_be_scored(iris_run):
+def test_data_without_targets_cannot_be_scored(iris_run):
     with pytest.raises(DataError, match="evaluation needs the target column 'species'"):
         iris_run.evaluate(pl.read_csv(samples.path("iris")).drop("species"))
 
@@ -228,14 +228,14 @@ def test_inputs_of_several_sources_keep_their_names(iris_run, tmp_path):
 # What cannot be opened
 
 
-def test_what_is_no_run(tmp_path):
+def test_other_folders_are_rejected(tmp_path):
     with pytest.raises(RunError, match=r"not a run folder: it has no run\.json"):
         fieldguide.open_run(tmp_path)
     with pytest.raises(RunError, match=r"not a run folder"):
         fieldguide.open_run(tmp_path / "nowhere")
 
 
-def test_a_damaged_record(iris_run, tmp_path):
+def test_damaged_record(iris_run, tmp_path):
     path = copy(iris_run, tmp_path / "run")
     text = (path / "run.json").read_text()
     (path / "run.json").write_text(text[:300])
@@ -244,14 +244,14 @@ def test_a_damaged_record(iris_run, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{}", '{"schema": "one"}', '{"schema": null}'])
-def test_a_record_that_is_something_else(iris_run, tmp_path, content):
+def test_json_of_another_kind_is_rejected(iris_run, tmp_path, content):
     path = copy(iris_run, tmp_path / "run")
     (path / "run.json").write_text(content)
     with pytest.raises(RunError, match=r"run\.json"):
         fieldguide.open_run(path)
 
 
-def test_a_newer_schema(iris_run, tmp_path):
+def test_newer_schema_is_rejected(iris_run, tmp_path):
     path = copy(iris_run, tmp_path / "run")
     rewrite(path, schema=SCHEMA + 1)
     with pytest.raises(RunError, match=f"newer version of fieldguide .schema {SCHEMA + 1}; this version reads up to {SCHEMA}"):
@@ -260,7 +260,7 @@ def test_a_newer_schema(iris_run, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "preprocess/task.json"])
 @pytest.mark.parametrize("how", ["gone", "cut"])
-def test_a_damaged_part_is_named(iris_run, tmp_path, name, how):
+def test_damaged_file_is_named(iris_run, tmp_path, name, how):
     path = copy(iris_run, tmp_path / "run")
     content = (path / name).read_bytes()
     (path / name).unlink()
@@ -270,7 +270,7 @@ def test_a_damaged_part_is_named(iris_run, tmp_path, name, how):
         fieldguide.open_run(path).predict(pl.read_csv(samples.path("iris")))
 
 
-def test_an_unfinished_run_says_how_to_go_on(iris_run, tmp_path):
+def test_unfinished_run_explains_how_to_resume(iris_run, tmp_path):
     path = copy(iris_run, tmp_path / "run")
     rewrite(path, status="training")
     with pytest.raises(RunError, match=r"not finished.*fit --resume"):
@@ -280,7 +280,7 @@ def test_an_unfinished_run_says_how_to_go_on(iris_run, tmp_path):
 # Resumed after the last step
 
 
-def test_a_crash_before_the_last_write_changes_nothing(iris_run, tmp_path):
+def test_crash_before_the_last_write_is_harmless(iris_run, tmp_path):
     """All is trained and the calibration is stored, but run.json does not say so yet: going on gives the same run."""
     path = copy(iris_run, tmp_path / "run")
     rewrite(path, status="training")
@@ -290,7 +290,7 @@ def test_a_crash_before_the_last_write_changes_nothing(iris_run, tmp_path):
     assert (path / "model.safetensors").read_bytes() == (iris_run.path / "model.safetensors").read_bytes()
 
 
-def test_what_cannot_change_on_resume(iris_run, tmp_path):
+def test_settings_that_cannot_change_on_resume(iris_run, tmp_path):
     path = copy(iris_run, tmp_path / "run")
     rewrite(path, status="training")
     with pytest.raises(SettingsError, match="batch_size cannot change"):
@@ -311,7 +311,7 @@ def test_every_task_has_a_golden_folder_of_schema_1():
     assert {p.name for p in golden() if p.name.startswith("v1-")} == {f"v1-{name}" for name in tasks()}
 
 
-def test_the_present_schema_has_golden_folders():
+def test_current_schema_has_golden_folders():
     tabular = {"tabular-classification", "tabular-regression", "image-classification", "text-classification"}
     assert {f"v{SCHEMA}-{name}" for name in tabular} <= {p.name for p in golden()}
 
@@ -340,7 +340,7 @@ def same(found, wanted, name):
 
 
 @pytest.mark.parametrize("path", golden(), ids=lambda p: p.name)
-def test_a_golden_folder_predicts_as_it_did(path):
+def test_golden_folder_predicts_the_same(path):
     expected = json.loads((path / "expected.json").read_text())
     inputs = [str(path / name) if (path / name).exists() else name for name in expected["inputs"]]
     run = fieldguide.open_run(path)
@@ -352,7 +352,7 @@ def test_a_golden_folder_predicts_as_it_did(path):
 
 
 @pytest.mark.parametrize("path", golden(), ids=lambda p: p.name)
-def test_a_golden_folder_is_small_and_names_no_machine(path):
+def test_golden_folders_are_small_and_contain_no_local_paths(path):
     files = [p for p in path.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 450_000
     for file in files:
@@ -360,7 +360,7 @@ def test_a_golden_folder_is_small_and_names_no_machine(path):
         assert not any(word in content for word in (b"/home/", b"/root/", b"/tmp/", b"/work/", b"/Users/")), file
 
 
-def test_golden_answers_are_of_trained_networks():
+def test_golden_predictions_vary():
     """Predictions that are all alike would not notice a wrong preparation."""
     for path in golden():
         answers = json.loads((path / "expected.json").read_text())["answers"]
@@ -375,7 +375,7 @@ def test_golden_answers_are_of_trained_networks():
         assert np.std(values) > 0.02, path.name
 
 
-def test_settings_and_configs_of_schema_1_have_their_new_names():
+def test_schema_1_names_are_migrated():
     record = {
         "schema": 1,
         "model": {
@@ -404,11 +404,11 @@ def test_eval_samples_of_schema_1_are_read_from_their_former_folder(tmp_path):
     assert EvalSamples(tmp_path / "empty").folder.name == "eval_samples"
 
 
-def test_splits_are_plain_arrays():
+def test_splits_have_the_documented_fields():
     assert [f.name for f in Splits.__dataclass_fields__.values()] == ["train", "validation", "test", "description"]
 
 
-def test_a_verdict_says_where_a_baseline_is_better(iris_run):
+def test_verdict_names_better_baselines(iris_run):
     import copy
 
     from fieldguide.report.pages import summarize_result

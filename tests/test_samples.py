@@ -19,7 +19,7 @@ from fieldguide.data.samples.text import TEXTS_PER_CLASS
 
 
 @pytest.mark.parametrize("name", samples.SAMPLES)
-def test_each_sample_reads_as_it_says(name):
+def test_each_sample_matches_its_description(name):
     sample = samples.SAMPLES[name]
     data, task, _ = read_for(
         {"data": name, "target": None, "kinds": {}, "roles": {}, "group": None, "time": None, "allow_bad": False, "task": None}
@@ -29,7 +29,7 @@ def test_each_sample_reads_as_it_says(name):
     assert not [f for f in data.findings if f.severity == "error"]
 
 
-def test_values_are_those_of_scikit_learn():
+def test_values_equal_scikit_learn():
     digits = load_digits()
     data = read("digits")
     pixels = images.load(data.rows["image"].to_list(), 8, 1)[:, 0].numpy()
@@ -43,7 +43,7 @@ def test_values_are_those_of_scikit_learn():
     assert diabetes["bmi"].mean() == pytest.approx(26.4, abs=0.1)
 
 
-def test_docstrings_can_be_learnt_and_are_not_trivial():
+def test_docstrings_can_be_learned_and_are_not_trivial():
     data = read("docstrings")
     made = split(data)
     counts = data.rows["library"].value_counts()["count"].to_list()
@@ -54,13 +54,13 @@ def test_docstrings_can_be_learnt_and_are_not_trivial():
     assert 0.72 < linear.score(words.transform(text[made.test]), label[made.test]) < 0.95
 
 
-def test_no_paragraph_of_the_manual_stands_twice():
+def test_manual_has_no_duplicate_paragraphs():
     texts = [path.read_text() for path in samples.path("manual").iterdir()]
     found = [" ".join(p.split()) for text in texts for p in text.split("\n\n")]
     assert len(found) == len(set(found)) and sum(map(len, texts)) > 300_000 and min(map(len, texts)) >= 200
 
 
-def test_made_once_in_the_cache_folder(tmp_path, monkeypatch):
+def test_created_once_in_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = samples.path("iris")
     assert first == tmp_path / "fieldguide" / "samples" / f"iris-v{samples.VERSION}" / "data.csv"
@@ -69,7 +69,7 @@ def test_made_once_in_the_cache_folder(tmp_path, monkeypatch):
     assert [p.name for p in first.parent.parent.iterdir()] == [f"iris-v{samples.VERSION}"]  # no half-made folder is left
 
 
-def test_a_maker_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_creation_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def fail(folder):
@@ -82,7 +82,7 @@ def test_a_maker_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "fieldguide" / "samples").iterdir()) == []
 
 
-def test_second_use_is_quick():
+def test_second_use_is_fast():
     samples.path("digits")
     start = time.perf_counter()
     samples.path("digits")
@@ -96,7 +96,7 @@ def test_unknown_sample():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", samples.SAMPLES)
-def test_every_sample_trains_to_what_it_states(name, tmp_path):
+def test_every_sample_reaches_its_stated_score(name, tmp_path):
     """As a user would: with nothing said."""
     run = fit(name, out=tmp_path / "run")
     metric, value = samples.SAMPLES[name].reaches

@@ -82,7 +82,7 @@ def theirs(folder, prompt: str, **how) -> str:
     return fast.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_greedy_answers_are_those_of_transformers(folder, speaker):
+def test_greedy_output_equals_transformers(folder, speaker):
     prompts = ["the cat", "a dog ran after", "who"]
     together = speaker.generate(prompts, tokens=12, **GREEDY)
     assert together == [theirs(folder, p) for p in prompts]
@@ -90,13 +90,13 @@ def test_greedy_answers_are_those_of_transformers(folder, speaker):
     assert ["".join(speaker.stream(p, chat=False, tokens=12, **GREEDY)) for p in prompts] == together
 
 
-def test_seeds_decide(speaker):
+def test_sampling_depends_on_the_seed(speaker):
     hot = {"temperature": 2.0, "tokens": 8}
     assert speaker.generate(["the"], seed=1, **hot) == speaker.generate(["the"], seed=1, **hot)
     assert len({speaker.generate(["the"], seed=s, **hot)[0] for s in range(5)}) > 1
 
 
-def test_conversations_are_written_as_transformers_writes_them(folder, speaker):
+def test_conversations_are_rendered_as_in_transformers(folder, speaker):
     said = [{"role": "system", "content": " be brief "}, {"role": "user", "content": "who sat?"}]
     fast = transformers.AutoTokenizer.from_pretrained(folder)
     assert speaker.template(said) == fast.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
@@ -115,19 +115,19 @@ def test_conversations_are_written_as_transformers_writes_them(folder, speaker):
         "{{ cycler.__init__.__globals__ }}",
     ],
 )
-def test_templates_reach_nothing(source):
+def test_templates_are_sandboxed(source):
     said = [{"role": "user", "content": "hi"}]
     Environment().from_string(source).render(messages=list(said))  # would be done elsewhere
     with pytest.raises(DataError, match="chat template"):
         ChatTemplate(source)(said)
 
 
-def test_a_template_that_cannot_be_read():
+def test_invalid_template_is_rejected():
     with pytest.raises(DataError, match="line 2"):
         ChatTemplate("fine\n{% if %}")
 
 
-def test_pieces_are_whole_characters_and_hold_back_stops():
+def test_streamed_pieces_are_complete_characters():
     tokenizer = bpe()
     for text in TEXT:
         ids = tokenizer.encode(text).ids
@@ -140,7 +140,7 @@ def test_pieces_are_whole_characters_and_hold_back_stops():
     assert truncate_at_stop("abcd", ["cd", "b"]) == "a" and truncate_at_stop("abcd", ["", "x"]) == "abcd"
 
 
-def test_refusals(folder, tmp_path, speaker):
+def test_invalid_requests_are_rejected(folder, tmp_path, speaker):
     with pytest.raises(SettingsError, match="A prompt is empty"):
         TextGenerator(speaker.network, speaker.text, ()).generate([""])
     with pytest.raises(DataError, match="no chat template"):
@@ -156,7 +156,7 @@ def test_refusals(folder, tmp_path, speaker):
     "parted, begin, begun",
     [("gpt-2", None, False), ("gpt-2", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
 )
-def test_the_tokenizer_of_a_gguf_file(tmp_path, parted, begin, begun):
+def test_gguf_tokenizer(tmp_path, parted, begin, begun):
     """Merges and special tokens in the file, and texts come out as from the tokenizer that was put in; the token that texts
     begin with is written where the file says so, or its kind does."""
     gguf = pytest.importorskip("gguf")
@@ -192,7 +192,7 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path, parted, begin, begun):
     assert named == {"bos_token": "<s>", "eos_token": "</s>"} and template == TEMPLATE
 
 
-def test_from_the_shell(folder, capsys):
+def test_on_the_command_line(folder, capsys):
     from typer.testing import CliRunner
 
     from fieldguide.cli.commands import app

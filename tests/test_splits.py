@@ -21,7 +21,7 @@ def sides(splits, n):
 
 
 @pytest.mark.parametrize("name", ["digits", "iris", "wine", "breast-cancer", "diabetes", "docstrings"])
-def test_shares_and_classes(name):
+def test_fractions_and_classes(name):
     data = read(name)
     made = split(data, seed=3)
     side = sides(made, len(data))
@@ -57,7 +57,7 @@ def test_rare_classes_are_in_train(tmp_path):
         assert {"single", "pair", "setosa"} <= train
 
 
-def test_many_small_classes_still_fill_the_test_side():
+def test_many_small_classes_still_fill_the_test_set():
     data = read({"x": np.arange(300) % 101 * 0.5, "z": np.arange(300.0), "y": [f"c{i // 3}" for i in range(300)]}, target="y")
     side = sides(split(data), 300)
     assert abs((side == 2).mean() - 0.2) < 0.03
@@ -90,7 +90,7 @@ def test_duplicates_stay_together_also_across_groups():
         split(chained)
 
 
-def test_equal_pictures_stay_together(tmp_path):
+def test_equal_images_stay_together(tmp_path):
     digits(tmp_path)
     for i, file in enumerate(sorted((tmp_path / "1").iterdir())[:20]):
         (tmp_path / "1" / f"again{i}.png").write_bytes(file.read_bytes())
@@ -99,7 +99,7 @@ def test_equal_pictures_stay_together(tmp_path):
     assert all(np.unique(side[same == h]).size == 1 for h in np.unique(same))
 
 
-def test_time_goes_forward():
+def test_latest_rows_are_the_test_set():
     rng = np.random.default_rng(0)
     when = rng.permutation(np.arange(np.datetime64("2020-01-01"), np.datetime64("2020-01-01") + 500))
     data = read(

@@ -87,7 +87,7 @@ def test_settings_have_meanings():
         assert rows and all(row["key"] and row["meaning"] for row in rows)
 
 
-def test_a_run_is_repeated_by_its_config(tmp_path):
+def test_run_is_repeated_by_its_config(tmp_path):
     settings = {"steps": 12, "precision": "float32", "model.dim": 16, "column.species": "category"}
     first = fieldguide.fit("iris", model="mlp-s", seed=3, out=tmp_path / "first", settings=settings)
     config = yaml.safe_load((first.path / "fit.yaml").read_text())
@@ -104,7 +104,7 @@ def test_a_run_is_repeated_by_its_config(tmp_path):
     assert (again.path / "model.safetensors").read_bytes() == (first.path / "model.safetensors").read_bytes()
 
 
-def test_a_wrong_config_names_file_and_key(tmp_path):
+def test_wrong_config_names_file_and_key(tmp_path):
     path = tmp_path / "fit.yaml"
     path.write_text("data: iris\nmodle: mlp-s\n")
     out, code, _, _ = call(["fit", "--config", str(path)])

@@ -117,7 +117,7 @@ def reference(said: str, right: str) -> tuple[float, float]:
     return float(mine == theirs), 2 * precision * recall / (precision + recall) if shared else 0.0
 
 
-def test_scores_are_those_of_the_paper():
+def test_scores_equal_the_squad_script():
     rng = np.random.default_rng(0)
     words = ["the", "a", "Cat", "cat", "dog.", "an", "The", "sat", "(sat)", "on", "of", "theatre", "a-b", "ab", ""]
     one, other = ([" ".join(rng.choice(words, rng.integers(0, 6))) for _ in range(600)] for _ in range(2))
@@ -144,7 +144,7 @@ def test_scores_by_hand():
     np.testing.assert_allclose(measured.score_answers(said, right), np.stack([exact, f1], 1))
 
 
-def test_the_threshold_is_the_best_of_all():
+def test_threshold_is_optimal():
     rng = np.random.default_rng(0)
     for _ in range(200):
         margins = np.round(rng.normal(size=12), 1)
@@ -158,7 +158,7 @@ def test_the_threshold_is_the_best_of_all():
 # ---------------------------------------------------------------------------------------------- files
 
 
-def test_squad_is_read_with_every_place(file):
+def test_squad_locations_are_reported(file):
     data = read(file, column_spec=KIND.column_spec)
     assert infer_task(data)[0] is KIND and data.target.name == "answers" and data.locate_row(3) == "reports.json:4"
     data = KIND.build_examples(data, KIND.Options())
@@ -252,7 +252,7 @@ def test_files_by_split(tmp_path):
         ),
     ],
 )
-def test_another_form_is_named_by_its_place(tmp_path, place, value, words):
+def test_malformed_entries_are_located(tmp_path, place, value, words):
     document = squad(4)
     at = document
     for key in place[:-1]:
@@ -265,7 +265,7 @@ def test_another_form_is_named_by_its_place(tmp_path, place, value, words):
         read(stored(tmp_path / "b.json", document), column_spec=KIND.column_spec)
 
 
-def test_files_that_are_damaged(tmp_path):
+def test_damaged_files(tmp_path):
     whole = json.dumps(squad(4))
     with pytest.raises(DataError, match=r"cut\.json: not valid JSON \(.*line 1 column"):
         read(stored(tmp_path / "cut.json", whole[:-40]), column_spec=KIND.column_spec)
@@ -304,7 +304,7 @@ def rows(count: int = 150) -> list[dict]:
     ]
 
 
-def test_answers_that_are_not_there(tmp_path):
+def test_answers_missing_from_their_context(tmp_path):
     some = rows()
     some[7]["answer"] = "house number 507"
     data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
@@ -322,7 +322,7 @@ def test_answers_that_are_not_there(tmp_path):
     )
 
 
-def test_starts_that_are_wrong_are_mended(tmp_path):
+def test_wrong_answer_starts_are_corrected(tmp_path):
     some = rows()
     some[3]["context"], some[3]["answer"], some[3]["answer_start"] = "Bonn or Ulm or Bonn or Hof or Bonn?", "Bonn", 17
     some[4]["answer_start"], some[5]["answer_start"], some[6]["answer"] = 10_000, -4, some[6]["answer"].upper()
@@ -336,7 +336,7 @@ def test_starts_that_are_wrong_are_mended(tmp_path):
         assert find_occurrence(text, "ab..ab..ab", near) == want
 
 
-def test_without_starts_the_first_is_taken(tmp_path):
+def test_first_occurrence_is_used_without_starts(tmp_path):
     some = [{k: v for k, v in row.items() if k != "answer_start"} for row in rows(30)]
     some[2]["context"] = "house 502 is house 502."
     data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
@@ -353,7 +353,7 @@ def test_empty_questions_contexts_and_answers(tmp_path):
     assert sum(f.unusable for f in data.findings) == 2 and len(KIND.build_examples(data, KIND.Options())) == 298
 
 
-def test_ids_twice_and_answers_to_impossible_questions(tmp_path):
+def test_duplicate_ids_and_answers_to_impossible_questions(tmp_path):
     some = [{**row, "is_impossible": i == 5} for i, row in enumerate(rows(30))]
     some[9]["id"] = some[4]["id"]
     data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec)
@@ -362,7 +362,7 @@ def test_ids_twice_and_answers_to_impossible_questions(tmp_path):
     assert KIND.build_examples(data, KIND.Options()).rows["answer"][5].to_list() == []
 
 
-def test_tables_are_read_alike_by_a_trained_task(tmp_path):
+def test_trained_task_reads_tables_consistently(tmp_path):
     """Columns, starts and marks of a table as they were when it was learnt from; without answers only to predict."""
     some = [{**row, "is_impossible": i % 7 == 0, "note": "x" * i} for i, row in enumerate(rows(40))]
     path = table(tmp_path / "a.jsonl", some)
@@ -380,7 +380,7 @@ def test_tables_are_read_alike_by_a_trained_task(tmp_path):
         one.read([tmp_path / "b.jsonl"], answered=True)
 
 
-def test_columns_of_other_names(tmp_path):
+def test_columns_with_other_names(tmp_path):
     some = [{"report": row["context"], "what": row["question"], "said": row["answer"]} for row in rows(40)]
     data = read(table(tmp_path / "a.jsonl", some), column_spec=KIND.column_spec, target="said")
     one = KIND.fit(KIND.build_examples(data, KIND.Options()), KIND.options_from({"vocab": 300}))
@@ -394,7 +394,7 @@ def test_columns_of_other_names(tmp_path):
 # ---------------------------------------------------------------------------------------------- tokens and windows
 
 
-def test_tokens_know_their_characters():
+def test_token_character_spans():
     texts = ["  The  Café costs — 1,000\n dollars", "İstanbul, naïve ﬁnd", "", " \t ", "日本語 text"]
     learnt = TextTokenizer.fit([t for t in texts if t] * 5, size=300)
     for text, (ids, spans), want in zip(texts, learnt.encode_with_spans(texts), learnt.encode_exact(texts)):
@@ -485,7 +485,7 @@ def test_windows_hold_questions_contexts_and_answers(tmp_path, whole, stride):
     assert np.array_equal(every["characters"].numpy(), chars[rows_of, :width])
 
 
-def test_answers_in_tokens():
+def test_answer_token_spans():
     spans = np.array([[0, 2], [2, 2], [3, 5], [5, 8], [9, 12]])
     assert (
         covering_tokens(spans, 3, 8) == (2, 3)
@@ -495,7 +495,7 @@ def test_answers_in_tokens():
     assert covering_tokens(spans, 8, 9) == (-1, -1) and covering_tokens(spans, 2, 12) == (2, 4)
 
 
-def test_frames_of_given_tokenizers(tmp_path):
+def test_pair_templates_of_given_tokenizers(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     names = ["<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "a", "b"]
@@ -516,7 +516,7 @@ def test_frames_of_given_tokenizers(tmp_path):
     assert pair_template(saved("")) == PairTemplate((3,), (4,), (4,), (0, 1))
 
 
-def test_the_best_answer_over_all_windows(monkeypatch):
+def test_best_answer_over_all_windows(monkeypatch):
     """Against a slow search; however many windows are looked at together."""
     torch.manual_seed(0)
     model = create("bert-test", output_type="span")
@@ -649,7 +649,7 @@ def test_learns_to_answer(file, tmp_path):
     torch.testing.assert_close(ours[..., 1][keep], peer.end_logits[keep], rtol=1e-4, atol=1e-4)
 
 
-def test_begins_with_a_folder_of_transformers(file, tmp_path):
+def test_starts_from_a_transformers_folder(file, tmp_path):
     """A network that answers already, with its tokenizer: what it said it says here, to the logit."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 

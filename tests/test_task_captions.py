@@ -63,7 +63,7 @@ def asked(path, **more):
     )
 
 
-def test_captions_are_told_from_classes():
+def test_captions_are_distinguished_from_classes():
     phrases = pl.Series("c", [caption(*s) for s in SCENES])
     assert (
         infer_target_kind(phrases) == "text" and infer_target_kind(phrases[:20]) is None
@@ -79,7 +79,7 @@ def test_captions_are_told_from_classes():
     assert infer_target_kind(pl.Series("c", [f"一只棕色的狗在草地上奔跑{i}" for i in range(30)])) == "text"
 
 
-def test_a_table_of_pictures_and_captions(tmp_path):
+def test_table_of_images_and_captions(tmp_path):
     folder(tmp_path / "images")
     rows = [f"images/p{i:03d}.png,{caption(*SCENES[i % 27])}" for i in range(135)]
     (tmp_path / "table.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
@@ -98,7 +98,7 @@ def test_a_table_of_pictures_and_captions(tmp_path):
         fit(str(tmp_path / "table.csv"), task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={"steps": 1})
 
 
-def test_captions_beside_pictures(tmp_path):
+def test_captions_next_to_images(tmp_path):
     data = read(folder(tmp_path / "flat"))
     assert data.target.name == "caption" and data.target.kind == "text" and data.rows["caption"][28] == caption(*SCENES[1])
     assert {f.path for f in data.manifest.files} == {f"p{i:03d}.{e}" for i in range(135) for e in ("png", "txt")}
@@ -143,7 +143,7 @@ def test_damaged_captions(tmp_path):
     assert len(read(root, allow_bad=True)) == 206
 
 
-def test_the_judge_of_pairs_is_its_definition():
+def test_caption_matcher_equals_its_definition():
     torch.manual_seed(0)
     judge, x, pool = generative.CaptionMatcher(1, 40).eval(), torch.randn(100, 1, 8, 8), torch.randint(1, 6, (150, 5))
     pool[:, 3:] *= torch.randint(0, 2, (150, 1))
@@ -167,7 +167,7 @@ def test_the_judge_of_pairs_is_its_definition():
     )
 
 
-def test_a_judge_of_pairs_learns_and_leaves_chance_alone():
+def test_caption_matcher_learns_without_side_effects():
     tokens = torch.tensor([[1 + HEIGHTS.index(h), 10 + SIDES.index(s)] for _, h, s in SCENES]).repeat(6, 1)
     x = torch.stack([torch.from_numpy(np.asarray(picture(SCENES[i % 27], i)).copy()) for i in range(162)])[:, None] / 127.5 - 1
     before = torch.random.get_rng_state()
@@ -181,7 +181,7 @@ def test_a_judge_of_pairs_learns_and_leaves_chance_alone():
 
 
 @pytest.mark.slow
-def test_pictures_are_made_after_captions(tmp_path):
+def test_images_are_generated_from_captions(tmp_path):
     run = fit(
         str(folder(tmp_path / "data", 7)),
         task="image-generation",

@@ -78,7 +78,7 @@ def together(one, batch, row: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_rows_hold_the_texts(file, name):
+def test_rows_contain_the_texts(file, name):
     """Whatever is left out, source and target together spell all texts in a row; chance is a function of the generator."""
     one, data = made(file, length=40, vocab_size=420)
     batches = one.batches(data, card(name), Settings())
@@ -104,7 +104,7 @@ def test_rows_hold_the_texts(file, name):
     assert {text.decode(t[:3]) for t in drawn[0]["source"].tolist()} != {text.decode(t[:3]) for t in first["source"].tolist()}
 
 
-def test_what_is_left_out_of_a_text_is_what_is_asked(file):
+def test_removed_tokens_are_the_scored_ones(file):
     """Of BART's rows: what the source lacks, token by token."""
     one, data = made(file, length=40, vocab_size=420, damage="infill")
     batch = one.batches(data, card("t5")).make(np.arange(20), None)  # as the user says, not as the card does
@@ -115,7 +115,7 @@ def test_what_is_left_out_of_a_text_is_what_is_asked(file):
         assert [t for t in source if t != one.text.sep] == [t for t in kept if t != one.text.sep] and any(removed)
 
 
-def test_scores_count_what_was_left_out_alone():
+def test_scores_count_removed_tokens_only():
     torch.manual_seed(0)
     model, length = create("bart-test").eval(), 7
     tokens, target = torch.randint(5, 30, (3, length)), torch.randint(5, 30, (3, length))
@@ -137,7 +137,7 @@ def test_scores_count_what_was_left_out_alone():
     assert found["right"].tolist() == right
 
 
-def test_frequency_is_what_the_baseline_knows(file):
+def test_frequency_baseline(file):
     one, data = made(file, length=40, vocab_size=420)
     one.batches(data, card("t5"))
     (baseline,) = one.baselines(data, data)
@@ -161,7 +161,7 @@ def given(tmp_path, special=WORDS, **options):
     return KIND.fit(data, KIND.options_from({"tokenizer": path, "length": 24, **options})), data
 
 
-def test_sentinels_are_added_where_they_lack(tmp_path):
+def test_missing_sentinels_are_added(tmp_path):
     one, data = given(tmp_path)
     assert (
         len(one.sentinels) == 100
@@ -178,7 +178,7 @@ def test_sentinels_are_added_where_they_lack(tmp_path):
     assert one.separator == [] and not (batch["source"][:, 1:-2] == one.text.sep).any()
 
 
-def test_a_checkpoint_has_no_room_for_sentinels(tmp_path):
+def test_checkpoint_without_sentinels_is_rejected(tmp_path):
     one, data = given(tmp_path, begin=2)
     assert len(one.sentinels) == 0 and one.text.size == 10 + len(WORDS)
     with pytest.raises(SettingsError, match=r"has 0 tokens <extra_id_0> .*task\.damage=infill"):
@@ -194,7 +194,7 @@ def test_a_checkpoint_has_no_room_for_sentinels(tmp_path):
         three.batches(data, card("bart"))
 
 
-def test_settings_that_cannot_be(file):
+def test_invalid_settings_are_rejected(file):
     for options, words in (
         ({"damage": "holes"}, "is unknown. Choose one of spans, infill"),
         ({"share": 1.5}, "between 0 and 1"),
@@ -208,7 +208,7 @@ def test_settings_that_cannot_be(file):
         one.batches(data, card("t5"))
 
 
-def test_gaps_are_written_as_people_do(file):
+def test_gap_notations(file):
     one, _ = made(file, length=40, vocab_size=420)
     removed = lambda *texts: one.predict_batches(one.read([pl.DataFrame({"text": texts})]), card("t5"))
     texts = ["We saw the <mask> house", "We saw the ___ house and [MASK] tree", "<extra_id_7> saw the house"]
@@ -248,7 +248,7 @@ def test_stopped_and_resumed(name, file, tmp_path):
     assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
 
 
-def test_begins_with_a_folder_of_transformers_and_others_begin_with_it(file, tmp_path):
+def test_starts_from_a_checkpoint_and_serves_as_one(file, tmp_path):
     """BART of transformers learns on from texts; what it became then learns a task, with its tokenizer."""
     theirs = network(create("bart-test", begin=2, length=40))
     theirs.save_pretrained(tmp_path / "theirs")
@@ -309,7 +309,7 @@ def test_learns_to_restore(name, steps, file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_fills_gaps_with_what_belongs_there(name, file, tmp_path):
+def test_fills_gaps(name, file, tmp_path):
     run = fit(
         file,
         task="denoising",
@@ -327,5 +327,5 @@ def test_fills_gaps_with_what_belongs_there(name, file, tmp_path):
     assert sum(record["text"] == text for record, text in zip(said, texts)) >= 3, said
 
 
-def test_sentinels_are_those_of_t5():
+def test_sentinels_equal_t5():
     assert SENTINELS[0] == "<extra_id_0>" and SENTINELS[-1] == "<extra_id_99>" and len(set(SENTINELS)) == 100

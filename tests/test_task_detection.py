@@ -46,7 +46,7 @@ def learnt(data, **options):
     return ObjectDetection.fit(data, options), data
 
 
-def test_mosaics_are_made_where_they_are_asked_for(tmp_path):
+def test_mosaics_if_requested(tmp_path):
     data, light, standard = read(folder(tmp_path)), Settings(augmentation="light"), Settings(augmentation="standard")
     for options, expected in (({}, [0, 0.5]), ({"mosaic": 1.0}, [1, 1]), ({"mosaic": 0.0}, [0, 0])):
         task, *_ = learnt(data, **options)
@@ -54,7 +54,7 @@ def test_mosaics_are_made_where_they_are_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
+def test_boxes_match_their_images(tmp_path, kept, monkeypatch):
     """Training pictures are black within white: the object is white too, so its rectangle tells where its box must be."""
     if not kept:
         monkeypatch.setattr("fieldguide.tasks.vision.object_detection.MAX_IMAGE_CACHE_FRACTION_OF_RAM", 0)
@@ -74,7 +74,7 @@ def test_boxes_lie_on_their_pictures(tmp_path, kept, monkeypatch):
     assert not torch.equal(first["image"], changed.make(np.arange(4), torch.Generator().manual_seed(2))["image"])
 
 
-def test_answers_are_in_the_pictures_own_pixels(tmp_path):
+def test_predictions_are_in_original_pixels(tmp_path):
     task, data = learnt(read(folder(tmp_path)), side=64)
     truth = task.targets(data)
     task.predict_options = task.parse_predict_options({"threshold": "0.3"})
@@ -123,7 +123,7 @@ def test_scores_baselines_and_threshold(tmp_path):
     assert "1 true, 2 predicted, 1 wrong" in shown["Images"][0].pictures[0].caption
 
 
-def test_drawn_pictures_score_as_pictures_do():
+def test_bootstrap_equals_matching_each_sample():
     """Matching once and drawing after is drawing first and matching each time."""
     rng = np.random.default_rng(1)
     corner = rng.uniform(0, 40, (20, 3, 2))
@@ -142,7 +142,7 @@ def test_drawn_pictures_score_as_pictures_do():
     assert len({d["map"] for d in draws}) == 3
 
 
-def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
+def test_intervals_of_many_images_use_a_subset(monkeypatch, tmp_path):
     """Drawn from a quarter of the pictures and made half as wide, they are about as wide as drawn from all."""
     kind, rng, count = ObjectDetection, np.random.default_rng(2), 240
     data = kind.build_examples(read(folder(tmp_path)), kind.Options())
@@ -161,14 +161,14 @@ def test_intervals_of_many_pictures_come_from_some(monkeypatch, tmp_path):
     assert sum(some) == pytest.approx(low + high) and 0.6 < (some[1] - some[0]) / (high - low) < 1.6
 
 
-def test_matching_counts_each_once():
+def test_matching_is_one_to_one():
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [0, 0, 10, 10.0]])
     labels, true = np.array([0, 0, 0, 1]), np.array([[0, 0, 10, 10], [40, 40, 90, 90], [0, 0, 10, 10.0]])
     right, met = match_boxes(boxes, labels, true, np.array([0, 0, 2]), np.array([False, True, False]))
     assert right.tolist() == [True, False, True, False] and met.tolist() == [True, True, False]
 
 
-def test_options_that_cannot_work(tmp_path):
+def test_invalid_options_are_rejected(tmp_path):
     data = read(folder(tmp_path))
     for options, words in (
         ({"side": 50}, "task.side=50 must be a multiple of 32, for example 64"),
@@ -186,7 +186,7 @@ def test_options_that_cannot_work(tmp_path):
         whole.read([tmp_path], answered=True)
 
 
-def test_a_network_learns_to_detect(tmp_path):
+def test_network_learns_to_detect(tmp_path):
     run = fit(
         "scattered",
         model="yolov8-pico",

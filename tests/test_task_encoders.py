@@ -48,7 +48,7 @@ def made(file, **options):
     return kind.fit(data, kind.options_from(options)), data
 
 
-def test_rows_of_hidden_words(file):
+def test_masked_rows(file):
     one, data = made(file, length=24, vocab_size=300)
     batches = one.batches(data, card("bert"), Settings())
     text, index = one.text, np.arange(len(batches))
@@ -70,14 +70,14 @@ def test_rows_of_hidden_words(file):
     assert "mask" not in drawn[0] and not torch.equal(drawn[0]["tokens"], tokens)
 
 
-def test_a_text_shorter_than_a_row_is_padded(tmp_path):
+def test_text_shorter_than_a_row_is_padded(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "One little text."}\n{"text": "Another."}\n')
     one, data = made(tmp_path / "a.jsonl", length=64, vocab_size=300)
     batch = one.batches(data, card("bert")).make(np.arange(1), torch.Generator().manual_seed(0))
     assert batch["mask"].sum() < 64 and not (batch["target"][~batch["mask"]] >= 0).any()
 
 
-def test_frequency_is_what_the_baseline_knows(file):
+def test_frequency_baseline(file):
     one, data = made(file, length=24, vocab_size=300)
     (baseline,) = one.baselines(data, data)
     truth = one.targets(data)
@@ -89,7 +89,7 @@ def test_frequency_is_what_the_baseline_knows(file):
     assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
 
 
-def test_missing_words_are_written_as_people_do(file):
+def test_gap_notations(file):
     one, _ = made(file, length=24, vocab_size=300)
     text = one.text
     for blank in ("<mask>", "[MASK]", "___", "______"):
@@ -103,7 +103,7 @@ def test_missing_words_are_written_as_people_do(file):
         one.predict_batches(one.read([pl.DataFrame({"text": ["<mask> " + "one two three " * 20]})]), card("bert"))
 
 
-def test_learns_hidden_words_and_answers(file, tmp_path):
+def test_learns_to_fill_masks(file, tmp_path):
     """From texts to answers: far better than frequency, and where a noun is missing, nouns are named."""
     run = fit(
         file,
@@ -176,7 +176,7 @@ def learnt_pairs(pairs, **options):
     return kind.fit(data, kind.options_from(options)), data
 
 
-def test_pairs_are_framed_with_segments(pairs):
+def test_pairs_have_special_tokens_and_segments(pairs):
     one, data = learnt_pairs(pairs, vocab=512, length=40)
     assert (one.column, one.second) == ("first", "second")
     batch = one.batches(data, card("bert"), Settings()).make(np.arange(10), None)
@@ -208,7 +208,7 @@ def test_long_pairs_lose_the_end_of_the_longer_text(pairs):
         one.read(["only one text here"])
 
 
-def test_single_texts_are_framed_for_encoders_alone(file):
+def test_single_texts_have_special_tokens_for_encoders_only(file):
     rows = pl.DataFrame({"text": ["red house", "blue tree", "old stone"] * 10, "label": ["a", "b", "a"] * 10})
     kind = task("text-classification")
     data = read(rows, target="label", kinds={"text": "text"})
@@ -220,7 +220,7 @@ def test_single_texts_are_framed_for_encoders_alone(file):
     assert "segments" not in framed
 
 
-def test_learns_pairs_that_neither_text_explains(pairs, tmp_path):
+def test_learns_from_both_texts_of_a_pair(pairs, tmp_path):
     run = fit(
         pairs,
         target="label",

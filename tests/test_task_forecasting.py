@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     )
 
 
-def test_the_sample_is_forecast_better_than_by_its_last_day(run):
+def test_sample_forecast_beats_the_last_day(run):
     naive = {b["name"]: b["scores"]["mase"] for b in run.record["scores"]["baselines"]}
     assert run.record["model"]["architecture"] == "dlinear"  # the advisor's choice
     assert run.scores["mase"] < 0.9 < naive["seasonal naive"] < naive["naive"]
@@ -44,7 +44,7 @@ def test_the_sample_is_forecast_better_than_by_its_last_day(run):
         assert words in page
 
 
-def test_predictions_go_on_where_series_end(run):
+def test_predictions_start_after_the_series(run):
     said = run.predict("demand")
     assert len(said) == 6 * 48 and list(said[0]) == ["input", "series", "time", "value", "low", "high"]
     assert [said[i]["time"] for i in (0, 1, 47)] == ["2024-05-20 00:00:00", "2024-05-20 01:00:00", "2024-05-21 23:00:00"]
@@ -61,7 +61,7 @@ def test_predictions_go_on_where_series_end(run):
     json.dumps(said)
 
 
-def test_evaluation_of_the_same_and_of_other_data(run, tmp_path):
+def test_evaluation_on_the_same_and_other_data(run, tmp_path):
     again = open_run(run.path).evaluate("demand")
     assert again["scores"] == pytest.approx(run.scores) and "only its test rows" in again["note"]
     table = pl.read_csv(samples.path("demand"))
@@ -88,7 +88,7 @@ def test_evaluation_of_the_same_and_of_other_data(run, tmp_path):
     assert [r["value"] for r in run.predict(parts)] == pytest.approx([r["value"] for r in answers])  # one series, two files
 
 
-def test_what_is_known_ahead_is_used(tmp_path):
+def test_future_covariates_are_used(tmp_path):
     """The future follows from a column that is known, and from nothing else."""
     rng = np.random.default_rng(0)
     promo = (rng.random(900) < 0.4).astype(int)
@@ -127,7 +127,7 @@ def test_what_is_known_ahead_is_used(tmp_path):
     assert any(n.startswith("4 of 4 future steps have no row with promo") for n in notes)
 
 
-def test_a_series_a_row_from_file_to_forecast(tmp_path):
+def test_one_series_per_row_from_file_to_forecast(tmp_path):
     t = np.arange(90)
     table = [[f"H{i}", *(f"{v:.3f}" for v in (i + 2) * (2 + np.sin(2 * np.pi * t[: 80 + i % 9] / 12)))] for i in range(35)]
     lines = [",".join([*row, *[""] * (91 - len(row))]) for row in table]
@@ -158,7 +158,7 @@ def scores_of_naive(data, **options):
 
 
 @pytest.mark.parametrize(("name", "mse", "mae"), [("ETTh1", 1.295, 0.713), ("ETTh2", 0.432, 0.422)])
-def test_repeating_scores_on_ett_as_published(name, mse, mae, tmp_path):
+def test_naive_scores_on_ett_equal_the_published_ones(name, mse, mae, tmp_path):
     """Repeating the last value, Zeng et al. 2022, arXiv:2205.13504, table 2: borders, scales, windows are theirs."""
     found = sorted(unpack("series.zip", tmp_path, "").rglob(f"{name}.csv"))[0]
     scores = scores_of_naive(
@@ -167,7 +167,7 @@ def test_repeating_scores_on_ett_as_published(name, mse, mae, tmp_path):
     assert (scores["naive"]["mse"], scores["naive"]["mae"]) == pytest.approx((mse, mae), abs=1.1e-3)
 
 
-def test_seasonal_naive_scores_on_m4_hourly_as_published(tmp_path):
+def test_seasonal_naive_scores_on_m4_hourly_equal_the_published_ones(tmp_path):
     """Makridakis et al. 2020, Naive S on hourly series: sMAPE 13.912, MASE 1.193."""
     folder = unpack("series.zip", tmp_path, "")
     texts = [(folder / "m4" / f"Hourly-{n}.csv").read_text() for n in ("train", "test")]

@@ -58,7 +58,7 @@ def change(table, edits):
 # Scores
 
 
-def test_ranks_are_counted_one_by_one(monkeypatch):
+def test_ranks_equal_a_slow_count(monkeypatch):
     monkeypatch.setattr("fieldguide.tasks.multimodal.image_text.QUERY_CHUNK", 3)
     rng = np.random.default_rng(0)
     questions, answers = rng.integers(-2, 3, (8, 3)).astype(float), rng.integers(-2, 3, (6, 3)).astype(float)
@@ -79,7 +79,7 @@ def learnt(tmp_path, name, **options):
     return kind.fit(data, asked), data
 
 
-def test_equal_pictures_and_captions_are_all_right(tmp_path):
+def test_equal_images_and_captions_are_all_correct(tmp_path):
     it, data = learnt(tmp_path, "image-text")
     truth = it.targets(data)
     # Four colours, two sides, two ways to say it: 16 captions. One vector for what is meant makes every recall perfect.
@@ -100,7 +100,7 @@ def test_equal_pictures_and_captions_are_all_right(tmp_path):
     assert 0.7 < between["image_r1"][0] < between["image_r1"][1] == 1 and set(between) == set(scores)
 
 
-def test_equal_captions_have_one_number_in_a_batch(tmp_path):
+def test_equal_captions_share_an_id_in_a_batch(tmp_path):
     from fieldguide.core.settings import Settings
     from fieldguide.models import registry
 
@@ -117,7 +117,7 @@ def test_equal_captions_have_one_number_in_a_batch(tmp_path):
     assert it.classes == sorted(set(said)) and it.model_dims()["end"] == it.text.end
 
 
-def test_pictures_stay_on_one_side(tmp_path):
+def test_equal_images_stay_in_one_split(tmp_path):
     for name in ("image-text", "visual-question-answering"):
         _, data = learnt(tmp_path, name)
         made = split(data)
@@ -141,7 +141,7 @@ def test_rare_answers_count_as_wrong(tmp_path):
     assert few.exhibits(data, {"probabilities": np.tile([0.6, 0.4], (len(data), 1))}, few.targets(data))["Questions"]
 
 
-def test_the_first_right_answer_counts(tmp_path):
+def test_first_correct_answer_counts(tmp_path):
     """Of five captions of a picture one is near: that is enough for the picture, and each caption is asked for itself."""
     it, _ = learnt(tmp_path, "image-text")
     picture, caption = np.repeat([0, 1], 5), np.arange(10)
@@ -154,7 +154,7 @@ def test_the_first_right_answer_counts(tmp_path):
     assert hits["text_r5"].all() and len(hits["image_r1"]) == 10
 
 
-def test_a_table_of_captions_is_not_taken_for_classes(tmp_path):
+def test_captions_are_not_mistaken_for_classes(tmp_path):
     request = {"target": None, "kinds": {}, "roles": {}, "group": None, "time": None, "allow_bad": False, "task": None}
     table = album(tmp_path, 40)
     first, kind, why = read_for({**request, "data": str(table)})
@@ -176,7 +176,7 @@ def test_a_table_of_captions_is_not_taken_for_classes(tmp_path):
     assert read_for({**request, "data": str(two)})[1].name == "translation"
 
 
-def test_the_table_says_which_task_it_is(tmp_path):
+def test_task_is_inferred_from_the_table(tmp_path):
     table = album(tmp_path / "q", 30, "questions")
     assert infer_task(read(table))[0].name == "visual-question-answering"
     with pytest.raises(DataError, match="one image column"):
@@ -194,7 +194,7 @@ def test_the_table_says_which_task_it_is(tmp_path):
         )
 
 
-def test_heat_lies_where_the_weight_is():
+def test_heatmap_matches_the_weights():
     heat = np.zeros((4, 4))
     heat[1, 2] = 1
     seen = overlay_heatmap(np.full((64, 64, 3), 100, np.uint8), heat + 1e-9).astype(int)
@@ -206,7 +206,7 @@ def test_heat_lies_where_the_weight_is():
 # Damage
 
 
-def test_missing_picture(tmp_path):
+def test_missing_image(tmp_path):
     table = album(tmp_path)
     (tmp_path / "photos/003.png").unlink()
     with damage.refused("missing-file", "table.csv:8", "Correct the paths"):
@@ -221,7 +221,7 @@ def test_missing_picture(tmp_path):
         read_as(table, "image-text")
 
 
-def test_truncated_picture(tmp_path):
+def test_truncated_image(tmp_path):
     table, file = album(tmp_path), tmp_path / "photos/005.png"
     file.write_bytes(file.read_bytes()[:-200])
     found = damage.finding(read_as(table, "image-text"), "truncated-image")
@@ -235,7 +235,7 @@ def test_empty_caption(tmp_path):
     assert found.count == found.unusable == 2 and found.places == ("table.csv:5", "table.csv:9") and len(data) == 398
 
 
-def test_slipped_columns(tmp_path):
+def test_shifted_columns(tmp_path):
     table = change(album(tmp_path), {7: "photos/002.png,photos/003.png"})
     found = damage.finding(read_as(table, "image-text"), "caption-is-file")
     assert found.count == 1 and found.places == ("table.csv:7",) and "columns" in found.remedy
@@ -262,7 +262,7 @@ def test_duplicate_pairs(tmp_path):
     assert found.count == 2 and found.places == ("table.csv:402", "table.csv:403") and "Remove" in found.remedy
 
 
-def test_question_and_answer_missing(tmp_path):
+def test_missing_questions_and_answers(tmp_path):
     table = album(tmp_path, kind="questions")
     data = read_as(change(table, {3: "photos/000.png,what is it?,", 4: "photos/001.png,,"}), "visual-question-answering")
     assert damage.finding(data, "target-missing").count == 2 and len(data) == 398
@@ -276,7 +276,7 @@ def test_conflicting_answers(tmp_path):
     assert found.count == 1 and "mauve" in found.places[0]
 
 
-def test_too_many_are_refused(tmp_path):
+def test_too_many_unusable_rows_are_rejected(tmp_path):
     table = album(tmp_path)
     for i in range(20):
         (tmp_path / f"photos/{i:03}.png").write_bytes(b"")
@@ -331,7 +331,7 @@ def test_questions_end_to_end(tmp_path):
     assert "Attention" in page and "By question type" in page
 
 
-def test_questions_to_a_clip_that_learnt_captions(tmp_path):
+def test_questions_after_training_on_captions(tmp_path):
     """Its towers begin as they were, the head for answers anew."""
     settings = {**SETTINGS, "steps": 160, "evaluate": 40, "batch": 64, "lr": 1e-2, "augment": "none"}
     table = album(tmp_path / "data", 400, "questions")
@@ -357,12 +357,12 @@ def test_questions_to_a_clip_that_learnt_captions(tmp_path):
     assert all(torch.allclose(begun[name], x, atol=1e-5) for name, x in before.items() if name.startswith(("vision.", "text.")))
 
 
-def test_a_template_needs_a_place(tmp_path):
+def test_template_needs_a_placeholder(tmp_path):
     with pytest.raises(SettingsError, match=r"no \{\}"):
         learnt(tmp_path, "image-text", template="a photo")
 
 
-def test_classes_of_a_column_are_tested_by_words_alone(tmp_path):
+def test_class_column_is_evaluated_zero_shot(tmp_path):
     table = album(tmp_path / "c", 60)
     rows = table.read_text().splitlines()
     damage.write(table, ["image,caption,label", *(f"{r},{next(c for c in COLOURS if c in r)}" for r in rows[1:])])

@@ -26,7 +26,7 @@ from fieldguide.tasks.vision.image_generation import (
 )
 
 
-def test_frechet_distance_is_its_definition():
+def test_frechet_distance_equals_its_definition():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)), rng.normal(1, 2, size=(150, 6))
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -36,7 +36,7 @@ def test_frechet_distance_is_its_definition():
     assert abs(generative.frechet_distance(a, a)) < 1e-9
 
 
-def test_precision_and_recall_are_their_definition():
+def test_precision_and_recall_equal_their_definition():
     rng = np.random.default_rng(1)
     real, made = rng.normal(size=(40, 3)), rng.normal(0.7, 1, size=(30, 3))
 
@@ -54,7 +54,7 @@ def test_precision_and_recall_are_their_definition():
     assert generative.precision_recall(real, real + 100) == (0, 0)
 
 
-def test_intervals_are_as_wide_as_scores_stray():
+def test_intervals_match_the_spread_of_scores():
     """Of many data sets from one source, about 95 of 100 scores lie as near to their mean as an interval reaches."""
     rng = np.random.default_rng(0)
     worlds = [(rng.normal(size=(150, 4)), rng.normal(0.5, 1.2, (150, 4))) for _ in range(80)]
@@ -77,7 +77,7 @@ def test_intervals_are_as_wide_as_scores_stray():
     assert wide == pytest.approx(single, rel=0.05)
 
 
-def test_a_judge_learns_classes_and_leaves_chance_alone():
+def test_feature_classifier_learns_without_side_effects():
     rng = torch.Generator().manual_seed(0)
     label = torch.randint(2, (300,), generator=rng)
     x = 0.3 * torch.randn(300, 1, 16, 16, generator=rng)
@@ -95,7 +95,7 @@ def test_a_judge_learns_classes_and_leaves_chance_alone():
         generative.train_classifier(x, None, 0, steps=5)
 
 
-def test_pictures_are_written_as_they_are():
+def test_images_are_encoded_losslessly():
     x = np.linspace(-1, 1, 3 * 5 * 5, dtype=np.float32).reshape(3, 5, 5)
     back = np.asarray(Image.open(io.BytesIO(encode_png(x)))).transpose(2, 0, 1)
     assert np.abs(back - (x + 1) * 127.5).max() <= 0.51
@@ -104,7 +104,7 @@ def test_pictures_are_written_as_they_are():
     assert compute_thumbnails(np.ones((2, 3, 16, 16), np.float32)).shape == (2, 192)
 
 
-def test_classes_without_a_test_picture_are_not_shown():
+def test_classes_without_a_test_image_are_not_shown():
     shown = sheets_by_class(np.ones((3, 1, 8, 8), np.float32), np.array([3, 1, 3]), ["a", "b", "c"])
     assert [picture.caption for picture in shown] == ["a", "c"]
 
@@ -120,7 +120,7 @@ def folder(root, classes=("a", "b")):
     return root
 
 
-def test_what_it_reads(tmp_path):
+def test_accepted_data(tmp_path):
     request = {
         "data": str(folder(tmp_path / "two")),
         "target": None,
@@ -146,7 +146,7 @@ def test_what_it_reads(tmp_path):
     assert [f.places[0].split(" ")[0] for f in found] == ["a/1.png"]
 
 
-def test_a_diffusion_network_learns_to_draw(tmp_path):
+def test_diffusion_network_learns_to_generate(tmp_path):
     run = fit(
         folder(tmp_path / "two"),
         task="image-generation",
@@ -172,7 +172,7 @@ def test_a_diffusion_network_learns_to_draw(tmp_path):
     assert run.evaluate(tmp_path / "two")["scores"] == pytest.approx(scores, rel=1e-4)
 
 
-def test_a_gan_trains_with_its_critic(tmp_path):
+def test_gan_trains_with_its_critic(tmp_path):
     folder(tmp_path / "two", classes=("a",))  # a folder in a folder, as torchvision likes it: no classes
     run = fit(
         tmp_path / "two",

@@ -89,7 +89,7 @@ def learnt(tmp_path, **options):
     return made, kind.fit(made.take(np.flatnonzero(made.splits == "train")), kind.options_from(options))
 
 
-def test_training_never_sees_what_is_asked(tmp_path):
+def test_training_never_includes_the_targets(tmp_path):
     made, task = learnt(tmp_path)
     assert sorted(task.items) == ["bun", "egg", "jam", "tea"]  # nut is met in the test part alone
     test = made.take(np.flatnonzero(made.splits == "test"))
@@ -101,7 +101,7 @@ def test_training_never_sees_what_is_asked(tmp_path):
 
 
 @pytest.mark.parametrize("chance", [None, 0, 1, 2])
-def test_windows_hold_neighbours_of_histories(tmp_path, chance):
+def test_windows_contain_consecutive_items(tmp_path, chance):
     _, task = learnt(tmp_path, length=4)
     histories = [np.arange(1, n + 1) for n in (2, 3, 5, 9, 14)]
     batches = task.windows(histories)
@@ -117,7 +117,7 @@ def test_windows_hold_neighbours_of_histories(tmp_path, chance):
         assert len(batches) == sum(-(-(len(h) - 1) // 4) for h in histories) and met == set(range(2, 15))
 
 
-def test_ranks_are_counted_over_all_items():
+def test_ranks_are_over_all_items():
     torch.manual_seed(0)
     scores = torch.randn(40, 25).round(decimals=1)  # with ties
     seen = torch.randint(0, 25, (40, 6))
@@ -146,7 +146,7 @@ def test_scores_by_hand(tmp_path):
     assert got["ndcg_10"] == pytest.approx((1 + 1 / np.log2(4)) / 4) and got["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 11) / 4)
 
 
-def test_objective_is_the_softmax_over_items():
+def test_objective_equals_the_softmax_over_items():
     model = tiny("sasrec").double()
     items = torch.randint(1, 30, (4, 7))
     items[0, :3], items[2, :5] = 0, 0
@@ -160,7 +160,7 @@ def test_objective_is_the_softmax_over_items():
     torch.testing.assert_close(smooth, F.cross_entropy(flat.float(), wanted, label_smoothing=0.1), rtol=1e-5, atol=1e-6)
 
 
-def test_drawn_items_are_corrected_for():
+def test_sampled_softmax_is_corrected():
     """With the correction, a softmax over drawn items tends to that over all, however uneven the draw."""
     model = tiny("sasrec")
     items = torch.randint(1, 30, (6, 8))
@@ -222,7 +222,7 @@ def test_damaged_events(tmp_path):
     assert asked(tmp_path / "events.jsonl")[1] is Recommendation
 
 
-def test_a_network_learns_what_follows(tmp_path):
+def test_network_learns_the_next_item(tmp_path):
     run = fit("series", minutes=2, out=tmp_path / "run", settings={"steps": 260, "precision": "float32", "evaluate": 65})
     scores, others = run.scores, [b["scores"] for b in run.record["scores"]["baselines"]]
     assert scores["ndcg_10"] > 0.6 and scores["ndcg_10"] > 1.3 * max(o["ndcg_10"] for o in others)
@@ -265,7 +265,7 @@ def clicks(path, rows=3000, seed=0):
     return path
 
 
-def test_clicks_are_predicted_by_who_and_what(tmp_path):
+def test_clicks_depend_on_user_and_item(tmp_path):
     run = fit(
         clicks(tmp_path / "clicks.csv"),
         task="click-prediction",

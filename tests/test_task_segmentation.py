@@ -43,7 +43,7 @@ class Pixelwise(nn.Module):
         return self.layer(x)
 
 
-def test_dice_is_its_definition():
+def test_dice_equals_its_definition():
     logits, target = torch.randn(3, 4, 5, 6, dtype=torch.float64), torch.randint(-1, 3, (3, 5, 6))  # class 3 never occurs
     p, scores = logits.softmax(1), []
     for k in range(4):
@@ -59,7 +59,7 @@ def test_dice_is_its_definition():
     assert float(dice_loss(logits, target)) == pytest.approx(1 - sum(scores) / len(scores), rel=1e-12)
 
 
-def test_loss_leaves_out_what_has_no_class():
+def test_loss_ignores_pixels_without_a_class():
     objective = Segmentation(Pixelwise(), 3)
     image, target = torch.randn(2, 2, 8, 8), torch.randint(0, 3, (2, 8, 8))
     target[:, :4] = -1
@@ -72,7 +72,7 @@ def test_loss_leaves_out_what_has_no_class():
 
 
 @pytest.mark.parametrize("size", [(40, 70), (16, 16), (33, 90), (100, 20)], ids=str)
-def test_tiles_make_the_whole(size):
+def test_tiles_equal_the_whole_image(size):
     """A network that looks at a pixel alone answers alike however the picture is cut; weights make a mean."""
     model, image = Pixelwise().double(), torch.randn(2, 2, *size, dtype=torch.float64)
     torch.testing.assert_close(predict_tiled(model, image, 16).double(), model(image), rtol=1e-5, atol=1e-5)
@@ -82,7 +82,7 @@ def test_tiles_make_the_whole(size):
         assert covered == set(range(n)) and all(b2 - b1 <= 12 for b1, b2 in pairwise(begins))
 
 
-def test_a_network_without_padding_answers_for_the_whole_picture():
+def test_network_without_padding_covers_the_whole_image():
     image = torch.randn(1, 2, 50, 43)
     five = nn.Conv2d(2, 3, 5)  # loses two pixels at each side
     assert find_padding(five, 2, 50, 43) == (4, 4)
@@ -99,7 +99,7 @@ def test_a_network_without_padding_answers_for_the_whole_picture():
     assert reflect_pad(row, 0, 12)[0, 0, 0].tolist() == [2, 3, 4, 3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2]
 
 
-def test_counts_are_of_the_pictures_own_size():
+def test_counts_are_at_the_original_size():
     objective = Segmentation(Pixelwise(), 3)
     image = torch.randn(2, 2, 32, 32)
     sizes, inner = torch.tensor([[20, 30], [60, 50]]), torch.tensor([[20, 30], [32, 27]])
@@ -122,7 +122,7 @@ def test_counts_are_of_the_pictures_own_size():
 
 
 @pytest.mark.parametrize("form", ["L", "P", "RGB", "I;16", "RGBA"])
-def test_masks_of_every_form(tmp_path, form):
+def test_mask_formats(tmp_path, form):
     classes = np.random.default_rng(0).integers(0, 3, (20, 30)).astype(np.uint8)
     if form == "P":
         image = Image.fromarray(classes, "P")
@@ -142,7 +142,7 @@ def test_masks_of_every_form(tmp_path, form):
 
 
 @pytest.mark.parametrize("augment", ["none", "light", "standard"])
-def test_augmented_masks_stay_with_their_pictures(augment):
+def test_augmented_masks_match_their_images(augment):
     """The mask is drawn into the picture: afterwards both must still agree, and what lies outside has no class."""
     target = torch.arange(40 * 48).view(1, 40, 48).div(160, rounding_mode="floor").repeat(6, 1, 1) % 5
     pixels = (target[:, None] * 50).expand(-1, 3, -1, -1).to(torch.uint8)
@@ -190,7 +190,7 @@ def asked(path, **more):
     )
 
 
-def test_pictures_with_masks(tmp_path):
+def test_images_with_masks(tmp_path):
     data, kind, _ = asked(folder(tmp_path))
     assert kind is ImageSegmentation and len(data) == 40 and data.target.kind == "mask"
     made = kind.build_examples(data, kind.Options())
@@ -209,7 +209,7 @@ def test_pictures_with_masks(tmp_path):
         kind.build_examples(read(tmp_path, column_spec=kind.column_spec), kind.Options())
 
 
-def test_classes_are_left_out_by_name(tmp_path):
+def test_classes_can_be_ignored_by_name(tmp_path):
     """Of masks in colours, which class_dict.csv names."""
     for path in (folder(tmp_path) / "masks").iterdir():
         Image.fromarray(np.array([(0, 0, 0), (9, 8, 7)], np.uint8)[np.asarray(Image.open(path))]).save(path)
@@ -221,7 +221,7 @@ def test_classes_are_left_out_by_name(tmp_path):
         kind.build_examples(data, kind.Options(ignore="void"))
 
 
-def test_damaged_pictures_with_masks(tmp_path):
+def test_damaged_images_with_masks(tmp_path):
     folder(tmp_path, 120)
     (tmp_path / "masks" / "p3.png").unlink()
     (tmp_path / "images" / "p4.png").unlink()
@@ -263,7 +263,7 @@ def test_damaged_pictures_with_masks(tmp_path):
         read(tmp_path)
 
 
-def test_a_network_learns_to_segment(tmp_path):
+def test_network_learns_to_segment(tmp_path):
     run = fit(
         "inked",
         model="unet-mini",

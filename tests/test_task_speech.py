@@ -86,7 +86,7 @@ def table(folder, rows, names=("file", "transcript")):
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
-def test_a_whole_recording_of_each_format(tmp_path, suffix):
+def test_complete_recordings_of_each_format(tmp_path, suffix):
     path = sound(tmp_path / f"a.{suffix}", ["seven", "six"], rate=16000)
     found = audio.check_one(path)
     assert (found.problem, found.traits, found.rate, found.channels) == ("", (), 16000, 1)
@@ -97,7 +97,7 @@ def test_a_whole_recording_of_each_format(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
-def test_a_recording_without_its_end(tmp_path, suffix):
+def test_truncated_recordings(tmp_path, suffix):
     path = sound(tmp_path / f"a.{suffix}", ["seven", "six", "nine"], rate=16000)
     content = path.read_bytes()
     for share in (0.9, 0.5):
@@ -106,7 +106,7 @@ def test_a_recording_without_its_end(tmp_path, suffix):
         assert found.problem == "truncated-sound" and found.detail, (suffix, share, found)
 
 
-def test_what_is_no_recording(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     files = {"empty.wav": b"", "text.wav": b"this is a text, not a sound", "notes.txt": b"something else altogether"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -127,7 +127,7 @@ def test_what_is_no_recording(tmp_path):
         audio.load([tmp_path / "gone.wav"], 8000)
 
 
-def test_traits_of_recordings(tmp_path):
+def test_recording_traits(tmp_path):
     wave = voice.speak(["one"], voice.Voice(), np.random.default_rng(0))
     soundfile.write(tmp_path / "stereo.wav", np.stack([wave, 0 * wave], 1), 8000)
     soundfile.write(tmp_path / "silent.wav", wave * 1e-4, 8000)
@@ -144,7 +144,7 @@ def test_traits_of_recordings(tmp_path):
     assert np.abs(half / 32768 - wave / 2).max() < 1e-4
 
 
-def test_equal_sounds_have_equal_digests_whatever_their_files(tmp_path):
+def test_equal_audio_has_equal_digests(tmp_path):
     first = sound(tmp_path / "a.wav", ["two"], 1)
     wave, rate = soundfile.read(first, dtype="int16")
     soundfile.write(tmp_path / "b.flac", wave, rate)
@@ -157,7 +157,7 @@ def test_equal_sounds_have_equal_digests_whatever_their_files(tmp_path):
 # Folders
 
 
-def test_a_folder_with_a_table(folder):
+def test_folder_with_a_table(folder):
     data, kind, _ = asked(folder, None)  # recognised without --task
     assert kind is SpeechRecognition and data.target.name == "transcript" and data.columns["file"].kind == "audio"
     assert len(data) == 12 and data.rows["transcript"][3] == said(3) and data.locate_row(3) == "transcripts.csv:5"
@@ -166,14 +166,14 @@ def test_a_folder_with_a_table(folder):
 
 
 @pytest.mark.parametrize("form", ["stem", "name", "absolute", "windows"])
-def test_names_of_recordings_in_any_form(folder, form):
+def test_recording_names_in_any_form(folder, form):
     written = {"stem": "r{}", "name": "r{}.wav", "absolute": f"{folder}/wav/r{{}}.wav", "windows": ".\\wav\\r{}.wav"}[form]
     table(folder, [(said(i), written.format(i)) for i in range(12)], ("text", "clip"))
     data, *_ = asked(folder)
     assert data.target.name == "text" and [str(folder / f"wav/r{i}.wav") for i in range(12)] == data.rows["clip"].to_list()
 
 
-def test_other_tables(folder):
+def test_table_formats(folder):
     rows = [{"path": f"wav/r{i}.wav", "sentence": said(i), "speaker": i % 3} for i in range(12)]
     (folder / "transcripts.csv").unlink()
     (folder / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -188,7 +188,7 @@ def test_other_tables(folder):
     assert data.columns["where"].kind == "audio" and data.target.name == "words" and read(lone).columns["where"].kind == "audio"
 
 
-def test_a_text_beside_each_recording(twelve, tmp_path):
+def test_text_file_next_to_each_recording(twelve, tmp_path):
     for i in range(12):
         part = tmp_path / ("test" if i > 9 else "train")
         part.mkdir(exist_ok=True)
@@ -311,7 +311,7 @@ def test_damaged_folders(folder):
         asked(folder)
 
 
-def test_tables_that_cannot_be_matched(folder):
+def test_unmatched_tables_are_rejected(folder):
     table(folder, [(f"take {i}", said(i)) for i in range(12)])
     with pytest.raises(
         DataError, match=r"no column of transcripts.csv \(file, transcript\) contains the names of the recordings"
@@ -341,7 +341,7 @@ def prepared(folder, **options):
     return data, SpeechRecognition.fit(data, SpeechRecognition.options_from(options))
 
 
-def test_choices_from_the_data(folder):
+def test_options_chosen_from_the_data(folder):
     data, task = prepared(folder)
     o = task.options
     assert (o.rate, o.bands, o.scale, o.masks, o.longest) == (8000, 40, "corpus", False, 30.0)
@@ -355,7 +355,7 @@ def test_choices_from_the_data(folder):
         prepared(folder, longest="0.1")
 
 
-def test_long_recordings_are_said_and_not_trained_on(folder):
+def test_long_recordings_are_noted_and_not_trained_on(folder):
     data = asked(folder)[0]
     cut = float(data.rows[SECONDS].sort()[8])
     _, task = prepared(folder, longest=str(cut))
@@ -365,7 +365,7 @@ def test_long_recordings_are_said_and_not_trained_on(folder):
     assert any("fewer frames than their transcripts need" in n for n in tight.notes)
 
 
-def test_batches_are_functions_of_the_generator(folder):
+def test_batches_depend_on_the_generator_only(folder):
     data, task = prepared(folder, masks="true")
     chance = lambda n: torch.Generator().manual_seed(n)
     batches = task.batches(data, None, Settings(augmentation="standard"))
@@ -389,7 +389,7 @@ def test_batches_are_functions_of_the_generator(folder):
     assert torch.allclose(alone["features"][0, :n], plain["features"][0, :n], atol=1e-5)
 
 
-def test_scores_are_those_of_the_corpus(folder):
+def test_scores_are_computed_over_the_corpus(folder):
     data, task = prepared(folder)
     truth = task.targets(data)
     assert task.score({"text": truth["text"]}, truth) == {"wer": 0.0, "cer": 0.0}
@@ -415,7 +415,7 @@ def errors(a, b):
     return int(count_edits([b], [a]).errors[0])
 
 
-def test_words_have_their_times(folder):
+def test_word_times(folder):
     _, task = prepared(folder)
     index = task.transcripts.index
     symbols = [index[c] for c in "two six"]
@@ -460,7 +460,7 @@ class Near(torch.nn.Module):
         return (x[:, :-2] + x[:, 1:-1] + x[:, 2:]) / 3
 
 
-def test_long_recordings_are_heard_in_chunks(folder):
+def test_long_recordings_are_processed_in_chunks(folder):
     _, task = prepared(folder)
     task.predict_options = task.parse_predict_options({"chunk": "0.8"})
     size, overlap = task.chunk_frames()
@@ -498,7 +498,7 @@ QUICK = {
 }
 
 
-def test_a_network_learns_to_write_what_is_said(run):
+def test_network_learns_to_transcribe(run):
     baseline = run.record["scores"]["baselines"][0]["scores"]
     assert run.scores["wer"] < 0.35 and run.scores["cer"] < 0.25 and baseline["wer"] > 0.8 and "loss" not in baseline
     low, high = run.record["scores"]["intervals"]["wer"]
@@ -530,7 +530,7 @@ def test_predict_reads_any_recording(run, tmp_path):
         run.predict(str(tmp_path / "bad.wav"))
 
 
-def test_evaluate_scores_the_test_part(run):
+def test_evaluate_scores_the_test_rows(run):
     again = open_run(run.path).evaluate("spoken")
     assert again["scores"] == pytest.approx(run.scores) and again["rows"] == 120 and "test rows" in again["note"]
 
@@ -558,7 +558,7 @@ class Quiet(NullCallback):
             raise KeyboardInterrupt
 
 
-def test_halves_are_equal_to_the_whole(tmp_path):
+def test_resumed_training_equals_uninterrupted(tmp_path):
     """Resume: order, speed and stripes are functions of the step."""
     data = asked("spoken")[0].take(np.arange(80))
 

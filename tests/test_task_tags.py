@@ -63,7 +63,7 @@ def slow(tags: list[str]) -> set[tuple[int, int, str]]:
 
 
 @pytest.mark.parametrize("letters", ["BI", "I", "BIES"])
-def test_entities_are_those_of_conlleval(letters):
+def test_entities_equal_conlleval(letters):
     rng = np.random.default_rng(0)
     tags = ["O", *(f"{letter}-{kind}" for letter in letters for kind in ("PER", "LOC"))]
     real, said = (rng.integers(len(tags), size=(300, 9)) for _ in range(2))
@@ -87,7 +87,7 @@ def test_known_cases_of_entities():
     assert extract_entities(np.array([0, 1, 2]), ["U-A", "B-A", "L-A"]) == [(0, 0, "A"), (1, 2, "A")]
 
 
-def test_files_of_conll(folder, tmp_path):
+def test_conll_files(folder, tmp_path):
     data = read(folder / "words.conll", column_spec=task("token-classification").column_spec)
     assert len(data) == 400 and data.target.name == "tags" and infer_task(data)[0].name == "token-classification"
     rng = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def made(source, **options):
     return kind.fit(data, kind.options_from(options)), data
 
 
-def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
+def test_json_lines_and_their_errors(tmp_path):
     rows = [dict(zip(("tokens", "ner_tags"), sentence(np.random.default_rng(i)))) for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one, data = made(tmp_path / "a.jsonl", vocab_size=300)
@@ -124,7 +124,7 @@ def test_lines_of_json_and_what_is_wrong_with_them(tmp_path):
         one.targets(read(tmp_path / "c.jsonl", schema=one.columns))
 
 
-def test_each_word_is_asked_at_its_first_token(folder):
+def test_words_are_classified_at_their_first_token(folder):
     one, data = made(folder / "words.conll", vocab_size=270, length=40)
     batch = one.batches(data, card("bert"), Settings()).make(np.arange(20), None)
     truth = one.targets(data)["label"]
@@ -157,7 +157,7 @@ def test_scores_and_the_baseline(folder):
     assert one.intervals(baseline.outputs, truth)["f1"][0] <= scores["f1"] <= one.intervals(baseline.outputs, truth)["f1"][1]
 
 
-def test_learns_tags_and_answers(folder, tmp_path):
+def test_learns_to_tag(folder, tmp_path):
     run = fit(
         folder / "words.conll",
         model="bert-tiny",

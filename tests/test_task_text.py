@@ -43,7 +43,7 @@ def asked(path, task=None, **more):
 # Documents
 
 
-def test_a_long_text_is_tested_on_its_end(tmp_path):
+def test_long_text_is_tested_on_its_end(tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
     data, kind, _ = asked(tmp_path / "story.txt")
     assert kind is TextGeneration and len(data) == 1
@@ -58,7 +58,7 @@ def test_a_long_text_is_tested_on_its_end(tmp_path):
     assert STORY.split("\n")[line - 1] == rows.rows["text"][row].split("\n")[0]
 
 
-def test_a_folder_names_its_splits(tmp_path):
+def test_folder_names_define_splits(tmp_path):
     for name, text in {"train": STORY, "val": STORY[:5000], "test": STORY[-9000:]}.items():
         (tmp_path / f"{name}.txt").write_text(text)
     rows = TextGeneration.build_examples(asked(tmp_path)[0], TextGeneration.Options())
@@ -70,7 +70,7 @@ def test_a_folder_names_its_splits(tmp_path):
     assert text["test"] == STORY[-9000:] and text["train"] + text["val"] == STORY and len(text["val"]) > 2000
 
 
-def test_many_short_texts_are_split_by_chance(tmp_path):
+def test_many_short_texts_are_split_at_random(tmp_path):
     file = tmp_path / "notes.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"note {i}: {i * i} and more words"}) for i in range(60)))
     data, kind, _ = asked(file, "text-generation")
@@ -80,7 +80,7 @@ def test_many_short_texts_are_split_by_chance(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "a", "a\n" * 4000, "x" * 9000, "ä\r\n" * 3000, "\n\n\n" + "w " * 5000], ids=range(6))
-def test_passages_are_the_text(text):
+def test_passages_join_to_the_text(text):
     assert "".join(split_passages(text)) == text
 
 
@@ -163,7 +163,7 @@ def test_damaged_conversations(tmp_path):
 
 
 @pytest.mark.parametrize("characters", [False, True])
-def test_tokens_spell_texts_back(characters):
+def test_tokens_decode_to_the_text(characters):
     texts = ["Hello wörld\n\n  two  spaces", "日本 😀\r\n\t<|endoftext|> is a text here"]
     text = TextTokenizer.fit_exact(texts, size=300, characters=characters)
     for ids, whole in zip(text.encode_exact(texts), texts):
@@ -171,7 +171,7 @@ def test_tokens_spell_texts_back(characters):
         assert text.count_token_bytes()[ids].sum() == len(whole.encode())
 
 
-def test_packed_rows_hold_every_token_once(tmp_path):
+def test_packed_rows_contain_every_token_once(tmp_path):
     data = asked_story(tmp_path)
     rows = TextGeneration.build_examples(data, TextGeneration.Options())
     task = TextGeneration.fit(rows, TextGeneration.Options(length=32, tokenizer="characters"))
@@ -241,7 +241,7 @@ def test_damaged_pairs(tmp_path):
             read(tmp_path)
 
 
-def test_parallel_texts_called_by_language_alone(tmp_path):
+def test_parallel_texts_named_by_language_only(tmp_path):
     for name, word in (("en.txt", "number"), ("de.txt", "Zahl"), ("readme.txt", "about")):
         (tmp_path / name).write_text("".join(f"{word} {i}\n" for i in range(30)))
     data, *_ = asked(tmp_path, "translation", target="de")
@@ -264,7 +264,7 @@ def test_tables_of_pairs(tmp_path):
 # From data to answers
 
 
-def test_a_network_learns_to_write(tmp_path):
+def test_network_learns_to_generate_text(tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
     run = fit(
         tmp_path / "story.txt",
@@ -298,7 +298,7 @@ def test_a_network_learns_to_write(tmp_path):
     assert again["scores"] == pytest.approx(run.scores)
 
 
-def test_a_network_learns_to_translate(tmp_path):
+def test_network_learns_to_translate(tmp_path):
     run = fit(
         "phrases",
         minutes=3,
@@ -333,7 +333,7 @@ def test_a_network_learns_to_translate(tmp_path):
     ],
     ids=["english", "chinese", "japanese", "thai"],
 )
-def test_bleu_counts_characters_where_no_blanks_part_words(right, said, signature):
+def test_bleu_counts_characters_without_word_separators(right, said, signature):
     bleu, _ = build_bleu_and_chrf([right])
     assert 20 < bleu.corpus_score([said], [[right]]).score < 95
     assert signature in str(bleu.get_signature())

@@ -65,7 +65,7 @@ def asked(path, **more):
 
 
 @pytest.mark.parametrize("form", ["strip", "gif", "webp"])
-def test_films_of_every_form(tmp_path, form):
+def test_videos_in_every_format(tmp_path, form):
     array = strip(tmp_path / "a.png")
     frames = [Image.fromarray(array[:, 16 * f : 16 * f + 16]) for f in range(5)]
     path = tmp_path / "a.png"
@@ -80,7 +80,7 @@ def test_films_of_every_form(tmp_path, form):
     assert film.shape == (5, 1, 16, 16) and np.abs(film[:, 0] - wanted).max() <= 3
 
 
-def test_what_it_reads(tmp_path):
+def test_accepted_data(tmp_path):
     data, kind, _ = asked(folder(tmp_path / "films"))
     assert kind is VideoGeneration and data.features("video") and data.target.name == "label"
     task = kind.fit(data, kind.options_from({"frames": 4}))
@@ -110,7 +110,7 @@ def filmed(path, frames=8, side=32, seed=0):
     return said
 
 
-def test_films_of_cameras(tmp_path):
+def test_video_files(tmp_path):
     said = [filmed(tmp_path / "walks" / f"{i}.mp4", seed=i) for i in range(120)]
     data = read(tmp_path, column_spec=VideoGeneration.column_spec)
     assert len(data) == 120 and data.rows["#frames"].unique().to_list() == [8]
@@ -125,7 +125,7 @@ def test_films_of_cameras(tmp_path):
         assert found[check].count == 1 and found[check].places[0].startswith("walks/7.mp4")
 
 
-def test_damaged_films(tmp_path):
+def test_damaged_videos(tmp_path):
     root = folder(tmp_path, 110)
     good = (root / "left" / "3.png").read_bytes()
     cases = {"empty-file": b"", "not-a-video": b"no film at all", "truncated-video": good[: len(good) // 2]}
@@ -150,7 +150,7 @@ def test_damaged_films(tmp_path):
         asked("iris")
 
 
-def test_what_judges_see():
+def test_evaluation_features():
     still = torch.rand(2, 1, 1, 8, 8).expand(2, 6, 1, 8, 8)
     seen = motion_image(still)
     assert seen.shape == (2, 3, 8, 8) and seen[:, 1:].abs().max() < 1e-6 and torch.equal(seen[:, 0], still[:, 0, 0])
@@ -176,7 +176,7 @@ def test_intervals_of_gaps_and_decibels():
     assert decibels(x, y) == pytest.approx([psnr(p, q) for p, q in zip(x, y)])
 
 
-def test_a_network_learns_to_film(tmp_path):
+def test_network_learns_to_generate_videos(tmp_path):
     run = fit(
         folder(tmp_path / "films", 40),
         task="video-generation",

@@ -78,7 +78,7 @@ def pairs(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_frames(form, tmp_path, pairs):
+def test_sequence_markers(form, tmp_path, pairs):
     """Rows as the network learnt them: its sources, what answers begin with, and what follows each of their tokens."""
     before, after, options, want = FORMS[form]
     path = tokenizer(tmp_path / "tokenizer.json", before, after)
@@ -94,7 +94,7 @@ def test_frames(form, tmp_path, pairs):
     assert (batch["tokens"][0][len(want[2]) + 3 :] == 1).all()  # <pad>
 
 
-def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
+def test_beam_search_continues_from_all_start_tokens(tmp_path, pairs):
     before, after, options, _ = FORMS["mbart-50"]
     path = tokenizer(tmp_path / "tokenizer.json", before, after)
     data = read(pairs, column_spec=Translation.column_spec)
@@ -111,7 +111,7 @@ def test_beams_go_on_from_all_that_answers_begin_with(tmp_path, pairs):
     assert said.shape[1] <= 10  # with its begin no longer than the network reads
 
 
-def test_languages_must_be_named(tmp_path):
+def test_languages_are_required(tmp_path):
     path = tokenizer(tmp_path / "tokenizer.json", ("en_XX",), ("</s>",))
     from fieldguide.data.preprocessing import TextTokenizer
 
@@ -122,7 +122,7 @@ def test_languages_must_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "mbart", "nllb", "nllb-moe"])
-def test_fits_from_nothing(name, tmp_path, pairs):
+def test_fits_from_random_weights(name, tmp_path, pairs):
     run = fit(
         pairs,
         task="translation",
@@ -145,7 +145,7 @@ def test_fits_from_nothing(name, tmp_path, pairs):
         ("nllb", "nllb", {"task.target_language": "de_DE"}),
     ],
 )
-def test_fits_from_a_folder_of_transformers(name, form, more, tmp_path, pairs):
+def test_fits_from_a_transformers_folder(name, form, more, tmp_path, pairs):
     """Its tokenizer and what its answers begin with come from the folder; the weights are those of the first step."""
     before, after, options, want = FORMS[form]
     changes = {} if name == "t5" else {"length": 80}
@@ -193,7 +193,7 @@ def documents(tmp_path):
     return path
 
 
-def test_documents_are_read_by_their_usual_names(tmp_path):
+def test_document_columns_by_usual_names(tmp_path):
     data = read(documents(tmp_path), column_spec=Summarization.column_spec)
     assert data.target.name == "highlights" and Summarization.missing_requirements(data) is None
     task = Summarization.fit(data, Summarization.options_from({}))
@@ -207,7 +207,7 @@ def test_documents_are_read_by_their_usual_names(tmp_path):
     assert first_sentences("One. Two!\nThree? Four.") == "One. Two! Three?" and first_sentences("") == ""
 
 
-def test_a_network_learns_to_summarize(tmp_path):
+def test_network_learns_to_summarize(tmp_path):
     run = fit(
         documents(tmp_path),
         task="summarization",
@@ -227,7 +227,7 @@ def test_a_network_learns_to_summarize(tmp_path):
     assert "Summaries during training" in page and "ROUGE-1 by length" in page
 
 
-def test_runs_are_asked_as_folders_are(tmp_path, pairs):
+def test_runs_predict_like_checkpoints(tmp_path, pairs):
     """By beams, or drawn by chance that is a matter of seed and row; in pieces; up to a text; and as it was before."""
     run = open_run(
         fit(

@@ -51,7 +51,7 @@ def classifier(classes: int):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("classes", [2, 3, 7])
-def test_scores_are_scikit_learns(classes, ties):
+def test_scores_equal_scikit_learn(classes, ties):
     for seed in range(5):
         y, p = answered(200, classes, seed, ties)
         guess = p.argmax(1)
@@ -87,7 +87,7 @@ def test_scores_over_the_classes_that_occur():
     assert np.isnan(roc_auc(p[y == 0], y[y == 0], np.array([0])))
 
 
-def test_a_sure_mistake_costs_a_finite_loss():
+def test_confident_error_has_a_finite_loss():
     ours = classifier(2).score({"probabilities": np.array([[1.0, 0.0], [0.0, 1.0]])}, {"label": np.array([1, 1])})
     assert ours["log_loss"] == pytest.approx(-np.log(1e-12) / 2)
 
@@ -109,7 +109,7 @@ def test_calibration_error_of_known_cases():
     assert calibration_error(np.ones(10), np.zeros(10, bool)) == pytest.approx(1)
 
 
-def test_temperature_mends_confidence_and_no_answer():
+def test_temperature_changes_confidence_but_not_predictions():
     y, p = answered(3000, 3, 1)
     sharp = p**3 / (p**3).sum(1, keepdims=True)  # three times too sure
     made = classifier(3)
@@ -121,7 +121,7 @@ def test_temperature_mends_confidence_and_no_answer():
     assert np.allclose(mended["probabilities"].sum(1), 1)
 
 
-def test_regression_scores_are_scikit_learns():
+def test_regression_scores_equal_scikit_learn():
     rng = np.random.default_rng(0)
     y, guess = rng.normal(50, 9, 300), rng.normal(50, 9, 300)
     made = task("tabular-regression")([], None)
@@ -136,7 +136,7 @@ def test_regression_scores_are_scikit_learns():
     assert np.isnan(made.score({"values": np.zeros((3, 1))}, {"value": np.full(3, 5.0)})["r2"])
 
 
-def test_intervals_hold_the_score_and_shrink():
+def test_intervals_contain_the_score_and_shrink():
     made = classifier(3)
     widths = []
     for rows in (50, 200, 3200):
@@ -153,7 +153,7 @@ def test_intervals_hold_the_score_and_shrink():
     assert widths[0] > widths[1] > widths[2]
 
 
-def test_intervals_cover():
+def test_intervals_have_nominal_coverage():
     """Of many samples of 150 rows, about 95 % have an interval that holds the true accuracy."""
     y, p = answered(40_000, 3, 3)
     true, made, rng = np.mean(p.argmax(1) == y), classifier(3), np.random.default_rng(0)
@@ -203,7 +203,7 @@ def mixed() -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("model", ["mlp-s", "fnn"])
-def test_a_table_is_prepared_from_training_rows(mixed, model, tmp_path):
+def test_table_preprocessing_is_fitted_on_training_rows(mixed, model, tmp_path):
     parts = Splits(np.arange(0, 80), np.arange(80, 100), np.arange(100, 120), "by hand")
     saved, batches = [], []
     for name, rows in (("clean", mixed), ("poisoned", poison_table(mixed, np.arange(80, 120)))):
@@ -219,7 +219,7 @@ def test_a_table_is_prepared_from_training_rows(mixed, model, tmp_path):
         assert torch.equal(tensor, batches[1][key]), key
 
 
-def test_a_target_is_scaled_by_training_rows(tmp_path):
+def test_target_scaling_is_fitted_on_training_rows(tmp_path):
     table = pl.read_csv(samples.path("diabetes"), infer_schema_length=None)
     parts = Splits(np.arange(0, 300), np.arange(300, 370), np.arange(370, 442), "by hand")
     here = pl.Series(np.arange(442) >= 300)
@@ -232,7 +232,7 @@ def test_a_target_is_scaled_by_training_rows(tmp_path):
     assert plans[0].task.standard.mean == pytest.approx(table["progression"][:300].mean())
 
 
-def test_texts_are_prepared_from_training_rows(tmp_path):
+def test_tokenizer_is_fitted_on_training_rows(tmp_path):
     clean = pl.read_csv(samples.path("docstrings")).head(300)
     parts = Splits(np.arange(0, 200), np.arange(200, 250), np.arange(250, 300), "by hand")
     absurd = [t if i < 200 else f"Ωmega zzqx {i} " * 40 for i, t in enumerate(clean["text"])]
@@ -249,7 +249,7 @@ def test_texts_are_prepared_from_training_rows(tmp_path):
     assert all(torch.equal(t, batches[1][k]) for k, t in batches[0].items())
 
 
-def test_pictures_are_prepared_from_training_rows(tmp_path):
+def test_image_statistics_are_fitted_on_training_rows(tmp_path):
     home = samples.path("digits")
     source = read(home)
     rows = np.random.default_rng(0).permutation(len(source))[:160]
@@ -276,7 +276,7 @@ def test_pictures_are_prepared_from_training_rows(tmp_path):
 # Mixing and augmenting
 
 
-def test_mixup_is_one_proportion_of_inputs_and_labels():
+def test_mixup_uses_one_proportion_for_inputs_and_labels():
     x = torch.randn(32, 5)
     y = torch.arange(32) % 4
     batch = mix_pairs({"vector": x, "target": y}, ("vector",), 4, 0.4, torch.Generator().manual_seed(3))
@@ -316,7 +316,7 @@ def test_augmentation_keeps_shape_and_range(how, channels):
         )
 
 
-def test_pictures_are_mirrored_only_where_allowed():
+def test_images_are_mirrored_only_if_allowed():
     x = torch.zeros(200, 1, 16, 16, dtype=torch.uint8)
     x[..., :4] = 255  # a bar on the left, wider than any shift
     left = lambda out: out[..., :8].float().mean((1, 2, 3)) > out[..., 8:].float().mean((1, 2, 3))
@@ -331,7 +331,7 @@ def test_digits_are_never_mirrored(digits_run):
     assert digits_run.task.options.flip is False
 
 
-def test_symmetric_pictures_are_mirrored(tmp_path):
+def test_symmetric_images_are_mirrored(tmp_path):
     """Classes that differ by height of a bar and shade: a mirror changes neither."""
     rng = np.random.default_rng(0)
     for c, row in enumerate((2, 7, 12)):
@@ -362,7 +362,7 @@ def mixed_run(mixed, tmp_path_factory):
     )
 
 
-def test_unseen_categories_and_missing_values_have_an_answer(mixed_run, mixed):
+def test_unseen_categories_and_missing_values_are_predicted(mixed_run, mixed):
     rows = (
         mixed.drop("kind")
         .head(6)
@@ -380,18 +380,18 @@ def test_unseen_categories_and_missing_values_have_an_answer(mixed_run, mixed):
     assert np.allclose(a, b, rtol=0, atol=1e-6)  # rows of one batch may be summed in another order
 
 
-def test_a_lacking_column_is_named(mixed_run, mixed):
+def test_missing_column_is_named(mixed_run, mixed):
     with pytest.raises(DataError, match="'colour'"):
         mixed_run.predict(mixed.drop("colour"))
 
 
-def test_unseen_characters_and_empty_texts_have_an_answer(text_run):
+def test_unseen_characters_and_empty_texts_are_predicted(text_run):
     texts = ["", "   ", "日本語 😀", "\x00\x07", "a" * 5000, "Return the array."]
     found = probabilities(text_run.predict(pl.DataFrame({"text": texts})))
     assert found.shape == (6, 5) and np.isfinite(found).all() and np.allclose(found.sum(1), 1, atol=1e-5)
 
 
-def test_pictures_of_any_size_and_mode_have_an_answer(digits_run, tmp_path):
+def test_images_of_any_size_and_mode_are_predicted(digits_run, tmp_path):
     modes = {"L": 9, "RGB": (9, 8, 7), "RGBA": (9, 8, 7, 100), "1": 1, "P": 3, "I;16": 40_000, "CMYK": (1, 2, 3, 4)}
     for i, (mode, colour) in enumerate(modes.items()):
         suffix = "tif" if mode == "CMYK" else "png"
@@ -401,7 +401,7 @@ def test_pictures_of_any_size_and_mode_have_an_answer(digits_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["iris_run", "digits_run", "text_run"])
-def test_one_row_is_answered_as_in_a_batch(name, request):
+def test_single_row_equals_its_row_in_a_batch(name, request):
     run = request.getfixturevalue(name)
     data = read(run.record["request"]["data"])
     rows = np.random.default_rng(0).permutation(len(data))[:70]
@@ -425,7 +425,7 @@ def test_class_weights_are_inverse_to_frequency(mixed):
     assert sum(w * c for w, c in zip(weights[0].tolist(), made.counts)) == pytest.approx(100)
 
 
-def test_groups_stay_whole_and_time_goes_forward(mixed, tmp_path):
+def test_group_and_time_splits(mixed, tmp_path):
     table = mixed.with_columns(pl.Series("patient", [f"p{i // 4}" for i in range(120)]))
     table.write_csv(tmp_path / "table.csv")
     run = fieldguide.fit(
@@ -452,7 +452,7 @@ def test_groups_stay_whole_and_time_goes_forward(mixed, tmp_path):
     assert "the latest by 'day'" in run.record["data"]["split"]["how"]
 
 
-def test_a_kind_can_be_overruled(mixed, tmp_path):
+def test_column_type_can_be_overridden(mixed, tmp_path):
     mixed.write_csv(tmp_path / "m.csv")
     run = fieldguide.fit(
         tmp_path / "m.csv",
@@ -481,7 +481,7 @@ def pictures_table(root, rows: int = 60) -> pl.DataFrame:
     return table
 
 
-def test_columns_that_a_task_does_not_read_are_shown_as_ignored_and_not_asked_for(tmp_path):
+def test_unused_columns_are_ignored_and_not_required(tmp_path):
     pictures_table(tmp_path)
     run = fieldguide.fit(tmp_path / "table.csv", model="simplecnn", settings={"steps": 2}, out=tmp_path / "run")
     weight = run.task.columns[1]
@@ -489,7 +489,7 @@ def test_columns_that_a_task_does_not_read_are_shown_as_ignored_and_not_asked_fo
     assert run.predict(tmp_path / "0.png")[0]["label"] in ("bright", "dark")
 
 
-def test_pictures_to_be_made_without_classes_are_so_loudly(tmp_path):
+def test_unconditional_generation_is_noted(tmp_path):
     pictures_table(tmp_path).rename({"label": "kind"}).write_csv(tmp_path / "table.csv")
     kind = task("image-generation")
     notes = [
@@ -510,13 +510,13 @@ def test_task_options(tmp_path):
         task("text-clasification")
 
 
-def test_a_class_that_was_not_in_training_is_refused(iris_run):
+def test_unseen_class_is_rejected(iris_run):
     table = pl.read_csv(samples.path("iris")).with_columns(pl.lit("tulip").alias("species"))
     with pytest.raises(DataError, match=r"'tulip'.*Known classes: setosa, versicolor, virginica"):
         iris_run.evaluate(table)
 
 
-def test_the_size_of_a_requested_architecture_follows_data_and_time():
+def test_size_of_a_requested_architecture_follows_data_and_time():
     from fieldguide.automl.advisor import advise
     from fieldguide.tasks import task
 
@@ -542,7 +542,7 @@ def test_the_size_of_a_requested_architecture_follows_data_and_time():
         advice("llama", 2_000, 1)
 
 
-def test_short_time_prefers_a_good_network_begun_to_a_poor_one_finished():
+def test_short_time_prefers_a_good_network_partly_trained():
     """Large texts and few minutes: every network is too slow for eight passes, and the encoder still leads."""
     from fieldguide.automl.advisor import advise
     from fieldguide.tasks import task
@@ -579,7 +579,7 @@ def advice_on_pictures(rows: int, minutes: float = 20):
 
 
 @pytest.mark.parametrize("rows", [200, 100_000])
-def test_who_looks_at_all_networks_chooses_the_same(monkeypatch, rows):
+def test_measuring_all_networks_gives_the_same_choice(monkeypatch, rows):
     from fieldguide.automl import advisor
     from fieldguide.models import registry
 
@@ -601,7 +601,7 @@ def test_larger_networks_for_more_data(monkeypatch):
     assert chosen == ["resnet18", "resnet50", "resnet152"]
 
 
-def test_only_promising_networks_are_made(monkeypatch):
+def test_only_promising_networks_are_measured(monkeypatch):
     """Of a hundred sizes that read pictures a few are counted, each architecture is heard, and too slow ones stop their kin."""
     from fieldguide.automl import profile
     from fieldguide.automl.advisor import advise

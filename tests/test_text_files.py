@@ -124,7 +124,7 @@ def same(ours: TextTokenizer, theirs, texts=TEXTS, pairs=True):
     ],
     ids=str,
 )
-def test_words_of_bert(said, tmp_path):
+def test_bert_tokenizer(said, tmp_path):
     wordpieces(tmp_path / "bert", lower=said.get("do_lower_case", True), **said)
     theirs = transformers.BertTokenizerFast.from_pretrained(tmp_path / "bert")
     ours = TextTokenizer.load(tmp_path / "bert")
@@ -146,7 +146,7 @@ def test_words_of_bert(said, tmp_path):
     ],
     ids=str,
 )
-def test_words_of_gpt2(said, tmp_path):
+def test_gpt2_tokenizer(said, tmp_path):
     merged(tmp_path / "gpt2", ["<|endoftext|>"], **said)
     ours = TextTokenizer.load(tmp_path / "gpt2")
     same(ours, transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "gpt2"))
@@ -154,7 +154,7 @@ def test_words_of_gpt2(said, tmp_path):
 
 
 @pytest.mark.parametrize("said", [{}, {"add_prefix_space": True, "tokenizer_class": "RobertaTokenizer"}], ids=str)
-def test_words_of_roberta(said, tmp_path):
+def test_roberta_tokenizer(said, tmp_path):
     merged(tmp_path / "roberta", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], **said)
     # As in the published tokenizer.json: blanks before a word that is missing belong to it.
     mask = AddedToken("<mask>", lstrip=True)
@@ -165,7 +165,7 @@ def test_words_of_roberta(said, tmp_path):
     assert len(hidden) == 4 and hidden[-2:] == [4, 2] and ours.end == ours.sep == 2
 
 
-def test_words_of_deberta(tmp_path):
+def test_deberta_tokenizer(tmp_path):
     merged(tmp_path / "deberta", ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"], do_lower_case=False, vocab_type="gpt2")
     mask = AddedToken("[MASK]", lstrip=True)
     theirs = transformers.DebertaTokenizerFast.from_pretrained(tmp_path / "deberta", mask_token=mask)
@@ -176,7 +176,7 @@ def test_words_of_deberta(tmp_path):
     assert pair.ids == [*one, *two[1:]] and pair.type_ids == [0] * len(one) + [1] * (len(two) - 1)
 
 
-def test_words_of_qwen(tmp_path):
+def test_qwen_tokenizer(tmp_path):
     said = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
@@ -205,7 +205,7 @@ def test_words_of_qwen(tmp_path):
         TextTokenizer.load(tmp_path / "qwen")
 
 
-def test_saved_with_a_run_nothing_is_lost(tmp_path):
+def test_tokenizer_is_saved_completely(tmp_path):
     merged(tmp_path / "roberta", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     (tmp_path / "roberta" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
     (tmp_path / "roberta" / "chat_template.jinja").write_text("{{ messages }}")
@@ -230,7 +230,7 @@ def test_saved_with_a_run_nothing_is_lost(tmp_path):
     ],
     ids=str,
 )
-def test_what_ends_a_text_is_read(name, said, end, tmp_path):
+def test_end_tokens_are_read(name, said, end, tmp_path):
     """As Gemma's, among whose tokens there are also those of web pages."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>", "</s>", "<s>"]
     Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
@@ -268,7 +268,7 @@ def test_what_ends_a_text_is_read(name, said, end, tmp_path):
     ],
     ids=range(7),
 )
-def test_tokenizers_that_cannot_be_read(files, message, tmp_path):
+def test_invalid_tokenizers_are_rejected(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
@@ -310,7 +310,7 @@ PLAIN = [t for t in TEXTS if t.strip() and not any(s in t for s in ("<s>", "<|",
 
 @pytest.mark.parametrize("seconds", [PLAIN[2:9], ["a", *PLAIN[3:9]]], ids=("awkward", "short"))
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
-def test_pairs_of_texts_are_framed_as_the_network_has_learnt(kind, seconds, tmp_path):
+def test_pair_format_of_the_checkpoint_is_used(kind, seconds, tmp_path):
     if kind == "bert":
         wordpieces(tmp_path / kind)
     else:
@@ -341,7 +341,7 @@ def test_pairs_of_texts_are_framed_as_the_network_has_learnt(kind, seconds, tmp_
 STEPS = {"steps": 2, "batch": 8, "precision": "float32"}
 
 
-def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
+def test_fit_uses_the_tokenizer_of_the_checkpoint(table, tmp_path):
     folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"))
     plan = build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     theirs = transformers.BertTokenizerFast.from_pretrained(folder)
@@ -353,7 +353,7 @@ def test_a_fit_knows_the_words_of_its_checkpoint(table, tmp_path):
     assert not any("WARNING" in text for text in said.words)
 
 
-def test_rows_are_no_longer_than_the_checkpoint_reads(table, tmp_path):
+def test_rows_fit_the_length_of_the_checkpoint(table, tmp_path):
     folder = bert(tmp_path / "bert", wordpieces(tmp_path / "bert"), length=6)
     plan = build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     assert plan.task.options.length == 6 and plan.train_batches.make(np.arange(8), None)["tokens"].shape[1] == 6
@@ -363,7 +363,7 @@ def test_rows_are_no_longer_than_the_checkpoint_reads(table, tmp_path):
         build_plan(read(table), weights=folder, settings={**STEPS, "task.length": 7})
 
 
-def test_rows_of_networks_that_read_any_are_left_as_they_are():
+def test_rows_are_not_shortened_for_unlimited_networks():
     """T5's `length` says what it learnt from."""
     begun = Checkpoint(None, card("t5"), None, {}, {})
     learnt = SimpleNamespace(model_dims=lambda: {"vocab_size": 30, "length": 900})
@@ -374,7 +374,7 @@ def test_rows_of_networks_that_read_any_are_left_as_they_are():
         )
 
 
-def test_words_that_are_not_known_are_said_loudly(table, tmp_path):
+def test_missing_tokenizer_is_warned_about(table, tmp_path):
     folder = bert(tmp_path / "bert", 700)
     build_plan(read(table), weights=folder, settings=STEPS, callback=(said := Said()))
     warning = next(text for text in said.words if text.startswith("WARNING"))
@@ -386,7 +386,7 @@ def test_words_that_are_not_known_are_said_loudly(table, tmp_path):
     assert not any("WARNING" in text for text in said.words)  # it was asked for
 
 
-def test_a_fit_knows_the_words_of_a_gguf_file(tmp_path):
+def test_fit_uses_the_tokenizer_of_a_gguf_file(tmp_path):
     gguf = pytest.importorskip("gguf")
     size = merged(tmp_path / "words", ["<|endoftext|>"])
     merges = (tmp_path / "words" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]

@@ -26,7 +26,7 @@ def folder(tmp_path, kind, **said):
 
 
 @pytest.mark.parametrize("kind", FILE)
-def test_pieces_are_those_of_sentencepiece(kind, tmp_path):
+def test_pieces_equal_sentencepiece(kind, tmp_path):
     text = TextTokenizer.load(folder(tmp_path, kind))
     before, after = ([text.tokenizer.token_to_id(t) for t in tokens] for tokens in FRAME[kind])
     for one, ids, back in SAID[kind]:
@@ -38,7 +38,7 @@ def test_pieces_are_those_of_sentencepiece(kind, tmp_path):
     )
 
 
-def test_special_tokens_of_pieces(tmp_path):
+def test_special_tokens(tmp_path):
     for kind, end, pad, size in (
         ("T5", "</s>", "<pad>", 100),
         ("DebertaV2", "[SEP]", "[PAD]", 1),
@@ -63,7 +63,7 @@ def test_special_tokens_of_pieces(tmp_path):
             assert turn.tokens == ["<bos>", "<start_of_turn>", *"user"]
 
 
-def test_what_the_folder_says_of_pieces(tmp_path):
+def test_tokenizer_configuration_is_used(tmp_path):
     text = TextTokenizer.load(
         folder(tmp_path, "Llama", add_bos_token=False, add_eos_token=True, tokenizer_class="LlamaTokenizer")
     )
@@ -77,7 +77,7 @@ def test_what_the_folder_says_of_pieces(tmp_path):
     [b"", b"IQ== 0\nIg== 1\n", b"\x0a\xff\x01ab", b"\x0a\x05\x0a\x01a\x15\x00", b"\x12\x02\x18\x03"],
     ids=("nothing", "tiktoken", "cut off", "cut number", "no pieces"),
 )
-def test_other_files_are_refused(content, tmp_path):
+def test_other_files_are_rejected(content, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer\.model (is damaged|contains no SentencePiece pieces)"):
         TextTokenizer.load(tmp_path)

@@ -87,7 +87,7 @@ def randomised(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------ low rank
 
 
-def test_low_rank_is_w_plus_scale_b_a():
+def test_lora_equals_its_equation():
     """Outputs and gradients of the two parts, by hand (arXiv:2106.09685, equation 3)."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 4)).double()
@@ -111,7 +111,7 @@ def test_low_rank_is_w_plus_scale_b_a():
     }
 
 
-def test_low_rank_moves_new_parameters_alone_and_merges(tmp_path):
+def test_lora_trains_only_new_parameters_and_merges(tmp_path):
     model = bert()
     peft.prepare(model, settled(tune="lora", lora_rank=2), HEAD)
     changed = {n.removesuffix(".parametrizations.weight.0.a") for n, _ in model.named_parameters() if n.endswith(".a")}
@@ -137,7 +137,7 @@ def test_low_rank_moves_new_parameters_alone_and_merges(tmp_path):
     torch.testing.assert_close(exported(batch["tokens"], batch["mask"]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_embeddings_tied_to_a_layer_keep_out_of_it():
+def test_lora_with_tied_embeddings():
     model = create("llama-test", tie_embeddings=True)
     peft.prepare(model, settled(tune="lora"), [])
     assert not any(name.startswith(("embed.", "head.")) for name, p in model.named_parameters() if p.requires_grad)
@@ -147,7 +147,7 @@ def test_embeddings_tied_to_a_layer_keep_out_of_it():
 # ------------------------------------------------------------------------------------------------ rates
 
 
-def test_every_layer_has_its_rate():
+def test_layer_wise_learning_rates():
     """Against AdamW by hand: embeddings lowest, each block more, what stands behind them all of it."""
     decay, lr = 0.5, 0.01
     ours, plain = bert().double(), bert().double()  # in float32 chance alone moves biases of keys, which change nothing
@@ -174,7 +174,7 @@ def test_every_layer_has_its_rate():
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_towers_that_stand_side_by_side_end_equally_high():
+def test_towers_end_at_the_same_depth():
     net = create("clip-test", depth=3, text_depth=2)
     named = [f"model.{name}" for name, _ in net.named_parameters()]
     found, top = peft.get_layer_depths(named, peft.get_tower_prefixes(nn.ModuleDict({"model": net})))
@@ -200,12 +200,12 @@ def test_towers_that_stand_side_by_side_end_equally_high():
         (["model.head.weight", "model.head.bias"], [0, 0], 0),  # alone, as where all else is frozen
     ],
 )
-def test_levels(names, expected, top):
+def test_depths(names, expected, top):
     found, highest = peft.get_layer_depths(names)
     assert [found[name] for name in names] == expected and highest == top
 
 
-def test_a_lone_head_has_all_of_its_rate_from_the_first_step():
+def test_single_head_has_the_full_rate_from_the_first_step():
     model = bert()
     settings = settled(tune="frozen", layer_decay=0.5, unfreeze=0.9, lr=0.1)
     peft.prepare(model, settings, HEAD)
@@ -216,7 +216,7 @@ def test_a_lone_head_has_all_of_its_rate_from_the_first_step():
     assert not torch.equal(model.head.weight, before["head.weight"])
 
 
-def test_layers_learn_from_the_top_down():
+def test_gradual_unfreezing_from_the_top():
     """Depth 2, so 4 levels, over half of 16 steps: one more every two steps (arXiv:1801.06146, section 3.3)."""
     model = bert()
     settings = settled(steps=16, unfreeze=0.5, lr=0.01, weight_decay=0.1)
@@ -236,7 +236,7 @@ def test_layers_learn_from_the_top_down():
 # ------------------------------------------------------------------------------------------------ frozen
 
 
-def test_frozen_networks_keep_weights_and_statistics_to_the_bit():
+def test_frozen_networks_keep_weights_and_statistics():
     torch.manual_seed(0)
     model = create("resnet-test", num_classes=3)
     peft.prepare(model, settled(tune="frozen"), HEAD)
@@ -251,7 +251,7 @@ def test_frozen_networks_keep_weights_and_statistics_to_the_bit():
     assert all(not torch.equal(t, start[n]) for n, t in free.state_dict().items() if "running_mean" in n)
 
 
-def test_frozen_networks_drop_nothing_out():
+def test_frozen_networks_have_no_dropout():
     """Two passes in training differ only by what stands before the new head."""
     model = bert(dropout=0.5)
     peft.prepare(model, settled(tune="frozen"), HEAD)
@@ -261,7 +261,7 @@ def test_frozen_networks_drop_nothing_out():
     assert not model.blocks[0].dropout.training and not model.norm.training
 
 
-def test_ways_that_cannot_be():
+def test_invalid_modes_are_rejected():
     with pytest.raises(SettingsError, match=r"finetune=frozen trains only new layers.*finetune=whole or finetune=lora"):
         peft.prepare(bert(), settled(tune="frozen"), [])
     with pytest.raises(SettingsError, match=r"finetune=lora needs pretrained weights.*--weights"):
@@ -295,7 +295,7 @@ def learnt(model: nn.Module, batches: Batches) -> tuple[list[Tensor], int, dict[
 @pytest.mark.parametrize(
     "make, batches", [(lambda: bert(dropout=0.2, depth=4), texts), (lambda: create("resnet-test", num_classes=3), pictures)]
 )
-def test_recomputed_blocks_give_equal_gradients_for_less_memory(make, batches):
+def test_checkpointed_gradients_are_equal_with_less_memory(make, batches):
     """With the same dropout, and statistics of batches that are counted once."""
     torch.manual_seed(0)
     plain = make()
@@ -310,7 +310,7 @@ def test_recomputed_blocks_give_equal_gradients_for_less_memory(make, batches):
 
 
 @pytest.mark.parametrize("name, blocks", [("bert", 2), ("t5", 5), ("transformer", 4), ("unet-resnet", 8)])
-def test_every_block_is_computed_again(name, blocks):
+def test_gradient_checkpointing_covers_all_blocks(name, blocks):
     """Of readers and writers, of both sides of a network."""
     model = create(f"{name}-test")
     peft.prepare(model, settled(recompute=True), None)
@@ -368,7 +368,7 @@ class Says(NullCallback):
         self.said.append(text)
 
 
-def test_a_head_that_a_folder_lacks_is_left_to_chance(folder):
+def test_missing_head_is_initialized_randomly(folder):
     with pytest.raises(WeightsError, match=r'head="skip"'):
         load.load(folder, output_type="label", num_classes=3)
     with pytest.warns(WeightsWarning, match="heads that this network does not have"):
@@ -380,7 +380,7 @@ def test_a_head_that_a_folder_lacks_is_left_to_chance(folder):
 
 
 @pytest.mark.parametrize("way", ["whole", "frozen", "lora"])
-def test_a_fit_begins_with_a_folder_and_resumes_to_the_bit(way, folder, table, tmp_path):
+def test_fit_from_a_folder_resumes_bit_exact(way, folder, table, tmp_path):
     """Stopped before the first checkpoint too, which begins again with the same weights."""
     more = {"whole": {"layer_decay": 0.7, "unfreeze": 0.5, "recompute": "true"}, "lora": {"lora_rank": 2}}.get(way, {})
     arguments = {"weights": folder, "settings": {**FAST, "steps": 6, "tune": way, "lr": 0.01, "model.dropout": 0.1, **more}}
@@ -411,7 +411,7 @@ def _tokenizer(folder) -> str:
     return Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
 
 
-def test_a_run_is_a_checkpoint_too(folder, table, tmp_path):
+def test_run_as_a_checkpoint(folder, table, tmp_path):
     """With its tokenizer; a network of as many classes keeps its head, one of others has a new one."""
     first = fit(table, out=tmp_path / "first", weights=folder, settings={**FAST, "steps": 2})
     two = tmp_path / "two.csv"
@@ -424,14 +424,14 @@ def test_a_run_is_a_checkpoint_too(folder, table, tmp_path):
     assert torch.equal(other.objective.model.word.weight, first.model.word.weight)
 
 
-def test_a_tokenizer_of_more_words_is_refused(folder, table):
+def test_tokenizer_with_a_larger_vocabulary_is_rejected(folder, table):
     with pytest.raises(SettingsError, match=r"the tokenizer has \d+ tokens, more than the vocabulary of "):
         fitting.build_plan(
             read(table), weights=folder, settings={**FAST, "steps": 2, "task.tokenizer": "none", "task.vocab": 300}
         )
 
 
-def test_advice_is_about_the_network_that_is_there(folder, table):
+def test_advice_describes_the_given_network(folder, table):
     seen = Says()
     seen.on_plan = lambda advice, config: seen.said.append(advice.best)
     plan = fitting.build_plan(read(table), weights=folder, callback=seen, settings={**FAST, "steps": 2})
@@ -439,7 +439,7 @@ def test_advice_is_about_the_network_that_is_there(folder, table):
     assert best.parameters == sum(p.numel() for p in plan.objective.model.parameters()) and best.name == "bert" == plan.size
 
 
-def test_a_size_is_known_by_all_of_its_numbers():
+def test_size_is_identified_by_all_fields():
     names = {"minilm-l6": {}, "minilm-l12": {}, "bert-base": {}, "bert-base-cased": {}, "bert-large": {}}
     card = find("bert")[0]
     for name in names:
@@ -448,7 +448,7 @@ def test_a_size_is_known_by_all_of_its_numbers():
     assert load.Checkpoint(None, card, None, {"depth": 5}, {}).size == "bert"
 
 
-def test_vectors_of_texts_become_labels_by_their_mean(folder, table, tmp_path):
+def test_embedding_networks_classify_by_the_mean(folder, table, tmp_path):
     """A network that gives vectors has learnt to say by the mean what a text is; transformers has no such network."""
     transformers.BertModel.from_pretrained(folder).save_pretrained(tmp_path / "bare")
     plan = fitting.build_plan(
@@ -487,7 +487,7 @@ def narrow(library) -> nn.Module:
 
 
 @pytest.mark.parametrize("library", [timm, torchvision])
-def test_a_file_of_pictures_begins_with_their_scale(library, painted, tmp_path):
+def test_image_checkpoint_provides_its_normalization(library, painted, tmp_path):
     theirs = narrow(library)
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     plan = fitting.build_plan(read(painted), weights=tmp_path / "weights.pth", settings={**FAST, "steps": 2, "augment": "none"})
@@ -508,7 +508,7 @@ def test_a_file_of_pictures_begins_with_their_scale(library, painted, tmp_path):
     torch.testing.assert_close(model(batch), model.head(last), rtol=1e-3, atol=1e-4)
 
 
-def test_grey_networks_have_one_scale_and_colours_are_refused(painted, tmp_path):
+def test_gray_networks_reject_color_images(painted, tmp_path):
     fieldguide.save(create("resnet18", channels=1, num_classes=2), tmp_path / "grey.safetensors")
     plan = fitting.build_plan(
         read(painted), weights=tmp_path / "grey.safetensors", model="resnet18", settings={**FAST, "steps": 2}
@@ -525,7 +525,7 @@ def test_grey_networks_have_one_scale_and_colours_are_refused(painted, tmp_path)
         fit(painted, settings={"task.pixels": "0.5/0.2", "task.channels": 3, "steps": 2})
 
 
-def test_a_run_of_pictures_hands_on_its_scale(painted, tmp_path):
+def test_run_provides_its_normalization(painted, tmp_path):
     settings = {**FAST, "steps": 2, "augment": "none"}
     first = fit(painted, model="resnet-test", out=tmp_path / "first", settings=settings)
     plan = fitting.build_plan(read(painted), seed=3, weights=first.path, settings=settings)
@@ -533,14 +533,14 @@ def test_a_run_of_pictures_hands_on_its_scale(painted, tmp_path):
     assert mine.mean == theirs.mean and mine.std == theirs.std and plan.fresh == [] and plan.size == "resnet-test"
 
 
-def test_of_little_data_a_new_head_alone_learns(folder, table):
+def test_few_examples_train_the_head_only(folder, table):
     seen = Says()
     plan = fitting.build_plan(read(table), weights=folder, callback=seen, settings={**FAST, "steps": 2})
     assert plan.settings.finetune == "frozen" and any("would overfit" in line for line in seen.said)
     assert {n for n, p in plan.objective.model.named_parameters() if p.requires_grad} == {"pool.weight", "pool.bias", *HEAD}
 
 
-def test_record_says_with_what_it_began(folder, table, tmp_path, monkeypatch):
+def test_record_names_the_initial_checkpoint(folder, table, tmp_path, monkeypatch):
     monkeypatch.chdir(folder.parent)
     run = fit(table, out=tmp_path / "run", weights=folder.name, settings={**FAST, "steps": 2})
     record = json.loads((run.path / "run.json").read_text())

@@ -104,7 +104,7 @@ def theirs(peer, ready, paths, text, **how):
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, None], ids=["conversation", "plain"])
-def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures, tmp_path, template):
+def test_generated_text_equals_transformers(llava, pictures, tmp_path, template):
     folder, peer, ready = llava if template else written(tmp_path / "plain")
     paths = sorted(map(str, pictures.glob("*.png")))
     text = f"USER: <image>\n{ASKED} ASSISTANT:" if template else f"<image>\n{ASKED}"
@@ -125,7 +125,7 @@ def test_answers_equal_those_of_transformers_with_its_processor(llava, pictures,
     )
 
 
-def test_what_is_asked_for(llava, pictures, tmp_path):
+def test_prompts_and_options(llava, pictures, tmp_path):
     viewer, photo = ImageToText.load(llava[0]), str(pictures / "a.png")
     plain = viewer.predict(photo, ASKED, tokens=12)[0]["text"]
     assert plain.startswith(viewer.predict(photo, ASKED, tokens=4)[0]["text"])
@@ -154,7 +154,7 @@ def test_on_the_command_line(llava, pictures):
         assert said in str(run(*words).exception) and isinstance(run(*words).exception, SettingsError)
 
 
-def test_others_are_refused(llava, tmp_path):
+def test_other_networks_are_rejected(llava, tmp_path):
     save(create("vit-test", channels=3), tmp_path / "vit", "hf")
     with pytest.raises(WeightsError, match="is vit, which maps image to label"):
         ImageToText.load(tmp_path / "vit")

@@ -63,7 +63,7 @@ def public(model: nn.Module, origin: str = "torchvision") -> dict[str, torch.Ten
 # ------------------------------------------------------------------------------------------------ names
 
 
-def test_translate_in_and_out():
+def test_translate_both_ways():
     theirs = state(PUBLIC)
     ours = weights.translate({**theirs, "position_ids": torch.arange(3)}, TABLE)
     assert ours.keys() == {
@@ -84,26 +84,26 @@ def test_translate_in_and_out():
     assert equal(back, theirs)
 
 
-def test_a_tensor_that_has_no_room_in_the_shape_is_said():
+def test_impossible_reshape_is_reported():
     table = {"a": Reshaped("b", here=(3, -1), there=(3, -1, 1))}
     assert weights.translate({"a": torch.zeros(3, 2, 1)}, table)["b"].shape == (3, 2)
     with pytest.raises(WeightsError, match=r"a \(4\) cannot be reshaped to \(3, -1\), the shape of b"):
         weights.translate({"a": torch.zeros(4)}, table)
 
 
-def test_numbers_below_zero_do_not_match():
+def test_negative_numbers_do_not_match():
     with pytest.raises(WeightsError, match="layer0"):
         weights.translate({"layer0.0.norm.bias": torch.zeros(1)}, TABLE)
 
 
-def test_a_number_used_twice_must_agree():
+def test_repeated_numbers_must_agree():
     table = {"a.{i}.b.{i}": "c.{i}"}
     assert list(weights.translate({"a.4.b.4": torch.zeros(1)}, table)) == ["c.4"]
     with pytest.raises(WeightsError, match=r"unknown: a\.4\.b\.5"):
         weights.translate({"a.4.b.5": torch.zeros(1)}, table)
 
 
-def test_translate_lists_all_that_it_does_not_know():
+def test_translate_lists_all_unknown_names():
     theirs = state(PUBLIC)
     del theirs["h.12.key.bias"]
     with pytest.raises(WeightsError) as error:
@@ -162,7 +162,7 @@ def written(model: nn.Module, kind: str, folder):
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "compiled", "legacy", "half", "old", "sharded"])
-def test_reads_what_people_have(kind, tmp_path):
+def test_reads_all_usual_formats(kind, tmp_path):
     source, model = resnet(), resnet(channels=3)
     source.stem.norm.num_batches_tracked += 7
     x = torch.randn(2, 3, 32, 32)
@@ -174,7 +174,7 @@ def test_reads_what_people_have(kind, tmp_path):
     assert model.head.weight.dtype == torch.float32
 
 
-def test_sharded_index_by_name_and_with_a_lost_shard(tmp_path):
+def test_sharded_index_and_missing_shard(tmp_path):
     source = resnet()
     folder = written(source, "sharded", tmp_path)
     index = folder / "model.safetensors.index.json"
@@ -196,7 +196,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_refused(zipped, tmp_path):
+def test_pickled_code_is_rejected(zipped, tmp_path):
     torch.save({"model": Harmful()}, tmp_path / "m.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(WeightsError, match=r"system\. Reading it could run any code.*safetensors"):
         weights.read(tmp_path / "m.pth")
@@ -239,7 +239,7 @@ def test_files_without_tensors(tmp_path):
 # ------------------------------------------------------------------------------------------------ misfits
 
 
-def test_all_misfits_in_one_error_and_nothing_is_changed():
+def test_all_mismatches_in_one_error():
     model = resnet()
     tensors = public(resnet(channels=3))
     tensors["layer1.0.convv2.weight"] = tensors.pop("layer1.0.conv2.weight")
@@ -261,7 +261,7 @@ def test_all_misfits_in_one_error_and_nothing_is_changed():
     assert equal(model.state_dict(), before)
 
 
-def test_the_nearest_name_is_offered():
+def test_closest_name_is_suggested():
     model = resnet()
     tensors = model.state_dict()
     tensors["stages.0.0.conv2.wieght"] = tensors.pop("stages.0.0.conv2.weight")
@@ -270,7 +270,7 @@ def test_the_nearest_name_is_offered():
     assert "unknown: stages.0.0.conv2.wieght Did you mean 'stages.0.0.conv2.weight'?" in str(error.value)
 
 
-def test_long_lists_are_cut_with_their_count():
+def test_long_lists_are_truncated_with_their_count():
     model = resnet()
     with pytest.raises(WeightsError) as error:
         weights.load(model, {"head.bias": torch.zeros(5)})
@@ -278,7 +278,7 @@ def test_long_lists_are_cut_with_their_count():
     assert f"{missing} missing" in str(error.value) and f"and {missing - 20} more" in str(error.value)
 
 
-def test_another_number_of_classes():
+def test_different_number_of_classes():
     source, model = resnet(num_classes=9), resnet()
     head, stem = model.head.weight.clone(), source.stem.conv.weight
     with pytest.raises(WeightsError, match=r"Only the layer 'head' differs: load\(..., head=\"skip\"\)"):
@@ -300,7 +300,7 @@ def test_head_may_be_absent_but_no_other_layer():
         weights.load(model, tensors, head="skip")
 
 
-def test_origin_can_be_named_and_must_be_known():
+def test_origin_can_be_given():
     model = resnet()
     assert weights.load(model, public(resnet()), origin="torchvision") == []
     with pytest.raises(WeightsError, match=r"no origin 'torchvison'\. Did you mean 'torchvision'"):
@@ -311,7 +311,7 @@ def test_origin_can_be_named_and_must_be_known():
         weights.load(model, public(resnet()), origin="huggingface")
 
 
-def test_network_on_meta_is_refused():
+def test_network_on_meta_is_rejected():
     with torch.device("meta"):
         model = create("resnet-test")
     with pytest.raises(WeightsError, match="meta device"):
@@ -331,7 +331,7 @@ class Tied(nn.Module):
         self.register_buffer("part", self.whole[2:5])
 
 
-def test_tied_tensors_are_written_once_and_read_by_any_name(tmp_path):
+def test_tied_tensors_are_written_once(tmp_path):
     source, model = Tied(), Tied()
     path = weights.save(source, tmp_path / "deep" / "m.safetensors")
     assert weights.read(path).keys() == {"embed.weight", "whole", "part"}
@@ -343,7 +343,7 @@ def test_tied_tensors_are_written_once_and_read_by_any_name(tmp_path):
         weights.load(Tied(), {"whole": torch.zeros(8), "part": torch.zeros(3)})
 
 
-def test_saves_any_layout_and_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     model = resnet().to(memory_format=torch.channels_last)
     path = weights.save(model, tmp_path / "m.safetensors")
     assert equal(weights.read(path), model.state_dict())

@@ -105,7 +105,7 @@ def files(pictures):
     return sorted(map(str, pictures.glob("*.png")))
 
 
-def test_pictures_are_prepared_as_transformers_does(folder, pictures):
+def test_image_preprocessing_equals_transformers(folder, pictures):
     """To the rounding of a pixel: theirs may go through another library than Pillow."""
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, resample=3)
     how = build_transform(folder, 24, 3)
@@ -166,14 +166,14 @@ def test_texts_are_encoded_once(folder, pictures, monkeypatch):
     assert len(zero.predict(str(pictures), CLASSES)) == 4 and asked == [3]
 
 
-def test_long_names_are_cut_where_the_network_ends(folder):
+def test_long_class_names_are_truncated(folder):
     zero = ZeroShotClassifier.load(folder)
     ids, _ = zero.task.tokens(["a " * 40, "cat"])
     end = zero.task.end
     assert [len(ids[0]), ids[0][0], ids[0][-1], ids[1][-1]] == [16, end - 1, end, end] and (ids[0] == end).sum() == 1
 
 
-def test_a_file_of_openai_with_a_given_tokenizer(folder, pictures, tmp_path):
+def test_openai_file_with_a_given_tokenizer(folder, pictures, tmp_path):
     model = load(folder)
     path = weights.save(model, tmp_path / "x.safetensors", "openai")
     with pytest.raises(WeightsError, match=r"tokenizer.json does not exist.*tokenizer=PATH"):
@@ -191,7 +191,7 @@ def changes(model):
     return asdict(model.config)
 
 
-def test_a_folder_of_classes_is_scored(folder, pictures, tmp_path):
+def test_folder_of_classes_is_scored(folder, pictures, tmp_path):
     zero = ZeroShotClassifier.load(folder)
     told = {r["input"]: r["label"] for r in zero.predict(files(pictures), CLASSES)}
     right = {name: told[path] for name, path in zip("abcd", files(pictures))}
@@ -243,7 +243,7 @@ def test_on_the_command_line(folder, pictures, tmp_path):
     assert done.exit_code == 0 and json.loads(done.stdout)["rows"] == 3
 
 
-def test_what_cannot_be_asked(folder, pictures):
+def test_invalid_requests_are_rejected(folder, pictures):
     zero = ZeroShotClassifier.load(folder)
     with pytest.raises(SettingsError, match="no classes"):
         zero.predict(str(pictures), [])
@@ -256,7 +256,7 @@ def test_what_cannot_be_asked(folder, pictures):
         assert isinstance(run_cli("evaluate", folder, pictures, "--set", key).exception, SettingsError)
 
 
-def test_other_networks_are_refused(tmp_path):
+def test_other_networks_are_rejected(tmp_path):
     from fieldguide.checkpoints.load import save
 
     save(create("vit-test", channels=3), tmp_path / "vit", "hf")
@@ -272,13 +272,13 @@ def test_other_networks_are_refused(tmp_path):
         ({"size": 24, "do_center_crop": False}, "the network reads 24"),
     ],
 )
-def test_preparations_that_the_network_cannot_read(tmp_path, said, wrong):
+def test_incompatible_preprocessing_is_rejected(tmp_path, said, wrong):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     with pytest.raises(WeightsError, match=wrong):
         build_transform(tmp_path, 24, 3)
 
 
-def test_preparations_in_open_clips_words(tmp_path):
+def test_open_clip_preprocessing(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(
         json.dumps(
             {
@@ -298,7 +298,7 @@ def test_preparations_in_open_clips_words(tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_of_ours(tmp_path, pictures):
+def test_fieldguide_runs(tmp_path, pictures):
     from test_task_image_text import album
 
     table = album(tmp_path / "album", 60)
