@@ -1,26 +1,29 @@
 """Exact match and F1 of extractive question answering, as defined by SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250,
 section 6.1; for questions without an answer: Rajpurkar et al. 2018, arXiv:1806.03822, section 5).
 
-Texts are compared in lower case, without ASCII punctuation and English articles, and with normalized whitespace. Of
-several references the best match counts. The right answer to a question without references is the empty string.
+Texts are compared with composed characters (NFC), in lower case, without ASCII punctuation and English articles, and
+with normalized whitespace. Of several references the best match counts. The right answer to a question without
+references is the empty string.
 """
 
 from __future__ import annotations
 
-import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import regex
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
+from fieldguide.core.words import compose
+
+ARTICLES = regex.compile(r"\b(a|an|the)\b", regex.WORD)
 PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
 def normalize_text(text: str) -> str:
     """Normalize a text for comparison."""
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+    return " ".join(ARTICLES.sub(" ", compose(text).lower().translate(PUNCTUATION)).split())
 
 
 def f1_score(predicted: str, reference: str) -> float:

@@ -1,27 +1,28 @@
 """ROUGE: overlap of a summary with a reference (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries").
 
-Words are runs of letters and digits in lower case, without stemming, as in Google's `rouge_score`, but with letters of
-every script instead of ASCII only. In scripts without spaces between words each character is a word. For ASCII texts the
-scores are equal. All scores are F-measures from 0 to 1.
+Words are runs of letters and digits in lower case, without stemming, as in Google's `rouge_score`, but with letters
+of every script, with their combining marks, instead of ASCII only. In scripts without spaces between words each
+character is a word. For ASCII texts the scores are equal. All scores are F-measures from 0 to 1.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import regex
 
+from fieldguide.core.words import compose
 from fieldguide.metrics.scripts import HAN, OTHER_UNSPACED
 
-WORD = re.compile(f"[{HAN}{OTHER_UNSPACED}]|[^\\W_{HAN}{OTHER_UNSPACED}]+")
+WORD = regex.compile(rf"[{HAN}{OTHER_UNSPACED}]\p{{M}}*|(?:(?![_{HAN}{OTHER_UNSPACED}])[\w\p{{N}}])+")
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 
 
 def split_words(text: str) -> list[str]:
     """Split a text into lower-case words."""
-    return WORD.findall(text.lower())
+    return WORD.findall(compose(text).lower())
 
 
 def f_measure(shared: int, predicted: int, reference: int) -> float:

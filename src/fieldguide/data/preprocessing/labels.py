@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from fieldguide.core.words import compose
+
 
 @dataclass(frozen=True)
 class Labels:
-    """Class names in order: integers by value, others alphabetically. Index i is the class `names[i]`."""
+    """Class names in order: integers by value, others alphabetically. Index i is the class `names[i]`.
+
+    Names are compared with composed characters (NFC): "café" is one class, however its accent is encoded.
+    """
 
     names: tuple[str, ...]
 
@@ -20,7 +25,7 @@ class Labels:
     def fit(cls, values: pl.Series | Iterable[Any]) -> Labels:
         """Fit on the distinct values."""
         series = values if isinstance(values, pl.Series) else pl.Series(list(values))
-        names = series.drop_nulls().cast(pl.String).unique().to_list()
+        names = series.drop_nulls().cast(pl.String).str.normalize("NFC").unique().to_list()
         try:
             return cls(tuple(sorted(names, key=lambda n: (int(n), n))))
         except ValueError:
@@ -32,8 +37,8 @@ class Labels:
     def apply(self, values: pl.Series | Sequence[Any]) -> np.ndarray:
         """Return class indices, int64; -1 for missing values and unseen classes."""
         series = pl.Series(values) if not isinstance(values, pl.Series) else values
-        index = {n: i for i, n in enumerate(self.names)}
-        codes = series.cast(pl.String).replace_strict(index, default=-1, return_dtype=pl.Int64)
+        index = {compose(n): i for i, n in enumerate(self.names)}
+        codes = series.cast(pl.String).str.normalize("NFC").replace_strict(index, default=-1, return_dtype=pl.Int64)
         return codes.fill_null(-1).to_numpy()
 
     def inverse(self, index: Sequence[int] | np.ndarray) -> list[str]:

@@ -17,6 +17,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.words import find_words
 from fieldguide.data.column_spec import CAPTION_NAMES, TARGET_NAMES, ColumnSpec, normalize_name
 from fieldguide.data.dataset import HASH, Column, Data, Finding
 from fieldguide.data.loader import Batches
@@ -69,7 +70,7 @@ def check_pairs(data: Data) -> Iterator[Finding]:
 
 
 def normalize_captions(captions: pl.Series) -> pl.Series:
-    return captions.fill_null("").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars(" .")
+    return captions.fill_null("").str.normalize("NFC").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars(" .")
 
 
 class ImageText(ImageAndTextTask):
@@ -316,7 +317,7 @@ class ImageText(ImageAndTextTask):
         rng = np.random.default_rng(0)
         blind = {name: rng.normal(size=(len(test), 64)).astype(np.float32) for name in ("image", "text")}
         words = TfidfVectorizer(
-            sublinear_tf=True, max_features=20_000, token_pattern=r"\w+", ngram_range=(1, 2), dtype=np.float32
+            sublinear_tf=True, max_features=20_000, tokenizer=find_words, token_pattern=None, ngram_range=(1, 2), dtype=np.float32
         )
         theirs, ours = words.fit_transform(self.captions(train)), words.transform(self.captions(test))
         side = min(16, self.pictures.side)

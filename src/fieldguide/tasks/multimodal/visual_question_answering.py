@@ -15,6 +15,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.words import find_tokens
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.column_types import IMAGE_FILE_PATTERN
@@ -202,7 +203,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         words = TfidfVectorizer(
-            sublinear_tf=True, max_features=20_000, token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), dtype=np.float32
+            sublinear_tf=True, max_features=20_000, tokenizer=find_tokens, token_pattern=None, ngram_range=(1, 2), dtype=np.float32
         )
         return words.fit_transform(self.questions_of(train)), words.transform(self.questions_of(test))
 

@@ -20,6 +20,7 @@ from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit
 from fieldguide.core.settings import Settings
+from fieldguide.core.words import find_words
 from fieldguide.data import read
 from fieldguide.data.dataset import Column, Data, SkippedInput
 from fieldguide.data.loader import Batches
@@ -49,7 +50,7 @@ MAX_ANSWER_TOKENS = 30  # maximum tokens of an answer (as in BERT's code for SQu
 PUBLISHED_WINDOW_TOKENS = 384  # tokens of a window of published models (same source), if they read that many
 # Widen predictions to whole words if at least this fraction of training answers is at word boundaries.
 MIN_WHOLE_WORD_FRACTION = 0.97
-WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"[^.!?\n]+[.!?]*")
+SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 
 class QuestionAnswering(Task):
@@ -433,7 +434,7 @@ class QuestionAnswering(Task):
 
 
 def words(text: str) -> list[str]:
-    return WORD.findall(text.lower())
+    return find_words(text.lower())
 
 
 def find_nearest_sentence(question: str, context: str, rare: Callable[[str], float]) -> tuple[int, int]:

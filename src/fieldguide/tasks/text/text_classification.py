@@ -14,6 +14,7 @@ from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit, Quote, Quotes
 from fieldguide.core.settings import Settings
+from fieldguide.core.words import find_tokens
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
@@ -188,7 +189,7 @@ class TextClassification(TextTask, ClassificationTask):
 
         # Any run of word characters is a word, including single letters.
         words = TfidfVectorizer(
-            sublinear_tf=True, max_features=50_000, token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), dtype=np.float32
+            sublinear_tf=True, max_features=50_000, tokenizer=find_tokens, token_pattern=None, ngram_range=(1, 2), dtype=np.float32
         )
         return words.fit_transform(self.shown(train)), words.transform(self.shown(test))
 

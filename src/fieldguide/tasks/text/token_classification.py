@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit, Matrix, Quote, Quotes, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.words import find_tokens
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
@@ -232,7 +232,7 @@ class TokenClassification(Task):
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
-        words = re.findall(r"\w+|[^\w\s]", source)
+        words = find_tokens(source)
         return super().read_one(pl.DataFrame({self.column: [words]}, schema={self.column: pl.List(pl.String)}), answered)
 
     def predict_batches(self, data: Data, card: Card) -> Batches:

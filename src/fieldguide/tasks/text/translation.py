@@ -16,6 +16,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Bars, Exhibit, Quote, Quotes, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.words import compose
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
@@ -240,7 +241,7 @@ class Translation(TextTask):
     def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         scores = {}
         if "text" in outputs:
-            said, right = outputs["text"].tolist(), [targets["text"].tolist()]
+            said, right = list(map(compose, outputs["text"])), [list(map(compose, targets["text"]))]
             bleu, chrf = build_bleu_and_chrf(right[0])
             scores = {"bleu": bleu.corpus_score(said, right).score, "chrf": chrf.corpus_score(said, right).score}
         if "nats" in outputs:
@@ -282,7 +283,7 @@ class Translation(TextTask):
     def exhibits(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
-        said, right, source = outputs["text"].tolist(), targets["text"].tolist(), targets["source"].tolist()
+        said, right, source = (list(map(compose, texts)) for texts in (outputs["text"], targets["text"], targets["source"]))
         bleu, chrf = build_bleu_and_chrf(right)
         each = np.array([chrf.sentence_score(s, [r]).score for s, r in zip(said, right)])
         length = np.array([len(s.split()) for s in source])

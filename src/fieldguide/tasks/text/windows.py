@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fieldguide.core.words import WORD
 from fieldguide.data.preprocessing import TextTokenizer
-
-WORD = re.compile(r"\w+")
 
 
 @dataclass
