@@ -1,4 +1,4 @@
-"""Slow references for detection: the network of the diagram, and loops over single boxes straight from the papers."""
+"""Slow references for detection: the network of the published diagram, and loops over single boxes from the papers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from references import convolve, sigmoid
 
 
 def normalise(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Batch normalisation with the diagram's epsilon 0.001 and momentum 0.03."""
+    """Apply batch normalization with epsilon 0.001 and momentum 0.03."""
     mean, var = p[f"{name}.running_mean"], p[f"{name}.running_var"]
     if p["training"]:
         kept, n = (mean, var), x.numel() // x.shape[1]
@@ -46,7 +46,7 @@ def c2f(p: dict[str, Tensor], name: str, x: Tensor, residual: bool) -> Tensor:
 
 
 def largest(maps: Tensor, reach: int) -> Tensor:
-    """The largest within `reach` pixels in each direction, as far as the map goes."""
+    """Return the maximum within `reach` pixels in each direction, within the map."""
     out = torch.empty_like(maps)
     rows, columns = maps.shape[2:]
     for y in range(rows):
@@ -56,12 +56,12 @@ def largest(maps: Tensor, reach: int) -> Tensor:
 
 
 def twice(maps: Tensor, like: Tensor) -> Tensor:
-    """Every pixel as four; what is beyond the size of `like` is cut."""
+    """Repeat each pixel four times, cropped to the size of `like`."""
     return maps[:, :, torch.arange(like.shape[2]) // 2][..., torch.arange(like.shape[3]) // 2]
 
 
 def yolov8(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
-    """The modules of the diagram in their order, 0 to 22."""
+    """Apply the modules of the diagram in order, 0 to 22."""
     x = step(p, "stem", pictures, 2)
     x = c2f(p, "stages.0.mix", step(p, "stages.0.down", x, 2), True)
     four = c2f(p, "stages.1.mix", step(p, "stages.1.down", x, 2), True)
@@ -89,7 +89,7 @@ def yolov8(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 
 def overlap(a, b) -> float:
-    """Intersection over union of two boxes."""
+    """Return the intersection over union of two boxes."""
     wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if wide <= 0 or high <= 0:
         return 0.0
@@ -98,7 +98,7 @@ def overlap(a, b) -> float:
 
 
 def complete(a, b) -> float:
-    """Complete IoU (arXiv:1911.08287, eqs. 8 to 11)."""
+    """Return the complete IoU (arXiv:1911.08287, eqs. 8 to 11)."""
     u = overlap(a, b)
     middles = [((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in (a, b)]
     rho = (middles[0][0] - middles[1][0]) ** 2 + (middles[0][1] - middles[1][1]) ** 2
@@ -109,7 +109,7 @@ def complete(a, b) -> float:
 
 
 def greedy(boxes, scores, labels, limit: float) -> list[int]:
-    """The textbook's sweep: take the best that is left, drop what overlaps it."""
+    """Return the boxes kept by greedy suppression: take the best one left, drop those that overlap it."""
     order = sorted(range(len(boxes)), key=lambda i: (-scores[i], i))
     kept = []
     while order:
@@ -125,7 +125,7 @@ def expected(logits) -> float:
 
 
 def answers(raw, bins: int, height: int, width: int, strides=(8, 16, 32)):
-    """(x, y, stride, box, logits of four distances, class logits) of every point of one picture; `raw` A 4R+K lists."""
+    """Return (x, y, stride, box, logits of four distances, class logits) of every point of an image; `raw` A 4R+K lists."""
     rows = iter(raw)
     found = []
     for stride in strides:
@@ -141,7 +141,7 @@ def answers(raw, bins: int, height: int, width: int, strides=(8, 16, 32)):
 
 
 def assigned(points, truth, labels, topk: int = 10, alpha: float = 0.5, beta: float = 6.0, smallest: float = 8.0):
-    """Owner and quality of each point of one picture (arXiv:2108.07755, section 3.2)."""
+    """Return owner and quality of each point of an image (arXiv:2108.07755, section 3.2)."""
 
     def score(point, label):
         return 1 / (1 + math.exp(-point[5][label]))
@@ -171,7 +171,7 @@ def assigned(points, truth, labels, topk: int = 10, alpha: float = 0.5, beta: fl
 
 
 def losses(pictures, truths, labels, classes: int) -> dict[str, float]:
-    """The three parts of the loss over several pictures, point by point."""
+    """Return the three parts of the loss over several images, computed point by point."""
     box = distance = label = total = 0.0
     for points, truth, names in zip(pictures, truths, labels):
         owner, quality = assigned(points, truth, names)

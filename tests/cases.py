@@ -47,12 +47,12 @@ def image(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 def coarse(config: Any, rows: int) -> tuple[Tensor, ...]:
-    """Pictures of squares, for networks whose answer is less sharp than a pixel."""
+    """Return images of squares, for networks with coarse outputs."""
     return (torch.randn(rows, config.channels, 5, 5).repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :33, 1:],)
 
 
 def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
-    """Rows of every length from 1 to 9; what stands in the padding is arbitrary."""
+    """Return rows of every length from 1 to 9; the content of the padding is arbitrary."""
     vocab = getattr(config, "vocab", None) or getattr(config, "vocab_size", 30)
     length = 1 + torch.arange(rows) * 8 // max(rows - 1, 1)
     length = length[torch.randperm(rows)]
@@ -60,7 +60,7 @@ def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 def unpadded(config: Any, rows: int) -> tuple[Tensor, ...]:
-    """The same without the number of the padding token among what is real: the peer knows padding by it."""
+    """Return rows without the padding token among real tokens, by which the peer recognizes padding."""
     text, mask = tokens(config, rows)
     return torch.where(mask & (text == config.pad), 0, torch.where(mask, text, config.pad)), mask
 
@@ -85,7 +85,7 @@ def series(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 def covariates(config: Any, rows: int) -> tuple[Tensor, ...]:
-    """Three series that share a window, what else was measured then, and what is known to the end of the horizon."""
+    """Return three series of a window, past covariates, and future covariates to the end of the horizon."""
     return (
         torch.randn(rows, config.length, 3),
         torch.randn(rows, config.length, config.past),
@@ -103,12 +103,12 @@ def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 def speech(config: Any, rows: int) -> tuple[Tensor, ...]:
-    """Recordings of 9 to 21 frames, the first the longest; what stands after their end is arbitrary."""
+    """Return recordings of 9 to 21 frames, the longest first; the content after their end is arbitrary."""
     return torch.randn(rows, 21, config.features), torch.linspace(21, 9, rows).long()
 
 
 def captioned(config: Any, rows: int) -> tuple[Tensor, ...]:
-    """Texts whose last real token, and no other before it, is the one that ends a text, where there is such a token."""
+    """Return texts whose last real token is the only end token, if there is one."""
     text, mask = tokens(config, rows)
     if (end := getattr(config, "end", None)) is not None:
         text = torch.where(text == end, 0, text)
@@ -117,7 +117,7 @@ def captioned(config: Any, rows: int) -> tuple[Tensor, ...]:
 
 
 def shown(config: Any, rows: int) -> tuple[Tensor, ...]:
-    """A picture for each row, which stands there after the first token, and a text of 1 to 9 tokens after it."""
+    """Return an image for each row, placed after its first token, followed by 1 to 9 text tokens."""
     text, mask = tokens(config, rows)
     text = torch.where(text == config.picture, 0, text)
     patches = (config.image // config.patch) ** 2
@@ -162,7 +162,7 @@ def writer(model: nn.Module) -> Peer:
 
 
 def same(build: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], Peer]:
-    """The guide's class, whose names are ours."""
+    """Return the guide's class, which has the same names as ours."""
     return lambda model: (build(model), dict)
 
 
@@ -171,7 +171,7 @@ def equations(function: Callable[..., Tensor]) -> Callable[[nn.Module], Peer]:
 
 
 class PackedReader(nn.Module):
-    """Tokens -> class logits through torch's own stack of layers and its packed sequences."""
+    """Text classifier built from torch's recurrent layers and packed sequences."""
 
     def __init__(self, cell: type[nn.RNNBase], vocab: int, dim: int, hidden: int, depth: int, directions: int, classes: int):
         super().__init__()
@@ -206,7 +206,7 @@ def packed(cell: type[nn.RNNBase]) -> Callable[[nn.Module], Peer]:
 
 
 class LastReal(guide.LSTMClassifier):
-    """The guide's classifier on each row alone, cut to its real tokens."""
+    """The guide's classifier, applied to each row cut to its real tokens."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return torch.cat([super(LastReal, self).forward(one[real][None]) for one, real in zip(x, mask)])
@@ -219,7 +219,7 @@ def last_real(model: nn.Module) -> Peer:
 
 
 class TorchEncoder(nn.Module):
-    """torch's own encoder between an embedding and a mean."""
+    """Classifier built from torch's encoder, between an embedding and a mean."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -282,7 +282,7 @@ def huggingface_resnet(model: nn.Module) -> Peer:
 
 
 def tabm_package(model: nn.Module) -> Peer:
-    """The authors' package. It has no value for unseen categories: ours come in one lower."""
+    """Build the network of the authors' package, which has no code for unseen categories: ours are shifted by one."""
     import tabm
     from rtdl_num_embeddings import PiecewiseLinearEmbeddings
 
@@ -330,7 +330,7 @@ def tabm_package(model: nn.Module) -> Peer:
 
 
 class Logits(nn.Module):
-    """A language model of transformers: padding on the right, positions from 0."""
+    """A language model of transformers, with padding on the right and positions from 0."""
 
     def __init__(self, peer: nn.Module):
         super().__init__()
@@ -341,7 +341,7 @@ class Logits(nn.Module):
 
 
 class Doubled(Logits):
-    """A peer that rounds to float32 inside, made to keep the precision that it is given."""
+    """A peer that would round to float32, changed to keep the given precision."""
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         with unrounded():
@@ -350,7 +350,7 @@ class Doubled(Logits):
 
 @contextmanager
 def unrounded() -> Iterator[None]:
-    """Inside, float64 stays what it is where a peer would round to float32."""
+    """Keep float64 inside the block, where a peer would convert to float32."""
     to = Tensor.to
     kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
     whole = lambda x: x if x.dtype == torch.float64 else to(x, torch.float32)
@@ -368,14 +368,14 @@ def plain_attention(
     softcap: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own eager attention, but that it rounds nothing to float32."""
+    """Eager attention of transformers without conversion to float32."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     logits = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
     return ((logits + attention_mask).softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
 def huggingface_decoder(model: nn.Module) -> Peer:
-    """The language model of transformers that our config, written as theirs, describes."""
+    """Build the language model of transformers that our exported config describes."""
     from fieldguide.checkpoints.config_mapping import to_public_config
     from fieldguide.models.registry import card_of
     from tv import transformers
@@ -439,7 +439,7 @@ def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -
     peer.lm_head.weight = peer.transformer.get_submodule(embed).weight
 
     class Tied(Logits):
-        """The head has the embedding's tensor, and one name."""
+        """The head shares the tensor of the embedding, under one name."""
 
         def load_state_dict(self, state, strict=True):
             return super().load_state_dict(state | {"peer.lm_head.weight": state[f"peer.transformer.{embed}.weight"]}, strict)
@@ -448,7 +448,7 @@ def huggingface_gpt2(model: nn.Module, kind: str = "GPT2", embed: str = "wte") -
 
 
 class TorchTransformer(nn.Module):
-    """torch's own encoder and decoder, without their final norms, between an embedding and itself."""
+    """torch's encoder and decoder without final norms, between a shared embedding and output head."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -490,7 +490,7 @@ def torch_transformer(model: nn.Module) -> Peer:
 
 
 def smp_unet(model: nn.Module) -> Peer:
-    """The decoder of segmentation-models-pytorch over the ResNet of transformers, whose widths are free."""
+    """Build the decoder of segmentation-models-pytorch on the ResNet of transformers, whose widths can be chosen."""
     from fieldguide.models.convolutional.resnet import HUGGINGFACE
     from fieldguide.models.convolutional.unet_resnet import SMP
     from tv import smp, transformers
@@ -532,7 +532,7 @@ def smp_unet(model: nn.Module) -> Peer:
 
 
 def diffusers_unet(model: nn.Module) -> Peer:
-    """Set up as the authors' code is: its down- and upsampling, its sinusoids, its normalisation."""
+    """Build the U-Net of diffusers as in the authors' code: down- and upsampling, sinusoids, normalization."""
     from fieldguide.models.diffusion.ddpm_unet import DIFFUSERS
     from tv import diffusers
 
@@ -569,7 +569,7 @@ def diffusers_unet(model: nn.Module) -> Peer:
 
 
 class PackedNorm(nn.BatchNorm1d):
-    """torch's batch normalisation of nothing but real frames, one after another."""
+    """Apply torch's batch normalization to the concatenated real frames."""
 
     mask: Tensor | None = None  # B S
 
@@ -580,7 +580,7 @@ class PackedNorm(nn.BatchNorm1d):
 
 
 def conformer_layers(model: nn.Module) -> Peer:
-    """The layers of transformers, which know no padding in their convolutions, between slow equations."""
+    """Layers of transformers, whose convolutions ignore padding, between slow equations."""
     from fieldguide.models.transformer.conformer import HUGGINGFACE_LAYERS
     from tv import transformers
 
@@ -707,7 +707,7 @@ def huggingface_llava(model: nn.Module) -> Peer:
                 return self.peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long()).logits
 
     def rename(state: State) -> dict[str, Tensor]:
-        """Names in memory, which are not those on disk."""
+        """Return the names in memory, which differ from those on disk."""
         names = translate(state, card.weights["huggingface"], reverse=True)
         live = lambda key: key.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "language_model.")
         names = {live(key).replace("vision_tower.vision_model.", "vision_tower."): x for key, x in names.items()}
@@ -790,7 +790,7 @@ def timm_deit(model: nn.Module) -> Peer:
 
 
 class Classes(nn.Module):
-    """A classifier of transformers under the names that it writes to disk."""
+    """A classifier of transformers under the parameter names of its files."""
 
     def __init__(self, peer: nn.Module):
         super().__init__()
@@ -800,7 +800,7 @@ class Classes(nn.Module):
         return self.peer(image).logits
 
     def living(self, state: State) -> dict[str, Tensor]:
-        """Tensors by the names on disk -> by those of the living network, for which transformers keeps a table."""
+        """Map tensors by name on disk to names in memory, with the table of transformers."""
         from tv import transformers
 
         mine = self.peer.state_dict()
@@ -832,7 +832,7 @@ def huggingface_swin(model: nn.Module) -> Peer:
 
 
 def huggingface_dinov2(model: nn.Module) -> Peer:
-    """Its gated layer keeps gate and value apart, the file does not; its mask token is a parameter that nothing reads."""
+    """Build the peer. Its gated layer splits gate and value, unlike the file; its mask token is unused."""
     from tv import transformers
 
     c = model.config

@@ -1,4 +1,4 @@
-"""CLIP as its authors wrote it down, over torch's own attention, under the names of OpenAI's files."""
+"""CLIP as described by its authors, built from torch's attention, with the names of OpenAI's files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Quick(nn.Module):
 
 
 class Block(nn.Module):
-    """Named as in OpenAI's file, over torch's fused attention, whose tokens come first."""
+    """A block with the names of OpenAI's file, using torch's fused attention (tokens first)."""
 
     def __init__(self, dim: int, heads: int, quick: bool):
         super().__init__()
@@ -44,7 +44,7 @@ class Blocks(nn.Module):
 
 
 class Patches(nn.Module):
-    """A ViT of figure 3."""
+    """The ViT of figure 3."""
 
     def __init__(self, c):
         super().__init__()
@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Over torch's own attention, as of one network with three matrices."""
+    """Attention pooling built from torch's attention, with one matrix for queries, keys and values."""
 
     def __init__(self, side: int, dim: int, heads: int, embed: int):
         super().__init__()
@@ -117,7 +117,7 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Section 2.4 with the names of OpenAI's file: stride 1 in the first level, 2 in the first block of each other."""
+    """Section 2.4 with the names of OpenAI's file: stride 1 in the first level, 2 in the first block of the others."""
 
     def __init__(self, c):
         super().__init__()
@@ -145,7 +145,7 @@ class ModifiedResNet(nn.Module):
 
 
 class Official(nn.Module):
-    """Figure 3 of the paper, with names and shapes of OpenAI's file: projections are matrices that vectors stand before."""
+    """Figure 3 of the paper, with names and shapes of OpenAI's file; projections are applied as x @ matrix."""
 
     def __init__(self, c):
         super().__init__()
@@ -170,7 +170,7 @@ class Official(nn.Module):
 
 
 class Pairs(nn.Module):
-    """An official network with the face of ours: B 2 E, both times the root of the scale."""
+    """An official network with the interface of ours: B 2 E, both times the root of the scale."""
 
     def __init__(self, c):
         super().__init__()
@@ -182,7 +182,7 @@ class Pairs(nn.Module):
 
 
 def official(model: nn.Module):
-    """A peer for `cases`."""
+    """Build a peer for `cases`."""
     from fieldguide.checkpoints.weights import get_tables, translate
 
     return Pairs(model.config), lambda state: {

@@ -1,4 +1,4 @@
-"""What all tests share: quiet threads, a cache of samples, and small trained runs."""
+"""Fixtures and settings of all tests: a single thread, a cache of samples, and small trained runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Four pictures of different sides; the last leaves an odd number to cut off a square of 24."""
+    """Four images of different sizes; the last leaves an odd number of pixels to crop from a square of 24."""
     path, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for name, (width, height) in {"a": (40, 31), "b": (24, 24), "c": (30, 90), "d": (41, 24)}.items():
         Image.fromarray(rng.integers(0, 255, (height // 2, width // 2, 3), dtype=np.uint8)).resize((width, height)).save(
@@ -55,6 +55,6 @@ def pictures(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that start processes take longest and come first, so that no worker is left with one at the end."""
+    """Run tests that start processes first: they take longest, and no worker should end with one."""
     first = ("test_resume", "test_distributed", "test_readme", "test_cli")
     items.sort(key=lambda item: next((i for i, name in enumerate(first) if name in item.nodeid), len(first)))

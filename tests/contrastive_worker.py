@@ -1,6 +1,6 @@
-"""Run by `torchrun` from test_contrastive: trains CLIP with SGD in every process; the first stores weights and losses.
+"""Started by `torchrun` in test_contrastive: train CLIP with SGD in every process; the first stores weights and losses.
 
-Arguments: the file to write, and `texts` where some examples have the same text or picture.
+Arguments: the file to write, and `texts` if some examples share a text or an image.
 """
 
 from __future__ import annotations

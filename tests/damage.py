@@ -11,7 +11,7 @@ from fieldguide.data import BadData, Data, Finding, samples
 
 
 def digits(folder: Path, classes: int = 3, each: int = 40, split: str = "") -> Path:
-    """A copy of the first pictures of the first classes of the sample `digits`."""
+    """Copy the first images of the first classes of the sample `digits`."""
     for name in map(str, range(classes)):
         (folder / split / name).mkdir(parents=True)
         for file in sorted((samples.path("digits") / name).iterdir())[:each]:
@@ -20,7 +20,7 @@ def digits(folder: Path, classes: int = 3, each: int = 40, split: str = "") -> P
 
 
 def lines(name: str) -> list[str]:
-    """The lines of a sample that is a CSV file, the names first."""
+    """Return the lines of a sample that is a CSV file, header first."""
     return samples.path(name).read_text(encoding="utf-8").splitlines()
 
 
@@ -30,7 +30,7 @@ def write(path: Path, rows: list[str]) -> Path:
 
 
 def finding(source: Data | BadData | list[Finding], check: str) -> Finding:
-    """The one finding of a check."""
+    """Return the only finding of a check."""
     found = [f for f in (source if isinstance(source, list) else source.findings) if f.check == check]
     assert len(found) == 1, f"{check}: {found}"
     return found[0]
@@ -41,7 +41,7 @@ def checks(data: Data) -> set[str]:
 
 
 def refused(check: str, *words: str):
-    """pytest.raises for BadData whose text names a check and these words."""
+    """Return pytest.raises for a BadData error that names a check and contains these words."""
     return Refused(check, words)
 
 

@@ -1,4 +1,4 @@
-"""Run by `torchrun` from test_distributed: trains with SGD in every process and stores the weights of the first.
+"""Started by `torchrun` in test_distributed: train with SGD in every process and store the weights of the first.
 
 Arguments: the file to write, and `gan` for two phases.
 """

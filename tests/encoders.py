@@ -1,4 +1,4 @@
-"""The text encoders of transformers, set up as ours are, with each of their heads."""
+"""The text encoders of transformers, configured like ours, with each of their heads."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ RELATIVE = {
 
 
 def exact_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """That of transformers is in float32 whatever the precision."""
+    """Rotate without conversion to float32, which transformers applies at any precision."""
     turn = lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return q * cos + turn(q) * sin, k * cos + turn(k) * sin
 
 
 def exact_norm(self: nn.Module, x: Tensor) -> Tensor:
-    """As above."""
+    """Normalize without conversion to float32."""
     return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.variance_epsilon)
 
 
@@ -51,7 +51,7 @@ transformers.models.deberta.modeling_deberta.DebertaLayerNorm.forward = exact_no
 
 
 def configuration(name: str, c: Any, **other: Any) -> Any:
-    """The configuration of transformers that says what ours says."""
+    """Return the configuration of transformers that corresponds to ours."""
     classes = 2 if c.output_type == "span" else c.num_classes
     known = {
         "vocab_size": c.vocab_size,
@@ -108,7 +108,7 @@ def configuration(name: str, c: Any, **other: Any) -> Any:
 
 
 def network(name: str, c: Any, kind: str = "", **other: Any) -> nn.Module:
-    """A network of transformers like ours; with the head that ours has unless another `kind` is named."""
+    """Build the network of transformers that corresponds to ours, with our head unless `kind` is given."""
     kind = kind or KIND[c.output_type]
     built = getattr(transformers, STEM[name] + kind)
     plain = {"add_pooling_layer": False} if kind == "Model" and name in ("bert", "roberta") else {}
@@ -116,7 +116,7 @@ def network(name: str, c: Any, kind: str = "", **other: Any) -> nn.Module:
 
 
 class Answers(Tied):
-    """Takes what ours takes, gives what ours gives; tied tensors have one name, as in files."""
+    """A peer with the inputs and outputs of ours; tied tensors have one name, as in files."""
 
     def __init__(self, peer: nn.Module, gives: str):
         super().__init__()
@@ -137,7 +137,7 @@ class Answers(Tied):
 
 
 def encoder(model: nn.Module) -> tuple[nn.Module, Any]:
-    """The peer of one of our encoders and what renames our tensors."""
+    """Return the peer of an encoder and the function that renames our tensors."""
     name = card_of(model).name
     peer = Answers(network(name, model.config), model.config.output_type)
     table = get_tables(model)["huggingface"]

@@ -1,4 +1,4 @@
-"""The guide's six snippets, retyped: the reference that ours must equal and whose weights ours must load."""
+"""The guide's six snippets, retyped: the reference that ours must equal and whose weights must load."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Convolutional networks of torchvision, timm and transformers, built from one of our configs, however small.
+"""Convolutional networks of torchvision, timm and transformers, built from our configs at any size.
 
-Each function takes our network and gives theirs, untrained. Where a library fixes its widths, its class is built
-without memory and its layers are replaced by narrower ones of the same geometry: what it does with them stays its own.
+Each function takes our network and returns theirs, untrained. If a library fixes its widths, its class is created on
+the meta device and its layers are replaced by narrower ones of the same geometry, so that its forward pass is kept.
 `alexnet_2012` is written from the paper.
 """
 
@@ -23,7 +23,7 @@ tvm = torchvision.models
 
 
 class Logits(nn.Module):
-    """What transformers answers, as a tensor."""
+    """Return the logits of a network of transformers as a tensor."""
 
     def __init__(self, peer: nn.Module):
         super().__init__()
@@ -34,7 +34,7 @@ class Logits(nn.Module):
 
 
 def peer(build: Callable[[nn.Module], nn.Module], origin: str) -> Callable[[nn.Module], tuple]:
-    """For cases.py: the network, and our names turned into its."""
+    """Return the network and the function that renames our tensors, for cases.py."""
 
     def pair(model: nn.Module) -> tuple:
         theirs, table = build(model), get_tables(model)[origin]
@@ -67,7 +67,7 @@ def torchvision_alexnet(model: nn.Module) -> nn.Module:
 
 
 def columns(c: Any) -> list:
-    """VGG's own way to write a network down."""
+    """Return the layers in VGG's notation."""
     return [x for s, (depth, width) in enumerate(zip(c.depths, c.widths)) for x in [width] * depth + ["M"] * (s < c.pools)]
 
 
@@ -249,7 +249,7 @@ def torchvision_convnext(model: nn.Module) -> nn.Module:
 
 
 def huggingface_convnext(model: nn.Module) -> nn.Module:
-    """Its last normalisation has another epsilon than the authors' code; here it gets theirs."""
+    """Build the peer. Its last normalization has another epsilon than the authors' code, which is set here."""
     c = model.config
     kind = "ConvNextV2" if type(model).__name__ == "ConvNeXtV2" else "ConvNext"
     config = getattr(transformers, f"{kind}Config")(
@@ -269,7 +269,7 @@ def huggingface_convnext(model: nn.Module) -> nn.Module:
 
 
 def alexnet_2012(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
-    """AlexNet with the small stem by fields of the map below; each group sees its half of them."""
+    """AlexNet with the small stem, computed by receptive fields; each group sees half of the channels."""
 
     def layer(maps: Tensor, name: str, groups: int) -> Tensor:
         weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]

@@ -1,7 +1,7 @@
-"""Slow references, written equation by equation from the papers, for what no package offers as it is here.
+"""Slow references, written equation by equation from the papers, for networks without an equivalent in other packages.
 
-They use no layer of torch: loops, sums, products and elementary functions only, so that they share no mistake
-with the networks. `Equations` gives a function of named tensors the face of a module.
+They use only loops, sums, products and elementary functions, no layers of torch, so that they share no errors with
+the networks. `Equations` gives a function of named tensors the interface of a module.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def gru_step(w: Tensor, u: Tensor, b: Tensor, c: Tensor, x: Tensor, state: tuple
 
 
 def recurrent(step: Callable, states: int) -> Callable[..., Tensor]:
-    """A stack in as many directions as there are weights for, one row, one token at a time."""
+    """Apply a recurrent stack to one row, token by token, in as many directions as there are weights."""
 
     def function(p: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
         rows = []
@@ -115,7 +115,7 @@ def squash(x: Tensor) -> Tensor:
 
 
 def lenet5(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
-    """LeNet-5 of 1998 by fields of the map below, as section II.B describes it."""
+    """LeNet-5 of 1998, computed by receptive fields, as described in section II.B."""
 
     def field(maps: Tensor, side: int, step: int, rows: int) -> Tensor:  # -> B D rows rows side side
         return torch.stack(
@@ -144,7 +144,7 @@ def lenet5(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 
 def lenet5_modern(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
-    """The taught form by fields: pad by 2, convolve, clip at zero, take the largest of four."""
+    """The modern LeNet-5 by receptive fields: pad by 2, convolve, ReLU, maximum of four."""
 
     def layer(maps: Tensor, name: str) -> Tensor:
         side = maps.shape[-1] - 4
@@ -173,7 +173,7 @@ def lenet5_modern(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 
 def mlp(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
-    """An MLP whose embeddings are one table, the columns' parts one after another."""
+    """An MLP whose category embeddings are one table with consecutive parts for the columns."""
 
     def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
         rows = []
@@ -193,7 +193,7 @@ def mlp(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
 
 
 def piecewise_linear(x: float, edges: list[float]) -> list[float]:
-    """Equation 1 of arXiv:2203.05556: full intervals below, a part of its own, empty ones above."""
+    """Equation 1 of arXiv:2203.05556: 1 for intervals below, a fraction of its own, 0 above."""
     last, out = len(edges) - 2, []
     for t, (low, high) in enumerate(pairwise(edges)):
         if x < low and t > 0:
@@ -218,7 +218,7 @@ def sinusoid(position: int, column: int, dim: int) -> float:
 
 
 def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, border: int = 0) -> Tensor:
-    """The sum over a kernel's places of the map shifted there, times the weight of that place."""
+    """Sum over the positions of a kernel: the shifted map times the weight of the position."""
     batch, _, height, width = maps.shape
     wide = maps.new_zeros(batch, maps.shape[1], height + 2 * border, width + 2 * border)
     wide[:, :, border : border + height, border : border + width] = maps
@@ -237,7 +237,7 @@ def convolve(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: i
 
 
 def spread(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, border: int = 0) -> Tensor:
-    """The transposed convolution: every pixel lays its kernel down, what is laid on one place adds up."""
+    """Transposed convolution: add the kernel, times each pixel, at the position of the pixel."""
     side = weight.shape[-1]
     rows, columns = ((n - 1) * stride + side for n in maps.shape[2:])
     out = maps.new_zeros(len(maps), weight.shape[1], rows, columns)
@@ -252,14 +252,14 @@ def spread(maps: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int
 
 
 def halve(maps: Tensor) -> Tensor:
-    """The largest of each four."""
+    """Return the maximum of each 2 x 2 square."""
     rows, columns = (n // 2 * 2 for n in maps.shape[2:])
     corners = [maps[:, :, i:rows:2, j:columns:2] for i in (0, 1) for j in (0, 1)]
     return torch.stack(corners).amax(0)
 
 
 def unet(padding: str) -> Callable[..., Tensor]:
-    """Figure 1 of arXiv:1505.04597, from the left top to the right."""
+    """Figure 1 of arXiv:1505.04597, from the top left to the right."""
     border = 1 if padding == "same" else 0
 
     def function(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ def unet(padding: str) -> Callable[..., Tensor]:
 
 
 def batch_normalise(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Over all but the second axis; in training by the batch's own statistics, which the kept ones follow."""
+    """Normalize over all axes but the second; in training by batch statistics, which update the running ones."""
     across = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1, *[1] * (x.ndim - 2)]
     mean, var = p[f"{name}.running_mean"], p[f"{name}.running_var"]
@@ -303,7 +303,7 @@ def batch_normalise(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def layer_normalise(p: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:
-    """Of one vector."""
+    """Normalize one vector."""
     mean = x.sum() / len(x)
     return (x - mean) / (((x - mean) ** 2).sum() / len(x) + eps) ** 0.5 * p[f"{name}.weight"] + p[f"{name}.bias"]
 
@@ -322,7 +322,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def deepfm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
-    """Equations 1 to 4 of Guo et al. 2017, row by row and pair by pair: one long vector x of all features, most of it 0."""
+    """Equations 1 to 4 of Guo et al. 2017, row by row and pair by pair, on one sparse vector x of all features."""
 
     def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
         rows = []
@@ -350,7 +350,7 @@ def deepfm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
 
 
 def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
-    """The authors' code in their order, one history, one item, one head at a time; none stands before the first item."""
+    """The authors' code, one history, one item, one head at a time."""
 
     def function(p: dict[str, Tensor], items: Tensor, mask: Tensor) -> Tensor:
         linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]
@@ -391,7 +391,7 @@ def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
 
 
 def dlinear(window: int, values: int) -> Callable[..., Tensor]:
-    """Equations of section 4 of arXiv:2205.13504, one series and one moment at a time; ends are repeated."""
+    """The equations of section 4 of arXiv:2205.13504, one series and step at a time; ends are repeated."""
 
     def function(p: dict[str, Tensor], series: Tensor) -> Tensor:
         rows = []
@@ -414,7 +414,7 @@ def dlinear(window: int, values: int) -> Callable[..., Tensor]:
 
 
 def lstm_forecaster(horizon: int) -> Callable[..., Tensor]:
-    """Sections 3.2 and 3.3 of arXiv:1711.11053: one window, one series, one moment of past and future at a time."""
+    """Sections 3.2 and 3.3 of arXiv:1711.11053, one window, series and step at a time."""
 
     def function(p: dict[str, Tensor], series: Tensor, past: Tensor, known: Tensor) -> Tensor:
         linear = lambda name, x: p[f"{name}.weight"] @ x + p[f"{name}.bias"]
@@ -450,7 +450,7 @@ def lstm_forecaster(horizon: int) -> Callable[..., Tensor]:
 
 
 def patchtst(patch: int, stride: int, heads: int, values: int) -> Callable[..., Tensor]:
-    """Section 3 of arXiv:2211.14730 with the choices of the authors' code; all series of a batch, one patch at a time."""
+    """Section 3 of arXiv:2211.14730 with the choices of the authors' code; one patch at a time."""
 
     def function(p: dict[str, Tensor], series: Tensor) -> Tensor:
         batch, steps, columns = series.shape
@@ -490,7 +490,7 @@ def patchtst(patch: int, stride: int, heads: int, values: int) -> Callable[..., 
 
 
 def dcgan(p: dict[str, Tensor], noise: Tensor) -> Tensor:
-    """Project, then double and normalise until the layer that nothing follows."""
+    """Project, then double the side and normalize, except after the last layer."""
     x, place = spread(noise[:, :, None, None], p["main.0.weight"]), 0
     while f"main.{place + 3}.weight" in p:
         x = batch_normalise(p, f"main.{place + 1}", x).clamp(min=0)
@@ -500,7 +500,7 @@ def dcgan(p: dict[str, Tensor], noise: Tensor) -> Tensor:
 
 
 def dcgan_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
-    """Halve and normalise, but not first nor last."""
+    """Halve the side and normalize, except in the first and last layer."""
     leak = lambda x: torch.where(x > 0, x, x / 5)
     x, place = leak(convolve(pictures, p["main.0.weight"], stride=2, border=1)), 2
     while f"main.{place + 1}.weight" in p:
@@ -513,7 +513,7 @@ def dcgan_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
 
 def conformer_stem(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    """One spectrogram, T F: two 3x3 convolutions of stride 2, padded by one, each output value on its own."""
+    """Two 3x3 convolutions of stride 2 on one spectrogram, T F, padded by one, one output value at a time."""
     grid = x[None]  # channels, T, F
     for number in (1, 2):
         w, b = p[f"stem.conv{number}.weight"], p[f"stem.conv{number}.bias"]
@@ -537,7 +537,7 @@ def conformer_stem(p: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def latte(c) -> Callable[..., Tensor]:
-    """Section 3.1, variant 1, of arXiv:2401.03048 with blocks of arXiv:2212.09748 (adaLN-Zero), one place at a time."""
+    """Section 3.1, variant 1, of arXiv:2401.03048 with blocks of arXiv:2212.09748 (adaLN-Zero), one position at a time."""
     side, dim, size = c.image // c.patch, c.dim, c.dim // c.heads
 
     def waves(place: int, width: int) -> list[float]:

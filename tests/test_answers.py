@@ -1,4 +1,4 @@
-"""One engine for all networks that write: answers of folders beside transformers' own, greedy and by beams, in batches."""
+"""Text generation of all network types: equal to transformers', greedy and with beam search, in batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def words(path, before=(), after=()):
 
 
 def ends_sometimes(network, ends, lift):
-    """Random networks hardly ever end: the head is made to like these tokens, more or less by what stands before."""
+    """Change the head so that these tokens are likely, since random networks hardly ever generate an end token."""
     head = network.get_output_embeddings().weight
     with torch.no_grad():
         for number, end in enumerate(ends):
@@ -65,7 +65,7 @@ CODE = {name: 20 + i for i, name in enumerate(CODES)}
 
 @pytest.fixture(scope="module", params=FORMS)
 def pair(request, tmp_path_factory):
-    """A folder as save_pretrained writes it; the network, the form and the tokenizer behind it."""
+    """A folder written by save_pretrained, with its network, configuration and tokenizer."""
     before, after, config, forced, languages = FORMS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     more = {"decoder_depth": 2} | ({} if request.param == "t5" else {"length": 40})  # their cache counts encoder layers
@@ -185,7 +185,7 @@ def test_folders_on_the_command_line(pair):
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def decoder(request, tmp_path_factory):
-    """A decoder with two tokens that end an answer, the lower of which is not the one that it says first."""
+    """A decoder with two end tokens, the second of which is generated first."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed({"llama": 6, "gpt2": 4}[request.param])  # of those with which both end some answers
     shape = {"vocab_size": 23, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}

@@ -1,4 +1,4 @@
-"""Fits of pictures with texts that begin with a checkpoint of transformers: what was prepared for it, stays."""
+"""Fits of image-text networks from checkpoints of transformers, which keep the preprocessing of the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAID = ("a photo of a Cat.", "the big   dog", "red bus", "a drawing of a red cat
 
 
 def album(folder, said=SAID, square=False):
-    """Coloured noise of odd sizes; and a table with texts."""
+    """Colored noise of odd sizes, and a table with texts."""
     rng, rows = np.random.default_rng(0), []
     folder.mkdir()
     for i in range(40):
@@ -40,7 +40,7 @@ def album(folder, said=SAID, square=False):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A tiny CLIP, its processor beside it, and a run that began with it and has learnt nothing."""
+    """A tiny CLIP with its processor, and an untrained run that started from it."""
     place = tmp_path_factory.mktemp("clip")
     folder = clip_folder(place / "theirs")
     shape = {"size": {"shortest_edge": 26}, "crop_size": {"height": 24, "width": 24}}
@@ -114,7 +114,7 @@ def test_zero_shot_after_fit_equals_the_original_checkpoint(clip):
 
 
 def test_special_tokens_are_added_once(clip):
-    """Some tokenizer.json of CLIP put them themselves, some do not."""
+    """Some tokenizer.json files of CLIP add special tokens, others do not."""
     folder, _, run = clip
     said = json.loads((folder / "tokenizer.json").read_text())
     assert said["post_processor"]
@@ -176,7 +176,7 @@ def vilt_folder(path):
 
 
 def test_vilt_inputs_equal_those_of_its_processor(tmp_path):
-    """Square pictures: others have white beside them here, and another shape there."""
+    """Square images only: others are padded here but resized differently there."""
     folder, tokenizer, pictures = vilt_folder(tmp_path / "theirs")
     asked = ["What is it?,bus", "Where is it?,red", "how many buses are there in it?,bus", "where are red,red"]
     rows = album(tmp_path / "photos", asked, square=True)

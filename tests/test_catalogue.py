@@ -1,4 +1,4 @@
-"""docs/catalogue.md: up to date, and its claims about the guide's ranges hold."""
+"""docs/catalogue.md is up to date, and its claims about the guide's ranges hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXACT = {name: size.params for card in cards().values() for name, size in card.s
 
 
 def number(text: str) -> float:
-    """60,000 or 5.3M as a number."""
+    """Return 60,000 or 5.3M as a number."""
     scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1)
     return float(text.rstrip("KMB").replace(",", "")) * scale
 
@@ -67,5 +67,5 @@ def test_sizes_outside_of_the_guides_range_are_outside(error):
 
 @pytest.mark.parametrize("name", [name for name, said in DATA["size"].items() if "published" in said])
 def test_published_figures_are_near_the_exact_ones(name):
-    """Within 5 %: otherwise it is another network, or another way to count."""
+    """Within 5 %: a larger difference means another network or another way of counting."""
     assert EXACT[name] == pytest.approx(number(DATA["size"][name]["published"]), rel=0.05)

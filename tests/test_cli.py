@@ -1,4 +1,4 @@
-"""The command line: its verbs and options are frozen, and each verb does on real files what it says."""
+"""The command line: its commands and options are fixed, and each works on real files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_verbs_and_options_are_frozen():
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Calls a verb in this process: (exit code, what it printed, what it complained of)."""
+    """Call a command in this process and return (exit code, stdout, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fieldguide", *map(str, arguments)])
@@ -75,7 +75,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def good(call):
-    """Calls a verb that must succeed; gives what it printed."""
+    """Call a command that must succeed and return its output."""
 
     def run(*arguments: object) -> str:
         code, out, err = call(*arguments)
@@ -87,7 +87,7 @@ def good(call):
 
 @pytest.fixture
 def bad(call):
-    """Calls a verb that must be refused in one line; gives the line."""
+    """Call a command that must fail with a one-line error and return that line."""
 
     def run(*arguments: object) -> str:
         code, _, err = call(*arguments)
@@ -103,7 +103,7 @@ def bad(call):
 
 @pytest.fixture(scope="module")
 def flowers(tmp_path_factory):
-    """Iris in a CSV with a missing value."""
+    """Iris as a CSV file with a missing value."""
     path = tmp_path_factory.mktemp("flowers") / "flowers.csv"
     rows = pl.read_csv(samples.path("iris"))
     rows[3, "petal_length_cm"] = None
@@ -150,7 +150,7 @@ def test_fit_predict_evaluate_on_files(good, flowers, tmp_path):
 
 
 def bad_line(run, data) -> str:
-    """One real process: a refusal goes to stderr with exit code 1."""
+    """Run one real process: its error goes to stderr, with exit code 1."""
     ended = subprocess.run([sys.executable, "-m", "fieldguide", "evaluate", run, data], capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stdout == "" and ended.stderr.count("\n") == 1
     return ended.stderr
@@ -174,7 +174,7 @@ def test_predict_an_image_a_folder_and_a_list(good, digits_run, tmp_path):
 
 
 def test_predict_lists_unreadable_inputs(call, digits_run, tmp_path):
-    """The rest is answered, in order; a line each on the error output, and an exit code of its own."""
+    """The others are predicted in order; each error is one line on stderr, and the exit code is 3."""
     folder, run = tmp_path / "some", digits_run.path
     folder.mkdir()
     for i, file in enumerate(sorted((samples.path("digits") / "7").iterdir())[:6]):
@@ -211,7 +211,7 @@ def test_predict_lists_unreadable_inputs(call, digits_run, tmp_path):
 
 
 def damaged(tmp_path):
-    """Pictures of two classes, of which one is cut off."""
+    """Images of two classes, one of which is truncated."""
     for name in ("3", "7"):
         shutil.copytree(samples.path("digits") / name, tmp_path / "classes" / name, ignore=lambda _, files: sorted(files)[20:])
     first = next((tmp_path / "classes" / "3").iterdir())
@@ -313,7 +313,7 @@ def test_check(good, call, tmp_path):
 
 
 def test_check_reports_errors_of_the_task(good, bad, tmp_path):
-    """A mask whose values are no classes: seen when masks are read as such, not when they are listed."""
+    """Mask values that are no classes are only detected when masks are read as such."""
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
         for i in range(12):
@@ -350,7 +350,7 @@ def test_help_of_every_verb(good):
 
 @pytest.mark.parametrize("arguments", [("show", "resnet18"), ("models", "--json", "lenet5-1998")])
 def test_a_broken_pipe_is_no_error(arguments):
-    """`fieldguide models | head -1` ends in silence."""
+    """`fieldguide models | head -1` ends without an error."""
     reading, writing = os.pipe()
     process = subprocess.Popen([sys.executable, "-m", "fieldguide", *arguments], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)

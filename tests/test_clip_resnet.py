@@ -1,4 +1,4 @@
-"""CLIP with ResNets, and the files of CLIP: archives of TorchScript, open_clip's folders, activations by checkpoint."""
+"""CLIP with ResNets, and the files of CLIP: TorchScript archives, open_clip folders, activations by checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def archives(test):
-    """torch's own remarks while it writes and reads an archive."""
+    """Suppress torch's warnings about writing and reading archives."""
     for said in ("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning"):
         test = pytest.mark.filterwarnings(said)(test)
     return test
@@ -39,7 +39,7 @@ def test_names_and_shapes_of_published_sizes(size):
 
 @torch.no_grad()
 def test_attention_pooling_weights():
-    """The map's weights, times values, are what the pool says; and a place whose key answers is where it looks."""
+    """The weights times the values equal the pooled output, and a matching key gets the weight."""
     model = tiny("clip-resnet")
     image = batch("clip-resnet")[0]
     pool, x = model.vision.pool, model.vision.features(image)
@@ -65,8 +65,9 @@ def test_invalid_sizes_are_rejected():
 
 
 def archive(path, name, half=False):
-    """A TorchScript archive as OpenAI's lie on its servers, with three numbers as buffers and a tensor that is in no state;
-    what it answers in float32."""
+    """Return a TorchScript archive like OpenAI's, with three numbers as buffers and a tensor outside the state, and its
+    output in float32.
+    """
     torch.manual_seed(1)
     peer = Official(create(f"{name}-test").config).eval()
     for parameter in peer.parameters():
@@ -135,7 +136,7 @@ def test_damaged_archives_and_other_objects_are_rejected(tmp_path):
 
 
 def test_openai_archives_imply_their_activation():
-    """b32 of OpenAI and of LAION have the same tensors; only archives of the former hold three numbers more."""
+    """ViT-B/32 of OpenAI and of LAION have the same tensors; only OpenAI's archives hold three more."""
     from fieldguide.checkpoints.identify import recognize
 
     with torch.device("meta"):
@@ -158,7 +159,7 @@ def test_openai_resnet_is_identified():
 
 
 def published(folder, name, quick, **said):
-    """A folder of open_clip."""
+    """Return an open_clip folder."""
     model = create(f"{name}-test", quick=quick, channels=3)
     c = model.config
     flat = hasattr(c, "patch")

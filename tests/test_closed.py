@@ -1,4 +1,4 @@
-"""Systems that nobody outside has: said so wherever somebody asks for one."""
+"""Closed systems, whose weights are not available, are described wherever a user requests one."""
 
 from __future__ import annotations
 

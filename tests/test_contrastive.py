@@ -1,4 +1,4 @@
-"""The contrastive objective: against its equations, over two processes, its temperature, and what it learns."""
+"""The contrastive objective: its equations, two processes, its temperature, and what it learns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def slow_loss(pictures: Tensor, texts: Tensor, scale: Tensor, same: list[int], shown: list[int]) -> Tensor:
-    """One pair at a time, in both directions; the right answers of an example, of equal text or picture, share it."""
+    """Compute the loss pair by pair in both directions; examples with equal text or image share the target."""
     total, count = 0.0, len(pictures)
     for i in range(count):
         right = [j for j in range(count) if same[j] == same[i] or shown[j] == shown[i]]
@@ -58,7 +58,7 @@ def test_loss_equals_the_equations(same, shown):
 
 @pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "texts"])
 def test_two_processes_equal_one_process(kind, tmp_path):
-    """Six SGD steps in float64, with 11 rows a step for two: losses and weights are those of the joined batch."""
+    """Six SGD steps in float64 with 11 rows on two processes: losses and weights equal those of the joint batch."""
     for processes in (1, 2):
         torchrun(processes, str(HERE / "contrastive_worker.py"), str(tmp_path / f"{processes}.pt"), kind)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
@@ -118,7 +118,7 @@ def test_batch_of_one_is_rejected():
 
 
 def test_learns_to_match_digits_and_names():
-    """Digits and their names: pictures never seen find the right one among ten names."""
+    """Unseen images of digits find their name among ten."""
     from sklearn.datasets import load_digits
 
     found = load_digits()

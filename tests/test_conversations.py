@@ -1,4 +1,4 @@
-"""Fits on conversations from checkpoints that have a chat template, beside transformers' `apply_chat_template`."""
+"""Fits on conversations from checkpoints with a chat template, compared with `apply_chat_template` of transformers."""
 
 from __future__ import annotations
 

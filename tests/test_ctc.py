@@ -1,4 +1,4 @@
-"""CTC: loss, searches and alignments against all paths there are, one after another; chunks against the whole."""
+"""CTC: loss, searches and alignments against an enumeration of all paths; chunks against the whole recording."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from test_models import tiny
 
 
 class Saying(nn.Module):
-    """Says its features, one frame in two: an answer that a test can write down."""
+    """Returns every second frame of its features as logits, so that tests can specify the output."""
 
     stride = 2
 
@@ -40,7 +40,7 @@ def written(path: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def paths(logs: Tensor) -> dict[tuple[int, ...], list[tuple[float, tuple[int, ...]]]]:
-    """Every path through S V log-probabilities, by what it writes."""
+    """Yield every path through S V log-probabilities with its transcript."""
     found = defaultdict(list)
     for path in itertools.product(range(logs.shape[1]), repeat=len(logs)):
         found[written(path)].append((sum(logs[t, s].item() for t, s in enumerate(path)), path))
@@ -186,7 +186,7 @@ def test_wide_beam_search_is_exact(steps, vocab, seed):
 
 
 def test_beam_search_sums_over_alignments():
-    """The likeliest single path is blank, blank; but 1 is written by three others that are likelier together."""
+    """The most likely single path is blank, blank, but the three paths of "1" are more likely in total."""
     logs = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()
     assert collapse(logs.argmax(-1)[None], torch.tensor([2]))[1].item() == 0
     best = beam_search(logs, width=2)[0]

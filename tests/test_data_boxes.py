@@ -1,4 +1,4 @@
-"""Pictures with boxes: COCO, YOLO and Pascal VOC say the same, and every damage to them has place, cause, remedy and count."""
+"""Images with boxes: COCO, YOLO and Pascal VOC agree, and every error is reported with location, cause, remedy and count."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = (40, 30)
 
 
 def scene(number):
-    """Boxes (class, left, top, right, bottom) of picture `number`; every fifth is background."""
+    """Return the boxes (class, left, top, right, bottom) of image `number`; every fifth has none."""
     if number % 5 == 4:
         return []
     first = (number % 2, 4.0, 6.0, 14.0 + number % 7, 20.0)

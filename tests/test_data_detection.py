@@ -1,4 +1,4 @@
-"""Pictures with boxes: every change moves boxes exactly as it moves what is in them."""
+"""Augmentation of images with boxes: boxes move exactly as the pixels do."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ PLAIN = BoxAugmentation(mosaic=0, scale=0, shift=0, flip=0, hue=0, saturation=0,
 
 
 def scenes(count: int, side: int = 48, channels: int | None = None):
-    """White pictures with two rectangles each, that do not overlap. A rectangle is of a class of its own and black in the
-    channel of that number; the last place is padding."""
+    """Return white images with two separate rectangles. Each rectangle has its own class and is black in the channel of that
+    number; the last position is padding.
+    """
     rng = np.random.default_rng(0)
     pictures = torch.full((count, channels or 2 * count, side, side), 255.0)
     places, labels = torch.zeros(count, 3, 4), torch.full((count, 3), -1)
@@ -33,14 +34,14 @@ def scenes(count: int, side: int = 48, channels: int | None = None):
 
 
 def extents(picture: torch.Tensor, label: int) -> list[float]:
-    """Where a class is: left, top, right, bottom."""
+    """Return the left, top, right and bottom of a class in the pixels."""
     there = (picture[label] < 127.5).nonzero()
     (top, left), (bottom, right) = there.amin(0).tolist(), there.amax(0).tolist()
     return [left, top, right + 1, bottom + 1]
 
 
 def agree(pictures, boxes, labels, within: float = 1.0) -> int:
-    """Checks each box against the pixels; returns how many."""
+    """Check each box against the pixels and return the number of boxes."""
     checked = 0
     for picture, some, names in zip(pictures, boxes, labels):
         for box, label in zip(some.tolist(), names.tolist()):
@@ -173,7 +174,7 @@ def test_jitter_rotates_hue_and_keeps_gray():
 
 
 def augmented(how: BoxAugmentation, seed: int = 0):
-    """Twelve pictures; what is fetched for a mosaic has classes of its own wherever it comes from."""
+    """Return twelve augmented images; images fetched for mosaics have classes of their own."""
     return how(lambda rows: scenes(len(rows), 64, 96), np.arange(12), 12, make_generator(seed, 5))
 
 

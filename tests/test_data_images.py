@@ -1,5 +1,4 @@
-"""Pictures: damaged ones are found and named, odd ones are read as they look, and nothing is left out in
-silence."""
+"""Images: damaged ones are found and named, unusual ones are converted, and nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from fieldguide.tasks import infer_task
 
 
 def photo(path: Path, size=(40, 30), mode: str = "RGB", seed: int = 0, **options) -> Path:
-    """A picture of smooth noise."""
+    """Return an image of smooth noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path, **options)
     return path

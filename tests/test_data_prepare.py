@@ -1,5 +1,4 @@
-"""Preparing: learnt on training rows only, the same after a round trip through JSON, and sane on what is
-new."""
+"""Preprocessing is fitted on training rows only, survives a JSON round trip, and handles unseen values."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def test_numbers_agree_with_scikit_learn():
 
 
 def test_value_of_half_of_the_rows_is_not_extreme():
-    """Where scikit-learn puts a tied minimum at -5.2, the middle of its probabilities is used here as
-    elsewhere."""
+    """scikit-learn maps a tied minimum to -5.2; here the mean of its probabilities is used."""
     x = np.maximum(np.random.default_rng(0).normal(size=2000), 0)
     numbers, _ = learn({"x": x})[0].apply(pl.DataFrame({"x": x}))
     assert -1 < numbers.min() < -0.5

@@ -1,4 +1,4 @@
-"""Real archives, where they are: FIELDGUIDE_DATA names their folder (default ../shared/data)."""
+"""Real archives, if available: FIELDGUIDE_DATA is their folder (default ../shared/data)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = Path(os.environ.get("FIELDGUIDE_DATA", Path(__file__).parents[2] / "sha
 
 
 def unpack(name: str, into: Path, *prefixes: str) -> Path:
-    """The members of an archive that begin with these; skips the test where the archive is not."""
+    """Return the members of an archive with this prefix; skip the test if there is no archive."""
     if not (FOLDER / name).exists():
         pytest.skip(f"{FOLDER / name} is not there; set FIELDGUIDE_DATA")
     with zipfile.ZipFile(FOLDER / name) as archive:

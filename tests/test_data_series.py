@@ -1,4 +1,4 @@
-"""Tables as series: four layouts, whole and damaged. Each damage has its place, its count and its remedy."""
+"""Tables as series: four layouts, complete and damaged. Each error has its location, count and remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wide() -> list[str]:
 
 
 def rows() -> list[str]:
-    """As M4 has it: series of different length, blanks at their end."""
+    """Return rows as in M4: series of different length with blanks at their end."""
     return [
         "V1,V2," + ",".join(f"V{i}" for i in range(3, 42)),
         *(f"H{i}," + ",".join(str(i * 10 + t % 7) if t < 30 + i % 11 else "" for t in range(40)) for i in range(40)),

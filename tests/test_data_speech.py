@@ -1,5 +1,4 @@
-"""Speech: spectrograms against transformers' own, resampling against sines, masks in their limits, transcripts there and
-back."""
+"""Speech: spectrograms against transformers, resampling against sines, limits of masks, transcripts and back."""
 
 from __future__ import annotations
 

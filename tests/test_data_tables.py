@@ -1,4 +1,4 @@
-"""Tables: what columns hold, what is wrong with a file and where, and what is left out and counted."""
+"""Tables: column types, errors in files with their locations, and dropped rows with their counts."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_bad_column_names(tmp_path, names, message):
 
 
 def test_literal_quotation_marks_in_tsv(tmp_path):
-    """Marks that would be broken quoting stand for themselves; whole quoted cells are still cells."""
+    """Quotation marks that are not valid quoting are literal; completely quoted cells are still unquoted."""
     rows = "".join(f"number {i} of many\tZahl {i} von vielen\n" for i in range(40))
     (tmp_path / "spoken.tsv").write_text('en\tde\n"Well,"\u2028he said.\t"Nun", sagte er.\n' + rows, newline="\r\n")
     (tmp_path / "quoted.tsv").write_text('en\tde\n"a ""b"" c"\tx\n' + rows)
@@ -402,7 +402,7 @@ def test_unknown_sources(tmp_path):
 
 
 def test_memory_is_close_to_the_file_size(tmp_path):
-    """The text of a column is let go when it is typed: what is left is 8 bytes a number."""
+    """The text of a column is released once it is typed; 8 bytes per number remain."""
     values = np.random.default_rng(0).normal(size=(20_000, 10))
     pl.DataFrame(values, schema=[f"x{i}" for i in range(10)]).write_csv(tmp_path / "t.csv")
     data = read(tmp_path / "t.csv")

@@ -1,4 +1,4 @@
-"""Reading a row piece by piece with a cache gives what reading it at once gives; public files of language models."""
+"""Incremental decoding with a cache equals one forward pass; public files of language models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_gpt2_with_cache_equals_the_whole_row(pieces, padded):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_gpt2_padded_prompts_and_reordered_beams(side):
-    """Prompts padded on either side, then tokens without a mask; and beams that change places on the way."""
+    """Prompts padded on either side, then tokens without a mask, then reordered rows."""
     model, tokens = tiny("gpt2"), torch.randint(30, (3, 8))
     length = torch.tensor([5, 1, 3])[:, None]
     mask = torch.arange(5) < length if side == "right" else torch.arange(5) >= 5 - length
@@ -80,7 +80,7 @@ def test_gpt2_huggingface_files(tmp_path, bare):
 
 
 def test_gpt2_nanogpt_files(tmp_path):
-    """The same names, linear layers not transposed, the tied head under both of its names."""
+    """The same names with untransposed linear layers and the tied head under both names."""
     ours, other = tiny("gpt2", torch.float32), create("gpt2-test")
     state = weights.read(weights.save(ours, tmp_path / "model.safetensors", "nanogpt"))
     state["lm_head.weight"] = state["transformer.wte.weight"]

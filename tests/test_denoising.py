@@ -1,4 +1,4 @@
-"""Damaged texts: by hand, put together again, and in the shares and lengths of the papers."""
+"""Corruption of texts: examples by hand, reconstruction, and the fractions and lengths of the papers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SENTINELS = np.arange(99, 79, -1)  # as T5's: the first is the highest number
 
 
 def test_t5_example_of_the_paper():
-    """Figure 2 of T5: two spans; each is a sentinel, and the target ends with one more."""
+    """Figure 2 of T5: two spans with a sentinel each; the target ends with one more."""
     # Thank you [for inviting] me to your party [last] week.
     tokens = np.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 0, 0, 0, 0, 0, 0, 0]])
     span = np.array([[0, 0, 1, 1, 0, 0, 0, 0, 2, 0], [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]])
@@ -74,7 +74,7 @@ def test_corrupted_row_and_target_contain_the_text():
 
 
 class Fixed:
-    """Chance that is told what to do."""
+    """A random generator with given results."""
 
     def __init__(self, lengths, order):
         self.lengths, self.order = lengths, order

@@ -1,4 +1,4 @@
-"""Detection: overlap, suppression, assignment and loss against loops over single boxes, and a network that learns."""
+"""Detection: IoU, suppression, assignment and loss against loops over single boxes, and a network that learns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STRIDES = (8, 16, 32)
 
 
 def some_boxes(*shape: int, side: float = 64.0, generator: torch.Generator | None = None) -> Tensor:
-    """Boxes of all sizes within a square."""
+    """Return boxes of all sizes within a square."""
     middle = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * side
     half = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) ** 2 * side / 2 + 0.5
     return torch.cat([(middle - half).clamp(0, side), (middle + half).clamp(0, side)], -1)
@@ -56,7 +56,7 @@ def test_iou_equals_loops():
 
 
 def test_ciou_gradient_equals_its_equation():
-    """Alpha is a constant to it; and empty, equal and distant boxes give finite ones."""
+    """Alpha is constant in the gradient; empty, equal and distant boxes have finite gradients."""
     torch.manual_seed(0)
     a, b = some_boxes(6).requires_grad_(), some_boxes(6)
     fast.ciou(a, b).sum().backward()
@@ -92,7 +92,7 @@ def kept(boxes: Tensor, scores: Tensor, labels: Tensor, limit: float) -> list[in
 @pytest.mark.parametrize("limit", [0.0, 0.3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("pairs", [40, 10**6])
 def test_nms_equals_the_greedy_sweep(limit, pairs, monkeypatch):
-    """Boxes on a coarse grid, so that overlaps tie with the limit; few different scores; doubles; one class or many."""
+    """Boxes on a coarse grid, so that IoUs equal the limit; few distinct scores; duplicates; one or many classes."""
     monkeypatch.setattr(fast, "MAX_PAIRS_PER_CHUNK", pairs)
     random = torch.Generator().manual_seed(0)
     for turn in range(60):
@@ -108,7 +108,7 @@ def test_nms_equals_the_greedy_sweep(limit, pairs, monkeypatch):
 
 
 def test_nms_of_long_chains():
-    """Each overlaps its neighbours only: every other one stays, however far that is from the best."""
+    """Each box overlaps only its neighbors, so every other one is kept."""
     left = torch.arange(301.0) * 4
     boxes = torch.stack([left, left * 0, left + 10, left * 0 + 10], -1)  # 6 of 14 in common, then 2 of 18
     scores = torch.linspace(1, 0.1, 301)
@@ -118,7 +118,7 @@ def test_nms_of_long_chains():
 
 
 def test_nms_is_fast():
-    """1000 candidates a picture of 80 classes, 8 pictures; and of one class. Far below what a sweep in Python takes."""
+    """1000 candidates per image in 80 classes, 8 images; and in one class. Much faster than a loop in Python."""
     torch.manual_seed(0)
     boxes, scores = some_boxes(8000, side=640).float(), torch.rand(8000)
     pictures = torch.arange(8).repeat_interleave(1000)
@@ -134,7 +134,7 @@ def test_nms_is_fast():
 
 
 def test_detections_are_sorted_clipped_and_padded():
-    """The best of every class, from the highest score down, within the picture, and padding after."""
+    """The best of every class in descending order of score, within the image, then padding."""
     boxes = torch.tensor([[[-4.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 40, 70]], [[0.0, 0, 9, 9]] * 3])
     scores = torch.tensor([[[0.9, 0.2], [0.8, 0.3], [0.05, 0.6]], [[0.0, 0.0]] * 3])
     found = select_detections(boxes, scores, (64, 32), confidence=0.1, overlap=0.5, candidates=100, max_detections=4)
@@ -162,7 +162,7 @@ def test_detections_are_sorted_clipped_and_padded():
 
 
 class Answers(nn.Module):
-    """A network that gives what it is given."""
+    """A network that returns the outputs it was given."""
 
     strides = STRIDES
 
@@ -176,7 +176,7 @@ class Answers(nn.Module):
 
 
 def situation(bins: int = 6, classes: int = 3, height: int = 40, width: int = 52):
-    """Three pictures: crowded, with objects of all sizes and odd places, with padding in between, and empty."""
+    """Return three images: crowded, with objects of all sizes and padding in between, and empty."""
     torch.manual_seed(0)
     points = len(make_grid(height, width, STRIDES, torch.device("cpu"))[0])
     raw = torch.randn(3, points, 4 * bins + classes, dtype=torch.float64) * 1.5
@@ -219,7 +219,7 @@ def test_assignment_equals_loops(topk):
 
 
 def test_smallest_boxes_get_points():
-    """Boxes of 1 to 7 pixels anywhere, most of them without a point: one of the finest grid is near enough."""
+    """Boxes of 1 to 7 pixels, most of which contain no grid point, get a nearby point of the finest grid."""
     points, strides = make_grid(64, 64, STRIDES, torch.device("cpu"))
     random = torch.Generator().manual_seed(0)
     middle = 4 + 56 * torch.rand(200, 1, 2, generator=random)
@@ -264,7 +264,7 @@ def test_loss_equals_loops():
 
 
 def test_gradient_equals_the_numerical_slope(monkeypatch):
-    """Owners and qualities are constants to it. (Complete IoU, with its constant alpha, is held to its own above.)"""
+    """Owners and qualities are constants. (Complete IoU, with its constant alpha, is tested above.)"""
     raw, truth, labels, size = situation()
     points, strides = make_grid(*size, STRIDES, raw.device)
     boxes, _, logits = decode(raw, torch.arange(6), points, strides)
@@ -308,8 +308,9 @@ def test_padding_changes_nothing():
 
 
 def scattered_digits(count: int, side: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures of one to four handwritten 0s, 1s and 2s, two or three times as large as scikit-learn has them, with the
-    boxes of their ink. Seeds 0 and 1 have no digit in common."""
+    """Return images of one to four handwritten 0s, 1s and 2s, two or three times as large as in scikit-learn, with their
+    boxes. Seeds 0 and 1 share no digit.
+    """
     from sklearn.datasets import load_digits
 
     rng, digits = np.random.default_rng(seed), load_digits()
@@ -332,7 +333,7 @@ def scattered_digits(count: int, side: int, seed: int) -> tuple[Tensor, Tensor, 
 
 
 def learnt(size: str, side: int, steps: int, lr: float, augment: BoxAugmentation | None = None, **overrides) -> dict:
-    """Average precision on digits that were not in training, of a network that the loop trained on the CPU."""
+    """Return the average precision on unseen digits of a network trained on the CPU."""
     torch.manual_seed(0)
     train, test = scattered_digits(512, side, 0), scattered_digits(128, side, 1)
 

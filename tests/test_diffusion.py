@@ -1,5 +1,6 @@
-"""Diffusion: the noise process and samplers against diffusers in float64, the loss against a slow reference, and
-samples of distributions whose best denoiser is known."""
+"""Diffusion: noise process and samplers against diffusers in float64, the loss against a slow reference, and samples of
+distributions whose optimal denoiser is known.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ SHAPES = pytest.mark.parametrize("shape", [(2, 4, 4), (3, 2, 4, 4)], ids=["pictu
 
 
 def scheduler(kind: str, process: Process, schedule: str, **options):
-    """That of diffusers, with its float32 table of alphas made anew from its own betas in float64."""
+    """Return a scheduler of diffusers whose float32 table of alphas is recomputed from its betas in float64."""
     from tv import diffusers
 
     scale = 1000 / process.steps
@@ -86,7 +87,7 @@ def test_noising_and_targets_equal_diffusers(predicts, shape):
 
 
 class Wavy(nn.Module):
-    """An arbitrary smooth network, told its time and label."""
+    """An arbitrary smooth network of data, time and label."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +99,7 @@ class Wavy(nn.Module):
 
 
 def trajectory(peer, model: nn.Module, x: Tensor, label: Tensor, draw: Noise, steps: int, guidance: float = 1.0, **options):
-    """Every step of a scheduler of diffusers, with our noise handed to it."""
+    """Return every step of a scheduler of diffusers with our noise."""
     peer.set_timesteps(steps)
     for t in peer.timesteps:
         time = torch.full((len(x),), float(t), dtype=x.dtype)
@@ -194,7 +195,7 @@ def test_invalid_settings_are_rejected(make, words):
 def slow_loss(
     model: nn.Module, batch: dict[str, Tensor], schedule: str, predicts: str, gamma: float | None, seed: int
 ) -> float:
-    """One example after another, from the papers' equations; chance drawn in the same order."""
+    """Compute the loss example by example from the equations, with random numbers drawn in the same order."""
     clean, label = batch["image"], batch["label"]
     torch.manual_seed(seed)
     times = torch.randint(1000, (len(clean),))
@@ -239,7 +240,7 @@ def test_loss_equals_the_paper(predicts, schedule, gamma, shape):
 
 
 def test_min_snr_weights_of_eps_and_v_are_equivalent():
-    """A network that errs by the same x_0 is punished the same whatever it predicts: Hang et al., section 3.4."""
+    """Equal errors of x_0 have equal losses for either prediction: Hang et al., section 3.4."""
     torch.manual_seed(0)
     clean, noise, wrong = (torch.randn(8, 3, dtype=torch.float64) for _ in range(3))
     time = torch.tensor([1, 100, 300, 500, 700, 800, 900, 950])
@@ -295,9 +296,9 @@ MEANS, SPREADS, SHARES = (-0.6, 0.1, 0.7), (0.08, 0.15, 0.05), (0.5, 0.2, 0.3)
 
 
 class BestDenoiser(nn.Module):
-    """What a perfect network says of a mixture of Gaussians on a line, or of one of them where a label asks for it.
+    """The optimal prediction for a mixture of Gaussians on a line, or for one component if a label selects it.
 
-    E[x_0 | x_t] is the mean of the components' posterior means, weighed by how probable they make x_t.
+    E[x_0 | x_t] is the mean of the posterior means of the components, weighted by their likelihood of x_t.
     """
 
     def __init__(self, process: Process):
@@ -320,7 +321,7 @@ class BestDenoiser(nn.Module):
 
 
 def distances(samples: Tensor, dims: int) -> float:
-    """The largest gap between the distribution functions of samples and mixture, along an axis."""
+    """Return the largest difference between the distribution functions of samples and mixture, along each axis."""
 
     def cdf(x: float) -> float:
         return sum(p * (1 + math.erf((x - m) / s / 2**0.5)) / 2 for m, s, p in zip(MEANS, SPREADS, SHARES))
@@ -397,7 +398,7 @@ def test_sampling_has_no_side_effects():
 
 
 def digits(side: int) -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits in -1 .. 1, with a black rim around the 8 x 8 pixels where the side is larger; labels from 1."""
+    """Return scikit-learn's digits in -1 .. 1, with a black border if the side is larger than 8; labels from 1."""
     from sklearn.datasets import load_digits
 
     found, rim = load_digits(), (side - 8) // 2
@@ -408,7 +409,7 @@ def digits(side: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow  # test_task_images_made.py does so in `make test`, end to end
 @pytest.mark.parametrize(("side", "steps"), [(8, 300), (16, 1500)])
 def test_learns_to_generate_the_requested_digit(side, steps):
-    """A linear classifier of real digits reads what was drawn in 20 steps."""
+    """A linear classifier trained on real digits recognizes samples of 20 steps."""
     from sklearn.linear_model import LogisticRegression
 
     x, y = digits(side)

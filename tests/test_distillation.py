@@ -1,4 +1,4 @@
-"""Distillation: both forms by hand, teachers that are only asked, and students of runs."""
+"""Distillation: both forms by hand, frozen teachers, and students of runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fieldguide.objectives import Classification, Distillation
 
 
 class Fixed(nn.Module):
-    """Says the same of every row; counts how often it is asked."""
+    """Returns the same logits for every row and counts its calls."""
 
     def __init__(self, logits):
         super().__init__()
@@ -75,7 +75,7 @@ def test_defaults_are_those_of_the_paper():
 
 
 def test_class_and_distillation_token_have_separate_targets():
-    """The class token learns the truth alone, the distillation token the teacher alone; other ensembles learn both."""
+    """The class token is trained on labels, the distillation token on the teacher; other ensembles on both."""
     both = [STUDENT, [1.0, 0.0, -1.0]]
     student = objective(both, TEACHER)
     student.model.distillation_head = 1
@@ -112,7 +112,7 @@ def test_deit_trains_its_second_token_on_the_teacher():
 
 
 def test_teacher_is_frozen_and_not_saved():
-    """Frozen, in evaluation whatever happens, in no checkpoint and no optimiser; it moves along with the student."""
+    """Frozen, always in evaluation mode, in no checkpoint and no optimizer, but moved with the student."""
     found = objective(STUDENT, TEACHER)
     teacher = found.frozen_teacher[0]
     before = teacher.logits.clone()
@@ -162,7 +162,7 @@ QUICK = {"steps": 2, "batch": 16, "precision": "float32", "evaluate": 1}
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Bright and dark pictures, 30 of each."""
+    """Return bright and dark images, 30 of each."""
     folder = tmp_path_factory.mktemp("data")
     for name, low in (("bright", 150), ("dark", 0)):
         (folder / name).mkdir()
@@ -179,7 +179,7 @@ def teacher(pictures):
 
 
 def test_run_as_teacher(pictures, teacher, tmp_path, monkeypatch):
-    """Named from another folder, with pictures of another side, resumed to the bit; a finished run needs none."""
+    """With a relative path, another image side, and a bit-exact resume; a finished run does not need its teacher."""
     monkeypatch.chdir(teacher.path.parent)
     settings = {**QUICK, "steps": 4, "teacher": "teacher", "task.side": 16}
     run = fieldguide.fit(pictures, model="deit-test", out=tmp_path / "student", settings=settings)

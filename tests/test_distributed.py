@@ -1,4 +1,4 @@
-"""Two processes under torchrun train as one does."""
+"""Two processes under torchrun train like one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def torchrun(processes: int, *arguments: str) -> str:
 
 @pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "gan"])  # two phases, or one of them
 def test_gradients_of_two_processes_equal_one_process(kind, tmp_path):
-    """Eight SGD steps in float64: any difference between gradients would be a difference between weights."""
+    """Eight SGD steps in float64: any difference of gradients would change the weights."""
     for processes in (1, 2):
         torchrun(processes, str(HERE / "distributed_worker.py"), str(tmp_path / f"{processes}.pt"), kind)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
@@ -84,7 +84,7 @@ def test_fit_under_torchrun_scores_like_one_process(tmp_path, digits_run):
     ],
 )
 def test_every_task_runs_on_two_processes(sample, tmp_path):
-    """What two processes answered together is what one answers alone, drawn pictures and films among it."""
+    """Predictions of two processes equal those of one, including generated images and videos."""
     out = tmp_path / "two"
     said = torchrun(
         2,

@@ -1,4 +1,4 @@
-"""The doctor on data that reads well but would teach the wrong thing."""
+"""Data checks on data that can be read but would train a wrong model."""
 
 from __future__ import annotations
 

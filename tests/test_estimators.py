@@ -1,4 +1,4 @@
-"""The scikit-learn estimators: scikit-learn's own checks, data frames, and the company they have to keep."""
+"""The scikit-learn estimators: scikit-learn's own checks, data frames, pipelines and searches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def iris():
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Numbers, a category and a date with gaps; the answer follows the category and a number."""
+    """Numbers, a category and a date with missing values; the target depends on the category and a number."""
     rng = np.random.default_rng(0)
     n = 240
     colour = rng.choice(["red", "green", "blue"], n)
@@ -89,7 +89,7 @@ def test_column_types_can_be_set(mixed):
 
 
 def test_array_columns_are_always_numeric():
-    """Row numbers, 0/1 columns and few whole values are no identifiers, truth values or classes in an array."""
+    """Row numbers, 0/1 columns and few distinct values are not identifiers, booleans or classes in an array."""
     rng = np.random.default_rng(0)
     X = np.c_[np.arange(60), rng.integers(0, 2, 60), np.ones(60), rng.normal(size=60)]
     X[5] = np.nan
@@ -112,7 +112,7 @@ def test_few_rows(rows):
 
 
 def test_equal_rows_with_different_classes():
-    """Equal rows stay on one side of a split; a class that has no others must be trained on all the same."""
+    """Equal rows stay in one split, but every class needs a training row."""
     X, y = np.repeat(np.eye(10), 2, 0), np.arange(20)
     assert FieldguideClassifier("mlp-s", settings=QUICK).fit(X, y).predict_proba(X).shape == (20, 20)
 
@@ -156,7 +156,7 @@ def test_seeds(iris):
 
 
 def test_equals_the_network_of_fit(iris):
-    """The network is the one that the parts of `fit` make from the same rows, to the bit."""
+    """The network is bit-identical to that of the steps of `fit` on the same rows."""
     X, y = iris
     ours = FieldguideClassifier("mlp-s", minutes=0, settings=QUICK).fit(X, y)
     data = read(

@@ -1,4 +1,4 @@
-"""Networks for pictures learn from the sample `digits` with what their cards say, and nothing else."""
+"""Image networks learn the sample `digits` with the recipes of their cards."""
 
 from __future__ import annotations
 

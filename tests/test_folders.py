@@ -1,4 +1,4 @@
-"""Folders of transformers, diffusers and timm with pictures' networks: in by configuration, equal, and out bit-equal."""
+"""Folders of transformers, diffusers and timm with image networks: loaded by configuration, equal, and saved bit-exact."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ FOLDERS = {  # their class, its configuration, what ours must have understood
 
 
 def settled(theirs: nn.Module) -> nn.Module:
-    """Weights and statistics that make a difference everywhere."""
+    """Return weights and statistics that affect every output."""
     torch.manual_seed(1)
     for p in theirs.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
@@ -122,7 +122,7 @@ def one_thread():
 
 
 def answers(theirs: nn.Module, ours: nn.Module) -> tuple[Tensor, Tensor]:
-    """Both networks' on the same inputs."""
+    """Return the outputs of both networks for the same inputs."""
     torch.manual_seed(2)
     kind, side = type(theirs).__name__, 64 if type(theirs).__name__.startswith("Efficient") else 24
     pictures = torch.randn(3, ours.config.channels, side, side)
@@ -156,7 +156,7 @@ def test_transformers_folders_round_trip(kind, tmp_path):
 
 
 def test_missing_keys_have_the_defaults_of_transformers():
-    """transformers' own defaults hold."""
+    """Keys that transformers omits have its default values."""
     card = cards()["convnext"]
     written = config_mapping.to_public_config(card, card.configs["huggingface"], create("convnext-test").config)
     assert written.pop("layer_norm_eps") == 1e-6 and written.pop("drop_path_rate") == 0
@@ -250,7 +250,7 @@ def test_diffusers_folders_round_trip(labels, tmp_path):
 
 @torch.no_grad()
 def test_diffusers_folders_of_2022(tmp_path):
-    """As google/ddpm-cifar10-32 lies: old names in one .bin, and a configuration that does not say all."""
+    """As google/ddpm-cifar10-32: old names in one .bin file, and an incomplete configuration."""
     theirs = unet(num_class_embeds=None)
     theirs.save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
@@ -277,7 +277,7 @@ def test_diffusers_folders_of_2022(tmp_path):
 
 
 def folder(model: nn.Module, name: str, path, **args) -> None:
-    """What timm's `save_for_hf` writes, without its import of the hub."""
+    """Write the files of timm's `save_for_hf`, without importing the hub."""
     cfg = {"input_size": [3, 224, 224], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "num_classes": 5}
     path.mkdir()
     torch.save(model.state_dict(), path / "pytorch_model.bin")
@@ -310,7 +310,7 @@ def folder(model: nn.Module, name: str, path, **args) -> None:
     ],
 )
 def test_timm_repositories(name, size, fields, tmp_path):
-    """Those that look the same by shape compute otherwise, and their name tells which they are."""
+    """Models with equal shapes compute differently, and are distinguished by name."""
     torch.manual_seed(0)
     theirs = settled(timm.create_model(name, num_classes=5))
     folder(theirs, name, tmp_path / "there")
@@ -322,7 +322,7 @@ def test_timm_repositories(name, size, fields, tmp_path):
 
 
 def test_unsupported_timm_names_are_rejected(tmp_path):
-    """Same tensors, other network: anti-aliased convolutions have no weights of their own."""
+    """Equal tensors, another network: anti-aliased convolutions have no weights of their own."""
     theirs = timm.create_model("resnetblur18", num_classes=5)
     assert theirs.state_dict().keys() == timm.create_model("resnet18", num_classes=5).state_dict().keys()
     folder(theirs, "resnetblur18", tmp_path / "blur")
@@ -360,7 +360,7 @@ QUICK = {
     "name, theirs", [pytest.param(*row, marks=() if row[1] in QUICK else pytest.mark.slow) for row in ALIASES]
 )
 def test_timm_names_match_their_sizes(name, theirs):
-    """Every shape, stride, padding and epsilon of timm's own network of that name."""
+    """Every shape, stride, padding and epsilon of timm's network of that name."""
     card, meant = cards()[name], cards()[name].aliases["timm"][theirs]
     size, changes = (meant, {}) if isinstance(meant, str) else meant
     with torch.device("meta"):
@@ -381,7 +381,7 @@ def test_timm_names_match_their_sizes(name, theirs):
         return sorted(m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm))
 
     def shrinks(model: nn.Module) -> list:
-        """Of those that make maps smaller: kernel, and whether they pad as TensorFlow does."""
+        """Return kernel and padding type of the layers that downsample."""
         return sorted(
             (m.kernel_size, m.stride, "Same" in type(m).__name__, m.groups > 1)
             for m in model.modules()

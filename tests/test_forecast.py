@@ -1,4 +1,4 @@
-"""Forecasting's arithmetic: normalisation and losses, scores, frequencies, covariates, windows without a look ahead."""
+"""Forecasting: normalization, losses, scores, frequencies, covariates, and windows without look-ahead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAN = float("nan")
 
 
 class Last(nn.Module):
-    """Says the last value again, and beside it what it was built with: B T C -> B H C Q."""
+    """Repeats the last value and its own creation arguments: B T C -> B H C Q."""
 
     def __init__(self, horizon: int = 3, beside: tuple[float, ...] = ()):
         super().__init__()
@@ -118,7 +118,10 @@ def test_crossing_quantiles_and_invalid_settings():
 
 
 def test_mase_and_smape_equal_m4():
-    """The competition's own code, in words: mean |y - f| / mean |y_t - y_(t-m)|; 200 |y - f| / (|y| + |f|)."""
+    """The competition's definitions: mean |y - f|
+    mean |y_t - y_(t-m)|; 200 |y - f|
+    (|y| + |f|).
+    """
     rng = np.random.default_rng(1)
     past, future, said = rng.uniform(1, 9, 50), rng.uniform(1, 9, 6), rng.uniform(1, 9, 6)
     scale = sum(abs(past[t] - past[t - 12]) for t in range(12, 50)) / 38
@@ -299,7 +302,7 @@ ALONE, BESIDE = registry.card("dlinear"), registry.card("lstm-forecaster")
 
 
 def table(days: int = 60, series: int = 2, **columns) -> pl.DataFrame:
-    """Values that say where they are: series * 1000 + step."""
+    """Return values that encode their position: series * 1000 + step."""
     first = dt.datetime(2024, 1, 1)
     parts = [
         pl.DataFrame(
@@ -347,7 +350,10 @@ def test_splits_are_periods_and_windows_do_not_look_ahead():
 
 
 def test_standard_ett_splits():
-    """8640 / 2880 / 2880 steps, pasts reach back over the border: 8209, 2785 and 2785 windows of each series."""
+    """8640
+    2880
+    2880 steps, pasts extend over the border: 8209, 2785 and 2785 windows per series.
+    """
     hours = [dt.datetime(2016, 7, 1) + dt.timedelta(hours=h) for h in range(17420)]
     wave = np.sin(np.arange(17420))
     made = windows(

@@ -1,4 +1,4 @@
-"""DCGAN and its discriminator under the adversarial objective: what training and sampling owe."""
+"""DCGAN and its discriminator under the adversarial objective: training and sampling."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pictures() -> tuple[Tensor, Batches]:
 
 
 def distance(fake: Tensor, real: Tensor) -> float:
-    """Frechet distance of Gaussians over the pixels: means and covariances."""
+    """Return the Fréchet distance of Gaussians over the pixels."""
     (m1, m2), (c1, c2) = ([t(x.flatten(1).double()) for x in (fake, real)] for t in (lambda x: x.mean(0), lambda x: x.T.cov()))
     roots = torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()
     return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * roots)
@@ -100,7 +100,7 @@ def test_beta1_is_passed_to_the_optimizer(beta1):
 
 
 def test_generator_and_critic_are_conditioned_on_the_class():
-    """A generator that copies what it is told, and a critic that finds it again in its further channels."""
+    """A generator that copies its condition, and a critic that reads it from its additional channels."""
 
     class Copy(torch.nn.Module):
         def __init__(self):

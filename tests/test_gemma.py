@@ -1,4 +1,4 @@
-"""Gemma 1 and 2: caps, windows, generation beside transformers', and what configurations of either may say."""
+"""Gemma 1 and 2: soft caps, windows, generation equal to transformers, and supported configurations."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_gemma2_soft_caps_and_windows():
 
 @torch.no_grad()
 def test_original_gemma_configurations(tmp_path):
-    """As google/gemma-2b was published: it says gelu and means its approximation; no key speaks of rotations' kind."""
+    """As google/gemma-2b was published: gelu means its tanh approximation, and rotation keys are missing."""
     peer = theirs("gemma")
     peer.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Sampling follows its definitions and depends on no neighbour; a beam search as wide as all answers finds the best."""
+"""Sampling follows its definitions independently of other rows; a full-width beam search finds the best output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTHING = torch.full((2, 1), -1)
 
 
 def slow(logits: list[float], seen: set[int], s: Sampling) -> list[float]:
-    """One row, from the definitions."""
+    """Compute one row from the definitions."""
     x = [(v / s.repetition if v > 0 else v * s.repetition) if i in seen else v for i, v in enumerate(logits)]
     if s.temperature == 0:
         return [float(i == int(np.argmax(x))) for i in range(len(x))]
@@ -116,7 +116,7 @@ def test_rows_end_independently():
 
 
 class Chain(nn.Module):
-    """Says what follows from the last two tokens alone, with a different table for each input: easy to enumerate."""
+    """A model whose output depends on the last two tokens and the input only, so that outputs can be enumerated."""
 
     def __init__(self, inputs: int, vocab: int):
         super().__init__()
@@ -131,7 +131,7 @@ class Chain(nn.Module):
 
 
 class Memory:
-    """What beam search asks of a cache, for `Chain`."""
+    """The part of the cache interface that beam search uses, for `Chain`."""
 
     def __init__(self, numbers):
         self.real, self.numbers = torch.zeros(len(numbers), 1), numbers
@@ -155,7 +155,7 @@ def search(chain, inputs, beams, **how):
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("before", [0, 2])
 def test_full_width_beam_search_is_exhaustive(penalty, before):
-    """Answers end, or are as long as they may be."""
+    """For outputs that end and outputs of maximum length."""
     inputs, vocab, most = 3, 4, 3
     chain = Chain(inputs, vocab)
     said, scores = search(chain, inputs, 64, max_new_tokens=most, length_penalty=penalty, prefix_length=before)

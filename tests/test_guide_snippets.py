@@ -1,4 +1,4 @@
-"""The guide's six snippets: same names, same signatures, and weights trained with the guide's code load."""
+"""The guide's six snippets: same names and signatures, and weights trained with the guide's code load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIX = pytest.mark.parametrize(
 
 
 def pair(ours: type, arguments: tuple) -> tuple[nn.Module, nn.Module]:
-    """The guide's network, and ours with its weights, all keys strict."""
+    """Return the guide's network and ours with its weights, loaded strictly."""
     torch.manual_seed(0)
     theirs = getattr(guide, ours.__name__)(*arguments)
     mine = ours(*arguments)
@@ -52,7 +52,7 @@ def test_signature(ours, arguments, inputs, parameters):
 @SIX
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_equal_outputs(ours, arguments, inputs, parameters, training):
-    """In training the same random numbers drop the same units."""
+    """In training, the same random numbers drop the same units."""
     mine, theirs = pair(ours, arguments)
     x, outputs = inputs(), []
     for model in (mine, theirs):

@@ -1,4 +1,4 @@
-"""Folders without a head, as backbones are published: vectors equal to transformers', and fits that begin with them."""
+"""Folders without a head, as backbones are published: embeddings equal to transformers, and fits that start from them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_head_can_be_added_or_omitted(kind, tmp_path):
 
 @torch.no_grad()
 def test_backbone_files(tmp_path):
-    """DINOv2's authors publish such, and timm writes them where nobody asked for classes."""
+    """DINOv2's authors publish such files, and timm writes them for models without classes."""
     model = create("dinov2-small", image=28, output_type="vector", depth=1)
     path = weights.save(model, tmp_path / "x.safetensors", "facebook")
     ours = load.load(path, name="dinov2-small", image=28, depth=1)
@@ -115,7 +115,7 @@ def test_classifier_files_keep_their_head(tmp_path):
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "swin", "convnext", "deit"])
 def test_fit_starts_from_a_backbone(kind, tmp_path):
-    """Of what a checkpoint is made into for ten classes, all but the head is its own."""
+    """All weights but those of the new head come from the checkpoint."""
     theirs, _ = made(kind)
     theirs.save_pretrained(tmp_path)
     begun = load.inspect_checkpoint(tmp_path)
@@ -183,7 +183,7 @@ def test_unsupported_networks_are_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dinov2", "swin"])
 def test_complete_fit_from_a_backbone(kind, tmp_path):
-    """The head is new, the rest is what the folder says; the run answers, and is a classifier in transformers' words."""
+    """The head is new, all else comes from the folder; the run predicts and can be exported to transformers."""
     from fieldguide.automl.fit import fit
 
     name, shape, _ = MODELS[kind]

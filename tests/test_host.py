@@ -1,4 +1,4 @@
-"""What is asked of the machine."""
+"""Settings of the process on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by rules of their own")
 def test_freed_memory_is_reused():
-    """A fresh page takes a fault of its own, a block that was kept none."""
+    """A new page causes a page fault, a reused block does not."""
     faults = {
         how: int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
         for how in ("plain", "keep")

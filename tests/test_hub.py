@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that answers as the hub does: complete, interrupted, damaged, refused."""
+"""Downloads from a local server that behaves like the hub: complete, interrupted, damaged, denied."""
 
 from __future__ import annotations
 

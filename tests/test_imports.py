@@ -1,4 +1,4 @@
-"""Who may import whom, what a start loads, and which names the package exports."""
+"""Import rules between folders, modules loaded at startup, and the exported names."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def layer(module: str) -> str:
 
 
 def imports(file: Path):
-    """(line, module, at the top level) of every import that runs; those for type checkers alone do not."""
+    """Return (line, module, whether at the top level) of every import that runs, without those for type checkers."""
     tree = ast.parse(file.read_text())
     typing = {
         id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test) for n in ast.walk(i)
@@ -120,8 +120,9 @@ def test_no_peers_and_lazy_heavy_imports(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_nothing_is_pickled(file):
-    """Of pickle only the name of its error is used, and a reader that makes nothing but tensors, for archives which torch.load
-    reads only whole; else torch.load reads weights only, and torch.save writes nothing."""
+    """Only the error class of pickle is used, and an unpickler restricted to tensors for archives that torch.load cannot map;
+    otherwise torch.load reads weights only, and torch.save is not used.
+    """
     allowed = {"pickle.UnpicklingError"} | ({"pickle.Unpickler"} if file == ROOT / "checkpoints/torchscript.py" else set())
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -135,7 +136,7 @@ def test_nothing_is_pickled(file):
 
 
 def test_networks_import_only_torch_and_core():
-    """A network is plain torch: of the project it imports cards, errors and blocks, and of packages torch alone."""
+    """Networks use plain torch: from the project they import cards, errors and layers only."""
     for file in (ROOT / "models").glob("*/*.py"):
         outside = {m.split(".")[0] for _, m, _ in imports(file)} - sys.stdlib_module_names - {"fieldguide", "__future__"}
         assert outside <= {"torch"}, f"{file} imports {outside - {'torch'}}"
@@ -143,7 +144,7 @@ def test_networks_import_only_torch_and_core():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_no_error_is_swallowed(file):
-    """No bare `except:`, and `except Exception` only where the error is raised again or its text is used."""
+    """No bare `except:`, and `except Exception` only if the error is raised again or its text is used."""
     for node in ast.walk(ast.parse(file.read_text())):
         if not isinstance(node, ast.ExceptHandler):
             continue
@@ -156,7 +157,7 @@ def test_no_error_is_swallowed(file):
 
 
 def loaded(code: str) -> set[str]:
-    """Packages in memory after running code in a process of its own."""
+    """Return the packages in memory after running code in a new process."""
     said = subprocess.run(
         [sys.executable, "-c", code + "\nimport sys; print('|', *sys.modules)"], capture_output=True, text=True, check=True
     ).stdout

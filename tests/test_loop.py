@@ -1,4 +1,4 @@
-"""The loop: accumulation, several phases, averages, optimisers, schedules, early stopping, and what is not finite."""
+"""The training loop: accumulation, phases, averages, optimizers, schedules, early stopping, and non-finite losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fieldguide.training.trainer import Trainer
 
 
 def line(count: int = 64) -> Batches:
-    """Points on a plane, without noise."""
+    """Return points on a plane, without noise."""
     x = torch.randn(count, 3, generator=torch.Generator().manual_seed(1))
     y = x @ torch.tensor([[1.0], [-2.0], [0.5]])
     return Batches(count, lambda index, _: {"vector": x[index], "target": y[index]})
@@ -65,7 +65,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(accumulate):
 
 
 def test_other_optimizers_have_their_own_learning_rate():
-    """A hundredth suits Muon and would blow up AdamW."""
+    """A learning rate of 0.01 suits Muon, but AdamW would diverge."""
     recipe = Settings(optimizer="muon", lr=1e-2)
     assert recipe.override({"optimizer": "adamw"}).lr == 1e-3
     assert recipe.override({"optimizer": "adamw", "lr": "0.003"}).lr == 3e-3
@@ -99,7 +99,7 @@ def test_muon_equals_torch():
 
 @pytest.mark.parametrize("shape", [(3, 12, 14), (3, 14, 12), (2, 8, 40), (2, 40, 8), (1, 6, 12)])
 def test_orthogonalization_equals_the_published_iteration(shape):
-    """Of matrices with singular values from 1 to 1e-4, by the published equation in float64, whichever way is taken."""
+    """For singular values from 1 to 1e-4, compared with the published equation in float64, on both code paths."""
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.logspace(0, -4, shape[-1])
     expected = x.double() / torch.linalg.matrix_norm(x.double(), keepdim=True)
@@ -180,7 +180,7 @@ def digits() -> tuple[torch.Tensor, Batches]:
 
 
 class Clock:
-    """Time that passes in steps alone: `seconds` each, whatever the machine does."""
+    """A clock that advances by `seconds` per step, independent of the machine."""
 
     def __init__(self, monkeypatch, seconds: float):
         self.now, self.seconds = 0.0, seconds
@@ -285,7 +285,7 @@ def test_fixed_or_sufficient_steps_are_not_replanned(most, expected, monkeypatch
 
 
 def test_two_phases_equal_a_plain_gan_loop():
-    """The guide's GAN in the loop, and in a plain loop with two optimisers: the same weights, step for step."""
+    """The guide's GAN in the loop and in a plain loop with two optimizers: equal weights after each step."""
     pixels, data = digits()
     ours, theirs = gan(), gan()
     trainer(ours, data, steps=12, batch=32, lr=1e-3, schedule="constant", warmup=0.0, clip=0, weight_decay=0.0).train()
@@ -305,7 +305,7 @@ def test_two_phases_equal_a_plain_gan_loop():
 
 
 def test_guide_gan_learns_digits():
-    """The generated pictures come to share the mean and the spread of the real ones."""
+    """Generated images approach the mean and standard deviation of real ones."""
     pixels, data = digits()
     objective = gan()
     batch = data.make(np.arange(512), None)

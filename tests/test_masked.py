@@ -1,4 +1,4 @@
-"""Hidden words, labels of tokens and spans: against transformers' losses and slow counts; what is hidden, and how often."""
+"""Masked tokens, token labels and spans: compared with the losses of transformers and slow counts; masking rates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def test_masking_rates():
-    """15 % of the places that may be; of them 80 % the mask, 10 % another token, 10 % as they were."""
+    """15 % of the allowed positions: 80 % of them the mask, 10 % a random token, 10 % unchanged."""
     tokens = torch.randint(FIRST, VOCAB, (400, 500), generator=generator(0))
     open_to = torch.rand(tokens.shape, generator=generator(1)) < 0.7
     shown, target = mask_tokens(tokens, open_to, MASK, FIRST, VOCAB, generator(2))
@@ -156,7 +156,7 @@ def test_spans_equal_transformers_and_a_slow_search():
 
 
 def test_masked_tokens_are_learned_from_both_sides():
-    """Rows are runs a, a + 1, a + 2, ...: a hidden token follows from either neighbour."""
+    """Rows are a, a + 1, a + 2, ...: a masked token follows from either neighbor."""
     torch.manual_seed(0)
     model = create("bert-test", dim=32, hidden=64, vocab_size=15, length=8)
     objective, source = MaskedLM(model, ("tokens", "mask")), generator(0)
@@ -185,7 +185,7 @@ def test_masked_tokens_are_learned_from_both_sides():
 
 
 def test_logits_are_computed_at_masked_positions_only():
-    """The head of words sees as many places as are asked, not all of them."""
+    """The head is applied to the masked positions, not to all."""
     model = tiny("bert", torch.float32)
     tokens, mask = batch("bert", 6)
     shown, target = mask_tokens(tokens, mask, MASK, FIRST, 30, generator(0))

@@ -1,4 +1,4 @@
-"""Average precision: cases reckoned by hand, and a sweep in plain Python over random boxes."""
+"""Average precision: cases by hand, and a plain Python implementation on random boxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IOUS = np.arange(0.5, 0.96, 0.05)
 
 
 def pad(rows, width):
-    """Lists of (label, box) or (label, box, score) a picture -> padded arrays."""
+    """Convert lists of (label, box) or (label, box, score) per image to padded arrays."""
     n = len(rows)
     out = {"boxes": np.zeros((n, width, 4)), "labels": np.full((n, width), -1), "scores": np.zeros((n, width))}
     for i, row in enumerate(rows):
@@ -45,7 +45,7 @@ def test_all_correct_and_all_wrong():
 
 
 def test_precision_by_hand():
-    """Of class 0 three boxes, found: right 0.9, wrong 0.8, right 0.7. Of class 1 one, found twice: right 0.5, double 0.4."""
+    """Class 0 has three boxes: correct 0.9, wrong 0.8, correct 0.7. Class 1 has one, found twice: correct 0.5, duplicate 0.4."""
     got = score(
         [[(0, A, 0.9), (0, (60, 60, 70, 70), 0.8), (1, A, 0.5)], [(0, B, 0.7), (1, A, 0.4)]],
         [[(0, A), (0, (50, 0, 60, 10)), (1, A)], [(0, B)]],
@@ -61,14 +61,14 @@ def test_precision_by_hand():
 
 
 def test_single_iou_thresholds():
-    """IoU 0.72 is right at 0.7 and wrong at 0.75; 0.77 is right at both."""
+    """IoU 0.72 is correct at 0.7 and wrong at 0.75; 0.77 is correct at both."""
     for width, at75 in ((7.2, 0), (7.7, 1)):
         got = score([[(0, (0, 0, width, 10), 0.9)]], [[(0, A)]], classes=1)
         assert (got["map50"], got["map75"], got["map"]) == pytest.approx((1, at75, 0.5 + 0.1 * at75))
 
 
 def test_mean_over_iou_thresholds():
-    """IoU 100/150: right at 0.5 to 0.65, wrong above; a class without boxes is left out."""
+    """IoU 100/150: correct at 0.5 to 0.65, wrong above; a class without boxes is ignored."""
     got = score([[(0, (0, 0, 10, 15), 0.9), (1, A, 0.3)]], [[(0, A)]], classes=3)
     assert got["map50"] == pytest.approx(1) and got["map75"] == 0 and got["map"] == pytest.approx(4 / 10)
     assert np.isnan(got["class_map"][1:]).all() and got["class_map"][0] == pytest.approx(0.4)
@@ -86,7 +86,7 @@ def test_crowds_are_not_evaluated():
 
 
 def sweep(found, truth, label, limit):
-    """Average precision of a class at an IoU, one box after another."""
+    """Return the average precision of a class at an IoU, box by box."""
     ranked = sorted(((s, i, box) for i, row in enumerate(found) for k, box, s in row if k == label), key=lambda x: -x[0])
     total = sum(k == label for row in truth for k, _ in row)
     taken, right, points = set(), 0, []

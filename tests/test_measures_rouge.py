@@ -1,4 +1,4 @@
-"""ROUGE by hand and against Google's package."""
+"""ROUGE by hand and compared with Google's package."""
 
 from __future__ import annotations
 

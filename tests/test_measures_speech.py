@@ -1,4 +1,4 @@
-"""Word and character errors against a slow table, pair by pair, and against all ways there are."""
+"""Word and character error rates against a slow table and an exhaustive search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fieldguide.metrics.speech import cer, compare, count_edits, wer
 
 
 def slow(said: tuple, heard: tuple) -> tuple[int, int, int, int]:
-    """(errors, substitutions, deletions, insertions) of the best way, by trying every way."""
+    """Return (errors, substitutions, deletions, insertions) of the best alignment, found by trying all."""
 
     @functools.cache
     def best(i: int, j: int) -> tuple[int, int, int, int]:
@@ -104,7 +104,7 @@ def test_invalid_inputs_are_rejected():
 
 
 def test_large_corpus_is_fast():
-    """3,000 sentences of 20 words, 100 characters: a table for each in Python would take minutes."""
+    """3,000 sentences of 20 words, 100 characters: a Python table for each would take minutes."""
     rng = np.random.default_rng(0)
     said = ["".join(row) for row in rng.choice(list("abcdefgh "), (3_000, 100))]
     heard = ["".join(row) for row in rng.choice(list("abcdefgh "), (3_000, 100))]

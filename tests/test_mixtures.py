@@ -1,4 +1,4 @@
-"""Mixtures of experts in training: the load is part of the loss, as in transformers, and no expert is forgotten."""
+"""Mixtures of experts in training: the loss includes load balancing, as in transformers, and all experts are used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_models import batch, tiny
 
 
 def slow(scores, used, real):
-    """Token by token, expert by expert."""
+    """Compute the loss token by token and expert by expert."""
     scores, rows, experts = scores.double(), [i for i in range(len(scores)) if real[i]], scores.shape[1]
     total = 0.0
     for e in range(experts):
@@ -35,7 +35,7 @@ def test_load_balancing_loss_by_hand(used):
 
 
 def trained(name, model, inputs):
-    """The batch of an objective, and its step."""
+    """Return the batch of an objective and train one step."""
     names = {"mixtral": ("tokens", "mask"), "nllb-moe": ("source", "source_mask", "tokens", "mask")}[name]
     said = dict(zip(names, inputs))
     target = torch.where(said["mask"], said["tokens"].roll(-1, 1), -1)
@@ -116,7 +116,7 @@ def test_auxiliary_losses_belong_to_the_phase_of_their_network():
 
 
 def test_load_balancing_keeps_all_experts_in_use():
-    """A router that begins with one favourite: without the balance, that expert keeps most tokens; with it, all are used."""
+    """The router starts with one preferred expert: without load balancing it keeps most tokens."""
     shares = {}
     for balancing in (0.0, 0.1):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The contract that every architecture keeps, over all cards. A new one needs a row in cases.py only."""
+"""The contract that every architecture fulfills, over all cards. A new one only needs a row in cases.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLASSIFIERS = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Networks this small lose more to waking threads than they gain."""
+    """Use one thread: for networks this small, more threads are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def case(name: str) -> tuple[Card, Case]:
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64, **overrides) -> nn.Module:
-    """A tiny network whose every parameter and statistic is random: none hides behind a zero or a one."""
+    """Return a tiny network with random parameters and statistics, so that no error is hidden by zeros or ones."""
     card, row = case(name)
     torch.manual_seed(0)
     model = create(card.tiny, **{**dict(row.overrides), **overrides}).to(dtype)
@@ -66,7 +66,7 @@ def batch(name: str, rows: int = 5, dtype: torch.dtype = torch.float64, seed: in
 
 
 def meant(name: str, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """An answer for each token is meant for the real ones; what stands at padding is set to zero."""
+    """Set outputs at padding positions to zero."""
     gives = cards()[name].output_types[0]
     if gives == "ctc":
         real = torch.arange(output.shape[1]) < tiny(name).frames(inputs[-1])[:, None]
@@ -75,7 +75,7 @@ def meant(name: str, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def gradients(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output, and the gradient of every parameter for a fixed random weighting of the output."""
+    """Return the output, and the gradient of every parameter for a fixed random weighting of the output."""
     model.zero_grad()
     torch.manual_seed(2)
     output = meant(name, model(*inputs), inputs)
@@ -85,7 +85,7 @@ def gradients(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[
 
 
 def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
-    """A loss on targets that are fixed by the output's shape, or follow from the input where it has the same."""
+    """Return a loss with targets fixed by the output's shape, or derived from the input if it has the same shape."""
     torch.manual_seed(4)
     first = inputs[0] if inputs else output
     if gives == "label":
@@ -211,7 +211,7 @@ def test_image_networks_accept_other_sizes(name):
 
 @CLASSIFIERS
 def test_feature_maps_match_levels(name):
-    """What detection and masks stand on: as wide as the levels say, and a picture larger by a stride has one place more."""
+    """Widths equal those in `levels`, and an image larger by one stride has one position more."""
     card, row = case(name)
     maps = {}
     for side in (224, 448):
@@ -227,7 +227,7 @@ def test_feature_maps_match_levels(name):
 
 @EVERY
 def test_initialization_is_complete_and_reproducible(name):
-    """Fresh memory is filled with NaN first, so a parameter that nobody initialised shows."""
+    """Memory is filled with NaN first, so that uninitialized parameters are detected."""
     torch.use_deterministic_algorithms(True)
     try:
         torch.manual_seed(5)
@@ -244,7 +244,7 @@ def test_initialization_is_complete_and_reproducible(name):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_equals_its_peer(name, dtype, training):
-    """Outputs, gradients of every parameter, and what training leaves in buffers."""
+    """Outputs, gradients of every parameter, and buffers after training."""
     model = tiny(name, dtype)
     peer, rename = CASES[name].peer(model)
     peer = peer.to(dtype)
@@ -269,7 +269,7 @@ def test_equals_its_peer(name, dtype, training):
 
 @EVERY
 def test_multiply_adds_are_counted(name):
-    """Without numbers, as the advisor does it; at least every matrix of the head once."""
+    """On the meta device, as in the advisor; at least each matrix of the head once."""
     from fieldguide.automl import profile
 
     card = cards()[name]
@@ -279,7 +279,7 @@ def test_multiply_adds_are_counted(name):
 
 @EVERY
 def test_batch_equals_single_rows(name):
-    """Neighbours and padding change nothing."""
+    """Other rows and padding change nothing."""
     card, _ = case(name)
     model, inputs = tiny(name), batch(name)
     together = meant(name, model(*inputs), inputs)
@@ -317,7 +317,7 @@ NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].
 
 @NEXT
 def test_padding_may_be_on_either_side(name):
-    """Where every token has an answer, each row may also end, not begin, at the same place: for all rows of tokens."""
+    """For networks with one output per token, rows may be padded on the left."""
     model, inputs = tiny(name), batch(name)
     want, moved = meant(name, model(*inputs), inputs), list(inputs)
     for place in [place for place, word in enumerate(cards()[name].inputs) if word.endswith("mask")]:

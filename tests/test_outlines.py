@@ -1,4 +1,4 @@
-"""Outlines: polygons and run lengths against slow references and pycocotools, and segmentation that learns from them."""
+"""Outlines: polygons and run lengths against slow references and pycocotools, and segmentation trained on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fieldguide.tasks.vision.image_segmentation import ImageSegmentation
 
 
 def blob(rng, corners, width, height):
-    """A star-shaped polygon with corners anywhere, some of it maybe outside."""
+    """Return a star-shaped polygon with arbitrary corners, some of which may be outside."""
     angle = np.sort(rng.uniform(0, 2 * np.pi, corners))
     far = rng.uniform(3, 18, corners)
     middle = rng.uniform([0, 0], [width, height])
@@ -31,7 +31,7 @@ def blob(rng, corners, width, height):
 
 
 def inside(polygon, x, y):
-    """Even-odd by a ray to the left."""
+    """Test a point by the even-odd rule with a ray to the left."""
     points, odd = list(zip(polygon[::2], polygon[1::2])), False
     for (x1, y1), (x2, y2) in zip(points, [*points[1:], points[0]]):
         if (y1 <= y) != (y2 <= y) and x1 + (y - y1) * (x2 - x1) / (y2 - y1) <= x:
@@ -95,7 +95,7 @@ def square(label, left, top, right, bottom, **more):
 
 
 def test_drawing_order_by_hand():
-    """Crowds and bare boxes below, then large below small, wherever they stand in the list."""
+    """Crowds and boxes first, then large objects before small ones, whatever their order in the list."""
     things = one(
         square("b", 2, 1, 4, 3),
         square("a", 1, 0, 6, 4),
@@ -123,7 +123,7 @@ NAMES = ("square", "bar")
 
 
 def scene(number):
-    """(class, polygon) of picture `number`, 48 x 40: a bright square and a darker upright bar."""
+    """Return (class, polygon) of image `number`, 48 x 40: a bright square and a darker vertical bar."""
     rng = np.random.default_rng(number)
     x, y, at = rng.integers(2, 18), rng.integers(2, 24), rng.integers(36, 42)
     both = [(0, [x, y, x + 14, y, x + 14, y + 14, x, y + 14]), (1, [at, 0, at + 5, 0, at + 5, 40, at, 40])]
@@ -221,7 +221,7 @@ def test_outlines_become_masks(form, tmp_path):
 
 
 def damaged(root, **fields):
-    """COCO whose annotation 0 (of p000.png, a square) is changed."""
+    """Return COCO data whose annotation 0 (of p000.png, a square) is changed."""
     return coco(root, change=lambda d: d["annotations"][0].update(fields))
 
 

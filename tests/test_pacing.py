@@ -1,4 +1,4 @@
-"""How many steps, of how many examples, the minutes hold."""
+"""The number and size of training steps that fit into the minutes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ EACH = 1e-3  # seconds that passes take for an example
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """Passes take their time in proportion to the rows, on whatever machine."""
+    """Make passes take time in proportion to the rows, independent of the machine."""
     took = lambda batch: EACH * len(batch["x"])
     monkeypatch.setattr(
         time_budget, "choose_precision", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)})
@@ -34,7 +34,7 @@ def resolved(rows=4096, fewest=8, **settings):
 
 
 def test_minutes_determine_the_steps():
-    """A tenth of a minute of examples at a millisecond each: less than 84 of 64."""
+    """A tenth of a minute at one millisecond per example: fewer than 84 steps of 64."""
     chosen, seconds, most = resolved(rows=4096, fewest=64, minutes=0.1)
     assert chosen.batch_size == 64 and seconds == pytest.approx(0.064 * 1.1, rel=0.1)
     assert 6 * 0.9 / 2 / seconds - 1 <= chosen.steps <= 6 * 0.9 / seconds and chosen.steps < most
@@ -42,7 +42,7 @@ def test_minutes_determine_the_steps():
 
 @pytest.mark.parametrize(("minutes", "batch"), [(0.1, 8), (0.5, 16)])
 def test_few_minutes_give_smaller_batches(minutes, batch):
-    """Half a minute holds a thousand steps of 16 examples and not of 32."""
+    """Half a minute allows a thousand steps of 16 examples, but not of 32."""
     chosen, _, most = resolved(minutes=minutes)
     assert chosen.batch_size == batch
     assert (chosen.steps >= min(time_budget.ENOUGH_STEPS, most)) == (batch == 16)

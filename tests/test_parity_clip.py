@@ -1,4 +1,4 @@
-"""CLIP against transformers and against the authors' equations over torch's own attention; files of three origins."""
+"""CLIP against transformers, and against the authors' equations over torch's attention; files of three origins."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_attention_maps_equal_those_of_transformers():
 
 @torch.no_grad()
 def test_attention_map_points_to_the_relevant_patch():
-    """Keys of one patch are made to answer every query: the map says so, at its row and column."""
+    """If the keys of one patch match every query, the map has its maximum at that row and column."""
     model = tiny("clip")
     for block in model.vision.blocks:
         block.attn.qkv.weight.zero_()
@@ -99,7 +99,7 @@ def test_attention_map_points_to_the_relevant_patch():
 @torch.no_grad()
 @pytest.mark.parametrize(("origin", "table"), [("huggingface", HUGGINGFACE), ("openai", OPENAI), ("openclip-text", OPENCLIP)])
 def test_files_of_every_origin(tmp_path, origin, table):
-    """Found by their names, with the extra entries that such files have; written back to the bit."""
+    """Identified by names, including additional entries; saved bit-exact."""
     ours = tiny("clip", torch.float32)
     state = translate(ours.state_dict(), table, reverse=True)
     extra = {
@@ -166,7 +166,7 @@ def test_embeddings_have_length_1_and_logits_the_scale():
 
 @pytest.mark.parametrize("size", ["clip-test", "clip-resnet-test"])
 def test_answer_head_uses_both_embeddings_and_their_product(size):
-    """By the equations, from the vectors that the same towers give in the other use of the network."""
+    """Computed by the equations from the embeddings of the same encoders."""
     torch.manual_seed(0)
     pairs = create(size).double()
     asked = create(size, output_type="label", num_classes=5).double()

@@ -1,4 +1,4 @@
-"""Conformer: its padding, the whole encoder of transformers, published sizes, and what it refuses."""
+"""Conformer: padding, the encoder of transformers, published sizes, and invalid settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_padding_is_never_read():
 
 
 def test_padding_does_not_affect_statistics_or_gradients():
-    """The same recordings with more padding, in other rows: the same step."""
+    """The same recordings with more padding, in other rows, give the same step."""
     results = []
     for pad, order in ((0, [0, 1, 2, 3, 4]), (13, [3, 0, 4, 2, 1])):
         model, (features, lengths) = tiny("conformer").train(), batch("conformer")
@@ -67,7 +67,7 @@ def test_masked_batch_norm_equals_torch_on_real_frames(training):
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_attention_scores_equal_the_equation(steps):
-    """Equation of section 3.3 of Transformer-XL, one pair of frames after another."""
+    """The equation of section 3.3 of Transformer-XL, one pair of frames at a time."""
     torch.manual_seed(0)
     attn = RelativeAttention(6, 2, 0.0).double()
     attn.u.normal_(), attn.v.normal_()
@@ -89,7 +89,7 @@ def test_attention_scores_equal_the_equation(steps):
 
 @torch.no_grad()
 def test_equals_the_encoder_of_transformers():
-    """With the positions, the final norm and the head that it makes itself; files in the names of its layers fit."""
+    """Including positions, the final norm and the head; files with the names of its layers load."""
     from tv import transformers
 
     ours = tiny("conformer", torch.float32, dim=16, heads=4, growth=3, kernel=5, depth=3)

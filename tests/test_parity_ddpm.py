@@ -1,4 +1,4 @@
-"""The DDPM U-Net of published size against diffusers, and its files, those of 2022 too."""
+"""The DDPM U-Net of published size against diffusers, and its files, including those of 2022."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_names_and_shapes_of_published_sizes(size):
     ids=["tiny", "three levels"],
 )
 def test_diffusers_files(tmp_path, shape):
-    """Under today's names and those of the hub's old files; the network is found by its names."""
+    """With current names and those of old files; the network is identified by them."""
     ours = tiny("ddpm-unet", torch.float32, **shape)
     peer, rename = diffusers_unet(ours)
     peer.load_state_dict(rename(ours.state_dict()))
@@ -68,7 +68,7 @@ def test_indivisible_sides_are_rejected():
 
 @torch.no_grad()
 def test_patches_equal_the_plain_network_on_patches():
-    """Each 2 x 2 square as one pixel of four times the channels, laid out by hand."""
+    """Each 2 x 2 square is one pixel with four times the channels."""
     ours = tiny("ddpm-unet", patch=2, image=16)
     plain = tiny("ddpm-unet", channels=8)
     plain.load_state_dict(ours.state_dict())
@@ -86,7 +86,7 @@ CAPTIONS = torch.tensor([[5, 7, 7, 0, 0], [1, 2, 3, 4, 29], [9, 0, 0, 0, 0], [0,
 
 
 def torch_reader(model):
-    """torch's own encoder with our weights, read out token by token: the vector that is to be added to the time."""
+    """Return torch's encoder with our weights, applied row by row: the vector added to the time embedding."""
     ours, width = model.caption, model.config.words
     encoder = torch.nn.TransformerEncoder(
         torch.nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, torch.nn.functional.gelu, batch_first=True, norm_first=True),
@@ -114,7 +114,7 @@ def torch_reader(model):
 
 
 def test_captions_equal_torch_and_diffusers():
-    """What torch's encoder reads goes into diffusers' network in the place of a label's vector; gradients agree, too."""
+    """The output of torch's encoder replaces the label embedding in diffusers' network; gradients agree, too."""
     model = tiny("ddpm-unet", **CAPTIONED)
     peer, rename = diffusers_unet(tiny("ddpm-unet", num_classes=0))
     state = {name: x for name, x in model.state_dict().items() if not name.startswith("caption.")}

@@ -1,4 +1,4 @@
-"""DINOv2 against transformers, and against the authors' equations under the names of their files."""
+"""DINOv2 against transformers, and against the authors' equations with the names of their files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def huggingface(kind: str, model: str = "ForImageClassification", **more) -> nn.
 
 
 class Official(nn.Module):
-    """The authors' backbone and classifier, from their description, with the names of their files."""
+    """The authors' backbone and classifier, written from their description with the names of their files."""
 
     def __init__(self, registers: int, gated: bool, layers: int, antialias: bool, offset: float):
         super().__init__()
@@ -145,7 +145,7 @@ def test_transformers_files_round_trip(kind, tmp_path):
 @EACH
 @pytest.mark.parametrize("size", [(20, 20), (8, 8), (8, 24)], ids=str)
 def test_other_image_sizes_equal_transformers(kind, size):
-    """It antialiases with registers and not without, as the authors do; a network of another size of picture agrees."""
+    """It antialiases only with registers, as the authors do; networks of another image size agree."""
     theirs, mine = random(huggingface(kind)), ours(kind)
     x = torch.randn(2, 3, *size)
     want = logits(theirs, x)
@@ -161,7 +161,7 @@ def test_other_image_sizes_equal_transformers(kind, size):
 @pytest.mark.parametrize("size", [(12, 12), (20, 20), (8, 24)], ids=str)
 @EACH
 def test_author_files_are_read(kind, size, layers, tmp_path):
-    """A classifier and a backbone alone, at other sizes with the authors' offset, outputs and gradients in float64."""
+    """A classifier and a bare backbone, at other sizes with the authors' offset; outputs and gradients in float64."""
     registers, gated = KINDS[kind]
     how = {"antialias": True, "offset": 0.0} if registers else {"antialias": False, "offset": 0.1}
     theirs = random(Official(registers, gated, layers, **how)).double()
@@ -259,7 +259,7 @@ def test_hidden_width_of_the_gated_layer():
 
 
 def test_offset_and_antialiasing_both_matter():
-    """Where they are forgotten, numbers differ by far more than rounding."""
+    """Without them, outputs differ by far more than rounding."""
     mine, x = random(ours()), torch.randn(1, 3, 8, 20)
     found = []
     for antialias, offset in ((False, 0.1), (False, 0.0), (True, 0.0)):

@@ -30,7 +30,7 @@ HEAD = pytest.mark.parametrize("output_type", OUTPUT_TYPES)
 
 
 def close(model: nn.Module, peer: nn.Module, inputs: tuple, rename) -> None:
-    """Outputs at real places, and the gradients of every parameter."""
+    """Compare outputs at real positions and the gradients of every parameter."""
     mask = inputs[1]
     results = []
     for net in (model, peer):
@@ -101,7 +101,7 @@ def test_encoder_cards(name):
 @EVERY
 @HEAD
 def test_batch_equals_single_rows(name, output_type):
-    """Neighbours in the batch and padding change nothing, for every head; what stands in the padding is not read."""
+    """For every head, other rows and padding change nothing; the content of the padding is not read."""
     model, (tokens, mask) = tiny(name, output_type=output_type), batch(name, 5)
     together = model(tokens, mask)
     other = model(torch.where(mask, tokens, (tokens + 1) % 30), mask)
@@ -139,7 +139,7 @@ def test_dropout_only_in_training(name):
 
 @EVERY
 def test_dropout_positions_equal_transformers(name, monkeypatch):
-    """On the same places: counted where numbers are drawn, in training and not."""
+    """Counted where random numbers are drawn, in training and evaluation."""
     model = tiny(name, torch.float32, output_type="label", dropout=0.5)
     peer, drawn = network(name, model.config), []
     plain, fused = nn.Dropout.forward, F.scaled_dot_product_attention
@@ -166,7 +166,7 @@ def test_dropout_positions_equal_transformers(name, monkeypatch):
 
 @pytest.mark.parametrize("size", [size for name in NAMES for size in cards()[name].sizes])
 def test_parameter_counts_equal_transformers(size):
-    """With every head, for the first size of an architecture; the others with their own."""
+    """With every head for the first size of an architecture; with its own head for the others."""
     card = next(card for card in cards().values() if size in card.sizes)
     for output_type in OUTPUT_TYPES if size == card.default else (create_on_meta(size).config.output_type,):
         ours = create_on_meta(size, output_type=output_type)
@@ -197,7 +197,7 @@ def create_on_meta(size: str, **overrides) -> nn.Module:
     ],
 )
 def test_published_counts_of_the_bare_encoder(size, published):
-    """BERT's and RoBERTa's have a layer more, which the vector of the first token goes through."""
+    """BERT and RoBERTa have an additional pooling layer."""
     model = create_on_meta(size, output_type="vector")
     pooler = model.config.dim * (model.config.dim + 1) if size.startswith(("bert", "roberta", "minilm")) else 0
     assert sum(p.numel() for p in model.parameters()) + pooler == published
@@ -214,7 +214,7 @@ def test_published_counts_with_both_heads_of_pre_training():
 
 
 def saved(name: str, kind: str, tmp_path, **other) -> tuple[nn.Module, object]:
-    """A tiny network of transformers with random numbers everywhere, written as users have it."""
+    """Write a tiny network of transformers with random parameters to a folder."""
     torch.manual_seed(0)
     config = cards()[name].settle(cards()[name].tiny, output_type="span" if kind == "ForQuestionAnswering" else "words")
     theirs = getattr(transformers, encoders.STEM[name] + kind)(configuration(name, config, **other))
@@ -241,7 +241,7 @@ REST = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassifica
 @pytest.mark.filterwarnings("ignore::fieldguide.core.errors.WeightsWarning")
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in NAMES for kind in KINDS.get(name, REST)])
 def test_every_file_loads_into_every_head(name, kind, tmp_path):
-    """The encoder is always that of the file; a head is, where the file has it, and is named as left fresh otherwise."""
+    """The encoder is always loaded; a head only if the file has it, else its parameters are returned as new."""
     theirs, path = saved(name, kind, tmp_path)
     base = getattr(theirs, theirs.base_model_prefix) if kind != "Model" else theirs
     tokens, mask = batch(name, 3)
@@ -296,7 +296,7 @@ def test_tensors_of_other_heads_are_reported(tmp_path):
 
 
 def test_old_names_and_repeated_tensors(tmp_path):
-    """Files converted from TensorFlow say gamma and beta; old .bin files hold the tied decoder, too."""
+    """Files converted from TensorFlow use gamma and beta; old .bin files also hold the tied decoder."""
     theirs, path = saved("bert", "ForMaskedLM", tmp_path)
     state = {key: tensor.clone() for key, tensor in weights.read(path).items()}
     old = {
@@ -324,7 +324,7 @@ def test_old_names_and_repeated_tensors(tmp_path):
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2"])
 def test_author_head_names(name, tmp_path):
-    """`lm_predictions.lm_head`, and what version 3 has beside it: the judge of replaced words."""
+    """`lm_predictions.lm_head`, and in version 3 the discriminator."""
     theirs, path = saved(name, "ForMaskedLM", tmp_path, legacy=False)
     state = weights.read(path)
     assert "lm_predictions.lm_head.dense.weight" in state
@@ -349,7 +349,7 @@ def test_author_head_names(name, tmp_path):
 @EVERY
 @HEAD
 def test_written_files_equal_transformers(name, output_type, tmp_path):
-    """Read by transformers again, with every tensor in its place."""
+    """transformers reads them with every tensor in place."""
     model = tiny(name, torch.float32, output_type=output_type)
     weights.save(model, tmp_path / "model.safetensors", format="huggingface")
     configuration(name, model.config).save_pretrained(tmp_path)
@@ -371,7 +371,7 @@ def test_written_files_equal_transformers(name, output_type, tmp_path):
 @EVERY
 @HEAD
 def test_transformers_folders_round_trip(name, output_type, tmp_path):
-    """Recognised by their configuration, head and all; written so that transformers reads the same network."""
+    """Identified by their configuration, including the head; saved so that transformers reads the same network."""
     torch.manual_seed(0)
     config = cards()[name].settle(cards()[name].tiny, output_type=output_type)
     theirs = network(name, config)
@@ -418,7 +418,7 @@ def test_other_attention_terms_are_rejected(tmp_path):
 
 
 class Fairseq(nn.Module):
-    """The authors' network by its equations, with the names in their model.pt; `old` is the form they published."""
+    """The authors' network by its equations, with the names of their model.pt; `old` is the published form."""
 
     def __init__(self, c, old: bool):
         super().__init__()
@@ -538,7 +538,7 @@ def test_buckets_equal_transformers(buckets, far, length):
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 12, 40])
 def test_relative_distances_of_short_and_long_rows(name, steps):
-    """Up to rows where most distances are beyond what is told apart."""
+    """Including rows in which most distances exceed the maximum."""
     model = tiny(name, length=40)
     peer, _ = copied(model)
     tokens = torch.randint(30, (2, steps))

@@ -1,4 +1,4 @@
-"""Latte: its counts, a block against diffusers, its files, what each kind of block sees, and that it learns to move."""
+"""Latte: parameter counts, a block against diffusers, files, what each kind of block attends to, and learned motion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def part(name: str):
-    """A module of diffusers' networks."""
+    """Return a module of diffusers' networks."""
     from tv import diffusers
 
     return importlib.import_module(f"{diffusers.__name__}.models.{name}")
@@ -53,7 +53,7 @@ def test_position_and_time_embeddings_equal_diffusers():
 
 @torch.no_grad()
 def test_spatial_block_equals_diffusers():
-    """DiT's block there has the time and label inside: they are handed over, and the same six vectors come out."""
+    """DiT's block in diffusers computes its condition internally, so the same six vectors are compared."""
     model = tiny("latte")
     ours, dim = model.blocks[0], 16
     peer = (
@@ -175,7 +175,7 @@ def test_invalid_inputs_are_rejected():
 
 
 def moving(count: int) -> tuple[Tensor, Tensor]:
-    """A bright square of 3 x 3 on 8 x 8 black that moves one pixel a frame: label 1 to the right, 2 down."""
+    """Return a bright square of 3 x 3 on black 8 x 8 that moves one pixel per frame: label 1 right, 2 down."""
     torch.manual_seed(0)
     video, label = torch.full((count, 4, 1, 8, 8), -1.0), torch.randint(1, 3, (count,))
     for i in range(count):

@@ -1,4 +1,4 @@
-"""LLaVA against transformers: published names and configurations, answers word by word, and learning to say what is seen."""
+"""LLaVA against transformers: published names and configurations, generated tokens, and learning to describe images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PICTURE, PATCHES = 38, 4
 
 
 def theirs(**changes):
-    """A tiny LLaVA of transformers, whose every number is drawn by chance."""
+    """Return a tiny LLaVA of transformers with random parameters."""
     torch.manual_seed(0)
     tower = {
         "model_type": "clip_vision_model",
@@ -63,18 +63,18 @@ def folder(tmp_path_factory):
 
 
 def asked():
-    """Two pictures, and a question of each; that of the first is shorter."""
+    """Return two images and a question about each; the first question is shorter."""
     torch.manual_seed(1)
     return torch.randn(2, 3, 8, 8), [[1, PICTURE, 5, 6], [1, 9, PICTURE, 7, 8, 4, 4]]
 
 
 def hub(path, state):
-    """Names as they lie in llava-hf/llava-1.5-7b-hf."""
+    """Return the names in llava-hf/llava-1.5-7b-hf."""
     return {key.replace("vision_tower.", "vision_tower.vision_model.", 1): x for key, x in state.items()}
 
 
 def live(path, state):
-    """Names in memory, as a plain torch.save of a state writes them."""
+    """Return the names in memory, as torch.save writes a state dict."""
     key = lambda name: name.replace("language_model.lm_head", "lm_head").replace("language_model.model", "model.language_model")
     return {
         name if name.startswith(("lm_head", "model.")) else f"model.{name}": x
@@ -237,7 +237,7 @@ def test_names_and_shapes_of_the_published_size():
 
 @torch.no_grad()
 def test_author_files(folder):
-    """The language model and the two layers lie in one file, the tower in that of CLIP."""
+    """The language model and the two projection layers are in one file, the image encoder in that of CLIP."""
     ours, both = fieldguide.load(folder), {}
     for key, x in load_file(folder / "model.safetensors").items():
         if key.startswith("vision_tower."):
@@ -259,7 +259,7 @@ def test_author_files(folder):
 
 
 def test_generated_text_equals_transformers(folder):
-    """With a cache, two prompts of unequal length together, the likeliest token each time."""
+    """With a cache, two prompts of different length in one batch, greedy."""
     ours, peer = fieldguide.load(folder), transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
     image, rows = asked()
     prompts = [ours.expand_image_tokens(row) for row in rows]
@@ -315,7 +315,7 @@ def test_invalid_rows_are_rejected():
 
 
 def test_learns_to_describe_images():
-    """The tower stays as it was, as in the paper; which quarter of a picture is bright, in a word, then the end."""
+    """The image encoder stays frozen, as in the paper; the text names the bright quarter of an image."""
     torch.manual_seed(0)
     model = create("llava-test", channels=1, seen_dim=32, dim=32, hidden=64)
     place = torch.randint(4, (704,))

@@ -1,4 +1,4 @@
-"""Convolutional networks against torchvision, timm and transformers: their files in, equal numbers out, and back."""
+"""Convolutional networks against torchvision, timm and transformers: their files load, outputs are equal, and back."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def ours(name: str, **changes) -> nn.Module:
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Random weights and statistics, that nothing hides behind a zero or a one."""
+    """Return random weights and statistics, so that no error is hidden by zeros or ones."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and parameter.shape[0] > 1:
@@ -97,7 +97,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def write(theirs: nn.Module, kind: str, folder):
-    """A checkpoint as people have it."""
+    """Write a checkpoint in a usual format."""
     if kind == "folder":
         theirs.save_pretrained(folder)
         return folder
@@ -138,7 +138,7 @@ def test_files_round_trip(name, origin, build, kind, tmp_path):
 
 @pytest.mark.parametrize("name", ["convnext", "convnextv2"])
 def test_author_names_equal_timms_conversion(name, tmp_path):
-    """timm has a function that turns the authors' files into its own."""
+    """timm has a function that converts the authors' files."""
     torch.manual_seed(0)
     mine, x = shaken(ours(name)), torch.randn(2, 3, 64, 64)
     weights.save(mine, tmp_path / "theirs.safetensors", format="authors")
@@ -161,7 +161,7 @@ def test_author_names_equal_timms_conversion(name, tmp_path):
     ],
 )
 def test_training_equals_the_reference(name, build):
-    """Gradients and batch statistics, beside those of tests/test_models.py, where the library's own class has them."""
+    """Gradients and batch statistics, in addition to tests/test_models.py, for classes of the library itself."""
     torch.manual_seed(0)
     mine = ours(
         name,
@@ -221,7 +221,7 @@ QUICK = (
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in THEIR_NAMES])
 def test_published_sizes_equal_the_reference_networks(name):
-    """Every name, shape, epsilon, stride and chance of the library's own network of that name."""
+    """Names, shapes, epsilons, strides and drop rates of the library's network of that name."""
     library, theirs = THEIR_NAMES[name]
     with torch.device("meta"):
         theirs = timm.create_model(theirs) if library is timm else getattr(torchvision.models, theirs)()
@@ -234,7 +234,7 @@ def test_published_sizes_equal_the_reference_networks(name):
         return sorted(m.eps for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm))
 
     def convs(model: nn.Module) -> list:
-        """Dense layers that timm makes convolutions are left out, and padding, which SAME adds later."""
+        """Return the convolutions, without timm's dense layers in that form and without padding."""
         return sorted(
             (m.kernel_size, m.stride, m.groups) for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)
         )
@@ -299,7 +299,7 @@ def test_alexnet_2012_names_its_image_size():
 
 
 def test_response_norm_uses_the_sum():
-    """torch divides its alpha by the number of maps; the paper does not. Also with fewer maps than neighbours."""
+    """torch divides alpha by the number of channels, the paper does not. Also with fewer channels than neighbors."""
     for maps in (3, 8):
         x = torch.randn(2, maps, 3, 3, dtype=torch.float64) * 30
         want = nn.functional.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
@@ -308,7 +308,7 @@ def test_response_norm_uses_the_sum():
 
 @pytest.mark.parametrize("kernel, stride", [(3, 2), (5, 2), (2, 2), (3, 3), (7, 4)])
 def test_same_padding_equals_timm(kernel, stride):
-    """At every rest of the side; torch's own padding answers otherwise on even sides."""
+    """For every remainder of the side; torch's own padding differs for even sides."""
     torch.manual_seed(0)
     mine = SameConv2d(4, 4, kernel, stride, groups=2)
     theirs = timm.layers.Conv2dSame(4, 4, kernel, stride, groups=2)
@@ -319,7 +319,7 @@ def test_same_padding_equals_timm(kernel, stride):
 
 
 def test_padding_and_epsilon_matter():
-    """So weights of the one kind are not silently right in the other."""
+    """Weights trained with one setting give other outputs with the other."""
     torch.manual_seed(0)
     mine, x = shaken(ours("efficientnet")), torch.randn(2, 3, 64, 64)
     answers = [logits(mine, x)]
@@ -342,7 +342,7 @@ def create_on_meta(name: str) -> tuple[str, float]:
 
 
 def test_huggingface_padding_assumes_even_sides():
-    """transformers always puts its zeros behind; TensorFlow, as we do, puts one on both sides of an odd picture."""
+    """transformers always pads at the end; TensorFlow and this library pad both sides of odd images."""
     torch.manual_seed(0)
     mine = ours("tf-efficientnet")
     theirs = shaken(pictures.huggingface_efficientnet(mine))
@@ -355,7 +355,7 @@ def test_huggingface_padding_assumes_even_sides():
 
 
 def test_timm_vgg_dense_layers_are_reshaped_correctly():
-    """Its first dense layer is a 7x7 convolution: on more than one pixel a wrong order of reshaping shows."""
+    """Its first dense layer is a 7x7 convolution, so a wrong reshaping shows on maps above one pixel."""
     torch.manual_seed(0)
     mine = shaken(ours("vgg", side=2))
     theirs = pictures.timm_vgg(mine).eval()
@@ -365,7 +365,7 @@ def test_timm_vgg_dense_layers_are_reshaped_correctly():
 
 
 def test_efficientnet_layer_counts_of_the_guide():
-    """82 layers of B0 are its convolutions and its head, those of the gates included; they hold for B0 only."""
+    """82 layers are the convolutions and the head of B0, including those of squeeze-and-excitation."""
 
     def layers(name: str, kinds: tuple = (nn.Conv2d, nn.Linear)) -> int:
         with torch.device("meta"):
@@ -401,7 +401,7 @@ CHANCE = [
 
 @pytest.mark.parametrize("name, build", CHANCE, ids=[name for name, _ in CHANCE])
 def test_dropout_equals_the_reference_in_training(name, build):
-    """The same seed draws the same dropout and stochastic depth, at the same places, in their order."""
+    """Equal seeds give equal dropout and stochastic depth, at the same positions and in the same order."""
     torch.manual_seed(0)
     mine, x = ours(name), torch.randn(6, 3, 64, 64)
     theirs = shaken(build(mine))
@@ -432,7 +432,7 @@ def test_alexnet_2012_dropout_after_hidden_layers():
 
 
 def test_stochastic_depth_rates_equal_the_papers():
-    """EfficientNet counts from 0 to just below its chance, ConvNeXt up to and with it; timm does both."""
+    """EfficientNet's rates end just below the given rate, ConvNeXt's at it, as in timm."""
     for name, build in (
         ("efficientnet", pictures.timm_efficientnet),
         ("efficientnetv2", pictures.timm_efficientnet_v2),
@@ -446,7 +446,7 @@ def test_stochastic_depth_rates_equal_the_papers():
 
 
 def test_residual_branches_start_small():
-    """ConvNeXt starts near the identity; the response normalisation of its second version starts as it."""
+    """ConvNeXt starts near the identity; the response normalization of V2 starts as the identity."""
     block = ours("convnext").stages[1][0]
     x = torch.randn(1, 12, 8, 8)
     assert 0 < (block(x) - x).abs().max() < 1e-5
@@ -455,7 +455,7 @@ def test_residual_branches_start_small():
 
 
 def test_global_response_norm_equals_the_equation():
-    """GRN as section 3 writes it, in double precision, by places and maps."""
+    """Section 3 in float64, by positions and channels."""
     torch.manual_seed(0)
     layer = ours("convnextv2").stages[0][0].response.double()
     nn.init.normal_(layer.weight)

@@ -1,4 +1,4 @@
-"""The recurrent readers against their equations, one token at a time, in float64."""
+"""The recurrent classifiers against their equations, one token at a time, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ResNet against torchvision, timm and transformers: their files in, equal numbers out, and the way back."""
+"""ResNet against torchvision, timm and transformers: their files load, outputs are equal, and back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DEPTHS, CLASSES = (1, 2, 1, 1), 5
 
 
 def torchvision_resnet(block: str) -> tuple[nn.Module, dict]:
-    """Its levels have fixed widths."""
+    """Build a ResNet of torchvision, whose level widths are fixed."""
     resnet = torchvision.models.resnet
     kind = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[block]
     return resnet.ResNet(kind, list(DEPTHS), CLASSES), {"widths": (64, 128, 256, 512)}
 
 
 def timm_resnet(block: str) -> tuple[nn.Module, dict]:
-    """Its stem has a fixed width."""
+    """Build a ResNet of timm, whose stem width is fixed."""
     resnet, widths = timm.models.resnet, (64, 8, 12, 16)
     kind = {"basic": resnet.BasicBlock, "bottleneck": resnet.Bottleneck}[block]
     return resnet.ResNet(kind, DEPTHS, CLASSES, channels=widths), {"widths": widths}
@@ -45,7 +45,7 @@ def origin(library: str) -> str:
 
 
 def pair(library: str, block: str) -> tuple[nn.Module, nn.Module]:
-    """Their network with random weights and statistics, and ours, fresh."""
+    """Return their network with random weights and statistics, and ours."""
     torch.manual_seed(0)
     theirs, settings = LIBRARIES[library](block)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def write(theirs: nn.Module, library: str, kind: str, folder) -> object:
-    """A checkpoint as people have it."""
+    """Write a checkpoint in a usual format."""
     if kind == "folder":
         theirs.save_pretrained(folder)
         return folder
@@ -98,7 +98,7 @@ def write(theirs: nn.Module, library: str, kind: str, folder) -> object:
     ],
 )
 def test_files_are_read_bit_exact(library, kind, block, tmp_path):
-    """Same operations on the same layout, so the outputs are equal, not close."""
+    """The same operations on the same layout give equal outputs."""
     theirs, ours = pair(library, block)
     x = torch.randn(2, 3, 48, 48)
     assert not torch.equal(logits(ours, x), logits(theirs, x))
@@ -134,7 +134,7 @@ def test_written_files_are_read_by_the_reference(library, tmp_path):
 
 
 def test_channels_last_is_close():
-    """Another memory layout picks other kernels, which add in another order. The layout is kept."""
+    """Another memory layout uses other kernels with another order of summation. The layout is kept."""
     theirs, ours = pair("timm", "bottleneck")
     weights.load(ours, theirs.state_dict())
     x = torch.randn(2, 3, 48, 48)

@@ -1,4 +1,4 @@
-"""Names of the authors' files of PatchTST and DLinear; what both refuse."""
+"""PatchTST and DLinear: names of the authors' files, and invalid inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def linear(inputs: int, outputs: int) -> dict[str, Tensor]:
 
 
 def patchtst_of_the_authors(dim: int, hidden: int, patch: int, patches: int, depth: int, horizon: int) -> dict[str, Tensor]:
-    """Tensors as their code names them, of `Model` without decomposition; each layer keeps its scale as a parameter."""
+    """Return tensors with the names of the authors' `Model` without decomposition; each layer stores its scale."""
     parts = {"model.backbone.W_P": linear(patch, dim), "model.head.linear": linear(dim * patches, horizon)}
     single = {"model.backbone.W_pos": torch.randn(patches, dim)}
     for i in range(depth):
@@ -43,7 +43,7 @@ def test_patchtst_author_files(tmp_path):
 
 
 def test_patchtst_has_the_authors_number_of_parameters():
-    """Theirs, counted with the constants: 81,731 for ETTh1."""
+    """Including the constants: 81,731 for ETTh1."""
     state = patchtst_of_the_authors(16, 128, 16, 42, 3, 96)
     count = sum(x.numel() for key, x in state.items() if "running" not in key and "tracked" not in key)
     assert count == 81_731 == sum(p.numel() for p in create("patchtst-etth1").parameters()) + 3
@@ -60,7 +60,7 @@ def test_dlinear_author_files():
 
 @torch.no_grad()
 def test_patchtst_follows_the_level_and_scale_of_its_past():
-    """What RevIN promises: another level and scale of a series is that of its forecast, and of no other's."""
+    """RevIN: level and scale of a series affect only its own forecast."""
     model, (series,) = tiny("patchtst"), batch("patchtst")
     before = model(100 * series)
     moved = 100 * series

@@ -1,4 +1,4 @@
-"""Swin against timm and transformers: files of three origins, pictures of any size, levels."""
+"""Swin against timm and transformers: files of three origins, images of any size, levels."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def huggingface_swin(side: int = 32) -> nn.Module:
 
 
 def microsoft(theirs: nn.Module) -> dict[str, torch.Tensor]:
-    """A file of the authors': merging named after the stage before it, and buffers that follow from the window."""
+    """Write an authors' file: merging named after the stage before it, and buffers computed from the window."""
     state = {}
     for name, x in theirs.state_dict().items():
         parts = name.split(".")
@@ -90,7 +90,7 @@ def test_timm_files_round_trip(tmp_path):
 
 
 def test_author_files_round_trip(tmp_path):
-    """Which differ from timm's in two names only: taken for one another, stages would get each other's merging."""
+    """They differ from timm's in two names only, which would exchange the merging layers of stages."""
     theirs, mine, x = random(timm_swin()), random(ours(), 1), torch.randn(2, 3, 32, 32)
     torch.save({"model": microsoft(theirs)}, tmp_path / "swin.pth")
     assert weights.load(mine, tmp_path / "swin.pth") == []
@@ -116,7 +116,7 @@ def test_transformers_files_round_trip(tmp_path):
 
 @pytest.mark.parametrize("size", [(33, 33), (48, 40), (35, 62), (64, 64)], ids=str)
 def test_any_image_size_equals_transformers(size):
-    """Patches, windows and merging are all filled up; windows shift over what was filled up."""
+    """Patches, windows and merging are padded, and windows shift over the padding."""
     theirs, mine, x = random(huggingface_swin()), ours(), torch.randn(2, 3, *size)
     weights.load(mine, on_disk(theirs))
     torch.testing.assert_close(logits(mine, x), logits(theirs, x), **CLOSE)
@@ -124,7 +124,7 @@ def test_any_image_size_equals_transformers(size):
 
 @pytest.mark.parametrize("size", [(32, 64), (64, 32), (32, 32), (16, 64)], ids=str)
 def test_windows_shift_only_along_larger_sides(size):
-    """timm, made for each size, decides side by side. Its smaller windows have smaller tables: the middle of ours."""
+    """timm decides separately for each side. Its smaller windows have smaller tables, the center of ours."""
     theirs, mine, x = random(timm_swin(size, window=8)), random(ours(window=8), 1), torch.randn(2, 3, *size)
     state = theirs.state_dict()
     for s, stage in enumerate(theirs.layers):
@@ -172,7 +172,7 @@ def test_published_sizes_have_timms_names_and_shapes(size, theirs):
 
 
 def test_images_of_224_need_no_padding():
-    """So the published size is equal to any peer's there: 56, 28, 14 and 7 places a side, the last of which never shifts."""
+    """56, 28, 14 and 7 positions per side, the last of which never shifts; so the published size equals any peer."""
     sizes = [Windows((side, side), 7, torch.device("cpu")) for side in (56, 28, 14, 7)]
     assert [w.full for w in sizes] == [w.size for w in sizes] and [w.shift for w in sizes] == [(3, 3)] * 3 + [(0, 0)]
     assert [w.mask is None for w in sizes] == [False, False, False, True]

@@ -1,4 +1,4 @@
-"""Networks for tables against the authors' packages, and what those lack: unseen, many-valued categories."""
+"""Networks for tables against the authors' packages; unseen categories and categories with many values."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_category_encodings():
 @pytest.mark.parametrize("name", ["mlp-test", "tabm-test"])
 @pytest.mark.parametrize("numbers, categories", [(0, (3, 4)), (3, ()), (2, (1, 3)), (1, (100, 3, 70))])
 def test_tables_with_any_column_types(name, numbers, categories):
-    """No numbers, no categories, a column that was only ever missing, columns with many values."""
+    """No numbers, no categories, an always missing column, columns with many values."""
     torch.manual_seed(0)
     model = create(name, numbers=numbers, categories=categories)
     x = torch.stack([torch.zeros(6), *(torch.randint(size, (6,)) for size in categories)], 1)[:, 1:].long()
@@ -110,7 +110,7 @@ def test_empty_tables_are_rejected(name):
 
 
 def test_unseen_category_equals_no_category():
-    """TabM: a row whose category is unseen equals one whose one-hot part is cut from the first layer."""
+    """TabM: an unseen category equals a row without that one-hot part."""
     torch.manual_seed(0)
     model = create("tabm-test", numbers=2, categories=(4,)).eval()
     numbers, unseen = torch.randn(3, 2), torch.zeros(3, 1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""U-Nets: sizes of answers, both paddings over several levels, and files of segmentation-models-pytorch."""
+"""U-Nets: output sizes, both paddings over several levels, and files of segmentation-models-pytorch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_unet_rejects_images_that_are_too_small():
 
 @torch.no_grad()
 def test_unet_resnet_equals_segmentation_models_pytorch(tmp_path):
-    """The whole network of that package, of the smallest published size, and the way back."""
+    """The smallest published size of that package, loaded and saved."""
     torch.manual_seed(0)
     theirs, ours = (
         smp.Unet("resnet18", encoder_weights=None, classes=4).eval(),

@@ -1,4 +1,4 @@
-"""ViLT against transformers: published size, other pictures, where it looks; and questions that need both parts."""
+"""ViLT against transformers: published size, other image sizes, attention; and questions that need image and text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_names_and_shapes_of_the_published_size():
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(12, 12), (8, 8), (16, 24), (20, 4)])
 def test_other_image_sizes_equal_transformers(shape):
-    """Places are spread over the picture there is."""
+    """Position embeddings are interpolated to the image."""
     ours, peer = pair()
     _, tokens, mask = batch("vilt", 3)
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def test_attention_rollout_equals_transformers():
 
 
 def in_order(peer, image: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """The weights of transformers, with patches from the left top on."""
+    """Return the attention weights of transformers with patches from the top left on."""
     drawn = torch.multinomial
     torch.multinomial = lambda weights, count, **_: torch.arange(count)
     try:
@@ -113,7 +113,7 @@ def test_invalid_inputs_are_rejected():
 
 
 def test_learns_to_answer_about_unseen_images():
-    """Four squares, each in one of four colours; the question names a square, the answer is its colour."""
+    """Four squares of four colors; the question names a square, the answer is its color."""
     colours = torch.tensor(list(itertools.product(range(4), repeat=4)))  # all 256 pictures
     colours = colours[torch.randperm(256, generator=torch.Generator().manual_seed(0))].repeat_interleave(4, 0)
     place = torch.arange(4).repeat(256)

@@ -1,4 +1,4 @@
-"""ViT and DeiT against timm, torchvision and transformers: files in and out, other sizes of picture, other eps."""
+"""ViT and DeiT against timm, torchvision and transformers: files in and out, other image sizes, other eps."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ EACH = pytest.mark.parametrize("kind", list(THEIRS))
 
 
 def ours(kind: str, side: int = SIDE, **more) -> nn.Module:
-    """Named like the peer; transformers has another eps."""
+    """Build our network for a peer; transformers uses another eps."""
     name, origin = kind.split()
     eps = 1e-12 if origin == "huggingface" else 1e-6
     return create(
@@ -98,7 +98,7 @@ def logits(model: nn.Module, x: Tensor, **more) -> Tensor:
 
 
 def write(model: nn.Module, folder) -> object:
-    """As its library writes it."""
+    """Write a checkpoint in the format of its library."""
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
         return folder
@@ -118,7 +118,7 @@ def test_reference_files_are_read(kind, tmp_path):
 
 @EACH
 def test_written_files_are_read_by_the_reference(kind, tmp_path):
-    """By their own reader, and every tensor to the bit."""
+    """By the library's own loader, every tensor bit-exact."""
     origin = kind.split()[1]
     theirs, mine = random(THEIRS[kind]()), ours(kind)
     weights.load(mine, write(theirs, tmp_path))
@@ -160,7 +160,7 @@ def test_published_sizes_have_their_names_and_shapes(size, origin, build):
 
 
 def test_transformers_backbone_without_a_head(tmp_path):
-    """As google/vit-base-patch16-224-in21k is: other names, a pooler, no head."""
+    """As google/vit-base-patch16-224-in21k: other names, a pooling layer, no head."""
     theirs, mine = random(transformers.ViTModel(transformers.ViTConfig(**settings()))), random(ours("vit huggingface"), 1)
     head = mine.head.weight.clone()
     with pytest.raises(WeightsError, match='head="skip"'):
@@ -174,8 +174,9 @@ def test_transformers_backbone_without_a_head(tmp_path):
 
 @pytest.mark.parametrize("kind", ["vit huggingface", "deit huggingface"])
 def test_eps_is_read_from_each_origin(kind, tmp_path):
-    """On patches that hardly differ from their mean, eps decides. A folder of transformers says it, or means its default; a
-    lone file has that of timm and of the authors."""
+    """On nearly constant patches eps matters. A folder of transformers states it or uses its default; a single file has
+    that of timm and the authors.
+    """
     theirs, x = random(THEIRS[kind]()), 1e-6 * torch.randn(2, 3, SIDE, SIDE)
     embeddings = next(theirs.children()).embeddings
     with torch.no_grad():
@@ -197,14 +198,14 @@ def test_eps_is_read_from_each_origin(kind, tmp_path):
 
 
 def on_disk(model: nn.Module) -> dict[str, Tensor]:
-    """Its tensors under the names that it writes."""
+    """Return the tensors under the names on disk."""
     return transformers.core_model_loading.revert_weight_conversion(model, model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["vit timm", "deit timm"])
 @pytest.mark.parametrize("size", [(20, 20), (8, 8), (8, 24), (18, 13)], ids=str)
 def test_other_image_sizes_equal_timm(kind, size):
-    """Places spread as timm spreads them; sides that patches do not fill are filled up as it does."""
+    """Position embeddings are interpolated as in timm, and incomplete patches are padded."""
     theirs = random(THEIRS[kind](dynamic_img_size=True, dynamic_img_pad=True))
     mine = ours(kind)
     weights.load(mine, theirs.state_dict(), origin="timm")
@@ -254,7 +255,7 @@ def test_features_equal_timm(name):
 
 @pytest.mark.parametrize("name", ["vit", "deit"])
 def test_stochastic_layers_only_in_training(name):
-    """Dropout and stochastic depth: other answers each time in training, the same in evaluation."""
+    """Dropout and stochastic depth vary in training and are off in evaluation."""
     x = torch.randn(8, 2, 12, 12)
     for change in ({"dropout": 0.5}, {"drop_path": 0.5}):
         model = random(create(f"{name}-test", **change))
@@ -269,7 +270,7 @@ def test_stochastic_layers_only_in_training(name):
 
 @torch.no_grad()
 def test_deit_heads():
-    """Both answers in training, their mean after it; each head reads its own token."""
+    """Two outputs in training, their mean in evaluation; each head reads its own token."""
     theirs, mine = random(timm_deit()), ours("deit timm")
     theirs.set_distilled_training()
     weights.load(mine, theirs.state_dict())
@@ -314,7 +315,7 @@ def test_small_images_get_small_patches(name):
 
 @pytest.mark.parametrize("size, std", [("vit-b16", 0.02), ("deit-base", 0.02), ("deit-tiny", 0.04)])
 def test_initialization_follows_the_paper(size, std):
-    """And is wider where the network is narrower, by the root."""
+    """The standard deviation grows with the square root for narrower networks."""
     torch.manual_seed(0)
     model = create(size, depth=1)
     for weight in (model.head.weight, model.blocks[0].attn.qkv.weight, model.pos.weight, model.patch.weight):

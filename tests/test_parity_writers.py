@@ -1,4 +1,4 @@
-"""The encoder-decoders against transformers: files there and back, version 1.1 of T5, caches, beams, traps."""
+"""The encoder-decoders against transformers: round trips of files, T5 1.1, caches, beam search."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEW = {"gated": True, "tie_embeddings": False, "scaled": False}
 
 
 def random(model: nn.Module) -> nn.Module:
-    """Every parameter, and the bias of the logits."""
+    """Set every parameter and the bias of the logits to random values."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in (*model.parameters(), *(b for key, b in model.named_buffers() if key.endswith("bias"))):
@@ -37,7 +37,7 @@ def random(model: nn.Module) -> nn.Module:
 
 
 def asked(peer: nn.Module, source, mask, tokens, real):
-    """Logits of the real tokens, of ours or of theirs."""
+    """Return the logits of real tokens, of our network or of theirs."""
     if hasattr(peer, "embed"):
         return peer(source, mask, tokens, real) * real[..., None]
     return (
@@ -74,7 +74,7 @@ def test_transformers_folders_round_trip(name, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["bart", "mbart"])
 def test_files_of_the_bare_stacks(name, tmp_path):
-    """As facebook/bart-large was published: no head, no bias, no prefix; tied tensors under all of their names."""
+    """As facebook/bart-large: no head, no bias, no prefix; tied tensors under all of their names."""
     theirs = random(network(create(f"{name}-test")))
     theirs.final_logits_bias.zero_()
     state = {key: x.clone() for key, x in theirs.model.state_dict().items()}
@@ -97,7 +97,7 @@ def test_other_activations_are_rejected(tmp_path):
 
 @pytest.mark.parametrize("changes", [NEW, {"gated": True}, {"scaled": False}], ids=["v1.1", "gated", "unscaled"])
 def test_t5_versions(changes):
-    """Outputs and gradients; transformers ties the head of version 1.1, so there it is untied by hand."""
+    """Outputs and gradients; transformers ties the head of version 1.1, which is untied here."""
     model = tiny("t5", **changes)
     peer, rename = writer(model)
     peer = peer.double().eval()
@@ -113,7 +113,7 @@ def test_t5_versions(changes):
 
 @torch.no_grad()
 def test_t5_version_1_1_files(tmp_path):
-    """As published (a head of its own, tie_word_embeddings false), and as transformers 5 writes it: tied, yet unscaled."""
+    """As published (separate head, tie_word_embeddings false), and as written by transformers 5: tied, but unscaled."""
     ours = random(create("t5-test", **NEW))
     fieldguide.save(ours, tmp_path / "published", "hf")
     said = json.loads((tmp_path / "published" / "config.json").read_text())
@@ -170,7 +170,7 @@ def test_position_bias_by_distance(steps, keys, both):
 
 @torch.no_grad()
 def test_t5_rows_of_any_length():
-    """Longer than `length`, where distances no longer differ; other networks refuse."""
+    """Longer than `length`, beyond the last bucket; other networks reject such rows."""
     model = tiny("t5")
     peer, rename = writer(model)
     peer.double().load_state_dict(rename(model.state_dict()))
@@ -205,7 +205,7 @@ def test_position_embeddings_equal_transformers():
 
 @torch.no_grad()
 def test_experts_by_hand():
-    """Two experts each, shares that sum to 1; a part of the answer where all tokens are heard; some left out in training."""
+    """Two experts per token with weights that sum to 1; scaled in evaluation, dropped at random in training."""
     layer = next(m for m in tiny("nllb-moe").modules() if isinstance(m, Experts))
     x = torch.randn(2, 50, 16, dtype=torch.float64)
     want = torch.zeros_like(x)
@@ -274,7 +274,7 @@ def test_dropout_only_in_training(name, field):
 @CACHED
 @pytest.mark.parametrize("pieces", [(9,), (5, 1, 1, 1, 1), (1,) * 9, (4, 3, 2)], ids=str)
 def test_cache_equals_the_whole_row(name, pieces):
-    """The source is read once; padding on the left, in some rows, moves nothing."""
+    """The source is encoded once; padding on the left changes nothing."""
     model, (source, mask, tokens, _) = tiny(name), batch(name)
     cache = model.new_cache(len(tokens), 9)
     parts = [
@@ -309,7 +309,7 @@ def test_beams_share_their_source_and_are_reordered(name):
 @torch.no_grad()
 @CACHED
 def test_full_width_beam_search_is_exhaustive(name):
-    """As wide as all answers of two tokens, the second of them an end or not."""
+    """As wide as all outputs of two tokens, with or without an end token."""
     model, (source, mask, _, _) = tiny(name), batch(name, 2)
     beams = 30
     cache = model.new_cache(2 * beams, 3)

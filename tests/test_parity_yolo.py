@@ -33,7 +33,7 @@ def ultralytics():
 @pytest.mark.parametrize("size", ["yolov8n", "yolov8s", "yolov8m", "yolov8l", "yolov8x"])
 @torch.no_grad()
 def test_equals_the_original_package(ultralytics, size, tmp_path):
-    """Boxes and class probabilities as that package decodes them, from one set of weights, and the way back."""
+    """Boxes and class probabilities decoded by that package, from the same weights, and back."""
     classes = 7 if size == "yolov8s" else 80
     theirs, ours = ultralytics(size, classes).eval(), create(size, num_classes=classes).eval()
     if classes == 80:
@@ -60,7 +60,7 @@ def test_equals_the_original_package(ultralytics, size, tmp_path):
 
 @torch.no_grad()
 def test_large_and_oblong_images_equal_the_equations():
-    """Large enough that pooling once, twice and three times see different things, and of no round size."""
+    """Large enough that one, two and three poolings differ, and of odd sizes."""
     model = tiny("yolov8")
     peer, rename = equations(boxes.yolov8)(model)
     peer.double().eval().load_state_dict(rename(model.state_dict()))
@@ -69,7 +69,7 @@ def test_large_and_oblong_images_equal_the_equations():
 
 
 def test_head_widths():
-    """That of the classes' half grows with them to 100 only; that of the sides' half has four maps a bin at least."""
+    """The width of the class branch grows up to 100 only; the box branch has at least four channels per bin."""
     for classes, bins, label, side in ((10, 16, 64, 64), (90, 16, 90, 64), (365, 16, 100, 64), (80, 32, 80, 128)):
         head = create("yolov8n", num_classes=classes, bins=bins).heads[0]
         assert (head.label[0].conv.out_channels, head.box[0].conv.out_channels) == (label, side)
@@ -77,7 +77,7 @@ def test_head_widths():
 
 
 def test_public_file_names():
-    """Those of the smallest network, as its files have them."""
+    """Names and shapes of the smallest published network."""
     with torch.device("meta"):
         state = weights.translate(create("yolov8n").state_dict(), ultralytics_keys(), reverse=True)
     assert len(state) == 355 and sum(name.endswith("num_batches_tracked") for name in state) == 57
@@ -103,7 +103,7 @@ def test_public_file_names():
 
 
 def test_initial_class_probability():
-    """5 objects of a 640 pixel picture among a level's points, over 80 classes."""
+    """5 objects per 640-pixel image among the points of a level, over 80 classes."""
     for head, points in zip(create("yolov8n").heads, (6400, 1600, 400)):
         torch.testing.assert_close(head.label[-1].bias.sigmoid(), torch.full((80,), 5 / 80 / points), rtol=1e-3, atol=0)
 

@@ -1,4 +1,4 @@
-"""Pretrained networks: folders and files of other libraries in by name or shape alone, and back out, bit-equal."""
+"""Pretrained networks: folders and files of other libraries are identified by name or shape, and saved bit-exact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tv import timm, torchvision, transformers
 
 
 def settled(theirs: nn.Module) -> nn.Module:
-    """Weights that make a difference everywhere: norms that are not 1, biases that are not 0."""
+    """Return weights that affect every output: norms other than 1, biases other than 0."""
     torch.manual_seed(1)
     for p in theirs.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
@@ -47,7 +47,7 @@ def test_transformers_folder_round_trip(tmp_path):
 
 @torch.no_grad()
 def test_gpt_round_trip(tmp_path):
-    """With the names of its first files too, which had no prefix and kept the causal mask."""
+    """Including its first files, which had no prefix and stored the causal mask."""
     torch.manual_seed(0)
     theirs = settled(
         transformers.OpenAIGPTLMHeadModel(
@@ -159,7 +159,7 @@ def test_timm_folders_by_name(name, card, more, tmp_path):
 
 
 def test_timm_names_match_their_sizes(tmp_path):
-    """Shapes of timm's own networks, on no device."""
+    """Shapes of timm's networks, on the meta device."""
     known = {name: meant for kind in ("deit", "dinov2") for name, meant in cards()[kind].aliases["timm"].items()}
     assert len(known) == 12 and set(known) <= set(timm.list_models())
     for name, meant in known.items():
@@ -173,7 +173,7 @@ def test_timm_names_match_their_sizes(tmp_path):
 
 @torch.no_grad()
 def test_fairseq_file_with_arguments(tmp_path):
-    """They stand in a Namespace, which runs nothing; other classes are still refused."""
+    """Arguments are stored in a Namespace, which is allowed; other classes are rejected."""
     ours = settled(create("roberta-test"))
     ours.segment.weight.zero_()
     weights.save(ours, tmp_path / "fs.safetensors", "fairseq")
@@ -212,7 +212,7 @@ def test_unknown_tensors_suggest_the_closest_models(tmp_path):
     [(c.name, o) for c in cards().values() for o, table in c.configs.items() if table.keys() & set(config_mapping.TYPE_KEYS)],
 )
 def test_configurations_round_trip(name, origin):
-    """What is written is recognised and read as the same config; every number that a size may change is in the table."""
+    """Written configurations are identified and read as the same config, including every field that sizes change."""
     card = cards()[name]
     for size in card.sizes:
         config = card.config(**card.sizes[size].overrides)
@@ -271,7 +271,7 @@ DECODERS = {
 @torch.no_grad()
 @pytest.mark.parametrize("kind", DECODERS)
 def test_transformers_decoders_round_trip(kind, tmp_path):
-    """With padding on the left, and written again bit-equal."""
+    """With padding on the left; saved bit-exact."""
     torch.manual_seed(0)
     theirs = settled(
         transformers.AutoModelForCausalLM.from_config(
@@ -307,7 +307,7 @@ def test_transformers_decoders_round_trip(kind, tmp_path):
 
 
 def interleaved(matrix: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from halves to neighbours, as Meta's files lie."""
+    """Return the rows of each head with adjacent rotary pairs, as in Meta's files."""
     width = len(matrix) // heads
     return torch.cat([matrix[h * width :][[i // 2 + i % 2 * width // 2 for i in range(width)]] for h in range(heads)])
 
@@ -315,8 +315,7 @@ def interleaved(matrix: torch.Tensor, heads: int) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("shards", [1, 2])
 def test_meta_files(shards, tmp_path):
-    """Rows of queries and keys turn back; a network parted among machines is put together. It says of itself what Llama 2
-    says: nothing of the vocabulary, nor of the longest row."""
+    """Queries and keys are reordered, shards are joined. params.json of Llama 2 lacks the vocabulary size and the length."""
     ours = create("llama-test", rope_scaling=(), eps=1e-5, length=4096)
     settled(ours)
     c, state = ours.config, ours.state_dict()
@@ -398,7 +397,7 @@ def params(name: str) -> dict:
 
 @pytest.mark.parametrize("name", OLD | NEW | SCALED)
 def test_published_meta_params(name):
-    """They say no length and no stretch: the size that they describe does."""
+    """Length and rope_scaling are missing and come from the size that they describe."""
     said = params(name)
     card, origin, table = config_mapping.identify_config(said)
     values = config_mapping.to_config_fields(card, table, said, "params.json")
@@ -416,7 +415,7 @@ def test_published_meta_params(name):
 )
 @torch.no_grad()
 def test_small_meta_files_equal_their_generation(name, length, factor, tmp_path):
-    """Fewer layers, of the published width where it tells generations apart, beside transformers with what is published."""
+    """Fewer layers at the published width, compared with transformers and published values."""
     said = params(name) | {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8}
     said |= {"n_kv_heads": 2} if "n_kv_heads" in said else {}
     vocab = 40
@@ -479,7 +478,7 @@ def test_small_meta_files_equal_their_generation(name, length, factor, tmp_path)
 
 
 def test_llama_cpp_files(tmp_path):
-    """Eight-bit numbers as they were packed, rotations turned back, and the stretch that only a tensor tells of."""
+    """8-bit quantized tensors, reordered rotary pairs, and rope_scaling that only a tensor contains."""
     gguf = pytest.importorskip("gguf")
     import numpy as np
 
@@ -523,7 +522,7 @@ def test_llama_cpp_files(tmp_path):
 
 
 def test_initialization_is_skipped_before_loading():
-    """Zeros stand for them, which lie within the bounds of a cut normal too: torch draws one again until all do."""
+    """Tensors are zeros, which are within the bounds of a truncated normal, so that no resampling occurs."""
     with identify.SkipInitialization():
         for draw in (
             nn.init.normal_,

@@ -1,4 +1,4 @@
-"""Published networks asked as they are, beside transformers with its own tokenizers and preprocessors."""
+"""Prediction with pretrained networks, compared with transformers and its tokenizers and image processors."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_image_preprocessing_equals_timm(pictures, tmp_path, said):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A ViT that knows three classes, as the hub has it."""
+    """A ViT with three classes, as published on the hub."""
     path = tmp_path_factory.mktemp("vit")
     torch.manual_seed(0)
     theirs = settled(

@@ -1,4 +1,4 @@
-"""What makes answers quicker on a CPU: weights of eight bits, and few rows together, beside the same products in float64."""
+"""Faster generation on a CPU: int8 weights and small batches, against the same products in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fieldguide.models.generation.quantization import MAX_INT8_ROWS, Int8, quant
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
-    """Each row on a grid of its own, of 255 points from minus to plus its largest number."""
+    """Round each row to 255 values between minus and plus its largest absolute value."""
     weight = weight.double()
     step = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return (weight / step).round() * step

@@ -1,4 +1,4 @@
-"""The README is run: its commands one after another in an empty folder, its Python as it stands."""
+"""The README is executed: its commands one after another in an empty folder, and its Python code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def home(tmp_path_factory):
 
 
 def run(command: list[str], home: Path) -> str:
-    """Runs it in `home`; the Python beside this one comes first in the path."""
+    """Run a command in `home`, with this Python first in the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ended = subprocess.run(
         command, cwd=home, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
@@ -56,7 +56,7 @@ def test_python_runs(number, home):
 
 
 def test_other_commands_exist():
-    """make's targets, and `torchrun -m` of the package: not run here, but they must be there."""
+    """make targets and `torchrun -m` of the package are not run, but must exist."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     lines = [line.removeprefix("$ ") for kind, text in BLOCKS if kind in ("console", "", "sh") for line in text.splitlines()]
     seen = 0

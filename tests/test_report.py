@@ -1,4 +1,4 @@
-"""The report is whole, safe and small whatever the exhibits hold; the model card says what was put in."""
+"""The report is complete, safe and small for any content; the model card contains what was passed."""
 
 import io
 import math
@@ -49,7 +49,7 @@ def png(width=8, height=8, seed=0, kind="PNG"):
 
 
 class Page(HTMLParser):
-    """Elements and text of a page; complains of elements that are not closed in order."""
+    """Elements and texts of a page; fails on elements that are not closed in order."""
 
     def __init__(self, text):
         super().__init__()

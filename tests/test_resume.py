@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, damaged or out of space go on as if nothing had happened."""
+"""Runs that are killed, interrupted, damaged or out of disk space resume without loss."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def begin(task: str, out: Path, *more: str) -> list[str]:
 
 
 def losses(run: Path) -> list[dict]:
-    """Every line of the log without its clock."""
+    """Return the lines of the log without times."""
     return [
         {k: v for k, v in json.loads(line).items() if k != "seconds"}
         for line in (run / "metrics.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The run folder: exactly the documented files, the same answers when it is opened again, old schemas readable."""
+"""The run folder: the documented files, the same predictions after reopening, and old schemas."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_run_folder_has_the_documented_files(run):
 
 
 def test_run_folder_contains_no_pickle(run):
-    """Each file is of the kind that its name says, none holds a pickle, and the arrays are plain numbers."""
+    """Each file has the format of its suffix, none holds a pickle, and arrays are numeric."""
     for path in (p for p in run.path.rglob("*") if p.is_file()):
         content = path.read_bytes()
         assert not content.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")), path
@@ -281,7 +281,7 @@ def test_unfinished_run_explains_how_to_resume(iris_run, tmp_path):
 
 
 def test_crash_before_the_last_write_is_harmless(iris_run, tmp_path):
-    """All is trained and the calibration is stored, but run.json does not say so yet: going on gives the same run."""
+    """After training and calibration, but before run.json is updated: resuming gives the same run."""
     path = copy(iris_run, tmp_path / "run")
     rewrite(path, status="training")
     again = fieldguide.resume(path)
@@ -361,7 +361,7 @@ def test_golden_folders_are_small_and_contain_no_local_paths(path):
 
 
 def test_golden_predictions_vary():
-    """Predictions that are all alike would not notice a wrong preparation."""
+    """Constant predictions would not detect wrong preprocessing."""
     for path in golden():
         answers = json.loads((path / "expected.json").read_text())["answers"]
         if path.name.split("-", 1)[1] not in (

@@ -1,4 +1,4 @@
-"""Samples: real, small, made from what is installed, and made once."""
+"""Samples: small, generated from installed packages, and created once."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_unknown_sample():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", samples.SAMPLES)
 def test_every_sample_reaches_its_stated_score(name, tmp_path):
-    """As a user would: with nothing said."""
+    """With default settings."""
     run = fit(name, out=tmp_path / "run")
     metric, value = samples.SAMPLES[name].reaches
     better = next(m.better for m in run.task.metrics if m.name == metric)

@@ -1,4 +1,4 @@
-"""Pretrained language models that speak: templates, tokenizers, batches, beams and streams, beside transformers' own."""
+"""Text generation with pretrained models: templates, tokenizers, batches, beam search and streams, against transformers."""
 
 from __future__ import annotations
 
@@ -157,8 +157,9 @@ def test_invalid_requests_are_rejected(folder, tmp_path, speaker):
     [("gpt-2", None, False), ("gpt-2", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
 )
 def test_gguf_tokenizer(tmp_path, parted, begin, begun):
-    """Merges and special tokens in the file, and texts come out as from the tokenizer that was put in; the token that texts
-    begin with is written where the file says so, or its kind does."""
+    """Merges and special tokens give the same tokens as the original tokenizer; the start token is added if the file
+    or its type says so.
+    """
     gguf = pytest.importorskip("gguf")
     from fieldguide.core.gguf import LLAMA3
     from fieldguide.core.gguf import read_tokenizer as read

@@ -1,4 +1,4 @@
-"""Splits: every row on one side, the same each time, and nothing that belongs together torn apart."""
+"""Splits: every row in exactly one split, reproducible, and related rows together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fieldguide.data import read, split
 
 
 def sides(splits, n):
-    """0, 1 or 2 for each row; fails unless every row is on exactly one side."""
+    """Return 0, 1 or 2 for each row; fails unless every row is in exactly one split."""
     side = np.full(n, -1)
     for code, rows in enumerate((splits.train, splits.validation, splits.test)):
         assert (side[rows] == -1).all() and (np.diff(rows) > 0).all()

@@ -1,4 +1,4 @@
-"""Questions on texts: files and what is wrong with them, windows, scores as SQuAD counts them, a task from file to answers."""
+"""Question answering: files and their errors, windows, SQuAD scores, and the task from file to prediction."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KIND = task("question-answering")
 
 
 def squad(count: int, seed: int = 0, none: bool = True) -> dict:
-    """Little reports, and questions on them in SQuAD's form; some are on what no report says."""
+    """Return short reports and questions in SQuAD format, some of which are unanswerable."""
     rng, paragraphs = np.random.default_rng(seed), []
     for number in range(count):
         who, town, thing, day = rng.choice(WHO), rng.choice(TOWNS), rng.choice(THINGS), str(rng.integers(1, 31))
@@ -99,7 +99,7 @@ def file(tmp_path_factory):
 
 
 def reference(said: str, right: str) -> tuple[float, float]:
-    """Exact match and F1 by the words of the paper: case, punctuation, articles and blanks do not count."""
+    """Return exact match and F1 by the paper's definition: case, punctuation, articles and whitespace are ignored."""
 
     def tokens(text: str) -> list[str]:
         text = "".join(c for c in text.lower() if c not in set(string.punctuation))
@@ -363,7 +363,7 @@ def test_duplicate_ids_and_answers_to_impossible_questions(tmp_path):
 
 
 def test_trained_task_reads_tables_consistently(tmp_path):
-    """Columns, starts and marks of a table as they were when it was learnt from; without answers only to predict."""
+    """Columns, starts and marks as in training; answers may be absent only for prediction."""
     some = [{**row, "is_impossible": i % 7 == 0, "note": "x" * i} for i, row in enumerate(rows(40))]
     path = table(tmp_path / "a.jsonl", some)
     one, data = made(path, vocab_size=300)
@@ -436,7 +436,7 @@ def test_windows_cover_every_text():
 
 @pytest.mark.parametrize(("whole", "stride"), [(True, 7), (False, 1000)])
 def test_windows_hold_questions_contexts_and_answers(tmp_path, whole, stride):
-    """Each window spells its question and a piece of its context, and the places of its answer spell the answer."""
+    """Each window decodes to its question and a part of its context, and the span to its answer."""
     rng, some = np.random.default_rng(0), []
     for i in range(60):
         words = [str(rng.choice(WHO + TOWNS + ["and", "with,", "(or)", "then"])) for _ in range(int(rng.integers(5, 60)))]
@@ -517,7 +517,7 @@ def test_pair_templates_of_given_tokenizers(tmp_path):
 
 
 def test_best_answer_over_all_windows(monkeypatch):
-    """Against a slow search; however many windows are looked at together."""
+    """Against a slow search, for any number of windows per batch."""
     torch.manual_seed(0)
     model = create("bert-test", output_type="span")
     objective = SpanPrediction(model, ("tokens", "mask"), longest=3)
@@ -610,7 +610,7 @@ def learnt(path, out, **more):
 
 
 def test_learns_to_answer(file, tmp_path):
-    """From the file to answers: far better than the nearest sentence, silent where there is nothing to say."""
+    """From file to prediction: far better than the nearest sentence, and no answer if there is none."""
     run = learnt(file, tmp_path / "run")
     scores, base = run.record["scores"]["test"], run.record["scores"]["baselines"]
     assert run.record["task"] == "question-answering" and run.record["model"]["config"]["output_type"] == "span"
@@ -650,7 +650,7 @@ def test_learns_to_answer(file, tmp_path):
 
 
 def test_starts_from_a_transformers_folder(file, tmp_path):
-    """A network that answers already, with its tokenizer: what it said it says here, to the logit."""
+    """A trained network with its tokenizer gives the same logits."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     document = squad(140)

@@ -1,4 +1,4 @@
-"""Pictures made after captions: the folder of pictures and texts, what is taken for a caption, the judge of pairs, a run."""
+"""Text-to-image generation: reading images with captions, recognition of captions, the caption matcher, and a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def picture(scene, seed):
 
 
 def folder(root, each=5):
-    """A picture and a text beside it, `each` for each of 27 captions."""
+    """Write an image with a text file for each of 27 captions, `each` times."""
     root.mkdir(parents=True, exist_ok=True)
     for i in range(each * len(SCENES)):
         picture(SCENES[i % 27], i).save(root / f"p{i:03d}.png")

@@ -1,5 +1,6 @@
-"""Learning to restore damaged texts: rows of both kinds, tokenizers with and without sentinels, scores, a task from file to
-answers."""
+"""Denoising: corrupted rows of both kinds, tokenizers with and without sentinels, scores, and the task from file to
+prediction.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def together(one, batch, row: int) -> list[int]:
-    """The text of a row, from what is read and what is to be written, by hand."""
+    """Return the text of a row, joined by hand from source and target."""
     source = batch["source"][row][batch["source_mask"][row]].tolist()
     target = [t for t in batch["target"][row].tolist() if t >= 0]
     assert target.pop() == one.frame.end
@@ -79,7 +80,7 @@ def together(one, batch, row: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_rows_contain_the_texts(file, name):
-    """Whatever is left out, source and target together spell all texts in a row; chance is a function of the generator."""
+    """Source and target together contain all texts of a row; corruption depends on the generator only."""
     one, data = made(file, length=40, vocab_size=420)
     batches = one.batches(data, card(name), Settings())
     assert one.options.damage == {"t5": "spans", "bart": "infill"}[name] == card(name).pretraining_objective
@@ -105,7 +106,7 @@ def test_rows_contain_the_texts(file, name):
 
 
 def test_removed_tokens_are_the_scored_ones(file):
-    """Of BART's rows: what the source lacks, token by token."""
+    """For BART: the tokens that the source lacks."""
     one, data = made(file, length=40, vocab_size=420, damage="infill")
     batch = one.batches(data, card("t5")).make(np.arange(20), None)  # as the user says, not as the card does
     for row in range(20):
@@ -154,7 +155,7 @@ WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
 def given(tmp_path, special=WORDS, **options):
-    """A task with a tokenizer of words, on texts of them."""
+    """Return a task with a word tokenizer, on texts of its words."""
     path = tokenizer(tmp_path / "tokenizer.json", ("<s>",), ("</s>",), special)
     rows = pl.DataFrame({"text": ["a cat sees a dog", "katze sieht eine hund", "a dog sees a cat a cat"] * 30})
     data = KIND.build_examples(read(rows, column_spec=KIND.column_spec), KIND.Options())
@@ -249,7 +250,7 @@ def test_stopped_and_resumed(name, file, tmp_path):
 
 
 def test_starts_from_a_checkpoint_and_serves_as_one(file, tmp_path):
-    """BART of transformers learns on from texts; what it became then learns a task, with its tokenizer."""
+    """BART of transformers is trained further on texts; the result is fine-tuned on a task with its tokenizer."""
     theirs = network(create("bart-test", begin=2, length=40))
     theirs.save_pretrained(tmp_path / "theirs")
     tokenizer(tmp_path / "theirs" / "tokenizer.json", ("<s>",), ("</s>",), WORDS)
@@ -283,7 +284,7 @@ def test_starts_from_a_checkpoint_and_serves_as_one(file, tmp_path):
 
 @pytest.mark.parametrize(("name", "steps"), [("t5", 120), pytest.param("bart", 50, marks=pytest.mark.slow)])
 def test_learns_to_restore(name, steps, file, tmp_path):
-    """From texts to answers: far better than frequency."""
+    """From texts to predictions: far better than token frequency."""
     run = fit(
         file,
         task="denoising",

@@ -1,4 +1,4 @@
-"""Detection as a task: batches whose boxes fit their pictures, scores, answers, and a whole run with a floor."""
+"""Detection as a task: batches whose boxes match their images, scores, predictions, and a complete run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fieldguide.tasks.vision.object_detection import ObjectDetection
 
 
 def folder(root, count=12):
-    """Wide and tall pictures, black, with one white rectangle each that is the object."""
+    """Write wide and tall black images with one white rectangle, the object."""
     for name in ("images", "labels"):
         (root / name).mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def test_mosaics_if_requested(tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_boxes_match_their_images(tmp_path, kept, monkeypatch):
-    """Training pictures are black within white: the object is white too, so its rectangle tells where its box must be."""
+    """Images are black on white padding and the object is white, so the pixels show where its box must be."""
     if not kept:
         monkeypatch.setattr("fieldguide.tasks.vision.object_detection.MAX_IMAGE_CACHE_FRACTION_OF_RAM", 0)
     task, data = learnt(read(folder(tmp_path)), side=64)
@@ -124,7 +124,7 @@ def test_scores_baselines_and_threshold(tmp_path):
 
 
 def test_bootstrap_equals_matching_each_sample():
-    """Matching once and drawing after is drawing first and matching each time."""
+    """Matching once and resampling afterwards equals resampling first."""
     rng = np.random.default_rng(1)
     corner = rng.uniform(0, 40, (20, 3, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 30, (20, 3, 2))], -1)
@@ -143,7 +143,7 @@ def test_bootstrap_equals_matching_each_sample():
 
 
 def test_intervals_of_many_images_use_a_subset(monkeypatch, tmp_path):
-    """Drawn from a quarter of the pictures and made half as wide, they are about as wide as drawn from all."""
+    """Resampled from a quarter of the images and halved, they are about as wide as from all."""
     kind, rng, count = ObjectDetection, np.random.default_rng(2), 240
     data = kind.build_examples(read(folder(tmp_path)), kind.Options())
     task = kind.fit(data, kind.Options())

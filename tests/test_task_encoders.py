@@ -1,4 +1,4 @@
-"""Tasks of text encoders, from files to answers: hidden words."""
+"""Tasks of text encoders, from files to predictions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """The noun follows from the adjective: there is something to learn."""
+    """Return sentences whose noun follows from the adjective."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(count):
@@ -104,7 +104,7 @@ def test_gap_notations(file):
 
 
 def test_learns_to_fill_masks(file, tmp_path):
-    """From texts to answers: far better than frequency, and where a noun is missing, nouns are named."""
+    """From texts to predictions: far better than token frequency, and nouns are predicted for nouns."""
     run = fit(
         file,
         task="fill-mask",
@@ -153,7 +153,7 @@ def test_learns_to_fill_masks(file, tmp_path):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Do both sentences name the same person? Neither alone says."""
+    """Return sentence pairs labeled with whether both name the same person; a single sentence does not tell."""
     rng, rows = np.random.default_rng(0), []
     for _ in range(500):
         one, other = rng.choice(WHO, 2, replace=False)

@@ -1,4 +1,4 @@
-"""Forecasting end to end: from tables of every layout to forecasts with intervals; published numbers of naive forecasts."""
+"""Forecasting from tables of every layout to forecasts with intervals; published scores of naive forecasts."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_evaluation_on_the_same_and_other_data(run, tmp_path):
 
 
 def test_future_covariates_are_used(tmp_path):
-    """The future follows from a column that is known, and from nothing else."""
+    """The future depends on a known column only."""
     rng = np.random.default_rng(0)
     promo = (rng.random(900) < 0.4).astype(int)
     y = 10 + 5 * promo + 0.3 * rng.normal(size=900)
@@ -159,7 +159,7 @@ def scores_of_naive(data, **options):
 
 @pytest.mark.parametrize(("name", "mse", "mae"), [("ETTh1", 1.295, 0.713), ("ETTh2", 0.432, 0.422)])
 def test_naive_scores_on_ett_equal_the_published_ones(name, mse, mae, tmp_path):
-    """Repeating the last value, Zeng et al. 2022, arXiv:2205.13504, table 2: borders, scales, windows are theirs."""
+    """Repeating the last value, Zeng et al. 2022, arXiv:2205.13504, table 2, with their splits, scales and windows."""
     found = sorted(unpack("series.zip", tmp_path, "").rglob(f"{name}.csv"))[0]
     scores = scores_of_naive(
         read(found, column_spec=Forecasting.column_spec), horizon=96, train=8640, validation=2880, test=2880

@@ -1,4 +1,4 @@
-"""Pictures with captions and questions: ranks against a slow count, damaged tables, answers that are rare, whole runs."""
+"""Images with captions and questions: ranks against a slow count, damaged tables, rare answers, complete runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIDES = ("left", "right")
 
 
 def album(folder, count=200, kind="captions"):
-    """Pictures with a coloured square on one side, and a table: two captions of each, or two questions."""
+    """Write images with a colored square on one side, and a table with two captions or questions for each."""
     rng, rows = np.random.default_rng(0), []
     (folder / "photos").mkdir(parents=True)
     for i in range(count):
@@ -142,7 +142,7 @@ def test_rare_answers_count_as_wrong(tmp_path):
 
 
 def test_first_correct_answer_counts(tmp_path):
-    """Of five captions of a picture one is near: that is enough for the picture, and each caption is asked for itself."""
+    """One of five captions near its image is enough for the image; each caption is also a query of its own."""
     it, _ = learnt(tmp_path, "image-text")
     picture, caption = np.repeat([0, 1], 5), np.arange(10)
     image, text = np.repeat(np.eye(4)[:2], 5, 0), np.tile(np.eye(4)[3], (10, 1))
@@ -332,7 +332,7 @@ def test_questions_end_to_end(tmp_path):
 
 
 def test_questions_after_training_on_captions(tmp_path):
-    """Its towers begin as they were, the head for answers anew."""
+    """The encoders start from the run, the answer head is new."""
     settings = {**SETTINGS, "steps": 160, "evaluate": 40, "batch": 64, "lr": 1e-2, "augment": "none"}
     table = album(tmp_path / "data", 400, "questions")
     run = fit(table, model="clip-mini", out=tmp_path / "run", settings=settings)

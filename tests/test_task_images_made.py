@@ -1,4 +1,4 @@
-"""Image generation: judges against their definitions, samples that depend on seed and number alone, and whole runs."""
+"""Image generation: evaluation metrics against their definitions, reproducible samples, and complete runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_precision_and_recall_equal_their_definition():
 
 
 def test_intervals_match_the_spread_of_scores():
-    """Of many data sets from one source, about 95 of 100 scores lie as near to their mean as an interval reaches."""
+    """About 95 of 100 scores of data from one distribution are within an interval of their mean."""
     rng = np.random.default_rng(0)
     worlds = [(rng.normal(size=(150, 4)), rng.normal(0.5, 1.2, (150, 4))) for _ in range(80)]
     for score, around in (

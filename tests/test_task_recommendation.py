@@ -161,7 +161,7 @@ def test_objective_equals_the_softmax_over_items():
 
 
 def test_sampled_softmax_is_corrected():
-    """With the correction, a softmax over drawn items tends to that over all, however uneven the draw."""
+    """With the correction, the sampled softmax approaches that over all items for any sampling distribution."""
     model = tiny("sasrec")
     items = torch.randint(1, 30, (6, 8))
     batch = {"items": items, "mask": items > 0, "target": torch.randint(1, 30, (6, 8))}
@@ -249,7 +249,7 @@ def test_network_learns_the_next_item(tmp_path):
 
 
 def clicks(path, rows=3000, seed=0):
-    """Users like items of their own kind; a click says so, mostly."""
+    """Return clicks of users who mostly like items of their own kind."""
     rng = np.random.default_rng(seed)
     user, item = rng.integers(0, 60, rows), rng.integers(0, 40, rows)
     liked = rng.random(rows) < np.where(user % 4 == item % 4, 0.9, 0.1)

@@ -1,4 +1,4 @@
-"""Segmentation: losses and counts against slow references, tiles, masks of every form, damaged folders, and a whole run."""
+"""Segmentation: losses and counts against slow references, tiles, mask formats, damaged folders, and a complete run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from test_models import tiny
 
 
 class Pixelwise(nn.Module):
-    """Answers each pixel from itself alone."""
+    """Predicts each pixel from itself only."""
 
     def __init__(self, classes=3):
         super().__init__()
@@ -73,7 +73,7 @@ def test_loss_ignores_pixels_without_a_class():
 
 @pytest.mark.parametrize("size", [(40, 70), (16, 16), (33, 90), (100, 20)], ids=str)
 def test_tiles_equal_the_whole_image(size):
-    """A network that looks at a pixel alone answers alike however the picture is cut; weights make a mean."""
+    """A pixelwise network predicts the same for any tiling, since weights are normalized."""
     model, image = Pixelwise().double(), torch.randn(2, 2, *size, dtype=torch.float64)
     torch.testing.assert_close(predict_tiled(model, image, 16).double(), model(image), rtol=1e-5, atol=1e-5)
     for n in size:
@@ -143,7 +143,7 @@ def test_mask_formats(tmp_path, form):
 
 @pytest.mark.parametrize("augment", ["none", "light", "standard"])
 def test_augmented_masks_match_their_images(augment):
-    """The mask is drawn into the picture: afterwards both must still agree, and what lies outside has no class."""
+    """The mask is drawn into the image: both must agree after augmentation, and pixels outside have no class."""
     target = torch.arange(40 * 48).view(1, 40, 48).div(160, rounding_mode="floor").repeat(6, 1, 1) % 5
     pixels = (target[:, None] * 50).expand(-1, 3, -1, -1).to(torch.uint8)
     inner = torch.tensor([[40, 48]] * 3 + [[20, 30]] * 3)
@@ -210,7 +210,7 @@ def test_images_with_masks(tmp_path):
 
 
 def test_classes_can_be_ignored_by_name(tmp_path):
-    """Of masks in colours, which class_dict.csv names."""
+    """For color masks with names in class_dict.csv."""
     for path in (folder(tmp_path) / "masks").iterdir():
         Image.fromarray(np.array([(0, 0, 0), (9, 8, 7)], np.uint8)[np.asarray(Image.open(path))]).save(path)
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nfield,0,0,0\nsquare,9,8,7\nVoid,1,1,1\n")

@@ -1,4 +1,4 @@
-"""Speech recognition: from recordings to words. Readers whole and damaged, the check of recordings, the task end to end."""
+"""Speech recognition: readers, checks of recordings, and the task from recordings to transcripts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TASK = "automatic-speech-recognition"
 
 
 def sound(path, words=("two",), seed=0, rate=8000, channels=1, form=None):
-    """A spoken recording at any rate, written in the format of its suffix."""
+    """Write a synthetic recording at any sample rate, in the format of its suffix."""
     wave = voice.speak(list(words), voice.Voice(), np.random.default_rng(seed))
     wave = np.interp(np.arange(len(wave) * rate // 8000) * 8000 / rate, np.arange(len(wave)), wave).astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def said(i):
 
 @pytest.fixture(scope="module")
 def twelve(tmp_path_factory):
-    """Twelve recordings, r0.wav to r11.wav."""
+    """Write twelve recordings, r0.wav to r11.wav."""
     folder = tmp_path_factory.mktemp("twelve")
     for i in range(12):
         sound(folder / f"r{i}.wav", said(i).split(), i)
@@ -72,7 +72,7 @@ def twelve(tmp_path_factory):
 
 @pytest.fixture
 def folder(twelve, tmp_path):
-    """A folder of twelve recordings and a table of what they say."""
+    """Write a folder of twelve recordings and a table of transcripts."""
     shutil.copytree(twelve, tmp_path / "data" / "wav")
     table(tmp_path / "data", [(f"wav/r{i}.wav", said(i)) for i in range(12)])
     return tmp_path / "data"
@@ -440,8 +440,9 @@ def test_word_times(folder):
 
 
 class Near(torch.nn.Module):
-    """Gives for each four frames the mean of them, of those before and of those after: it hears no further, so that what is
-    heard in chunks must be what is heard at once."""
+    """Returns the means of each four frames and of their neighbors: its receptive field is short, so that chunks must equal the
+    whole recording.
+    """
 
     stride = 4
 
@@ -548,7 +549,7 @@ def test_exhibits_can_be_played(run):
 
 
 class Quiet(NullCallback):
-    """Stops before a step is counted, as a killed process does."""
+    """Stops before a step is counted, like a killed process."""
 
     def __init__(self, stop=-1):
         self.stop = stop
@@ -559,7 +560,7 @@ class Quiet(NullCallback):
 
 
 def test_resumed_training_equals_uninterrupted(tmp_path):
-    """Resume: order, speed and stripes are functions of the step."""
+    """Order, speed and masks depend on the step only."""
     data = asked("spoken")[0].take(np.arange(80))
 
     def loop(folder, stop=-1):

@@ -1,4 +1,4 @@
-"""Tags of words: CoNLL files and JSON Lines, entities counted as CoNLL counts them, and a task from file to answers."""
+"""Token classification: CoNLL files and JSON Lines, entities counted as by conlleval, and the task from file to prediction."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def slow(tags: list[str]) -> set[tuple[int, int, str]]:
-    """Entities by the rules of conlleval, one word after another."""
+    """Return entities by the rules of conlleval, word by word."""
     found, start, before = set(), None, ("O", "")
     for i, tag in enumerate([*tags, "O"]):
         now = (tag[0], tag[2:]) if tag != "O" else ("O", "")

@@ -1,4 +1,4 @@
-"""Text generation and translation: from files to answers. Documents and paired files, whole and damaged."""
+"""Text generation and translation: documents and parallel files, complete and damaged, and the tasks to prediction."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_conversations(tmp_path):
 
 
 def test_damaged_conversations(tmp_path):
-    """Each is counted with its places by the doctor, before anything is learnt."""
+    """Each problem is counted with its locations before training."""
     file = tmp_path / "chat.jsonl"
     rows = [
         {"messages": [{"role": "user", "content": f"What is {i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}

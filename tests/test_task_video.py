@@ -1,4 +1,4 @@
-"""Video generation: films of every form, whole and damaged; what judges see; a run whose films play."""
+"""Video generation: all formats, complete and damaged; evaluation features; a run whose videos can be played."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fieldguide.tasks.vision.video_generation import (
 
 
 def strip(path, seed=0, frames=5, side=16, step=1):
-    """A bright square that moves `step` pixels a frame."""
+    """Return a strip with a bright square that moves `step` pixels per frame."""
     rng = np.random.default_rng(seed)
     y, x = rng.integers(0, side - 4), 5
     array = rng.integers(0, 30, (side, side * frames)).astype(np.uint8)
@@ -95,7 +95,7 @@ def test_accepted_data(tmp_path):
 
 
 def filmed(path, frames=8, side=32, seed=0):
-    """An MP4 of a bright square that moves; its pictures."""
+    """Write an MP4 of a moving bright square and return its frames."""
     row, said = np.random.default_rng(seed).integers(0, side - 8), np.zeros((frames, side, side, 3), np.uint8)
     for f in range(frames):
         said[f, row : row + 8, 2 * f : 2 * f + 8] = 240

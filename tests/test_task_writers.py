@@ -1,4 +1,4 @@
-"""Encoder-decoders in tasks: how given tokenizers frame texts, fits from nothing and from folders of transformers."""
+"""Encoder-decoders in tasks: special tokens of given tokenizers, fits from random weights and from transformers folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CODES = ["en_XX", "de_DE"]
 
 
 def tokenizer(path, before=(), after=(), special=SPECIAL):
-    """A tokenizer.json of words that puts these tokens around a text."""
+    """Write a tokenizer.json of words that adds these tokens around a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     names = [*special, *WORDS, *CODES]
@@ -79,7 +79,7 @@ def pairs(tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_sequence_markers(form, tmp_path, pairs):
-    """Rows as the network learnt them: its sources, what answers begin with, and what follows each of their tokens."""
+    """Sources, start tokens and targets as the network was trained with."""
     before, after, options, want = FORMS[form]
     path = tokenizer(tmp_path / "tokenizer.json", before, after)
     data = Translation.build_examples(read(pairs, column_spec=Translation.column_spec), None)
@@ -146,7 +146,7 @@ def test_fits_from_random_weights(name, tmp_path, pairs):
     ],
 )
 def test_fits_from_a_transformers_folder(name, form, more, tmp_path, pairs):
-    """Its tokenizer and what its answers begin with come from the folder; the weights are those of the first step."""
+    """Tokenizer and start tokens come from the folder; the weights are used from the first step."""
     before, after, options, want = FORMS[form]
     changes = {} if name == "t5" else {"length": 80}
     theirs = network(create(f"{name}-test", begin=options.get("begin", 0), **changes))
@@ -228,7 +228,7 @@ def test_network_learns_to_summarize(tmp_path):
 
 
 def test_runs_predict_like_checkpoints(tmp_path, pairs):
-    """By beams, or drawn by chance that is a matter of seed and row; in pieces; up to a text; and as it was before."""
+    """Beam search, reproducible sampling, streaming, stop strings, and the defaults."""
     run = open_run(
         fit(
             pairs,

@@ -1,4 +1,4 @@
-"""Tasks: scores equal scikit-learn's, preparation is learnt on training rows alone, raw inputs always get an answer."""
+"""Tasks: scores equal scikit-learn's, preprocessing is fitted on training rows only, raw inputs are always predicted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUICK = {"steps": 8, "precision": "float32"}
 
 
 def answered(rows: int, classes: int, seed: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Truth, and probabilities that know something of it."""
+    """Return targets, and probabilities that are better than random."""
     rng = np.random.default_rng(seed)
     y = np.r_[np.arange(classes), rng.integers(0, classes, rows - classes)]
     logits = rng.normal(size=(rows, classes)) + 1.5 * np.eye(classes)[y]
@@ -74,7 +74,7 @@ def test_scores_equal_scikit_learn(classes, ties):
 
 
 def test_scores_over_the_classes_that_occur():
-    """A test part without some class is scored over those that it has, and one class alone has no ROC curve."""
+    """Classes missing in the test rows are ignored; a single class has no ROC curve."""
     y, p = answered(60, 3, 0)
     two = y < 2
     ours = classifier(3).score({"probabilities": p[two]}, {"label": y[two]})
@@ -93,7 +93,7 @@ def test_confident_error_has_a_finite_loss():
 
 
 def slow_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Bin by bin, as the paper writes it: |B|/n times |mean confidence - accuracy|."""
+    """Compute the error bin by bin: |B|/n times |mean confidence - accuracy|."""
     total = 0.0
     for b in range(bins):
         inside = [i for i, c in enumerate(confidence) if b / bins <= c < (b + 1) / bins or (c == 1 and b == bins - 1)]
@@ -154,7 +154,7 @@ def test_intervals_contain_the_score_and_shrink():
 
 
 def test_intervals_have_nominal_coverage():
-    """Of many samples of 150 rows, about 95 % have an interval that holds the true accuracy."""
+    """About 95 % of many samples of 150 rows have an interval that contains the true accuracy."""
     y, p = answered(40_000, 3, 3)
     true, made, rng = np.mean(p.argmax(1) == y), classifier(3), np.random.default_rng(0)
     held = 0
@@ -175,7 +175,7 @@ def prepared(source, parts: Splits, model: str):
 
 
 def poison_table(rows: pl.DataFrame, at: np.ndarray) -> pl.DataFrame:
-    """Absurd numbers, categories, dates and missing values in these rows."""
+    """Put extreme numbers, categories, dates and missing values in these rows."""
     here = pl.Series(np.isin(np.arange(rows.height), at))
     return rows.with_columns(
         pl.when(here).then(pl.lit(1e9)).otherwise(pl.col("size")).alias("size"),
@@ -332,7 +332,7 @@ def test_digits_are_never_mirrored(digits_run):
 
 
 def test_symmetric_images_are_mirrored(tmp_path):
-    """Classes that differ by height of a bar and shade: a mirror changes neither."""
+    """Classes that differ by the height of a bar and its shade do not change when mirrored."""
     rng = np.random.default_rng(0)
     for c, row in enumerate((2, 7, 12)):
         (tmp_path / f"bar{c}").mkdir()
@@ -465,7 +465,7 @@ def test_column_type_can_be_overridden(mixed, tmp_path):
 
 
 def pictures_table(root, rows: int = 60) -> pl.DataFrame:
-    """Bright and dark pictures, what they are, and a number that no network for pictures reads."""
+    """Return bright and dark images with labels and a numeric column that image networks do not read."""
     paths, bright = [root / f"{i}.png" for i in range(rows)], np.arange(rows) % 2
     for i, path in enumerate(paths):
         pixels = np.random.default_rng(i).integers(128 * bright[i], 128 * bright[i] + 120, (16, 16), np.uint8)
@@ -543,7 +543,7 @@ def test_size_of_a_requested_architecture_follows_data_and_time():
 
 
 def test_short_time_prefers_a_good_network_partly_trained():
-    """Large texts and few minutes: every network is too slow for eight passes, and the encoder still leads."""
+    """Every network is too slow for eight passes, and the encoder is still ranked first."""
     from fieldguide.automl.advisor import advise
     from fieldguide.tasks import task
 
@@ -593,7 +593,7 @@ def test_measuring_all_networks_gives_the_same_choice(monkeypatch, rows):
 
 
 def test_larger_networks_for_more_data(monkeypatch):
-    """Of one family, where time does not decide."""
+    """Within one family, if time is not the limit."""
     from fieldguide.models import registry
 
     monkeypatch.setattr(registry, "names", lambda: ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
@@ -602,7 +602,7 @@ def test_larger_networks_for_more_data(monkeypatch):
 
 
 def test_only_promising_networks_are_measured(monkeypatch):
-    """Of a hundred sizes that read pictures a few are counted, each architecture is heard, and too slow ones stop their kin."""
+    """A few of a hundred sizes are measured, each architecture is considered, and slow sizes exclude larger ones."""
     from fieldguide.automl import profile
     from fieldguide.automl.advisor import advise
 

@@ -1,4 +1,4 @@
-"""Every task that comes with a sample: stopped in the middle and resumed, a run ends as if it had never been."""
+"""Every task with a sample: a run that is stopped and resumed equals an uninterrupted one."""
 
 from __future__ import annotations
 

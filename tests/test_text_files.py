@@ -1,4 +1,4 @@
-"""Tokenizers beside published weights, beside transformers' own on awkward texts; and fits that begin with them."""
+"""Tokenizers of published weights, compared with transformers on unusual texts; and fits that start from them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Said(NullCallback):
 
 
 def wordpieces(folder, size=260, lower=True, **said):
-    """A folder with a vocab.txt, as BERT's are published."""
+    """Write a folder with a vocab.txt, as for BERT."""
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=lower)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -81,7 +81,7 @@ def wordpieces(folder, size=260, lower=True, **said):
 
 
 def merged(folder, special, **said):
-    """A folder with vocab.json and merges.txt, as GPT-2's and RoBERTa's are published."""
+    """Write a folder with vocab.json and merges.txt, as for GPT-2 and RoBERTa."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.train_from_iterator(
@@ -101,7 +101,7 @@ def merged(folder, special, **said):
 
 
 def same(ours: TextTokenizer, theirs, texts=TEXTS, pairs=True):
-    """One text at a time and in pairs, special tokens and segments too; and every token by its number."""
+    """Compare single texts and pairs, special tokens and segments, and every token id."""
     for text in texts:
         assert ours.tokenizer.encode(text).ids == theirs(text).input_ids, text
     for a, b in zip(texts[2:], texts[3:] if pairs else ()):
@@ -231,7 +231,7 @@ def test_tokenizer_is_saved_completely(tmp_path):
     ids=str,
 )
 def test_end_tokens_are_read(name, said, end, tmp_path):
-    """As Gemma's, among whose tokens there are also those of web pages."""
+    """As for Gemma, whose vocabulary also contains HTML tags."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<end_of_turn>", "</s>", "<s>"]
     Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
     if name:
@@ -364,7 +364,7 @@ def test_rows_fit_the_length_of_the_checkpoint(table, tmp_path):
 
 
 def test_rows_are_not_shortened_for_unlimited_networks():
-    """T5's `length` says what it learnt from."""
+    """T5's `length` is only the length in training."""
     begun = Checkpoint(None, card("t5"), None, {}, {})
     learnt = SimpleNamespace(model_dims=lambda: {"vocab_size": 30, "length": 900})
     assert finetune.limit_length(learnt, None, card("t5").settle(length=512), begun, {"length": 900}, NullCallback()) is learnt

@@ -1,5 +1,6 @@
-"""Files of SentencePiece, beside what its own library says of awkward texts (kept in golden/pieces, with the files that it
-learnt: a unigram model as T5's and DeBERTa's, merged pairs that fall back to bytes as Llama's and Gemma's)."""
+"""SentencePiece files, compared with the outputs of its library on unusual texts (stored in golden/pieces with the files: a
+unigram model as for T5 and DeBERTa, and BPE with byte fallback as for Llama and Gemma).
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Fine-tuning: low-rank changes, frozen networks, rates by layer, layers that learn later, blocks computed again; and fits
-that begin with a checkpoint."""
+"""Fine-tuning: LoRA, frozen networks, layer-wise rates, gradual unfreezing, gradient checkpointing; and fits from
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def randomised(model: nn.Module) -> None:
-    """Low-rank parts that are not zero."""
+    """Set low-rank parts to random values other than zero."""
     torch.manual_seed(5)
     for name, p in model.named_parameters():
         if name.endswith(".b"):
@@ -88,7 +89,7 @@ def randomised(model: nn.Module) -> None:
 
 
 def test_lora_equals_its_equation():
-    """Outputs and gradients of the two parts, by hand (arXiv:2106.09685, equation 3)."""
+    """Outputs and gradients of both parts (arXiv:2106.09685, equation 3)."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 4)).double()
     weight, bias = (p.detach().clone() for p in net.parameters())
@@ -148,7 +149,7 @@ def test_lora_with_tied_embeddings():
 
 
 def test_layer_wise_learning_rates():
-    """Against AdamW by hand: embeddings lowest, each block more, what stands behind them all of it."""
+    """Against AdamW by hand: embeddings lowest, each block higher, layers after the blocks the full rate."""
     decay, lr = 0.5, 0.01
     ours, plain = bert().double(), bert().double()  # in float32 chance alone moves biases of keys, which change nothing
     loop = trainer(ours, texts(), settled(layer_decay=decay, lr=lr, weight_decay=0.1, clip=0))
@@ -252,7 +253,7 @@ def test_frozen_networks_keep_weights_and_statistics():
 
 
 def test_frozen_networks_have_no_dropout():
-    """Two passes in training differ only by what stands before the new head."""
+    """Two passes in training differ only by layers in front of the new head."""
     model = bert(dropout=0.5)
     peft.prepare(model, settled(tune="frozen"), HEAD)
     loop = trainer(model, texts(), settled(tune="frozen"))
@@ -274,7 +275,7 @@ def test_invalid_modes_are_rejected():
 
 
 def learnt(model: nn.Module, batches: Batches) -> tuple[list[Tensor], int, dict[str, Tensor]]:
-    """Gradients of one pass, numbers kept for the way back, and the state after it."""
+    """Return the gradients of one pass, the number of stored activations, and the state after it."""
     loop, kept = trainer(model, batches, settled()), {}
     loop.set_train_mode()
     own = {p.data_ptr() for p in model.parameters()}
@@ -296,7 +297,7 @@ def learnt(model: nn.Module, batches: Batches) -> tuple[list[Tensor], int, dict[
     "make, batches", [(lambda: bert(dropout=0.2, depth=4), texts), (lambda: create("resnet-test", num_classes=3), pictures)]
 )
 def test_checkpointed_gradients_are_equal_with_less_memory(make, batches):
-    """With the same dropout, and statistics of batches that are counted once."""
+    """With the same dropout, and batch statistics that are counted once."""
     torch.manual_seed(0)
     plain = make()
     again = make()
@@ -311,7 +312,7 @@ def test_checkpointed_gradients_are_equal_with_less_memory(make, batches):
 
 @pytest.mark.parametrize("name, blocks", [("bert", 2), ("t5", 5), ("transformer", 4), ("unet-resnet", 8)])
 def test_gradient_checkpointing_covers_all_blocks(name, blocks):
-    """Of readers and writers, of both sides of a network."""
+    """In encoders and decoders, on both sides of a network."""
     model = create(f"{name}-test")
     peft.prepare(model, settled(recompute=True), None)
     assert sum("forward" in vars(m) for m in model.modules()) == blocks
@@ -324,7 +325,7 @@ WORDS = ["red", "green", "blue", "small", "old", "new"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A masked-language model of transformers with its tokenizer."""
+    """Write a masked language model of transformers with its tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = tmp_path_factory.mktemp("masked")
@@ -381,7 +382,7 @@ def test_missing_head_is_initialized_randomly(folder):
 
 @pytest.mark.parametrize("way", ["whole", "frozen", "lora"])
 def test_fit_from_a_folder_resumes_bit_exact(way, folder, table, tmp_path):
-    """Stopped before the first checkpoint too, which begins again with the same weights."""
+    """Also if stopped before the first checkpoint."""
     more = {"whole": {"layer_decay": 0.7, "unfreeze": 0.5, "recompute": "true"}, "lora": {"lora_rank": 2}}.get(way, {})
     arguments = {"weights": folder, "settings": {**FAST, "steps": 6, "tune": way, "lr": 0.01, "model.dropout": 0.1, **more}}
     callback = Says()
@@ -412,7 +413,7 @@ def _tokenizer(folder) -> str:
 
 
 def test_run_as_a_checkpoint(folder, table, tmp_path):
-    """With its tokenizer; a network of as many classes keeps its head, one of others has a new one."""
+    """With its tokenizer; the head is kept if the number of classes is equal, else it is new."""
     first = fit(table, out=tmp_path / "first", weights=folder, settings={**FAST, "steps": 2})
     two = tmp_path / "two.csv"
     two.write_text(table.read_text().replace(",c\n", ",b\n"))
@@ -449,7 +450,7 @@ def test_size_is_identified_by_all_fields():
 
 
 def test_embedding_networks_classify_by_the_mean(folder, table, tmp_path):
-    """A network that gives vectors has learnt to say by the mean what a text is; transformers has no such network."""
+    """Networks trained for embeddings use the mean over the tokens; transformers has no such classifier."""
     transformers.BertModel.from_pretrained(folder).save_pretrained(tmp_path / "bare")
     plan = fitting.build_plan(
         read(table), weights=tmp_path / "bare", settings={**FAST, "steps": 2, "task.tokenizer": str(folder / "tokenizer.json")}

@@ -1,4 +1,4 @@
-"""A language model that sees, from its folder: what it says of pictures, beside transformers with its processor."""
+"""Vision-language models loaded from a folder: generated text equal to transformers with its processor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ASKED = "What is there?"
 
 
 def words() -> Tokenizer:
-    """Bytes alone, and tokens that begin, end, and stand for a picture."""
+    """Return a byte-level tokenizer with start, end and image tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Classes by name alone: published networks of pictures and texts beside transformers' own, and runs of image-text."""
+"""Zero-shot classification: published image-text networks compared with transformers, and runs of image-text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def clip_tokenizer() -> Tokenizer:
 
 
 def clip_folder(path):
-    """A CLIP as the hub has it: weights and tokenizer."""
+    """Write a CLIP as on the hub: weights and tokenizer."""
     tokenizer = clip_tokenizer()
     end = tokenizer.token_to_id(ENDS[1])
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def clip_folder(path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With how pictures are prepared."""
+    """Write a folder that also describes the image preprocessing."""
     path = clip_folder(tmp_path_factory.mktemp("clip"))
     (path / "preprocessor_config.json").write_text(
         json.dumps(
@@ -90,7 +90,7 @@ def folder(tmp_path_factory):
 
 @torch.no_grad()
 def theirs(folder, paths, texts):
-    """`logits_per_image` of transformers, its tokenizer's texts, and our pictures."""
+    """Return `logits_per_image` of transformers with its tokenizer and our images."""
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     made = transformers.PreTrainedTokenizerFast.from_pretrained(folder)(
         texts, padding=True, truncation=True, max_length=16, return_tensors="pt"
@@ -106,7 +106,7 @@ def files(pictures):
 
 
 def test_image_preprocessing_equals_transformers(folder, pictures):
-    """To the rounding of a pixel: theirs may go through another library than Pillow."""
+    """Up to rounding, since transformers may use another library than Pillow."""
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, resample=3)
     how = build_transform(folder, 24, 3)
     found = how.apply(how.load(files(pictures)))

@@ -1,4 +1,4 @@
-"""A peer of transformers whose tensors may be one another's: it is filled from files, in which each stands once."""
+"""Support for peers of transformers with tied tensors, which files store once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 class Tied(nn.Module):
     def tied(self) -> dict[str, str]:
-        """Names of tensors that are another's too -> the name that files have."""
+        """Return the names of tied tensors -> the name in files."""
         first, again = {}, {}
         for name, tensor in self.state_dict(keep_vars=True).items():
             if (known := first.setdefault(id(tensor), name)) != name:

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
 
 def __getattr__(name: str):
-    """`smp` and `diffusers`, which also need torchvision, where they are asked for."""
+    """Import `smp` and `diffusers`, which also need torchvision, on first use."""
     if name not in ("smp", "diffusers"):
         raise AttributeError(name)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The encoder-decoders of transformers, set up as ours are."""
+"""The encoder-decoders of transformers, configured like ours."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ moe = transformers.models.nllb_moe.modeling_nllb_moe
 
 
 def two_experts(self: nn.ModuleDict, x: Tensor, first: Tensor, shares: Tensor) -> Tensor:
-    """The sum over the experts that a token goes to of share times answer (GShard, algorithm 1), token by token.
+    """Return the sum over the chosen experts of weight times output (GShard, algorithm 1), token by token.
 
-    In transformers 5.23 expert 0 serves every token's second choice and expert 1 its first, whichever were chosen: it reads
-    the zeros and ones of a mask as numbers of experts.
+    In transformers 5.23 expert 0 serves every token's second choice and expert 1 its first, whichever were chosen: it uses
+    the zeros and ones of a mask as indices of experts.
     """
     rows = [
         sum((share * self[f"expert_{e}"](one[None])[0] for e, share in enumerate(given) if share), 0 * one)
@@ -36,7 +36,7 @@ moe.NllbMoeExperts.forward = two_experts
 
 
 class Pairs(Tied):
-    """Takes what ours takes, gives what ours gives, in the precision that it is given; tied tensors have one name."""
+    """A peer with the inputs and outputs of ours, in the given precision; tied tensors have one name."""
 
     def __init__(self, peer: nn.Module):
         super().__init__()
@@ -63,7 +63,7 @@ class Pairs(Tied):
 
 
 def configuration(model: nn.Module, **other: Any) -> Any:
-    """Our config written as that of transformers."""
+    """Return our config as that of transformers."""
     card = card_of(model)
     theirs = to_public_config(card, card.configs["huggingface"], model.config) | other
     kind = theirs.pop("model_type")
@@ -80,7 +80,7 @@ def network(model: nn.Module, **other: Any) -> nn.Module:
 
 
 def writer(model: nn.Module, **other: Any) -> tuple[nn.Module, Any]:
-    """The peer of one of our encoder-decoders and what renames our tensors."""
+    """Return the peer of an encoder-decoder and the function that renames our tensors."""
     peer, table = Pairs(network(model, **other)), get_tables(model)["huggingface"]
     there = {key for key in peer.state_dict() if key not in peer.tied()}
 
