@@ -173,7 +173,7 @@ def test_invalid_options_are_rejected(tmp_path):
     for options, words in (
         ({"side": 50}, "task.side=50 must be a multiple of 32, for example 64"),
         ({"classes": "a,dog"}, "task.classes names 'dog', but"),
-        ({"flip": "2"}, "must lie between 0 and 1"),
+        ({"flip": "2"}, "must be between 0 and 1"),
     ):
         with pytest.raises(SettingsError, match=words):
             learnt(data, **options)

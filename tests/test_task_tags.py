@@ -141,7 +141,7 @@ def test_words_are_classified_at_their_first_token(folder):
     short, _ = made(folder / "words.conll", vocab_size=270, length=8)
     cut = short.batches(data, card("bert"))
     batch = cut.make(np.arange(20), None)
-    assert batch["tokens"].shape[1] <= 8 and "words lie beyond the first 8 tokens" in short.notes[-1]
+    assert batch["tokens"].shape[1] <= 8 and "words are beyond the first 8 tokens" in short.notes[-1]
     real = truth[:20]
     scores = short.score({"label": np.full((20, 2), short.tags.index("O"))}, {"label": real})
     assert scores["recall"] == 0 and scores["accuracy"] == pytest.approx((real[real >= 0] == short.tags.index("O")).mean())

@@ -64,7 +64,7 @@ class Progress:
             disable=not console.is_terminal,
         )
         self.line = self.bar.add_task("", total=settings.steps, completed=done, loss="-", score="")
-        self.steps, self.told, self.done, self.began = settings.steps, done, done, time.monotonic()
+        self.steps, self.last_printed, self.done, self.began = settings.steps, done, done, time.monotonic()
         self.bar.start()
         console.print(
             f"training {settings.steps:,} steps of {settings.batch_size} examples, {settings.optimizer} "
@@ -88,8 +88,8 @@ class Progress:
             self.best = f"{value:.4g}"
         self.bar.update(self.line, score=f"{name} {value:.4g} (best {self.best})")
         # Without a terminal there is no bar; a line is printed at most 20 times.
-        if not console.is_terminal and (best or step == self.steps) and step - self.told >= self.steps / 20:
-            self.told = step
+        if not console.is_terminal and (best or step == self.steps) and step - self.last_printed >= self.steps / 20:
+            self.last_printed = step
             left = (time.monotonic() - self.began) / (step - self.done) * (self.steps - step)
             console.print(f"step {step:,} of {self.steps:,}: validation {name} {value:.4g}; about {left:.0f} s left")
 

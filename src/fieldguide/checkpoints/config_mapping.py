@@ -46,13 +46,13 @@ def identify_config(config: Mapping[str, Any]) -> IdentifiedConfig | None:
     """Return card, origin and key table of a configuration, or None if no card matches."""
     for card in cards().values():
         for origin, table in card.configs.items():
-            said = {
+            identity = {
                 key: row.among or (row.value,)
                 for key, row in table.items()
                 if isinstance(row, Expect) and (key in IDENTITY_KEYS or row.among)
             }
-            plain = [] if said.keys() & set(IDENTITY_KEYS) else [key for key, row in table.items() if isinstance(row, str)]
-            if all(look_up(config, key)[1] in values for key, values in said.items()) and all(
+            plain = [] if identity.keys() & set(IDENTITY_KEYS) else [key for key, row in table.items() if isinstance(row, str)]
+            if all(look_up(config, key)[1] in values for key, values in identity.items()) and all(
                 look_up(config, key)[1] is not None for key in plain
             ):
                 return card, origin, table

@@ -69,8 +69,8 @@ class Checkpoint:
         card, free = self.card, {"output_type", *(self.card.names.get(word, word) for word in FREE_FIELDS)}
         mine = asdict(card.config(**self.values))
         best, most = card.name, -1
-        for size, said in card.sizes.items():
-            apart = {k for k, v in asdict(card.config(**said.overrides)).items() if v != mine[k]}
+        for size, known in card.sizes.items():
+            apart = {k for k, v in asdict(card.config(**known.overrides)).items() if v != mine[k]}
             if not apart - free and len(mine) - len(apart) > most:  # the closest size that differs only in free fields
                 best, most = size, len(mine) - len(apart)
         return best
@@ -177,18 +177,20 @@ def inspect_checkpoint(
         card, config, state = run_folder.read_network(path)
         return Checkpoint(path, card, weights.OURS, asdict(config), state)
     folder = path if path.is_dir() else path.parent
-    beside = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    config_path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
     if path.suffix == ".gguf":  # contains its own configuration
-        beside = path
-    said = config_mapping.read(beside) if beside and name is None else {}
-    known = identify_config(said) if said else None
+        config_path = path
+    public_config = config_mapping.read(config_path) if config_path and name is None else {}
+    known = identify_config(public_config) if public_config else None
     if path.is_dir() and len(parts := sorted(path.glob(SHARD_PATTERN))) > 1:
-        return join_shards(path, parts, known, to_config_fields(known[0], known[2], said, beside) if known else {})
+        return join_shards(
+            path, parts, known, to_config_fields(known[0], known[2], public_config, config_path) if known else {}
+        )
     state = weights.read(path)
     origin: str | None
     if known:
         card, origin, table = known
-        values = to_config_fields(card, table, said, beside)
+        values = to_config_fields(card, table, public_config, config_path)
         origin = choose_variant(card, origin, values, state)
         values |= infer_vocab_size(card, values, state)
         if card.accepts("tie_embeddings"):  # whether the file has a head is more reliable than its configuration
@@ -198,18 +200,18 @@ def inspect_checkpoint(
     if name is not None:
         card, size = find(name)
         origin = None
-    elif "architecture" in said and "pretrained_cfg" in said:
-        card, size, changes = resolve_timm_name(said, beside)
+    elif "architecture" in public_config and "pretrained_cfg" in public_config:
+        card, size, changes = resolve_timm_name(public_config, config_path)
         origin = TIMM if TIMM in card.weights else None
     else:
         try:
             card, size, origin, changes = recognize(state, str(path))
         except WeightsError as error:
-            if "model_type" not in said:
+            if "model_type" not in public_config:
                 raise
             raise WeightsError(
-                f"{beside} describes {' or '.join(said.get('architectures') or ['a network'])} "
-                f"(model_type={said['model_type']!r}), which is not supported. {error}"
+                f"{config_path} describes {' or '.join(public_config.get('architectures') or ['a network'])} "
+                f"(model_type={public_config['model_type']!r}), which is not supported. {error}"
             ) from None
     values = {**card.sizes[size].overrides, **changes}
     if lacks_head(card, values, state):
@@ -311,10 +313,10 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
             f"Supported formats: {', '.join(known) or 'none'}."
         )
     assert card is not None  # it has a table of this origin
-    folder, said = Path(folder), to_public_config(card, known[origin], model.config)
+    folder, public_config = Path(folder), to_public_config(card, known[origin], model.config)
     folder.mkdir(parents=True, exist_ok=True)
     bare = f"{origin}-base"  # names in files without a head, where they differ
     names = bare if getattr(model.config, "output_type", "") == "vector" and bare in card.weights else origin
-    weights.save(model, folder / next(WEIGHT_FILES[key] for key in TYPE_KEYS if key in said), names)
-    (folder / CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n")
+    weights.save(model, folder / next(WEIGHT_FILES[key] for key in TYPE_KEYS if key in public_config), names)
+    (folder / CONFIG_FILE).write_text(json.dumps(public_config, indent=2) + "\n")
     return folder

@@ -35,63 +35,63 @@ Values = dict[str, Any]
 
 def convert_timm(content: Values, file: Path) -> Values:
     """Return timm's evaluation preprocessing: the shorter side is scaled to the crop divided by `crop_pct`."""
-    said = content.get("pretrained_cfg") or {}
-    if "input_size" not in said:
+    values = content.get("pretrained_cfg") or {}
+    if "input_size" not in values:
         return {}
-    side, share = said["input_size"][-1], said.get("crop_pct") or 0.875
+    side, share = values["input_size"][-1], values.get("crop_pct") or 0.875
     size = (
         {"height": int(side / share), "width": int(side / share)}
-        if said.get("crop_mode") == "squash"
+        if values.get("crop_mode") == "squash"
         else {"shortest_edge": int(side / share)}
     )
     return {
         "size": size,
         "crop_size": side,
-        "resample": FILTERS.index(said.get("interpolation") or "bicubic"),
+        "resample": FILTERS.index(values.get("interpolation") or "bicubic"),
         "even": True,
-        **{f"image_{key}": said[key] for key in ("mean", "std") if key in said},
+        **{f"image_{key}": values[key] for key in ("mean", "std") if key in values},
     }
 
 
 def convert_open_clip(content: Values, file: Path) -> Values:
-    if not (said := content.get("preprocess_cfg")):
+    if not (values := content.get("preprocess_cfg")):
         return {}
-    if said.get("resize_mode", "shortest") not in ("shortest", "squash"):
-        raise WeightsError(f"{file}: resize_mode={said['resize_mode']!r} is not supported; it must be shortest or squash.")
+    if values.get("resize_mode", "shortest") not in ("shortest", "squash"):
+        raise WeightsError(f"{file}: resize_mode={values['resize_mode']!r} is not supported; it must be shortest or squash.")
     return {
-        "image_mean": said.get("mean"),
-        "image_std": said.get("std"),
-        "resample": FILTERS.index(said.get("interpolation", "bicubic").lower()),
-        **({"size": {"height": None, "width": None}} if said.get("resize_mode") == "squash" else {}),
+        "image_mean": values.get("mean"),
+        "image_std": values.get("std"),
+        "resample": FILTERS.index(values.get("interpolation", "bicubic").lower()),
+        **({"size": {"height": None, "width": None}} if values.get("resize_mode") == "squash" else {}),
     }
 
 
 def convert_transformers(content: Values, file: Path) -> Values:
     """Return the values of an image processor, or of the image part of a processor, with its defaults filled in."""
-    said: Values = content if file.name.startswith("pre") else content.get("image_processor") or {}
-    if not said:
+    values: Values = content if file.name.startswith("pre") else content.get("image_processor") or {}
+    if not values:
         return {}
-    name = str(said.get("image_processor_type") or said.get("feature_extractor_type") or "")
+    name = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
     config = file.parent / "config.json"
     kind = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name).lower() or DEFAULT_PROCESSORS.get(
         str(read(config).get("model_type")) if config.is_file() else "", ""
     )
-    said = {**said, "resample": said.get("resample", FILTERS.index(DEFAULT_FILTERS.get(kind, "bicubic")))}
-    size = said.get("size")
+    values = {**values, "resample": values.get("resample", FILTERS.index(DEFAULT_FILTERS.get(kind, "bicubic")))}
+    size = values.get("size")
     if isinstance(size, int) and kind in SQUARE_PROCESSORS:
-        said["size"] = {"height": size, "width": size}
+        values["size"] = {"height": size, "width": size}
     elif kind == "convnext" and size:
         edge = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
-        said |= (
+        values |= (
             {"size": {"height": edge, "width": edge}}
             if edge >= MIN_STRETCHED_SIDE_PIXELS
-            else {"size": {"shortest_edge": int(edge / (said.get("crop_pct") or 224 / 256))}, "crop_size": edge}
+            else {"size": {"shortest_edge": int(edge / (values.get("crop_pct") or 224 / 256))}, "crop_size": edge}
         )
-    if kind == "efficientnet" and said.get("include_top", True) and "image_std" in said:
-        said["image_std"] = [number**2 for number in said["image_std"]]  # it divides by the deviation twice
-    if said.get("do_normalize") is False:
-        said |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-    return said
+    if kind == "efficientnet" and values.get("include_top", True) and "image_std" in values:
+        values["image_std"] = [number**2 for number in values["image_std"]]  # it divides by the deviation twice
+    if values.get("do_normalize") is False:
+        values |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    return values
 
 
 # File name -> function that converts it; the first file with preprocessing values is used.
@@ -109,7 +109,7 @@ def read_preprocessor(folder: Path) -> tuple[Path | None, Values]:
     Raises `WeightsError` if it cannot be read.
     """
     there = ((folder / name, way) for name, way in CONVERTERS.items() if (folder / name).is_file())
-    return next(((file, said) for file, way in there if (said := way(read(file), file))), (None, {}))
+    return next(((file, values) for file, way in there if (values := way(read(file), file))), (None, {}))
 
 
 def get_side(size: Any, *keys: str) -> int | None:
@@ -119,8 +119,8 @@ def get_side(size: Any, *keys: str) -> int | None:
 
 def get_input_side(folder: Path) -> int | None:
     """Return the side of the network's input images in pixels."""
-    said = read_preprocessor(folder)[1]
-    return get_side(said.get("crop_size"), "height") or get_side(said.get("size"), "shortest_edge", "height")
+    values = read_preprocessor(folder)[1]
+    return get_side(values.get("crop_size"), "height") or get_side(values.get("size"), "shortest_edge", "height")
 
 
 def get_image_options(folder: Path, side: int, channels: int, scale: Scale) -> dict[str, str]:
@@ -129,11 +129,11 @@ def get_image_options(folder: Path, side: int, channels: int, scale: Scale) -> d
     They come from the files next to the weights, else from `scale`. Raises `WeightsError` if the files are for
     another side.
     """
-    file, said = read_preprocessor(folder)
-    size = said.get("size") or side
+    file, values = read_preprocessor(folder)
+    size = values.get("size") or side
     short, both = get_side(size, "shortest_edge"), get_side({} if isinstance(size, int) else size, "height")
-    edge, padded = short or both, said.get("do_pad") is True and "crop_size" not in said
-    cut = None if said.get("do_center_crop") is False else get_side(said.get("crop_size"), "height") or (short and side)
+    edge, padded = short or both, values.get("do_pad") is True and "crop_size" not in values
+    cut = None if values.get("do_center_crop") is False else get_side(values.get("crop_size"), "height") or (short and side)
     if edge and not padded and ((cut or both) != side or edge < side):
         raise WeightsError(
             f"{file} produces images of {cut or both or 'any'} pixels per side, cropped from {edge}, but the network reads "
@@ -141,16 +141,16 @@ def get_image_options(folder: Path, side: int, channels: int, scale: Scale) -> d
         )
     fit = "pad" if padded else "crop" if short else "stretch"
     share = f" {side / edge}" if edge and edge != side and fit != "pad" else ""
-    way = FILTERS[said.get("resample", FILTERS.index("bicubic"))]
+    way = FILTERS[values.get("resample", FILTERS.index("bicubic"))]
     return {
-        "pixels": format_pixels(said, scale, channels),
-        "resize": f"{fit}{share} {way}{' even' if said.get('even') else ''}",
+        "pixels": format_pixels(values, scale, channels),
+        "resize": f"{fit}{share} {way}{' even' if values.get('even') else ''}",
     }
 
 
-def format_pixels(said: Mapping[str, Any], scale: Scale, channels: int) -> str:
+def format_pixels(config: Mapping[str, Any], scale: Scale, channels: int) -> str:
     """Return mean and standard deviation of each channel as text for the task option `pixels`."""
-    values = [list(said.get(key) or own) for key, own in zip(("image_mean", "image_std"), scale)]
+    values = [list(config.get(key) or own) for key, own in zip(("image_mean", "image_std"), scale)]
     one: Callable[[list[float]], list[float]] = lambda numbers: [sum(numbers) / len(numbers)]
     values = [own if len(own) == channels else one(own) if channels == 1 else own[:channels] for own in values]
     return "/".join(",".join(map(str, own)) for own in values)

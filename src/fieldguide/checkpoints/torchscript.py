@@ -80,8 +80,8 @@ class ArchiveUnpickler(pickle.Unpickler):
             return return_value
         raise WeightsError(f"it holds an object of type {module}.{name}; only tensors and modules are supported")
 
-    def persistent_load(self, said: Any) -> Tensor:
-        _, dtype, key, *_ = said
+    def persistent_load(self, saved_id: Any) -> Tensor:
+        _, dtype, key, *_ = saved_id
         if key not in self.storages:
             content = bytearray(self.archive.read(f"{self.root}data/{key}"))
             self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)

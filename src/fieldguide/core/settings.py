@@ -155,7 +155,7 @@ BELOW = {
     "beta2": 1,
     "warmup": 1,
     "unfreeze_fraction": 1,
-}  # these lie in [0, 1)
+}  # in [0, 1)
 
 
 def canonical(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,5 +179,5 @@ def parse(key: str, value: Any) -> Any:
     if key in AT_LEAST and value < AT_LEAST[key]:
         raise SettingsError(f"setting {key}={value!r} must be at least {AT_LEAST[key]}.")
     if key in BELOW and not 0 <= value < BELOW[key]:
-        raise SettingsError(f"setting {key}={value!r} must lie in [0, 1).")
+        raise SettingsError(f"setting {key}={value!r} must be in [0, 1).")
     return value

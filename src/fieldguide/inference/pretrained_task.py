@@ -111,7 +111,7 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
     """Return the preprocessing and class names next to the weights. Raises `WeightsError` if the tokenizer is missing."""
     folder, card = found.path if found.path.is_dir() else found.path.parent, found.card
     config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
-    said = config_mapping.read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    public_config = config_mapping.read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     words, pictures = None, None
     if card.input_type in ("tokens", "captioned"):
         words, why = found.find_tokenizer()
@@ -123,7 +123,7 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
         side = getattr(config, "image", None) or get_input_side(folder) or DEFAULT_SIDE_PIXELS
         pictures = build_transform(folder, side, found.channels, card.scale)
     names = (
-        get_class_names(said, getattr(config, card.names.get("num_classes", "num_classes"), 0), found.path)
+        get_class_names(public_config, getattr(config, card.names.get("num_classes", "num_classes"), 0), found.path)
         if gives in ("label", "labels")
         else []
     )
@@ -133,30 +133,34 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
     return CheckpointAssets(names, words, length, pictures, read_pooling(folder))
 
 
-def get_class_names(said: dict[str, Any], classes: int, where: Path) -> list[str]:
-    """Return the class names in the configuration, else the class numbers as text."""
-    if classes < 2 or said.get("problem_type") in UNSUPPORTED_PROBLEMS:
-        raise WeightsError(
-            f"{where} gives {UNSUPPORTED_PROBLEMS.get(str(said.get('problem_type')), 'a number')}, not one class of several: load it "
-            "by fieldguide.load"
-        )
-    known = said.get("label_names") or (said.get("pretrained_cfg") or {}).get("label_names") or said.get("id2label") or {}
+def get_class_names(config: dict[str, Any], classes: int, where: Path) -> list[str]:
+    """Return the class names in the configuration, else the class numbers as text.
+
+    Raises `WeightsError` for a network that does not predict one of several classes.
+    """
+    if classes < 2 or config.get("problem_type") in UNSUPPORTED_PROBLEMS:
+        output = UNSUPPORTED_PROBLEMS.get(str(config.get("problem_type")), "a number")
+        raise WeightsError(f"{where} predicts {output}, not one of several classes. Load it with fieldguide.load.")
+    known = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names") or config.get("id2label") or {}
     known = {str(i): name for i, name in enumerate(known)} if isinstance(known, list) else known
     return [str(known.get(str(i), i)) for i in range(classes)]
 
 
 def read_pooling(folder: Path) -> str:
-    """Return the pooling mode of sentence-transformers next to the weights; by default the mean."""
+    """Return the pooling mode in the files of sentence-transformers next to the weights; by default the mean.
+
+    Raises `WeightsError` for modes that are not supported.
+    """
     if not (folder / POOLING_FILE).is_file():
         return POOLING_MODES[0]
-    said = config_mapping.read(folder / POOLING_FILE)
+    config = config_mapping.read(folder / POOLING_FILE)
     chosen = [
-        key.removeprefix(POOLING_KEY_PREFIX) for key, on in said.items() if key.startswith(POOLING_KEY_PREFIX) and on is True
+        key.removeprefix(POOLING_KEY_PREFIX) for key, on in config.items() if key.startswith(POOLING_KEY_PREFIX) and on is True
     ]
     if len(chosen) != 1 or chosen[0] not in POOLING_NAMES:
         raise WeightsError(
-            f"{folder / POOLING_FILE} makes vectors of texts by {' and '.join(chosen) or 'nothing'}; known are "
-            f"{' and '.join(POOLING_NAMES)}, one alone"
+            f"{folder / POOLING_FILE}: the pooling {' and '.join(chosen) or 'mode'} is not supported. "
+            f"Supported is either {' or '.join(POOLING_NAMES)}."
         )
     return POOLING_NAMES[chosen[0]]
 
@@ -184,9 +188,9 @@ class TextVectors(EmbeddingTask, TextTask):
     pooled: str  # how token vectors are pooled
 
     @classmethod
-    def published(cls, beside: CheckpointAssets) -> TextVectors:
-        task = cls(beside.texts(), cls.Options())
-        task.text, task.length, task.pooled = TextTokenizer.load(beside.tokenizer_folder), beside.length, beside.pooled
+    def published(cls, assets: CheckpointAssets) -> TextVectors:
+        task = cls(assets.texts(), cls.Options())
+        task.text, task.length, task.pooled = TextTokenizer.load(assets.tokenizer_folder), assets.length, assets.pooled
         return task
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:

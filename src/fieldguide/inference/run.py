@@ -75,7 +75,7 @@ class Run(TaskPredictor):
 
     @property
     def part_networks(self) -> dict[str, tuple[Card, str, Any]]:
-        """Card, size and config of each network beside it, such as a generator's critic."""
+        """Card, size and config of each further network, such as a generator's critic."""
         found = {}
         for name, part in self.record["model"].get("parts", {}).items():
             card = registry.card(part["architecture"])

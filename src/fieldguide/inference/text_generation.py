@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fieldguide.core.card import Network
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text to continue, or messages with role and content
-# Tokens that known models end an answer with, beside those that their files name.
+# Tokens with which known models end an answer, in addition to those in their files.
 END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>", "</s>")
 WEIGHT_TYPES = ("float32", "int8")
 LANGUAGES = ("source", "target")  # load options of multilingual encoder-decoders

@@ -47,7 +47,7 @@ def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
         f"{b['name']} {metric.text(b['scores'][metric.name])}" for b in some if metric.name in b["scores"]
     )
     value = metric.text(scores["test"][metric.name])
-    said = (
+    result = (
         f"{value} of the held-out examples {metric.words}"
         if metric.words == "correct"
         else f"{value} {metric.words} on held-out examples"
@@ -62,7 +62,7 @@ def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
     advice = (
         f" The network does not beat {' and '.join(better)}: use that, or train with more minutes or data." if better else ""
     )
-    return f"{said} (95 % interval {low} to {high}). Baselines: {listed(beaten)}.{best}{advice}"
+    return f"{result} (95 % interval {low} to {high}). Baselines: {listed(beaten)}.{best}{advice}"
 
 
 def list_facts(run: Run) -> list[tuple[str, str]]:

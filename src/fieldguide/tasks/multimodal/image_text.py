@@ -317,7 +317,12 @@ class ImageText(ImageAndTextTask):
         rng = np.random.default_rng(0)
         blind = {name: rng.normal(size=(len(test), 64)).astype(np.float32) for name in ("image", "text")}
         words = TfidfVectorizer(
-            sublinear_tf=True, max_features=20_000, tokenizer=find_words, token_pattern=None, ngram_range=(1, 2), dtype=np.float32
+            sublinear_tf=True,
+            max_features=20_000,
+            tokenizer=find_words,
+            token_pattern=None,
+            ngram_range=(1, 2),
+            dtype=np.float32,
         )
         theirs, ours = words.fit_transform(self.captions(train)), words.transform(self.captions(test))
         side = min(16, self.pictures.side)
@@ -363,11 +368,11 @@ class ImageText(ImageAndTextTask):
         pairs_ = set(zip(targets["picture"].tolist(), targets["caption"].tolist()))
         right = lambda i, j: (int(targets["picture"][i]), int(targets["caption"][j])) in pairs_
         chosen = np.random.default_rng(0).permutation(len(test))
-        told, shown, rows = near.argmax(1), near.argmax(0), []
+        nearest_captions, shown, rows = near.argmax(1), near.argmax(0), []
         gap = near.max(1) - near.diagonal()
-        worst = [i for i in np.argsort(-gap, kind="stable") if not right(i, told[i])][:12]
+        worst = [i for i in np.argsort(-gap, kind="stable") if not right(i, nearest_captions[i])][:12]
         pair = lambda i, j: Picture(self.thumbnail(test, int(i)), captions[j], bad=not right(i, j))
-        by_picture, by_caption = [pair(i, told[i]) for i in chosen[:16]], [pair(shown[j], j) for j in chosen[:16]]
+        by_picture, by_caption = [pair(i, nearest_captions[i]) for i in chosen[:16]], [pair(shown[j], j) for j in chosen[:16]]
         for i in chosen[:20]:
             order = np.argsort(-near[i], kind="stable")
             best = list(dict.fromkeys(captions[j] for j in order[:60]))[:3]
@@ -395,7 +400,9 @@ class ImageText(ImageAndTextTask):
                     "A wrong caption is much nearer than the image's own.",
                     [
                         Picture(
-                            self.thumbnail(test, int(i)), f"predicted: {captions[told[i]]}; target: {captions[i]}", bad=True
+                            self.thumbnail(test, int(i)),
+                            f"predicted: {captions[nearest_captions[i]]}; target: {captions[i]}",
+                            bad=True,
                         )
                         for i in worst
                     ],

@@ -70,7 +70,7 @@ class Denoising(PackedTextTask):
                 f"task.damage={options.damage!r} is unknown. Choose one of {', '.join(PRETRAINING_OBJECTIVES)}."
             )
         if not 0 < (options.share or 0.5) < 1 or (options.mean or 1) < 1:
-            raise SettingsError("task.share must lie between 0 and 1, and task.mean must be at least 1.")
+            raise SettingsError("task.share must be between 0 and 1, and task.mean must be at least 1.")
         task = cls.create(data, options, (*SPECIAL_TOKENS, END_OF_TEXT, *SENTINELS))
         if options.begin is None and len(find_sentinels(task.text)) < len(SENTINELS):
             # With a checkpoint, `begin` is known and the vocabulary cannot grow.

@@ -54,7 +54,7 @@ class FillMask(PackedTextTask):
                 f"{options.tokenizer} has no mask token ([MASK] or <mask>) to replace hidden words. Use a tokenizer with one."
             )
         if not 0 < task.options.share < 1 or task.options.length < 3:
-            raise DataError("task.share must lie between 0 and 1, and task.length must be at least 3.")
+            raise DataError("task.share must be between 0 and 1, and task.length must be at least 3.")
         return task
 
     @classmethod

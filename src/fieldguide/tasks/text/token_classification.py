@@ -64,6 +64,10 @@ class TokenClassification(Task):
     often: dict[str, int]  # most frequent tag of each training word
     median: int  # tokens of a training sentence
 
+    def __init__(self, columns: list[Column], options: Any):
+        super().__init__(columns, options)
+        self.unseen_tags: list[str] = []  # met in targets, but not in the training data
+
     @classmethod
     def match(cls, data: Data) -> str | None:
         if data.target and data.required_target.kind == "list" and len(data.features("list")) == 1:
@@ -152,7 +156,7 @@ class TokenClassification(Task):
         rows, lost = self.encode_sentences(self.words(data), self.options.length)
         if lost:
             self.notes.append(
-                f"{lost} words lie beyond the first {self.options.length} tokens of their sentence. They are not "
+                f"{lost} words are beyond the first {self.options.length} tokens of their sentence. They are not "
                 "read and count as untagged (change this with task.length=...)"
             )
         targets = self.targets(data)["label"] if settings else None
@@ -179,18 +183,30 @@ class TokenClassification(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        """Return the index of each word's tag: (N, W), -1 beyond the end of a sentence."""
-        rows, known = self.read_tags(data), {tag: number for number, tag in enumerate(self.tags)}
-        strange = sorted({tag for row in rows for tag in row} - known.keys())
-        if strange:
+        """Return the index of each word's tag in `all_tags`: (N, W), -1 beyond the end of a sentence.
+
+        Tags that are not in the training data come after those that are. Raises `DataError` if no tag is known.
+        """
+        rows = self.read_tags(data)
+        given = {tag for row in rows for tag in row}
+        if given and not given & set(self.tags):
             raise DataError(
-                f"{data.source}: column {self.target.name!r} has tags that are not in the training data: "
-                f"{', '.join(strange[:5])}. Known tags: {', '.join(self.tags[:20])}."
+                f"{data.source}: no tag in column {self.target.name!r} is in the training data. It has "
+                f"{', '.join(sorted(given)[:5])}; the model knows {', '.join(self.tags[:20])}."
             )
+        if unseen := sorted(given - set(self.tags)):
+            self.unseen_tags = [*self.unseen_tags, *(tag for tag in unseen if tag not in self.unseen_tags)]
+            self.add_note(f"tags that are not in the training data count as wrong: {', '.join(unseen[:5])}")
+        known = {tag: number for number, tag in enumerate(self.all_tags)}
         label = np.full((len(rows), max(1, *map(len, rows)) if rows else 1), -1, dtype=np.int64)
         for number, row in enumerate(rows):
             label[number, : len(row)] = [known[tag] for tag in row]
         return {"label": label}
+
+    @property
+    def all_tags(self) -> list[str]:
+        """Return the tags of the training data, then those met since in targets."""
+        return [*self.tags, *self.unseen_tags]
 
     def align(self, outputs: Arrays, targets: Arrays) -> tuple[np.ndarray, np.ndarray]:
         """Return targets and predictions in one shape. Words without a prediction get -1."""
@@ -202,7 +218,7 @@ class TokenClassification(Task):
 
     def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         real, said = self.align(outputs, targets)
-        right, claimed, there = (int(x.sum()) for x in count_entities(real, said, self.tags))
+        right, claimed, there = (int(x.sum()) for x in count_entities(real, said, self.all_tags))
         outside = self.tags.index("O") if "O" in self.tags else -2
         hits = np.where(said < 0, outside, said)[real >= 0] == real[real >= 0]
         return {
@@ -274,7 +290,7 @@ class TokenClassification(Task):
                 r / there if there else float("nan"),
                 2 * r / (c + there) if c + there else float("nan"),
             )
-            for kind, r, c, there in zip(parse_tags(self.tags)[2], *count_entities(real, said, self.tags))
+            for kind, r, c, there in zip(parse_tags(self.all_tags)[2], *count_entities(real, said, self.all_tags))
         ]
         shown: list[Exhibit] = [
             Table(
@@ -286,8 +302,8 @@ class TokenClassification(Task):
                 heat=("precision", "recall", "F1"),
             )
         ]
-        both = (real >= 0) & (said >= 0)
         size = len(self.tags)
+        both = (real >= 0) & (real < size) & (said >= 0)
         if size <= 30:
             counts = np.bincount(real[both] * size + said[both], minlength=size * size).reshape(size, size)
             shown.append(
@@ -301,7 +317,7 @@ class TokenClassification(Task):
         for row in np.argsort(-wrong, kind="stable")[:SHOWN]:
             if not wrong[row]:
                 break
-            there, claimed = (set(extract_entities(x[row], self.tags)) for x in (real, said))
+            there, claimed = (set(extract_entities(x[row], self.all_tags)) for x in (real, said))
             missed, wrongly = describe_entities(words[row], there - claimed), describe_entities(words[row], claimed - there)
             quotes.append(
                 Quote(

@@ -468,9 +468,10 @@ class ImageGeneration(Task):
         known = generative.extract_features(self.judge, self.known)
         made, real = (generative.extract_features(self.judge, torch.from_numpy(x[:300])) for x in (samples, targets["real"]))
         far_made, far_real = generative.pairwise_distances(made, known), generative.pairwise_distances(real, known)
-        beside = [self.known[int(far.argmin())].numpy() for far in far_made[:12]]
+        nearest_images = [self.known[int(far.argmin())].numpy() for far in far_made[:12]]
         pairs = [
-            Picture(encode_sheet(np.stack([samples[i], other])), f"{far_made[i].min():.2f}") for i, other in enumerate(beside)
+            Picture(encode_sheet(np.stack([samples[i], other])), f"{far_made[i].min():.2f}")
+            for i, other in enumerate(nearest_images)
         ]
         closer = float((far_made.min(1) < np.quantile(far_real.min(1), 0.05)).mean())
         return [

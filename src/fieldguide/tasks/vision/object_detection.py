@@ -126,7 +126,7 @@ class ObjectDetection(Task):
             )
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         if not all(0 <= share <= 1 for share in (options.mosaic or 0, options.flip)):
-            raise SettingsError("task.mosaic and task.flip must lie between 0 and 1.")
+            raise SettingsError("task.mosaic and task.flip must be between 0 and 1.")
         task.options = fill_options(options, side=side, channels=channels)
         if side < longest:
             task.notes.append(

@@ -285,7 +285,7 @@ class VideoGeneration(ImageGeneration):
         real = [
             Picture(encode_webp(targets["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]
         ]
-        told = [
+        comparisons = [
             Picture(
                 encode_png(np.concatenate([targets["real"][i, -2], targets["real"][i, -1], outputs["next"][i]], 2)),
                 f"{psnr(outputs['next'][i], targets['real'][i, -1]):.1f} dB",
@@ -317,7 +317,7 @@ class VideoGeneration(ImageGeneration):
                     if by_class
                     else []
                 ),
-                Gallery("Next frame", "The last known frame, the real next frame, and the predicted next frame.", told),
+                Gallery("Next frame", "The last known frame, the real next frame, and the predicted next frame.", comparisons),
             ],
             "Memory": self.memorization_exhibits(samples, targets),
         }
