@@ -61,7 +61,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float64, **overrides) -> nn.Modul
 def batch(name: str, rows: int = 5, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, ...]:
     card, row = case(name)
     torch.manual_seed(seed)
-    inputs = row.inputs(card.settle(card.tiny, **dict(row.overrides)), rows)
+    inputs = row.inputs(card.resolve_config(card.tiny, **dict(row.overrides)), rows)
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
@@ -169,7 +169,7 @@ def test_output_has_the_declared_shape(name):
     assert len(inputs) == len(card.inputs)
     output = tiny(name)(*inputs)
     assert output.isfinite().all() and output.shape[0] == 3
-    config = card.settle(card.tiny, **dict(CASES[name].overrides))
+    config = card.resolve_config(card.tiny, **dict(CASES[name].overrides))
     gives = card.output_types[0]
     if gives == "label":
         assert output.shape[-1] == getattr(config, card.names.get("num_classes", "num_classes"))
@@ -215,10 +215,10 @@ def test_feature_maps_match_levels(name):
     card, row = case(name)
     maps = {}
     for side in (224, 448):
-        values = dict(row.overrides) | ({"image": side} if hasattr(card.settle(card.tiny), "image") else {})
+        values = dict(row.overrides) | ({"image": side} if hasattr(card.resolve_config(card.tiny), "image") else {})
         with torch.device("meta"):
             model = create(card.tiny, **values)
-            maps[side] = model.features(torch.empty(2, card.settle(card.tiny, **values).channels, side, side))
+            maps[side] = model.features(torch.empty(2, card.resolve_config(card.tiny, **values).channels, side, side))
     assert list(maps[224]) == list(maps[448]) == list(model.levels)
     for level, (dim, stride) in model.levels.items():
         assert maps[224][level].shape[:2] == (2, dim)
@@ -273,7 +273,7 @@ def test_multiply_adds_are_counted(name):
     from fieldguide.automl import profile
 
     card = cards()[name]
-    config = card.settle(card.tiny)
+    config = card.resolve_config(card.tiny)
     assert profile.count_multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0
 
 

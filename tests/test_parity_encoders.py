@@ -216,7 +216,7 @@ def test_published_counts_with_both_heads_of_pre_training():
 def saved(name: str, kind: str, tmp_path, **other) -> tuple[nn.Module, object]:
     """Write a tiny network of transformers with random parameters to a folder."""
     torch.manual_seed(0)
-    config = cards()[name].settle(cards()[name].tiny, output_type="span" if kind == "ForQuestionAnswering" else "words")
+    config = cards()[name].resolve_config(cards()[name].tiny, output_type="span" if kind == "ForQuestionAnswering" else "words")
     theirs = getattr(transformers, encoders.STEM[name] + kind)(configuration(name, config, **other))
     with torch.no_grad():
         for p in theirs.parameters():
@@ -373,7 +373,7 @@ def test_written_files_equal_transformers(name, output_type, tmp_path):
 def test_transformers_folders_round_trip(name, output_type, tmp_path):
     """Identified by their configuration, including the head; saved so that transformers reads the same network."""
     torch.manual_seed(0)
-    config = cards()[name].settle(cards()[name].tiny, output_type=output_type)
+    config = cards()[name].resolve_config(cards()[name].tiny, output_type=output_type)
     theirs = network(name, config)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load.load(tmp_path / "theirs")
@@ -411,7 +411,7 @@ def test_other_attention_terms_are_rejected(tmp_path):
         ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'"),
     ):
-        config = cards()[name].settle(cards()[name].tiny, output_type="label")
+        config = cards()[name].resolve_config(cards()[name].tiny, output_type="label")
         network(name, config, **changes).save_pretrained(tmp_path / name)
         with pytest.raises(WeightsError, match=words):
             load.load(tmp_path / name)

@@ -206,7 +206,7 @@ def test_published_configurations(tmp_path, size, said, changes):
 
     found, _, table = identify_config(said)
     assert found is card("llava")
-    assert found.config(**to_config_fields(found, table, said, "config.json")) == found.settle(size, **changes)
+    assert found.config(**to_config_fields(found, table, said, "config.json")) == found.resolve_config(size, **changes)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_initialization(name):
     if name == "lstm":
         expected[16:32] = 1  # the forget gate, second of torch's four
     assert torch.equal(bias, expected)
-    assert cards()[name].settle(f"{name}-s").depth == 1
+    assert cards()[name].resolve_config(f"{name}-s").depth == 1
 
 
 def test_invalid_settings_are_rejected():

@@ -662,7 +662,7 @@ def test_starts_from_a_transformers_folder(file, tmp_path):
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     torch.manual_seed(0)
-    config = cards()["bert"].settle("bert-test", output_type="span", vocab_size=len(vocab), length=64)
+    config = cards()["bert"].resolve_config("bert-test", output_type="span", vocab_size=len(vocab), length=64)
     theirs = encoders.network("bert", config)
     theirs.save_pretrained(tmp_path / "theirs")
     tokens.save(str(tmp_path / "theirs" / "tokenizer.json"))

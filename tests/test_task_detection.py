@@ -87,7 +87,7 @@ def test_predictions_are_in_original_pixels(tmp_path):
     assert answers[1]["found"] == "1 b" and answers[7] == {**answers[7], "found": "nothing", "objects": []}
     assert isinstance(answers[0]["picture"], Media)
     assert Image.open(io.BytesIO(answers[0]["picture"].content)).size == (40, 70)
-    model = card("yolov8").make(card("yolov8").settle("yolov8-test", **task.model_dims()))
+    model = card("yolov8").make(card("yolov8").resolve_config("yolov8-test", **task.model_dims()))
     objective = task.objective(model, card("yolov8"), Settings())
     objective.confidence = 0.0
     found = task.predict_step(objective)(task.predict_batches(data, card("yolov8")).make(np.arange(2), None))

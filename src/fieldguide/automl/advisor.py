@@ -102,7 +102,7 @@ def build_config(card: Card, size: str, needs: Mapping[str, Any], changes: Mappi
     needs = {k: v for k, v in needs.items() if card.accepts(k)}
     if "output_type" in needs:
         needs["output_type"] = next(given for given in needs["output_type"] if given in card.output_types)
-    return card.settle(size, **needs | dict(adapted) | dict(changes))
+    return card.resolve_config(size, **needs | dict(adapted) | dict(changes))
 
 
 def advise(

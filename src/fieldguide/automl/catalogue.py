@@ -54,7 +54,7 @@ def show(name: str, **overrides: Any) -> Description | Closed:
     card, size = registry.find(name)
     with torch.device("meta"):
         model = registry.create(name, **overrides).eval()
-        config = card.settle(size, **overrides)
+        config = card.resolve_config(size, **overrides)
     inputs = profile.build_example_inputs(card, config)
     parts = {n: profile.count_parameters(child) for n, child in model.named_children()}
     own = profile.count_parameters(model) - sum(parts.values())
@@ -87,7 +87,7 @@ def count_size_parameters(architecture: str) -> dict[str, int]:
     for size in card.sizes:
         if size != card.tiny:
             with torch.device("meta"):
-                counts[size] = profile.count_parameters(card.make(card.settle(size)))
+                counts[size] = profile.count_parameters(card.make(card.resolve_config(size)))
     return counts
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console = Console(highlight=False, soft_wrap=True, width=200)
-MOST = 30  # columns of a table of data that are listed
+MAX_LISTED_COLUMNS = 30  # columns of a table that are listed
 
 
 class Progress:
@@ -124,11 +124,11 @@ def print_data(data: Any, task: Any, why: str) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
     for name in ("column", "kind", "role", "reason"):
         table.add_column(name)
-    for column in shown[:MOST]:
+    for column in shown[:MAX_LISTED_COLUMNS]:
         table.add_row(escape(column.name), column.kind, column.role, escape(column.why))
     console.print(table)
-    if len(shown) > MOST:
-        console.print(f"  and {len(shown) - MOST} more columns")
+    if len(shown) > MAX_LISTED_COLUMNS:
+        console.print(f"  and {len(shown) - MAX_LISTED_COLUMNS} more columns")
     for finding in data.findings:
         console.print(f"  {finding.severity}: {finding}", markup=False)
     console.print(f"task: {task.name} ({escape(why)})")

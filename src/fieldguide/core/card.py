@@ -258,7 +258,7 @@ class Card:
         text = sys.modules[self.model.__module__].__doc__ or ""
         return " ".join(text.partition("New here:")[2].split("\n\n")[0].partition("Shapes:")[0].split())
 
-    def settle(self, size: str | None = None, **overrides: Any) -> Any:
+    def resolve_config(self, size: str | None = None, **overrides: Any) -> Any:
         """Return the config of a size, with overrides named in the common vocabulary or by the config's field names.
 
         Raises `TypeError` for an unknown field, a value of the wrong type and an unsupported output type.

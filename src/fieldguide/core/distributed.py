@@ -1,4 +1,4 @@
-"""Processes started by `torchrun`: gloo on CPUs, NCCL on GPUs. With a single process, every call is free."""
+"""Processes started by `torchrun`: gloo on CPUs, NCCL on GPUs. With a single process, all functions do nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 
 def rank() -> int:
+    """Return the rank of this process, 0 for a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

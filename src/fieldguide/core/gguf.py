@@ -21,18 +21,20 @@ def open_file(path: Path) -> Any:
 
 
 @functools.lru_cache(1)  # reading the vocabulary takes seconds, and it is needed twice
-def open_reader(path: Path, changed: int) -> Any:
+def open_reader(path: Path, modified: int) -> Any:
+    """Return the reader of a file; `modified`, its time of change, is part of the cache key."""
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise WeightsError(f"to read {path} install the reader of such files: pip install 'fieldguide[gguf]'") from None
+        raise WeightsError(f"reading {path} requires an optional package: pip install 'fieldguide[gguf]'") from None
     try:
         return GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
-        raise WeightsError(f"{path} is damaged, cut short or no GGUF file: {error}") from None
+        raise WeightsError(f"{path} is damaged, truncated or not a GGUF file: {error}. Download it again.") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the dequantized tensors by name, float32."""
     from gguf import dequantize
 
     return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in open_file(path).tensors}
@@ -40,10 +42,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata as nested dictionaries: {"general": {"architecture": "llama"}, ...}."""
-    said: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for key, field in open_file(path).fields.items():
         *parents, last = key.split(".")
-        part = said
+        part = metadata
         for parent in parents:
             part = part.setdefault(parent, {})
             if not isinstance(part, dict):
@@ -51,19 +53,19 @@ def read_metadata(path: Path) -> dict[str, Any]:
         else:
             value = field.contents()
             part[last] = float(f"{value:.6g}") if isinstance(value, float) else value  # stored as float32
-    # By how much rotations are slowed down, at most, is said by a tensor alone.
+    # The largest factor by which rotary frequencies are scaled down is only stored in a tensor.
     for tensor in open_file(path).tensors:
         if tensor.name == "rope_freqs.weight":
-            said["slowest"] = float(tensor.data.max())
-    return said
+            metadata["slowest"] = float(tensor.data.max())
+    return metadata
 
 
-# How a text is parted before pairs are merged, by the file's name for it: as the models' own tokenizers do.
+# Regular expressions that split a text before merging, by the name of the pre-tokenizer in the file.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-PARTED = {"llama-bpe": LLAMA3, "qwen2": LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
+SPLIT_PATTERNS = {"llama-bpe": LLAMA3, "qwen2": LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
 
 
 def read_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
@@ -73,27 +75,27 @@ def read_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    said = read_metadata(path).get("tokenizer", {})
-    ggml = said.get("ggml", {})
-    kind, parted = ggml.get("model"), ggml.get("pre", "default")
-    if kind != "gpt2" or parted not in ("default", "gpt-2", "smollm", *PARTED):
+    settings = read_metadata(path).get("tokenizer", {})
+    ggml = settings.get("ggml", {})
+    kind, split = ggml.get("model"), ggml.get("pre", "default")
+    if kind != "gpt2" or split not in ("default", "gpt-2", "smollm", *SPLIT_PATTERNS):
         raise WeightsError(
-            f"{path}: its tokenizer is {kind!r} ({parted!r}); read are byte-level pairs of the kinds gpt-2, "
-            f"smollm, {', '.join(PARTED)}. Give a folder with its tokenizer.json instead."
+            f"{path}: the tokenizer {kind!r} ({split!r}) is not supported. Supported is byte-level BPE of the types "
+            f"gpt-2, smollm, {', '.join(SPLIT_PATTERNS)}. Use a folder with a tokenizer.json instead."
         )
     tokens = ggml["tokens"]
     made = Tokenizer(
         models.BPE(
             {token: i for i, token in enumerate(tokens)},
             [tuple(merge.split(" ", 1)) for merge in ggml["merges"]],
-            ignore_merges=parted == "llama-bpe",
+            ignore_merges=split == "llama-bpe",
         )
     )
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=parted not in PARTED)
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in SPLIT_PATTERNS)
     before: list[pre_tokenizers.PreTokenizer] = []
-    if parted in PARTED:
-        before = [pre_tokenizers.Split(Regex(PARTED[parted]), "isolated")]
-    elif parted == "smollm":
+    if split in SPLIT_PATTERNS:
+        before = [pre_tokenizers.Split(Regex(SPLIT_PATTERNS[split]), "isolated")]
+    elif split == "smollm":
         before = [pre_tokenizers.Digits(individual_digits=True)]
     made.pre_tokenizer = pre_tokenizers.Sequence([*before, whole])
     made.decoder = decoders.ByteLevel()
@@ -110,12 +112,12 @@ def read_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
         )
         if key in ggml
     }
-    if (begin := named.get("bos_token")) and ggml.get("add_bos_token", parted in BEGUN):
+    if (begin := named.get("bos_token")) and ggml.get("add_bos_token", split in PREPENDS_BEGIN):
         made.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", special_tokens=[(begin, ggml["bos_token_id"])]
         )
-    return made, named, said.get("chat_template")
+    return made, named, settings.get("chat_template")
 
 
-BEGUN = ("llama-bpe",)  # texts begin with a token of their own where the file does not say so
-CONTROL = 3  # the type of tokens that no text spells
+PREPENDS_BEGIN = ("llama-bpe",)  # types that put the start token before texts unless the file states otherwise
+CONTROL = 3  # type of tokens that encoding a text never produces

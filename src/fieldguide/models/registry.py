@@ -109,7 +109,7 @@ def create(name: str, **overrides: Any) -> nn.Module:
     """
     found, size = find(name)
     try:
-        config = found.settle(size, **overrides)
+        config = found.resolve_config(size, **overrides)
     except TypeError as error:
         raise SettingsError(str(error)) from None
     return found.make(config)

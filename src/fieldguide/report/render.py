@@ -54,7 +54,7 @@ LARGEST = 384  # pixels per side: twice the size of a tile, for high-density scr
 WIDEST = 800  # the same for tiles of wide galleries
 SOUND_BYTES = 3_000_000  # of all recordings of a page
 SOUNDS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mpeg", b"\xff": "mpeg"}  # first bytes -> type
-CLASSES = 30  # larger confusion matrices show only the classes confused most often
+MAX_MATRIX_CLASSES = 30  # larger confusion matrices show only the classes confused most often
 UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMBT]|ms|s|min|h|[KMGT]i?B)(?!\w))")  # no line break before a unit
 
 
@@ -272,8 +272,8 @@ def matrix(exhibit: Matrix) -> Markup:
     wrong = known.copy()
     np.fill_diagonal(wrong, 0)
     keep, says = np.arange(n), ""
-    if n > CLASSES:
-        keep = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[: CLASSES - 5])
+    if n > MAX_MATRIX_CLASSES:
+        keep = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[: MAX_MATRIX_CLASSES - 5])
         says = (
             f"The matrix shows only the {len(keep)} of {n} classes that are confused most often. The totals at its edges "
             f"and the list below include all classes."

@@ -38,7 +38,7 @@ class GenerationConfig:
     min_p: float | None = None  # keep tokens with this fraction of the highest probability; 0 = off
     repetition_penalty: float = 1.0  # above 1: tokens that occurred before become less likely
     stop_strings: str = ""  # stop string, not part of the output; several as JSON: ["one", "two"]
-    seed: int = 0  # of sampling
+    seed: int = 0  # seed of sampling
 
     defaults: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.8, "top_p": 0.95}
 

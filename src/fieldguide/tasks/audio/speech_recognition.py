@@ -68,7 +68,7 @@ class SpeechRecognition(Task):
         scale: str | None = None  # "corpus" or "recording": the statistics used to normalize the bands
         lower: bool = True  # lowercase the transcripts
         pieces: int | None = None  # approximate number of subword symbols; None: characters
-        longest: float | None = None  # seconds; longer recordings are left out of training and counted
+        longest: float | None = None  # maximum seconds of a training recording; longer ones are left out and counted
         masks: bool | None = None  # use SpecAugment during training
 
     @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Denoising(PackedTextTask):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        num_beams: int = 4  # of the search; 1 is greedy decoding
+        num_beams: int = 4  # number of beams; 1 = greedy decoding
         length_penalty: float = 1.0  # exponent of the length in the beam score: 0 = none, 1 = mean log-probability
         max_new_tokens: int = 12  # maximum tokens per gap, on average
 
