@@ -510,9 +510,9 @@ def test_task_options(tmp_path):
         task("text-clasification")
 
 
-def test_unseen_class_is_rejected(iris_run):
+def test_targets_without_a_known_class_are_rejected(iris_run):
     table = pl.read_csv(samples.path("iris")).with_columns(pl.lit("tulip").alias("species"))
-    with pytest.raises(DataError, match=r"'tulip'.*Known classes: setosa, versicolor, virginica"):
+    with pytest.raises(DataError, match=r"no class in column 'species'.*'tulip'.*'setosa', 'versicolor', 'virginica'"):
         iris_run.evaluate(table)
 
 
@@ -586,7 +586,7 @@ def test_measuring_all_networks_gives_the_same_choice(monkeypatch, rows):
     some = [n for n in registry.names(input_type="image", output_type="label") if (registry.card(n).sizes[n].params or 0) < 6e6]
     monkeypatch.setattr(registry, "names", lambda: some)
     few = advice_on_pictures(rows)
-    monkeypatch.setattr(advisor, "LOOKED_AT", 10**6)
+    monkeypatch.setattr(advisor, "MIN_MEASURED_OPTIONS", 10**6)
     monkeypatch.setattr(advisor, "SIZES", 10**6)
     every = advice_on_pictures(rows)
     assert len(few.options) < len(every.options) and few.best == every.best

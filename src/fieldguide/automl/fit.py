@@ -314,6 +314,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: Sta
     test, training = plan.source.take(rows), plan.source.take(splits.train)
     sampled = "" if len(rows) == len(splits.test) else f" of {len(splits.test):,}, a random sample,"
     callback.log(f"testing on {len(test):,} examples{sampled} that were not used in training")
+    known_notes = len(task.notes)
     task.prepare_test(training, test)
     task.prepare_scoring(len(test))
     predictor = TaskPredictor(task, plan.card, plan.objective, batch_size=max(64, plan.settings.resolved_batch_size))
@@ -329,6 +330,8 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: Sta
             ],
             "tested": len(test),
         }
+        for text in task.notes[known_notes:]:
+            callback.log(f"note: {text}")
         record["cost"] |= {
             "seconds": round(state.seconds, 2),
             "steps": state.step,

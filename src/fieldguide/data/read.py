@@ -535,13 +535,11 @@ class TableReader:
             self.add_finding(
                 "class-not-in-train",
                 "warning",
-                f"rows with classes that do not occur in train: {names[:200]}",
+                f"rows with classes that do not occur in train, which count as wrong predictions: {names[:200]}",
                 findings.places(data, new),
                 int(new.sum()),
-                "Add examples of them to train, or remove the rows.",
-                int(new.sum()),
+                "Add examples of them to train.",
             )
-            self.mark_invalid(unknown, "class that does not occur in train")
 
     def check_target(self) -> None:
         """Mark rows without a target value."""

@@ -64,6 +64,7 @@ class Task(Preprocessor, Evaluator, ReportBuilder):
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """Return the function that predicts a batch for test and prediction, which uses `predict_options`.
 
+        `objective` is a shallow copy for this request, so that the step may set its attributes.
         During training `objective.outputs` is used instead; it may be faster and return less.
         """
         return objective.outputs

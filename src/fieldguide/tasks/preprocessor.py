@@ -63,6 +63,11 @@ class Preprocessor(TaskSpec):
         self.columns, self.options, self.predict_options = columns, options, self.PredictOptions()
         self.notes: list[str] = []  # messages for the user about truncated, clipped or inferred values
 
+    def add_note(self, note: str) -> None:
+        """Add a message for the user, once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
     @property
     def max_batch_size(self) -> int:
         """Return the maximum number of examples per step, if the user sets no batch size."""

@@ -67,14 +67,22 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
             )
 
     def targets(self, data: Data) -> Arrays:
+        """Return the class index of each row; -1 for a class that is not in the training data.
+
+        Raises `DataError` if no row has a known class.
+        """
         values = data.rows[self.target.name]
         codes = Labels(tuple(self.labels)).apply(values)
         if (codes < 0).any():
-            strange = sorted({str(v) for v in values.filter(pl.Series(codes < 0)).to_list()})
-            raise DataError(
-                f"{data.source}: column {self.target.name!r} has classes that are not in the training data: "
-                f"{', '.join(map(repr, strange[:5]))}. Known classes: {', '.join(self.labels[:20])}. Correct or "
-                "remove those rows."
+            unseen = sorted({str(v) for v in values.filter(pl.Series(codes < 0)).to_list()})
+            shown = f"{', '.join(map(repr, unseen[:5]))}{', ...' if len(unseen) > 5 else ''}"
+            if (codes < 0).all():
+                raise DataError(
+                    f"{data.source}: no class in column {self.target.name!r} is in the training data. It has {shown}; the model "
+                    f"knows {', '.join(map(repr, self.labels[:10]))}. Check the spelling, leading zeros and the column."
+                )
+            self.add_note(
+                f"{int((codes < 0).sum())} rows have classes that are not in the training data ({shown}); they count as wrong"
             )
         return {"label": codes.copy()}  # polars returns read-only memory
 

@@ -30,7 +30,11 @@ class LinearBaseline(Evaluator):
 
 
 class ClassificationEvaluator(LinearBaseline):
-    """Scores probabilities against class codes."""
+    """Scores probabilities against class codes.
+
+    A code of -1 is a class that is not in the training data: the row counts as wrong, and as one further class of the scores
+    over classes. Log loss and AUC are computed over the rows of known classes.
+    """
 
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("accuracy", "max", "correct", percent=True),
@@ -49,8 +53,11 @@ class ClassificationEvaluator(LinearBaseline):
         """Fit the temperature (Guo et al. 2017, arXiv:1706.04599, section 4.2), with a penalty that keeps it near 1 if
         rows are few.
         """
-        logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-12, 1))
-        rows, y = np.arange(len(logits)), targets["label"]
+        known = targets["label"] >= 0
+        if not known.any():
+            return
+        logits, y = np.log(np.clip(outputs["probabilities"][known].astype(np.float64), 1e-12, 1)), targets["label"][known]
+        rows = np.arange(len(logits))
 
         def cost(log_temperature: float) -> float:
             scaled = logits / np.exp(log_temperature)
@@ -66,7 +73,7 @@ class ClassificationEvaluator(LinearBaseline):
         p, y = outputs["probabilities"].astype(np.float64), targets["label"]
         guess = p.argmax(1)
         right = guess == y
-        present, f1, recall = np.unique(y), [], []
+        known, present, f1, recall = y >= 0, np.unique(y), [], []
         for c in present:
             hits = np.sum(right & (y == c))
             recall.append(hits / np.sum(y == c))
@@ -75,8 +82,8 @@ class ClassificationEvaluator(LinearBaseline):
             "accuracy": float(right.mean()),
             "balanced_accuracy": float(np.mean(recall)),
             "macro_f1": float(np.mean(f1)),
-            "log_loss": float(-np.log(np.clip(p[np.arange(len(y)), y], 1e-12, 1)).mean()),
-            "auc": roc_auc(p, y, present),
+            "log_loss": float(-np.log(np.clip(p[known, y[known]], 1e-12, 1)).mean()) if known.any() else float("nan"),
+            "auc": roc_auc(p[known], y[known], present[present >= 0]),
             "calibration_error": calibration_error(p.max(1), right),
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fieldguide.core.report_elements import Bars, Exhibit, Lines, Matrix, Scatter, Table
@@ -21,12 +23,15 @@ class ClassificationReport(ReportBuilder):
     ) -> dict[str, list[Exhibit]]:
         p, y = outputs["probabilities"], targets["label"]
         guess, classes = p.argmax(1), len(self.labels)
-        counts = np.bincount(y * classes + guess, minlength=classes * classes).reshape(classes, classes)
-        rows = []
+        known = y >= 0
+        counts = np.bincount(y[known] * classes + guess[known], minlength=classes * classes).reshape(classes, classes)
+        rows: list[tuple[Any, ...]] = []
         for c, label in enumerate(self.labels):
-            said, is_ = counts[:, c].sum(), counts[c].sum()
+            said, is_ = int((guess == c).sum()), counts[c].sum()
             precision, recall = (counts[c, c] / said if said else float("nan")), (counts[c, c] / is_ if is_ else float("nan"))
             rows.append((label, int(is_), precision, recall, 2 * counts[c, c] / (said + is_) if said + is_ else float("nan")))
+        if not known.all():
+            rows.append(("(not in training)", int((~known).sum()), float("nan"), 0.0, 0.0))
         confidence, right = p.max(1), guess == y
         edges = np.unique(np.quantile(confidence, np.linspace(0, 1, 11)))
         bins = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, max(len(edges) - 2, 0))
@@ -62,12 +67,13 @@ class ClassificationReport(ReportBuilder):
 
     def mistakes(self, probabilities: np.ndarray, targets: np.ndarray, most: int) -> list[tuple[int, str]]:
         """Return the wrongly predicted rows, most confident first, each with a caption."""
+        names = [*self.labels, "a class that is not in the training data"]  # at -1
         wrong = np.flatnonzero(probabilities.argmax(1) != targets)
         order = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:most]
         return [
             (
                 int(i),
-                f"is {self.labels[targets[i]]}, predicted {self.labels[probabilities[i].argmax()]} "
+                f"is {names[targets[i]]}, predicted {self.labels[probabilities[i].argmax()]} "
                 f"({100 * probabilities[i].max():.0f} % confident)",
             )
             for i in order

@@ -10,6 +10,7 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, FileEntry
+from fieldguide.data.readers.table import split_by_column
 from fieldguide.data.source import Options, RawTable, sha256
 
 NAME = "memory"
@@ -40,7 +41,8 @@ def load(source: Any, options: Options) -> RawTable:
         raise DataError("the table in memory has no rows.")
     content = rows.write_ipc(None).getvalue() if not any(t == pl.Object for t in rows.dtypes) else b""
     rows = rows.with_columns(pl.lit(0, pl.Int32).alias(FILE), pl.Series(LINE, range(1, rows.height + 1)))
-    return RawTable(rows, [FileEntry("memory", len(content), sha256(content), rows=rows.height)], Path.cwd())
+    files = [FileEntry("memory", len(content), sha256(content), rows=rows.height)]
+    return split_by_column(RawTable(rows, files, Path.cwd()))
 
 
 def to_series(name: str, values: Any) -> pl.Series:

@@ -107,7 +107,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
                 "training rows. At least two are needed."
             )
         task.labels = list(Labels.fit(kept).names)
-        codes = task.targets(data)["label"]
+        codes = task.answer_codes(data)
         task.counts = np.bincount(codes[codes >= 0], minlength=len(kept)).tolist()
         if rare := counted.height - len(kept):
             task.notes.append(
@@ -155,11 +155,22 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
 
     def targets(self, data: Data) -> Arrays:
         """Return the index of each row's answer; -1 for an answer that cannot be predicted."""
-        return {"label": Labels(tuple(self.labels)).apply(data.rows[self.target.name]).copy()}
+        codes, values = self.answer_codes(data), data.rows[self.target.name]
+        if (codes < 0).any():
+            names = sorted({str(v) for v in values.filter(pl.Series(codes < 0)).to_list()})
+            self.add_note(
+                f"{int((codes < 0).sum())} rows have answers that are rare or not in the training data "
+                f"({', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}); they count as wrong"
+            )
+        return {"label": codes}
+
+    def answer_codes(self, data: Data) -> np.ndarray:
+        """Return the index of each row's answer, N int64; -1 for an answer that cannot be predicted."""
+        return Labels(tuple(self.labels)).apply(data.rows[self.target.name]).copy()
 
     def answerable_rows(self, data: Data) -> Data:
         """Return the rows whose answer can be predicted."""
-        return data.take(np.flatnonzero(self.targets(data)["label"] >= 0))
+        return data.take(np.flatnonzero(self.answer_codes(data) >= 0))
 
     def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
         return self.batches(self.answerable_rows(data), card, settings)
@@ -169,7 +180,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         if cut and not settings:
             self.note_cut(cut, len(ids))
         pixels = self.pixels(data, settings)
-        target = torch.from_numpy(self.targets(data)["label"]) if settings else None
+        target = torch.from_numpy(self.answer_codes(data)) if settings else None
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             tokens, mask = self.text.batch([ids[i] for i in index])
@@ -194,16 +205,16 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
             "calibration_error": calibration_error(p.max(1), right),
         }
 
-    def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
-        known = targets["label"] >= 0
-        if known.any():
-            super().calibrate({"probabilities": outputs["probabilities"][known]}, {"label": targets["label"][known]})
-
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         words = TfidfVectorizer(
-            sublinear_tf=True, max_features=20_000, tokenizer=find_tokens, token_pattern=None, ngram_range=(1, 2), dtype=np.float32
+            sublinear_tf=True,
+            max_features=20_000,
+            tokenizer=find_tokens,
+            token_pattern=None,
+            ngram_range=(1, 2),
+            dtype=np.float32,
         )
         return words.fit_transform(self.questions_of(train)), words.transform(self.questions_of(test))
 

@@ -189,7 +189,12 @@ class TextClassification(TextTask, ClassificationTask):
 
         # Any run of word characters is a word, including single letters.
         words = TfidfVectorizer(
-            sublinear_tf=True, max_features=50_000, tokenizer=find_tokens, token_pattern=None, ngram_range=(1, 2), dtype=np.float32
+            sublinear_tf=True,
+            max_features=50_000,
+            tokenizer=find_tokens,
+            token_pattern=None,
+            ngram_range=(1, 2),
+            dtype=np.float32,
         )
         return words.fit_transform(self.shown(train)), words.transform(self.shown(test))
 

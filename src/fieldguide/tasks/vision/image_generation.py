@@ -103,7 +103,7 @@ class ImageGeneration(Task):
         sampler: str = "ddim"  # ddim | ddpm
         eta: float = 0.0  # noise that ddim adds at each step; 1 = as much as ddpm
         guidance: float = 1.5  # classifier-free guidance scale; 1 = none
-        seed: int = 0  # of the noise
+        seed: int = 0  # seed of the noise
 
     pictures: ImageTransform
     labels: list[str]  # empty if the data has no classes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import copy
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -287,9 +286,8 @@ class ImageSegmentation(Task):
         return Segmentation(model, len(self.names), self.predict_options.tile)
 
     def predict_step(self, objective: Any) -> Any:
-        request = copy.copy(objective)  # other requests may use other tiles at the same time
-        request.tile = max(64, self.predict_options.tile)
-        return request.outputs
+        objective.tile = max(64, self.predict_options.tile)  # of this request: the objective is a copy
+        return objective.outputs
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, sizes = self.paths_and_sizes(data)
