@@ -587,7 +587,7 @@ def test_measuring_all_networks_gives_the_same_choice(monkeypatch, rows):
     monkeypatch.setattr(registry, "names", lambda: some)
     few = advice_on_pictures(rows)
     monkeypatch.setattr(advisor, "MIN_MEASURED_OPTIONS", 10**6)
-    monkeypatch.setattr(advisor, "SIZES", 10**6)
+    monkeypatch.setattr(advisor, "MAX_SIZES_PER_ARCHITECTURE", 10**6)
     every = advice_on_pictures(rows)
     assert len(few.options) < len(every.options) and few.best == every.best
 
