@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from fieldguide.checkpoints.generation_config import PublishedGeneration, read_generation_config, without_forced_first
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
@@ -53,7 +55,9 @@ class TextGenerator(Predictor):
         template: ChatTemplate | None = None,
         markers: SequenceMarkers | None = None,
         card: Card | None = None,
+        published: PublishedGeneration | None = None,
     ):
+        self.published = published or PublishedGeneration()
         self.network, self.text, self.end_tokens, self.template = network.eval(), text, tuple(end_tokens), template
         self.markers, self.card = markers, card
         self.config_type = GenerationConfig if markers is None else Greedy
@@ -102,7 +106,14 @@ class TextGenerator(Predictor):
             end_tokens = sorted({getattr(config, "end", markers.end), *read_eos_token_ids(folder)})
         if weights == "int8":
             quantize_int8(network)
-        return cls(network, text, end_tokens, build_chat_template(files) if markers is None else None, markers, card)
+        folder = path if path.is_dir() else path.parent
+        published = PublishedGeneration()
+        if path.suffix != ".gguf":
+            published = read_generation_config(folder, is_encoder_decoder=markers is not None)
+        if markers is not None:
+            published = replace(published, rules=without_forced_first(published.rules, markers.target_start))
+        template = build_chat_template(files) if markers is None else None
+        return cls(network, text, end_tokens, template, markers, card, published)
 
     @property
     def model(self) -> Network:
@@ -138,11 +149,12 @@ class TextGenerator(Predictor):
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
         """Return the answer to each prompt; prompts of any length share batches. `options` are those of `GenerationConfig`."""
-        config = self.config_type(**rename_aliases(options, PREDICT_ALIASES))
+        options = rename_aliases(options, PREDICT_ALIASES)
         answers_by_row: dict[int, str] = {}
         rows = [self.tokens(prompt) for prompt in prompts]
         for group in group_by_length([len(row) for row in rows]):
             network, starts = self.prepare([rows[i] for i in group])
+            config = self.build_config(options, max(map(len, starts)))
             generated = generate_batch(
                 network,
                 starts,
@@ -151,9 +163,17 @@ class TextGenerator(Predictor):
                 decode=self.text.decode,
                 row_ids=group,
                 prefix_length=len(self.markers.target_start) - 1 if self.markers else 0,
+                rules=self.published.rules,
             )
             answers_by_row |= {i: truncate_at_stop(self.text.decode(row), config.stop_list) for i, row in zip(group, generated)}
         return [answers_by_row[i] for i in range(len(rows))]
+
+    def build_config(self, options: Mapping[str, Any], prefix: int) -> GenerationConfig:
+        """Return the options of a request over those that were published with the model.
+
+        `prefix` is the number of tokens before the first generated one.
+        """
+        return self.published.apply(self.config_type, options, prefix)
 
     def predict(self, inputs: Any = (), *, chat: Any = None, **options: Any) -> Predictions:
         """Return `input` and `text` for each prompt. `chat` forces or prevents the chat template."""
@@ -162,16 +182,22 @@ class TextGenerator(Predictor):
             raise SettingsError("no prompt: fieldguide predict MODEL 'Once upon a time'")
         chat, options = self.parse(chat, options)
         texts = self.generate([self.to_prompt(p, chat) if isinstance(p, str) else p for p in prompts], **options)
-        return Predictions([{"input": prompt, "text": text} for prompt, text in zip(prompts, texts)])
+        return Predictions([{"input": prompt, "text": text} for prompt, text in zip(prompts, texts)], self.published.notes)
 
     def stream(self, source: Any, *, chat: Any = None, **options: Any) -> Iterator[str] | None:
         """Return the answer to one prompt piece by piece; None for beam search, whose answer is known only at its end."""
         chat, options = self.parse(chat, options)
-        config = self.config_type(**options)
-        if config.effective_beams > 1:
+        if self.build_config(options, 0).effective_beams > 1:
             return None
         network, starts = self.prepare([self.tokens(self.to_prompt(source, chat) if isinstance(source, str) else source)])
-        return stream_text(network, starts[0], config, eos_token_ids=self.end_tokens, decode=self.text.decode)
+        return stream_text(
+            network,
+            starts[0],
+            self.build_config(options, len(starts[0])),
+            eos_token_ids=self.end_tokens,
+            decode=self.text.decode,
+            rules=self.published.rules,
+        )
 
     def parse(self, chat: Any, options: Mapping[str, Any]) -> tuple[bool | None, dict[str, Any]]:
         """Return prediction options with their types. Raises `SettingsError` for unknown keys and values out of range."""

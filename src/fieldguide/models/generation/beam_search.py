@@ -23,6 +23,7 @@ def beam_search(
     max_lengths: Tensor | None = None,
     prefix_length: int = 0,
     adjust: Callable[[Tensor, Tensor], Tensor] | None = None,
+    early_stopping: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the `num_beams` best sequences of each input: tokens B K T (-1 after the end), without `begin` and the end
     token, best first, and scores B K.
@@ -37,7 +38,7 @@ def beam_search(
     finished sequences, and the best of the others become the next beams. The score of a sequence is its
     log-probability divided by length^length_penalty, where the length includes the end token and `prefix_length` more
     tokens. The search of an input stops when its best beam, if it ended now, would not score higher than the worst of
-    its K finished sequences.
+    its K finished sequences; with `early_stopping`, as soon as it has K finished sequences.
     """
     inputs = cache.real.shape[0] // num_beams
     device = cache.real.device
@@ -71,7 +72,7 @@ def beam_search(
         done_scores, which = torch.cat([done_scores, fresh[:, :num_beams]], 1).topk(num_beams)
         done = picked(torch.cat([done, rows[:, :num_beams]], 1), which)
         scores, which = likely.masked_fill(end, -torch.inf).topk(num_beams)
-        going &= scores[:, 0] / scale > done_scores[:, -1]
+        going &= done_scores[:, -1].isneginf() if early_stopping else scores[:, 0] / scale > done_scores[:, -1]
         if not going.any():
             break
         tokens_so_far, parent, token = picked(rows, which), parent.gather(1, which), token.gather(1, which)

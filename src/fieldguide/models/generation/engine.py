@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from fieldguide.models.generation.beam_search import beam_search
 from fieldguide.models.generation.encoder_decoder import EncoderDecoderState
 from fieldguide.models.generation.sampling import GenerativeModel, Sampling, generate, left_pad
 from fieldguide.models.generation.stop_strings import decode_stream, truncate_at_stop
+from fieldguide.models.generation.token_rules import TokenRules
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 BATCH_PROMPTS = 32  # prompts per batch
@@ -37,15 +38,18 @@ class GenerationConfig:
     top_p: float | None = None  # keep the most likely tokens with this total probability; 1 = off
     min_p: float | None = None  # keep tokens with this fraction of the highest probability; 0 = off
     repetition_penalty: float = 1.0  # above 1: tokens that occurred before become less likely
+    no_repeat_ngram_size: int = 0  # no sequence of this many tokens occurs twice; 0 = off
+    min_new_tokens: int = 0  # minimum number of generated tokens
+    early_stopping: bool = False  # beam search ends as soon as num_beams outputs have ended
     stop_strings: str = ""  # stop string, not part of the output; several as JSON: ["one", "two"]
     seed: int = 0  # seed of sampling
 
     defaults: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.8, "top_p": 0.95}
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SettingsError(f"{name}={value} must be at least 1.")
+        for name, least in (("max_new_tokens", 1), ("num_beams", 1), ("min_new_tokens", 0), ("no_repeat_ngram_size", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise SettingsError(f"{name}={value} must be at least {least}.")
         if (self.num_beams or 1) > 1 and self.is_sampling:
             raise SettingsError(
                 f"num_beams={self.num_beams} is a deterministic search and cannot be combined with sampling: leave out "
@@ -76,6 +80,15 @@ class GenerationConfig:
             defaults["temperature"] = 1.0
         values: dict[str, Any] = {**defaults, **self.sampling_overrides}
         return Sampling(**values, repetition=self.repetition_penalty)
+
+    def token_rules(self, eos_token_ids: Sequence[int], published: TokenRules | None = None) -> TokenRules:
+        """Return the constraints on tokens: those of a publisher, with the options over them."""
+        return replace(
+            published or TokenRules(),
+            eos_token_ids=tuple(eos_token_ids),
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            min_new_tokens=self.min_new_tokens,
+        )
 
     @property
     def stop_list(self) -> list[str]:
@@ -113,6 +126,7 @@ def generate_batch(
     row_ids: Sequence[int] | None = None,
     max_lengths: Tensor | None = None,
     prefix_length: int = 0,
+    rules: TokenRules | None = None,
 ) -> list[list[int]]:
     """Return the generated token IDs of each prompt, without the end token.
 
@@ -120,11 +134,18 @@ def generate_batch(
     `row_ids` identify the prompts and select their random numbers. `max_lengths` (B int64) limits each output and
     replaces `config.max_new_tokens`. `decode` is needed for stop strings: generation ends when every output contains
     one (`truncate_at_stop` removes it). `prefix_length` tokens of each prompt count as part of the output when beam
-    search compares lengths.
+    search compares lengths. `rules` are constraints of the publisher (`GenerationConfig.token_rules` adds the options).
     """
+    rules = config.token_rules(eos_token_ids, rules)
     if config.effective_beams > 1:
         return search_beams(
-            model, prompts, config, eos_token_ids=eos_token_ids, max_lengths=max_lengths, prefix_length=prefix_length
+            model,
+            prompts,
+            config,
+            eos_token_ids=eos_token_ids,
+            max_lengths=max_lengths,
+            prefix_length=prefix_length,
+            rules=rules,
         )
     max_new_tokens = clamp_to_context(model, prompts, config.max_new_tokens if max_lengths is None else int(max_lengths.max()))
     max_length = [max_new_tokens] * len(prompts) if max_lengths is None else max_lengths.tolist()
@@ -132,7 +153,14 @@ def generate_batch(
     rows: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(rows)
     for step in generate(
-        model, prompts, max_new_tokens, sampling=config.sampling, eos_token_ids=eos_token_ids, seed=config.seed, row_ids=row_ids
+        model,
+        prompts,
+        max_new_tokens,
+        sampling=config.sampling,
+        eos_token_ids=eos_token_ids,
+        seed=config.seed,
+        row_ids=row_ids,
+        rules=rules,
     ):
         for i, token in enumerate(step.tolist()):
             if done[i]:
@@ -155,6 +183,7 @@ def search_beams(
     eos_token_ids: Sequence[int],
     max_lengths: Tensor | None = None,
     prefix_length: int = 0,
+    rules: TokenRules | None = None,
 ) -> list[list[int]]:
     """Return the best output of each prompt found by beam search; the prompts are read once, in one batch.
 
@@ -179,11 +208,14 @@ def search_beams(
             model.last(rows[:, :-1], None if mask.all() else mask[:, :-1], cache)
         cache.widen(beams)
         seen = torch.where(mask, rows, -1).repeat_interleave(beams, 0)
-        adjust = (
-            None
-            if config.repetition_penalty == 1
-            else lambda logp, generated: config.sampling.penalize_repetition(logp, torch.cat([seen, generated], 1))
-        )
+
+        def adjust(logp: Tensor, generated: Tensor) -> Tensor:  # BK V, BK T (-1 after the tokens so far) -> BK V
+            step = int((generated >= 0).sum(1).max())
+            history = torch.cat([seen, generated[:, :step]], 1)
+            logp = config.sampling.penalize_repetition(logp, history)
+            return rules.apply(logp, history, step, step == max_new_tokens - 1) if rules and rules.is_active else logp
+
+        is_adjusted = config.repetition_penalty != 1 or (rules is not None and rules.is_active)
         found, _ = beam_search(
             lambda token: model.last(token, None, cache)[:, None],
             cache,
@@ -193,14 +225,21 @@ def search_beams(
             max_new_tokens=max_new_tokens,
             length_penalty=config.length_penalty,
             prefix_length=prefix_length,
-            adjust=adjust,
+            adjust=adjust if is_adjusted else None,
+            early_stopping=config.early_stopping,
             max_lengths=None if max_lengths is None else max_lengths.to(device),
         )
     return [[i for i in row if i >= 0] for row in found[:, 0].tolist()]
 
 
 def stream_text(
-    model: GenerativeModel, prompt: Sequence[int], config: GenerationConfig, *, eos_token_ids: Sequence[int], decode: Decode
+    model: GenerativeModel,
+    prompt: Sequence[int],
+    config: GenerationConfig,
+    *,
+    eos_token_ids: Sequence[int],
+    decode: Decode,
+    rules: TokenRules | None = None,
 ) -> Iterator[str]:
     """Yield the output for one prompt piece by piece; without beam search."""
     steps = generate(
@@ -210,6 +249,7 @@ def stream_text(
         sampling=config.sampling,
         eos_token_ids=eos_token_ids,
         seed=config.seed,
+        rules=config.token_rules(eos_token_ids, rules),
     )
     return decode_stream((int(step) for step in steps), decode, eos_token_ids, config.stop_list)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.generation.few_row_linear import few_rows_mode
+from fieldguide.models.generation.token_rules import TokenRules
 from fieldguide.models.layers.kv_cache import Cache
 
 
@@ -114,17 +115,21 @@ def generate(
     eos_token_ids: Sequence[int] = (),
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
+    rules: TokenRules | None = None,
 ) -> Iterator[Tensor]:
     """Continue every prompt, one token per row at a time; yield B int64, -1 for rows that have ended.
 
     A row ends after one of `eos_token_ids`, which is yielded, or after `max_new_tokens` tokens; the iterator ends
     when all rows have. The random numbers of a row depend on the seed and its `row_ids` entry (by default its index),
     not on the other rows of the batch. When a row exceeds the model's `length`, its newest half is read again.
-    `model.last` returns the logits of the last position of each row. Raises `SettingsError` for an empty prompt.
+    `model.last` returns the logits of the last position of each row. `rules` constrain
+    the tokens. Raises `SettingsError` for an empty prompt.
     """
     if not all(len(p) for p in prompts):
         raise SettingsError("A prompt is empty. Pass at least one token.")
     sampling, device, window = sampling or Sampling(), next(model.parameters()).device, model.config.length
+    rules = rules if rules is not None and rules.is_active else None
+    after_rules = sampling if rules is None else replace(sampling, repetition=1.0)  # rules come after the repetition penalty
     uniform = torch.stack(
         [
             torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(row)))
@@ -137,7 +142,9 @@ def generate(
     logits = model.last(rows, None if mask.all() else mask, cache)
     over, ending = torch.zeros(len(rows), dtype=torch.bool, device=device), torch.tensor(list(eos_token_ids), device=device)
     for step in range(max_new_tokens):
-        token = sampling.choose(logits, history, uniform[:, step])
+        if rules is not None:
+            logits = rules.apply(sampling.penalize_repetition(logits, history), history, step, step == max_new_tokens - 1)
+        token = after_rules.choose(logits, history, uniform[:, step])
         yield torch.where(over, -1, token)
         history = torch.cat([history, torch.where(over, -1, token)[:, None]], 1)
         over = over | torch.isin(token, ending)
