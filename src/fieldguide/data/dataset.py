@@ -38,15 +38,21 @@ Severity = Literal["error", "warning", "note"]
 FILE, LINE = "#file", "#line"  # index into the manifest; line (or row number) in that file
 HASH = "#hash"  # digest of a row's pixels or samples; equal images have equal digests
 WIDTH, HEIGHT, CHANNELS = "#width", "#height", "#channels"  # of an image after EXIF rotation; 1 = gray, 3 = color
+LOW, HIGH = "#low", "#high"  # range of the values of an image with more than 8 bits; null for 8 bits
 SECONDS, RATE = "#seconds", "#rate"  # of a recording or video: duration and samples (frames) per second
 FRAMES = "#frames"  # number of frames of a video
 MASK_WIDTH, MASK_HEIGHT = "#mask_width", "#mask_height"
-BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS, SECONDS, RATE, FRAMES, MASK_WIDTH, MASK_HEIGHT)
+BOOKKEEPING = (FILE, LINE, HASH, WIDTH, HEIGHT, CHANNELS, LOW, HIGH, SECONDS, RATE, FRAMES, MASK_WIDTH, MASK_HEIGHT)
 
 
 @dataclass
 class Column:
-    """A column: its type (`kind`), its role, and a text (`why`) that explains how the type was chosen."""
+    """A column: its type (`kind`), its role, and a text (`why`) that explains how the type was chosen.
+
+    `number_format` and `date_format` are how its text is read (`NumberFormat`, `DateFormat`), `range` its smallest and largest
+    value, and `literals` the words that are values although they usually mark missing ones, such as a class `None`. They are
+    None in columns of run folders that were written before these fields existed.
+    """
 
     name: str
     kind: Kind
@@ -54,6 +60,10 @@ class Column:
     why: str = ""
     missing: int = 0
     distinct: int = 0
+    number_format: dict[str, Any] | None = None
+    date_format: dict[str, Any] | None = None
+    range: tuple[float | str, float | str] | None = None
+    literals: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,23 @@ class SkippedInput:
     why: str
 
 
+@dataclass(frozen=True)
+class CellProblems:
+    """Cells of a column that do not fit the schema of a trained model.
+
+    `what` is "malformed", "unseen" (a category that training did not have) or "out-of-range" (far outside the training range).
+    `rows` are the rows of the data that was read; malformed cells of unusable rows are only counted. `examples` are the first
+    places and values.
+    """
+
+    column: str
+    what: Literal["malformed", "unseen", "out-of-range"]
+    detail: str
+    count: int
+    rows: tuple[int, ...]
+    examples: tuple[tuple[str, str], ...]
+
+
 @dataclass
 class Data:
     """Examples as a table (`rows`) with their schema (`columns`), manifest and findings.
@@ -133,7 +160,8 @@ class Data:
     `splits` holds "train", "val" or "test" for each row if the source defines splits (folders train/ val/ test/, or a
     split column); otherwise it is None and `fieldguide.data.splits` creates them. `context` holds what the rows of a
     task's examples refer to, such as the full series that windows are cut from. `split_description` describes how `splits` were
-    made if they do not come from the source. `skipped` lists the inputs that a lenient reader could not use.
+    made if they do not come from the source. `skipped` lists the inputs that a lenient reader could not use. `problems` lists
+    the cells that do not fit the schema of a trained model.
     """
 
     source: str
@@ -145,6 +173,7 @@ class Data:
     context: Any = None
     split_description: str = ""
     skipped: list[SkippedInput] = field(default_factory=list)
+    problems: list[CellProblems] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.rows.height
@@ -188,6 +217,7 @@ class Data:
             self.context,
             self.split_description,
             self.skipped,
+            self.problems,
         )
 
     def drop_rows(self, bad: np.ndarray) -> Data:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,26 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+FOLDER_SPLIT_WORDS = {  # words in names of folders, in addition to `SPLIT_NAMES`
+    **SPLIT_NAMES,
+    "trainset": "train",
+    "trainingset": "train",
+    "traindata": "train",
+    "trainval": "train",
+    "trn": "train",
+    "valset": "val",
+    "valdata": "val",
+    "validset": "val",
+    "validationset": "val",
+    "devset": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "testset": "test",
+    "testdata": "test",
+    "tst": "test",
+    "holdout": "test",
+}
+WORD_PATTERN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # words of snake_case, kebab-case and CamelCase names
 IGNORED_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 
@@ -63,6 +84,7 @@ class RawTable:
     split_column: str | None = None
     context: Any = None  # data shared by all rows, such as class names or full series
     unusable: int = 0  # examples that could not be added to `rows`
+    delimiter: str | None = None  # of a delimited file; a hint for its number formats
 
 
 @cache
@@ -110,3 +132,12 @@ def split_of(name: str) -> str | None:
     words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
     found = {SPLIT_NAMES[w] for w in words if w in SPLIT_NAMES}
     return found.pop() if len(found) == 1 else None
+
+
+def folder_split(name: str) -> str | None:
+    """Return the split in the name of a folder (`train`, `test_set`, `01_train`, `TrainImages`, `train2017`), or None.
+
+    A name with the words train and val is training data.
+    """
+    found = {FOLDER_SPLIT_WORDS[w] for word in WORD_PATTERN.findall(name) if (w := word.lower()) in FOLDER_SPLIT_WORDS}
+    return found.pop() if len(found) == 1 else "train" if found == {"train", "val"} else None

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from PIL import Image
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FileEntry, Finding, Severity
@@ -194,7 +193,7 @@ def read_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
 
     def one(path: Path) -> tuple[int, int] | None:
         try:
-            with Image.open(path) as image:
+            with images.open_image(path) as image:
                 width, height = image.size
                 return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
         except images.DECODE_ERRORS:

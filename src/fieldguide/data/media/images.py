@@ -1,8 +1,9 @@
 """Image files: checking and loading with Pillow in threads (decoding releases the GIL).
 
-Images are loaded upright according to their EXIF orientation, transparency is composited over white, 16-bit and float
-gray values are scaled by their range, CMYK and palettes become RGB, and animations contribute their first frame.
-`check` records each of these conversions.
+Images are loaded upright according to their EXIF orientation, transparency is composited over white, CMYK and palettes
+become RGB, and animations contribute their first frame. Values of more than 8 bits (16-bit and 32-bit integers, floats, and
+the colors of 16-bit PNG and TIFF files) are scaled to 8 bits by a `Scale` that is learned from the training images.
+`check` records each of these conversions, and names formats that are not read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import io
 import os
 import struct
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +60,39 @@ FORMAT_SUFFIXES = {
     "MPO": (".jpg", ".jpeg", ".mpo"),
 }
 SUPPORTED_SUFFIXES = frozenset(s for suffixes in FORMAT_SUFFIXES.values() for s in suffixes)
+ARRAY_SUFFIX = ".npy"  # arrays are read as images in class folders, tables and masks
+READABLE_SUFFIXES = SUPPORTED_SUFFIXES | {ARRAY_SUFFIX}
+UNSUPPORTED_FORMATS = {  # suffix -> name of an image format that is not read
+    ".dcm": "DICOM",
+    ".dicom": "DICOM",
+    ".nii": "NIfTI",
+    ".nii.gz": "NIfTI",
+    ".mha": "MetaImage",
+    ".mhd": "MetaImage",
+    ".nrrd": "NRRD",
+    ".npz": "NumPy archive",
+    ".mat": "MATLAB",
+    ".czi": "Zeiss CZI",
+    ".nd2": "Nikon ND2",
+    ".lif": "Leica LIF",
+    ".svs": "Aperio SVS",
+    ".heic": "HEIC",
+    ".heif": "HEIC",
+    ".exr": "OpenEXR",
+    ".hdr": "Radiance HDR",
+    ".dng": "camera raw",
+    ".cr2": "camera raw",
+    ".nef": "camera raw",
+    ".arw": "camera raw",
+    ".psd": "Photoshop",
+    ".svg": "SVG",
+}
+IMAGE_LIKE_SUFFIXES = READABLE_SUFFIXES | UNSUPPORTED_FORMATS.keys()
 Fit = Literal["crop", "pad", "stretch"]
+Scale = tuple[float, float]  # the values that become 0 and 255
+ARRAY = "array"  # key in `Image.info` of an array H W 3 with colors of more than 8 bits
+IGNORED_EXTREMES = 1e-4  # fraction of an image's values at either end that do not count for its range, such as hot pixels
+OUTLIER_FACTOR, OUTLIER_FRACTION = 8, 0.02  # an image's range is an outlier if it is this often that of the 98 % lowest
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +109,8 @@ class ImageCheck:
     channels: int = 3
     form: str = ""  # Pillow's name of the format
     traits: tuple[str, ...] = ()  # any of: deep transparent palette cmyk animated rotated wrong-extension
+    low: float | None = None  # range of the values of an image with more than 8 bits, without a few extremes
+    high: float | None = None
 
 
 def check(paths: Sequence[str | Path]) -> list[ImageCheck]:
@@ -94,23 +130,34 @@ def check_one(path: str | Path) -> ImageCheck:
     size = len(content)
     if not content:
         return ImageCheck("empty-file", "0 bytes", 0, sha)
-    suffix = os.path.splitext(str(path))[1].lower()
+    suffix = find_suffix(path)
+    if suffix in UNSUPPORTED_FORMATS:
+        return ImageCheck("unsupported-image", UNSUPPORTED_FORMATS[suffix], size, sha)
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content), suffix) as image:
             if image.width * image.height > MAX_PIXELS:
                 return ImageCheck("too-many-pixels", f"{image.width} x {image.height}", size, sha)
-            traits = find_traits(image, suffix)
+            if (pages := count_pages(image)) > 1:
+                return ImageCheck("several-pages", f"{pages} pages", size, sha)
+            color = read_deep_color(image)
+            traits = find_traits(image, suffix, color is not None)
             image.load()
             width, height, mode = *image.size, image.mode
             shape = (mode, image.size, image.getpalette() if mode == "P" else None)
             pixels = hashlib.blake2b(repr(shape).encode(), digest_size=16)
-            pixels.update(image.tobytes())
+            pixels.update(image.tobytes() if color is None else np.ascontiguousarray(color).data)
+            low, high = None, None
+            if "deep" in traits:
+                low, high = find_range(np.asarray(image) if color is None else color)
             if "rotated" in traits and image.getexif().get(0x0112, 1) >= 5:  # rotated by 90 degrees
                 width, height = height, width
             channels = 1 if mode in GRAY_MODES else 3
-            return ImageCheck("", "", size, sha, pixels.hexdigest(), width, height, channels, image.format or "", traits)
+            form = image.format or ""
+            return ImageCheck("", "", size, sha, pixels.hexdigest(), width, height, channels, form, traits, low, high)
     except UnidentifiedImageError:
-        known = suffix in SUPPORTED_SUFFIXES
+        if named := recognize_unsupported(content):
+            return ImageCheck("unsupported-image", named, size, sha)
+        known = suffix in READABLE_SUFFIXES
         return ImageCheck("corrupt-image" if known else "not-an-image", "the content is not a known image format", size, sha)
     except Image.DecompressionBombError:
         return ImageCheck("too-many-pixels", "more pixels than Pillow allows", size, sha)
@@ -119,16 +166,163 @@ def check_one(path: str | Path) -> ImageCheck:
         return ImageCheck("truncated-image" if cut else "corrupt-image", str(error)[:100], size, sha)
 
 
-def find_traits(image: Image.Image, suffix: str) -> tuple[str, ...]:
+def find_suffix(path: str | Path) -> str:
+    """Return the suffix in lower case; `.nii.gz` counts as one."""
+    name = str(path).lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else os.path.splitext(name)[1]
+
+
+def recognize_unsupported(content: bytes) -> str | None:
+    """Return the name of an unsupported image format by the first bytes of a file, or None."""
+    if content[128:132] == b"DICM":
+        return "DICOM"
+    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"mif1", b"hevc"):
+        return "HEIC"
+    starts = {
+        b"8BPS": "Photoshop",
+        b"NRRD": "NRRD",
+        b"\x76\x2f\x31\x01": "OpenEXR",
+        b"#?RADIANCE": "Radiance HDR",
+        b"<svg": "SVG",
+    }
+    return next((name for start, name in starts.items() if content.startswith(start)), None)
+
+
+@contextmanager
+def open_image(source: str | Path | io.BytesIO, suffix: str | None = None) -> Iterator[Image.Image]:
+    """Open a file, or its content with the suffix of the file's name: an image, or an array (.npy) as an image.
+
+    Raises ValueError for an array that has not the shape of an image.
+    """
+    if (find_suffix(str(source)) if suffix is None else suffix) == ARRAY_SUFFIX:
+        with np.errstate(all="ignore"):
+            yield from_array(np.load(source, allow_pickle=False))
+    elif isinstance(source, io.BytesIO):
+        with Image.open(source) as image:
+            yield image
+    else:
+        with open(source, "rb") as file, Image.open(file) as image:
+            yield image
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """Return an array as an image: H W, H W C or C H W with 1, 3 or 4 channels (4 only as 8-bit RGBA)."""
+    shape = array.shape
+    if array.ndim == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if (
+        not array.size
+        or array.dtype.kind not in "buif"
+        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    ):
+        raise ValueError(f"an array of shape {shape} and type {array.dtype} is not an image (H W, H W 3 or 3 H W)")
+    if array.dtype.kind == "b":
+        array = array.astype(np.uint8) * 255
+    array = np.ascontiguousarray(array)
+    if array.dtype == np.uint8:
+        image = Image.fromarray(array)
+    elif array.ndim == 3:
+        if array.shape[2] == 4:
+            raise ValueError(f"an array of shape {shape} and type {array.dtype} is not an image: 4 channels require uint8")
+        image = to_8_bit(array)
+        image.info[ARRAY] = array
+    elif array.dtype == np.uint16:
+        image = Image.fromarray(array)
+    elif array.dtype.kind in "iu" and abs(array.astype(np.float64)).max() < 2**31:
+        image = Image.fromarray(array.astype(np.int32))
+    else:
+        image = Image.fromarray(array.astype(np.float32))
+    image.format = "NPY"
+    return image
+
+
+def count_pages(image: Image.Image) -> int:
+    """Return the number of full-size pages of a TIFF; reduced copies of the first page, such as thumbnails, do not count."""
+    if image.format != "TIFF" or getattr(image, "n_frames", 1) == 1:
+        return 1
+    size, pages = image.size, 1
+    for number in range(1, getattr(image, "n_frames", 1)):
+        image.seek(number)
+        reduced = bool(getattr(image, "tag_v2", {}).get(254, 0) & 1) or (image.width < size[0] and image.height < size[1])
+        pages += not reduced
+    image.seek(0)
+    return pages
+
+
+def find_deep_raw_mode(image: Image.Image) -> str | None:
+    """Return how the colors of an image that is not yet decoded are stored if they have 16 bits, else None.
+
+    Pillow decodes only the higher byte of such colors.
+    """
+    tiles = getattr(image, "tile", None)
+    if not tiles or image.mode not in ("RGB", "RGBA"):
+        return None
+    raw = tiles[0].args if isinstance(tiles[0].args, str) else tiles[0].args[0] if tiles[0].args else None
+    return raw if isinstance(raw, str) and raw.startswith("RGB") and ";16" in raw else None
+
+
+def read_deep_color(image: Image.Image) -> np.ndarray | None:  # -> H W 3
+    """Return colors of more than 8 bits as stored, or None for any other image. Call it before the image is decoded."""
+    if ARRAY in image.info:
+        return image.info[ARRAY]
+    raw, file = find_deep_raw_mode(image), getattr(image, "fp", None)
+    if raw is None or file is None:
+        return None
+    # The lower bytes are the higher bytes of the other byte order.
+    native = "L" if sys.byteorder == "little" else "B"
+    order = native if raw.endswith("N") else raw[-1]
+    other = raw[:-1] + ("B" if order == "L" else "L")
+    image.load()
+    file.seek(0)
+    with Image.open(file) as again:
+        again.tile = [t._replace(args=other if isinstance(t.args, str) else (other, *t.args[1:])) for t in again.tile]
+        low = np.asarray(again)[..., :3].astype(np.uint16)
+    return np.asarray(image)[..., :3].astype(np.uint16) << 8 | low
+
+
+def find_range(array: np.ndarray) -> tuple[float, float]:
+    """Return the lowest and highest value of an image without `IGNORED_EXTREMES` at either end; (0, 0) without any value."""
+    values = array[np.isfinite(array)] if array.dtype.kind == "f" else array.ravel()
+    if not values.size:
+        return 0.0, 0.0
+    skipped = int(IGNORED_EXTREMES * values.size)
+    if not skipped:
+        return float(values.min()), float(values.max())
+    ordered = np.partition(values, (skipped, values.size - 1 - skipped))
+    return float(ordered[skipped]), float(ordered[values.size - 1 - skipped])
+
+
+def learn_scale(lows: np.ndarray, highs: np.ndarray) -> Scale | None:
+    """Return the scale of images with these ranges (NaN for those of 8 bits), or None if all have 8 bits.
+
+    Single images with extreme values do not count: they would leave few gray levels to all others.
+    """
+    deep = ~np.isnan(highs)
+    if not deep.any():
+        return None
+    low, high = float(lows[deep].min()), float(highs[deep].max())
+    usual = float(np.quantile(highs[deep], 1 - OUTLIER_FRACTION, method="lower"))
+    lowest = float(np.quantile(lows[deep], OUTLIER_FRACTION, method="higher"))
+    if deep.sum() > 1 and usual > lowest:
+        if high - lowest > OUTLIER_FACTOR * (usual - lowest):
+            high = usual
+        if usual - low > OUTLIER_FACTOR * (usual - lowest):
+            low = lowest
+    return low, max(high, low + (1.0 if high <= low else 0.0))
+
+
+def find_traits(image: Image.Image, suffix: str, deep_color: bool = False) -> tuple[str, ...]:
     """Return the traits of an image that are reported as findings."""
     seen = []
-    if image.mode in HIGH_BIT_DEPTH_MODES:
+    if image.mode in HIGH_BIT_DEPTH_MODES or deep_color:
         seen.append("deep")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         seen.append("transparent")
     if image.mode == "CMYK":
         seen.append("cmyk")
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+    if image.format not in ("MPO", "TIFF") and getattr(image, "n_frames", 1) > 1:
         seen.append("animated")
     if image.getexif().get(0x0112, 1) not in (0, 1):
         seen.append("rotated")
@@ -144,12 +338,14 @@ def load(
     *,
     fit: Fit = "crop",
     resize: Callable[[Image.Image], Image.Image] | None = None,
+    scale: Scale | None = None,
 ) -> torch.Tensor:
     """Load images as one uint8 tensor, N C S S, with 1 (gray) or 3 (RGB) channels and side S in pixels.
 
     `fit` selects how images that are not square are handled: "crop" scales the shorter side to S and crops the center,
     "pad" scales the longer side and pads with white, "stretch" changes the aspect ratio. `resize`, if given, replaces
-    this: it returns an S x S image.
+    this: it returns an S x S image. `scale` holds the values of more than 8 bits that become 0 and 255; without it they are
+    scaled by the range of their format.
 
     Raises DataError naming the files that cannot be read.
     """
@@ -160,7 +356,7 @@ def load(
 
     def one(index: int) -> None:
         try:
-            out[index] = load_pixels(paths[index], side, channels, fit, resize)
+            out[index] = load_pixels(paths[index], side, channels, fit, resize, scale)
         except DECODE_ERRORS as error:
             problems.append(f"{paths[index]}: {error}")
 
@@ -179,23 +375,29 @@ def load_pixels(
     channels: int = 3,
     fit: Fit = "crop",
     resize: Callable[[Image.Image], Image.Image] | None = None,
+    scale: Scale | None = None,
 ) -> np.ndarray:
-    """Load one image as uint8, C S S. Raises ValueError if it has more than `PIXELS` pixels."""
+    """Load one image as uint8, C S S. Raises ValueError if it has more than `MAX_PIXELS` pixels."""
     if isinstance(source, Image.Image):
-        return to_array(source, side, channels, fit, resize)
-    with open(source, "rb") as file, Image.open(file) as image:
+        return to_array(source, side, channels, fit, resize, scale)
+    with open_image(source) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
         if resize is None and image.format == "JPEG" and min(image.size) >= 4 * side:
             image.draft(None, (2 * side, 2 * side))  # libjpeg decodes at reduced size, which is much faster
-        return to_array(image, side, channels, fit, resize)
+        return to_array(image, side, channels, fit, resize, scale)
 
 
 def to_array(
-    image: Image.Image, side: int, channels: int, fit: Fit, resize: Callable[[Image.Image], Image.Image] | None = None
+    image: Image.Image,
+    side: int,
+    channels: int,
+    fit: Fit,
+    resize: Callable[[Image.Image], Image.Image] | None = None,
+    scale: Scale | None = None,
 ) -> np.ndarray:
     """Convert an opened image to uint8, C S S."""
-    image = convert_mode(image, "L" if channels == 1 else "RGB")
+    image = convert_mode(image, "L" if channels == 1 else "RGB", scale)
     if resize is not None:
         image = resize(image)
     if image.size != (side, side):
@@ -211,13 +413,24 @@ def to_array(
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
-def convert_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image of any mode to 8-bit gray ("L") or "RGB", upright and composited over white."""
+def convert_mode(image: Image.Image, mode: str, scale: Scale | None = None) -> Image.Image:
+    """Convert an image of any mode to 8-bit gray ("L") or "RGB", upright and composited over white.
+
+    `scale` holds the values of more than 8 bits that become 0 and 255.
+    """
+    color = read_deep_color(image) if scale is not None else None
     image.load()
-    if image.getexif().get(0x0112, 1) not in (0, 1):
+    orientation = image.getexif().get(0x0112, 1)
+    if color is not None:
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        image = to_8_bit(color, scale)
+        if alpha is not None:
+            image.putalpha(alpha)
+        image.getexif()[0x0112] = orientation
+    if orientation not in (0, 1):
         image = ImageOps.exif_transpose(image)
     if image.mode in HIGH_BIT_DEPTH_MODES:
-        image = to_8_bit(image)
+        image = to_8_bit(np.asarray(image), scale, image.mode)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -225,15 +438,22 @@ def convert_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale to 8 bits: 16-bit images by the format's range, 32-bit and float ones by 255, 65535 or their own range."""
-    array = np.nan_to_num(np.asarray(image).astype(np.float64))
+def to_8_bit(array: np.ndarray, scale: Scale | None = None, mode: str = "") -> Image.Image:
+    """Scale values to 8 bits, by `scale` if there is one.
+
+    Without it, as in runs that were trained before scales were learned: 16-bit images by the format's range, 32-bit and
+    float ones by 255, 65535 or their own range.
+    """
+    array = np.nan_to_num(array.astype(np.float64))
+    if scale is not None:
+        low, high = scale
+        return Image.fromarray(np.rint((array.clip(low, high) - low) * (255.0 / (high - low))).astype(np.uint8))
     low, high = array.min(initial=0.0), array.max(initial=0.0)
-    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
+    if mode.startswith("I;16") or (mode == "I" and low >= 0 and 255 < high <= 65535):
         low, high = 0.0, 65535.0
-    elif image.mode == "I" and low >= 0 and high <= 255:
+    elif mode == "I" and low >= 0 and high <= 255:
         low, high = 0.0, 255.0
-    elif image.mode == "F" and low >= 0 and high <= 1:
+    elif mode == "F" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     return Image.fromarray(np.rint((array - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8))
 

@@ -17,6 +17,8 @@ from fieldguide.data.dataset import (
     FRAMES,
     HASH,
     HEIGHT,
+    HIGH,
+    LOW,
     MASK_HEIGHT,
     MASK_WIDTH,
     RATE,
@@ -56,6 +58,14 @@ IMAGE_PROBLEMS = {  # name: description, remedy
     "missing-file": ("image files that do not exist", "Correct the paths; they are relative to the folder of the table."),
     "unreadable-file": ("files that cannot be opened", "Change their permissions."),
     "not-an-image": ("files that are not images", "Remove them."),
+    "unsupported-image": (
+        "image files of a format that is not read",
+        "Convert them to PNG or TIFF, which keep 16 bits, or save the pixels as a NumPy array (.npy).",
+    ),
+    "several-pages": (
+        "TIFF files with several pages, of which it is unknown which one is meant",
+        "Save each page, or their combination, as a file of its own.",
+    ),
     "corrupt-image": ("corrupt images", "Copy them again or remove them."),
     "truncated-image": ("truncated images: the end of the file is missing", "Copy them again or remove them."),
     "too-many-pixels": (
@@ -70,7 +80,7 @@ IMAGE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {  # trait: name, seve
         "files whose extension does not match their content; the content is used",
         "Rename them.",
     ),
-    "deep": ("deep-image", "note", "images with 16 or 32 bits are scaled to 8 bits by their range", ""),
+    "deep": ("deep-image", "note", "images with more than 8 bits are scaled by the range of the training images", ""),
     "transparent": ("transparent-image", "note", "transparent images are composited over white", ""),
     "cmyk": ("cmyk-image", "note", "CMYK images are converted to RGB", ""),
     "animated": ("animated-image", "note", "animations: only the first frame is used", ""),
@@ -129,6 +139,8 @@ MEDIA: dict[Kind, Medium] = {
             WIDTH: ("width", pl.Int32),
             HEIGHT: ("height", pl.Int32),
             CHANNELS: ("channels", pl.Int32),
+            LOW: ("low", pl.Float64),
+            HIGH: ("high", pl.Float64),
         },
     ),
     # Masks are read in their own format (palette, 16 bits, transparency), so these traits are not reported.

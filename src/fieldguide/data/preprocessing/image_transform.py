@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import polars as pl
 from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.data.dataset import HIGH, LOW
 from fieldguide.data.media import images
 
 if TYPE_CHECKING:
@@ -27,22 +29,42 @@ def suggest_side(widths: ArrayLike, heights: ArrayLike) -> int:
     return max((s for s in USUAL_SIDES if s <= median), default=USUAL_SIDES[0])
 
 
+def learn_scale(rows: pl.DataFrame) -> images.Scale | None:
+    """Return the scale of training images with more than 8 bits per value, or None if there are none."""
+    if not {LOW, HIGH} <= set(rows.columns):
+        return None
+    return images.learn_scale(*(rows[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for name in (LOW, HIGH)))
+
+
+def describe_scale(scale: images.Scale | None) -> list[str]:
+    """Return a note about a learned scale, in a list; an empty list without a scale."""
+    if scale is None:
+        return []
+    return [f"values of more than 8 bits are scaled by the range of the training images, {scale[0]:.6g} to {scale[1]:.6g}"]
+
+
 @dataclass(frozen=True)
 class ImageTransform:
-    """The conversion of images to tensors: S pixels per side, 1 or 3 channels, `mean` and `std` per channel (0 to 1)."""
+    """The conversion of images to tensors: S pixels per side, 1 or 3 channels, `mean` and `std` per channel (0 to 1).
+
+    `scale` holds the values of more than 8 bits that become 0 and 1; it is learned from the training images.
+    """
 
     side: int
     channels: int = 3
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
     fit: images.Fit = "crop"
+    scale: images.Scale | None = None
 
     @classmethod
-    def from_pixels(cls, pixels: torch.Tensor, fit: images.Fit = "crop") -> ImageTransform:
+    def from_pixels(cls, pixels: torch.Tensor, fit: images.Fit = "crop", scale: images.Scale | None = None) -> ImageTransform:
         """Fit mean and standard deviation on training images as returned by `images.load`: uint8, N C S S."""
         some = pixels[:: max(1, len(pixels) // MAX_FIT_IMAGES)].double() / 255  # evenly spread
         mean, std = some.mean((0, 2, 3)), some.std((0, 2, 3), correction=0)
-        return cls(pixels.shape[-1], pixels.shape[1], tuple(mean.tolist()), tuple(max(s, 1e-3) for s in std.tolist()), fit)
+        return cls(
+            pixels.shape[-1], pixels.shape[1], tuple(mean.tolist()), tuple(max(s, 1e-3) for s in std.tolist()), fit, scale
+        )
 
     def with_normalization(self, text: str) -> ImageTransform:
         """Return a copy with mean and std parsed from "mean,mean,mean/std,std,std". Raises SettingsError if invalid."""
@@ -73,11 +95,13 @@ class ImageTransform:
                 "crop 0.875 bicubic (that fraction of the center), pad bilinear, stretch bicubic."
             )
         size = round(self.side / part)
-        return ResizeTransform(self.side, self.channels, self.mean, self.std, cast(images.Fit, fit), size, resampling, even)
+        return ResizeTransform(
+            self.side, self.channels, self.mean, self.std, cast(images.Fit, fit), self.scale, size, resampling, even
+        )
 
     def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
         """Load files as uint8, N C S S. Raises DataError naming those that cannot be read."""
-        return images.load(paths, self.side, self.channels, fit=self.fit)
+        return images.load(paths, self.side, self.channels, fit=self.fit, scale=self.scale)
 
     def apply(self, pixels: torch.Tensor) -> torch.Tensor:
         """Convert uint8 ... C S S to standardized float32, on the device of `pixels`."""
@@ -111,7 +135,8 @@ class ImageTransform:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> ImageTransform:
         """Restore from `to_json`."""
-        values = (saved["side"], saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["fit"])
+        scale = tuple(saved["scale"]) if saved.get("scale") else None  # absent in older runs
+        values = (saved["side"], saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["fit"], scale)
         return (
             ResizeTransform(*values, saved["edge"], Image.Resampling(saved["filter"]), saved.get("even", False))
             if "edge" in saved
@@ -136,7 +161,7 @@ class ResizeTransform(ImageTransform):
 
     def load(self, paths: Sequence[str | Path]) -> torch.Tensor:
         """Load files as uint8, N C S S. Raises DataError naming those that cannot be read."""
-        return images.load(paths, self.side, self.channels, resize=self.cut)
+        return images.load(paths, self.side, self.channels, resize=self.cut, scale=self.scale)
 
     def cut(self, image: Image.Image) -> Image.Image:
         """Resize and crop one image to S x S."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-
 from fieldguide.data.media import images
 from fieldguide.data.media.masks import LazyMask
 
@@ -24,7 +23,7 @@ def read_codes(path: Mask) -> np.ndarray:
     """Return the stored pixel values of a mask, int32 H W: gray values, palette indices, or r * 65536 + g * 256 + b."""
     if isinstance(path, LazyMask):
         return path.rasterize()
-    with images.suppress_warnings(), Image.open(path) as image:
+    with images.suppress_warnings(), images.open_image(path) as image:
         if image.mode in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N"):
             return np.asarray(image if image.mode != "1" else image.convert("L")).astype(np.int32)
         if image.mode in ("LA", "F"):
@@ -54,6 +53,7 @@ class Canvas:
     classes: tuple[int, ...]
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    scale: images.Scale | None = None  # values of more than 8 bits that become 0 and 255
 
     def fit_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the height and width of an image of this size on the canvas; images are never enlarged."""
@@ -67,10 +67,11 @@ class Canvas:
 
         def one(i: int) -> None:
             height, width = self.fit_size(*sizes[i])
-            with open(paths[i], "rb") as file, Image.open(file) as image:
+            with images.open_image(paths[i]) as image:
                 if image.format == "JPEG" and min(image.size) >= 2 * max(height, width):
                     image.draft(None, (2 * width, 2 * height))
-                resized = images.convert_mode(image, mode).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+                converted = images.convert_mode(image, mode, self.scale)
+                resized = converted.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
             array = np.asarray(resized)
             out[i, :, :height, :width] = array if array.ndim == 2 else array.transpose(2, 0, 1)
 

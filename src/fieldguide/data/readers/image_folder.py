@@ -1,9 +1,16 @@
-"""Reader for images: a folder per class, optionally below train, val and test; or no classes; or a single image."""
+"""Reader for images: a folder per class, optionally below train, val and test; or no classes; or a single image.
+
+Folders whose names contain a split word (`training_set`, `seg_test`, `01_train`) are splits, never classes. Wrapping folders
+(`data/train/...`, `seg_train/seg_train/...`) are skipped, and `cats/train`, `cats/test` are splits of the class `cats`.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +19,8 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import Finding, Kind
-from fieldguide.data.media.images import SUPPORTED_SUFFIXES
-from fieldguide.data.source import IGNORED_NAMES, SPLIT_NAMES, Options, RawTable, list_visible, relative_path
+from fieldguide.data.media.images import IMAGE_LIKE_SUFFIXES, find_suffix
+from fieldguide.data.source import IGNORED_NAMES, Options, RawTable, folder_split, list_visible, relative_path
 
 NAME = "images"
 UNDERSTANDS = (
@@ -22,6 +29,9 @@ UNDERSTANDS = (
 )
 
 MEDIA_NOUNS = {"image": "images", "text": "texts", "video": "videos"}
+CONTAINER_NAMES = {"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data", "videos", "texts"}
+PREDICT_WORDS = re.compile(r"(?i)(^|[^a-z])(pred|predict|predictions?|unlabell?ed|submission)([^a-z]|$)")
+MAX_LISTED_FOLDERS = 5  # folders named in a message
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -29,15 +39,15 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     if source.is_file():
-        return 10 if source.suffix.lower() in SUPPORTED_SUFFIXES else 0
+        return 10 if find_suffix(source) in IMAGE_LIKE_SUFFIXES else 0
     return 6 if has_images(source) else 0
 
 
 def has_images(folder: Path) -> bool:
-    """Return whether there is an image anywhere below a folder."""
+    """Return whether there is an image, or a file of an image format that is not read, anywhere below a folder."""
     for _, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if not is_hidden(f)]
-        if any(os.path.splitext(f)[1].lower() in SUPPORTED_SUFFIXES and not is_hidden(f) for f in files):
+        if any(find_suffix(f) in IMAGE_LIKE_SUFFIXES and not is_hidden(f) for f in files):
             return True
     return False
 
@@ -51,61 +61,197 @@ def load(source: Path, options: Options) -> RawTable:
     """Read one image or a folder of them."""
     if source.is_file():
         return build_table([(source, None, None)], source.parent, [], options)
-    return load_classes(source, options, SUPPORTED_SUFFIXES)
+    return load_classes(source, options, IMAGE_LIKE_SUFFIXES)
 
 
-def load_classes(source: Path, options: Options, suffixes: frozenset[str], media: Kind = "image") -> RawTable:
+@dataclass
+class Layout:
+    """The splits and classes in a folder tree: folders whose sub-folders are classes, or one class folder each."""
+
+    parts: list[tuple[Path, str | None, str | None]]  # folder; split; class of all its files, None if sub-folders are classes
+    skipped: list[Path] = field(default_factory=list)  # folders and files that are no examples
+    findings: list[Finding] = field(default_factory=list)
+
+
+def load_classes(source: Path, options: Options, suffixes: Collection[str], media: Kind = "image") -> RawTable:
     """Read files below class folders as rows of (file, label). Shared by the readers of images, videos and texts."""
-    walk = FolderWalk(source)
-    tops, _ = list_visible(source)
-    folders = [p for p in tops if p.is_dir() and not p.is_symlink()]
-    splits = {p: SPLIT_NAMES[p.name.lower()] for p in folders if p.name.lower() in SPLIT_NAMES}
-    if folders and len(splits) == len(folders):
-        if len(set(splits.values())) < len(splits):
-            raise DataError(f"{source}: several folders for one split: {', '.join(p.name for p in splits)}.")
-        layout: list[tuple[Path, str | None]] = list(splits.items())
-    else:
-        layout = [(source, None)]
+    walk = FolderWalk(source, suffixes)
+    layout = find_layout(source, walk, options, media)
     found: list[tuple[Path, str | None, str | None]] = []
-    stray: list[Path] = []
+    stray: list[Path] = list(layout.skipped)
     empty: dict[str, list[str]] = {}
-    for base, split in layout:
+    for base, split, label in layout.parts:
+        if label is not None:
+            found += [(f, label, split) for f in walk.files(base)]
+            continue
         for entry in walk.entries(base):
             if entry.is_dir():
                 files = walk.files(entry)
                 found += [(f, entry.name, split) for f in files]
-                if not any(f.suffix.lower() in suffixes for f in files):
+                if not any(walk.is_media(f) for f in files):
                     empty.setdefault(entry.name, []).append(relative_path(entry, source))
-            elif entry.suffix.lower() in suffixes:
+            elif walk.is_media(entry):
                 found.append((entry, None, split))
             else:
                 stray.append(entry)
-    if layout[0][0] != source:
+    if layout.parts[0][0] != source:
         stray += [p for p in walk.entries(source) if p.is_file()]
-    return build_table(found, source, folder_findings(walk, source, found, stray, empty, media), options, media)
+    findings = layout.findings + folder_findings(walk, source, found, stray, empty, media)
+    return build_table(found, source, findings, options, media)
+
+
+def find_layout(source: Path, walk: FolderWalk, options: Options, media: Kind) -> Layout:
+    """Find splits and classes in a folder tree. Raises DataError if a name could be a split or a class."""
+    base = source
+    while (inner := walk.wrapped(base)) and not folder_split(inner.name):
+        base = inner
+    whole = Layout([(base, None, None)])
+    folders = [p for p in walk.folders(base) if walk.has_media(p)]
+    splits = {p: split for p in folders if (split := folder_split(p.name))}
+    plain = [p for p in folders if p not in splits]
+    if not splits:
+        return find_layout_of_classes(source, base, plain, walk, media) or whole
+    predicted = [p for p in plain if PREDICT_WORDS.search(p.name) and not walk.class_folders(p)]
+    plain = [p for p in plain if p not in predicted]
+    repeated = len(set(splits.values())) < len(splits)
+    direct = [p for p in walk.entries(base) if p.is_file() and walk.is_media(p)]
+    if options.labels_optional and (plain or direct or repeated):
+        return whole
+    if plain:
+        raise DataError(describe_mixture(source, list(splits), plain, media))
+    if repeated:
+        several = Counter(splits.values()).most_common(1)[0][0]
+        names = ", ".join(p.name for p in splits if splits[p] == several)
+        raise DataError(
+            f"{source}: several folders for one split: {names} (all {several}). Move their class folders into one folder named "
+            f"{several}. If the rest of their names are classes, make them folders: {several}/CLASS/..."
+        )
+    parts = {walk.innermost(p): split for p, split in splits.items()}
+    labelled = [p for p in parts if walk.class_folders(p)]
+    for part, split in list(parts.items()):
+        if labelled and part not in labelled and split != "train":
+            predicted.append(part)
+            del parts[part]
+    findings = []
+    if predicted:
+        findings.append(
+            Finding(
+                "no-labels",
+                "note",
+                f"folders of {MEDIA_NOUNS[media]} without class folders are ignored: they can be given to `fieldguide predict`",
+                relative_paths(predicted, source),
+                len(predicted),
+            )
+        )
+    skipped = [p for p in walk.folders(base) if not walk.has_media(p)] + direct
+    return Layout([(p, split, None) for p, split in parts.items()], skipped, findings)
+
+
+def find_layout_of_classes(source: Path, base: Path, folders: list[Path], walk: FolderWalk, media: Kind) -> Layout | None:
+    """Find splits below classes, or classes below several folders; None if the folders are the classes."""
+    below = {p: {s.name.casefold() for s in walk.folders(p) if walk.has_media(s)} for p in folders}
+    bare = [p for p in folders if not walk.has_direct_media(p)]
+    if len(bare) == len(folders) and all(below.values()):
+        named = [(s, folder_split(s.name), p.name) for p in folders for s in walk.folders(p) if walk.has_media(s)]
+        if named and all(split for _, split, _ in named):  # cats/train, cats/test
+            return Layout([(s, split, label) for s, split, label in named])
+        sets = list(below.values())
+        if len(folders) > 1 and all(s == sets[0] for s in sets) and len(sets[0]) > 1 and not any(s for _, s, _ in named):
+            classes = ", ".join(sorted({s.name for s, _, _ in named})[:MAX_LISTED_FOLDERS])
+            finding = Finding(
+                "common-subfolders",
+                "warning",
+                f"the folders {', '.join(p.name for p in folders[:MAX_LISTED_FOLDERS])} contain the same folders, which are "
+                f"read as the classes: {classes}",
+                relative_paths(folders, source),
+                1,
+                "If the outer folders are the classes, move the files up into them.",
+            )
+            return Layout([(p, None, None) for p in folders], findings=[finding])
+    mixed = [s for p in folders for s in walk.folders(p) if folder_split(s.name) and walk.has_media(s)]
+    classes_below = {p: [s for s in walk.folders(p) if walk.has_media(s) and not folder_split(s.name)] for p in folders}
+    if mixed and not any(classes_below[s.parent] for s in mixed) and media == "image":
+        raise DataError(
+            f"{source}: some class folders contain split folders ({', '.join(relative_paths(mixed, source))}), others do not. "
+            "Divide all classes into train and test, or none."
+        )
+    return None
+
+
+def describe_mixture(source: Path, splits: list[Path], plain: list[Path], media: Kind) -> str:
+    """Return the question that a mixture of split names and other folders raises, with the remedy."""
+    listed = lambda folders: (
+        ", ".join(repr(p.name) for p in folders[:MAX_LISTED_FOLDERS]) + (", ..." if len(folders) > MAX_LISTED_FOLDERS else "")
+    )
+    return (
+        f"{source}: is {listed(splits)} a split or a class? It is next to {listed(plain)}. If all of them are classes, move "
+        f"them into a folder named train. If {listed(splits)} holds a split, move {listed(plain)} into a class folder layout "
+        f"such as train/CLASS/..., or out of this folder."
+    )
 
 
 class FolderWalk:
     """Walks a folder without following links out of it, and counts skipped entries."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, suffixes: Collection[str] = ()) -> None:
         self.root, self.hidden, self.links = root.resolve(), 0, list[Path]()
-        self.seen: set[Path] = set()
+        self.suffixes = suffixes
+        self.seen: dict[Path, list[Path]] = {}
+        self.filled: dict[Path, bool] = {}
 
     def entries(self, folder: Path) -> list[Path]:
         """Return the entries of a folder, without hidden ones and links out of the root."""
+        if folder in self.seen:
+            return self.seen[folder]
         kept, left = list_visible(folder)
-        if folder not in self.seen:
-            self.hidden += left
+        self.hidden += left
         inside = []
         for p in kept:
             if p.is_symlink() and not (p.exists() and p.resolve().is_relative_to(self.root)):
-                if folder not in self.seen:
-                    self.links.append(p)
+                self.links.append(p)
             else:
                 inside.append(p)
-        self.seen.add(folder)
+        self.seen[folder] = inside
         return inside
+
+    def folders(self, folder: Path) -> list[Path]:
+        """Return the folders in a folder."""
+        return [p for p in self.entries(folder) if p.is_dir() and not p.is_symlink()]
+
+    def is_media(self, path: Path) -> bool:
+        """Return whether a file name has one of the suffixes that the reader looks for."""
+        return find_suffix(path) in self.suffixes
+
+    def has_direct_media(self, folder: Path) -> bool:
+        """Return whether a folder itself contains a file that the reader looks for."""
+        return any(self.is_media(p) and p.is_file() for p in self.entries(folder))
+
+    def has_media(self, folder: Path) -> bool:
+        """Return whether there is a file that the reader looks for anywhere below a folder."""
+        if folder not in self.filled:
+            self.filled[folder] = self.has_direct_media(folder) or any(map(self.has_media, self.folders(folder)))
+        return self.filled[folder]
+
+    def class_folders(self, folder: Path) -> list[Path]:
+        """Return the folders in a folder, or in the folder that it wraps, that contain files."""
+        return [p for p in self.folders(self.innermost(folder)) if self.has_media(p)]
+
+    def wrapped(self, folder: Path, by_name: bool = False) -> Path | None:
+        """Return the only folder in a folder if it is no class: it holds only folders, or its name says that it holds all
+        files (such as `images`, or the name of its parent). With `by_name`, only the name counts.
+        """
+        filled = [p for p in self.folders(folder) if self.has_media(p)]
+        if len(filled) != 1 or self.has_direct_media(folder):
+            return None
+        inner = filled[0]
+        is_container = inner.name.lower() in CONTAINER_NAMES or inner.name == folder.name or bool(folder_split(inner.name))
+        return inner if is_container or not (by_name or self.has_direct_media(inner)) else None
+
+    def innermost(self, folder: Path) -> Path:
+        """Return the folder itself, or the innermost folder that it wraps."""
+        while inner := self.wrapped(folder, by_name=True):
+            folder = inner
+        return folder
 
     def files(self, folder: Path) -> list[Path]:
         """Return all files below a folder."""

@@ -21,6 +21,7 @@ from fieldguide.data.dataset import CHANNELS, HASH, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer, suggest_side
 from fieldguide.data.preprocessing.augmentation import augment_images
+from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.tasks.base import Task
 from fieldguide.tasks.supervised import fill_options
@@ -61,7 +62,10 @@ class ImageAndTextTask(Task):
         channels = o.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[self.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLED_ROWS]
-        self.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels, fit="pad"), "pad")
+        scale = learn_scale(data.rows)
+        pixels = images.load([paths[i] for i in sample], side, channels, fit="pad", scale=scale)
+        self.pictures = ImageTransform.from_pixels(pixels, "pad", scale)
+        self.notes += describe_scale(scale)
         if o.pixels:
             self.pictures = self.pictures.with_normalization(o.pixels)
         if o.resize:
@@ -130,7 +134,7 @@ class ImageAndTextTask(Task):
     # Visualization
 
     def picture(self, data: Data, row: int) -> np.ndarray:  # -> S S 3 uint8
-        array = images.load([data.rows[self.column][row]], THUMBNAIL_SIDE, 3, fit="pad")[0]
+        array = images.load([data.rows[self.column][row]], THUMBNAIL_SIDE, 3, fit="pad", scale=self.pictures.scale)[0]
         return array.permute(1, 2, 0).numpy()
 
     def thumbnail(self, data: Data, row: int) -> bytes:

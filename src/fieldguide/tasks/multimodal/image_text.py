@@ -328,7 +328,8 @@ class ImageText(ImageAndTextTask):
         side = min(16, self.pictures.side)
         small = []
         for data in (train, test):
-            x = images.load(data.rows[self.column].to_list(), side, self.pictures.channels, fit="pad").float()
+            p = self.pictures
+            x = images.load(data.rows[self.column].to_list(), side, p.channels, fit="pad", scale=p.scale).float()
             small.append(F.normalize((x - x.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1))
         near = torch.cat(
             [(part @ small[0].T).topk(min(BASELINE_NEIGHBORS, len(train)), 1).indices for part in small[1].split(QUERY_CHUNK)]

@@ -19,9 +19,9 @@ MAX_CURVES = 12  # classes whose curves are drawn, the most frequent ones
 GALLERY_SIDE = 280  # pixels of an image's longer side in a gallery
 
 
-def open_image(path: str) -> Image.Image:
-    with images.suppress_warnings(), Image.open(path) as image:
-        return images.convert_mode(image, "RGB").copy()
+def open_image(path: str, scale: images.Scale | None = None) -> Image.Image:
+    with images.suppress_warnings(), images.open_image(path) as image:
+        return images.convert_mode(image, "RGB", scale).copy()
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -78,7 +78,13 @@ def match_boxes(
 
 
 def build_exhibits(
-    paths: Sequence[str], titles: Sequence[str], outputs: Arrays, targets: Arrays, names: Sequence[str], least: float
+    paths: Sequence[str],
+    titles: Sequence[str],
+    outputs: Arrays,
+    targets: Arrays,
+    names: Sequence[str],
+    least: float,
+    values: images.Scale | None = None,
 ) -> dict[str, list[Exhibit]]:
     scores, classes = average_precision(outputs, targets, len(names)), len(names)
     there, found, missed, false = (np.zeros(classes, dtype=int) for _ in range(4))
@@ -117,7 +123,7 @@ def build_exhibits(
         pictures = []
         for i in which:
             boxes, labels, sure, true, is_, errors = kept[i]
-            picture = open_image(paths[i])
+            picture = open_image(paths[i], values)
             scale = GALLERY_SIDE / max(picture.size)
             small = picture.resize([max(1, round(v * scale)) for v in picture.size], Image.Resampling.BILINEAR)
             pair = Image.new("RGB", (2 * small.width + 4, small.height), "white")

@@ -24,6 +24,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform, suggest_side
 from fieldguide.data.preprocessing.augmentation import augment_images
+from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.tasks.base import CheckpointAssets
 from fieldguide.tasks.supervised import ClassificationTask, fill_options, is_discrete, mix_pairs
 
@@ -70,7 +71,10 @@ class ImageClassification(ClassificationTask):
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         paths = data.rows[task.column].to_list()
         sample = np.random.default_rng(0).permutation(len(paths))[:SAMPLED_IMAGES]
-        task.pictures = ImageTransform.from_pixels(images.load([paths[i] for i in sample], side, channels))
+        scale = learn_scale(data.rows)
+        pixels = images.load([paths[i] for i in sample], side, channels, scale=scale)
+        task.pictures = ImageTransform.from_pixels(pixels, scale=scale)
+        task.notes += describe_scale(scale)
         if options.pixels:
             task.pictures = task.pictures.with_normalization(options.pixels)
         task.fit_labels(data)
@@ -86,7 +90,8 @@ class ImageClassification(ClassificationTask):
         """
         rows = np.random.default_rng(0).permutation(len(data))[:most]
         some = data.take(rows)
-        small = images.load(some.rows[self.column].to_list(), LINEAR_SIDE, self.pictures.channels).float()
+        p = self.pictures
+        small = images.load(some.rows[self.column].to_list(), LINEAR_SIDE, p.channels, scale=p.scale).float()
         label = torch.from_numpy(self.targets(some)["label"])
         flat = F.normalize((small - small.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1)
         mirrored = F.normalize((small - small.mean((1, 2, 3), keepdim=True)).flip(-1).flatten(1), dim=1)
@@ -142,8 +147,9 @@ class ImageClassification(ClassificationTask):
         return show
 
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        side, channels = min(LINEAR_SIDE, self.pictures.side), self.pictures.channels
-        pixels = lambda d: images.load(d.rows[self.column].to_list(), side, channels).flatten(1).float().numpy() / 255
+        p, side = self.pictures, min(LINEAR_SIDE, self.pictures.side)
+        load = lambda d: images.load(d.rows[self.column].to_list(), side, p.channels, scale=p.scale)
+        pixels = lambda d: load(d).flatten(1).float().numpy() / 255
         return pixels(train), pixels(test)
 
     def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
@@ -182,7 +188,8 @@ class ImageClassification(ClassificationTask):
     def thumbnail(self, data: Data, row: int) -> bytes:
         from PIL import Image
 
-        array = images.load([data.rows[self.column][row]], min(self.pictures.side, 128), self.pictures.channels)[0]
+        p = self.pictures
+        array = images.load([data.rows[self.column][row]], min(p.side, 128), p.channels, scale=p.scale)[0]
         pixels = array[0].numpy() if len(array) == 1 else array.permute(1, 2, 0).numpy()
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")

@@ -27,6 +27,7 @@ from fieldguide.data.column_types import blank_missing, has_sentences
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Kind, Manifest
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import ImageTransform, Labels, TextTokenizer, suggest_side
+from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
@@ -135,7 +136,9 @@ class ImageGeneration(Task):
             (s for s in IMAGE_SIDES if s <= min(fits, MAX_SIDE_BY_DEVICE[device().type])), default=IMAGE_SIDES[0]
         )
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
-        task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
+        scale, half = learn_scale(data.rows), (0.5,) * channels
+        task.pictures = ImageTransform(side, channels, half, half, scale=scale)  # -1 .. 1
+        task.notes += describe_scale(scale)
         task.labels = list(Labels.fit(data.rows[data.required_target.name]).names) if data.target and not captioned else []
         task.options = fill_options(options, side=side, channels=channels)
         task.note_classes()

@@ -27,6 +27,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.media.masks import LazyMask
 from fieldguide.data.preprocessing import masks
 from fieldguide.data.preprocessing.augmentation import augment_with_masks
+from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.data.preprocessing.masks import Canvas, Mask
 from fieldguide.data.validation import checks
 from fieldguide.objectives import Objective
@@ -225,7 +226,8 @@ class ImageSegmentation(Task):
         longest = int(data.rows.select(pl.max_horizontal(pl.max(WIDTH), pl.max(HEIGHT))).item())
         side = options.side or min(MAX_SIDE_BY_DEVICE[kind], longest)
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
-        raw = Canvas(side, channels, tuple(data.context["values"]))
+        scale = learn_scale(data.rows)
+        raw = Canvas(side, channels, tuple(data.context["values"]), scale=scale)
         paths, sizes = task.paths_and_sizes(data)
         some = np.random.default_rng(0).permutation(len(paths))[:SAMPLED_IMAGES]
         pixels = [raw.load_images([paths[i]], [sizes[i]], raw.fit_size(*sizes[i])).reshape(channels, -1) for i in some]
@@ -235,7 +237,8 @@ class ImageSegmentation(Task):
             for power in (1, 2)
         )
         deviation = np.maximum(np.sqrt(np.maximum(squares - means**2, 0)), 1e-3)
-        task.canvas = Canvas(side, channels, raw.classes, tuple(means.tolist()), tuple(deviation.tolist()))
+        task.canvas = Canvas(side, channels, raw.classes, tuple(means.tolist()), tuple(deviation.tolist()), scale)
+        task.notes += describe_scale(scale)
         task.names, task.colours = list(data.context["names"]), palette(len(data.context["names"]))
         crop = options.crop or min(CROP_BY_DEVICE[kind], max(64, side // 32 * 32))
         task.options = fill_options(options, side=side, crop=crop, channels=channels)
@@ -455,7 +458,7 @@ class ImageSegmentation(Task):
         pictures = []
         for i in rows:
             width, height = sizes[i]
-            small = Canvas(192, 3, self.canvas.classes)
+            small = Canvas(192, 3, self.canvas.classes, scale=self.canvas.scale)
             inner = small.fit_size(width, height)
             picture = small.load_images([paths[i]], [sizes[i]], inner)[0].transpose(1, 2, 0)
             is_ = small.load_masks([targets[i]], [sizes[i]], inner)[0]

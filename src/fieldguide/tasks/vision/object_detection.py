@@ -26,6 +26,7 @@ from fieldguide.data.media import images
 from fieldguide.data.media.boxes import SIDES
 from fieldguide.data.preprocessing.augmentation import BoxAugmentation
 from fieldguide.data.preprocessing.detection import Boxed, Letterbox, pad_boxes
+from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
@@ -82,6 +83,7 @@ class ObjectDetection(Task):
 
     names: list[str]
     threshold = 0.25
+    scale: images.Scale | None = None  # values of more than 8 bits that become black and white
 
     # Classes
 
@@ -128,6 +130,8 @@ class ObjectDetection(Task):
         if not all(0 <= share <= 1 for share in (options.mosaic or 0, options.flip)):
             raise SettingsError("task.mosaic and task.flip must be between 0 and 1.")
         task.options = fill_options(options, side=side, channels=channels)
+        task.scale = learn_scale(data.rows)
+        task.notes += describe_scale(task.scale)
         if side < longest:
             task.notes.append(
                 f"images are downscaled to {side} pixels on the longer side (change this with task.side=...); "
@@ -183,10 +187,16 @@ class ObjectDetection(Task):
         paths, side, channels = data.rows[self.column].to_list(), self.options.side, self.options.channels
         frame = Letterbox.of(data.rows[WIDTH].to_numpy(), data.rows[HEIGHT].to_numpy(), side)
         kept = (
-            images.load(paths, side, channels, fit="pad")
+            images.load(paths, side, channels, fit="pad", scale=self.scale)
             if len(paths) * channels * side**2 < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram()
             else None
         )
+
+        def load(index: np.ndarray) -> Tensor:
+            if kept is not None:
+                return kept[index]
+            return images.load([paths[i] for i in index], side, channels, fit="pad", scale=self.scale)
+
         targets = None
         if self.target.name in data.rows.columns and settings is not None:
             boxes, labels, crowd = self.true_boxes(data)
@@ -194,7 +204,7 @@ class ObjectDetection(Task):
             targets = frame.to_square(padded) * (classes >= 0)[..., None], classes
 
         def fetch(index: np.ndarray) -> Boxed:
-            pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
+            pictures = load(index)
             assert targets is not None  # pictures with boxes are fetched only in training
             return pictures, targets[0][index], targets[1][index]
 
@@ -207,7 +217,7 @@ class ObjectDetection(Task):
             if targets is not None and generator is not None:
                 pictures, boxes, labels = fetch(index)
                 return {"image": pictures / 255, "boxes": boxes, "labels": labels}
-            pictures = kept[index] if kept is not None else images.load([paths[i] for i in index], side, channels, fit="pad")
+            pictures = load(index)
             batch = {
                 "image": pictures / 255,
                 "scale": frame.scale[index],
@@ -333,7 +343,7 @@ class ObjectDetection(Task):
             }
             if "path" in outputs:
                 picture = draw_boxes(
-                    open_image(outputs["path"][i]),
+                    open_image(outputs["path"][i], self.scale),
                     outputs["boxes"][i][real],
                     outputs["labels"][i][real],
                     self.names,
@@ -349,7 +359,8 @@ class ObjectDetection(Task):
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[Exhibit]]:
         names = [Path(test.locate_row(i)).name for i in range(len(test))]
-        return build_exhibits(test.rows[self.column].to_list(), names, outputs, targets, self.names, self.score_threshold)
+        paths = test.rows[self.column].to_list()
+        return build_exhibits(paths, names, outputs, targets, self.names, self.score_threshold, self.scale)
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, False)
@@ -370,12 +381,13 @@ class ObjectDetection(Task):
     # Saved with the run
 
     def state(self) -> dict[str, Any]:
-        return {"names": self.names, "threshold": self.threshold}
+        return {"names": self.names, "threshold": self.threshold, "scale": self.scale}
 
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.names, task.threshold = state["names"], state["threshold"]
+        task.scale = tuple(state["scale"]) if state.get("scale") else None  # absent in older runs
         return task
 
 
