@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import polars as pl
 
 from fieldguide.data.dataset import Column, Kind
+from fieldguide.data.number_formats import FileHints, NumberFormat, find_decisive_mark, infer_format
+from fieldguide.data.timestamps import DateFormat, find_decisive_order, infer_dates, integers_as_dates
 
 MISSING_MARKERS = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")  # lower case
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
+FORMATS: dict[str, tuple[str, str]] = {  # option of a type, as in number:decimal-comma -> type, decimal mark or order of dates
+    "decimal-point": ("number", "."),
+    "decimal-comma": ("number", ","),
+    "day-first": ("date", "dmy"),
+    "month-first": ("date", "mdy"),
+    "year-first": ("date", "ymd"),
+}
+HINT_ROWS = 1000  # rows of a file that are inspected for the formats of its other columns
+MIN_LITERAL_FRACTION = 0.05  # minimum fraction of rows with a word such as None for it to be a class
 MIN_TYPE_FRACTION = 0.9  # minimum fraction of values that parse as a type for the column to have it
 MAX_INTEGER_CLASSES = 20  # a target with at most this many distinct integers is a class label, not a quantity
 IMAGE_FILE_PATTERN = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif)$"
@@ -56,42 +68,151 @@ class TypedColumn:
     misfits: dict[int, str] = field(default_factory=dict)  # row -> original text
     infinite: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    doubts: list[tuple[str, str, str]] = field(default_factory=list)  # check, description and remedy of unclear formats
     expected: int = 0
+    markers: tuple[str, ...] = ()  # words that were read as missing values, if no cell is empty
 
 
-def blank_missing(series: pl.Series) -> pl.Series:
-    """Strip whitespace and replace markers of missing values ("", NA, ?, ...) with null."""
+@dataclass(frozen=True)
+class Context:
+    """What is known about a column apart from its values.
+
+    `known` is the column of a trained model, whose formats are applied without guessing; `option` is a key of `FORMATS`.
+    """
+
+    kind: Kind | None = None
+    option: str = ""
+    target: bool = False
+    is_time: bool = False
+    hints: FileHints = field(default_factory=FileHints)
+    known: Column | None = None
+
+    def number_hints(self) -> FileHints:
+        """Return the hints for reading numbers, with the decimal mark that the user gave."""
+        if self.option in FORMATS:
+            hints = FileHints()
+            hints.decimals[FORMATS[self.option][1]] += 1
+            return hints
+        return self.hints
+
+
+def split_kind(kind: str | None) -> tuple[Kind | None, str]:
+    """Return type and option of a type given by the user, such as number:decimal-comma. Raises ValueError for unknown ones."""
+    if kind is None:
+        return None, ""
+    name, _, option = kind.partition(":")
+    if option and FORMATS.get(option, ("",))[0] != name:
+        fitting = ", ".join(f"{k}:{o}" for o, (k, _) in FORMATS.items())
+        raise ValueError(f"{kind!r} is no type. Types with an option are {fitting}.")
+    return cast(Kind, name), option
+
+
+def blank_missing(series: pl.Series, keep: tuple[str, ...] = ()) -> pl.Series:
+    """Strip whitespace and replace markers of missing values ("", NA, ?, ...) with null, except the words in `keep`."""
     text = series.str.strip_chars()
     short = text.str.len_bytes() <= 4
     gone = text.set(~short, "x").str.to_lowercase().is_in(MISSING_MARKERS)
+    if keep:
+        gone = gone & ~text.is_in(list(keep))
     return text.set(gone.fill_null(False), None)
 
 
-def type_column(series: pl.Series, *, kind: Kind | None = None, target: bool = False) -> TypedColumn:
+def find_hints(columns: list[pl.Series], delimiter: str | None) -> FileHints:
+    """Return what the unambiguous columns of a file say about how it writes numbers and dates."""
+    hints = FileHints(delimiter)
+    for column in columns:
+        if column.dtype != pl.String:
+            continue
+        present = blank_missing(column.head(HINT_ROWS)).drop_nulls()
+        if not present.len() or not bool(present.head(20).str.contains(r"\d").any()):
+            continue
+        if mark := find_decisive_mark(present):
+            hints.decimals[mark] += 1
+        elif order := find_decisive_order(present):
+            hints.orders[order] += 1
+    return hints
+
+
+def type_column(
+    series: pl.Series,
+    *,
+    kind: str | None = None,
+    target: bool = False,
+    is_time: bool = False,
+    hints: FileHints | None = None,
+    known: Column | None = None,
+) -> TypedColumn:
     """Infer the type of a column, or convert it to `kind`. Values that cannot be converted become missing and are
-    kept in `misfits`."""
+    kept in `misfits`.
+
+    `kind` may hold an option, such as number:decimal-comma. `known` is the column of a trained model: its formats are applied.
+    """
     name = series.name
     if series.dtype in (pl.Categorical, pl.Enum):
         series = series.cast(pl.String)
+    plain, option = split_kind(kind)
+    context = Context(plain, option, target, is_time, hints or FileHints(), known)
     if series.dtype == pl.String:
-        text = blank_missing(series)
-        return convert_text(name, text, kind) if kind else infer_type(name, text, target)
-    return type_native_column(name, series, kind, target)
+        literals, markers = find_literals(series, context)
+        text = blank_missing(series, literals)
+        typed = convert_text(name, text, plain, context) if plain else infer_type(name, text, context)
+        if literals and typed.column.kind == "category":
+            typed.column.literals = literals
+            if not known:
+                typed.notes.append(f"column {name!r}: {', '.join(map(repr, literals))} is a class, not a missing value")
+        typed.markers = markers
+        return typed
+    return type_native_column(name, series, context)
 
 
-def type_native_column(name: str, series: pl.Series, kind: Kind | None, target: bool) -> TypedColumn:
+def find_literals(series: pl.Series, context: Context) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the words of a target that are classes although they usually mark missing values, and those that are read as
+    missing values.
+
+    A word such as None is a class if it recurs, is the only such word, no cell is empty, and it is frequent or the user gave
+    the type category.
+    """
+    if context.known is not None:
+        return tuple(context.known.literals or ()), ()
+    if not context.target or context.kind not in (None, "category"):
+        return (), ()
+    text = series.str.strip_chars()
+    marked = text.str.to_lowercase().is_in(MISSING_MARKERS).fill_null(True)
+    words = text.filter(marked).fill_null("")
+    if not words.len() or bool((words == "").any()):
+        return (), ()
+    spelled = tuple(sorted(words.unique()))
+    others = text.filter(~marked)
+    rarest = others.value_counts()["count"].min() if others.len() else 0
+    often = words.len() >= MIN_LITERAL_FRACTION * text.len() or words.len() >= cast(int, rarest) / 2
+    worded = others.cast(pl.Float64, strict=False).null_count() > (1 - MIN_TYPE_FRACTION) * others.len()
+    is_class = len(spelled) == 1 and words.len() >= 2 and (context.kind == "category" or (often and worded))
+    return (spelled, ()) if is_class else ((), spelled)
+
+
+def type_native_column(name: str, series: pl.Series, context: Context) -> TypedColumn:
     """Type a column that is not text (from Parquet, JSON or a data frame)."""
+    kind, target = context.kind, context.target
+    if series.dtype == pl.Boolean and kind == "number":
+        series = series.cast(pl.Float64)
     if series.dtype.is_numeric() and kind in (None, "number", "constant"):
-        typed = make_number_column(name, series.cast(pl.Float64), "stored as numbers")
+        numbers = series.cast(pl.Float64)
+        if kind is None and not target and (dates := integers_as_dates(numbers, is_time=context.is_time)) is not None:
+            return make_date_column(
+                name, dates, f"integers that are dates, such as {series.drop_nulls()[0]:.0f}", DateFormat(compact=True)
+            )
+        typed = make_number_column(name, numbers, "stored as numbers", NumberFormat())
         return typed if kind else refine_number(typed, series, target)
     if series.dtype == pl.Boolean and kind in (None, "boolean") and not target:
         return make_typed_column(name, series, "boolean", "stored as true and false")
     if series.dtype.is_temporal() and series.dtype != pl.Duration and kind in (None, "date"):
         if series.dtype == pl.Time:
-            return type_column(series.cast(pl.String), kind=kind, target=target)
-        if getattr(series.dtype, "time_zone", None):
+            return retype(series.cast(pl.String), context)
+        zone = "UTC" if getattr(series.dtype, "time_zone", None) else ""
+        if zone:
             series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-        return make_typed_column(name, series.cast(DATE_DTYPE), "date", "stored as dates")
+        why = "stored as dates" + (" with a time zone, kept in UTC" if zone else "")
+        return make_date_column(name, series.cast(DATE_DTYPE), why, DateFormat(zone=zone))
     if series.dtype.is_nested() and (kind in NESTED_TYPES or is_messages(series.dtype)):
         return make_typed_column(
             name, series, kind or "messages", "as given" if kind else "lists of {role, content}: one conversation per row"
@@ -101,7 +222,15 @@ def type_native_column(name: str, series: pl.Series, kind: Kind | None, target: 
         typed.column.role = "ignored"
         typed.notes.append(f"column {name!r} has type {series.dtype}, which is not supported; it is ignored")
         return typed
-    return type_column(series.cast(pl.String), kind=kind, target=target)
+    return retype(numbers_to_text(series), context)
+
+
+def retype(text: pl.Series, context: Context) -> TypedColumn:
+    """Type a column that was converted to text."""
+    kind = f"{context.kind}:{context.option}" if context.option else context.kind
+    return type_column(
+        text, kind=kind, target=context.target, is_time=context.is_time, hints=context.hints, known=context.known
+    )
 
 
 def is_messages(dtype: pl.DataType) -> bool:
@@ -110,33 +239,51 @@ def is_messages(dtype: pl.DataType) -> bool:
     return isinstance(inner, pl.Struct) and {"role", "content"} <= {f.name for f in inner.fields}
 
 
-def infer_type(name: str, text: pl.Series, target: bool) -> TypedColumn:
+def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
     """Infer the type of a text column from its values."""
+    target = context.target
     present = text.drop_nulls()
     n, distinct = present.len(), present.n_unique()
     if n == 0:
         return make_typed_column(name, text, "constant", "every value is missing")
     if distinct == 1 and n == text.len() and not target:
         return make_typed_column(name, text, "constant", f"every row holds {present[0]!r}")
-    numbers = as_numbers(text)
+    inferred = infer_format(text, context.number_hints())
+    numbers = inferred.values
     share = numbers.drop_nulls().len() / n
     if share >= MIN_TYPE_FRACTION:
-        if present.str.contains(r"^-?0\d").any() and present.str.contains(r"^\d+$").all():
+        if present.str.contains(r"^-?0\d").any() and present.str.contains(r"^[0-9A-Za-z]+$").all():
             return make_typed_column(name, text, "category", "digits with leading zeros: a code, not a quantity")
-        typed = make_number_column(name, numbers, f"{format_percent(share)} of the values are numbers")
+        dates = None if target or not inferred.format.is_plain else integers_as_dates(numbers, is_time=context.is_time)
+        if dates is not None:
+            typed = make_date_column(name, dates, f"integers that are dates, such as {present[0]}", DateFormat(compact=True))
+            record_misfits(typed, text, dates, n)
+            return typed
+        words = inferred.format.describe()
+        counted = f"all {n:,} values" if share == 1 else f"{format_percent(share)} of the {n:,} values"
+        typed = make_number_column(name, numbers, f"{counted} are numbers{'; ' + words if words else ''}", inferred.format)
+        if inferred.doubt:
+            typed.doubts.append(describe_number_doubt(name, inferred.doubt, inferred.format))
         record_misfits(typed, text, numbers, n)
         return refine_number(typed, text, target)
     low = present.str.to_lowercase()
-    if not target and distinct <= 4 and low.is_in(TRUE_WORDS + FALSE_WORDS).all() and low.n_unique() == 2:
+    if (
+        not target
+        and distinct <= 4
+        and low.n_unique() == 2
+        and int(low.unique().is_in(TRUE_WORDS).sum()) == int(low.unique().is_in(FALSE_WORDS).sum()) == 1
+    ):
         return make_typed_column(name, as_booleans(text), "boolean", f"two values: {', '.join(sorted(present.unique()))}")
-    if not target:
-        dates, form, other = as_dates(text)
-        if dates is not None:
-            typed = make_typed_column(name, dates, "date", f"dates in the format {form}")
-            record_misfits(typed, text, dates, n)
-            if other:
-                typed.notes.append(f"column {name!r}: dates match both {form} and {other}; parsed as {form}")
-            return typed
+    if not target and (found := infer_dates(text, context.hints)) is not None:
+        typed = make_date_column(name, found.values, found.description, found.format)
+        record_misfits(typed, text, found.values, n)
+        if found.doubt:
+            typed.doubts.append(describe_date_doubt(name, found.doubt))
+        return typed
+    if inferred.note:
+        typed = infer_text_type(name, text, present, n, distinct, share, target)
+        typed.notes.append(f"column {name!r} is not read as numbers: {inferred.note}")
+        return typed
     return infer_text_type(name, text, present, n, distinct, share, target)
 
 
@@ -153,7 +300,7 @@ def infer_text_type(
     length, spaces = mean_value(present.str.len_chars()), mean_value(present.str.count_matches(r"\s"))
     long = has_sentences(present) or (spaces >= 2 and distinct > 0.9 * n)
     if target and not (long and distinct > 0.5 * n and n >= 20):
-        return make_typed_column(name, text, "category", f"the target has {distinct} classes")
+        return make_category(name, text, f"the target has {distinct} classes")
     if long and (distinct > 0.5 * n or n < 20 or length >= 100):
         return make_typed_column(
             name, text, "text", f"{length:.0f} characters per value, {format_percent(distinct / n)} distinct"
@@ -161,7 +308,7 @@ def infer_text_type(
     if distinct >= 0.95 * n and n >= 20:
         return make_typed_column(name, text, "identifier", f"{format_percent(distinct / n)} of the values are distinct")
     mixed = f"; only {format_percent(share)} are numbers" if share >= 0.1 else ""
-    return make_typed_column(name, text, "category", f"{distinct} distinct values{mixed}")
+    return make_category(name, text, f"{distinct} distinct values{mixed}")
 
 
 def mean_value(values: pl.Series) -> float:
@@ -194,8 +341,7 @@ def refine_number(typed: TypedColumn, source: pl.Series, target: bool) -> TypedC
     whole = bool((present == present.round()).all())
     if target:
         if whole and distinct <= max(2, min(MAX_INTEGER_CLASSES, n // 4)):
-            text = source if source.dtype == pl.String else integers_to_text(typed.values)
-            text = text.set(typed.values.is_null(), None)
+            text = integers_to_text(typed.values).set(typed.values.is_null(), None)
             new = describe_column(name, text, "category", f"the target has {distinct} distinct integers")
             return replace(typed, column=new, values=text)
         return typed
@@ -211,33 +357,106 @@ def refine_number(typed: TypedColumn, source: pl.Series, target: bool) -> TypedC
     return typed
 
 
-def convert_text(name: str, text: pl.Series, kind: Kind) -> TypedColumn:
-    """Convert text to a known type, given by the user or by the schema of a trained model."""
+def convert_text(name: str, text: pl.Series, kind: Kind, context: Context) -> TypedColumn:
+    """Convert text to a known type, given by the user or by the schema of a trained model.
+
+    The formats of a trained model are applied as they are; a column of a run folder without them is read as it was when the
+    folder was written.
+    """
     n = text.len() - text.null_count()
-    why = "as given"
+    known, why = context.known, "as given"
+    doubts: list[tuple[str, str, str]] = []
+    number_format, date_format = (known.number_format, known.date_format) if known else (None, None)
     if kind == "number":
-        values = as_numbers(text)
+        if known is None:
+            inferred = infer_format(text, context.number_hints())
+            values, number_format = inferred.values, inferred.format.to_json()
+            why = "; ".join(["as given", *filter(None, [inferred.format.describe()])])
+            if inferred.doubt:
+                doubts.append(describe_number_doubt(name, inferred.doubt, inferred.format))
+        else:
+            values = as_numbers(text) if number_format is None else NumberFormat.from_json(number_format).parse(text)
     elif kind == "boolean":
         values = as_booleans(text)
     elif kind == "date":
-        dates, form, _ = as_dates(text, least=0.0)
-        values = dates if dates is not None else pl.Series(name, [None] * text.len(), dtype=DATE_DTYPE)
-        why = f"as given, in the format {form}" if form else why
+        if known is None:
+            order = FORMATS[context.option][1] if context.option else ""
+            found = infer_dates(text, context.hints, least=0.0, order=order)
+            empty = pl.Series(name, [None] * text.len(), dtype=DATE_DTYPE)
+            values = empty if found is None else found.values
+            date_format = DateFormat(order).to_json() if found is None else found.format.to_json()
+            why = why if found is None else f"as given, {found.description}"
+            if found is not None and found.doubt:
+                doubts.append(describe_date_doubt(name, found.doubt))
+        elif date_format is None:
+            dates, form, _ = as_dates(text, least=0.0)
+            values = dates if dates is not None else pl.Series(name, [None] * text.len(), dtype=DATE_DTYPE)
+            why = f"as given, in the format {form}" if form else why
+        else:
+            values = DateFormat.from_json(date_format).parse(text)
     else:
-        return make_typed_column(name, text, kind, why)
+        return make_category(name, text, why) if kind == "category" and not known else make_typed_column(name, text, kind, why)
     typed = make_number_column(name, values, why) if kind == "number" else make_typed_column(name, values, kind, why)
+    typed.column.number_format, typed.column.date_format, typed.doubts = number_format, date_format, doubts
     record_misfits(typed, text, values, n)
     return typed
 
 
-def make_number_column(name: str, values: pl.Series, why: str) -> TypedColumn:
+def describe_number_doubt(name: str, example: str, form: NumberFormat) -> tuple[str, str, str]:
+    """Return check, description and remedy of a number that can be read in two ways."""
+    other = "decimal-point" if form.decimal == "," else "decimal-comma"
+    value = form.parse(pl.Series([f"{form.prefix}{example}{form.suffix}"]))[0]
+    return (
+        "ambiguous-numbers",
+        f"column {name!r}: numbers such as {example} can be read in two ways; this one is read as {value:.15g}",
+        f"If that is wrong, use --set 'column.{name}=number:{other}' (in Python: kinds={{{name!r}: 'number:{other}'}}).",
+    )
+
+
+def describe_date_doubt(name: str, doubt: str) -> tuple[str, str, str]:
+    """Return check, description and remedy of dates that can be read in two ways."""
+    return (
+        "ambiguous-dates",
+        f"column {name!r}: {doubt}",
+        f"To choose, use --set 'column.{name}=date:day-first' or 'date:month-first' (in Python: kinds=).",
+    )
+
+
+def make_category(name: str, text: pl.Series, why: str) -> TypedColumn:
+    """Return a column of categories; 1.0 becomes 1 if the column has both spellings."""
+    spelled = text.drop_nulls().unique()
+    whole = spelled.filter(spelled.str.contains(r"^-?(?:0|[1-9]\d*)\.0+$"))
+    shorter = whole.str.replace(r"\.0+$", "")
+    if whole.len() and bool(shorter.is_in(spelled.to_list()).any()):
+        text = text.replace(dict(zip(whole.to_list(), shorter.to_list())))
+    return make_typed_column(name, text, "category", why)
+
+
+def numbers_to_text(series: pl.Series) -> pl.Series:
+    """Return values as text; whole floats without the decimal places that a missing value elsewhere adds: 20, not 20.0."""
+    if not series.dtype.is_float():
+        return series.cast(pl.String)
+    whole = (series.is_finite() & (series == series.round()) & (series.abs() < 2**53)).fill_null(False)
+    return series.cast(pl.String).zip_with(~whole, series.set(~whole, None).cast(pl.Int64).cast(pl.String))
+
+
+def make_number_column(name: str, values: pl.Series, why: str, form: NumberFormat | None = None) -> TypedColumn:
     """Return a numeric column; infinite values become missing and their rows are kept in `infinite`."""
     values = values.fill_nan(None)
     infinite = values.is_infinite().fill_null(False)
     places = infinite.arg_true().to_list()
     if places:
         values = values.set(infinite, None)
-    return TypedColumn(describe_column(name, values, "number", why), values.rename(name), infinite=places)
+    column = describe_column(name, values, "number", why)
+    column.number_format = None if form is None else form.to_json()
+    return TypedColumn(column, values.rename(name), infinite=places)
+
+
+def make_date_column(name: str, values: pl.Series, why: str, form: DateFormat) -> TypedColumn:
+    """Return a column of dates."""
+    typed = make_typed_column(name, values, "date", why)
+    typed.column.date_format = form.to_json()
+    return typed
 
 
 def make_typed_column(name: str, values: pl.Series, kind: Kind, why: str) -> TypedColumn:
@@ -247,7 +466,18 @@ def make_typed_column(name: str, values: pl.Series, kind: Kind, why: str) -> Typ
 def describe_column(name: str, values: pl.Series, kind: Kind, why: str) -> Column:
     nested = values.dtype.is_nested() or values.dtype == pl.Object
     distinct = 0 if nested else values.drop_nulls().n_unique()
-    return Column(name, kind, why=why, missing=values.null_count(), distinct=distinct)
+    return Column(name, kind, why=why, missing=values.null_count(), distinct=distinct, range=find_range(values))
+
+
+def find_range(values: pl.Series) -> tuple[float | str, float | str] | None:
+    """Return the smallest and largest number or date (as ISO text) of a column, or None."""
+    if values.dtype.is_numeric():
+        low, high = cast(Any, values.min()), cast(Any, values.max())
+        return None if low is None else (float(low), float(high))
+    if values.dtype == DATE_DTYPE:
+        low, high = cast(Any, values.min()), cast(Any, values.max())
+        return None if low is None else (low.isoformat(), high.isoformat())
+    return None
 
 
 def record_misfits(typed: TypedColumn, text: pl.Series, values: pl.Series, expected: int) -> None:

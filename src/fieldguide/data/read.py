@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError, nearest
-from fieldguide.data import column_types
-from fieldguide.data.column_spec import ColumnSpec
+from fieldguide.data import column_types, timestamps
+from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.dataset import (
     BOOKKEEPING,
     FILE,
@@ -21,6 +22,7 @@ from fieldguide.data.dataset import (
     MASK_HEIGHT,
     MASK_WIDTH,
     WIDTH,
+    CellProblems,
     Column,
     Data,
     FileEntry,
@@ -45,6 +47,8 @@ RENAMABLE_TYPES = (
 )  # types whose column may be renamed to match the schema of a trained model
 INTERACTION_ROLES: tuple[Role, ...] = ("user", "item")  # a table with columns of these names holds user-item interactions
 REQUIRED_ROLES = ("feature", "user", "item", "series")  # roles of columns that prediction requires
+NOT_OF_TYPE = {"number": "not numbers as in training", "date": "not dates as in training", "boolean": "neither true nor false"}
+FAR_FACTOR = 10  # values of a positive column below its training minimum divided by this are far outside the training range
 
 
 def read(
@@ -142,7 +146,9 @@ class LoadedSource:
         With `last`, raw columns are freed as they are typed, and `interpret` cannot be called again.
         """
         rows = self.raw.rows if last else self.raw.rows.clone()
-        raw = replace(self.raw, rows=rows, files=list(self.raw.files), findings=list(self.raw.findings), kinds=dict(self.raw.kinds))
+        raw = replace(
+            self.raw, rows=rows, files=list(self.raw.files), findings=list(self.raw.findings), kinds=dict(self.raw.kinds)
+        )
         requested_roles = {role: column for role, column in (roles or {}).items() if column}
         reader = TableReader(self.name, raw, self.options, allow_bad, column_spec or ColumnSpec(), lenient, self.media)
         return reader.run(dict(kinds or {}), list(known), requested_roles)
@@ -180,19 +186,25 @@ class TableReader:
     ) -> None:
         self.media = media
         self.lenient, self.why = lenient, dict[int, str]()  # row -> reason why it is unusable
+        self.known: dict[str, Column] = {}  # columns of a trained model
+        self.time_parts: dict[str, tuple[str, ...]] = {}  # timestamp -> columns that it was formed from
+        self.problems: list[CellProblems] = []
         self.name, self.raw, self.options, self.allow_bad, self.column_spec = name, raw, options, allow_bad, column_spec
         self.findings = list(raw.findings)
         self.names = [c for c in raw.rows.columns if c not in BOOKKEEPING]
         self.bad = np.zeros(raw.rows.height, dtype=bool)
 
-    def run(self, overrides: dict[str, Kind], known: list[Column], requested_roles: dict[Role, str]) -> Data:
+    def run(self, requested_kinds: Mapping[str, str], known: list[Column], requested_roles: dict[Role, str]) -> Data:
         """Assign roles, type columns, run all checks and return the usable rows."""
+        overrides: dict[str, str] = dict(requested_kinds)
+        self.known = {c.name: c for c in known}
         if known:
             roles = self.apply_schema(known)
             overrides = {c.name: c.kind for c in known}
         else:
             roles = self.assign_roles(requested_roles)
             self.require_columns(overrides, "kinds")
+            self.check_kinds(overrides)
             unassigned = [n for n in self.names if n not in roles]
             input_roles: dict[str, Role] = {
                 **roles,
@@ -231,14 +243,18 @@ class TableReader:
         self.check_masks()
         self.check_messages()
         self.report_misfits()
+        if known:
+            self.check_cells()
         self.merge_class_names()
         self.check_target()
         self.check_keys()
         self.check_inputs()
         total = len(self.data) + self.raw.unusable
         data = self.data.drop_rows(self.bad)
+        data.problems = self.usable_problems()
         if not known:
-            data.findings += checks.check(data, self.column_spec.checks)
+            found = checks.check(data, self.column_spec.checks)
+            data.findings += [replace(f, severity="warning") if f.check == "leak" and self.allow_bad else f for f in found]
         checks.enforce(data.findings, total, self.allow_bad or (self.lenient and len(data) > 0), self.name, offer=not known)
         if self.lenient:
             data.skipped = self.collect_skipped()
@@ -257,6 +273,19 @@ class TableReader:
             for f in self.raw.findings
             if f.unusable
         ]
+
+    def check_kinds(self, kinds: Mapping[str, str]) -> None:
+        """Raise DataError for a type that does not exist."""
+        for name, given in kinds.items():
+            try:
+                kind, _ = column_types.split_kind(given)
+            except ValueError as error:
+                raise DataError(f"{self.name}: column {name!r}: {error}") from None
+            if kind not in get_args(Kind):
+                known = get_args(Kind)
+                raise DataError(
+                    f"{self.name}: column {name!r}: {given!r} is no type.{nearest(given, known)} Types: {', '.join(known)}."
+                )
 
     def add_finding(self, *finding: Any) -> None:
         """Append a finding."""
@@ -293,6 +322,8 @@ class TableReader:
             and all(column_spec.by_name(role, self.names) for role in INTERACTION_ROLES)
         ):
             column_spec = ColumnSpec("none", roles=INTERACTION_ROLES)  # user-item interactions have no target column
+        if "time" in (*column_spec.roles, *roles.values()):
+            self.join_time_parts(roles, column_spec)
         for role in column_spec.roles:
             free = [n for n in self.names if n not in roles]
             if role not in roles.values() and (found := column_spec.by_name(role, free)):
@@ -302,6 +333,42 @@ class TableReader:
             if chosen:
                 roles[chosen] = "target"
         return roles
+
+    def join_time_parts(self, roles: dict[str, Role], column_spec: ColumnSpec) -> None:
+        """Form one timestamp from columns named year, month, day, hour, ..., if no other column holds the time."""
+        given = [n for n, role in roles.items() if role == "time"]
+        parts = timestamps.find_parts(given or [n for n in self.names if n not in roles], normalize_name)
+        other = None if given else column_spec.by_name("time", [n for n in self.names if n not in (*roles, *parts)])
+        if not parts or other or len(given) == 1:
+            return
+        name = self.replace_parts(parts, next(n for n in ("timestamp", "-".join(parts)) if n not in self.names))
+        for part in parts:
+            roles.pop(part, None)
+        roles[name] = "time"
+        self.add_finding(
+            "timestamp-parts",
+            "note",
+            f"the columns {', '.join(map(repr, parts))} form the timestamp {name!r}",
+            tuple(f"column {p!r}" for p in parts),
+            1,
+        )
+
+    def replace_parts(self, parts: list[str], name: str) -> str:
+        """Replace columns that are parts of a timestamp by the timestamp, and return its name."""
+        joined = timestamps.join_parts([self.raw.rows[p] for p in parts], name)
+        self.time_parts = {name: tuple(parts)}
+        self.raw.rows = self.raw.rows.drop(parts).with_columns(joined)
+        self.names = [*(n for n in self.names if n not in parts), name]
+        return name
+
+    def is_coordinate(self, name: str, names: list[str]) -> bool:
+        """Return whether a numeric column `y` belongs to `x` and `z`, or follows `x`, and so is no target."""
+        plain = [normalize_name(n) for n in names]
+        at = names.index(name)
+        if plain[at] != "y" or at == len(names) - 1 or "x" not in plain or not ("z" in plain or plain[at - 1] == "x"):
+            return False
+        first = self.raw.rows[name].head(100).drop_nulls()
+        return bool(first.dtype.is_numeric() or first.cast(pl.String).cast(pl.Float64, strict=False).null_count() == 0)
 
     def find_targets(self, roles: dict[str, Role]) -> list[str]:
         """Return the targets given by the user (separated by commas) or by the reader."""
@@ -325,6 +392,8 @@ class TableReader:
     def choose_target(self, names: list[str]) -> str | None:
         """Choose a target by its name or position, and add a note about the choice."""
         by_name = self.column_spec.by_name("target", names)
+        if by_name is not None and self.is_coordinate(by_name, names):
+            by_name = self.column_spec.by_name("target", [n for n in names if n != by_name])
         if by_name is None and (self.options.labels_optional or len(names) < 2 or self.column_spec.target != "last"):
             return None
         target = by_name or next((n for n in reversed(names) if not column_types.are_media_files(self.raw.rows[n])), names[-1])
@@ -348,6 +417,13 @@ class TableReader:
         target = self.options.target
         if self.raw.target in self.names and target and target not in self.names:
             self.rename_column(str(self.raw.target), target)
+        self.match_names([c.name for c in known])
+        for column in known:
+            parts = (column.date_format or {}).get("parts", ())
+            if parts and column.name not in self.names:
+                self.match_names(list(parts))
+                if set(parts) <= set(self.names):
+                    self.replace_parts(list(parts), column.name)
         needed = [c.name for c in known if c.role in REQUIRED_ROLES]
         missing = [n for n in needed if n not in self.names]
         if missing:
@@ -356,6 +432,11 @@ class TableReader:
             raise DataError(
                 f"{self.name}: {len(missing)} of the {len(needed)} columns that the model needs "
                 f"are missing:\n{listed}\nThe columns are: {', '.join(self.names)}."
+                + (
+                    " If the first line holds data, put a line with the names of the training columns before it."
+                    if self.raw.delimiter and len(missing) == len(needed)
+                    else ""
+                )
             )
         wanted = {c.name for c in known}
         extra = [n for n in self.names if n not in wanted]
@@ -371,21 +452,54 @@ class TableReader:
             self.names = [n for n in self.names if n in wanted]
         return {c.name: c.role for c in known}
 
+    def match_names(self, wanted: Sequence[str]) -> None:
+        """Rename columns whose names differ from those of the training data only in case, spaces, underscores and hyphens."""
+        lacking: dict[str, list[str]] = {}
+        for name in wanted:
+            if name not in self.names:
+                lacking.setdefault(delimited.simplify_name(name), []).append(name)
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            if name not in wanted:
+                found.setdefault(delimited.simplify_name(name), []).append(name)
+        pairs = [(found[key][0], names[0]) for key, names in lacking.items() if len(names) == 1 == len(found.get(key, ()))]
+        for old, new in pairs:
+            self.rename_column(old, new)
+        if pairs:
+            shown = ", ".join(f"{old!r} as {new!r}" for old, new in pairs[:5])
+            self.add_finding(
+                "column-names",
+                "note",
+                f"columns spelled differently than in training were matched by name: {shown}",
+                tuple(f"column {old!r}" for old, _ in pairs[:5]),
+                len(pairs),
+            )
+
     def rename_column(self, old: str, new: str) -> None:
         self.raw.rows = self.raw.rows.rename({old: new})
         self.raw.kinds = {new if n == old else n: k for n, k in self.raw.kinds.items()}
         self.names = [new if n == old else n for n in self.names]
 
-    def type_columns(self, overrides: dict[str, Kind], roles: dict[str, Any]) -> dict[str, Column]:
+    def type_columns(self, overrides: Mapping[str, str], roles: dict[str, Any]) -> dict[str, Column]:
         """Type the columns one by one, releasing the text of each, so that memory holds the table about once."""
         rows, columns, self.typed = self.raw.rows, {}, []
+        hints = None if self.known else column_types.find_hints([rows[n] for n in self.names], self.raw.delimiter)
         self.raw.rows = pl.DataFrame([rows[c] for c in rows.columns if c in BOOKKEEPING])
         values = []
         for name in self.names:
             role = roles.get(name, "feature")
             text = rows.drop_in_place(name)
-            typed = column_types.type_column(text, kind=overrides.get(name), target=role == "target")
+            typed = column_types.type_column(
+                text,
+                kind=overrides.get(name),
+                target=role == "target",
+                is_time=role == "time",
+                hints=hints,
+                known=self.known.get(name),
+            )
             column = typed.column
+            if name in self.time_parts:
+                column.date_format = {**(column.date_format or {}), "parts": list(self.time_parts[name])}
             column.kind = self.column_spec.media.get(column.kind, column.kind)
             if role != "feature":
                 column.role = role
@@ -496,6 +610,68 @@ class TableReader:
         for typed in self.typed:
             self.findings += findings.value_findings(self.data, typed)
 
+    def check_cells(self) -> None:
+        """Collect the cells that do not fit the columns of a trained model.
+
+        A row with a malformed cell is predicted as if the cell were empty if the column had empty cells in training; otherwise
+        the row is unusable. Run folders without formats are read as when they were written.
+        """
+        current = any(c.range is not None or c.number_format is not None for c in self.known.values())
+        for typed in self.typed:
+            column = self.known[typed.column.name]
+            if column.role in ("ignored", "split", "group"):
+                continue
+            wrong = dict(sorted({**typed.misfits, **dict.fromkeys(typed.infinite, "inf")}.items()))
+            if wrong:
+                usable = column.missing > 0 or column.role == "target" or self.column_spec.gaps or not (current and self.lenient)
+                fate = (
+                    "they are read as missing" if usable else "the rows are not predicted, since training had no missing values"
+                )
+                self.add_problem(column.name, "malformed", f"{NOT_OF_TYPE.get(column.kind, 'malformed')} ({fate})", wrong)
+                if not usable:
+                    self.reject_malformed(column, wrong)
+            if column.role == "feature" and column.range is not None and column.kind in ("number", "date"):
+                values = self.data.rows[column.name]
+                low, high = far_bounds(column)
+                far = ((values < low) | (values > high)).fill_null(False).arg_true().to_list()
+                if far:
+                    lowest, highest = (
+                        f"{v:g}" if isinstance(v, float) else str(v).replace("T00:00:00", "") for v in column.range
+                    )
+                    found = {i: format_cell(values[i]) for i in far}
+                    self.add_problem(
+                        column.name, "out-of-range", f"far outside the training range {lowest} to {highest}", found
+                    )
+
+    def reject_malformed(self, column: Column, wrong: dict[int, str]) -> None:
+        """Mark rows with malformed cells as unusable."""
+        bad = np.zeros(len(self.bad), dtype=bool)
+        bad[list(wrong)] = True
+        new = bad & ~self.bad
+        what = NOT_OF_TYPE.get(column.kind, "malformed")
+        self.add_finding(
+            "malformed",
+            "warning",
+            f"cells of column {column.name!r} that are {what}, such as {next(iter(wrong.values()))!r}",
+            findings.places(self.data, new),
+            int(new.sum()),
+            "Correct them.",
+            int(new.sum()),
+        )
+        self.mark_invalid(bad, lambda i: f"{wrong[i]!r} in column {column.name!r}: {what}")
+
+    def add_problem(
+        self, name: str, what: Literal["malformed", "unseen", "out-of-range"], detail: str, cells: dict[int, str]
+    ) -> None:
+        """Note cells that do not fit a column of a trained model."""
+        shown = [(self.data.locate_row(i), cells[i]) for i in list(cells)[: findings.MAX_PROBLEM_EXAMPLES]]
+        self.problems.append(CellProblems(name, what, detail, len(cells), tuple(cells), tuple(shown)))
+
+    def usable_problems(self) -> list[CellProblems]:
+        """Return the problems with rows counted after unusable rows were dropped."""
+        kept = np.cumsum(~self.bad) - 1
+        return [replace(p, rows=tuple(int(kept[i]) for i in p.rows if not self.bad[i])) for p in self.problems]
+
     def merge_class_names(self) -> None:
         """Map spelling variants of class names in other splits ("<=50K." for "<=50K") to the spelling in train."""
         data, target = self.data, self.data.target
@@ -555,10 +731,20 @@ class TableReader:
                 f"rows without a value in the target column {target.name!r}",
                 findings.places(self.data, missing),
                 count,
-                "Fill in the values or remove the rows.",
+                "Fill in the values or remove the rows." + self.describe_markers(target.name),
                 count,
             )
             self.mark_invalid(missing, f"no value in {target.name!r}")
+
+    def describe_markers(self, name: str) -> str:
+        """Return the remedy if words such as NA in the target, read as missing values, may be classes."""
+        words = next((typed.markers for typed in self.typed if typed.column.name == name), ())
+        if not words:
+            return ""
+        shown = ", ".join(map(repr, words))
+        if len(words) == 1:
+            return f" {shown} is read as a missing value; if it is a class, use --set 'column.{name}=category'."
+        return f" {shown} are read as missing values; if they are classes, rename them."
 
     def check_keys(self) -> None:
         """Mark rows without a user, item or series."""
@@ -598,3 +784,25 @@ class TableReader:
                 count,
             )
             self.mark_invalid(empty, "every feature is missing")
+
+
+def far_bounds(column: Column) -> tuple[Any, Any]:
+    """Return the bounds outside of which a value is far from the training range: one more range on both sides.
+
+    Columns of positive numbers also have a lower bound of a tenth of their minimum.
+    """
+    assert column.range is not None
+    low, high = column.range
+    if isinstance(low, str) or isinstance(high, str):
+        first, last = datetime.fromisoformat(str(low)), datetime.fromisoformat(str(high))
+        try:
+            return first - (last - first), last + (last - first)
+        except OverflowError:
+            return datetime.min, datetime.max
+    span = high - low
+    return (max(low - span, low / FAR_FACTOR) if low > 0 else low - span), high + span
+
+
+def format_cell(value: Any) -> str:
+    """Return a number or date as text."""
+    return f"{value:.15g}" if isinstance(value, float) else str(value).removesuffix(" 00:00:00")

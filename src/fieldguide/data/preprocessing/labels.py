@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,10 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.words import compose
+
+
+PLAIN_NUMBER = re.compile(r"-?\d+(?:\.0*)?")
+BOOLEANS = {"true": "1", "false": "0"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,9 @@ class Labels:
     def apply(self, values: pl.Series | Sequence[Any]) -> np.ndarray:
         """Return class indices, int64; -1 for missing values and unseen classes."""
         series = pl.Series(values) if not isinstance(values, pl.Series) else values
-        index = {compose(n): i for i, n in enumerate(self.names)}
-        codes = series.cast(pl.String).str.normalize("NFC").replace_strict(index, default=-1, return_dtype=pl.Int64)
+        text = series.cast(pl.String).str.normalize("NFC")
+        index = index_values([compose(n) for n in self.names], text)
+        codes = text.replace_strict(index, default=-1, return_dtype=pl.Int64)
         return codes.fill_null(-1).to_numpy()
 
     def inverse(self, index: Sequence[int] | np.ndarray) -> list[str]:
@@ -53,6 +59,38 @@ class Labels:
     def from_json(cls, saved: dict[str, Any]) -> Labels:
         """Restore from `to_json`."""
         return cls(tuple(saved["names"]))
+
+
+def index_values(names: Sequence[str], values: pl.Series, first: int = 0) -> dict[str, int]:
+    """Return the position of each name, counted from `first`, and of other spellings of it that occur in `values`.
+
+    1, 1.0 and 01 are spellings of the same number, and true and false of 1 and 0, unless they are names of their own.
+    """
+    index = {n: i for i, n in enumerate(names, first)}
+    plain = [n for n in names if PLAIN_NUMBER.fullmatch(n) or n.lower() in BOOLEANS]
+    if not plain:
+        return index
+    spelled = {v for v in values.drop_nulls().unique().to_list() if v not in index}
+    if not spelled:
+        return index
+    for strict in (True, False):  # spellings of the number first, then numbers that lost or gained leading zeros
+        known: dict[str, list[str]] = {}
+        for name in plain:
+            known.setdefault(number_key(name, strict), []).append(name)
+        for value in sorted(spelled - set(index)):
+            key = number_key(value, strict)
+            if key and len(known.get(key, ())) == 1:
+                index[value] = index[known[key][0]]
+    return index
+
+
+def number_key(text: str, strict: bool) -> str:
+    """Return the normal form of a whole number or truth value, "" for other text. `strict` keeps leading zeros."""
+    text = BOOLEANS.get(text.lower(), text)
+    if not PLAIN_NUMBER.fullmatch(text):
+        return ""
+    whole = text.partition(".")[0]
+    return whole if strict else re.sub(r"^(-?)0+(?=\d)", r"\1", whole)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ import numpy as np
 import polars as pl
 from scipy.special import ndtri
 
+from fieldguide.data.column_types import numbers_to_text
 from fieldguide.data.dataset import Column
+from fieldguide.data.preprocessing.labels import index_values
 
 MAX_QUANTILES = 1000
 MIN_PROBABILITY = 1e-7  # minimum distance of probabilities from 0 and 1: limits values to about +-5.2
@@ -54,6 +56,7 @@ class TablePreparer:
     def __init__(self, numbers: Iterable[Number], categories: Iterable[Category]) -> None:
         self.numbers, self.categories = tuple(numbers), tuple(categories)
         self.unseen: dict[str, int] = {}  # column -> number of unseen values in the last `apply`
+        self.unseen_rows: dict[str, np.ndarray] = {}  # column -> their rows
 
     @classmethod
     def fit(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
@@ -94,17 +97,20 @@ class TablePreparer:
         """Return numbers (float32, N x n) and categories (int64, N x k). Counts unseen values in `unseen`."""
         numbers = np.empty((rows.height, len(self.numbers)), dtype=np.float32)
         codes = np.empty((rows.height, len(self.categories)), dtype=np.int64)
-        self.unseen = {}
+        self.unseen, self.unseen_rows = {}, {}
         for i, n in enumerate(self.numbers):
             raw = extract_part(rows[n.column], n.part)
             numbers[:, i] = np.nan_to_num(to_normal(raw, n.quantiles) if n.quantiles else raw)
         for i, c in enumerate(self.categories):
             text = category_text(rows[c.column], c.part)
-            index = {v: k for k, v in enumerate(c.values, 1)}
+            index = index_values(c.values, text, 1) if c.part == "value" else {v: k for k, v in enumerate(c.values, 1)}
             code = text.replace_strict(index, default=0, return_dtype=pl.Int64)
             codes[:, i] = code.set(text.is_null(), c.size - 1 if c.missing else 0).to_numpy()
-            if unseen := int((code.filter(text.is_not_null()) == 0).sum()):
-                self.unseen[c.column] = unseen
+            unseen = ((code == 0) & text.is_not_null()).to_numpy()
+            if unseen.any():
+                self.unseen[c.column] = int(unseen.sum())
+                if c.part == "value":
+                    self.unseen_rows[c.column] = np.flatnonzero(unseen)
         return numbers, codes
 
     def vector(self, rows: pl.DataFrame) -> np.ndarray:
@@ -176,7 +182,7 @@ def category_text(values: pl.Series, part: str) -> pl.Series:
         return values.is_null().replace_strict({True: "yes", False: "no"}, return_dtype=pl.String)
     if part == "weekday":
         return values.dt.weekday().cast(pl.String)
-    return values.cast(pl.String)
+    return numbers_to_text(values)
 
 
 def fit_category(column: str, part: str, text: pl.Series) -> list[Category]:

@@ -5,26 +5,47 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 
+import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.column_types import MISSING_MARKERS, as_numbers, blank_missing
+from fieldguide.data.column_types import (
+    AUDIO_FILE_PATTERN,
+    IMAGE_FILE_PATTERN,
+    MISSING_MARKERS,
+    VIDEO_FILE_PATTERN,
+    blank_missing,
+)
 from fieldguide.data.dataset import BOOKKEEPING, LINE, Finding
+from fieldguide.data.number_formats import infer_format
 
 DELIMITERS = ",\t;|"
 CHUNK_BYTES = 1 << 22
+COMMENT_MARKS = ("#", "//")  # lines that begin with one of these are comments if they do not fit the table
+MIN_EVEN_STEPS = 2  # minimum number of equal differences between numbers in the first line for them to be names
 csv.field_size_limit(1 << 30)  # the default of 128 KiB rejects long texts
 
 
 @dataclass
 class Table:
-    """A delimited file as text columns, with the line number on which each row begins."""
+    """A delimited file as text columns, with the line number on which each row begins, and its delimiter."""
 
     rows: pl.DataFrame
     findings: list[Finding] = field(default_factory=list)
+    delimiter: str | None = None
+
+
+@dataclass
+class Cells:
+    """All cells of a file as text, with the malformations that were repaired on the way."""
+
+    rows: pl.DataFrame
+    findings: list[Finding] = field(default_factory=list)
+    blanked: int = 0  # lines that are no rows, such as comments; they are empty rows of `rows`
 
 
 def decode(raw: bytes, name: str) -> tuple[bytes, list[Finding]]:
@@ -105,26 +126,30 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     """
     if not raw.strip():
         raise DataError(f"{name}: the file is empty.")
-    if name.lower().endswith((".tsv", ".tab")):
+    raw, findings, stated = normalize_lines(raw, name)
+    if stated:
+        mark = stated
+    elif name.lower().endswith((".tsv", ".tab")):
         mark = "\t"
     else:
         mark = detect_delimiter(raw)
-    rows = read_cells(raw, name, mark)
-    findings: list[Finding] = []
-    lines = line_numbers(rows, raw)
+    cells = read_cells(raw, name, mark)
+    rows, findings = cells.rows, findings + cells.findings
+    lines = line_numbers(rows, raw) + (1 if stated else 0)
     width, empty = rows.width, find_blank_rows(rows.get_columns())
     # Built without expressions, which would rechunk and thereby copy the whole table.
     rows = pl.DataFrame([*rows.get_columns(), lines])
     if width > 1 and empty.any():
         rows = rows.filter(~empty)
-        if int(empty.sum()) > 1 or not raw.endswith(b"\n\n"):
-            count = int(empty.sum())
+        count = int(empty.sum()) - cells.blanked
+        if count > 1 or (count and not raw.endswith(b"\n\n")):
             findings.append(Finding("empty-lines", "note", f"empty lines skipped in {name}", (), count))
     first = ["" if v is None else v.strip() for v in rows.row(0)[:width]]
     has = header if header is not None else has_header(rows[1:1001].drop(LINE), first, names)
     if has:
-        columns, rows = first, rows[1:]
-        check_names(columns, name, int(rows[LINE][0]) - 1 if rows.height else 1)
+        at, columns, rows = int(rows[LINE][0]), first, rows[1:]
+        columns, rows = drop_unnamed_column(columns, rows, f"{name}:{at}", findings)
+        check_names(columns, name, at)
     else:
         columns = default_names(width, names, target)
         if header is None:
@@ -132,7 +157,9 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
                 Finding(
                     "no-header",
                     "warning",
-                    f"{name}: the first line looks like data, so the columns are named {columns[0]} to {columns[-1]}",
+                    f"{name}: the first line looks like data, not like column names; the columns are "
+                    + (f"taken in order as {', '.join(columns[:8])}" if names else f"named {columns[0]} to {columns[-1]}")
+                    + (", ..." if names and len(columns) > 8 else ""),
                     (f"{name}:1",),
                     1,
                     "Add a line of column names, or pass header=True if the first line is one.",
@@ -141,11 +168,67 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     if rows.height == 0:
         raise DataError(f"{name}: the file has column names but no rows.")
     rows.columns = [*columns, LINE]
-    return Table(rows, findings)
+    return Table(rows, findings, mark)
 
 
-def read_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
-    """Return all cells as text, empty ones as null. Input that polars rejects is parsed by `slow_cells`."""
+def normalize_lines(raw: bytes, name: str) -> tuple[bytes, list[Finding], str]:
+    """Return the content with LF line ends and without a line such as `sep=;`, with findings and the delimiter it names."""
+    findings = []
+    if b"\r" in raw[:CHUNK_BYTES] and b"\n" not in raw:
+        raw = raw.replace(b"\r", b"\n")
+        findings.append(
+            Finding(
+                "line-ends",
+                "warning",
+                f"{name}: lines end with CR alone, as on old Macintosh systems; they are read as line ends",
+                (f"{name}:1",),
+                1,
+                "Save the file with LF or CRLF line ends.",
+            )
+        )
+    end = raw.find(b"\n")
+    first = raw[:end].decode(errors="replace").strip() if 0 <= end < 20 else ""
+    stated = re.fullmatch(r'"?sep=(.|\\t|)"?', first)
+    if stated is None:
+        return raw, findings, ""
+    mark = "\t" if stated[1] in ("\\t", "") else stated[1]  # a tab is stripped from the line
+    findings.append(
+        Finding(
+            "delimiter-line",
+            "note",
+            f"{name}: the first line, {first!r}, names the delimiter (a convention of Excel); it is skipped",
+            (f"{name}:1",),
+        )
+    )
+    if not raw[end:].strip():
+        raise DataError(f"{name}: the file has no lines after {first!r}.")
+    return raw[end + 1 :], findings, mark
+
+
+def drop_unnamed_column(
+    columns: list[str], rows: pl.DataFrame, place: str, findings: list[Finding]
+) -> tuple[list[str], pl.DataFrame]:
+    """Drop a last column without a name and values: every line, the column names included, ends with a delimiter."""
+    if len(columns) < 2 or columns[-1] or rows[rows.columns[len(columns) - 1]].null_count() < rows.height:
+        return columns, rows
+    findings.append(trailing_delimiters(place, rows.height + 1))
+    return columns[:-1], rows.drop(rows.columns[len(columns) - 1])
+
+
+def trailing_delimiters(place: str, count: int) -> Finding:
+    """Return the finding about lines that end with a delimiter."""
+    return Finding(
+        "trailing-delimiter",
+        "warning",
+        "lines end with a delimiter after the last cell; the empty cell is dropped",
+        (place,),
+        count,
+        "Remove the delimiters at the end of lines.",
+    )
+
+
+def read_cells(raw: bytes, name: str, mark: str) -> Cells:
+    """Return all cells as text, empty ones as null. Input that polars rejects is parsed by Python's csv module."""
     try:
         rows = pl.read_csv(raw, infer_schema=False, has_header=False, separator=mark)
     except pl.exceptions.PolarsError:
@@ -158,7 +241,14 @@ def read_cells(raw: bytes, name: str, mark: str) -> pl.DataFrame:
     each = rows.width - 1
     if marks != each * rows.height and marks != each * (rows.height - int(find_blank_rows(rows.get_columns()).sum())):
         return read_cells_with_csv(raw, name, mark)
-    return rows
+    if quoted and mark != "\t" and mark.encode() + b' "' in raw and holds_spaced_quotes(rows):
+        return read_cells_with_csv(raw, name, mark)
+    return Cells(rows)
+
+
+def holds_spaced_quotes(rows: pl.DataFrame) -> bool:
+    """Return whether cells are quoted after a space: `a, "b"`."""
+    return any(bool(rows[c].str.contains(r'^\s+".*"\s*$').any()) for c in rows.columns[1:])
 
 
 def find_blank_rows(columns: list[pl.Series]) -> pl.Series:
@@ -171,28 +261,69 @@ def find_blank_rows(columns: list[pl.Series]) -> pl.Series:
     return empty
 
 
-def read_cells_with_csv(raw: bytes, name: str, mark: str) -> pl.DataFrame:
-    """Parse the table with Python's csv module. Raises DataError listing the malformed lines.
+def read_cells_with_csv(raw: bytes, name: str, mark: str) -> Cells:
+    """Parse the table with Python's csv module. Raises DataError that names the malformed lines and the likely cause.
 
     In tab-separated files quotation marks usually are direct speech: if they do not form valid quoted cells, they are
-    taken literally.
+    taken literally. Malformations that leave no doubt about the cells are repaired and reported.
     """
     if mark == "\t" and (spoken := read_unquoted(raw)) is not None:
-        return spoken
-    reader = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=mark, strict=True)
-    width, wrong, line = 0, [], 0
-    out: list[list[str | None]] = []
+        return Cells(spoken)
+    text = raw.decode()
+    spaced = mark != "\t" and re.search(rf'(?:^|{re.escape(mark)})[ ]+"', text, re.MULTILINE) is not None
+    lines = parse_lines(text, name, mark, spaced)
+    findings = []
+    if spaced:
+        quoted = [n for n, cells in parse_lines(text, name, mark, False) if any(is_spaced_quote(c) for c in cells)]
+        findings.append(
+            Finding(
+                "space-before-quote",
+                "warning",
+                f"cells have a space between the delimiter {mark!r} and the quotation mark; they are read as quoted cells",
+                tuple(f"{name}:{n}" for n in quoted[:5]),
+                len(quoted),
+                "Remove the spaces.",
+            )
+        )
+    widths = [len(cells) for _, cells in lines if cells and not cells[0].lstrip().startswith(COMMENT_MARKS)]
+    usual = max(set(widths), key=widths.count, default=0)
+    comments = {n for n, c in lines if c and len(c) != usual and c[0].lstrip().startswith(COMMENT_MARKS)}
+    if comments:
+        lines = [(n, [] if n in comments else cells) for n, cells in lines]
+        findings.append(
+            Finding(
+                "comment-lines",
+                "warning",
+                f"{name}: lines that begin with a comment mark are skipped",
+                tuple(f"{name}:{n}" for n in sorted(comments)[:5]),
+                len(comments),
+                "Remove them.",
+            )
+        )
+    width = next((len(cells) for _, cells in lines if cells), 0)
+    wrong = [(n, cells) for n, cells in lines if cells and len(cells) != width]
+    if wrong and all(len(cells) > width and not any(c.strip() for c in cells[width:]) for _, cells in wrong):
+        findings.append(trailing_delimiters(f"{name}:{wrong[0][0]}", len(wrong)))
+        lines, wrong = [(n, cells[:width]) for n, cells in lines], []
+    if wrong:
+        raise DataError(describe_widths(name, mark, width, lines, wrong))
+    rows: list[list[str | None]] = [[v or None for v in cells] or [None] * max(width, 1) for _, cells in lines]
+    return Cells(pl.DataFrame(rows, schema={f"c{i}": pl.String for i in range(width)}, orient="row"), findings, len(comments))
+
+
+def is_spaced_quote(cell: str) -> bool:
+    """Return whether a cell begins with a space and a quotation mark, which is then part of its text."""
+    return cell.startswith(" ") and cell.lstrip(" ").startswith('"')
+
+
+def parse_lines(text: str, name: str, mark: str, spaced: bool) -> list[tuple[int, list[str]]]:
+    """Return the number of the first line and the cells of every row. Raises DataError for broken quoting."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True, skipinitialspace=spaced)
+    out, line = [], 0
     try:
         for row in reader:
             start, line = line + 1, reader.line_num
-            if not row:
-                out.append([None] * max(width, 1))
-                continue
-            width = width or len(row)
-            if len(row) != width:
-                wrong.append((start, len(row)))
-            else:
-                out.append([v or None for v in row])
+            out.append((start, row))
     except csv.Error as error:
         ends = "end of data" in str(error)
         what = "a quotation mark is not closed" if ends else "text follows a closing quotation mark"
@@ -200,13 +331,40 @@ def read_cells_with_csv(raw: bytes, name: str, mark: str) -> pl.DataFrame:
         raise DataError(
             f'{name}:{at}: broken quoting: {what}. Close it, or write "" for a quotation mark inside a quoted cell.'
         ) from error
-    if wrong:
-        places = ", ".join(f"{name}:{l} has {n}" for l, n in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-        raise DataError(
-            f"{name}: {len(wrong)} of {len(out) + len(wrong)} lines do not have {width} cells "
-            f"like the first: {places}. Quote cells that contain {mark!r}, or add the missing cells."
+    return out
+
+
+def describe_widths(
+    name: str, mark: str, width: int, lines: list[tuple[int, list[str]]], wrong: list[tuple[int, list[str]]]
+) -> str:
+    """Return the error about lines with another number of cells than the first, with the likely cause."""
+    total = sum(1 for _, cells in lines if cells)
+    places = ", ".join(f"{name}:{n} has {len(cells)}" for n, cells in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    head = f"{name}: {len(wrong)} of {total} lines do not have {width} cells like the first: {places}."
+    same = {len(cells) for _, cells in wrong}
+    if len(wrong) == total - 1 and same == {width + 1} and mark != "\t" and width > 1:
+        numeric = all(re.fullmatch(r"[+-]?\d+", cells[0].strip()) is not None for _, cells in wrong[:20])
+        if numeric or len({cells[0] for _, cells in wrong}) == len(wrong):
+            return (
+                f"{head} Each line has one cell more than there are names: the first column, perhaps of row names, has no name. "
+                "Add a name for it to the first line."
+            )
+    extra = [cells for _, cells in wrong if len(cells) > width]
+    if mark == "," and extra and len(extra) == len(wrong) and all(splits_numbers(cells) for cells in extra[:20]):
+        return (
+            f"{head} Numbers with a comma, such as 1,5 or 1,299, are split at it. Put them in quotation marks, or use another "
+            "delimiter, such as ';'."
         )
-    return pl.DataFrame(out, schema={f"c{i}": pl.String for i in range(width)}, orient="row")
+    if all(len(cells) == 1 for _, cells in wrong) and wrong[-1][0] == lines[-1][0] and len(wrong) <= 3:
+        return f"{head} These lines have no delimiter: perhaps a title or a footer. Remove them."
+    return f"{head} Quote cells that contain {mark!r}, or add the missing cells."
+
+
+def splits_numbers(cells: list[str]) -> bool:
+    """Return whether neighbouring cells may be the parts of a number with a comma."""
+    return any(
+        re.fullmatch(r"[+-]?\d{1,3}", a.strip()) and re.fullmatch(r"\d+(?:\.\d+)?", b.strip()) for a, b in pairwise(cells)
+    )
 
 
 def read_unquoted(raw: bytes) -> pl.DataFrame | None:
@@ -242,24 +400,62 @@ def line_numbers(rows: pl.DataFrame, raw: bytes) -> pl.Series:
 def has_header(body: pl.DataFrame, first: list[str], names: tuple[str, ...]) -> bool:
     """Return whether the first line holds column names.
 
-    It does not if it has numbers in numeric columns, values that occur again below, or sentences in columns of sentences.
+    It does if one of them is a known name. It does not if it has numbers in numeric columns, values that occur again below, or
+    sentences in columns of sentences. Numbers may be names too: see `has_numeric_names`.
     """
     if names:
-        known = sum(f in names for f in first)
-        return known > 0 or not len(names) - 1 <= len(first) <= len(names)
+        known = {simplify_name(n) for n in names}
+        if any(simplify_name(f) in known for f in first) or not len(names) - 1 <= len(first) <= len(names):
+            return True
+        if body.height == 0:
+            return False
     if body.height == 0:
         return not any(is_number(f) for f in first)
-    votes = []
+    votes, numeric, other = [], {}, {}
     for value, column in zip(first, body.columns):
         text = blank_missing(body[column])
         present = text.drop_nulls()
-        if present.len() and as_numbers(text).drop_nulls().len() >= 0.9 * present.len():
-            votes.append(is_number(value) or value.lower() in MISSING_MARKERS[1:])
+        found = infer_format(text)
+        if present.len() and found.values.drop_nulls().len() >= 0.9 * present.len():
+            parsed = found.format.parse(pl.Series([value]))[0]
+            votes.append(parsed is not None or value.lower() in MISSING_MARKERS[1:])
+            numeric[column] = parsed, found.values
+        else:
+            other[column] = value, body[column].str.strip_chars().drop_nulls()
     if votes:
-        return not all(votes)
+        return not all(votes) or has_numeric_names(numeric, other)
+    if any(re.search(p, v) for v in first for p in (IMAGE_FILE_PATTERN, AUDIO_FILE_PATTERN, VIDEO_FILE_PATTERN)):
+        return False
     if any(v in set(body[c].str.strip_chars().drop_nulls()) for v, c in zip(first, body.columns)):
         return False
     return not all(" " in v and 1 / 2 < len(v) / (median_length(body[c]) or 1) < 3 for v, c in zip(first, body.columns))
+
+
+def has_numeric_names(numeric: dict[str, tuple[float | None, pl.Series]], other: dict[str, tuple[str, pl.Series]]) -> bool:
+    """Return whether a first line of numbers, such as wavelengths or years, holds names.
+
+    The other cells must not occur below, and the numbers must be equally spaced (and those of the next line not), or lie
+    outside of their columns while the other columns repeat their values.
+    """
+    if any(value in set(values) for value, values in other.values()):
+        return False
+    cells = [value for value, _ in numeric.values()]
+    if any(value is None for value in cells):
+        return False
+    steps = np.diff(np.array(cells, dtype=float))
+    next_steps = np.diff(np.array([values[0] for _, values in numeric.values()], dtype=float))
+    even = len(steps) >= MIN_EVEN_STEPS and steps[0] > 0 and np.allclose(steps, steps[0])
+    if even and not np.allclose(next_steps, next_steps[0]):
+        return True
+    ranges = [(value, values.min(), values.max()) for value, values in numeric.values()]
+    outside = all(low is not None and not low <= value <= high for value, low, high in ranges)  # type: ignore[operator]
+    repeats = bool(other) and all(values.n_unique() <= values.len() / 2 for _, values in other.values())
+    return outside and repeats and len(numeric) >= 2
+
+
+def simplify_name(name: str) -> str:
+    """Normalize a column name for comparison: without case, spaces, underscores and hyphens."""
+    return re.sub(r"[\s_\-]+", "", name).casefold()
 
 
 def median_length(values: pl.Series) -> float:

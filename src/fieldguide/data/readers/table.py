@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.readers import delimited
 from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path, sha256, split_of
@@ -43,16 +44,29 @@ def load(source: Path, options: Options) -> RawTable:
     if source.is_file():
         raw = load_file(source, source.parent, options)
         return split_by_column(raw)
-    files = list_tables(source)
+    files, submissions = set_submissions_aside(list_tables(source))
     if len(files) == 1:
-        return split_by_column(load_file(files[0], source, options))
+        raw = split_by_column(load_file(files[0], source, options))
+        raw.findings += submissions
+        return raw
     named = {p: split_of(p.name) for p in files}
     if None in named.values() or len(set(named.values())) < len(files):
         listed = ", ".join(p.name for p in files)
         raise DataError(
             f"{source}: contains several tables ({listed}). Specify one, or name them train, val and test, one file each."
         )
-    return join_splits([(load_file(p, source, options), str(s)) for p, s in named.items()], source)
+    raw = join_splits([(load_file(p, source, options), str(s)) for p, s in named.items()], source, options.target)
+    raw.findings += submissions
+    return raw
+
+
+def set_submissions_aside(files: list[Path]) -> tuple[list[Path], list[Finding]]:
+    """Return the files without examples of submissions to a competition (`sample_submission.csv`), and a note about them."""
+    kept = [p for p in files if "submission" not in p.stem.lower()]
+    other = [p.name for p in files if p not in kept]
+    if not other or not kept:
+        return files, []
+    return kept, [Finding("submission-file", "note", "examples of submissions are not read", tuple(other), len(other))]
 
 
 def load_file(path: Path, root: Path, options: Options) -> RawTable:
@@ -63,18 +77,19 @@ def load_file(path: Path, root: Path, options: Options) -> RawTable:
     content = path.read_bytes()
     entry = (len(content), sha256(content))
     findings: list[Finding] = []
+    delimiter = None
     if suffix in DELIMITED:
         text, findings = delimited.decode(content, name)
         del content
         table = delimited.parse(text, name, header=options.header, names=options.names, target=options.target)
-        rows, findings = table.rows, findings + table.findings
+        rows, findings, delimiter = table.rows, findings + table.findings, table.delimiter
     elif suffix in PARQUET:
         rows = read_parquet(content, name)
     else:
         content, findings = delimited.decode(content, name)
         rows = read_json_lines(content, name)
     rows.insert_column(rows.width, pl.repeat(0, rows.height, dtype=pl.Int32, eager=True).alias(FILE))
-    return RawTable(rows, [FileEntry(name, *entry, rows=rows.height)], root, findings)
+    return RawTable(rows, [FileEntry(name, *entry, rows=rows.height)], root, findings, delimiter=delimiter)
 
 
 def read_parquet(content: bytes, name: str) -> pl.DataFrame:
@@ -127,11 +142,70 @@ def split_by_column(raw: RawTable) -> RawTable:
     return raw
 
 
-def join_splits(parts: list[tuple[RawTable, str]], root: Path) -> RawTable:
-    """Concatenate files with the same columns, one per split. Raises DataError if the columns differ."""
+def value_columns(raw: RawTable) -> list[str]:
+    """Return the columns of a file that hold values."""
+    return [c for c in raw.rows.columns if c not in (FILE, LINE)]
+
+
+def filled_columns(raw: RawTable) -> set[str]:
+    """Return the columns of a file that hold at least one value."""
+    return {c for c in value_columns(raw) if raw.rows[c].null_count() < raw.rows.height}
+
+
+def set_unlabeled_aside(
+    parts: list[tuple[RawTable, str]], target: str | None
+) -> tuple[list[tuple[RawTable, str]], str | None, list[Finding]]:
+    """Return the parts without a test file that lacks the target, the name of the target, and a note about that file.
+
+    Such a file is the set to predict, as in the competitions of Kaggle. Without `target`, the only column that it lacks is the
+    target.
+    """
+    known = {c for raw, split in parts if split == "train" for c in filled_columns(raw)}
+    kept: list[tuple[RawTable, str]] = []
+    findings: list[Finding] = []
+    for raw, split in parts:
+        lacks, extra = known - filled_columns(raw), set(value_columns(raw)) - known
+        targets = {n.strip() for n in target.split(",")} if target else set()
+        if not target and len(lacks) == 1 and not extra - lacks and not ColumnSpec().by_name("target", sorted(known - lacks)):
+            targets = lacks
+        if split != "test" or not targets or not targets <= lacks or not known:
+            kept.append((raw, split))
+            continue
+        if target is None:
+            what = f"no target was specified: column {min(lacks)!r} was chosen because only {raw.files[0].path} lacks it"
+            remedy = "Specify another with --target (in Python: target=)."
+            findings.append(Finding("target-chosen", "note", what, (f"column {min(lacks)!r}",), 1, remedy))
+        target = target or next(iter(targets))
+        shown = raw.files[0].path
+        rest = sorted(lacks - targets)
+        findings.append(
+            Finding(
+                "unlabeled-test",
+                "warning" if rest else "note",
+                f"{shown} has no values in the target column {target!r}: it is the set to predict, and the test set is taken "
+                "from the training rows"
+                + (f". It also lacks {', '.join(map(repr, rest))}, which prediction will need" if rest else ""),
+                (shown,),
+                1,
+                f"Predict with `fieldguide predict RUN {shown}`."
+                + (f" To train without a column: --set 'column.{rest[0]}=identifier'." if rest else ""),
+            )
+        )
+    return kept, target, findings
+
+
+def join_splits(parts: list[tuple[RawTable, str]], root: Path, target: str | None = None) -> RawTable:
+    """Concatenate files with the same columns, one per split. Raises DataError if the columns differ.
+
+    A test file without the target is set aside.
+    """
     order = {"train": 0, "val": 1, "test": 2}
-    parts = sorted(parts, key=lambda p: order[p[1]])
+    parts, named, aside = set_unlabeled_aside(sorted(parts, key=lambda p: order[p[1]]), target)
     first = parts[0][0]
+    if len(parts) == 1 and aside:
+        first.findings += aside
+        first.target = named if target is None else None
+        return split_by_column(first)
     names = [c for c in first.rows.columns if c not in (FILE, LINE)]
     for raw, _ in parts[1:]:
         other = [c for c in raw.rows.columns if c not in (FILE, LINE)]
@@ -139,12 +213,15 @@ def join_splits(parts: list[tuple[RawTable, str]], root: Path) -> RawTable:
             lacks, extra = sorted(set(names) - set(other)), sorted(set(other) - set(names))
             raise DataError(
                 f"{raw.files[0].path} and {first.files[0].path} have different columns: the "
-                f"first lacks {lacks or 'none'} and additionally has {extra or 'none'}."
+                f"first lacks {lacks or 'none'} and additionally has {extra or 'none'}. If {raw.files[0].path} is to be predicted, "
+                "name the target with --target; otherwise give both the same columns."
             )
     tables = [
         raw.rows.with_columns(pl.lit(i, pl.Int32).alias(FILE)).select([*names, FILE, LINE]) for i, (raw, _) in enumerate(parts)
     ]
     rows = pl.concat(tables, how="vertical_relaxed")
     splits = np.repeat(np.array([s for _, s in parts], dtype=object), [t.height for t in tables])
-    findings = [f for raw, _ in parts for f in raw.findings]
-    return RawTable(rows, [raw.files[0] for raw, _ in parts], root, findings, splits)
+    findings = [f for raw, _ in parts for f in raw.findings] + aside
+    joined = RawTable(rows, [raw.files[0] for raw, _ in parts], root, findings, splits, delimiter=first.delimiter)
+    joined.target = named if target is None else None
+    return joined

@@ -63,6 +63,7 @@ def enforce(
             + ("drop them all with --allow-bad (in Python: allow_bad=True)." if offer else "remove them.")
         )
     lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
+    lines += [f"  note: {f}" for f in findings if f.check == "target-chosen"]
     raise BadData("\n".join([head, *lines]), findings)
 
 
@@ -257,7 +258,8 @@ def check_leaks(data: Data) -> Iterator[Finding]:
                 (f"column {feature.name!r}",),
                 1,
                 f"If it is not known before the target, remove it, or ignore it with "
-                f"--set 'column.{feature.name}=identifier' (in Python: kinds=).",
+                f"--set 'column.{feature.name}=identifier' (in Python: kinds=)."
+                + (" If it is known, use it with --allow-bad (in Python: allow_bad=True)." if exact else ""),
             )
     for feature in data.features("text"):
         if column.kind != "category":

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fieldguide.data.column_types import TypedColumn
-from fieldguide.data.dataset import Data, Finding
+from fieldguide.data.dataset import CellProblems, Data, Finding
 from fieldguide.data.media.media_types import MediaCheck, Medium
 
 MAX_SHOWN_PLACES = 5  # maximum number of locations in a finding
+MAX_PROBLEM_EXAMPLES = 3  # maximum number of cells that are shown for a problem of a column
+MAX_PROBLEM_LINES = 10  # maximum number of lines about the cells of a prediction's inputs
 
 
 def places(data: Data, rows: np.ndarray | Iterable[int]) -> tuple[str, ...]:
@@ -69,4 +71,18 @@ def value_findings(data: Data, typed: TypedColumn) -> list[Finding]:
                 "Correct or remove them.",
             )
         )
+    findings += [Finding(check, "warning", what, (f"column {name!r}",), 1, remedy) for check, what, remedy in typed.doubts]
     return findings + [Finding("reading", "note", n, (f"column {name!r}",)) for n in typed.notes]
+
+
+def describe_problems(problems: Sequence[CellProblems]) -> list[str]:
+    """Return at most `MAX_PROBLEM_LINES` lines about cells that do not fit the schema of a trained model."""
+    lines = []
+    for p in problems:
+        shown = ", ".join(f"{value[:40]!r} ({place})" for place, value in p.examples)
+        more = ", ..." if p.count > len(p.examples) else ""
+        lines.append(f"column {p.column!r}: {p.count:,} cell{'s' if p.count > 1 else ''} {p.detail}: {shown}{more}")
+    if len(lines) <= MAX_PROBLEM_LINES:
+        return lines
+    left = lines[MAX_PROBLEM_LINES - 1 :]
+    return [*lines[: MAX_PROBLEM_LINES - 1], f"{len(left)} more columns have such cells"]
