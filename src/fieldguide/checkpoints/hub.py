@@ -27,8 +27,12 @@ BUSY = (408, 429, 500, 502, 503, 504)  # statuses that say nothing about the mod
 WEIGHTS = (".safetensors", ".bin")
 PATTERNS = (
     "*.safetensors *.safetensors.index.json config.json generation_config.json preprocessor_config.json processor_config.json "
-    "tokenizer* vocab* merges.txt spiece.model spm.model sentencepiece* added_tokens.json special_tokens_map.json chat_template*"
+    "tokenizer* vocab* merges.txt spiece.model spm.model sentencepiece* added_tokens.json special_tokens_map.json chat_template* "
+    "adapter_config.json adapter_model.* modules.json config_sentence_transformers.json sentence_bert_config.json"
 ).split()
+# Modules of sentence-transformers, in a folder each.
+MODULE_PATTERNS = ["?_Pooling/config.json", "?_Dense/config.json", "?_Dense/model.safetensors", "?_LayerNorm/*"]
+ADAPTER = "adapter_model.safetensors"
 PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only if there are no safetensors
 
 
@@ -100,12 +104,15 @@ def choose_files(paths: Iterable[str]) -> set[str]:
     """Return the files to download: configuration, tokenizer and weights, as safetensors if there are any."""
 
     def matching(patterns: list[str]) -> set[str]:
-        return {path for path in paths if "/" not in path and any(fnmatch(path, pattern) for pattern in patterns)}
+        return {path for path in paths if any(fnmatch(path, p) and path.count("/") == p.count("/") for p in patterns)}
 
-    found = matching(PATTERNS)
+    paths = list(paths)
+    found = matching([*PATTERNS, *(MODULE_PATTERNS if "modules.json" in paths else [])])
     if "model.safetensors" in found:  # some repositories hold the same weights in other forms as well
-        found = {path for path in found if not path.endswith(".safetensors") or path == "model.safetensors"}
-    return found if any(path.endswith(".safetensors") for path in found) else found | matching(PICKLE_PATTERNS)
+        same = {path for path in found if path.endswith(".safetensors") and "/" not in path}
+        found -= same - {"model.safetensors", ADAPTER}
+    has_weights = any(path.endswith(".safetensors") and "/" not in path for path in found)
+    return found if has_weights else found | matching(PICKLE_PATTERNS)
 
 
 def cache_folder() -> Path:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fieldguide.checkpoints import config_mapping, run_folder, weights
+from fieldguide.checkpoints import adapter, config_mapping, run_folder, weights
 from fieldguide.checkpoints.config_mapping import (
     TIMM,
     TYPE_KEYS,
@@ -167,12 +167,22 @@ def inspect_checkpoint(
 
         with distributed.main_process_first():  # one process of a machine downloads, the others find the files in the cache
             source = hub.download_model(source.removeprefix(HUB_PREFIX), callback or hub.print_stderr)
+        downloaded = True
+    else:
+        downloaded = False
     path = Path(source)
+    if path.is_dir() and adapter.is_adapter(path):
+        return inspect_adapter(path, name, callback, downloaded)
     if not path.exists():
         raise WeightsError(
             f"{path} does not exist. For a model of the Hugging Face Hub use hf:organization/name; for a "
             "network with random weights use fieldguide.create."
         )
+    return inspect_folder(path, name)
+
+
+def inspect_folder(path: Path, name: str | None) -> Checkpoint:
+    """Return what a folder or file on this machine holds; an adapter in the folder is left out."""
     if run_folder.is_run(path):
         card, config, state = run_folder.read_network(path)
         return Checkpoint(path, card, weights.OURS, asdict(config), state)
@@ -194,7 +204,13 @@ def inspect_checkpoint(
         origin = choose_variant(card, origin, values, state)
         values |= infer_vocab_size(card, values, state)
         if card.accepts("tie_embeddings"):  # whether the file has a head is more reliable than its configuration
-            values["tie_embeddings"] = not has_head(card, values, state, origin)
+            tied = not has_head(card, values, state, origin)
+            if tied and public_config.get("tie_word_embeddings") is False:
+                raise WeightsError(
+                    f"{path} lacks the output layer (lm_head.weight), and {CONFIG_FILE} says that it is not tied to the embedding. "
+                    "Download the missing file, or correct tie_word_embeddings if it is tied."
+                )
+            values["tie_embeddings"] = tied
         return Checkpoint(path, card, origin, values, state)
     changes: Mapping[str, Any] = {}
     if name is not None:
@@ -217,6 +233,27 @@ def inspect_checkpoint(
     if lacks_head(card, values, state):
         values["output_type"] = "vector"
     return Checkpoint(path, card, origin, {**values, **infer_fields(card, values, state)}, state)
+
+
+def inspect_adapter(folder: Path, name: str | None, callback: Callable[[str], None] | None, may_download: bool) -> Checkpoint:
+    """Return the base model of a LoRA adapter with the adapter merged.
+
+    The base model is in the same folder, or at the place that the adapter names. It is downloaded only if the adapter was.
+    """
+    base: str | Path = folder
+    if not adapter.has_base(folder):
+        named = adapter.read_base(folder)
+        local = next((p for p in (Path(named), folder / named, folder.parent / named) if p.exists()), None)
+        if local is None and not may_download:
+            raise WeightsError(
+                f"{folder} is a LoRA adapter of {named}, which is not on this machine. Put the adapter's files into the folder of "
+                f"its base model ({HUB_PREFIX}{named})."
+            )
+        base = local or f"{HUB_PREFIX}{named}"
+    found = inspect_checkpoint(base, name, callback) if base != folder else inspect_folder(folder, name)
+    if callback:
+        callback(f"merged the LoRA adapter of {folder} into {found.path}")
+    return replace(found, path=found.path, state=adapter.merge(found.state, folder))
 
 
 def load(source: str | Path, *, name: str | None = None, head: Literal["load", "skip"] = "load", **overrides: Any) -> nn.Module:

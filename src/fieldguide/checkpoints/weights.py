@@ -93,6 +93,24 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     return {name: tensor for shard in shards for name, tensor in read(path.parent / shard).items()}
 
 
+def find_shards(files: list[Path]) -> list[Path]:
+    """Return the files of a checkpoint that was saved as NAME-00001-of-00002 and so on, whose index is missing.
+
+    Returns an empty list for other files. Raises `WeightsError` if some of them are missing.
+    """
+    parts = {path: found for path in files if (found := re.fullmatch(r"(.+)-(\d+)-of-(\d+)", path.stem))}
+    stems = {(found[1], int(found[3])) for found in parts.values()}
+    if not parts or len(stems) != 1:
+        return []
+    stem, count = next(iter(stems))
+    there = {int(found[2]) for found in parts.values()}
+    if lost := sorted(set(range(1, count + 1)) - there):
+        first = next(iter(parts))
+        names = ", ".join(f"{stem}-{i:05d}-of-{count:05d}{first.suffix}" for i in lost)
+        raise WeightsError(f"{first.parent} holds {len(there)} of {count} shards; missing: {names}. Download them.")
+    return sorted(parts)
+
+
 def read(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint: .safetensors, .gguf, .pth/.pt/.bin/.ckpt, an index of shards, or a
     folder.
@@ -103,6 +121,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         known = [path / name for name in WEIGHT_FILE_NAMES if (path / name).is_file()]
         single = [p for p in sorted(path.iterdir()) if p.suffix in WEIGHT_SUFFIXES]
+        if not known and (shards := find_shards(single)):
+            return {name: tensor for shard in shards for name, tensor in read(shard).items()}
         if not known and len(single) != 1:
             raise WeightsError(
                 f"{path} holds none of {', '.join(WEIGHT_FILE_NAMES)}, and {len(single)} other weight files. Specify one file."

@@ -15,9 +15,10 @@ import numpy as np
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError
-from fieldguide.data.dataset import Data
+from fieldguide.data.dataset import CellProblems, Data
 from fieldguide.data.loader import Batches
 from fieldguide.objectives import EmbeddingObjective, Objective
+from fieldguide.objectives.embedding import Pooling
 from fieldguide.tasks import Task
 from fieldguide.training.inference_loop import collect
 
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
 
 
 class Predictions(list):
-    """One record for each input, as dictionaries. `notes` say what was truncated or guessed."""
+    """One record for each input, as dictionaries.
 
-    def __init__(self, records: Sequence[dict[str, Any]], notes: Sequence[str] = ()):
+    `notes` say what was truncated or guessed; `problems` are the cells of the inputs that do not fit the training data:
+    malformed ones, categories that training did not have, and values far outside the training range.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], notes: Sequence[str] = (), problems: Sequence[CellProblems] = ()):
         super().__init__(records)
-        self.notes = list(notes)
+        self.notes, self.problems = list(notes), list(problems)
 
 
 class Predictor:
@@ -58,7 +63,10 @@ class Predictor:
         raise NotImplementedError
 
     def evaluate(self, source: Any, **options: Any) -> dict[str, Any]:
-        """Return scores on data with known targets: {"rows", "scores", "intervals", "note"}."""
+        """Return scores on data with known targets: {"rows", "scores", "intervals", "note", "notes"}.
+
+        `note` says which rows were scored; `notes` are those that `predict` would give.
+        """
         raise SettingsError(f"{self.name} without a trained task has no scores; train it with `fieldguide fit`.")
 
     def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
@@ -80,10 +88,11 @@ class TaskPredictor(Predictor):
     card: Card
     objective: Objective
     batch_size: int = 64
-    pooling: str = "mean"  # of token vectors, for `embed`
+    pooling: Pooling  # of token vectors, for `embed`
 
-    def __init__(self, task: Task, card: Card, objective: Objective, *, batch_size: int = 64, pooling: str = "mean"):
-        self.task, self.card, self.objective, self.batch_size, self.pooling = task, card, objective, batch_size, pooling
+    def __init__(self, task: Task, card: Card, objective: Objective, *, batch_size: int = 64, pooling: Pooling | None = None):
+        self.task, self.card, self.objective, self.batch_size = task, card, objective, batch_size
+        self.pooling = pooling or Pooling()
 
     @property
     def model(self) -> Network:
@@ -112,14 +121,14 @@ class TaskPredictor(Predictor):
         task = self.task.for_request(self.task.parse_predict_options(options))
         data = task.read(as_list(inputs))
         outputs = self.run_batches(task, task.predict_batches(data, self.card), callback)
-        return Predictions(join_skipped(data, task.format_predictions(outputs)), task.notes)
+        return Predictions(join_skipped(data, task.format_predictions(outputs)), task.notes, task.problems)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return a unit vector for each text, N D float32, pooled from the last hidden states.
 
         Raises `SettingsError` for a network that is not a bidirectional text encoder.
         """
-        texts, model = as_list(texts), self.model
+        texts, model = [self.pooling.prompt + text for text in as_list(texts)], self.model
         rows = self.task.encode_texts(texts, model.config.length) if "vector" in self.card.output_types else None
         if rows is None:
             return super().embed(texts)
@@ -131,9 +140,9 @@ class TaskPredictor(Predictor):
         task = self.task.for_request(self.task.parse_predict_options(options))
         return task.stream(self.objective, source)
 
-    def score(self, data: Data, note: str) -> dict[str, Any]:
-        """Return scores with 95 % intervals of examples with known targets."""
-        task = self.task.for_request(self.task.PredictOptions())
+    def score(self, data: Data, note: str, task: Task | None = None) -> dict[str, Any]:
+        """Return scores with 95 % intervals of examples with known targets; `task` is the request's, if it read the data."""
+        task = task or self.task.for_request(self.task.PredictOptions())
         task.prepare_scoring(len(data))
         outputs, targets = self.run_batches(task, task.batches(data, self.card)), task.targets(data)
         return {
@@ -141,6 +150,7 @@ class TaskPredictor(Predictor):
             "scores": task.score(outputs, targets),
             "intervals": task.intervals(outputs, targets),
             "note": note,
+            "notes": list(task.notes),
         }
 
 

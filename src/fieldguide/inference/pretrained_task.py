@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fieldguide.checkpoints import config_mapping
+from fieldguide.checkpoints import config_mapping, sentence_transformers
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
 from fieldguide.checkpoints.names import CONFIG_FILE
 from fieldguide.checkpoints.preprocessor_config import get_input_side
@@ -23,7 +23,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.inference.predictor import TaskPredictor, as_list
 from fieldguide.objectives import EmbeddingObjective, Objective
-from fieldguide.objectives.embedding import POOLING_MODES
+from fieldguide.objectives.embedding import Pooling
 from fieldguide.tasks import Task, tasks
 from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.base import TextTask
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from fieldguide.core.card import Network
 
 DEFAULT_SIDE_PIXELS = 224  # if neither the network nor the files specify the size
-POOLING_FILE = "1_Pooling/config.json"  # written by sentence-transformers
-LENGTH_FILE = "sentence_bert_config.json"  # written by sentence-transformers; holds the maximum number of tokens
-POOLING_KEY_PREFIX = "pooling_mode_"
-POOLING_NAMES = {"cls_token": "cls", "mean_tokens": "mean"}
 UNSUPPORTED_PROBLEMS = {"regression": "a number", "multi_label_classification": "several classes at once"}
 
 
@@ -45,7 +41,7 @@ class PretrainedTask(TaskPredictor):
 
     LOAD_OPTIONS: ClassVar = {"output_type": str, "gives": str, "columns": str}
 
-    def __init__(self, network: Network, card: Card, task: Task, pooling: str = "mean"):
+    def __init__(self, network: Network, card: Card, task: Task, pooling: Pooling | None = None):
         super().__init__(task, card, task.objective(network, card, Settings()).to(distributed.device()).eval(), pooling=pooling)
 
     @classmethod
@@ -98,13 +94,14 @@ class PretrainedTask(TaskPredictor):
         return cls(network, found.card, task, assets.pooled)
 
     def evaluate(self, source: Any, **options: Any) -> dict[str, Any]:
-        """Return scores on data with known targets: {"rows", "scores", "intervals", "note"}.
+        """Return scores on data with known targets: {"rows", "scores", "intervals", "note", "notes"}.
 
         Raises `DataError` for targets that the network does not know, and `SettingsError` for any option.
         """
         if options:
             raise SettingsError(f"{', '.join(sorted(options))}: a pretrained network is evaluated without options.")
-        return self.score(self.task.read(as_list(source), answered=True), "pretrained, without training on this data")
+        task = self.task.for_request(self.task.PredictOptions())
+        return self.score(task.read(as_list(source), answered=True), "pretrained, without training on this data", task)
 
 
 def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> CheckpointAssets:
@@ -128,9 +125,10 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
         else []
     )
     length = getattr(config, "length", 0)
-    if gives == "vector" and (folder / LENGTH_FILE).is_file():
-        length = min(length, config_mapping.read(folder / LENGTH_FILE).get("max_seq_length") or length)
-    return CheckpointAssets(names, words, length, pictures, read_pooling(folder))
+    if gives == "vector" and (folder / sentence_transformers.LENGTH_FILE).is_file():
+        length = min(length, config_mapping.read(folder / sentence_transformers.LENGTH_FILE).get("max_seq_length") or length)
+    text = TextTokenizer.load(words) if words else None
+    return CheckpointAssets(names, words, length, pictures, read_pooling(folder, text))
 
 
 def get_class_names(config: dict[str, Any], classes: int, where: Path) -> list[str]:
@@ -146,23 +144,12 @@ def get_class_names(config: dict[str, Any], classes: int, where: Path) -> list[s
     return [str(known.get(str(i), i)) for i in range(classes)]
 
 
-def read_pooling(folder: Path) -> str:
-    """Return the pooling mode in the files of sentence-transformers next to the weights; by default the mean.
-
-    Raises `WeightsError` for modes that are not supported.
-    """
-    if not (folder / POOLING_FILE).is_file():
-        return POOLING_MODES[0]
-    config = config_mapping.read(folder / POOLING_FILE)
-    chosen = [
-        key.removeprefix(POOLING_KEY_PREFIX) for key, on in config.items() if key.startswith(POOLING_KEY_PREFIX) and on is True
-    ]
-    if len(chosen) != 1 or chosen[0] not in POOLING_NAMES:
-        raise WeightsError(
-            f"{folder / POOLING_FILE}: the pooling {' and '.join(chosen) or 'mode'} is not supported. "
-            f"Supported is either {' or '.join(POOLING_NAMES)}."
-        )
-    return POOLING_NAMES[chosen[0]]
+def read_pooling(folder: Path, text: TextTokenizer | None) -> Pooling:
+    """Return how the files of sentence-transformers turn a text into a vector; by default the mean of its tokens."""
+    modes, head, has_prompt = sentence_transformers.read_modules(folder)
+    prompt = sentence_transformers.read_prompt(folder)
+    skip = 0 if has_prompt or not prompt or text is None else 1 + len(text.encode_exact([prompt])[0])
+    return Pooling(modes, prompt, skip, head)
 
 
 class EmbeddingTask(Task):
@@ -185,7 +172,7 @@ class TextVectors(EmbeddingTask, TextTask):
     reads = "a text, or a table with a column `text`"
     input_types = ("tokens",)
     length: int  # number of tokens the network reads
-    pooled: str  # how token vectors are pooled
+    pooled: Pooling
 
     @classmethod
     def published(cls, assets: CheckpointAssets) -> TextVectors:
@@ -194,7 +181,7 @@ class TextVectors(EmbeddingTask, TextTask):
         return task
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        texts = self.texts(data)
+        texts = [self.pooled.prompt + text for text in self.texts(data)]
         if cut := sum(len(ids) > self.length - 2 for ids in self.text.encode_exact(texts)):
             self.notes.append(
                 f"{cut} of {len(texts)} texts are longer than the {self.length} tokens that the network reads, "

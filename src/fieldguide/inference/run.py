@@ -102,14 +102,15 @@ class Run(TaskPredictor):
         return max(64, self.settings.batch_size or 64)
 
     def evaluate(self, source: Any, **options: Any) -> dict[str, Any]:
-        """Return scores with 95 % intervals on data with known targets: {"rows", "scores", "intervals", "note"}.
+        """Return scores with 95 % intervals on data with known targets: {"rows", "scores", "intervals", "note", "notes"}.
 
         Of the data that the run was trained on, only the test rows are scored. Raises `SettingsError` for any option: a
         run is scored as it was tested.
         """
         if options:
             raise SettingsError(f"{', '.join(options)}: a run is evaluated as it was tested, without options.")
-        data, note = self.task.read(as_list(source), answered=True), ""
+        task = self.task.for_request(self.task.PredictOptions())
+        data, note = task.read(as_list(source), answered=True), ""
         enforce(data.findings, len(data) + len(data.skipped), source=data.source, offer=False)  # some are read leniently
         if data.manifest.digest == self.record["data"]["digest"] and len(data) == self.record["data"]["rows"]:
             with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
@@ -119,7 +120,7 @@ class Run(TaskPredictor):
         if len(rows) < len(data):
             note += f"{'; ' if note else ''}a random sample of {len(rows):,} of {len(data):,} rows, since prediction is slow"
             data = data.take(rows)
-        return self.score(data, note)
+        return self.score(data, note, task)
 
     def update(self, **changes: Any) -> None:
         """Update entries of run.json and write it."""

@@ -14,11 +14,19 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
-from fieldguide.data.dataset import FILE, Column, Data, FileEntry, Manifest, SkippedInput
+from fieldguide.data.dataset import FILE, CellProblems, Column, Data, FileEntry, Manifest, SkippedInput
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import ImageTransform
+from fieldguide.data.validation.findings import describe_problems
+from fieldguide.objectives.embedding import Pooling
 from fieldguide.tasks.evaluator import Arrays
 from fieldguide.tasks.spec import TaskSpec
+
+# Findings about inputs of predictions that say how they were read
+NOTED_CHECKS = (
+    *("no-header", "column-names", "encoding", "timestamp-parts", "delimiter-line", "line-ends"),
+    *("trailing-delimiter", "space-before-quote", "comment-lines", "missing-cells"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class CheckpointAssets:
     folder: Path | None  # folder of the tokenizer
     length: int  # number of tokens the model reads; 0 for image-only models
     pictures: ImageTransform | None
-    pooled: str  # how token vectors are pooled into a text vector
+    pooled: Pooling  # how a text becomes a vector
     columns: tuple[str, ...] = ()  # names of the text columns, if the user sets them
 
     @property
@@ -62,6 +70,7 @@ class Preprocessor(TaskSpec):
     def __init__(self, columns: list[Column], options: Any):
         self.columns, self.options, self.predict_options = columns, options, self.PredictOptions()
         self.notes: list[str] = []  # messages for the user about truncated, clipped or inferred values
+        self.problems: list[CellProblems] = []  # cells of the inputs that do not fit the training data
 
     def add_note(self, note: str) -> None:
         """Add a message for the user, once."""
@@ -180,6 +189,7 @@ class Preprocessor(TaskSpec):
             data.append(one)
         if not data:
             raise DataError("none of the inputs can be read:\n" + "\n".join(f"  - {u.why}" for u in unread))
+        self.note_problems(data, len(sources) > 1)
         if len(data) == 1:
             return replace(data[0], skipped=unread)
         rows: list[pl.DataFrame] = []
@@ -195,6 +205,20 @@ class Preprocessor(TaskSpec):
             [f for d in data for f in d.findings],
             skipped=unread,
         )
+
+    def note_problems(self, data: Sequence[Data], several: bool) -> None:
+        """Keep the cells that do not fit the training data, and add notes about them and about how the inputs were read."""
+        before = 0
+        for d in data:
+            for p in d.problems:
+                examples = tuple((full_path(d, place) if several else place, value) for place, value in p.examples)
+                self.problems.append(replace(p, rows=tuple(i + before for i in p.rows), examples=examples))
+            before += len(d)
+            for finding in d.findings:
+                if finding.check in NOTED_CHECKS:
+                    self.add_note(str(finding))
+        for line in describe_problems(self.problems):
+            self.add_note(line)
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = read(source, schema=self.columns, labels_optional=not answered, lenient=not answered)
