@@ -18,7 +18,7 @@ app = typer.Typer(
     help="The field guide to neural networks that runs: from your data to a trained, tested network that predicts.",
 )
 
-PARTIAL_FAILURE = 3  # exit code of `predict` if some inputs could not be read
+PARTIAL_FAILURE = 3  # exit code of `predict` if inputs could not be read, or have cells that do not fit the training data
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON Lines instead of a table.")]
@@ -181,7 +181,11 @@ def predict(
     as_json: Json = False,
     changes: PredictSet = None,
 ) -> None:
-    """Predict for raw inputs. Inputs that cannot be read are listed on stderr, and the exit code is then 3."""
+    """Predict for raw inputs.
+
+    Inputs that cannot be read, and cells that are malformed, unknown from training or far outside the training range, are listed on
+    stderr, and the exit code is then 3.
+    """
     from fieldguide.inference.pipeline import open_source
 
     predictor, options = open_source(run, parse_pairs(changes))
@@ -192,22 +196,26 @@ def predict(
         print_stream(pieces)
         return
     predictions = predictor.predict(values, **options)
-    notes = predictions.notes
+    notes, problems = predictions.notes, predictions.problems
     if predictor.generates_text and not as_json:
         for record in predictions:
             print(record["text"])
         return
-    report_predictions(save_media(predictions, out), as_json, notes)
+    report_predictions(save_media(predictions, out), as_json, notes, sum(p.count for p in problems))
 
 
-def report_predictions(predictions: list[dict[str, Any]], as_json: bool, notes: list[str]) -> None:
-    """Print predictions; exit with `PARTIAL_FAILURE` if some inputs could not be read."""
+def report_predictions(predictions: list[dict[str, Any]], as_json: bool, notes: list[str], cells: int = 0) -> None:
+    """Print predictions; exit with `PARTIAL_FAILURE` if inputs could not be read, or `cells` do not fit the training data."""
     from fieldguide.cli.console import print_answers
 
     print_answers(predictions, as_json, notes)
     if failed := sum("error" in record for record in predictions):
         sys.stdout.flush()
         print(f"fieldguide: {failed:,} of {len(predictions):,} inputs could not be read.", file=sys.stderr)
+    if cells:
+        sys.stdout.flush()
+        print(f"fieldguide: {cells:,} cells do not fit the training data; see the notes.", file=sys.stderr)
+    if failed or cells:
         raise SystemExit(PARTIAL_FAILURE)
 
 

@@ -55,6 +55,8 @@ def print_stream(pieces: Iterator[str]) -> None:
 
 
 def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
+    for note in result.get("notes", ()):
+        print(f"note: {note}", file=sys.stderr)
     if as_json:
         from fieldguide.core.run_record import replace_non_finite
 

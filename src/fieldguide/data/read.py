@@ -613,23 +613,19 @@ class TableReader:
     def check_cells(self) -> None:
         """Collect the cells that do not fit the columns of a trained model.
 
-        A row with a malformed cell is predicted as if the cell were empty if the column had empty cells in training; otherwise
-        the row is unusable. Run folders without formats are read as when they were written.
+        A malformed cell is predicted like an empty one. A row is unusable if it has malformed cells and no other feature.
         """
-        current = any(c.range is not None or c.number_format is not None for c in self.known.values())
+        malformed = np.zeros(len(self.bad), dtype=bool)
         for typed in self.typed:
             column = self.known[typed.column.name]
             if column.role in ("ignored", "split", "group"):
                 continue
             wrong = dict(sorted({**typed.misfits, **dict.fromkeys(typed.infinite, "inf")}.items()))
             if wrong:
-                usable = column.missing > 0 or column.role == "target" or self.column_spec.gaps or not (current and self.lenient)
-                fate = (
-                    "they are read as missing" if usable else "the rows are not predicted, since training had no missing values"
-                )
+                fate = "read as missing" + ("" if column.missing else ", although training had no missing values there")
                 self.add_problem(column.name, "malformed", f"{NOT_OF_TYPE.get(column.kind, 'malformed')} ({fate})", wrong)
-                if not usable:
-                    self.reject_malformed(column, wrong)
+                if column.role == "feature":
+                    malformed[list(wrong)] = True
             if column.role == "feature" and column.range is not None and column.kind in ("number", "date"):
                 values = self.data.rows[column.name]
                 low, high = far_bounds(column)
@@ -642,23 +638,41 @@ class TableReader:
                     self.add_problem(
                         column.name, "out-of-range", f"far outside the training range {lowest} to {highest}", found
                     )
+            self.note_empty_cells(column, len(wrong))
+        if self.lenient:
+            self.reject_empty(malformed)
 
-    def reject_malformed(self, column: Column, wrong: dict[int, str]) -> None:
-        """Mark rows with malformed cells as unusable."""
-        bad = np.zeros(len(self.bad), dtype=bool)
-        bad[list(wrong)] = True
-        new = bad & ~self.bad
-        what = NOT_OF_TYPE.get(column.kind, "malformed")
-        self.add_finding(
-            "malformed",
-            "warning",
-            f"cells of column {column.name!r} that are {what}, such as {next(iter(wrong.values()))!r}",
-            findings.places(self.data, new),
-            int(new.sum()),
-            "Correct them.",
-            int(new.sum()),
-        )
-        self.mark_invalid(bad, lambda i: f"{wrong[i]!r} in column {column.name!r}: {what}")
+    def note_empty_cells(self, column: Column, malformed: int) -> None:
+        """Note empty cells of a column that had none in training."""
+        if column.role != "feature" or column.missing or column.kind not in ("number", "date", "category", "boolean"):
+            return
+        empty = self.data.rows[column.name].null_count() - malformed
+        if empty > 0:
+            self.add_finding(
+                "missing-cells",
+                "note",
+                f"empty cells in column {column.name!r}, which had none in training",
+                findings.places(self.data, self.data.rows[column.name].is_null().to_numpy()),
+                empty,
+            )
+
+    def reject_empty(self, malformed: np.ndarray) -> None:
+        """Mark rows with malformed cells that have no value in any feature."""
+        features = [self.data.rows[c.name] for c in self.data.features() if c.name in self.data.rows.columns]
+        if self.column_spec.gaps or not malformed.any() or not features:
+            return
+        bad = malformed & delimited.find_blank_rows(features).to_numpy() & ~self.bad
+        if bad.any():
+            self.add_finding(
+                "malformed",
+                "warning",
+                "rows whose only values are malformed",
+                findings.places(self.data, bad),
+                int(bad.sum()),
+                "Correct them.",
+                int(bad.sum()),
+            )
+            self.mark_invalid(bad, "malformed cells and no other value")
 
     def add_problem(
         self, name: str, what: Literal["malformed", "unseen", "out-of-range"], detail: str, cells: dict[int, str]

@@ -86,7 +86,7 @@ class Task(Preprocessor, Evaluator, ReportBuilder):
         serves many threads.
         """
         request = copy.copy(self)
-        request.predict_options, request.notes = options, []
+        request.predict_options, request.notes, request.problems = options, [], []
         return request
 
     @classmethod

@@ -13,9 +13,10 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Exhibit, Table
 from fieldguide.core.settings import Settings
-from fieldguide.data.dataset import Column, Data, Kind
+from fieldguide.data.dataset import CellProblems, Column, Data, Kind
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TablePreparer
+from fieldguide.data.validation.findings import MAX_PROBLEM_EXAMPLES, describe_problems
 from fieldguide.tasks.supervised import ClassificationTask, RegressionTask, SupervisedTask, is_discrete, mix_pairs
 
 USABLE_KINDS: tuple[Kind, ...] = ("number", "category", "boolean", "date")
@@ -99,11 +100,8 @@ class Tabular(SupervisedTask):
         else:
             numbers, categories = self.preparer.apply(data.rows)
             tensors = {"numbers": torch.from_numpy(numbers), "categories": torch.from_numpy(categories)}
-        self.notes += [
-            f"column {name!r}: {count} value{'s' if count > 1 else ''} not seen in training, treated as unknown"
-            for name, count in self.preparer.unseen.items()
-            if not settings
-        ]
+        if not settings:
+            self.note_unseen(data)
         if settings:
             tensors["target"] = self.target_tensor(data)
 
@@ -122,6 +120,17 @@ class Tabular(SupervisedTask):
             return batch
 
         return Batches(len(data), make)
+
+    def note_unseen(self, data: Data) -> None:
+        """Keep the categories that training did not have, and add a note about them."""
+        found = []
+        for name, rows in self.preparer.unseen_rows.items():
+            shown = [(data.locate_row(int(i)), str(data.rows[name][int(i)])) for i in rows[:MAX_PROBLEM_EXAMPLES]]
+            detail = "not seen in training, treated as unknown"
+            found.append(CellProblems(name, "unseen", detail, len(rows), tuple(map(int, rows)), tuple(shown)))
+        self.problems += found
+        for line in describe_problems(found):
+            self.add_note(line)
 
     def target_tensor(self, data: Data) -> torch.Tensor:
         raise NotImplementedError
