@@ -41,7 +41,7 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.data.preprocessing import ImageTransform, tokenizer_files
-from fieldguide.models.registry import card_of, find
+from fieldguide.models.registry import card_of, cards, find
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network
@@ -195,6 +195,12 @@ def inspect_folder(path: Path, name: str | None) -> Checkpoint:
     if path.is_dir() and len(parts := sorted(path.glob(SHARD_PATTERN))) > 1:
         return join_shards(
             path, parts, known, to_config_fields(known[0], known[2], public_config, config_path) if known else {}
+        )
+    if path.suffix == ".gguf" and not known:
+        supported = sorted(card.name for card in cards().values() if "gguf" in card.configs)
+        raise WeightsError(
+            f"{path} holds the architecture {public_config.get('general', {}).get('architecture')!r}, or a variant of it, that is "
+            f"not supported as GGUF. Supported are {', '.join(supported)}; other models load from folders of transformers."
         )
     state = weights.read(path)
     origin: str | None

@@ -53,10 +53,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
         else:
             value = field.contents()
             part[last] = float(f"{value:.6g}") if isinstance(value, float) else value  # stored as float32
-    # The largest factor by which rotary frequencies are scaled down is only stored in a tensor.
-    for tensor in open_file(path).tensors:
+    for tensor in open_file(path).tensors:  # the factors by which rotary frequencies are divided are only stored in a tensor
         if tensor.name == "rope_freqs.weight":
-            metadata["slowest"] = float(tensor.data.max())
+            metadata["rope_factors"] = tensor.data.astype(float).ravel().tolist()
     return metadata
 
 

@@ -11,10 +11,11 @@ Shapes: B batch, T tokens, D width, d width of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -418,26 +419,79 @@ PARAMS = {  # params.json of Meta's checkpoints
     "rope_theta": WithDefault("rope_theta", 10_000.0),
     "use_scaled_rope": Derived(infer_params, lambda c: bool(c.rope_scaling)),
 }
-GGUF = {
-    "general.architecture": Expect("llama"),
-    "llama.vocab_size": "vocab_size",
-    "llama.context_length": "length",
-    "llama.embedding_length": "dim",
-    "llama.block_count": "depth",
-    "llama.attention.head_count": "heads",
-    "llama.attention.head_count_kv": Derived(
-        lambda t: {"kv_heads": t["llama"]["attention"].get("head_count_kv") or t["llama"]["attention"]["head_count"]},
-        lambda c: c.kv_heads,
-    ),
-    "llama.feed_forward_length": "hidden",
-    "llama.attention.layer_norm_rms_epsilon": "eps",
-    "llama.rope.freq_base": WithDefault("rope_theta", 10_000.0),
-    # These files hold the scaled frequencies only; Llama 3.1 and 3.2 all use the other values given here.
-    "slowest": Derived(
-        lambda t: {"rope_scaling": (t["slowest"], 1.0, 4.0, 8192.0)} if "slowest" in t else {},
-        lambda c: max(c.rope_scaling, default=1.0),
-    ),
-}
+
+
+def read_gguf_rope(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Return rope_theta and rope_scaling from the metadata of a GGUF file.
+
+    The parameters of Llama 3.1's scaling are recovered from the factors in the file. Raises `WeightsError` for other kinds of
+    scaling.
+    """
+    own = metadata[architecture]
+    rope, scaling = own.get("rope", {}), own.get("rope", {}).get("scaling", {})
+    theta = rope.get("freq_base", 10_000.0)
+    if scaling.get("type", "none") != "none" and scaling.get("factor", 1.0) != 1.0:
+        raise WeightsError(
+            f"rope.scaling.type={scaling['type']!r} of a GGUF file is not supported. Supported are the scaling of Llama 3.1 and none."
+        )
+    factors = metadata.get("rope_factors")
+    if not factors or max(factors) == 1:
+        return {"rope_theta": theta}
+    width = own.get("attention", {}).get("key_length") or own["embedding_length"] // own["attention"]["head_count"]
+    return {
+        "rope_theta": theta,
+        "rope_scaling": fit_rope_scaling(factors, theta, width, scaling.get("original_context_length")),
+    }
+
+
+def fit_rope_scaling(factors: Sequence[float], theta: float, width: int, original: float | None) -> tuple[float, ...]:
+    """Return the rope_scaling that divides the rotary frequencies of heads of `width` by these factors.
+
+    Raises `WeightsError` if the scaling of Llama 3.1 does not give these factors.
+    """
+    factor = max(factors)
+    found = (factor, 1.0, 4.0, float(original or 8192))
+    if len(factors) != width // 2:
+        return found
+    rotations = theta ** (-np.arange(width // 2) * 2 / width) / (2 * math.pi)  # per token
+    kept = (1 / np.array(factors) - 1 / factor) / (1 - 1 / factor)  # (original * rotations - low) / (high - low), in [0, 1]
+    inner = (kept > 1e-3) & (kept < 1 - 1e-3)
+    if inner.sum() >= 2:
+        slope, offset = np.polyfit(rotations[inner], kept[inner], 1)
+        found = (factor, 1.0, round(1 - 1 / offset, 2), float(round(-slope / offset)))
+    _, low, high, length = found
+    kept = ((length * rotations - low) / (high - low)).clip(0, 1)
+    if not np.allclose(1 / (kept + (1 - kept) / factor), factors, rtol=0.01):
+        raise WeightsError(
+            "the rotary factors of this GGUF file are not those of Llama 3.1's scaling, which alone is supported."
+        )
+    return found
+
+
+def gguf_config(architecture: str, **rows: ConfigRow) -> dict[str, ConfigRow]:
+    """Return the table of GGUF metadata for an architecture; `rows` are further keys of it."""
+    table: dict[str, ConfigRow] = {
+        "vocab_size": Derived(  # most files lack it: then the embedding tells
+            lambda t: {"vocab_size": t[architecture]["vocab_size"]} if "vocab_size" in t[architecture] else {},
+            lambda c: c.vocab_size,
+        ),
+        "context_length": "length",
+        "embedding_length": "dim",
+        "block_count": "depth",
+        "attention.head_count": "heads",
+        "attention.head_count_kv": Derived(
+            lambda t: {
+                "kv_heads": t[architecture]["attention"].get("head_count_kv") or t[architecture]["attention"]["head_count"]
+            },
+            lambda c: c.kv_heads,
+        ),
+        "feed_forward_length": "hidden",
+        "attention.layer_norm_rms_epsilon": "eps",
+        "rope.freq_base": Derived(lambda t: read_gguf_rope(t, architecture), lambda c: c.rope_theta),
+        **rows,
+    }
+    return {"general.architecture": Expect(architecture), **{f"{architecture}.{key}": row for key, row in table.items()}}
+
 
 CARD = Card(
     name="llama",
@@ -449,7 +503,7 @@ CARD = Card(
     output_type="tokens",
     sizes=SIZES,
     weights={"huggingface": HUGGINGFACE, "meta": meta, "gguf": gguf},
-    configs={"huggingface": CONFIG, "meta": PARAMS, "gguf": GGUF},
+    configs={"huggingface": CONFIG, "meta": PARAMS, "gguf": gguf_config("llama")},
     recipe={
         "optimizer": "muon",
         "lr": 1e-2,

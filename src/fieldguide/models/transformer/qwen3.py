@@ -15,6 +15,7 @@ from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.gqa import GroupedAttention
 from fieldguide.models.layers.norm import RMSNorm
 from fieldguide.models.mapping.config_rules import Expect
+from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import llama
 
 
@@ -60,6 +61,18 @@ CONFIG = {
     "use_sliding_window": Expect(False),
 }
 
+
+def gguf(c: Config) -> dict[str, Row]:
+    """Return the names in GGUF files, in which rotary pairs are not adjacent."""
+    layer = "blk.{i}."
+    return llama.gguf(c) | {
+        layer + "attn_q.weight": "blocks.{i}.attn.q.weight",
+        layer + "attn_k.weight": Fused("blocks.{i}.attn.kv.weight", 0, 2),
+        layer + "attn_q_norm.weight": "blocks.{i}.attn.norm_q.weight",
+        layer + "attn_k_norm.weight": "blocks.{i}.attn.norm_k.weight",
+    }
+
+
 CARD = Card(
     name="qwen3",
     model=Qwen3,
@@ -83,7 +96,7 @@ CARD = Card(
         "qwen3-32b": Size(dim=5120, depth=64, heads=64, hidden=25_600, params=32_762_123_264, source="Qwen/Qwen3-32B"),
         "qwen3-test": Size(vocab_size=30, length=12, dim=12, depth=2, heads=4, kv_heads=2, width=4, hidden=10),
     },
-    weights={"huggingface": HUGGINGFACE},
-    configs={"huggingface": CONFIG},
+    weights={"huggingface": HUGGINGFACE, "gguf": gguf},
+    configs={"huggingface": CONFIG, "gguf": llama.gguf_config("qwen3", **{"attention.key_length": "width"})},
     recipe=llama.CARD.recipe,
 )
