@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ CALENDAR = {1: (28, 31), 3: (89, 92), 6: (181, 184), 12: (365, 366)}  # months -
 SEASONS = {"day": 7, "business day": 5, "week": 52, "month": 12, "quarter": 4, "half-year": 2, "second": 60}
 # Horizons of the M4 competition (Makridakis et al. 2020, doi:10.1016/j.ijforecast.2019.04.014, table 1).
 HORIZONS = {"hour": 48, "day": 14, "business day": 14, "week": 13, "month": 18, "quarter": 8, "year": 6}
+MAX_DAY_SHIFT = 4  # maximum number of days by which weekends move the dates of a month
 MIN_CALENDAR_FRACTION = 0.95  # minimum fraction of times that match a calendar pattern
 SEASON_LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)  # usual seasons, most likely first
 
@@ -22,11 +23,14 @@ SEASON_LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)  # usual seasons,
 @dataclass(frozen=True)
 class Frequency:
     """A time step. `unit` is "clock" (`size` microseconds), "month" (`size` months), "business" (weekdays)
-    or "number" (plain numbers, `size` apart)."""
+    or "number" (plain numbers, `size` apart). `anchor` is a key of `ANCHORS` if the dates of months are business days, and `zone`
+    is the time zone that labels state ("UTC"), if the data had offsets."""
 
     unit: str
     size: float
     words: str
+    anchor: str = ""
+    zone: str = ""
 
     def position(self, times: np.ndarray) -> np.ndarray:
         """Return steps from an arbitrary origin, float64; differences are integers for times on the same grid."""
@@ -45,6 +49,8 @@ class Frequency:
             month = day[1].astype("M8[M]")
             last = (month + 1).astype("M8[D]") - 1 == day[1]  # month ends stay month ends
             then = month + (steps * int(self.size)).astype("m8[M]")
+            if self.anchor:
+                return ANCHORS[self.anchor](then).astype("M8[us]").astype(np.int64) + day[0]
             ends = (then + 1).astype("M8[D]") - np.timedelta64(1, "D")
             found = np.minimum(then.astype("M8[D]") + (day[1] - month.astype("M8[D]")), ends)
             return (ends if last else found).astype("M8[us]").astype(np.int64) + day[0]
@@ -68,14 +74,32 @@ class Frequency:
         """The step as text: "one hour", "15 minutes", "7.5"."""
         if self.unit == "number":
             return f"{self.size:.15g}"
-        return self.words if self.words[0].isdigit() else f"one {self.words}"
+        words = self.words if self.words[0].isdigit() else f"one {self.words}"
+        return f"{words} (on the {self.anchor})" if self.anchor else words
 
     def label(self, time: float) -> str:
         """Return a time as text."""
         if self.unit == "number":
             return f"{time:.15g}"
         text = str(np.int64(time).astype("M8[us]").astype("M8[s]")).replace("T", " ")
-        return text.removesuffix(" 00:00:00") if self.unit != "clock" or self.size % DAY == 0 else text
+        text = text.removesuffix(" 00:00:00") if self.unit != "clock" or self.size % DAY == 0 else text
+        return f"{text} {self.zone}" if self.zone else text
+
+
+def last_business_day(months: np.ndarray) -> np.ndarray:
+    """Return the last weekday of months."""
+    return np.busday_offset((months + 1).astype("M8[D]"), -1, roll="forward")
+
+
+def first_business_day(months: np.ndarray) -> np.ndarray:
+    """Return the first weekday of months."""
+    return np.busday_offset(months.astype("M8[D]"), 0, roll="forward")
+
+
+ANCHORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "last business day": last_business_day,
+    "first business day": first_business_day,
+}
 
 
 def months_since_1970(times: np.ndarray) -> np.ndarray:
@@ -83,8 +107,11 @@ def months_since_1970(times: np.ndarray) -> np.ndarray:
     return times.astype("M8[us]").astype("M8[M]").astype(np.int64)
 
 
-def infer_frequency(times: Sequence[np.ndarray], dates: bool) -> Frequency | None:
-    """Return the most common difference of consecutive times in several sorted series, or None if there is none."""
+def infer_frequency(times: Sequence[np.ndarray], dates: bool, zone: str = "") -> Frequency | None:
+    """Return the most common difference of consecutive times in several sorted series, or None if there is none.
+
+    `zone` is the time zone of the times, for labels.
+    """
     gaps = np.concatenate([np.diff(t) for t in times] or [np.empty(0)])
     gaps = gaps[gaps > 0]
     if not len(gaps):
@@ -96,16 +123,43 @@ def infer_frequency(times: Sequence[np.ndarray], dates: bool) -> Frequency | Non
     every = np.concatenate(times)
     for count, (low, high) in CALENDAR.items():
         if low * DAY <= size <= high * DAY and size % DAY == 0 and is_same_day(every):
-            return Frequency("month", count, MONTHS[count])
+            return Frequency("month", count, MONTHS[count], zone=zone)
+    if (months := infer_months(times, gaps)) is not None:
+        return Frequency("month", months, MONTHS[months], find_anchor(every), zone)
     if (
         size == DAY
         and np.ptp(every) >= 14 * DAY
         and np.is_busday(every.astype("M8[us]").astype("M8[D]")).mean() >= MIN_CALENDAR_FRACTION
     ):
-        return Frequency("business", 1, "business day")
+        return Frequency("business", 1, "business day", zone=zone)
     length, unit = next(((u, w) for u, w in UNITS if size % u == 0), (1, "microsecond"))
     many = int(size // length)
-    return Frequency("clock", int(size), unit if many == 1 else f"{many} {unit}s")
+    return Frequency("clock", int(size), unit if many == 1 else f"{many} {unit}s", zone=zone)
+
+
+def infer_months(times: Sequence[np.ndarray], gaps: np.ndarray) -> int | None:
+    """Return the number of months between times on changing days, such as business month ends; None if they are not monthly."""
+    if gaps.min() < (CALENDAR[1][0] - MAX_DAY_SHIFT) * DAY or np.unique(gaps, return_counts=True)[1].max() > 0.95 * len(gaps):
+        return None
+    steps = np.concatenate([np.diff(months_since_1970(t)) for t in times])
+    steps = steps[steps > 0] if (steps > 0).mean() >= MIN_CALENDAR_FRACTION else steps
+    values, counts = np.unique(steps, return_counts=True)
+    count = int(values[counts.argmax()])
+    if count not in MONTHS or (steps <= 0).any() or (steps % count == 0).mean() < MIN_CALENDAR_FRACTION:
+        return None
+    low, high = CALENDAR[count]
+    days = gaps[gaps < 1.5 * high * DAY] / DAY
+    near = (days >= low - MAX_DAY_SHIFT) & (days <= high + MAX_DAY_SHIFT)
+    return count if len(days) >= 0.5 * len(gaps) and near.mean() >= MIN_CALENDAR_FRACTION else None
+
+
+def find_anchor(times: np.ndarray) -> str:
+    """Return the business day of the month on which nearly all dates fall, or ""."""
+    days = times.astype("M8[us]").astype("M8[D]")
+    months = days.astype("M8[M]")
+    fits = {name: float((rule(months) == days).mean()) for name, rule in ANCHORS.items()}
+    best = max(fits, key=lambda name: fits[name])
+    return best if fits[best] >= MIN_CALENDAR_FRACTION else ""
 
 
 def is_same_day(times: np.ndarray) -> bool:

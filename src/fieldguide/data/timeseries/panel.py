@@ -12,7 +12,7 @@ they are excluded from training and evaluation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,11 +22,15 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data import column_types
 from fieldguide.data.dataset import Data, Finding, Severity
-from fieldguide.data.timeseries.frequency import Frequency, infer_frequency
+from fieldguide.data.number_formats import infer_format
+from fieldguide.data.timeseries.frequency import DAY, Frequency, infer_frequency
+from fieldguide.data.timestamps import infer_dates
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places
 
 PLAIN_STEP = Frequency("number", 1.0, "step")
 MIN_DISTINCT_FRACTION = 0.9  # minimum fraction of distinct values in a column that names one series per row
+STEP_FACTOR = 1.5  # a series has another time step if its median step differs by more than this factor
+MIN_STEPS_OF_SERIES = 4  # minimum number of rows of a series for its time step to be compared
 MAX_MISSING_FRACTION = 0.5  # maximum fraction of missing steps; with more, the data are events rather than series
 
 FILL_NOTE = "the model reads the last value before them, and they are excluded from training and evaluation"
@@ -89,6 +93,11 @@ FINDINGS: dict[str, tuple[Severity, str, str]] = {  # name: severity, descriptio
         "error",
         "the times are irregular: with steps of {step}, most rows lie between steps or more than half of the steps are missing",
         "Resample the data to equal steps first: sum or average by hour, day, ... {hint}",
+    ),
+    "mixed-steps": (
+        "warning",
+        "series whose time step differs from that of the others, {step}: {names}",
+        "Train on series with the same time step, or resample them.",
     ),
 }
 UNUSABLE = {"time-missing", "conflicting-time", "off-grid"}
@@ -266,10 +275,15 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
     findings += doubles
     codes, at, row = codes[~again], at[~again], row[~again]
     cuts = np.r_[0, np.flatnonzero(np.diff(codes)) + 1, len(codes)]
-    frequency = infer_frequency([at[a:b] for a, b in pairwise(cuts)], dates) if data.columns_with_role("time") else PLAIN_STEP
+    frequency: Frequency | None = PLAIN_STEP
+    if data.columns_with_role("time"):
+        frequency = infer_frequency([at[a:b] for a, b in pairwise(cuts)], dates, time_zone(data))
     if frequency is None:
         return None, [*findings, make_finding(data, "one-moment", hint=series_hint(data))]
+    findings += check_steps(data, frequency, at, row, cuts, [names[codes[a]] for a in cuts[:-1]], dates)
     placed = place_on_grid(data, frequency, at, row, cuts)
+    if placed is None and findings and findings[-1].check == "mixed-steps":
+        return None, [*findings[:-1], replace(findings[-1], severity="error")]
     if placed is None:
         return None, [
             *findings,
@@ -294,12 +308,46 @@ def row_times(data: Data) -> tuple[pl.Series, bool]:
     """Return the time of every row and whether it is in microseconds (else numbers); text if it is neither."""
     values = data.rows[data.require_role("time").name]
     if values.dtype == pl.String:
-        numbers, (dates, *_) = column_types.as_numbers(values), column_types.as_dates(values)
+        numbers, dates = infer_format(values).values, infer_dates(values)
         least = column_types.MIN_TYPE_FRACTION * (len(values) - values.null_count())
-        values = numbers if len(values) - numbers.null_count() >= max(least, 1) else values if dates is None else dates
+        values = numbers if len(values) - numbers.null_count() >= max(least, 1) else values if dates is None else dates.values
     if values.dtype.is_temporal():
         return values.cast(column_types.DATE_DTYPE).cast(pl.Int64), True
     return (values.cast(pl.Float64) if values.dtype.is_numeric() else values.cast(pl.String)), False
+
+
+def time_zone(data: Data) -> str:
+    """Return the time zone in which the times are kept, "" if they had no offset."""
+    return str((data.require_role("time").date_format or {}).get("zone", ""))
+
+
+def check_steps(
+    data: Data, frequency: Frequency, at: np.ndarray, row: np.ndarray, cuts: np.ndarray, names: list[str], dates: bool
+) -> list[Finding]:
+    """Report series with another time step than most: sorted times `at` of groups that begin at `cuts`."""
+    groups = [(i, a, b) for i, (a, b) in enumerate(pairwise(cuts)) if b - a >= MIN_STEPS_OF_SERIES]
+    if len(groups) < 2:
+        return []
+    usual = {i: float(np.median(np.diff(at[a:b]))) for i, a, b in groups}
+    size = {"month": 30.4 * DAY * frequency.size, "business": DAY}.get(frequency.unit, frequency.size)
+    other = [(i, a, b) for i, a, b in groups if not 1 / STEP_FACTOR < usual[i] / max(size, 1e-9) < STEP_FACTOR]
+    if not other:
+        return []
+    shown = []
+    for i, a, b in other[:MAX_SHOWN_PLACES]:
+        own = infer_frequency([at[a:b]], dates)
+        shown.append(f"{names[i]!r} ({own.article if own else 'no step'})")
+    more = ", ..." if len(other) > len(shown) else ""
+    return [
+        make_finding(
+            data,
+            "mixed-steps",
+            [int(row[a]) for _, a, _ in other[:MAX_SHOWN_PLACES]],
+            len(other),
+            step=frequency.article,
+            names=", ".join(shown) + more,
+        )
+    ]
 
 
 def check_order(data: Data, codes: np.ndarray, at: np.ndarray, row: np.ndarray) -> list[Finding]:

@@ -7,11 +7,13 @@ not fit) are reported in the same form by `findings` and the readers. `enforce` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
+from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.column_types import mean_value
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding, Kind
 from fieldguide.data.validation.duplicates import same_inputs
@@ -28,6 +30,7 @@ MAX_LENGTH_RATIO, MIN_LENGTH_DIFFERENCE = (
 )  # factor and number of characters by which the lengths of a pair of texts must deviate to be reported
 MAX_CHARACTERS_PER_SECOND = 45  # maximum plausible characters per second of speech
 INPUT_NOUNS: dict[Kind, str] = {"image": "images", "audio": "recordings", "text": "texts"}
+MIN_SERIES_ROWS = 10  # minimum mean number of rows of a series for a table to look like time series
 MAX_LEAK_ROWS = 20_000  # maximum number of rows used for leak detection
 TARGET_TYPES = ("category", "boolean", "number", "date", "identifier")  # types of targets that are classes or quantities
 
@@ -408,6 +411,67 @@ def check_events(data: Data) -> Iterator[Finding]:
         )
 
 
+def check_series(data: Data) -> Iterator[Finding]:
+    """Report tables with a numeric target that look like time series, for which forecasting is the usual task."""
+    target = data.target
+    if target is None or target.kind != "number" or data.columns_with_role("time") or data.columns_with_role("series"):
+        return
+    spec = ColumnSpec("none", names=())
+    names = [c.name for c in data.columns.values() if c.role in ("feature", "ignored") and c.name in data.rows.columns]
+    time = spec.by_name("time", names)
+    series = spec.by_name("series", [n for n in names if n != time])
+    if time is None or data.rows[time].dtype == pl.String or data.columns[time].kind not in ("number", "date", "identifier"):
+        return
+    times = data.rows[time].cast(pl.Int64 if data.columns[time].kind == "date" else pl.Float64)
+    keys = data.rows[series].cast(pl.String) if series else pl.repeat("", len(data), eager=True)
+    table = pl.DataFrame({"series": keys, "time": times, "held": data.splits == "test" if data.splits is not None else False})
+    if table["time"].null_count() or bool(table.select("series", "time").is_duplicated().any()):
+        return
+    each = table.group_by("series").agg(
+        pl.len(),
+        pl.col("time").filter(~pl.col("held")).max().alias("last"),
+        pl.col("time").filter("held").min().alias("next"),
+    )
+    continues = bool(table["held"].any()) and bool((each["next"] > each["last"]).drop_nulls().all())
+    if mean_value(each["len"]) < MIN_SERIES_ROWS or not (continues or series):
+        return
+    of = f"series in column {series!r}" if series else "one series"
+    yield Finding(
+        "looks-like-series",
+        "warning",
+        f"the table looks like time series: {of}, time in column {time!r}"
+        + (", and the test rows continue the training rows in time" if continues else ""),
+        (f"column {time!r}",),
+        1,
+        "To forecast the target, use --task time-series-forecasting. To predict rows from their other columns, split them by time "
+        f"with --time {time}.",
+    )
+
+
+def check_duplicate_columns(data: Data) -> Iterator[Finding]:
+    """Report columns with equal values."""
+    seen: dict[tuple[Any, ...], list[str]] = {}
+    for column in data.columns.values():
+        if column.name not in data.rows.columns or column.distinct < 2:
+            continue
+        values = data.rows[column.name]
+        if values.dtype.is_nested() or values.dtype == pl.Object:
+            continue
+        key = (values.dtype, column.missing, column.distinct, values[0], values[-1])
+        same = next((n for n in seen.get(key, ()) if data.rows[n].equals(values, null_equal=True)), None)
+        if same is None:
+            seen.setdefault(key, []).append(column.name)
+            continue
+        yield Finding(
+            "duplicate-column",
+            "warning",
+            f"column {column.name!r} has the same values as column {same!r}",
+            (f"column {same!r}", f"column {column.name!r}"),
+            1,
+            f"Remove one, or ignore it with --set 'column.{column.name}=identifier' (in Python: kinds=).",
+        )
+
+
 CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (
     check_columns,
     check_target,
@@ -416,4 +480,6 @@ CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (
     check_text_pairs,
     check_recordings,
     check_events,
+    check_series,
+    check_duplicate_columns,
 )

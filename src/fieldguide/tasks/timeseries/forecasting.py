@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -380,7 +380,7 @@ class Forecasting(Task):
                 if data.manifest.digest == self.digest
                 else all_windows(data, found, self.options)
             )
-        if found.frequency.words != self.frequency.words:
+        if (found.frequency.words, found.frequency.anchor) != (self.frequency.words, self.frequency.anchor):
             self.add_note(f"the frequency is {found.frequency.article}, but training used {self.frequency.article}")
         self.request = windows_at_end(data, found, self.options)
         return self.request
@@ -452,7 +452,7 @@ class Forecasting(Task):
             "standards": self.standards,
             "widths": self.widths,
             "layout": self.layout,
-            "frequency": {"unit": f.unit, "size": f.size, "words": f.words},
+            "frequency": {k: v for k, v in asdict(f).items() if v != ""},
             "series": self.series,
             "digest": self.digest,
         }
