@@ -7,7 +7,7 @@ batches, networks and objective through the same two steps, `Plan.build_batches`
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,10 @@ def build_plan(
         model = checkpoint.size
         task_options = finetune.get_default_options(kind, checkpoint, task_options, callback)
     options = kind.options_from(task_options)
-    source = kind.build_examples(source, options)
+    source = build_examples(kind, source, options, callback.log)
     splits = splits or split(source, seed=seed)
     callback.log(f"split: {splits.description}")
+    check_splits(kind, source, splits, options)
     train_rows = source.take(splits.train)
     fitted = kind.fit(train_rows, options)
     dims = {"output_type": kind.output_types, **fitted.model_dims()}
@@ -206,6 +207,21 @@ def build_plan(
         )
     )
     return plan
+
+
+def build_examples(kind: type[Task], source: Data, options: Any, log: Callable[[str], None]) -> Data:
+    """Return the examples of a task, and log what only the task can find."""
+    built = kind.build_examples(source, options)
+    for finding in built.findings:
+        if finding not in source.findings:
+            log(f"{finding.severity}: {finding}")
+    return built
+
+
+def check_splits(kind: type[Task], source: Data, splits: Splits, options: Any) -> None:
+    """Raise `DataError` if one of the splits cannot be trained on or scored."""
+    for name, rows in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        kind.check_split(source.take(rows), name, options)
 
 
 def configure_part(name: str, dims: Mapping[str, Any]) -> tuple[Card, str, Any]:

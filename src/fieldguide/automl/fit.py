@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -273,10 +273,12 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
     return loop
 
 
-def train(plan: Plan, loop: Trainer) -> State:
-    """Train, then calibrate on the validation rows."""
+def train(plan: Plan, loop: Trainer, save: Callable[[State], None] | None = None) -> State:
+    """Train, then calibrate on the validation rows. `save` is called in between."""
     state = loop.train()
     peft.merge(plan.objective)
+    if save is not None:
+        save(state)
     rows = plan.source.take(plan.validation_rows)
     batches = plan.task.batches(rows, plan.card)
     # In float32, whatever the precision of training: the same on every machine.
@@ -291,22 +293,52 @@ def train_and_test(path: Path, record: dict[str, Any], plan: Plan, callback: Nul
     if resume and loop.resume():
         callback.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
     callback.on_train_start(loop.settings, loop.state.step)
-    state = train(plan, loop)
-    record["settings"] = loop.settings.to_dict()  # the number of steps may have been replanned
+
+    def save(state: State) -> None:
+        record["settings"] = loop.settings.to_dict()  # the number of steps may have been replanned
+        if distributed.rank() == 0:
+            save_trained(path, record, plan, state)
+
+    state = train(plan, loop, save)
     if distributed.rank() == 0:
         config_file.write_config(path, record)
     if state.stopped:
         callback.log(f"stopped at step {state.step}: {state.stopped}")
-    evaluate_and_save(path, record, plan, state, callback)
+    save(state)  # again, now calibrated
+    try:
+        evaluate_and_save(path, record, plan, callback)
+    except Exception:
+        callback.log(
+            f"the test failed, but the trained network is saved: `fieldguide predict {path}` works, and "
+            f"`fieldguide fit --resume {path}` repeats the test"
+        )
+        raise
     run = open_run(path)
     callback.on_end(run)
     return run
 
 
-def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: State, callback: NullCallback) -> None:
-    """Score the test rows next to the baselines, and write weights, record, report and model card."""
+def save_trained(path: Path, record: dict[str, Any], plan: Plan, state: State) -> None:
+    """Write weights, preprocessing and record of a trained network, so that it can be used whatever happens in the test."""
     from safetensors.torch import save as pack
 
+    for name in plan.objective.keep:
+        content = pack(copy_to_cpu(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
+        write_atomically(path / f"{name}.safetensors", content)
+    plan.task.save(path / "preprocess")
+    record["cost"] |= {
+        "seconds": round(state.seconds, 2),
+        "steps": state.step,
+        "best_step": state.best_step,
+        "stopped": state.stopped,
+        "peak_memory": peak_memory(),
+    }
+    record["status"] = "trained"
+    write_record(path, record)
+
+
+def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: NullCallback) -> None:
+    """Score the test rows next to the baselines, and write record, report and model card."""
     from fieldguide.report import pages
 
     task, splits = plan.task, plan.splits
@@ -332,16 +364,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, state: Sta
         }
         for text in task.notes[known_notes:]:
             callback.log(f"note: {text}")
-        record["cost"] |= {
-            "seconds": round(state.seconds, 2),
-            "steps": state.step,
-            "best_step": state.best_step,
-            "stopped": state.stopped,
-            "peak_memory": peak_memory(),
-        }
-        for name in plan.objective.keep:
-            content = pack(copy_to_cpu(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
-            write_atomically(path / f"{name}.safetensors", content)
+        record["cost"]["peak_memory"] = peak_memory()
         task.save(path / "preprocess")
         record["status"] = "done"
         write_record(path, record)

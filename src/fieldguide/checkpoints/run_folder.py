@@ -11,7 +11,7 @@ from torch import Tensor
 from fieldguide.checkpoints import weights
 from fieldguide.core.card import Card
 from fieldguide.core.errors import RunError
-from fieldguide.core.run_record import read_record
+from fieldguide.core.run_record import USABLE_STATUSES, read_record
 from fieldguide.models import registry
 
 
@@ -33,7 +33,7 @@ def to_tuple(value: Any) -> Any:
 def read_network(folder: Path) -> tuple[Card, Any, dict[str, Tensor]]:
     """Return card, config and state dict of a finished run's network. Raises `RunError` if the run is not finished."""
     record = read_record(folder)
-    if record["status"] != "done":
+    if record["status"] not in USABLE_STATUSES:
         raise RunError(f"{folder} is not finished. Continue it with `fieldguide fit --resume {folder}`.")
     card = registry.card(record["model"]["architecture"])
     network = card.make(build_config(card, record["model"]["config"]))

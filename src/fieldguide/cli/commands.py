@@ -270,8 +270,11 @@ def check(
 
     check_names(task=task, settings=settings)
     check_exists(data)
-    from fieldguide.automl.progress import print_data
+    from fieldguide.automl.build_plan import build_examples, check_splits
+    from fieldguide.automl.progress import console, print_data
     from fieldguide.automl.request import group_settings, read_for
+    from fieldguide.data.splits import split
+    from fieldguide.tasks import Task
 
     _, _, options, kinds, roles = group_settings(settings)
     request = {
@@ -285,8 +288,13 @@ def check(
         "task": task,
     }
     source, kind, why = read_for(request)
-    kind.build_examples(kind.select_columns(source), kind.options_from(options))  # reports what only the task can check
+    selected, found = kind.select_columns(source), list[str]()
+    built = build_examples(kind, selected, kind.options_from(options), found.append)  # reports what only the task can check
     print_data(source, kind, why)
+    for line in found:
+        console.print(f"  {line}", markup=False)
+    if kind.check_split.__func__ is not Task.check_split.__func__:  # type: ignore[attr-defined]
+        check_splits(kind, built, split(built), kind.options_from(options))
 
 
 @app.command(epilog="Example: fieldguide models 'resnet*'")

@@ -16,6 +16,7 @@ from fieldguide.core.files import write_atomically
 from fieldguide.core.settings import ALIASES
 
 SCHEMA = 2  # written by this version; every released schema can be read
+USABLE_STATUSES = ("trained", "done")  # "trained": the weights are complete, but the test was not finished
 REQUIRED = {"status", "task", "model", "settings", "data"}
 
 # Schema 1 -> 2: the place in the record -> {old key: new key}. "config/NAME" holds for one architecture alone.

@@ -46,6 +46,7 @@ RENAMABLE_TYPES = (
     "video",
 )  # types whose column may be renamed to match the schema of a trained model
 INTERACTION_ROLES: tuple[Role, ...] = ("user", "item")  # a table with columns of these names holds user-item interactions
+MIN_EQUAL_LENGTHS = 0.9  # fraction of rows in which two lists must be equally long to belong together
 REQUIRED_ROLES = ("feature", "user", "item", "series")  # roles of columns that prediction requires
 NOT_OF_TYPE = {"number": "not numbers as in training", "date": "not dates as in training", "boolean": "neither true nor false"}
 FAR_FACTOR = 10  # values of a positive column below its training minimum divided by this are far outside the training range
@@ -171,6 +172,20 @@ def locate(source: Any) -> tuple[Any, str]:
     raise DataError(f"{source}: no such file, folder or sample.{hint} The samples are: {', '.join(samples.SAMPLES)}.")
 
 
+def find_paired_lists(rows: pl.DataFrame) -> dict[str, Kind]:
+    """Return the type "list" for two list columns of equal lengths, such as words and their tags."""
+    lists = [
+        name
+        for name, kind in rows.schema.items()
+        if isinstance(kind, pl.List) and (kind.inner == pl.String or kind.inner.is_integer())  # type: ignore[attr-defined]
+    ]
+    if len(lists) != 2:
+        return {}
+    first, second = (rows[name].list.len().fill_null(0) for name in lists)
+    is_pair = bool(len(rows)) and float((first == second).to_numpy().mean()) > MIN_EQUAL_LENGTHS
+    return dict.fromkeys(lists, "list") if is_pair else {}
+
+
 class TableReader:
     """Converts a raw table to `Data`, collecting findings and unusable rows."""
 
@@ -214,7 +229,7 @@ class TableReader:
                 name: kind for name, role in input_roles.items() if (kind := self.column_spec.kind(role, self.raw.rows[name]))
             }
             known_by_name = {n: self.column_spec.columns[n] for n in self.names if n in self.column_spec.columns}
-            overrides = {**known_by_name, **required, **self.raw.kinds, **overrides}
+            overrides = {**find_paired_lists(self.raw.rows), **known_by_name, **required, **self.raw.kinds, **overrides}
         columns = self.type_columns(overrides, roles)
         if known:
             columns = {c.name: c for c in known if c.name in columns}
@@ -380,7 +395,8 @@ class TableReader:
         if self.column_spec.target == "none":
             return []
         if self.raw.target in self.names:
-            if self.column_spec.target == "named" and self.raw.rows[self.raw.target].n_unique() < 2:
+            is_label = self.raw.target not in self.raw.kinds  # boxes and masks may well be equal in all images
+            if self.column_spec.target == "named" and is_label and self.raw.rows[self.raw.target].n_unique() < 2:
                 roles[self.raw.target] = "ignored"  # a single folder of images defines no classes
                 return []
             return [self.raw.target]

@@ -23,7 +23,7 @@ from fieldguide.checkpoints.run_folder import build_config
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import RunError, SettingsError
-from fieldguide.core.run_record import read_record, write_record
+from fieldguide.core.run_record import USABLE_STATUSES, read_record, write_record
 from fieldguide.core.settings import Settings
 from fieldguide.data.splits import sample_rows
 from fieldguide.data.validation.checks import enforce
@@ -45,7 +45,7 @@ class Run(TaskPredictor):
 
     @property
     def status(self) -> str:
-        """Return "training" until the network has been tested, then "done"."""
+        """Return "training", "trained" (usable, but the test has not been finished) or "done"."""
         return self.record["status"]
 
     @property
@@ -85,7 +85,7 @@ class Run(TaskPredictor):
     @functools.cached_property
     def objective(self) -> Objective:  # type: ignore[override]
         """The trained network inside its objective, in evaluation mode."""
-        if self.status != "done":
+        if self.status not in USABLE_STATUSES:
             raise RunError(f"{self.path} is not finished. Continue it with `fieldguide fit --resume {self.path}`.")
         parts = {name: card.make(config) for name, (card, _, config) in self.part_networks.items()}
         objective = self.task.objective(self.card.make(self.config), self.card, self.settings, **parts)

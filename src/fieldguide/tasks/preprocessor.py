@@ -101,6 +101,13 @@ class Preprocessor(TaskSpec):
         return data
 
     @classmethod
+    def check_split(cls, data: Data, name: str, options: Any) -> None:
+        """Raise `DataError` if the rows of a split (`name`: training, validation or test) cannot be trained on or scored.
+
+        `data` is what `build_examples` returned, restricted to the rows of the split. Called before training.
+        """
+
+    @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         """Fit the preprocessing on `data`, which holds only training rows, and return the task."""
         raise NotImplementedError

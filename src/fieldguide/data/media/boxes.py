@@ -92,6 +92,7 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description,
     ),
     "duplicate-picture": ("warning", "images that are listed more than once; repetitions are dropped", "List each once."),
     "wrong-encoding": ("warning", "annotations that are not UTF-8 text", "Save them as UTF-8."),
+    "malformed-json": ("warning", "annotations that are not valid JSON or lack shapes", "Export them again."),
     "malformed-xml": ("warning", "annotations that are not well-formed XML or are incomplete", "Export them again."),
     "xml-doctype": (
         "warning",
@@ -99,6 +100,16 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description,
         "Remove the line that begins with <!DOCTYPE.",
     ),
     "empty-annotation": ("warning", "annotations that are empty files", "Write them again or remove them."),
+    "pose-line": (
+        "warning",
+        "lines that look like keypoints: class, box, then x y visibility of each point",
+        "Add `kpt_shape: [POINTS, 3]` to data.yaml, so that the boxes can be read.",
+    ),
+    "unsupported-shape": (
+        "note",
+        "shapes that are neither boxes nor outlines (points, lines); they are ignored",
+        "",
+    ),
     "no-picture": ("warning", "annotations without an image", "Add the image or remove them."),
     "no-annotation": ("warning", "images in a split list without an annotation", "Add it or remove them from the list."),
     "not-listed": ("note", "annotated images that no list in ImageSets/Main contains; they are dropped", ""),
@@ -301,6 +312,11 @@ def decode_text(content: bytes, place: str, shot: AnnotatedImage, notes: Finding
     except UnicodeDecodeError:
         notes.mark_invalid("wrong-encoding", place, shot)
         return None
+
+
+def parse_flag(value: Any) -> bool:
+    """Return a flag that may be a boolean, a number or text: "0", "false" and "" are false."""
+    return value.strip().lower() not in ("", "0", "0.0", "false", "no", "none") if isinstance(value, str) else bool(value)
 
 
 def parse_finite(values: Any, count: int) -> list[float] | None:

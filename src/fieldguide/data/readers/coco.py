@@ -4,14 +4,24 @@ categories, optionally one file per split."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.media.boxes import AnnotatedImage, FindingCollector, annotation_entry, build_raw, make_object, parse_finite
+from fieldguide.data.media.boxes import (
+    AnnotatedImage,
+    FindingCollector,
+    annotation_entry,
+    build_raw,
+    make_object,
+    parse_finite,
+    parse_flag,
+)
+from fieldguide.data.media.file_names import ImageIndex
 from fieldguide.data.media.masks import decode_run_lengths
-from fieldguide.data.source import Options, RawTable, list_visible, relative_path, split_of
+from fieldguide.data.source import Options, RawTable, folder_split, list_visible, relative_path, split_of
 
 NAME = "COCO"
 UNDERSTANDS = (
@@ -45,7 +55,11 @@ def has_coco_keys(file: Path) -> bool:
 def find_documents(root: Path) -> list[Path]:
     """Return the JSON files in `annotations`, in the folder itself, or in its split folders; prefer `instances*`."""
     folders = [p for p in list_visible(root)[0] if p.is_dir()]
-    for places in ([p for p in folders if p.name.lower() == "annotations"], [root], [p for p in folders if split_of(p.name)]):
+    for places in (
+        [p for p in folders if p.name.lower() == "annotations"],
+        [root],
+        [p for p in folders if folder_split(p.name)],
+    ):
         files = [
             f for p in places for f in list_visible(p)[0] if f.suffix.lower() == ".json" and f.is_file() and has_coco_keys(f)
         ]
@@ -63,7 +77,8 @@ def load(source: Path, options: Options) -> RawTable:
     else:
         found, root = find_documents(source), source
     splits = [document_split(f, root) for f in found]
-    categories: dict[int, str] = {}
+    categories: dict[int | str, str] = {}
+    index = ImageIndex(root)
     for file, split in zip(found, splits):
         content = file.read_bytes()
         files.append(annotation_entry(file, content, root))
@@ -74,13 +89,14 @@ def load(source: Path, options: Options) -> RawTable:
                 raise DataError(
                     f"{file}: category {number} is {name!r}, but {categories[number]!r} in another file. Export them together."
                 )
-        shots += read_images(document, file, root, split if len(found) > 1 else None, own_categories, notes)
-    return build_raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in sorted(categories.items()))))
+        shots += read_images(document, file, root, split if len(found) > 1 else None, own_categories, notes, index)
+    ordered = sorted(categories.items(), key=lambda c: (isinstance(c[0], str), c[0]))
+    return build_raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in ordered)))
 
 
 def document_split(file: Path, root: Path) -> str | None:
     """Return the split in the name of a file or its folder, or None."""
-    return split_of(file.stem) or (split_of(file.parent.name) if file.parent != root else None)
+    return split_of(file.stem) or folder_split(file.stem) or (folder_split(file.parent.name) if file.parent != root else None)
 
 
 def parse_document(file: Path, content: bytes) -> dict[str, Any]:
@@ -102,12 +118,12 @@ def parse_document(file: Path, content: bytes) -> dict[str, Any]:
     return document
 
 
-def read_categories(document: dict[str, Any], file: Path) -> dict[int, str]:
+def read_categories(document: dict[str, Any], file: Path) -> dict[int | str, str]:
     """Return category id -> name. Raises DataError if entries are malformed or ids are duplicated."""
-    try:
-        names = [(int(c["id"]), str(c["name"])) for c in document["categories"]]
-    except (KeyError, TypeError, ValueError):
-        raise DataError(f"{file}: each category needs an integer id and a name.") from None
+    listed = [(as_id(c.get("id")), c.get("name")) if isinstance(c, dict) else (None, None) for c in document["categories"]]
+    names = [(n, str(name).strip()) for n, name in listed if n is not None and name is not None]
+    if len(names) < len(document["categories"]):
+        raise DataError(f"{file}: each category needs an id (a number or text) and a name.")
     twice = [str(n) for n, count in Counter(n for n, _ in names).items() if count > 1]
     if twice:
         raise DataError(f"{file}: several categories have the id {', '.join(twice[:5])}. Ids must be unique.")
@@ -115,7 +131,13 @@ def read_categories(document: dict[str, Any], file: Path) -> dict[int, str]:
 
 
 def read_images(
-    document: dict[str, Any], file: Path, root: Path, split: str | None, categories: dict[int, str], notes: FindingCollector
+    document: dict[str, Any],
+    file: Path,
+    root: Path,
+    split: str | None,
+    categories: dict[int | str, str],
+    notes: FindingCollector,
+    index: ImageIndex,
 ) -> list[AnnotatedImage]:
     """Return the images of a document with their boxes. Raises DataError if an image lacks its id or file_name."""
     where, shots = relative_path(file, root), []
@@ -125,14 +147,17 @@ def read_images(
         if not isinstance(image, dict) or as_id(image.get("id")) is None or not isinstance(image.get("file_name"), str):
             raise DataError(f"{file}: image {number} lacks id or file_name.")
         name = image["file_name"]
-        path = next((p / n for p in places for n in (name, Path(name).name) if (p / n).is_file()), places[0] / name)
+        short = name.replace("\\", "/").rpartition("/")[2]
+        path = next((p / n for p in places for n in (name, short) if (p / n).is_file()), None)
+        path = path or index.find(name, places) or places[0] / name
+        key = as_id(image["id"])
         size = parse_finite((image.get("width"), image.get("height")), 2)
         added = AnnotatedImage(path, f"{where}: {name}", split, size=(size[0], size[1]) if size else None)
         shots.append(added)
-        if image["id"] in by_id:
-            for one in (by_id[image["id"]], added):
+        if key in by_id:
+            for one in (by_id[key], added):
                 notes.mark_invalid("duplicate-id", f"{one.place} (id {image['id']})", one)
-        by_id.setdefault(image["id"], added)
+        by_id.setdefault(key, added)
     for number, annotation in enumerate(document["annotations"]):
         place = f"{where}: annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
         shot = by_id.get(as_id(annotation.get("image_id"))) if isinstance(annotation, dict) else None
@@ -140,10 +165,11 @@ def read_images(
             notes.add("unknown-picture", place)
             continue
         parts, runs, whole = parse_outline(annotation.get("segmentation"), shot.size)
-        values = parse_finite(annotation["bbox"], 4) if isinstance(annotation.get("bbox"), list) else None
-        if annotation.get("bbox") is None and parts:  # some tools export only outlines
+        values = parse_box(annotation.get("bbox"))
+        if annotation.get("bbox") in (None, []) and parts:  # some tools export only outlines
             values = bounding_box(parts)
-        if as_id(annotation.get("category_id")) not in categories:
+        category = as_id(annotation.get("category_id"))
+        if category not in categories:
             notes.mark_invalid("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
         elif values is None:
             notes.mark_invalid("malformed-box", place, shot)
@@ -151,13 +177,13 @@ def read_images(
             left, top, width, height = values
             shot.boxes.append(
                 make_object(
-                    categories[annotation["category_id"]],
+                    categories[category],
                     left,
                     top,
                     left + width,
                     top + height,
                     parts,
-                    bool(annotation.get("iscrowd")),
+                    parse_flag(annotation.get("iscrowd")),
                     runs,
                 )
             )
@@ -168,8 +194,32 @@ def read_images(
 
 
 def as_id(value: Any) -> int | str | None:
-    """Return the value if it can be an id, else None."""
-    return value if isinstance(value, int | str) else None
+    """Return an id as an integer if it is a whole number in any notation (12, 12.0, "12", "000012"), else as text.
+
+    Returns None for a value that cannot be an id.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str):
+        text = value.strip()
+        if not re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", text):
+            return text or None
+        return int(text.partition(".")[0])
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else str(value)
+    return value
+
+
+def parse_box(box: Any) -> list[float] | None:
+    """Return left, top, width and height from a list, its JSON text, or an object with these keys; None if invalid."""
+    if isinstance(box, str):
+        try:
+            box = json.loads(box)
+        except ValueError:
+            return None
+    if isinstance(box, dict):
+        box = [box.get(a, box.get(b)) for a, b in (("x", "left"), ("y", "top"), ("width", "w"), ("height", "h"))]
+    return parse_finite(box, 4) if isinstance(box, list) else None
 
 
 def parse_outline(
@@ -193,6 +243,8 @@ def parse_outline(
         return (None, runs, True) if fits else (None, None, False)
     if not isinstance(segmentation, list):
         return None, None, segmentation is None
+    if segmentation and not any(isinstance(p, list) for p in segmentation):
+        segmentation = [segmentation]  # one polygon without the list of parts
     parts = [parse_finite(p, len(p)) if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 else None for p in segmentation]
     return [p for p in parts if p] or None, None, all(parts)
 
@@ -218,6 +270,10 @@ def find_image_folders(listed: list[Any], file: Path, root: Path) -> list[Path]:
         *(root / n / "data" for n in names),
         root / "data",
     ]
-    some = [Path(i["file_name"]) for i in listed[:50] if isinstance(i, dict) and isinstance(i.get("file_name"), str)]
+    some = [
+        Path(i["file_name"].replace("\\", "/"))
+        for i in listed[:50]
+        if isinstance(i, dict) and isinstance(i.get("file_name"), str)
+    ]
     hits = {p: sum((p / n).is_file() or (p / n.name).is_file() for n in some) for p in dict.fromkeys(tries)}
     return sorted(hits, key=lambda p: -hits[p])

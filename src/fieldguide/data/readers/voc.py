@@ -13,15 +13,25 @@ from xml.parsers import expat
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FileEntry
-from fieldguide.data.media.boxes import AnnotatedImage, FindingCollector, annotation_entry, build_raw, make_object, parse_finite
+from fieldguide.data.media.boxes import (
+    AnnotatedImage,
+    FindingCollector,
+    annotation_entry,
+    build_raw,
+    make_object,
+    parse_finite,
+    parse_flag,
+)
+from fieldguide.data.media.file_names import ImageIndex, find_child, find_file, map_stems, normalize
 from fieldguide.data.media.images import SUPPORTED_SUFFIXES
-from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path
+from fieldguide.data.source import Options, RawTable, folder_split, list_visible, relative_path
 
 NAME = "Pascal VOC"
 UNDERSTANDS = (
     "images with boxes, Pascal VOC: a folder with Annotations (an .xml per image), JPEGImages and optionally "
     "ImageSets/Main/train.txt, val.txt, test.txt; or an .xml next to each image, optionally below train, val and test"
 )
+ANNOTATIONS = ("annotations", "annotation", "xmls", "xml", "labels")
 IMAGES = ("jpegimages", "images", "imgs", "image")
 LISTS = {"test": "test", "val": "val", "train": "train", "trainval": "train"}  # earlier lists have priority
 
@@ -41,9 +51,9 @@ def find_layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
     if own := find_part(source, folders):
         return [(*own, None)]
     found: list[tuple[Path, list[Path], str | None]] = [
-        (*own, SPLIT_NAMES[p.name.lower()])
+        (*own, folder_split(p.name))
         for p in folders
-        if p.name.lower() in SPLIT_NAMES and (own := find_part(p, [f for f in list_visible(p)[0] if f.is_dir()]))
+        if folder_split(p.name) and (own := find_part(p, [f for f in list_visible(p)[0] if f.is_dir()]))
     ]
     if not found and len(folders) == 1:  # VOCdevkit/VOC2012
         return find_layout(folders[0])
@@ -53,11 +63,13 @@ def find_layout(source: Path) -> list[tuple[Path, list[Path], str | None]]:
 def find_part(folder: Path, folders: list[Path]) -> tuple[Path, list[Path]] | None:
     """Return the XML folder and the image folders, or None if there are no annotations."""
     named = {p.name.lower(): p for p in folders}
-    where = named.get("annotations", folder)
-    where = where / "xmls" if (where / "xmls").is_dir() else where
-    if not any(p.suffix.lower() == ".xml" for p in where.iterdir()):
+    candidates = [named[n] for n in ANNOTATIONS if n in named]
+    candidates = [inner for p in candidates if (inner := find_child(p, ("xmls",)))] + candidates + [folder]
+    where = next((p for p in candidates if any(q.suffix.lower() == ".xml" for q in p.iterdir())), None)
+    if where is None:
         return None
     places = [named[n] for n in IMAGES if n in named]
+    places += [p for p in folders if p != where and p not in places and map_stems(p, SUPPORTED_SUFFIXES)]
     if where == folder and not places and not any(p.suffix.lower() in SUPPORTED_SUFFIXES for p in folder.iterdir()):
         return None
     return where, [*places, where, folder]
@@ -67,16 +79,15 @@ def load(source: Path, options: Options) -> RawTable:
     """Read all annotations and match them to images."""
     notes, shots, classes = FindingCollector(), [], set()
     files: list[FileEntry] = []
+    index = ImageIndex(source)
     for where, places, split in find_layout(source):
-        images_by_name = {
-            p.name.lower(): p
-            for place in reversed(places)
-            for p in list_visible(place)[0]
-            if p.suffix.lower() in SUPPORTED_SUFFIXES
-        }
-        stems = {p.stem.lower(): p for p in images_by_name.values()}
-        listed = read_lists(where.parent / "ImageSets" / "Main", source, notes, files) if split is None else {}
+        stems = {stem: p for place in reversed(places) for stem, p in map_stems(place, SUPPORTED_SUFFIXES).items()}
+        by_name = {normalize(p.name): p for p in stems.values()}
+        sets = find_child(where.parent, ("imagesets",))
+        listed = read_lists(find_child(sets, ("main",)) if sets else None, source, notes, files) if split is None else {}
         xmls = {p.stem: p for p in list_visible(where)[0] if p.suffix.lower() == ".xml"}
+        unicode_forms = {normalize(stem): stem for stem in xmls}
+        listed = {unicode_forms.get(normalize(stem), stem): part for stem, part in listed.items()}
         for stem in sorted(set(listed) - set(xmls)):
             notes.add("no-annotation", f"ImageSets/Main: {stem}", 1)
         for stem, path in xmls.items():
@@ -89,7 +100,9 @@ def load(source: Path, options: Options) -> RawTable:
             shot = AnnotatedImage(path.with_suffix(".jpg"), place, listed.get(stem, split))
             shots.append(shot)
             named = parse_annotation(content, shot, notes)
-            image = stems.get(stem.lower()) or images_by_name.get(named.lower())
+            named = named.replace("\\", "/").rpartition("/")[2]
+            image = stems.get(normalize(stem)) or by_name.get(normalize(named))
+            image = image or (index.find(named, places) if named else None) or index.find(f"{stem}.jpg", places)
             if image is None and not shot.bad:
                 notes.mark_invalid("no-picture", f"{place}: {named or stem}", shot)
             shot.path = image or shot.path
@@ -97,11 +110,11 @@ def load(source: Path, options: Options) -> RawTable:
     return build_raw(source, shots, files, notes, sorted(classes))
 
 
-def read_lists(folder: Path, source: Path, notes: FindingCollector, files: list[Any]) -> dict[str, str]:
+def read_lists(folder: Path | None, source: Path, notes: FindingCollector, files: list[Any]) -> dict[str, str]:
     """Return image name -> split from the list files."""
     split: dict[str, str] = {}
-    for name, part in LISTS.items():
-        if (path := folder / f"{name}.txt").is_file():
+    for name, part in LISTS.items() if folder else ():
+        if folder and (path := find_file(folder, (f"{name}.txt",))):
             content = path.read_bytes()
             files.append(annotation_entry(path, content, source))
             try:
@@ -138,7 +151,7 @@ def parse_annotation(content: bytes, shot: AnnotatedImage, notes: FindingCollect
             notes.mark_invalid("malformed-box", place, shot)
             continue
         left, top, right, bottom = sides
-        shot.boxes.append(make_object(label, left, top, right, bottom, crowd=text(thing, "difficult") == "1"))
+        shot.boxes.append(make_object(label, left, top, right, bottom, crowd=parse_flag(text(thing, "difficult"))))
         shot.places.append(place)
     return text(root, "filename")
 

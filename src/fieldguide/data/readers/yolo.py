@@ -1,4 +1,8 @@
-"""Reader for YOLO: images in images/, a text file per image in labels/ with one line per box, class names in data.yaml."""
+"""Reader for YOLO: an image per .txt with one line per box, and the class names.
+
+Layouts: folders images and labels with data.yaml; Darknet and CVAT's YOLO 1.1 (obj.names, obj.data, train.txt); and the
+labels next to the images with classes.txt, as labelImg writes them. Class names are text: `no` and `off` are names too.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,21 @@ from fieldguide.data.media.boxes import (
     make_object,
     parse_finite,
 )
+from fieldguide.data.media.file_names import ImageIndex, find_child, find_file, map_stems, normalize, resolve_folder
 from fieldguide.data.media.images import SUPPORTED_SUFFIXES
-from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path
+from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, folder_split, list_visible, relative_path
 
 NAME = "YOLO"
 UNDERSTANDS = (
     "images with boxes or outlines, YOLO: data.yaml with the class names, and folders images and labels, with "
     "train, val and test below or above; in labels a .txt per image with lines: class x y width height, or "
-    "class and the points of an outline"
+    "class and the points of an outline; also obj.names and train.txt (Darknet, CVAT), or classes.txt with the labels next to "
+    "the images"
 )
 MAX_COORDINATE = 2.0  # maximum relative coordinate; larger values are in pixels
+CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # files with one class name per line
+NO_LABELS = {"classes.txt", "train.txt", "val.txt", "valid.txt", "test.txt", "_darknet.labels", "notes.txt"}
+MAX_INSPECTED_LABELS = 20  # label files that are inspected to recognize the format
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -35,10 +44,10 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     if source.is_file():
-        return 9 if source.suffix.lower() in (".yaml", ".yml") else 0
-    if find_description(source):
+        return 9 if source.suffix.lower() in (".yaml", ".yml", ".data", ".names") else 0
+    if find_description(source) or find_file(source, ("obj.names", "obj.data")):
         return 9
-    return 9 if any(has_labels(folder) for folder, _ in guess_folders(source)) else 0
+    return 9 if any(has_labels(folder, source) for folder, _ in guess_folders(source)) else 0
 
 
 def find_description(folder: Path) -> Path | None:
@@ -52,53 +61,96 @@ def find_description(folder: Path) -> Path | None:
 
 
 def guess_folders(root: Path) -> list[tuple[Path, str | None]]:
-    """Return the image folders and their splits, found by the usual names."""
-    parts = [p for p in list_visible(root)[0] if p.is_dir() and p.name.lower() in SPLIT_NAMES and (p / "images").is_dir()]
+    """Return the image folders and their splits, found by the usual names, or by labels next to the images."""
+    folders = [p for p in list_visible(root)[0] if p.is_dir()]
+    parts = [(inner, folder_split(p.name)) for p in folders if folder_split(p.name) and (inner := find_child(p, ("images",)))]
     if parts:
-        return [(p / "images", SPLIT_NAMES[p.name.lower()]) for p in parts]
-    images = root / "images"
-    if not images.is_dir():
-        return []
-    below = [p for p in list_visible(images)[0] if p.is_dir() and folder_split(p.name)]
-    return [(p, folder_split(p.name)) for p in below] or [(images, None)]
+        return parts
+    if images := find_child(root, ("images",)):
+        below = [p for p in list_visible(images)[0] if p.is_dir() and folder_split(p.name)]
+        return [(p, folder_split(p.name)) for p in below] or [(images, None)]
+    if labels_next_to_images(root):
+        return [(root, None)]
+    return [(p, folder_split(p.name)) for p in folders if folder_split(p.name) and labels_next_to_images(p)]
 
 
-def folder_split(name: str) -> str | None:
-    """Return the split of a folder name that may end with a number, or None."""
-    return SPLIT_NAMES.get(name.lower().rstrip("0123456789"))
+def labels_next_to_images(folder: Path) -> bool:
+    """Return whether the folder holds images with a text file of boxes each, and not captions."""
+    images = map_stems(folder, SUPPORTED_SUFFIXES)
+    texts = [p for stem, p in map_stems(folder, {".txt"}).items() if stem in images and p.name.lower() not in NO_LABELS]
+    lines = [
+        line
+        for p in texts[:MAX_INSPECTED_LABELS]
+        for line in p.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
+    return bool(lines) and all(len(words := line.split()) >= 5 and parse_finite(words, len(words)) for line in lines)
 
 
-def labels_folder(folder: Path) -> Path:
-    """Return the label folder of an image folder: the last `images` in the path is replaced by `labels`."""
-    parts = list(folder.parts)
-    for i in reversed(range(len(parts))):
-        if parts[i] == "images":
-            return Path(*parts[:i], "labels", *parts[i + 1 :])
-    return folder
+def labels_folder(folder: Path, root: Path) -> Path:
+    """Return the label folder of an image folder: an `images` in the path, or above it, is replaced by `labels`.
+
+    The last `images` whose replacement exists counts; without any, a folder labels in or next to the folder, or itself.
+    """
+    parts, first = list(folder.parts), len(root.parts)
+    for i in reversed(range(first, len(parts))):
+        if normalize(parts[i]) == "images":
+            found: Path | None = find_child(Path(*parts[:i]), ("labels",))
+            for part in parts[i + 1 :]:
+                found = found and find_child(found, (normalize(part),))
+            if found:
+                return found
+    return find_child(folder, ("labels",)) or folder
 
 
-def has_labels(folder: Path) -> bool:
-    """Return whether the image folder has a folder of label files."""
-    labels = labels_folder(folder)
-    return labels != folder and labels.is_dir() and any(p.suffix == ".txt" for p in labels.iterdir())
+def has_labels(folder: Path, root: Path) -> bool:
+    """Return whether the image folder has label files."""
+    labels = labels_folder(folder, root)
+    if labels == folder:
+        return labels_next_to_images(folder)
+    return any(p.suffix.lower() == ".txt" for p in labels.iterdir())
 
 
 def load(source: Path, options: Options) -> RawTable:
-    """Read a YOLO folder or its data.yaml. Raises DataError if there are no images."""
+    """Read a YOLO folder, its data.yaml or its obj.data. Raises DataError if there are no images."""
     notes = FindingCollector()
     files: list[FileEntry] = []
-    root, file = (source.parent, source) if source.is_file() else (source, find_description(source))
-    config = load_description(file, files, root) if file else {}
-    names, given = (
-        parse_class_names(config, file) if file and config else read_class_list(root, files),
-        find_split_folders(config, root, file),
-    )
+    root = source.parent if source.is_file() else source
+    file = source if source.suffix.lower() in (".yaml", ".yml") and source.is_file() else find_description(root)
+    config = load_description(file, files, root) if file else load_darknet(root, files)
+    if file and config:
+        names = parse_class_names(config, file)
+    else:
+        names = read_class_list(root, config, files)
+    points = parse_keypoints(config, file)
     shots: list[AnnotatedImage] = []
-    for where, split in given or guess_folders(root):
-        shots += read_images(where, split, root, names, notes, files)
+    index = ImageIndex(root)
+    given = find_split_folders(config, root, file)
+    for where, split in given or guess_folders(root) or guess_lists(root):
+        shots += read_images(where, split, root, names, notes, files, index, points)
     if not shots:
-        raise DataError(f"{source}: no images found in the configured folders or in images/.")
+        raise DataError(
+            f"{source}: no images found in the configured folders or in images/. If only the labels were exported, export them "
+            "with the images."
+        )
     return build_raw(root, shots, files, notes, list(names.values()))
+
+
+def load_darknet(root: Path, files: list[Any]) -> dict[str, Any]:
+    """Return the keys of obj.data (classes, train, valid, names), or an empty dictionary without such a file."""
+    path = find_file(root, ("obj.data",))
+    if path is None:
+        return {}
+    content = path.read_bytes()
+    files.append(annotation_entry(path, content, root))
+    pairs = (line.split("=", 1) for line in content.decode("utf-8-sig", "replace").splitlines() if "=" in line)
+    return {key.strip().lower(): value.strip() for key, value in pairs}
+
+
+def guess_lists(root: Path) -> list[tuple[Path, str | None]]:
+    """Return the lists train.txt, val.txt and test.txt with their splits."""
+    listed = [p for p in list_visible(root)[0] if p.suffix.lower() == ".txt" and p.stem.lower() in SPLIT_NAMES]
+    return [(p, SPLIT_NAMES[p.stem.lower()]) for p in listed]
 
 
 def load_description(file: Path, files: list[Any], root: Path) -> dict[str, Any]:
@@ -106,7 +158,7 @@ def load_description(file: Path, files: list[Any], root: Path) -> dict[str, Any]
     content = file.read_bytes()
     files.append(annotation_entry(file, content, root))
     try:
-        config = yaml.safe_load(content.decode("utf-8-sig"))
+        config = yaml.load(content.decode("utf-8-sig"), yaml.BaseLoader)  # all values as text: `no` is a name
     except UnicodeDecodeError:
         raise DataError(f"{file}: not UTF-8 text. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
@@ -123,12 +175,20 @@ def load_description(file: Path, files: list[Any], root: Path) -> dict[str, Any]
 def parse_class_names(config: dict[str, Any], file: Path) -> dict[int, str]:
     """Return class number -> name. Raises DataError if the names are invalid or duplicated."""
     names = config["names"]
+    if isinstance(names, str) and (listed := resolve_folder(names, [file.parent])) and listed.is_file():
+        names = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     try:
-        named = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
+        if (
+            not names
+            or isinstance(names, str)
+            or any(not isinstance(v, str) for v in (names.values() if isinstance(names, dict) else names))
+        ):
+            raise TypeError
+        named = {int(k): v.strip() for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
     except (TypeError, ValueError):
         raise DataError(f"{file}: `names` must be a list of classes, or a mapping from number to name.") from None
-    count = config.get("nc")
-    if isinstance(count, int) and count != len(named):
+    count = str(config.get("nc", "")).strip()
+    if count.isdigit() and int(count) != len(named):
         raise DataError(f"{file}: nc is {count} but names lists {len(named)} classes. Correct one of them.")
     twice = sorted({n for n in named.values() if list(named.values()).count(n) > 1})
     if twice:
@@ -136,14 +196,31 @@ def parse_class_names(config: dict[str, Any], file: Path) -> dict[int, str]:
     return dict(sorted(named.items()))
 
 
-def read_class_list(root: Path, files: list[Any]) -> dict[int, str]:
-    """Return class number -> name from classes.txt. Raises DataError if it does not exist."""
-    for path in (root / "classes.txt", root / "labels" / "classes.txt"):
-        if path.is_file():
-            content = path.read_bytes()
-            files.append(annotation_entry(path, content, root))
-            names = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
-            return dict(enumerate(names))
+def parse_keypoints(config: dict[str, Any], file: Path | None) -> int:
+    """Return how many numbers follow the box in a line of keypoints, 0 if the data has none."""
+    shape = config.get("kpt_shape")
+    if not shape:
+        return 0
+    try:
+        points, values = (int(v) for v in (shape if isinstance(shape, list) else str(shape).strip("[]()").split(",")))
+    except ValueError:
+        raise DataError(f"{file}: `kpt_shape` must be [number of points, 2 or 3], but is {shape!r}.") from None
+    return points * values
+
+
+def read_class_list(root: Path, config: dict[str, Any], files: list[Any]) -> dict[int, str]:
+    """Return class number -> name from classes.txt or obj.names. Raises DataError if neither exists."""
+    places = [root, *(p for p in list_visible(root)[0] if p.is_dir())]
+    named = resolve_folder(config["names"], [root]) if config.get("names") else None
+    path = named or next((found for place in places if (found := find_file(place, CLASS_LISTS))), None)
+    if path is not None and path.is_file():
+        content = path.read_bytes()
+        files.append(annotation_entry(path, content, root))
+        names = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise DataError(f"{path}: several classes have the name {', '.join(map(repr, twice[:5]))}. Names must be unique.")
+        return dict(enumerate(names))
     raise DataError(
         f"{root}: the classes have no names. Add data.yaml with `names: [first, second, ...]`, or classes.txt with "
         "one name per line."
@@ -151,40 +228,54 @@ def read_class_list(root: Path, files: list[Any]) -> dict[int, str]:
 
 
 def find_split_folders(config: dict[str, Any], root: Path, file: Path | None) -> list[tuple[Path, str | None]]:
-    """Return the folders or image lists of each split as configured in data.yaml."""
+    """Return the folders or image lists of each split as configured in data.yaml or obj.data."""
     found: list[tuple[Path, str | None]] = []
-    bases = [root / str(config["path"]), root] if config.get("path") else [root]
+    own = str(config.get("path") or "").strip()
+    bases = [base for base in (resolve_folder(own, [root, root.parent]) if own else None, root) if base is not None]
     for key in ("train", "val", "valid", "test"):
         value = config.get(key)
         for name in value if isinstance(value, list) else [value]:
-            if not name:
+            if not isinstance(name, str) or name.strip().lower() in ("", "null", "~", "none"):
                 continue
-            # Exported files often contain ../train/images instead of train/images.
-            tries = [base / n for n in (str(name), str(name).removeprefix("../").removeprefix("./")) for base in bases]
-            where = next((p for p in tries if p.exists()), None)
+            # Exported files often contain ../train/images instead of train/images, or a folder of another machine.
+            where = resolve_folder(name, bases)
             if where is None:
                 raise DataError(
-                    f"{file}: {key} refers to {name!r}, which does not exist (expected at {tries[0]}). Correct or remove it."
+                    f"{file or root}: {key} refers to {name!r}, which does not exist (expected at {bases[0] / name}). Correct or "
+                    "remove it."
                 )
-            where = where / "images" if (where / "images").is_dir() else where
+            if where.is_dir():
+                where = find_child(where, ("images",)) or where
             found.append((where, SPLIT_NAMES[key]))
     return found
 
 
 def read_images(
-    where: Path, split: str | None, root: Path, names: dict[int, str], notes: FindingCollector, files: list[Any]
+    where: Path,
+    split: str | None,
+    root: Path,
+    names: dict[int, str],
+    notes: FindingCollector,
+    files: list[Any],
+    index: ImageIndex,
+    points: int,
 ) -> list[AnnotatedImage]:
-    """Read the images of a folder or list with their labels."""
+    """Read the images of a folder or list with their labels. `points` numbers follow each box in lines of keypoints."""
     if where.is_file():  # a list of images
         content = where.read_bytes()
         files.append(annotation_entry(where, content, root))
         lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines() if line.strip()]
-        paths = [next((base / x for base in (where.parent, root) if (base / x).exists()), where.parent / x) for x in lines]
+        paths = [index.find(line, (where.parent, root)) or where.parent / line for line in lines]
     else:
         paths = sorted(p for p in where.rglob("*") if p.suffix.lower() in SUPPORTED_SUFFIXES and not p.name.startswith("."))
     shots, used = [], set()
+    labels: dict[Path, tuple[Path, dict[str, Path]]] = {}  # image folder -> label folder and its files
     for path in paths:
-        file = labels_folder(path.parent) / f"{path.stem}.txt"
+        if path.parent not in labels:
+            folder = labels_folder(path.parent, root)
+            labels[path.parent] = folder, map_stems(folder, {".txt"})
+        folder, texts = labels[path.parent]
+        file = texts.get(normalize(path.stem), folder / f"{path.stem}.txt")
         used.add(file)
         shot = AnnotatedImage(path, relative_path(file, root), split, relative=True)
         shots.append(shot)
@@ -198,23 +289,30 @@ def read_images(
             notes.add("empty-label-file", shot.place)
         for number, line in enumerate((text or "").splitlines(), 1):
             if line.strip():
-                parse_line(line, f"{shot.place}:{number}", shot, names, notes)
-    labels = labels_folder(where)
-    if where.is_dir() and labels != where and labels.is_dir():
-        for lone in sorted(set(labels.rglob("*.txt")) - used):
-            if lone.name != "classes.txt":
+                parse_line(line, f"{shot.place}:{number}", shot, names, notes, points)
+    every = labels_folder(where, root) if where.is_dir() else where
+    if where.is_dir():
+        for lone in sorted({p for p in every.rglob("*") if p.suffix.lower() == ".txt"} - used):
+            if lone.name.lower() not in NO_LABELS and not lone.name.lower().startswith("readme"):
                 notes.add("no-picture", relative_path(lone, root), 1)
     return shots
 
 
-def parse_line(line: str, place: str, shot: AnnotatedImage, names: dict[int, str], notes: FindingCollector) -> None:
-    """Parse a line: class, then center and size of a box, or at least three points of an outline."""
+def parse_line(
+    line: str, place: str, shot: AnnotatedImage, names: dict[int, str], notes: FindingCollector, points: int = 0
+) -> None:
+    """Parse a line: class, then center and size of a box, or at least three points of an outline, or a box and keypoints."""
     words = line.split()
     values = parse_finite(words, len(words))
+    if values is not None and points and len(words) == 5 + points:
+        words, values = words[:5], values[:5]
+    elif values is not None and not points and looks_like_pose(values):
+        notes.mark_invalid("pose-line", f"{place}: {line.strip()[:40]!r}", shot)
+        return
     if (
         values is None
         or values[0] != int(values[0])
-        or not (len(words) == 5 or (len(words) >= 7 and len(words) % 2))
+        or not (len(words) == 5 or (len(words) >= 7 and len(words) % 2 and not points))
         or max(map(abs, values[1:])) > MAX_COORDINATE
     ):
         notes.mark_invalid("malformed-line", f"{place}: {line.strip()[:40]!r}", shot)
@@ -222,11 +320,21 @@ def parse_line(line: str, place: str, shot: AnnotatedImage, names: dict[int, str
     if int(values[0]) not in names:
         notes.mark_invalid("class-beyond-names", f"{place}: {words[0]}", shot)
         return
-    label, points = names[int(values[0])], values[1:]
-    if len(points) == 4:
-        x, y, width, height = points
+    label, numbers = names[int(values[0])], values[1:]
+    if len(numbers) == 4:
+        x, y, width, height = numbers
         shot.boxes.append(make_object(label, x - width / 2, y - height / 2, x + width / 2, y + height / 2))
     else:
-        xs, ys = points[::2], points[1::2]
-        shot.boxes.append(make_object(label, min(xs), min(ys), max(xs), max(ys), [points]))
+        xs, ys = numbers[::2], numbers[1::2]
+        shot.boxes.append(make_object(label, min(xs), min(ys), max(xs), max(ys), [numbers]))
     shot.places.append(place)
+
+
+def looks_like_pose(values: list[float]) -> bool:
+    """Return whether a line is a box followed by points x y visibility: visibility is 0, 1 or 2, and not always the same 0 or 1
+    that the corners of an outline could have.
+    """
+    if len(values) < 8 or (len(values) - 5) % 3:
+        return False
+    seen = set(values[7::3])
+    return seen <= {0.0, 1.0, 2.0} and (2.0 in seen or len(values) > 11)

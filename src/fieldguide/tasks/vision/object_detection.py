@@ -27,6 +27,7 @@ from fieldguide.data.media.boxes import SIDES
 from fieldguide.data.preprocessing.augmentation import BoxAugmentation
 from fieldguide.data.preprocessing.detection import Boxed, Letterbox, pad_boxes
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
+from fieldguide.data.validation.class_names import find_similar_names, list_classes
 from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
@@ -103,7 +104,8 @@ class ObjectDetection(Task):
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
         """Find the classes (all, or those of `classes`) and keep them in `context`."""
-        seen = Counter(o["label"] for objects in data.rows[data.required_target.name].to_list() for o in objects or [])
+        every = data.rows[data.required_target.name].to_list()
+        seen = Counter(o["label"] for objects in every for o in objects or [])
         order = [n for n in (data.context or {}).get("classes", sorted(seen)) if n in seen]
         if requested := [n.strip() for n in options.classes.split(",") if n.strip()]:
             if strange := [n for n in requested if n not in seen]:
@@ -114,7 +116,29 @@ class ObjectDetection(Task):
             order = requested
         if not order:
             raise DataError(f"{data.source}: no image has a usable box. Add annotated images.")
-        return replace(data, context={"classes": order})
+        keys = {tuple(sorted((o["label"], *(round(o[s], 1) for s in SIDES)) for o in objects or [])) for objects in every}
+        if len(every) > 1 and len(keys) == 1:
+            raise DataError(
+                f"{data.source}: all {len(every):,} images have the same boxes, so there is nothing to learn. Check the export: "
+                "were the boxes of one image copied to all?"
+            )
+        counts = list_classes("classes of boxes", {name: seen[name] for name in sorted(order, key=lambda n: -seen[n])})
+        return replace(data, context={"classes": order}, findings=[*data.findings, counts, *find_similar_names(order)])
+
+    @classmethod
+    def check_split(cls, data: Data, name: str, options: Any) -> None:
+        wanted = set(data.context["classes"])
+        objects = [o for row in data.rows[data.required_target.name].to_list() for o in row or [] if o["label"] in wanted]
+        if any(not o["crowd"] for o in objects):
+            return
+        kept = "only boxes of groups (crowd or difficult), which are not scored" if objects else "no box"
+        purpose = "trained on" if name == "training" else "scored"
+        raise DataError(
+            f"{data.source}: the {len(data):,} {name} images have {kept}"
+            + (f" of {', '.join(sorted(wanted)[:10])}" if options.classes else "")
+            + f", so they cannot be {purpose}. Add annotated images to them, or divide the images differently"
+            + (" (another --seed)." if data.splits is None else ".")
+        )
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
