@@ -11,11 +11,13 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from fieldguide.core.numbers import format_plain
 # Into a pipe or a file, lines are as long as their content asks; on a terminal they fit it.
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console = Console(highlight=False, soft_wrap=True, width=200)
 MAX_LISTED_COLUMNS = 30  # columns of a table that are listed
+MAX_TABLE_WIDTH = 100  # characters of a line of that list
 
 
 class Progress:
@@ -78,20 +80,20 @@ class Progress:
 
     def on_step(self, step: int, losses: dict[str, float]) -> None:
         assert self.bar is not None  # created by `on_train_start`
-        text = " ".join(f"{v:.4g}" for k, v in losses.items() if k.endswith("loss"))
+        text = " ".join(format_plain(v) for k, v in losses.items() if k.endswith("loss"))
         self.bar.update(self.line, completed=step, loss=text)
 
     def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None:
         assert self.bar is not None
         name, value = next(iter(scores.items()))
         if best:
-            self.best = f"{value:.4g}"
-        self.bar.update(self.line, score=f"{name} {value:.4g} (best {self.best})")
+            self.best = format_plain(value)
+        self.bar.update(self.line, score=f"{name} {format_plain(value)} (best {self.best})")
         # Without a terminal there is no bar; a line is printed at most 20 times.
         if not console.is_terminal and (best or step == self.steps) and step - self.last_printed >= self.steps / 20:
             self.last_printed = step
             left = (time.monotonic() - self.began) / (step - self.done) * (self.steps - step)
-            console.print(f"step {step:,} of {self.steps:,}: validation {name} {value:.4g}; about {left:.0f} s left")
+            console.print(f"step {step:,} of {self.steps:,}: validation {name} {format_plain(value)}; about {left:.0f} s left")
 
     def on_end(self, run: Any) -> None:
         self.stop()
@@ -115,17 +117,23 @@ class Progress:
 
 
 def print_data(data: Any, task: Any, why: str) -> None:
+    from fieldguide.data.summary import describe_missing, describe_reason, describe_values  # imports polars
+
     summary = data.manifest.summary()
     console.print(
         f"[bold]{escape(data.source)}[/]: {len(data):,} examples from {summary['files']:,} "
         f"file{'s' if summary['files'] != 1 else ''}" + (f", {summary['dropped']:,} dropped" if summary["dropped"] else "")
     )
     shown = list(data.columns.values())
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
-    for name in ("column", "kind", "role", "reason"):
-        table.add_column(name)
+    width = min(console.width, MAX_TABLE_WIDTH)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", width=width)
+    for name in ("column", "kind", "role"):
+        table.add_column(name, max_width=24, overflow="fold")
+    table.add_column("missing", justify="right", no_wrap=True)
+    table.add_column("values", ratio=1, overflow="fold")
     for column in shown[:MAX_LISTED_COLUMNS]:
-        table.add_row(escape(column.name), column.kind, column.role, escape(column.why))
+        words = "; ".join(filter(None, (describe_values(data, column), describe_reason(column))))
+        table.add_row(escape(column.name), column.kind, column.role, describe_missing(data, column), escape(words))
     console.print(table)
     if len(shown) > MAX_LISTED_COLUMNS:
         console.print(f"  and {len(shown) - MAX_LISTED_COLUMNS} more columns")

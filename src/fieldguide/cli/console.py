@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fieldguide.automl.progress import console
 from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.numbers import format_plain
 
 
 def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Sequence[str] = ()) -> None:
@@ -44,7 +45,7 @@ def shorten(value: Any, most: int = 80) -> str:
     if isinstance(value, list):
         text = ("; " if any(isinstance(v, dict) for v in value) else " ").join(map(shorten, value))
         return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return format_plain(value) if isinstance(value, float) else str(value)
 
 
 def print_stream(pieces: Iterator[str]) -> None:

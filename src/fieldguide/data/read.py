@@ -177,7 +177,7 @@ def find_paired_lists(rows: pl.DataFrame) -> dict[str, Kind]:
     lists = [
         name
         for name, kind in rows.schema.items()
-        if isinstance(kind, pl.List) and (kind.inner == pl.String or kind.inner.is_integer())  # type: ignore[attr-defined]
+        if isinstance(kind, pl.List) and (kind.inner == pl.String or kind.inner.is_integer())
     ]
     if len(lists) != 2:
         return {}

@@ -32,7 +32,7 @@ def infer_task(data: Data) -> tuple[type[Task], str]:
     suited = {kind: why for kind in tasks().values() if (why := kind.match(data))}
     if len(suited) == 1:
         return next(iter(suited.items()))
-    seen = ", ".join(f"{c.name} ({c.kind}, {c.role})" for c in data.columns.values())
+    seen = describe_columns(data)
     if suited:
         raise DataError(
             f"{data.source} matches several tasks: {'; '.join(f'{k.name} ({w})' for k, w in suited.items())}. "
@@ -47,12 +47,20 @@ def infer_task(data: Data) -> tuple[type[Task], str]:
     )
 
 
+def describe_columns(data: Data) -> str:
+    """Return the columns with their types and roles; for ignored ones, the reason."""
+    return ", ".join(
+        f"{c.name} ({c.kind}, {c.role}{f': {c.why}' if c.role == 'ignored' and c.why else ''})" for c in data.columns.values()
+    )
+
+
 def get_requested_task(name: str, data: Data) -> type[Task]:
     """Return the task that the user requested. Raises `DataError` if the data lacks what it needs."""
     kind = task(name)
     if lack := kind.missing_requirements(data):
-        seen = ", ".join(f"{c.name} ({c.kind}, {c.role})" for c in data.columns.values())
-        raise DataError(f"{data.source} lacks what {name} needs: {lack}. It has: {seen}. {name} reads {kind.reads}.")
+        raise DataError(
+            f"{data.source} lacks what {name} needs: {lack}. It has: {describe_columns(data)}. {name} reads {kind.reads}."
+        )
     return kind
 
 

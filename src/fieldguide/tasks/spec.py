@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from fieldguide.core.numbers import format_plain
 from fieldguide.core.options import PREDICT_ALIASES, parse_options
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
@@ -26,7 +27,7 @@ class Metric:
     def text(self, value: float | None) -> str:
         if value is None or value != value:
             return "–"
-        return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
+        return f"{100 * value:.1f} %" if self.percent else format_plain(value)
 
 
 class TaskSpec:

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
+from fieldguide.core.numbers import format_plain
 from fieldguide.data.dataset import Data
 from fieldguide.data.preprocessing import Standardizer
 from fieldguide.tasks.evaluator import Arrays, Baseline, Evaluator
@@ -139,7 +140,7 @@ class RegressionEvaluator(LinearBaseline):
         x, x_test = self.linear_features(sample, test)
         fitted = Ridge().fit(x, self.standard.apply(self.targets(sample)["value"]))
         return [
-            Baseline("mean", f"always predicts {self.standard.mean:.4g}", {"values": np.zeros((len(test), 1))}),
+            Baseline("mean", f"always predicts {format_plain(self.standard.mean)}", {"values": np.zeros((len(test), 1))}),
             Baseline(
                 "ridge regression", f"a linear model of the same inputs{note}", {"values": fitted.predict(x_test)[:, None]}
             ),

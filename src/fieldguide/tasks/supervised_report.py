@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fieldguide.core.numbers import format_plain
 from fieldguide.core.report_elements import Bars, Exhibit, Lines, Matrix, Scatter, Table
 from fieldguide.data.dataset import Column, Data
 from fieldguide.objectives import Objective
@@ -126,7 +127,7 @@ class RegressionReport(ReportBuilder):
                 Bars(
                     "Size of the errors",
                     "Number of test rows in each range of error.",
-                    {f"{c:.4g}": int(n) for c, n in zip(centres, size[0])},
+                    {format_plain(c): int(n) for c, n in zip(centres, size[0])},
                     unit="rows",
                 ),
                 Table(

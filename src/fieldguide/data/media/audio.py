@@ -37,6 +37,7 @@ FORMAT_SUFFIXES = {
 SUPPORTED_SUFFIXES = frozenset(s for suffixes in FORMAT_SUFFIXES.values() for s in suffixes)
 UNSUPPORTED_SUFFIXES = (".m4a", ".aac", ".wma", ".amr")  # audio formats that libsndfile does not support
 BLOCK_FRAMES = 1 << 20  # frames decoded at once, which bounds the memory for long recordings
+MAX_CANCELLED_ENERGY = 0.01  # of the loudest channel: below, the mean of the channels has lost the sound
 MAX_SILENT_PEAK = 1e-3  # peak amplitude (-60 dB) below which a recording is silent
 FULL_SCALE, MAX_CLIPPED_FRACTION = 0.999, 1e-3  # amplitude of a clipped sample; fraction of such samples in a clipped recording
 TRUNCATED_WAV_PATTERN = re.compile(r"\bdata : (\d+) \(should be (\d+)\)", re.IGNORECASE)  # libsndfile's log for a truncated WAV
@@ -56,7 +57,7 @@ class AudioCheck:
     rate: int = 0  # samples per second
     channels: int = 1
     form: str = ""  # libsndfile's name of the format
-    traits: tuple[str, ...] = ()  # any of: stereo silent clipped wrong-extension
+    traits: tuple[str, ...] = ()  # any of: stereo cancelling silent clipped wrong-extension
 
 
 def check(paths: Sequence[str | Path]) -> list[AudioCheck]:
@@ -100,6 +101,7 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
     import soundfile
 
     digest, count, peak, full, problem = hashlib.blake2b(digest_size=16), 0, 0.0, 0, ""
+    energy, mean_energy = np.zeros(sound.channels), 0.0
     digest.update(f"{sound.samplerate} {sound.channels}".encode())
     expected, form = sound.frames, sound.format
     cut = TRUNCATED_WAV_PATTERN.search(sound.extra_info)
@@ -107,6 +109,9 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
         while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
             digest.update(np.ascontiguousarray(block).data)
             loud = np.abs(block)
+            if sound.channels > 1:
+                energy += np.square(block, dtype=np.float64).sum(0)
+                mean_energy += float(np.square(block.mean(1), dtype=np.float64).sum())
             count, peak, full = count + len(block), max(peak, float(loud.max())), full + int((loud >= FULL_SCALE).sum())
     except soundfile.LibsndfileError as error:
         if not count and form != "FLAC":
@@ -125,6 +130,7 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
         return AudioCheck("zero-length", "no samples", *facts)
     traits = {
         "stereo": sound.channels > 1,
+        "cancelling": mean_energy < MAX_CANCELLED_ENERGY * energy.max(),
         "silent": peak < MAX_SILENT_PEAK,
         "clipped": full > MAX_CLIPPED_FRACTION * count * sound.channels,
         "wrong-extension": suffix not in FORMAT_SUFFIXES.get(form, (suffix,)),

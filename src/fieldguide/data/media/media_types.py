@@ -108,6 +108,7 @@ AUDIO_TRAITS: dict[str, tuple[str, Severity, str, str]] = {
         "recordings that are clipped: over 0.1 % of the samples are at full scale",
         "Record at a lower level.",
     ),
+    "cancelling": ("cancelling-channels", "warning", "recordings whose channels cancel out: the loudest channel is used", ""),
     "stereo": ("stereo-sound", "note", "recordings with several channels: the mean of the channels is used", ""),
     "wrong-extension": (
         "wrong-extension",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.data.media.audio import MAX_CANCELLED_ENERGY
 
 if TYPE_CHECKING:
     import torch
@@ -44,15 +45,21 @@ def suggest_hop(seconds: np.ndarray, needed: np.ndarray, stride: int = 4) -> flo
 
 
 def to_mono(wave: np.ndarray) -> np.ndarray:  # N | N C -> N
-    """Return the mean of the channels (second axis, as in soundfile). Integer PCM is scaled to -1 to 1. Raises DataError
-    for arrays with other than one or two axes."""
+    """Return the mean of the channels (second axis, as in soundfile), or the loudest channel if they cancel out.
+
+    Integer PCM is scaled to -1 to 1. Raises DataError for arrays with other than one or two axes.
+    """
     if wave.dtype.kind == "u":  # 8-bit files: 128 is silence
         wave = (wave.astype(np.float32) - 2.0 ** (8 * wave.itemsize - 1)) / 2.0 ** (8 * wave.itemsize - 1)
     elif wave.dtype.kind == "i":
         wave = wave.astype(np.float32) / 2.0 ** (8 * wave.itemsize - 1)
     if wave.ndim not in (1, 2):
         raise DataError(f"a recording has {wave.ndim} axes; expected samples or samples x channels")
-    return (wave if wave.ndim == 1 else wave.mean(1)).astype(np.float32, copy=False)
+    if wave.ndim == 2:
+        mean, energy = wave.mean(1), np.square(wave, dtype=np.float64).sum(0)
+        cancels = np.square(mean, dtype=np.float64).sum() < MAX_CANCELLED_ENERGY * energy.max(initial=0.0)
+        wave = wave[:, energy.argmax()] if cancels else mean
+    return wave.astype(np.float32, copy=False)
 
 
 def resample(waves: np.ndarray, rate: int, wanted: int) -> np.ndarray:  # ... N -> ... ceil(N wanted / rate)

@@ -19,6 +19,11 @@ NAME = "conll"
 UNDERSTANDS = "CoNLL columns (.conll, .iob, .bio, ...): word first and tag last on each line, blank lines between sentences"
 SUFFIXES = {".conll", ".iob", ".iob2", ".bio", ".bioes", ".iobes"}
 TAG_PATTERN = re.compile(r"O|[BIESLU]-\S+")
+POS_PATTERN = re.compile(
+    r"[A-Z][A-Z0-9$|_-]{0,9}|[^\w\s]{1,5}"
+)  # parts of speech: NOUN, NNP, PRP$, and marks such as `` or -LRB-
+MAX_POS_TAGS = 60
+MIN_WORDS_PER_POS_TAG = 2
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -42,7 +47,19 @@ def has_tag_columns(path: Path) -> bool:
         and len(full) < len(lines)
         and len({len(line) for line in full}) == 1
         and len(full[0]) > 1
-        and all(TAG_PATTERN.fullmatch(line[-1]) for line in full)
+        and (all(TAG_PATTERN.fullmatch(line[-1]) for line in full) or has_pos_tags(full))
+    )
+
+
+def has_pos_tags(lines: list[list[str]]) -> bool:
+    """Return whether the last column holds parts of speech: a few upper-case tags, each of several words."""
+    tags, words = {line[-1] for line in lines}, {line[0] for line in lines}
+    return (
+        all(POS_PATTERN.fullmatch(tag) for tag in tags)
+        and any(tag.isalpha() for tag in tags)
+        and 2 <= len(tags) <= MAX_POS_TAGS
+        and len(words) >= MIN_WORDS_PER_POS_TAG * len(tags)
+        and any(word.islower() for word in words)
     )
 
 

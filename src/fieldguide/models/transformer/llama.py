@@ -185,7 +185,7 @@ GATED: dict[str, Row] = {
 HUGGINGFACE = NAMES | GATED
 
 
-def gguf(c: Config) -> dict[str, Row]:
+def gguf(c: Any) -> dict[str, Row]:
     """Return the names in GGUF files, in which rotary pairs are adjacent."""
     width, layer = c.dim // c.heads, "blk.{i}."
     return {

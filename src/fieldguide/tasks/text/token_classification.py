@@ -88,7 +88,8 @@ class TokenClassification(Task):
 
     def read_tags(self, data: Data) -> list[list[str]]:
         """Return the tags of each row. Raises `DataError` if their number differs from that of the words."""
-        rows = [[str(tag) for tag in row or ()] for row in data.rows[self.target.name].to_list()]
+        outside = {"0": "O"} if self.has_numeric_tags(data) else {}
+        rows = [[outside.get(str(tag), str(tag)) for tag in row or ()] for row in data.rows[self.target.name].to_list()]
         for number, (words, tags) in enumerate(zip(self.words(data), rows)):
             if len(words) != len(tags):
                 raise DataError(
@@ -96,6 +97,16 @@ class TokenClassification(Task):
                     f"tags in {self.target.name!r}. Each word needs one tag."
                 )
         return rows
+
+    def has_numeric_tags(self, data: Data) -> bool:
+        """Return whether tags are numbers of which 0 is outside of entities, as in data sets of the Hugging Face Hub.
+
+        Parts of speech have no such tag: their columns are named after them.
+        """
+        if tags := getattr(self, "tags", None):
+            return "O" in tags and all(tag == "O" or tag.isdigit() for tag in tags)
+        kind = data.rows.schema[self.target.name]
+        return isinstance(kind, pl.List) and kind.inner.is_integer() and "pos" not in self.target.name.lower()
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
