@@ -343,14 +343,16 @@ def describe_widths(
     head = f"{name}: {len(wrong)} of {total} lines do not have {width} cells like the first: {places}."
     same = {len(cells) for _, cells in wrong}
     if len(wrong) == total - 1 and same == {width + 1} and mark != "\t" and width > 1:
-        numeric = all(re.fullmatch(r"[+-]?\d+", cells[0].strip()) is not None for _, cells in wrong[:20])
-        if numeric or len({cells[0] for _, cells in wrong}) == len(wrong):
+        names = [cells[0].strip() for _, cells in wrong]
+        counted = any(names == [str(i + first) for i in range(len(names))] for first in (0, 1))
+        if counted or (len(set(names)) == len(names) and not any(is_number(n) for n in names)):
             return (
                 f"{head} Each line has one cell more than there are names: the first column, perhaps of row names, has no name. "
                 "Add a name for it to the first line."
             )
     extra = [cells for _, cells in wrong if len(cells) > width]
-    if mark == "," and extra and len(extra) == len(wrong) and all(splits_numbers(cells) for cells in extra[:20]):
+    decimals = r"\d+" if len(wrong) > total / 2 else r"\d{3}"
+    if mark == "," and extra and len(extra) == len(wrong) and all(splits_numbers(cells, decimals) for cells in extra[:20]):
         return (
             f"{head} Numbers with a comma, such as 1,5 or 1,299, are split at it. Put them in quotation marks, or use another "
             "delimiter, such as ';'."
@@ -360,10 +362,10 @@ def describe_widths(
     return f"{head} Quote cells that contain {mark!r}, or add the missing cells."
 
 
-def splits_numbers(cells: list[str]) -> bool:
-    """Return whether neighbouring cells may be the parts of a number with a comma."""
+def splits_numbers(cells: list[str], second: str) -> bool:
+    """Return whether neighbouring cells may be the parts of a number with a comma; `second` is the pattern of the second."""
     return any(
-        re.fullmatch(r"[+-]?\d{1,3}", a.strip()) and re.fullmatch(r"\d+(?:\.\d+)?", b.strip()) for a, b in pairwise(cells)
+        re.fullmatch(r"[+-]?\d{1,3}", a.strip()) and re.fullmatch(rf"{second}(?:\.\d+)?", b.strip()) for a, b in pairwise(cells)
     )
 
 
