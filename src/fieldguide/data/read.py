@@ -14,6 +14,7 @@ import polars as pl
 from fieldguide.core.errors import DataError, nearest
 from fieldguide.data import column_types, timestamps
 from fieldguide.data.column_spec import ColumnSpec, normalize_name
+from fieldguide.data.conversation_formats import MESSAGES, to_messages
 from fieldguide.data.dataset import (
     BOOKKEEPING,
     FILE,
@@ -89,7 +90,15 @@ def read(
     known = [c if isinstance(c, Column) else Column(**c) for c in schema or ()]
     if known:
         target = next((c.name for c in known if c.role == "target"), None)
-    loaded = load(source, target=target, header=header, names=tuple(c.name for c in known), labels_optional=labels_optional)
+    wanted = next((c.kind for c in known if c.role == "target"), None) or (column_spec and column_spec.kinds.get("target"))
+    loaded = load(
+        source,
+        target=target,
+        header=header,
+        names=tuple(c.name for c in known),
+        labels_optional=labels_optional,
+        target_kind=wanted,
+    )
     return loaded.interpret(
         kinds=kinds,
         known=known,
@@ -108,14 +117,19 @@ def load(
     header: bool | None = None,
     names: tuple[str, ...] = (),
     labels_optional: bool = False,
+    target_kind: str | None = None,
 ) -> LoadedSource:
     """Read a source without interpreting its columns. The parameters are those of `read`; `names` are expected columns.
 
-    Raises DataError for a path that does not exist and for an unsupported format.
+    `target_kind` is the type of the target that the task requires, if a source could be read in several ways. Raises DataError for a path that does not exist and for an unsupported format.
     """
     where, name = locate(source)
-    options = RawOptions(target, header, names, labels_optional)
-    return LoadedSource(name, load_raw(where, options), options)
+    options = RawOptions(target, header, names, labels_optional, target_kind)
+    raw = load_raw(where, options)
+    if target is None and (not names or MESSAGES in names) and (found := to_messages(raw.rows)):
+        raw.rows, raw.message_problems = found.rows, found.problems
+        raw.kinds = {**{n: k for n, k in raw.kinds.items() if n in raw.rows.columns}, MESSAGES: "messages"}
+    return LoadedSource(name, raw, options)
 
 
 @dataclass
@@ -257,6 +271,7 @@ class TableReader:
                 self.check_media(column)
         self.check_masks()
         self.check_messages()
+        self.check_paired_lists()
         self.report_misfits()
         if known:
             self.check_cells()
@@ -607,8 +622,13 @@ class TableReader:
                     messages.list.eval(part("content").is_null()).list.any(),
                 ),
             }
-            for check, (what, wrong) in tests.items():
-                bad = wrong.fill_null(False).to_numpy() & ~self.bad
+            masks = {check: (what, wrong.fill_null(False).to_numpy()) for check, (what, wrong) in tests.items()}
+            for what, where in self.raw.message_problems.items():
+                mask = np.zeros(len(messages), dtype=bool)
+                mask[where] = True
+                masks[f"messages-with-{what.replace(' ', '-')}"] = f"conversations with {what}, which are not supported", mask
+            for check, (what, wrong_rows) in masks.items():
+                bad = wrong_rows & ~self.bad
                 if bad.any():
                     self.add_finding(
                         check,
@@ -620,6 +640,26 @@ class TableReader:
                         int(bad.sum()),
                     )
                     self.mark_invalid(bad, what.replace("conversations", "a conversation"))
+
+    def check_paired_lists(self) -> None:
+        """Mark rows whose target list is not as long as the list it belongs to."""
+        target, features = self.data.target, self.data.features("list")
+        if target is None or target.kind != "list" or len(features) != 1 or target.name not in self.data.rows.columns:
+            return
+        first, second = (self.data.rows[n].list.len().fill_null(0) for n in (features[0].name, target.name))
+        bad = (first != second).to_numpy() & ~self.bad
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            self.add_finding(
+                "list-lengths",
+                "warning",
+                f"rows in which {features[0].name!r} and {target.name!r} differ in length (such as {first[row]} and {second[row]})",
+                findings.places(self.data, bad),
+                int(bad.sum()),
+                "Each word needs one tag.",
+                int(bad.sum()),
+            )
+            self.mark_invalid(bad, f"{features[0].name!r} and {target.name!r} differ in length")
 
     def report_misfits(self) -> None:
         """Add the findings about values that do not match the type of their column."""

@@ -67,6 +67,7 @@ class Options:
     header: bool | None = None
     names: tuple[str, ...] = ()  # columns of a known schema, for prediction
     labels_optional: bool = False
+    target_kind: str | None = None  # type of the target that the task requires, such as "mask"
 
 
 @dataclass
@@ -84,6 +85,7 @@ class RawTable:
     split_column: str | None = None
     context: Any = None  # data shared by all rows, such as class names or full series
     unusable: int = 0  # examples that could not be added to `rows`
+    message_problems: dict[str, list[int]] = field(default_factory=dict)  # what messages hold other than text -> rows
     delimiter: str | None = None  # of a delimited file; a hint for its number formats
 
 

@@ -1,0 +1,152 @@
+"""The formats in which conversations are stored, converted to one column `messages` of {role, content}.
+
+Read are: `messages` whose content is a text or a list of parts; ShareGPT (`conversations` of {from, value}); the columns
+`prompt` and `completion`; and the columns `instruction`, `input` and `output` of Alpaca.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+
+from fieldguide.data.dataset import BOOKKEEPING
+
+MESSAGES = "messages"
+ROLE_OF = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+ALPACA = {"instruction", "input", "output", "system", "text"}  # `text` repeats the others with a template
+PAIR = {"prompt", "completion"}
+MESSAGE_TYPE = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+
+
+@dataclass
+class Conversations:
+    """Rows with a column `messages`, and the rows whose messages hold something other than text, by problem."""
+
+    rows: pl.DataFrame
+    problems: dict[str, list[int]] = field(default_factory=dict)  # description -> rows
+
+
+def to_messages(rows: pl.DataFrame) -> Conversations | None:
+    """Return the rows with their conversations as `messages`, or None if they hold none in a format other than ours."""
+    names = [name for name in rows.columns if name not in BOOKKEEPING]
+    for name in names:
+        inner = getattr(rows.schema[name], "inner", None)
+        keys = {f.name for f in inner.fields} if isinstance(inner, pl.Struct) else set()
+        if {"from", "value"} <= keys or ({"role", "content"} <= keys and not is_plain(rows[name])):
+            return convert_lists(rows, name)
+    if set(names) == PAIR:
+        return convert_pairs(rows)
+    if {"instruction", "output"} <= set(names) <= ALPACA:
+        return convert_alpaca(rows)
+    return None
+
+
+def is_plain(messages: pl.Series) -> bool:
+    """Return whether all contents are texts and all roles usual, so that nothing needs to be converted."""
+    part = pl.element().struct.field
+    if dict(messages.dtype.inner).get("content") != pl.String:  # type: ignore[attr-defined]
+        return False
+    odd = (
+        part("content").str.starts_with('[{"')
+        | ~part("role").is_in(["user", "assistant", "system"])
+        | part("content").is_null()
+    )
+    return not messages.list.eval(odd.fill_null(True)).list.any().any()
+
+
+def convert_lists(rows: pl.DataFrame, name: str) -> Conversations:
+    """Convert a column of lists of messages."""
+    found = Conversations(rows)
+    converted: list[Any] = []
+    for i, messages in enumerate(rows[name].to_list()):
+        if messages is None:
+            converted.append(None)
+            continue
+        turns = []
+        for message in messages:
+            role = message.get("role") or message.get("from")
+            content = message["content"] if "content" in message else message.get("value")
+            text, problem = to_text(content)
+            if problem is None and text is None and message.get("tool_calls"):
+                problem = "tool calls"
+            if problem:
+                rows_with = found.problems.setdefault(problem, [])
+                if not rows_with or rows_with[-1] != i:
+                    rows_with.append(i)
+                text = text or ""
+            turns.append({"role": ROLE_OF.get(str(role).lower(), role), "content": text})
+        converted.append(turns)
+    found.rows = rows.with_columns(pl.Series(name, converted, dtype=MESSAGE_TYPE))
+    if name == "conversations":
+        found.rows = found.rows.rename({name: MESSAGES})
+    return found
+
+
+def to_text(content: Any) -> tuple[str | None, str | None]:
+    """Return the text of a message, and what it holds that is not text ("images"), if anything."""
+    if isinstance(content, str) and content.startswith('[{"'):  # polars keeps mixed values as JSON
+        try:
+            content = json.loads(content)
+        except ValueError:
+            return content, None
+    if not isinstance(content, list):
+        return (content if content is None else str(content)), None
+    if not all(isinstance(part, dict) and "type" in part for part in content):
+        return json.dumps(content), None
+    text = "".join(str(part.get("text") or "") for part in content if part["type"] == "text")
+    other = sorted({str(part["type"]).replace("_url", "") for part in content} - {"text"})
+    return text, f"{' and '.join(other)} parts" if other else None
+
+
+def convert_pairs(rows: pl.DataFrame) -> Conversations:
+    """Convert `prompt` and `completion`, which hold a text or messages."""
+    made = [
+        [*as_turns(prompt, "user"), *as_turns(answer, "assistant")] if prompt is not None and answer is not None else None
+        for prompt, answer in zip(rows["prompt"].to_list(), rows["completion"].to_list())
+    ]
+    return Conversations(with_messages(rows, made, PAIR))
+
+
+def as_turns(value: Any, role: str) -> list[dict[str, Any]]:
+    """Return a text as one message of a role, or messages as they are."""
+    if isinstance(value, list):
+        return [{"role": m.get("role", role), "content": m.get("content")} for m in value]
+    return [{"role": role, "content": to_plain(value)}]
+
+
+def convert_alpaca(rows: pl.DataFrame) -> Conversations:
+    """Convert `instruction`, optional `input` and `system`, and `output`."""
+    columns = {name: rows[name].to_list() if name in rows.columns else [None] * rows.height for name in ALPACA}
+    made: list[Any] = []
+    for instruction, further, output, system in zip(*(columns[n] for n in ("instruction", "input", "output", "system"))):
+        if instruction is None or output is None:
+            made.append(None)
+            continue
+        asked = f"{to_plain(instruction)}\n\n{to_plain(further)}" if further else to_plain(instruction)
+        first = [{"role": "system", "content": to_plain(system)}] if system else []
+        made.append([*first, {"role": "user", "content": asked}, {"role": "assistant", "content": to_plain(output)}])
+    return Conversations(with_messages(rows, made, ALPACA))
+
+
+def to_plain(value: Any) -> str:
+    """Return a value as the text that the file holds: truth values as in JSON."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def with_messages(rows: pl.DataFrame, made: list[Any], replaced: Iterable[str]) -> pl.DataFrame:
+    """Return the rows with a column `messages` in the place of others."""
+    kept = rows.drop([name for name in replaced if name in rows.columns])
+    return kept.with_columns(pl.Series(MESSAGES, made, dtype=MESSAGE_TYPE)).select(MESSAGES, *kept.columns)
