@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -453,15 +452,17 @@ def fit_rope_scaling(factors: Sequence[float], theta: float, width: int, origina
     found = (factor, 1.0, 4.0, float(original or 8192))
     if len(factors) != width // 2:
         return found
-    rotations = theta ** (-np.arange(width // 2) * 2 / width) / (2 * math.pi)  # per token
-    kept = (1 / np.array(factors) - 1 / factor) / (1 - 1 / factor)  # (original * rotations - low) / (high - low), in [0, 1]
+    given = torch.tensor(factors, dtype=torch.float64)
+    rotations = theta ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width) / (2 * math.pi)  # per token
+    kept = (1 / given - 1 / factor) / (1 - 1 / factor)  # (original * rotations - low) / (high - low), in [0, 1]
     inner = (kept > 1e-3) & (kept < 1 - 1e-3)
     if inner.sum() >= 2:
-        slope, offset = np.polyfit(rotations[inner], kept[inner], 1)
+        line = torch.stack([rotations[inner], torch.ones_like(rotations[inner])], 1)
+        slope, offset = torch.linalg.lstsq(line, kept[inner, None]).solution.flatten().tolist()
         found = (factor, 1.0, round(1 - 1 / offset, 2), float(round(-slope / offset)))
     _, low, high, length = found
-    kept = ((length * rotations - low) / (high - low)).clip(0, 1)
-    if not np.allclose(1 / (kept + (1 - kept) / factor), factors, rtol=0.01):
+    kept = ((length * rotations - low) / (high - low)).clamp(0, 1)
+    if not torch.allclose(1 / (kept + (1 - kept) / factor), given, rtol=0.01):
         raise WeightsError(
             "the rotary factors of this GGUF file are not those of Llama 3.1's scaling, which alone is supported."
         )
