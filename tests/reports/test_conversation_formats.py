@@ -10,6 +10,7 @@ import pytest
 import fieldguide
 from fieldguide.data.validation.checks import BadData
 from fieldguide.tasks import infer_task, task
+from test_speaker import TEMPLATE, bpe
 
 WANT = [("user", "How many legs has a cat?"), ("assistant", "Four.")]
 
@@ -125,3 +126,25 @@ def test_counts_of_words_and_tags_that_differ_are_findings(tmp_path):
         row["tags"].pop()
     with pytest.raises(BadData, match=r"12 x .*differ in length"):
         fieldguide.data.read(write(tmp_path / "a.jsonl", rows), column_spec=spec)
+
+
+def test_conversations_that_the_chat_template_rejects_are_findings(tmp_path):
+    tokenizer = tmp_path / "words"
+    tokenizer.mkdir()
+    bpe().save(str(tokenizer / "tokenizer.json"))
+    template = TEMPLATE.replace("'user', 'assistant', 'system'", "'user', 'assistant'")  # as Gemma's: no system messages
+    (tokenizer / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
+    )
+    rows = chats({})
+    for i in (7, 9):
+        rows[i]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    kind, options = task("text-generation"), {"tokenizer": str(tokenizer), "length": 32}
+    data = kind.build_examples(fieldguide.read(write(tmp_path / "a.jsonl", rows)), kind.options_from(options))
+    found = next(f for f in data.findings if f.check == "chat-template")
+    assert len(data) == 298 and found.places == ("a.jsonl:8", "a.jsonl:10") and "nobody is called system" in found.what
+    assert kind.fit(data, kind.options_from(options)).tokens > 0
+    for row in rows[10:20]:
+        row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    with pytest.raises(BadData, match=r"12 of 300 examples.*nobody is called system"):
+        kind.build_examples(fieldguide.read(write(tmp_path / "a.jsonl", rows)), kind.options_from(options))

@@ -35,6 +35,16 @@ class Conversations:
                 raise DataError(f"{place(row)}: {error}") from None
         return found
 
+    def find_rejected(self, rows: Sequence[Turns]) -> dict[int, str]:
+        """Return the conversations that the template rejects, with the reason of each."""
+        rejected = {}
+        for row, turns in enumerate(rows):
+            try:
+                self.template(to_messages(turns))
+            except DataError as error:
+                rejected[row] = str(error)
+        return rejected
+
     def stream(self, rows: Sequence[Turns], place: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
         """Return all conversations as one row of token ids, int64, and a mask of the tokens to train on."""
         rendered = self.render(rows, place)

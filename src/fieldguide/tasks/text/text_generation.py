@@ -21,12 +21,14 @@ from fieldguide.core.report_elements import Bars, Exhibit, Quote, Quotes, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.column_types import CHAT_ROLES
-from fieldguide.data.dataset import LINE, Column, Data
+from fieldguide.data.dataset import LINE, Column, Data, Finding
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.conversations import Conversations, take_until_answer, to_messages
 from fieldguide.data.preprocessing.tokenizer import END_OF_TEXT
 from fieldguide.data.preprocessing.tokenizer_files import CHAT_TEMPLATE_FILE
+from fieldguide.data.validation.checks import enforce
+from fieldguide.data.validation.findings import places
 from fieldguide.metrics.ngram_baseline import NGram
 from fieldguide.models.generation import GenerationConfig, generate, generate_batch, stream_text
 from fieldguide.models.generation.stop_strings import truncate_at_stop
@@ -93,7 +95,7 @@ class TextGeneration(TextTask):
     def build_examples(cls, data: Data, options: Any) -> Data:
         """Split long texts into passages, the last of which are the test set; short texts stay whole."""
         if not data.features("text"):
-            return data
+            return drop_rejected(data, options.tokenizer)
         name = data.features("text")[0].name
         cut = [split_passages(text) for text in data.rows[name].to_list()]
         counts = np.array([len(pieces) for pieces in cut])
@@ -430,6 +432,34 @@ class TextGeneration(TextTask):
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.text.save(folder)
+
+
+def drop_rejected(data: Data, tokenizer: str) -> Data:
+    """Return the conversations without those that the chat template of a tokenizer folder rejects, which become a finding.
+
+    Raises `BadData`, with all places, if more are rejected than may be dropped.
+    """
+    columns = data.features("messages")
+    if not columns or tokenizer in ("bytes", "characters"):
+        return data
+    text = TextTokenizer.load(tokenizer)
+    if not text.template:
+        return data
+    rows = [[(m["role"], m["content"]) for m in messages or ()] for messages in data.rows[columns[0].name].to_list()]
+    rejected = Conversations(text).find_rejected(rows)
+    if not rejected:
+        return data
+    bad = np.zeros(len(data), dtype=bool)
+    bad[list(rejected)] = True
+    reasons = list(dict.fromkeys(rejected.values()))
+    what = f"conversations that cannot be rendered: {'; '.join(reasons[:3])}"
+    found = Finding(
+        "chat-template", "warning", what, places(data, bad), len(rejected), "Correct or remove them.", len(rejected)
+    )
+    enforce([found], len(data), source=data.source, offer=False)
+    kept = data.drop_rows(bad)
+    kept.findings = [*data.findings, found]
+    return kept
 
 
 def split_passages(text: str | None) -> list[str]:
