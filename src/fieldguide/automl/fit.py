@@ -362,6 +362,8 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
             ],
             "tested": len(test),
         }
+        for doubt in task.find_doubts(targets):
+            task.add_note(f"test rows: {doubt}")
         for text in task.notes[known_notes:]:
             callback.log(f"note: {text}")
         record["cost"]["peak_memory"] = peak_memory()

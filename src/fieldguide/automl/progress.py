@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fieldguide.core.numbers import format_plain
+
 # Into a pipe or a file, lines are as long as their content asks; on a terminal they fit it.
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:

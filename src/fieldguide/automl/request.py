@@ -49,7 +49,9 @@ def read_request(request: Mapping[str, Any], data: Any) -> Data:
 
 def load_requested(request: Mapping[str, Any], data: Any) -> LoadedSource:
     """Read the files of the requested data once."""
-    return load(request["data"] if data is None else data, target=request["target"])
+    wanted = task_named(request["task"]).column_spec.kinds.get("target") if request.get("task") else None
+    kind = wanted if isinstance(wanted, str) else None
+    return load(request["data"] if data is None else data, target=request["target"], target_kind=kind)
 
 
 def interpret(loaded: LoadedSource, request: Mapping[str, Any], *, last: bool) -> Data:

@@ -150,7 +150,7 @@ class TaskPredictor(Predictor):
             "scores": task.score(outputs, targets),
             "intervals": task.intervals(outputs, targets),
             "note": note,
-            "notes": list(task.notes),
+            "notes": [*task.notes, *task.find_doubts(targets)],
         }
 
 

@@ -38,6 +38,10 @@ class Evaluator:
         """Return every metric of `metrics` that the outputs allow; during training, at least the monitored one."""
         raise NotImplementedError
 
+    def find_doubts(self, targets: Arrays) -> list[str]:
+        """Return reasons why scores on these targets would say little, for example that all targets are equal."""
+        return []
+
     def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         """Fit the parameters of `postprocess` on the trained model's outputs for the validation rows."""
 

@@ -50,6 +50,15 @@ class ClassificationEvaluator(LinearBaseline):
     counts: list[int]  # of each class in the training rows
     temperature: float = 1.0  # divisor of the logits, set by `calibrate`
 
+    def find_doubts(self, targets: Arrays) -> list[str]:
+        present = np.unique(targets["label"])
+        if len(targets["label"]) > 1 and len(present) == 1 and present[0] >= 0:
+            return [
+                f"all {len(targets['label']):,} rows have the class {self.labels[present[0]]!r}: always predicting it is 100 % correct, "
+                "and balanced scores and AUC say nothing"
+            ]
+        return []
+
     def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         """Fit the temperature (Guo et al. 2017, arXiv:1706.04599, section 4.2), with a penalty that keeps it near 1 if
         rows are few.
@@ -123,6 +132,12 @@ class RegressionEvaluator(LinearBaseline):
     )
 
     standard: Standardizer
+
+    def find_doubts(self, targets: Arrays) -> list[str]:
+        values = targets["value"]
+        if len(values) > 1 and np.ptp(values) == 0:
+            return [f"all {len(values):,} targets are {format_plain(float(values[0]))}: the variance explained is undefined"]
+        return []
 
     def to_target_unit(self, outputs: Arrays) -> np.ndarray:
         return self.standard.inverse(outputs["values"][:, 0])

@@ -260,7 +260,20 @@ class Recommendation(Task):
     # Scores
 
     def targets(self, data: Data) -> Arrays:
-        return {"item": np.array([h[-1] for h in self.codes(data.rows[ITEMS_COLUMN])])}
+        """Return the last item of each history; 0 for an item that is not in the training data, which counts as missed.
+
+        Raises `DataError` if no item is known.
+        """
+        items = np.array([h[-1] for h in self.codes(data.rows[ITEMS_COLUMN])])
+        if len(items) and not items.any():
+            given = data.rows[ITEMS_COLUMN].list.last().head(3).to_list()
+            raise DataError(
+                f"{data.source}: no item is in the training data, so every score would be 0. It has {', '.join(map(repr, given))}; "
+                f"the model knows {', '.join(map(repr, self.items[:3]))}. Check leading zeros and the spelling of the ids."
+            )
+        if unknown := int((items == 0).sum()):
+            self.add_note(f"{unknown:,} of {len(items):,} next items are not in the training data; they count as missed")
+        return {"item": items}
 
     def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         rank = outputs["rank"].astype(np.float64)

@@ -30,12 +30,14 @@ from fieldguide.data.preprocessing.augmentation import augment_with_masks
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.data.preprocessing.masks import Canvas, Mask
 from fieldguide.data.validation import checks
+from fieldguide.data.validation.class_names import find_similar_names, list_classes
 from fieldguide.objectives import Objective
 from fieldguide.objectives.segmentation import Segmentation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
+from fieldguide.tasks.vision import mask_classes
+from fieldguide.tasks.vision.mask_classes import VOID, MaskContext
 
-VOID = 255  # conventional value of pixels without a class
 MAX_SIDE_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side by device, if the user sets no size
 CROP_BY_DEVICE = {"cpu": 192, "mps": 320, "cuda": 512}  # side in pixels of the training crop by device
 MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
@@ -95,7 +97,9 @@ class ImageSegmentation(Task):
         side: int | None = None  # pixels of the longer side of the input; larger images are downscaled
         crop: int | None = None  # side in pixels of the training crop
         channels: int | None = None  # 1 gray, 3 color
-        ignore: str = ""  # values of masks (11,255) or object names that are no class, separated by commas
+        ignore: str = (
+            ""  # values of masks (11,255) or object names that are no class, separated by commas; none: 255 is a class
+        )
 
     @dataclass(frozen=True)
     class PredictOptions:
@@ -156,68 +160,37 @@ class ImageSegmentation(Task):
                 "values": list(range(len(names) + 1)),
                 "names": ["background" if "background" not in names else "nothing", *names],
             },
+            findings=[
+                *data.findings,
+                list_classes("classes of outlines", {name: int((seen["label"] == name).sum()) for name in names}),
+                *find_similar_names(names),
+            ],
         )
 
     @classmethod
     def prepare_masks(cls, data: Data, options: Any) -> Data:
-        known = data.context or {}
-        given: dict[int, str] = dict(enumerate(known.get("classes", ())))
-        given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
-        value_of = {name: value for value, name in given.items()}
-        try:
-            ignored = {value_of[v] if v in value_of else int(v) for v in split_names(options.ignore)}
-        except ValueError:
-            listed = f" or classes ({', '.join(value_of)})" if value_of else ""
-            raise SettingsError(
-                f"task.ignore={options.ignore!r}: for masks give values{listed} separated by commas, such as 11,255."
-            ) from None
-        found = masks.distinct_values(data.rows[data.required_target.name].to_list())
-        every = np.unique(np.concatenate(found))
-        if len(every) > 2 and every[-1] == VOID and VOID not in given:
-            ignored.add(VOID)
-        if given:
-            strange = set(every.tolist()) - set(given) - ignored
-            if strange:
-                rows = [i for i, v in enumerate(found) if strange & set(v.tolist())]
-                raise DataError(
-                    f"{data.source}: {len(rows):,} masks hold values outside the {len(given)} classes "
-                    f"({', '.join(map(str, sorted(strange)[:5]))}): "
-                    f"{', '.join(data.locate_row(i) for i in rows[:5])}. Correct them, name the classes, "
-                    "or leave those pixels out with --set task.ignore=..."
-                )
-            values = [v for v in sorted(given) if v not in ignored]
+        column = data.rows[data.required_target.name].to_list()
+        decided = mask_classes.decide(data, column, data.context or {}, split_names(options.ignore))
+        return replace(data, context=decided.context(), findings=[*data.findings, *decided.findings])
+
+    @classmethod
+    def check_split(cls, data: Data, name: str, options: Any) -> None:
+        if data.required_target.kind == "boxes":
+            seen = list_objects(data).filter(pl.col("drawn") & ~pl.col("crowd"))["label"]
+            present = set(seen) & set(data.context["names"])
+            only = f"no outlined object, only {data.context['names'][0]!r}" if not present else ""
         else:
-            values = [v for v in every.tolist() if v not in ignored]
-        if len(values) > 256:
+            masks_ = data.rows[data.required_target.name].to_list()
+            present = set().union(*(data.context.decided.present[path] for path in masks_)) if masks_ else set()
+            names = [data.context["names"][i] for i in sorted(present)]
+            only = f"only pixels of {names[0]!r}" if names else "only pixels of no class"
+            only = "" if len(present) > 1 else only
+        if only:
             raise DataError(
-                f"{data.source}: the masks hold {len(values):,} different values, too many for classes. If they "
-                "were saved as JPEG, which blurs, save them as PNG."
+                f"{data.source}: the {len(data):,} {name} masks hold {only}, so they cannot be "
+                f"{'trained on' if name == 'training' else 'scored'}. Add images with other classes, or divide the images "
+                "differently" + (" (another --seed)." if data.splits is None else ".")
             )
-        if len(values) < 2:
-            raise DataError(f"{data.source}: the masks hold only one class ({values}). At least two are needed.")
-        binary = values == [0, 255] or values == [0, 1]
-        names = [given.get(v, ("background", "foreground")[i] if binary else str(v)) for i, v in enumerate(values)]
-        made = Data(
-            data.source,
-            data.rows,
-            data.columns,
-            data.manifest,
-            list(data.findings),
-            data.splits,
-            {"values": values, "names": names},
-        )
-        if left := sorted(ignored & set(every.tolist())):
-            made.findings.append(
-                Finding(
-                    "void-pixels",
-                    "note",
-                    f"pixels of the values {', '.join(map(str, left))} belong to no class: they are "
-                    "neither trained on nor scored",
-                    (),
-                    len(left),
-                )
-            )
-        return made
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -228,6 +201,9 @@ class ImageSegmentation(Task):
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         scale = learn_scale(data.rows)
         raw = Canvas(side, channels, tuple(data.context["values"]), scale=scale)
+        if isinstance(data.context, MaskContext):
+            d = data.context.decided
+            raw = replace(raw, coding=d.coding, threshold=d.threshold, aliases=d.aliases, void=d.void)
         paths, sizes = task.paths_and_sizes(data)
         some = np.random.default_rng(0).permutation(len(paths))[:SAMPLED_IMAGES]
         pixels = [raw.load_images([paths[i]], [sizes[i]], raw.fit_size(*sizes[i])).reshape(channels, -1) for i in some]
@@ -237,7 +213,7 @@ class ImageSegmentation(Task):
             for power in (1, 2)
         )
         deviation = np.maximum(np.sqrt(np.maximum(squares - means**2, 0)), 1e-3)
-        task.canvas = Canvas(side, channels, raw.classes, tuple(means.tolist()), tuple(deviation.tolist()), scale)
+        task.canvas = replace(raw, mean=tuple(means.tolist()), std=tuple(deviation.tolist()))
         task.notes += describe_scale(scale)
         task.names, task.colours = list(data.context["names"]), palette(len(data.context["names"]))
         crop = options.crop or min(CROP_BY_DEVICE[kind], max(64, side // 32 * 32))
@@ -264,8 +240,11 @@ class ImageSegmentation(Task):
 
     def read_one(self, source: Any, answered: bool) -> Data:
         drawn = any(c.role == "target" and c.kind == "boxes" for c in self.columns)
-        data = super().read_one(source, answered and not drawn)
-        if not answered or not drawn:
+        data = super().read_one(source, False)
+        if not answered:
+            return data
+        if not drawn:
+            self.check_values(data)
             return data
         if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
             raise DataError(
@@ -278,6 +257,22 @@ class ImageSegmentation(Task):
                 f"this model. Classes are: {', '.join(self.names[1:20])}. Rename or remove them."
             )
         return data
+
+    def check_values(self, data: Data) -> None:
+        """Raise `DataError` if masks to score with hold values that the model's masks did not hold."""
+        if self.target.name not in data.rows.columns:
+            raise DataError(
+                f"{data.source}: there are no masks to evaluate with. To predict without masks, use `fieldguide predict`."
+            )
+        unknown = [self.canvas.find_unknown(content) for content in masks.inspect_masks(self.masks(data))]
+        if rows := [i for i, values in enumerate(unknown) if values]:
+            raise DataError(
+                f"{data.source}: {len(rows):,} masks hold values that are no class of this model "
+                f"({', '.join(map(str, sorted({v for values in unknown for v in values})[:5]))}): "
+                f"{', '.join(data.locate_row(i) for i in rows[:5])}. The values of its classes are "
+                f"{', '.join(f'{v} ({name})' for v, name in zip(self.canvas.classes[:10], self.names))}. Save the masks in the "
+                "same way as for training."
+            )
 
     def model_dims(self) -> dict[str, Any]:
         return {"num_classes": len(self.names), "channels": self.options.channels}
@@ -458,7 +453,7 @@ class ImageSegmentation(Task):
         pictures = []
         for i in rows:
             width, height = sizes[i]
-            small = Canvas(192, 3, self.canvas.classes, scale=self.canvas.scale)
+            small = replace(self.canvas, side=192, channels=3)
             inner = small.fit_size(width, height)
             picture = small.load_images([paths[i]], [sizes[i]], inner)[0].transpose(1, 2, 0)
             is_ = small.load_masks([targets[i]], [sizes[i]], inner)[0]
