@@ -198,7 +198,7 @@ def test_images_are_generated_from_captions(tmp_path):
         },
     )
     scores, baselines = run.scores, {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
-    assert baselines["training pictures"]["caption_match"] > 0.9 and baselines["shuffled captions"]["caption_match"] < 0.35
+    assert baselines["training images"]["caption_match"] > 0.9 and baselines["shuffled captions"]["caption_match"] < 0.35
     assert scores["caption_match"] > 0.3 and "classifier_accuracy" not in scores
     assert set(baselines["shuffled captions"]) == {"caption_match"}
     low, high = run.record["scores"]["intervals"]["caption_match"]

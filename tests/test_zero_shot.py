@@ -305,11 +305,11 @@ def test_fieldguide_runs(tmp_path, pictures):
     run = fit(table, task="image-text", model="clip-mini", out=tmp_path / "run", settings={"steps": 3, "batch": 8})
     zero, names = ZeroShotClassifier.load(tmp_path / "run"), ["red", "green", "blue"]
     found = zero.predict(str(pictures), names)
-    asked = run.predict(str(pictures), num_classes="red,green,blue")
+    asked = run.predict(str(pictures), classes="red,green,blue")
     assert [r["probabilities"] for r in found] == [r["probabilities"] for r in asked]
     ways = zero.predict(str(pictures), names, ["a {} square on the left", "a {} square on the right"])
     asked = run.predict(
-        str(pictures), num_classes="red,green,blue", templates="a {} square on the left|a {} square on the right"
+        str(pictures), classes="red,green,blue", templates="a {} square on the left|a {} square on the right"
     )
     assert [r["probabilities"] for r in ways] == [r["probabilities"] for r in asked] != [r["probabilities"] for r in found]
     vectors = [
@@ -327,6 +327,6 @@ def test_fieldguide_runs(tmp_path, pictures):
         for name in names
     ]
     near = [[r["similarity"][name] for name in names] for r in ways]
-    image = run.respond(run.task.predict_batches(run.task.read([str(pictures)]), run.card))["image"]
+    image = run.run_batches(run.task, run.task.predict_batches(run.task.read([str(pictures)]), run.card))["image"]
     want = [[float(x @ v / np.linalg.norm(v)) for v in vectors] for x in image]
     np.testing.assert_allclose(near, want, rtol=1e-4, atol=1e-5)
