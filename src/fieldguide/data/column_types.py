@@ -21,7 +21,7 @@ FORMATS: dict[str, tuple[str, str]] = {  # option of a type, as in number:decima
     "month-first": ("date", "mdy"),
     "year-first": ("date", "ymd"),
 }
-HINT_ROWS = 1000  # rows of a file that are inspected for the formats of its other columns
+HINT_ROWS = 300  # rows of a file that are inspected for the formats of its other columns
 MIN_LITERAL_FRACTION = 0.05  # minimum fraction of rows with a word such as None for it to be a class
 MIN_TYPE_FRACTION = 0.9  # minimum fraction of values that parse as a type for the column to have it
 MAX_INTEGER_CLASSES = 20  # a target with at most this many distinct integers is a class label, not a quantity

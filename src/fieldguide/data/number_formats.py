@@ -154,7 +154,12 @@ def infer_format(text: pl.Series, hints: FileHints | None = None) -> InferredFor
     result = InferredFormat(NumberFormat(), plain)
     if not failed.len():
         return decide_points(text, result, hints) if may_be_grouped(text) else result
-    if not bool(failed.head(SAMPLE_VALUES).str.contains(NUMBER_LIKE).any() or failed.str.contains(NUMBER_LIKE).any()):
+    present = text.len() - text.null_count()
+    if failed.len() > (1 - MIN_NUMBER_FRACTION) * present:  # then most of these values must be numbers; a sample shows it
+        sample = failed.gather_every(max(1, failed.len() // SAMPLE_VALUES)).head(SAMPLE_VALUES)
+        if may_be_numbers(sample) < 0.5 * sample.len():
+            return result
+    elif not bool(failed.str.contains(NUMBER_LIKE).any()):
         return result
     prefixes, suffixes = find_affixes(failed)
     if len(prefixes) > 1 or len(suffixes) > 1:
@@ -168,10 +173,19 @@ def infer_format(text: pl.Series, hints: FileHints | None = None) -> InferredFor
     decimal, grouping, doubt = decide_marks(core.drop_nulls(), hints)
     found = NumberFormat(decimal, grouping, prefix, suffix, accounting, clean)
     values = found.parse(text)
-    present = text.len() - text.null_count()
     if values.drop_nulls().len() < max(MIN_NUMBER_FRACTION * present, 1) or values.null_count() >= plain.null_count():
         return result
     return InferredFormat(found, values, doubt)
+
+
+def may_be_numbers(sample: pl.Series) -> int:
+    """Return how many values of a sample may be numbers with some marks, currency or unit."""
+    like = sample.filter(sample.str.contains(NUMBER_LIKE))
+    prefixes, suffixes = find_affixes(like)
+    if len(prefixes) > 1 or len(suffixes) > 1:
+        return like.len()  # to be reported
+    core = strip_affixes(normalize(like), "".join(prefixes), "".join(suffixes), True)
+    return int(core.str.contains(rf"^[+-]?[\d.,' _]*\d[.,]?{EXPONENT}$").sum())
 
 
 def find_decisive_mark(text: pl.Series) -> str | None:

@@ -377,14 +377,14 @@ def integers_as_dates(values: pl.Series, *, is_time: bool) -> pl.Series | None:
     """
     known = values.drop_nulls()
     low, high = known.min(), known.max()
-    if not isinstance(low, int | float) or not isinstance(high, int | float) or known.n_unique() < (1 if is_time else 3):
+    if not isinstance(low, int | float) or not isinstance(high, int | float):
         return None
     lengths = {len(str(int(low))), len(str(int(high)))} if low > 0 and high < 1e15 else set()
     if len(lengths) != 1 or (length := lengths.pop()) not in COMPACT_LENGTHS or (length != 8 and not is_time):
         return None
     if not COMPACT_YEARS[0] <= int(str(int(low))[:4]) <= int(str(int(high))[:4]) <= COMPACT_YEARS[1]:
         return None
-    if not bool((known == known.round()).all()):
+    if not bool((known == known.round()).all()) or known.n_unique() < (1 if is_time else 3):
         return None
     text = values.cast(pl.Int64).cast(pl.String)
     text = text if length > 6 else text.str.replace(r"^(\d{4})(\d{2})$", "${1}-${2}")
