@@ -90,7 +90,8 @@ def read(
     known = [c if isinstance(c, Column) else Column(**c) for c in schema or ()]
     if known:
         target = next((c.name for c in known if c.role == "target"), None)
-    wanted = next((c.kind for c in known if c.role == "target"), None) or (column_spec and column_spec.kinds.get("target"))
+    required = column_spec.kinds.get("target") if column_spec else None
+    wanted = next((str(c.kind) for c in known if c.role == "target"), required if isinstance(required, str) else None)
     loaded = load(
         source,
         target=target,
@@ -119,9 +120,10 @@ def load(
     labels_optional: bool = False,
     target_kind: str | None = None,
 ) -> LoadedSource:
-    """Read a source without interpreting its columns. The parameters are those of `read`; `names` are expected columns.
+    """Read a source without interpreting its columns. The parameters are those of `read`.
 
-    `target_kind` is the type of the target that the task requires, if a source could be read in several ways. Raises DataError for a path that does not exist and for an unsupported format.
+    `names` are expected columns; `target_kind` is the type of the target that the task requires, for sources that can be read in
+    several ways. Raises DataError for a path that does not exist and for an unsupported format.
     """
     where, name = locate(source)
     options = RawOptions(target, header, names, labels_optional, target_kind)

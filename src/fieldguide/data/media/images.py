@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -256,7 +256,7 @@ def find_deep_raw_mode(image: Image.Image) -> str | None:
 
     Pillow decodes only the higher byte of such colors.
     """
-    tiles = getattr(image, "tile", None)
+    tiles: list[Any] | None = getattr(image, "tile", None)
     if not tiles or image.mode not in ("RGB", "RGBA"):
         return None
     raw = tiles[0].args if isinstance(tiles[0].args, str) else tiles[0].args[0] if tiles[0].args else None
@@ -277,7 +277,8 @@ def read_deep_color(image: Image.Image) -> np.ndarray | None:  # -> H W 3
     image.load()
     file.seek(0)
     with Image.open(file) as again:
-        again.tile = [t._replace(args=other if isinstance(t.args, str) else (other, *t.args[1:])) for t in again.tile]
+        tiles: list[Any] = again.tile
+        again.tile = [t._replace(args=other if isinstance(t.args, str) else (other, *t.args[1:])) for t in tiles]
         low = np.asarray(again)[..., :3].astype(np.uint16)
     return np.asarray(image)[..., :3].astype(np.uint16) << 8 | low
 

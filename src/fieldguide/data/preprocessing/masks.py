@@ -1,4 +1,8 @@
-"""Segmentation masks: reading class values from images or rasterized outlines, and placing images and masks on a canvas."""
+"""Segmentation masks: reading class values from images or rasterized outlines, and placing images and masks on a canvas.
+
+How the stored values of masks are coded is decided once, from all of them (`inspect_masks`, `is_interpolated`), and kept in the
+`Canvas`: values or palette indices, colors, or gray levels that a threshold divides into background and foreground.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +10,118 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+
 from fieldguide.data.media import images
 from fieldguide.data.media.masks import LazyMask
 
 CANVAS_MULTIPLE = 32  # canvas sizes are multiples of it, for models that downsample five times by 2
-
+INTEGER_MODES = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N")
+SOLID_SIZE, BORDER_SIZE = 5, 11  # pixels per side of the areas that objects have, and that a border of void pixels has not
+MAX_SOLID_FRACTION = 0.1  # maximum fraction of pixels in such areas of values that are no objects
+MAX_FILTERED_MASKS, MAX_FILTERED_SIDE = 64, 640  # masks that are searched for such areas, and pixels per side of their center
 
 Mask = str | Path | LazyMask
+Coding = Literal["", "value", "color"]  # "" reads every file by its mode, as runs did before codings were stored
 
 
-def read_codes(path: Mask) -> np.ndarray:
-    """Return the stored pixel values of a mask, int32 H W: gray values, palette indices, or r * 65536 + g * 256 + b."""
+def read_codes(path: Mask, coding: Coding = "") -> np.ndarray:
+    """Return the stored class values of a mask, int32 H W: gray values, palette indices, or r * 65536 + g * 256 + b.
+
+    With "value", gray images stored as RGB have gray values; with "color", gray values and palette indices become colors.
+    """
     if isinstance(path, LazyMask):
         return path.rasterize()
-    with images.suppress_warnings(), images.open_image(path) as image:
-        if image.mode in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N"):
+    with images.open_image(path) as image:
+        if image.mode in INTEGER_MODES and not (coding == "color" and image.mode in ("P", "L", "1")):
             return np.asarray(image if image.mode != "1" else image.convert("L")).astype(np.int32)
-        if image.mode in ("LA", "F"):
+        if image.mode in ("LA", "F") and coding != "color":
             return np.asarray(image.convert("L")).astype(np.int32)
         color = np.asarray(image.convert("RGB")).astype(np.int32)
+        if coding == "value":
+            return color[..., 0]
         return (color[..., 0] << 16) | (color[..., 1] << 8) | color[..., 2]
 
 
-def distinct_values(paths: Sequence[str | Path]) -> list[np.ndarray]:
-    """Return the distinct values of each mask."""
+@dataclass(frozen=True)
+class MaskContent:
+    """What a mask file holds: its distinct values (as with coding "") with their counts, and how they are stored."""
 
-    def one(path: str | Path) -> np.ndarray:
+    values: np.ndarray
+    counts: np.ndarray
+    form: Literal["gray", "palette", "color", "drawn"]
+    is_jpeg: bool = False
+    palette: tuple[int, ...] = ()  # color of each value of a palette image
+
+    @property
+    def is_gray(self) -> bool:
+        """Return whether a color image holds only gray values."""
+        red, green, blue = self.values >> 16, self.values >> 8 & 255, self.values & 255
+        return self.form == "gray" or (self.form == "color" and bool(((red == green) & (green == blue)).all()))
+
+    def recode(self, coding: Coding) -> np.ndarray:
+        """Return what `read_codes` would return for each of `values`."""
+        if coding == "value" and self.form == "color":
+            return self.values >> 16
+        if coding == "color" and self.form == "palette":
+            return np.array(self.palette, dtype=np.int64)
+        if coding == "color" and self.form == "gray" and (self.values < 256).all():
+            return self.values * 0x010101
+        return self.values
+
+
+def inspect_masks(paths: Sequence[Mask]) -> list[MaskContent]:
+    """Return the content of each mask. Every file is decoded once."""
+
+    def one(path: Mask) -> MaskContent:
         found = read_codes(path)
-        return np.flatnonzero(np.bincount(found.ravel())) if found.min() >= 0 and found.max() < 65536 else np.unique(found)
+        if found.min() >= 0 and found.max() < 65536:
+            every = np.bincount(found.ravel())
+            values = np.flatnonzero(every)
+            counts = every[values]
+        else:
+            values, counts = np.unique(found, return_counts=True)
+        if isinstance(path, LazyMask):
+            return MaskContent(values, counts, "drawn")
+        with images.open_image(path) as image:
+            is_jpeg = image.format in ("JPEG", "MPO")
+            if image.mode == "P":
+                entries = np.array(image.getpalette("RGB") or [0] * 768, dtype=np.int64).reshape(-1, 3)
+                entries = np.concatenate([entries, np.zeros((max(0, 256 - len(entries)), 3), dtype=np.int64)])
+                colors = entries[values] @ np.array([65536, 256, 1])
+                return MaskContent(values, counts, "palette", is_jpeg, tuple(colors.tolist()))
+            is_gray = image.mode in INTEGER_MODES or image.mode in ("LA", "F")
+            return MaskContent(values, counts, "gray" if is_gray else "color", is_jpeg)
 
-    with ThreadPoolExecutor(images.THREADS) as pool:
+    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
         return list(pool.map(one, paths))
+
+
+def solid_fraction(paths: Sequence[Mask], coding: Coding, values: Sequence[int] | np.ndarray, size: int = SOLID_SIZE) -> float:
+    """Return which fraction of the pixels with these values lies in areas of one value, `size` pixels wide and high.
+
+    It is near 0 for lines, smooth transitions and noise, and near 1 for objects.
+    """
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    chosen = np.random.default_rng(0).permutation(len(paths))[:MAX_FILTERED_MASKS]
+
+    def one(i: int) -> tuple[int, int]:
+        codes = read_codes(paths[i], coding)
+        top, left = (max(0, (length - MAX_FILTERED_SIDE) // 2) for length in codes.shape)
+        codes = codes[top : top + MAX_FILTERED_SIDE, left : left + MAX_FILTERED_SIDE]
+        some = np.isin(codes, values)
+        if not some.any():
+            return 0, 0
+        solid = maximum_filter(maximum_filter(codes, size) - minimum_filter(codes, size) == 0, size)
+        return int((solid & some).sum()), int(some.sum())
+
+    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
+        parts = np.array(list(pool.map(one, chosen)))
+    return float(parts[:, 0].sum() / max(1, parts[:, 1].sum()))
 
 
 @dataclass(frozen=True)
@@ -54,6 +135,10 @@ class Canvas:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
     scale: images.Scale | None = None  # values of more than 8 bits that become 0 and 255
+    coding: Coding = ""  # how masks are read, see `read_codes`
+    threshold: float | None = None  # mask values from here on are the second class, others the first
+    aliases: tuple[tuple[int, int], ...] = ()  # (value, class value): other values of a class
+    void: tuple[int, ...] = ()  # mask values that belong to no class
 
     def fit_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the height and width of an image of this size on the canvas; images are never enlarged."""
@@ -84,11 +169,15 @@ class Canvas:
     ) -> np.ndarray:
         """Return the class of each pixel, int16 N H W, -1 for none; with `full` in the original image size."""
         out = np.full((len(paths), *canvas), -1, dtype=np.int16)
-        order = np.argsort(self.classes)
-        known = np.array(self.classes)[order]
+        number = {value: i for i, value in enumerate(self.classes)}
+        number |= {value: number[other] for value, other in self.aliases}
+        known = np.array(sorted(number))
+        order = np.array([number[value] for value in known.tolist()])
 
         def one(i: int) -> None:
-            stored = read_codes(paths[i])
+            stored = read_codes(paths[i], self.coding)
+            if self.threshold is not None:
+                stored = np.where(stored >= self.threshold, self.classes[1], self.classes[0])
             place = np.minimum(np.searchsorted(known, stored), len(known) - 1)
             classes = np.where(known[place] == stored, order[place], -1).astype(np.int16)
             if not full:
@@ -99,9 +188,16 @@ class Canvas:
                     classes = classes[rows[:, None], columns]
             out[i, : classes.shape[0], : classes.shape[1]] = classes
 
-        with ThreadPoolExecutor(images.THREADS) as pool:
+        with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
             list(pool.map(one, range(len(paths))))
         return out
+
+    def find_unknown(self, content: MaskContent) -> list[int]:
+        """Return the values of a mask that are neither a class nor void."""
+        if self.threshold is not None or not self.coding:  # older runs do not know which values are void
+            return []
+        known = {*self.classes, *self.void, *(value for value, _ in self.aliases)}
+        return [v for v in np.unique(content.recode(self.coding)).tolist() if v not in known]
 
     def canvas_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return the height and width of a canvas that holds images of these sizes."""
@@ -117,4 +213,5 @@ class Canvas:
     def from_json(cls, saved: dict[str, Any]) -> Canvas:
         """Restore from `to_json`."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        values["aliases"] = tuple((a, b) for a, b in saved.get("aliases", ()))  # absent in older runs
         return cls(**values)

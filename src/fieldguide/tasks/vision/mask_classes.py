@@ -1,0 +1,313 @@
+"""The classes in segmentation masks: how the files code them, which value is void, and names with shares of pixels.
+
+All masks are inspected. The decisions, in this order:
+
+1. Colors: if the names are given by color, or palettes differ between files, masks are matched by color.
+2. Interpolated masks (saved as JPEG, or anti-aliased) with two main values are divided by a threshold; others are rejected.
+3. Files with 0 and 1 next to files with 0 and 255 hold the same two classes.
+4. 255 without a name is void if it is rare or a border around objects, or follows three or more consecutive values; a gray
+   level if the other values are gray levels; otherwise the user has to decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.data.dataset import Data, Finding
+from fieldguide.data.preprocessing.masks import (
+    BORDER_SIZE,
+    MAX_SOLID_FRACTION,
+    Coding,
+    Mask,
+    MaskContent,
+    inspect_masks,
+    solid_fraction,
+)
+from fieldguide.data.validation.class_names import find_similar_names, list_classes
+
+VOID = 255  # conventional value of pixels without a class
+MAX_VOID_FRACTION = 0.05  # maximum fraction of pixels of 255 that is void without further evidence,
+MAX_LISTED_VOID_FRACTION = 0.25  # and after at least three consecutive values
+MIN_MAIN_FRACTION = 0.005  # minimum fraction of pixels of a value that is certainly a class
+MAX_MINOR_FRACTION = 0.15  # maximum fraction of pixels with interpolated values
+MIN_MINOR_VALUES = 8  # minimum number of interpolated values
+MAX_BETWEEN_FRACTION = 0.25  # maximum fraction of pixels between the two values of smoothed binary masks
+MAX_LISTED_CLASS = 20  # values up to here are rather numbers of classes than smoothed edges
+MAX_SOFT_VALUES = 40  # maximum values of masks without areas
+MIN_CONTRAST = 64  # minimum difference of the two values that a threshold divides
+MAX_CLASSES = 256
+
+
+class MaskContext(dict[str, Any]):
+    """The context of examples with masks: `values` and `names` of the classes, and `decided`, how the files code them."""
+
+    decided: MaskClasses
+
+
+@dataclass
+class MaskClasses:
+    """The decisions about a set of masks."""
+
+    names: list[str]
+    values: list[int]
+    coding: Coding
+    threshold: float | None
+    aliases: tuple[tuple[int, int], ...]
+    void: tuple[int, ...]
+    present: dict[Any, frozenset[int]]  # mask -> the classes in it
+    findings: list[Finding] = field(default_factory=list)
+
+    def context(self) -> MaskContext:
+        """Return the context of the examples."""
+        context = MaskContext(values=self.values, names=self.names)
+        context.decided = self
+        return context
+
+
+def decide(data: Data, paths: Sequence[Mask], known: dict[str, Any], ignore: list[str]) -> MaskClasses:
+    """Return the classes of masks. `known` holds names that the reader found, `ignore` the option of the user.
+
+    Raises DataError if the masks have no two classes, or do not match the names, and SettingsError for an invalid `ignore`.
+    """
+    given: dict[int, str] = dict(enumerate(known.get("classes", ()))) | known.get("values", {})
+    given |= {(r << 16) | (g << 8) | b: name for (r, g, b), name in known.get("colours", {}).items()}
+    has_void = ignore != ["none"]
+    ignored = parse_ignored(ignore if has_void else [], given)
+    contents = inspect_masks(paths)
+    findings: list[Finding] = []
+    coding = choose_coding(contents, known, findings)
+    found = [content.recode(coding) for content in contents]
+    totals = count_values(contents, found)
+    threshold, aliases = None, tuple[tuple[int, int], ...]()
+    extremes = find_interpolation(data, paths, contents, coding, totals, given)
+    if extremes is not None:
+        low, high = extremes
+        threshold = (low + high) / 2 + 0.5 * ((low + high) % 2)
+        found = [np.where(values >= threshold, high, low) for values in found]
+        findings.append(
+            Finding(
+                "interpolated-masks",
+                "warning",
+                f"masks with {len(totals):,} values between {low} and {high}, as JPEG or anti-aliasing produces: values from "
+                f"{threshold:g} are read as {high}, lower ones as {low}",
+                (),
+                sum(len(c.values) > 2 for c in contents),
+                "Export masks as PNG without smoothing.",
+            )
+        )
+        totals = count_values(contents, found)
+        has_void = False
+    elif set(totals) == {0, 1, VOID} and not any({1, VOID} <= set(values.tolist()) for values in found) and has_void:
+        mixed = [i for i, values in enumerate(found) if 1 in values]
+        if VOID not in ignored and 1 not in ignored:
+            value, other = (1, VOID) if 1 in given else (VOID, 1)
+            aliases = ((other, value),)
+            found = [np.where(values == other, value, values) for values in found]
+            findings.append(
+                Finding(
+                    "mixed-mask-values",
+                    "warning",
+                    f"{len(mixed):,} masks hold 0 and 1, and {len(found) - len(mixed):,} hold 0 and 255: 1 and 255 are read as the "
+                    "same class",
+                    tuple(data.locate_row(i) for i in mixed[:5]),
+                    1,
+                    "If they differ, name the classes in classes.txt, or leave 255 out with --set task.ignore=255.",
+                )
+            )
+            totals = count_values(contents, found)
+            has_void = False
+    share = lambda value: totals.get(value, 0) / max(1, sum(totals.values()))
+    is_open = has_void and VOID in totals and VOID not in given and VOID not in ignored and len(totals) > 2
+    if is_open and is_void(data, paths, coding, totals):
+        ignored.add(VOID)
+    void = tuple(sorted(ignored))
+    every = sorted(totals)
+    if given and threshold is None:
+        check_names(data, found, given, ignored)
+        values = [v for v in sorted(given) if v not in ignored]
+    elif given and threshold is not None:
+        values = sorted(extremes or ())
+        given = dict(zip(values, list(given.values())[:2]))
+    else:
+        values = [v for v in every if v not in ignored]
+    if len(values) > MAX_CLASSES:
+        raise DataError(
+            f"{data.source}: the masks hold {len(values):,} different values, too many for classes. If they "
+            "were saved as JPEG, which blurs, save them as PNG."
+        )
+    if len(values) < 2:
+        raise DataError(f"{data.source}: the masks hold only one class ({values}). At least two are needed.")
+    binary = values in ([0, 255], [0, 1], [0, 0xFFFFFF]) or threshold is not None
+    names = [given.get(v, ("background", "foreground")[i] if binary else str(v)) for i, v in enumerate(values)]
+    number = {value: i for i, value in enumerate(values)}
+    present = {path: frozenset(number[v] for v in some.tolist() if v in number) for path, some in zip(paths, found)}
+    counts = {
+        name: f"{100 * share(value):.3g} % of the pixels in {sum(i in p for p in present.values()):,} masks"
+        for i, (name, value) in enumerate(zip(names, values))
+    }
+    findings += [list_classes("classes of masks", counts), *find_similar_names(names)]
+    if left := [v for v in void if v in totals]:
+        findings.append(
+            Finding(
+                "void-pixels",
+                "note",
+                f"pixels of the values {', '.join(map(str, left))} ({100 * sum(map(share, left)):.3g} % of all) belong to no class: "
+                "they are neither trained on nor scored",
+                (),
+                len(left),
+            )
+        )
+    return MaskClasses(names, values, coding, threshold, aliases, void, present, findings)
+
+
+def choose_coding(contents: Sequence[MaskContent], known: dict[str, Any], findings: list[Finding]) -> Coding:
+    """Return how masks are read: by color if the names are given so or palettes differ, else by value."""
+    if known.get("colours"):
+        return "color"
+    forms = {content.form for content in contents}
+    colors: dict[int, set[int]] = {}
+    for content in contents:
+        if content.form == "palette":
+            for value, color in zip(content.values.tolist(), content.palette):
+                colors.setdefault(value, set()).add(color)
+    differing = sorted(value for value, some in colors.items() if len(some) > 1)
+    mixed = "palette" in forms and any(c.form == "color" and not c.is_gray for c in contents)
+    if (differing or mixed) and not known:
+        what = f"palettes that differ (such as in value {differing[0]})" if differing else "palettes next to masks with colors"
+        findings.append(
+            Finding(
+                "palettes",
+                "note",
+                f"masks with {what}: they are matched by color",
+                (),
+                sum(c.form == "palette" for c in contents),
+            )
+        )
+        return "color"
+    return (
+        "value" if all(c.is_gray or c.form in ("palette", "drawn") for c in contents) else "color" if forms == {"color"} else ""
+    )
+
+
+def parse_ignored(ignore: list[str], given: dict[int, str]) -> set[int]:
+    """Return the values that the option `ignore` lists as values or names."""
+    value_of = {name: value for value, name in given.items()}
+    try:
+        return {value_of[v] if v in value_of else int(v) for v in ignore}
+    except ValueError:
+        listed = f" or classes ({', '.join(value_of)})" if value_of else ""
+        raise SettingsError(
+            f"task.ignore={','.join(ignore)!r}: for masks give values{listed} separated by commas, such as 11,255."
+        ) from None
+
+
+def count_values(contents: Sequence[MaskContent], found: Sequence[np.ndarray]) -> dict[int, int]:
+    """Return value -> pixels over all masks."""
+    if not found:
+        return {}
+    values = np.concatenate(found)
+    counts = np.concatenate([c.counts for c in contents])
+    distinct, place = np.unique(values, return_inverse=True)
+    return dict(zip(distinct.tolist(), np.bincount(place, weights=counts).astype(np.int64).tolist()))
+
+
+def find_interpolation(
+    data: Data,
+    paths: Sequence[Mask],
+    contents: Sequence[MaskContent],
+    coding: Coding,
+    totals: dict[int, int],
+    given: dict[int, str],
+) -> tuple[int, int] | None:
+    """Return the two values that interpolated masks consist of, or None if the masks are not interpolated.
+
+    Raises DataError for interpolated masks with more classes, and for other JPEG masks.
+    """
+    jpeg = [i for i, content in enumerate(contents) if content.is_jpeg]
+    values = np.array(sorted(totals))
+    shares = np.array([totals[v] for v in values.tolist()]) / max(1, sum(totals.values()))
+    if coding == "value" and len(values) > 2 and all(c.is_gray for c in contents):
+        low, high = int(values[0]), int(values[-1])
+        middle = (low + high) / 2
+        between = (values > low + (high - low) / 8) & (values < high - (high - low) / 8)
+        is_binary = high - low >= MIN_CONTRAST and shares[between].sum() <= MAX_BETWEEN_FRACTION and len(given) in (0, 2)
+        if is_binary:
+            # Quantization of JPEG may shift the two values themselves.
+            mains = [int(values[part][shares[part].argmax()]) for part in (values < middle, values >= middle)]
+            near = (np.abs(values - mains[0]) <= 3) & (mains[0] > 3) | (np.abs(values - mains[1]) <= 8)
+            minor = values[~near & (values != mains[0])]
+            few = len(values) < MIN_MINOR_VALUES and not jpeg
+            is_stray = not few or (bool((minor > low + MAX_LISTED_CLASS).all()) and not is_evenly_spaced(values))
+            if is_stray and is_thin(paths, coding, minor):
+                return low, high
+        main = values[shares >= MIN_MAIN_FRACTION]
+        minor = np.array([v for v in values[shares < MIN_MAIN_FRACTION].tolist() if v not in given])
+        if len(values) > MAX_SOFT_VALUES and not given and is_thin(paths, coding, values):
+            raise DataError(
+                f"{data.source}: the masks hold {len(values):,} values that form no areas, such as probabilities or distances do. "
+                "Segmentation needs one value per class."
+            )
+        if (
+            len(minor) >= max(MIN_MINOR_VALUES, 2 * len(main))
+            and shares[np.isin(values, minor)].sum() <= MAX_MINOR_FRACTION
+            and is_thin(paths, coding, minor)
+        ):
+            raise DataError(
+                f"{data.source}: the masks hold {len(values):,} values, {len(minor):,} of which occur only in thin lines between "
+                "others, as smoothing or interpolation produces. Export the masks without smoothing, or scale them with nearest "
+                "neighbor."
+            )
+    if jpeg and len(values) > 2:
+        raise DataError(
+            f"{data.source}: {len(jpeg):,} masks were saved as JPEG, which changes their values ({len(values):,} different ones): "
+            f"{', '.join(data.locate_row(i) for i in jpeg[:5])}. Export them again as PNG."
+        )
+    return None
+
+
+def is_thin(paths: Sequence[Mask], coding: Coding, values: np.ndarray) -> bool:
+    """Return whether the pixels of these values form no areas."""
+    return not len(values) or solid_fraction(paths, coding, values) <= MAX_SOLID_FRACTION
+
+
+def is_void(data: Data, paths: Sequence[Mask], coding: Coding, totals: dict[int, int]) -> bool:
+    """Return whether 255 marks pixels without a class. Raises DataError if that cannot be told."""
+    others = sorted(v for v in totals if v != VOID)
+    share = totals[VOID] / sum(totals.values())
+    if coding != "color" and is_evenly_spaced(np.array([*others, VOID])):
+        return False  # gray levels that are chosen to be seen, such as 0, 128 and 255
+    consecutive = others[-1] - others[0] < len(others) + 2 and others[-1] < VOID // 2
+    if share <= MAX_VOID_FRACTION or (consecutive and len(others) >= 3 and share <= MAX_LISTED_VOID_FRACTION):
+        return True
+    if solid_fraction(paths, coding, [VOID], BORDER_SIZE) <= 2 * MAX_SOLID_FRACTION:
+        return True
+    raise DataError(
+        f"{data.source}: is 255 in the masks a class, or does it mark pixels of no class? It covers {100 * share:.0f} % of the "
+        f"pixels, next to the values {', '.join(map(str, others[:10]))}. Leave it out with --set task.ignore=255, or keep "
+        "it as a class with --set task.ignore=none."
+    )
+
+
+def is_evenly_spaced(values: np.ndarray) -> bool:
+    """Return whether sorted values have about equal distances of at least 8."""
+    steps = np.diff(values)
+    return bool(len(steps) > 1 and steps.min() >= 8 and steps.max() - steps.min() <= 2)
+
+
+def check_names(data: Data, found: Sequence[np.ndarray], given: dict[int, str], ignored: set[int]) -> None:
+    """Raise DataError if masks hold values without a name."""
+    every = set(np.unique(np.concatenate(found)).tolist()) if found else set()
+    strange = every - set(given) - ignored
+    if strange:
+        rows = [i for i, v in enumerate(found) if strange & set(v.tolist())]
+        raise DataError(
+            f"{data.source}: {len(rows):,} masks hold values outside the {len(given)} classes "
+            f"({', '.join(map(str, sorted(strange)[:5]))}): "
+            f"{', '.join(data.locate_row(i) for i in rows[:5])}. Correct them, name the classes, "
+            "or leave those pixels out with --set task.ignore=..."
+        )
