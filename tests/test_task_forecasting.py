@@ -123,6 +123,9 @@ def test_future_covariates_are_used(tmp_path):
     said = run.predict(pl.concat([rows, ahead], how="vertical_relaxed"))
     assert [r["value"] > 12.5 for r in said] == [True, False, False, True] and said[0]["time"] == "2026-06-19"
     assert not [n for n in said.notes if "no row with" in n]
+    holes = ahead.with_columns(promo=pl.Series([1, None, 0, None]))
+    notes = run.predict(pl.concat([rows, holes], how="vertical_relaxed")).notes
+    assert any(n.startswith("2 of 4 future steps have an empty cell in 'promo'") for n in notes)
     notes = run.predict(rows).notes
     assert any(n.startswith("4 of 4 future steps have no row with promo") for n in notes)
 

@@ -398,7 +398,7 @@ class Forecasting(Task):
         return batches
 
     def note_missing_covariates(self, data: Data) -> None:
-        """Add a note with the number of future steps whose known covariates are missing."""
+        """Add notes with the number of future steps whose known covariates are missing: without a row, and with an empty cell."""
         found, horizon = data.context.panel, self.options.horizon
         steps = found.high[:, None] + np.arange(horizon)
         given = steps < found.start[found.group + 1][:, None]
@@ -409,6 +409,13 @@ class Forecasting(Task):
                 f"{lacking:,} of {given.size:,} future steps have no row with {names}: the mean is used. Append "
                 "rows with the time and these columns, and no value"
             )
+        row = np.where(given, found.row[np.minimum(steps, len(found.row) - 1)], -1)
+        for covariate in (c for c in self.covariates.columns if c.ahead):
+            empty = np.isnan(self.covariates.values_at(covariate, data.context.table, row[given])).any(1)
+            if count := int(empty.sum()):
+                self.add_note(
+                    f"{count:,} of {given.size:,} future steps have an empty cell in {covariate.column!r}: the mean is used. Fill it in"
+                )
 
     def format_predictions(self, outputs: Arrays) -> list[list[dict[str, Any]]]:
         if self.predict_options.interval not in LEVELS:
