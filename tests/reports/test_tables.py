@@ -56,6 +56,8 @@ def numbers(path, values, mark=","):
         (",", ["1.234", "5.678", "9.5"], [1.234, 5.678, 9.5]),
         (",", ["1.5e3", "2,000", "7"], [1500, 2000, 7]),
         (",", ["+5", "-3.25", ".5"], [5, -3.25, 0.5]),
+        (",", ["\uff11\uff12", "\uff14.5", "7"], [12, 4.5, 7]),  # full-width digits
+        (",", ["\u0661\u0662", "\u0664\u066b5".replace("5", "\u0665"), "\u0667"], [12, 4.5, 7]),  # Arabic digits
     ],
 )
 def test_number_formats(tmp_path, mark, values, expected):
@@ -121,7 +123,18 @@ def test_what_only_looks_like_numbers_is_not_read_as_numbers(values):
 def test_several_units_are_named(tmp_path):
     data = read(table(tmp_path / "t.csv", ["€5", "$7", "€9"]))
     assert data.columns["x"].kind == "category"
-    assert any("several units ('$', '€')" in f.what for f in data.findings)
+    assert "several units ('$', '€')" in finding(data, "numbers-as-text").what
+
+
+@pytest.mark.parametrize("values", [["27k", "1.2M", "948"], ["8.18%", "0.05", "12%"], ["$5", "7.5k", "$12"]])
+def test_numbers_in_mixed_units_are_a_warning(tmp_path, values):
+    data = read(table(tmp_path / "t.csv", values))
+    assert data.columns["x"].kind == "category" and finding(data, "numbers-as-text").severity == "warning"
+
+
+def test_codes_with_letters_are_no_numbers_in_units(tmp_path):
+    for values in (["12A", "3B", "7C"], ["A12", "B13", "C1"], ["3D", "4D", "2D"]):
+        assert "numbers-as-text" not in checks(read(table(tmp_path / "t.csv", values)))
 
 
 def test_a_number_format_is_stored_and_applied_without_guessing():
@@ -208,6 +221,20 @@ def test_words_for_missing_values_can_be_classes(tmp_path, word):
     assert any(f"{word!r} is a class" in f.what for f in data.findings)
     again = read(write(tmp_path / "p.csv", ["x,y", f"1.5,{word}", "2,"]), schema=data.schema(), labels_optional=True)
     assert again.rows["y"].to_list() == [word, None]
+
+
+@pytest.mark.parametrize("values", [["True", "False", "1", "0"], ["TRUE", "1.0", "0.0"], ["true", "false", "0"]])
+def test_truth_values_and_digits_are_one_class(tmp_path, values):
+    rows = ["x,z,y"] + [f"{i * 0.7},{i % 7},{values[i % len(values)]}" for i in range(60)]
+    data = read(write(tmp_path / "t.csv", rows), target="y")
+    assert data.target.distinct == 2 and data.target.why == "the target has 2 classes"
+    assert {v.lower() for v in data.rows["y"]} == {"true", "false"}
+
+
+def test_codes_that_are_written_as_formulas(tmp_path):
+    rows = ["zip,z,y"] + [f'="0{100 + i % 9}",{i % 7},{"ab"[i % 2]}' for i in range(60)]
+    data = read(write(tmp_path / "t.csv", rows))
+    assert data.rows["zip"][0] == "0100" and data.columns["zip"].kind == "category" and "formula-text" in checks(data)
 
 
 def test_words_for_missing_values_stay_missing_without_evidence(tmp_path):
@@ -357,7 +384,21 @@ def test_carriage_returns_as_line_ends(tmp_path):
         (["z,y", *body("name {i},{i},{y}")], r"t\.csv:2 has 3.*the first column, perhaps of row names, has no name"),
         (["x,z,y", *body("{i}.5,{i},{y}"), "40 rows"], rf"t\.csv:{N + 2} has 1.*a title or a footer"),
         (["x,z,y", *body("{i}.5,{i},{y}")[:-1], "1,2,a,extra"], rf"t\.csv:{N + 1} has 4.*Quote cells that contain ','"),
+        (["Report 2024", "x,z,y", *body("{i}.5,{i},{y}")], r"t\.csv:2 has 3.*perhaps a title"),
+        (["x,z,y", *body("USD 1,{i}00,{i}.5,{y}")[1:]], r"t\.csv:2 has 4.*Numbers with a comma"),
         (["sep=;"], r"t\.csv: the file has no lines after 'sep=;'"),
+        (
+            ["x,text,y", *body('{i}.5,"he said \\"{i}, {i}\\" to me",{y}')],
+            r"t\.csv:2: broken quoting.*escaped with a backslash",
+        ),
+        (["x,text,y", *body("{i}.5,'one, {i}',{y}")], r"t\.csv:2 has 4.*single quotation marks"),
+        (
+            ["x,text,y", *body("{i}.5,text {i},{y}"), "1.5,a text", "goes on,a"],
+            rf"at the end of line {N + 2} seems to continue",
+        ),
+        (["<!DOCTYPE html>", "<html><body>", "Not found"], r"t\.csv:1: the file is a web page"),
+        (['[{"x": 1, "y": "a"},', '{"x": 2, "y": "b"}]'], r"t\.csv:1: the file is JSON"),
+        (['{"x": 1, "y": "a"}', '{"x": 2, "y": "b"}'], r"t\.csv:1: the file is JSON Lines"),
     ],
 )
 def test_other_causes_are_named(tmp_path, rows, message):

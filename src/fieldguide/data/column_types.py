@@ -21,6 +21,8 @@ FORMATS: dict[str, tuple[str, str]] = {  # option of a type, as in number:decima
     "month-first": ("date", "mdy"),
     "year-first": ("date", "ymd"),
 }
+NUMBER_WITH_UNIT = r"^[\s+\-(]*\p{Sc}?\s*\d[\d.,'\s]*(?:\p{Sc}|%|[kKMB]|bn|mn)?\)?$"
+UNIT_MARK = r"\p{Sc}|%|\d\s*(?:[kKMB]|bn|mn)$"
 HINT_ROWS = 300  # rows of a file that are inspected for the formats of its other columns
 MIN_LITERAL_FRACTION = 0.05  # minimum fraction of rows with a word such as None for it to be a class
 MIN_TYPE_FRACTION = 0.9  # minimum fraction of values that parse as a type for the column to have it
@@ -280,11 +282,24 @@ def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
         if found.doubt:
             typed.doubts.append(describe_date_doubt(name, found.doubt))
         return typed
-    if inferred.note:
+    note = inferred.note or describe_number_words(present, distinct)
+    if note:
         typed = infer_text_type(name, text, present, n, distinct, share, target)
-        typed.notes.append(f"column {name!r} is not read as numbers: {inferred.note}")
+        remedy = "Write all values of the column in one unit and format."
+        typed.doubts.append(("numbers-as-text", f"column {name!r} is not read as numbers: {note}", remedy))
         return typed
     return infer_text_type(name, text, present, n, distinct, share, target)
+
+
+def describe_number_words(present: pl.Series, distinct: int) -> str:
+    """Return why values such as 27k, 1.2M or a mix of 8 % and 0.08 are not read as numbers; "" for other text."""
+    sample = present.gather_every(max(1, present.len() // HINT_ROWS)).head(HINT_ROWS)
+    if distinct < 3 or mean_value(sample.str.contains(NUMBER_WITH_UNIT)) < MIN_TYPE_FRACTION:
+        return ""
+    units = sample.filter(sample.str.contains(UNIT_MARK))
+    if units.len() < 0.3 * sample.len():
+        return ""
+    return f"some values have a unit or multiplier that others lack, such as {units[0]!r}"
 
 
 def infer_text_type(
@@ -423,13 +438,20 @@ def describe_date_doubt(name: str, doubt: str) -> tuple[str, str, str]:
 
 
 def make_category(name: str, text: pl.Series, why: str) -> TypedColumn:
-    """Return a column of categories; 1.0 becomes 1 if the column has both spellings."""
+    """Return a column of categories; 1.0 becomes 1 if the column has both spellings, and 1 becomes True next to True."""
     spelled = text.drop_nulls().unique()
     whole = spelled.filter(spelled.str.contains(r"^-?(?:0|[1-9]\d*)\.0+$"))
     shorter = whole.str.replace(r"\.0+$", "")
     if whole.len() and bool(shorter.is_in(spelled.to_list()).any()):
         text = text.replace(dict(zip(whole.to_list(), shorter.to_list())))
-    return make_typed_column(name, text, "category", why)
+    truth = spelled.filter(spelled.str.to_lowercase().str.replace(r"\.0+$", "").is_in(["true", "false", "1", "0"]))
+    if 2 < spelled.len() == truth.len() and (words := {v.lower(): v for v in sorted(truth.to_list()) if v[0].isalpha()}):
+        key = lambda v: {"1": "true", "0": "false"}.get(v.lower().partition(".")[0], v.lower())
+        text = text.replace({v: words.get(key(v), key(v).title()) for v in truth.to_list()})
+    typed = make_typed_column(name, text, "category", why)
+    if typed.column.distinct != spelled.len():
+        typed.column.why = re.sub(rf"^(the target has )?{spelled.len()} ", rf"\g<1>{typed.column.distinct} ", why)
+    return typed
 
 
 def numbers_to_text(series: pl.Series) -> pl.Series:

@@ -52,6 +52,10 @@ SPACES = "[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
 INVISIBLE = "[\u200b\u200e\u200f\u2060\ufeff]"
 MINUS_SIGNS = "[\u2010-\u2013\u2212\ufe63\uff0d]"
 APOSTROPHES = "[\u2019\u02bc\u00b4`\u2032]"
+OTHER_DIGITS = {  # digits and marks of other scripts
+    chr(start + value): str(value) for start in (0x0660, 0x06F0, 0x0966, 0xFF10) for value in range(10)
+} | {"\u066b": ".", "\u066c": ",", "\uff0e": ".", "\uff0c": ",", "\uff05": "%", "\uff0b": "+"}
+OTHER_DIGITS_PATTERN = f"[{''.join(OTHER_DIGITS)}]"
 SAMPLE_VALUES = 1000  # values that are inspected before a whole column is
 MIN_NUMBER_FRACTION = 0.9  # minimum fraction of the values of a column that are numbers in its format
 MIN_STRONG_VALUES = 2  # minimum number of distinct values with a mark, and of values from 100 to 999 without one
@@ -71,7 +75,7 @@ class NumberFormat:
     prefix: str = ""
     suffix: str = ""
     accounting: bool = False
-    clean: bool = False  # special spaces, minus signs and apostrophes are normalized
+    clean: bool = False  # special spaces, minus signs, apostrophes and digits are normalized
 
     @property
     def is_plain(self) -> bool:
@@ -167,7 +171,7 @@ def infer_format(text: pl.Series, hints: FileHints | None = None) -> InferredFor
         note = f"the values are in several units ({', '.join(map(repr, several[:4]))}), which cannot be compared"
         return InferredFormat(result.format, plain, note=note)
     prefix, suffix = "".join(prefixes), "".join(suffixes)
-    clean = bool(failed.str.contains(f"{SPACES}|{INVISIBLE}|{MINUS_SIGNS}|{APOSTROPHES}").any())
+    clean = bool(failed.str.contains(f"{SPACES}|{INVISIBLE}|{MINUS_SIGNS}|{APOSTROPHES}|{OTHER_DIGITS_PATTERN}").any())
     accounting = bool(failed.str.contains(r"^\(.*\)$|\d\s*-$").any())
     core = strip_affixes(normalize(text) if clean else text, prefix, suffix, accounting)
     decimal, grouping, doubt = decide_marks(core.drop_nulls(), hints)
@@ -200,7 +204,9 @@ def find_decisive_mark(text: pl.Series) -> str | None:
 
 
 def normalize(text: pl.Series) -> pl.Series:
-    """Replace special spaces, minus signs and apostrophes by those of ASCII; remove invisible characters."""
+    """Replace special spaces, minus signs, apostrophes and digits by those of ASCII; remove invisible characters."""
+    if bool(text.str.contains(OTHER_DIGITS_PATTERN).any()):
+        text = text.str.replace_many(list(OTHER_DIGITS), list(OTHER_DIGITS.values()))
     text = text.str.replace_all(INVISIBLE, "").str.replace_all(SPACES, " ")
     return text.str.replace_all(MINUS_SIGNS, "-").str.replace_all(APOSTROPHES, "'").str.strip_chars()
 

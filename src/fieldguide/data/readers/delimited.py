@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import json
 import re
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -126,6 +127,8 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     """
     if not raw.strip():
         raise DataError(f"{name}: the file is empty.")
+    if (other := find_other_format(raw)) is not None:
+        raise DataError(f"{name}:1: the file is {other}, not delimited text. Export it as CSV, or correct its suffix.")
     raw, findings, stated = normalize_lines(raw, name)
     if stated:
         mark = stated
@@ -168,7 +171,35 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     if rows.height == 0:
         raise DataError(f"{name}: the file has column names but no rows.")
     rows.columns = [*columns, LINE]
+    if b'="' in raw:
+        rows = strip_formulas(rows, columns, findings)
     return Table(rows, findings, mark)
+
+
+def strip_formulas(rows: pl.DataFrame, columns: list[str], findings: list[Finding]) -> pl.DataFrame:
+    """Replace cells such as ="00123", which keep Excel from changing codes, by their text."""
+    named = [c for c in columns if bool(rows[c].str.contains(r'^="[^"]*"$').any())]
+    if named:
+        what = 'cells such as ="00123" are read as their text'
+        findings.append(Finding("formula-text", "note", what, tuple(f"column {c!r}" for c in named), len(named)))
+        rows = rows.with_columns(pl.col(named).str.replace(r'^="([^"]*)"$', "${1}"))
+    return rows
+
+
+def find_other_format(raw: bytes) -> str | None:
+    """Return the name of a text format that is no delimited text, judged by its beginning, or None."""
+    start = raw[:200].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a web page (HTML), perhaps an error message instead of a download"
+    if start.startswith(b"<?xml"):
+        return "XML"
+    if re.match(rb'[\[{]\s*[\[{"]', start):
+        line = raw.lstrip().partition(b"\n")[0].strip().rstrip(b",")
+        try:
+            return "JSON Lines" if isinstance(json.loads(line), dict) else "JSON"
+        except ValueError:
+            return "JSON" if re.match(rb'(?:\[\s*)?\{\s*"[^"]*"\s*:', start) else None
+    return None
 
 
 def normalize_lines(raw: bytes, name: str) -> tuple[bytes, list[Finding], str]:
@@ -328,8 +359,14 @@ def parse_lines(text: str, name: str, mark: str, spaced: bool) -> list[tuple[int
         ends = "end of data" in str(error)
         what = "a quotation mark is not closed" if ends else "text follows a closing quotation mark"
         at = line + 1 if ends else reader.line_num
+        escaped = '\\"' in "\n".join(text.split("\n")[at - 1 : reader.line_num][:50])
         raise DataError(
-            f'{name}:{at}: broken quoting: {what}. Close it, or write "" for a quotation mark inside a quoted cell.'
+            f"{name}:{at}: broken quoting: {what}. "
+            + (
+                'A quotation mark is escaped with a backslash (\\"): write "" instead.'
+                if escaped
+                else 'Close it, or write "" for a quotation mark inside a quoted cell.'
+            )
         ) from error
     return out
 
@@ -342,6 +379,8 @@ def describe_widths(
     places = ", ".join(f"{name}:{n} has {len(cells)}" for n, cells in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
     head = f"{name}: {len(wrong)} of {total} lines do not have {width} cells like the first: {places}."
     same = {len(cells) for _, cells in wrong}
+    if width == 1 and len(wrong) >= total - 2 and len(same) == 1:
+        return f"{head} The first line has no delimiter: perhaps a title. Remove it."
     if len(wrong) == total - 1 and same == {width + 1} and mark != "\t" and width > 1:
         names = [cells[0].strip() for _, cells in wrong]
         counted = any(names == [str(i + first) for i in range(len(names))] for first in (0, 1))
@@ -357,6 +396,11 @@ def describe_widths(
             f"{head} Numbers with a comma, such as 1,5 or 1,299, are split at it. Put them in quotation marks, or use another "
             "delimiter, such as ';'."
         )
+    if any(c.lstrip().startswith("'") and c.count("'") == 1 for cells in extra[:20] for c in cells):
+        return f"{head} Cells are in single quotation marks, which do not quote: use double ones."
+    broken = next((n for (n, a), (m, b) in pairwise(wrong) if n + 1 == m and len(a) + len(b) == width + 1), None)
+    if broken is not None:
+        return f"{head} The cell at the end of line {broken} seems to continue in the next: put cells with line breaks in quotation marks."
     if all(len(cells) == 1 for _, cells in wrong) and wrong[-1][0] == lines[-1][0] and len(wrong) <= 3:
         return f"{head} These lines have no delimiter: perhaps a title or a footer. Remove them."
     return f"{head} Quote cells that contain {mark!r}, or add the missing cells."
@@ -365,7 +409,7 @@ def describe_widths(
 def splits_numbers(cells: list[str], second: str) -> bool:
     """Return whether neighbouring cells may be the parts of a number with a comma; `second` is the pattern of the second."""
     return any(
-        re.fullmatch(r"[+-]?\d{1,3}", a.strip()) and re.fullmatch(rf"{second}(?:\.\d+)?", b.strip()) for a, b in pairwise(cells)
+        re.fullmatch(r"\D*\d{1,3}", a.strip()) and re.fullmatch(rf"{second}(?:\.\d+)?", b.strip()) for a, b in pairwise(cells)
     )
 
 
