@@ -14,7 +14,7 @@ from fieldguide.data.dataset import FileEntry, Finding
 from fieldguide.data.media.images import SUPPORTED_SUFFIXES
 from fieldguide.data.readers import delimited
 from fieldguide.data.readers.image_folder import relative_paths
-from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path, sha256
+from fieldguide.data.source import Options, RawTable, folder_split, list_visible, relative_path, sha256
 
 NAME = "captions"
 UNDERSTANDS = "images with captions: a folder with a .txt of the same name for each image, optionally below train, val and test"
@@ -33,9 +33,9 @@ def find_layout(source: Path) -> list[tuple[list[Path], dict[str, Path], str | N
     if own := find_part(source):
         return [(*own, None)]
     return [
-        (*found, SPLIT_NAMES[p.name.lower()])
+        (*found, folder_split(p.name))
         for p in list_visible(source)[0]
-        if p.is_dir() and p.name.lower() in SPLIT_NAMES and (found := find_part(p))
+        if p.is_dir() and folder_split(p.name) and (found := find_part(p))
     ]
 
 

@@ -18,7 +18,7 @@ from fieldguide.data.dataset import BOOKKEEPING, FILE, LINE, FileEntry, Finding,
 from fieldguide.data.media.audio import SUPPORTED_SUFFIXES, UNSUPPORTED_SUFFIXES
 from fieldguide.data.readers import delimited, table
 from fieldguide.data.readers.image_folder import is_hidden
-from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, relative_path, sha256
+from fieldguide.data.source import Options, RawTable, folder_split, relative_path, sha256
 
 NAME = "recordings"
 UNDERSTANDS = (
@@ -92,7 +92,7 @@ def load_without_transcripts(paths: list[Path], root: Path) -> RawTable:
 
 def split_by_folder(paths: list[Path], root: Path) -> np.ndarray | None:
     """Return the splits if every recording is below a folder named after a split, else None."""
-    found = [SPLIT_NAMES.get(p.relative_to(root).parts[0].lower()) for p in paths]
+    found = [folder_split(p.relative_to(root).parts[0]) if p.parent != root else None for p in paths]
     return np.array(found, dtype=object) if all(found) and len(set(found)) > 1 else None
 
 

@@ -55,8 +55,20 @@ def find_description(folder: Path) -> Path | None:
     files = [p for p in list_visible(folder)[0] if p.suffix.lower() in (".yaml", ".yml") and p.is_file()]
     files.sort(key=lambda p: (p.stem.lower() not in ("data", "dataset"), p.name))
     return next(
-        (p for p in files if b"names" in p.read_bytes() and (p.stem.lower() in ("data", "dataset") or guess_folders(folder))),
+        (
+            p
+            for p in files
+            if b"names" in p.read_bytes() and (p.stem.lower() in ("data", "dataset") or has_image_folders(folder))
+        ),
         None,
+    )
+
+
+def has_image_folders(root: Path) -> bool:
+    """Return whether there is a folder images, or one below a folder of a split."""
+    return bool(
+        find_child(root, ("images",))
+        or any(p.is_dir() and folder_split(p.name) and find_child(p, ("images",)) for p in list_visible(root)[0])
     )
 
 
@@ -69,9 +81,12 @@ def guess_folders(root: Path) -> list[tuple[Path, str | None]]:
     if images := find_child(root, ("images",)):
         below = [p for p in list_visible(images)[0] if p.is_dir() and folder_split(p.name)]
         return [(p, folder_split(p.name)) for p in below] or [(images, None)]
+    # Without class names, text files with numbers next to images may be anything.
+    listed = bool(find_file(root, CLASS_LISTS) or find_description(root))
     if labels_next_to_images(root):
-        return [(root, None)]
-    return [(p, folder_split(p.name)) for p in folders if folder_split(p.name) and labels_next_to_images(p)]
+        return [(root, None)] if listed else []
+    named = [p for p in folders if folder_split(p.name) and (listed or find_file(p, CLASS_LISTS)) and labels_next_to_images(p)]
+    return [(p, folder_split(p.name)) for p in named]
 
 
 def labels_next_to_images(folder: Path) -> bool:
