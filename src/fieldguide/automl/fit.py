@@ -28,6 +28,7 @@ from fieldguide.core.hardware import peak_memory
 from fieldguide.core.run_record import SCHEMA, write_record
 from fieldguide.core.settings import Settings, canonical
 from fieldguide.core.version import __version__
+from fieldguide.data import row_digests
 from fieldguide.data.dataset import Data
 from fieldguide.data.samples import SAMPLES
 from fieldguide.data.splits import sample_rows
@@ -131,6 +132,10 @@ def fit(
             splits = plan.splits
             plan.task.save(path / "preprocess")
             np.savez(path / "splits.npz", train=splits.train, validation=splits.validation, test=splits.test)
+            if plan.task.has_own_rows:
+                used = plan.source.take(np.concatenate([splits.train, splits.validation]))
+                if (digests := row_digests.compute_digests(used, plan.task.columns)) is not None:
+                    row_digests.save_digests(path, digests)
             (path / "manifest.json").write_text(json.dumps([asdict(f) for f in source.manifest.files]))
             write_record(path, record)
             config_file.write_config(path, record)

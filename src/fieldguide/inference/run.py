@@ -4,6 +4,7 @@ run.json             schema, task, model and config, settings, data, versions, s
 model.safetensors    the trained weights (and one file for each further network that the objective keeps)
 preprocess/          the fitted preprocessing, from raw inputs to tensors
 splits.npz           the rows of each split
+row_digests.npz      digests of the training and validation rows, to recognize them in other data
 metrics.jsonl        losses and scores by step
 report.html          the report; README.md is the model card
 checkpoints/         the state that `fieldguide fit --resume` continues from
@@ -22,9 +23,10 @@ from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.run_folder import build_config
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
-from fieldguide.core.errors import RunError, SettingsError
+from fieldguide.core.errors import DataError, RunError, SettingsError
 from fieldguide.core.run_record import USABLE_STATUSES, read_record, write_record
 from fieldguide.core.settings import Settings
+from fieldguide.data import row_digests
 from fieldguide.data.splits import sample_rows
 from fieldguide.data.validation.checks import enforce
 from fieldguide.inference.predictor import TaskPredictor, as_list
@@ -116,6 +118,18 @@ class Run(TaskPredictor):
             with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
                 data = data.take(splits["test"])
             note = "the run was trained on this data; only its test rows are scored"
+        elif task.has_own_rows:
+            used, is_certain = row_digests.find_used(self.path, row_digests.compute_digests(data, task.columns))
+            if used.all() and len(used):
+                raise DataError(
+                    f"{data.source}: all {len(used):,} rows were used in training, so their scores would say nothing. Evaluate on "
+                    "rows that the run has not seen."
+                )
+            if used.any() and is_certain:
+                data = data.take(np.flatnonzero(~used))
+                note = f"{int(used.sum()):,} of {len(used):,} rows were used in training and are left out"
+            elif used.any():
+                task.add_note(f"{int(used.sum()):,} of {len(used):,} rows are equal to training rows, possibly by chance")
         rows = sample_rows(np.arange(len(data)), self.task.max_test_examples, self.record["settings"]["seed"])
         if len(rows) < len(data):
             note += f"{'; ' if note else ''}a random sample of {len(rows):,} of {len(data):,} rows, since prediction is slow"

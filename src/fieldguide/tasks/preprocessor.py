@@ -64,6 +64,7 @@ class Preprocessor(TaskSpec):
     It knows nothing about scores or reports: batches and `model_dims` are all that a model and the training loop need.
     """
 
+    has_own_rows: ClassVar[bool] = True  # whether a row holds its inputs and targets, rather than a place in other data
     min_batch_size: int = 16  # minimum examples per step, if the data has that many
     predict_options: Any  # an instance of `PredictOptions`
 

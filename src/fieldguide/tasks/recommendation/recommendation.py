@@ -36,6 +36,7 @@ USER_CHUNK = 512  # users whose baselines are scored together
 
 class Recommendation(Task):
     name = "recommendation"
+    has_own_rows = False
     reads = "a table of events: a user column, an item column and a time column"
     input_types = ("items",)
     output_types = ("items",)

@@ -36,6 +36,7 @@ MIN_STEP_CALIBRATION_WINDOWS = 50  # with fewer validation windows, all steps sh
 
 class Forecasting(Task):
     name = "time-series-forecasting"
+    has_own_rows = False
     reads = (
         "a table with a time column and, for many series, a series column (long), or one column per "
         "series (wide); or one series per row, without time"
