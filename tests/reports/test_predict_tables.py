@@ -15,6 +15,7 @@ from damage import write
 from fieldguide.core.errors import DataError
 from fieldguide.data import Column, read
 from fieldguide.data.preprocessing import Labels
+from fieldguide.data.readers.delimited import has_header
 from fieldguide.data.validation.findings import MAX_PROBLEM_LINES, describe_problems
 
 SETTINGS = {"steps": 5, "precision": "float32"}
@@ -175,6 +176,12 @@ def test_names_that_differ_in_spelling_are_matched_by_name(run, home, names):
     found = predict(run, home, row, names=names)
     assert len(found) == 1 and found[0]["probability"] == pytest.approx(wanted[0]["probability"], abs=1e-6)
     assert any("matched by name" in n and "as 'x1'" in n for n in found.notes)
+
+
+def test_a_first_line_of_names_in_another_spelling_is_no_data():
+    rows = pl.DataFrame({"c0": ["red", "blue", "red"], "c1": ["big", "big", "red"]})
+    assert has_header(rows, ["COLOUR", "big"], ("colour", "size"))  # a known name decides, although "big" occurs below
+    assert not has_header(rows, ["red", "big"], ("colour", "size"))
 
 
 def test_other_orders_are_matched_by_name(run, home):
