@@ -59,6 +59,7 @@ def test_run_folder_has_the_documented_files(run):
         "model.safetensors",
         "preprocess",
         "splits.npz",
+        "row_digests.npz",
         "manifest.json",
         "metrics.jsonl",
         "report.html",
@@ -87,7 +88,7 @@ def test_run_folder_contains_no_pickle(run):
                 assert list(file.keys())
         elif path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                assert set(arrays) == {"train", "validation", "test"}
+                assert set(arrays) == ({"used"} if path.stem == "row_digests" else {"train", "validation", "test"})
                 assert all(arrays[a].dtype.kind == "i" for a in arrays)
         else:
             assert path.suffix in (".html", ".md", ".yaml"), f"{path} is of no documented kind"
@@ -196,7 +197,7 @@ def test_training_data_is_scored_on_its_test_rows(run):
 
 
 def test_other_data_is_scored_completely(iris_run):
-    table = pl.read_csv(samples.path("iris"))
+    table = pl.read_csv(samples.path("iris")).with_columns(pl.col("sepal_length_cm") + 0.01)  # rows that training has not seen
     found = iris_run.evaluate(table.head(149))
     assert found["rows"] == 149 and not found["note"]
     one = iris_run.evaluate(table.head(1))

@@ -88,7 +88,7 @@ class TaskPredictor(Predictor):
     card: Card
     objective: Objective
     batch_size: int = 64
-    pooling: Pooling  # of token vectors, for `embed`
+    pooling: Pooling = Pooling()  # of token vectors, for `embed`
 
     def __init__(self, task: Task, card: Card, objective: Objective, *, batch_size: int = 64, pooling: Pooling | None = None):
         self.task, self.card, self.objective, self.batch_size = task, card, objective, batch_size

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import polars as pl
 
@@ -16,7 +16,9 @@ from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.dataset import FILE, CellProblems, Column, Data, FileEntry, Manifest, SkippedInput
 from fieldguide.data.loader import Batches
+from fieldguide.data.media.images import Scale
 from fieldguide.data.preprocessing import ImageTransform
+from fieldguide.data.preprocessing.image_transform import find_other_ranges
 from fieldguide.data.validation.findings import describe_problems
 from fieldguide.objectives.embedding import Pooling
 from fieldguide.tasks.evaluator import Arrays
@@ -183,7 +185,7 @@ class Preprocessor(TaskSpec):
         before = 0
         for source in sources:
             try:
-                one = self.read_one(source, answered)
+                one = self.check_ranges(self.read_one(source, answered))
             except DataError as error:
                 if answered or len(sources) == 1:
                     raise
@@ -213,6 +215,21 @@ class Preprocessor(TaskSpec):
             [f for d in data for f in d.findings],
             skipped=unread,
         )
+
+    @property
+    def image_scale(self) -> Scale | None:
+        """Return the scale of images with more than 8 bits that was learned in training, or None."""
+        return None
+
+    def check_ranges(self, data: Data) -> Data:
+        """Return the data with the images that the learned scale does not fit in `problems`."""
+        column = next((c.name for c in self.columns if c.kind == "image" and c.role == "feature"), None)
+        if column is None:
+            return data
+        problems, notes = find_other_ranges(data, column, self.image_scale)
+        for note in notes:
+            self.add_note(note)
+        return replace(data, problems=[*data.problems, *problems])
 
     def note_problems(self, data: Sequence[Data], several: bool) -> None:
         """Keep the cells that do not fit the training data, and add notes about them and about how the inputs were read."""
