@@ -275,7 +275,8 @@ def test_a_class_named_none_is_trained_and_predicted(tmp_path):
         write(tmp_path / "t.csv", rows), target="level", model="mlp-s", out=tmp_path / "run", settings=SETTINGS
     )
     assert made.task.labels == ["None", "mild", "severe"]
-    assert made.evaluate(str(write(tmp_path / "e.csv", rows[:31])))["rows"] == 30
+    new = [f"{i * 0.37 % 5 + 0.005:.3f},{i % 7},{['None', 'mild', 'severe'][i % 3]}" for i in range(30)]
+    assert made.evaluate(str(write(tmp_path / "e.csv", [rows[0], *new])))["rows"] == 30
     again = fieldguide.pipeline(tmp_path / "run").predict(pl.DataFrame({"x": [1.5], "z": [3]}))
     assert again[0]["label"] in made.task.labels
 

@@ -59,6 +59,7 @@ STYLES = {
     "year-name": rf"^(?P<y>\d{{4}})[-/ ]*{MONTH}$",
     "year-quarter": r"^(?P<y>\d{4})[-/: ]*[QqT](?P<q>[1-4])$",
     "quarter-year": r"^[QqT](?P<q>[1-4])[-/:' ]*(?P<y>\d{4}|\d{2})$",
+    "number-quarter": r"^(?P<q>[1-4])[QqT][-/ ]*(?P<y>\d{4}|\d{2})$",
     "year-half": r"^(?P<y>\d{4})[-/ ]*[HhSs](?P<h>[12])$",
     "week": r"^(?P<y>\d{4})-?[Ww](?P<w>\d{1,2})(?:-?(?P<u>[1-7]))?$",
     "ordinal": r"^(?P<y>\d{4})-(?P<n>\d{3})$",
@@ -195,6 +196,9 @@ def parse_fast(text: pl.Series) -> pl.Series | None:
 def split_values(text: pl.Series) -> pl.DataFrame:
     """Return style, components of the date, microseconds of the day and offset of each value."""
     plain = text.str.replace(WEEKDAYS, "")
+    plain = plain.str.replace(
+        r"^(\p{L}{3} +\d{1,2}) (\d{1,2}:\d{2}:\d{2}) (\d{4})$", "${1} ${3} ${2}"
+    )  # Mon Jan  1 10:00:00 2024
     digits = plain.str.contains(r"^\d{10}(?:\d{2}){0,2}$") | plain.str.contains(r"^\d{8}[T ]?\d{4}(?:\d{2})?Z?$")
     spaced = plain.str.replace(r"^(\d{4})(\d{2})(\d{2})[T ]?(\d{2})(\d{2})?(\d{2})?(Z?)$", "${1}${2}${3} ${4}:${5}:${6}${7}")
     spaced = (
@@ -301,7 +305,16 @@ def parse_distinct(text: pl.Series, order: str, pieces: pl.DataFrame | None = No
     century = pl.select(pl.when(year >= PIVOT).then(1900).otherwise(2000)).to_series()
     year = year.zip_with(~short, year + century)
     month = month.zip_with(number["q"].is_null(), 3 * number["q"] - 2).zip_with(number["h"].is_null(), 6 * number["h"] - 5)
-    start = ["month-year", "year-month", "name-year", "year-name", "year-quarter", "quarter-year", "year-half"]
+    start = [
+        "month-year",
+        "year-month",
+        "name-year",
+        "year-name",
+        "year-quarter",
+        "quarter-year",
+        "number-quarter",
+        "year-half",
+    ]
     ones = pl.repeat(1, len(year), dtype=pl.Int64, eager=True)
     day = day.zip_with(~style.is_in(start).fill_null(False), ones)
     special = style.is_in(["week", "ordinal"]).fill_null(False)
