@@ -100,6 +100,23 @@ def test_microscopy_is_learned_and_predicted_with_the_stored_scale(tmp_path):
     assert answer["label"] == "dead" and loaded.predict(str(tmp_path / "data/alive/0.png"))[0]["label"] == "alive"
 
 
+def test_images_that_the_scale_does_not_fit_are_reported(tmp_path):
+    """16-bit images after training on 12 bits are clipped, 8-bit images are not scaled."""
+    task = learn(read(microscopy(tmp_path / "data", 4095, count=4)))
+    bright = tmp_path / "bright.png"
+    Image.fromarray(np.linspace(0, 60000, 256).reshape(16, 16).astype(np.uint16)).save(bright)
+    data = task.read([str(tmp_path / "data/alive/0.png"), str(bright)])
+    assert [(p.what, p.rows) for p in data.problems or task.problems] == [("out-of-range", (1,))]
+    assert any("60000" in note and "bright.png" in note for note in task.notes)
+    task.notes.clear()
+    Image.new("L", (16, 16), 90).save(tmp_path / "plain.png")
+    task.read([str(tmp_path / "plain.png")])
+    assert any("8 bits per value and are not scaled" in note for note in task.notes)
+    plain = learn(read(microscopy(tmp_path / "plain", 130, np.uint8, count=4)))
+    plain.read([str(bright)])
+    assert any("No scale for them was learned" in note for note in plain.notes)
+
+
 def test_8_bit_images_have_no_scale(tmp_path):
     data = read(microscopy(tmp_path, 130, np.uint8, count=6))
     task = learn(data)
@@ -168,7 +185,7 @@ def test_arrays_that_are_no_images(tmp_path):
     np.save(tmp_path / "a/objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"features.npy \(an array of shape \(512,\)"):
         read(tmp_path)
-    with pytest.raises(DataError, match="objects.npy"):
+    with pytest.raises(DataError, match=r"objects.npy"):
         read(tmp_path)
 
 

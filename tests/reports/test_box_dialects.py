@@ -174,7 +174,7 @@ def test_pose_lines_are_read_with_their_shape(tmp_path):
     assert boxes(data) == {"a.png": [("cat", *BOX)], "b.png": [("dog", *BOX)]}
     assert data.rows["objects"][0][0]["outline"] is None
     write(tmp_path / "data.yaml", "names: [cat, dog]")
-    with pytest.raises(DataError, match="look like keypoints.*kpt_shape"):
+    with pytest.raises(DataError, match=r"look like keypoints.*kpt_shape"):
         read(tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_different_subfolders_are_parts_of_a_class(tmp_path):
     ],
 )
 def test_split_words_next_to_other_folders_are_a_question(tmp_path, folders):
-    with pytest.raises(DataError, match="a split or a class?.*move them into a folder named train"):
+    with pytest.raises(DataError, match=r"a split or a class?.*move them into a folder named train"):
         read(tree(tmp_path, *folders))
     assert len(read(tmp_path, labels_optional=True)) == 2 * len(folders)  # in prediction nothing depends on it
     (tmp_path / "fixed/train").mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_split_words_next_to_other_folders_are_a_question(tmp_path, folders):
     "folders", [("cats_train", "dogs_train", "cats_test", "dogs_test"), ("train/cats", "training/cats", "test/cats")]
 )
 def test_several_folders_for_one_split_are_an_error(tmp_path, folders):
-    with pytest.raises(DataError, match="several folders for one split.*/CLASS"):
+    with pytest.raises(DataError, match=r"several folders for one split.*/CLASS"):
         read(tree(tmp_path, *folders))
 
 

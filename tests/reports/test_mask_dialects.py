@@ -117,12 +117,12 @@ def test_names_of_interpolated_masks_are_kept(tmp_path):
 
 def test_interpolated_masks_of_several_classes_are_rejected(tmp_path):
     encode = lambda mask, i: Image.fromarray(mask * 60).filter(ImageFilter.GaussianBlur(0.8))
-    with pytest.raises(DataError, match="thin lines between others.*nearest neighbor"):
+    with pytest.raises(DataError, match=r"thin lines between others.*nearest neighbor"):
         build(pairs(tmp_path, encode, classes=4))
 
 
 def test_jpeg_masks_of_several_classes_are_rejected(tmp_path):
-    with pytest.raises(DataError, match="8 masks were saved as JPEG.*PNG"):
+    with pytest.raises(DataError, match=r"8 masks were saved as JPEG.*PNG"):
         build(pairs(tmp_path, lambda mask, i: mask, classes=5, suffix=".jpg"))
     colors = np.array([(0, 0, 0), (200, 0, 0), (0, 200, 0)], np.uint8)
     with pytest.raises(DataError, match="JPEG"):
@@ -191,7 +191,7 @@ def test_255_after_consecutive_classes_is_void(tmp_path):
 
 def test_large_255_next_to_other_classes_is_a_question(tmp_path):
     encode = lambda mask, i: np.array([0, 255, 1], np.uint8)[mask]
-    with pytest.raises(DataError, match="is 255 in the masks a class.*covers 2. %.*task.ignore=255.*task.ignore=none"):
+    with pytest.raises(DataError, match=r"is 255 in the masks a class.*covers 2. %.*task.ignore=255.*task.ignore=none"):
         build(pairs(tmp_path, encode, classes=3))
     assert learned(tmp_path, ignore="none")[0] == ["0", "1", "255"]
     names, classes, _ = learned(tmp_path, ignore="255")
@@ -201,7 +201,7 @@ def test_large_255_next_to_other_classes_is_a_question(tmp_path):
 
 @pytest.mark.parametrize("levels", [(0, 128, 255), (0, 85, 170, 255)])
 def test_gray_levels_up_to_255_are_classes(tmp_path, levels):
-    names, classes, data = learned(pairs(tmp_path, lambda mask, i: np.array(levels, np.uint8)[mask], classes=len(levels)))
+    names, classes, _ = learned(pairs(tmp_path, lambda mask, i: np.array(levels, np.uint8)[mask], classes=len(levels)))
     assert names == [str(v) for v in levels] and (classes >= 0).all()
 
 
@@ -342,7 +342,7 @@ def test_arrays_as_masks(tmp_path):
 )
 def test_empty_masks_are_rejected_before_training(tmp_path, split, message):
     for part in ("train", "val", "test"):
-        pairs(tmp_path / part, lambda mask, i: mask * (part != split))
+        pairs(tmp_path / part, lambda mask, i, part=part: mask * (part != split))
     with pytest.raises(DataError, match=message):
         build_plan(
             read(tmp_path, column_spec=ImageSegmentation.column_spec),

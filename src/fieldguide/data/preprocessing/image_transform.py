@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
 from fieldguide.core.errors import SettingsError
-from fieldguide.data.dataset import HIGH, LOW
+from fieldguide.data.dataset import HIGH, LOW, CellProblems, Data
 from fieldguide.data.media import images
 
 if TYPE_CHECKING:
@@ -41,6 +41,36 @@ def describe_scale(scale: images.Scale | None) -> list[str]:
     if scale is None:
         return []
     return [f"values of more than 8 bits are scaled by the range of the training images, {scale[0]:.6g} to {scale[1]:.6g}"]
+
+
+def find_other_ranges(data: Data, column: str, scale: images.Scale | None) -> tuple[list[CellProblems], list[str]]:
+    """Return the images that a learned scale does not fit, and notes.
+
+    These are images of 8 bits after training on more, and images whose values lie far outside the scale.
+    """
+    if not {LOW, HIGH} <= set(data.rows.columns):
+        return [], []
+    lows, highs = (data.rows[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for name in (LOW, HIGH))
+    deep = ~np.isnan(highs)
+    if scale is None:
+        note = (
+            f"{int(deep.sum()):,} images have more than 8 bits per value. No scale for them was learned in training, so they are "
+            "scaled by the range of their format"
+        )
+        return [], [note] if deep.any() else []
+    low, high = scale
+    span = f"the training images have values from {low:.6g} to {high:.6g}"
+    notes = []
+    if not deep.all():  # training may have had both
+        rows = np.flatnonzero(~deep)
+        places = ", ".join(data.locate_row(int(i)) for i in rows[:5])
+        notes.append(f"{len(rows):,} images have 8 bits per value and are not scaled, whereas {span}: {places}")
+    found = np.flatnonzero(deep & ((highs > high + (high - low)) | (highs < low) | (lows < low - (high - low)))).tolist()
+    if not found:
+        return [], notes
+    shown = tuple((data.locate_row(i), f"{lows[i]:.6g} to {highs[i]:.6g}") for i in found[:5])
+    detail = f"with values far outside the training range ({span})"
+    return [CellProblems(column, "out-of-range", detail, len(found), tuple(found), shown)], notes
 
 
 @dataclass(frozen=True)

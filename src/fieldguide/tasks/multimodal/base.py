@@ -99,6 +99,10 @@ class ImageAndTextTask(Task):
                 "truncated (change this with task.length=...)"
             )
 
+    @property
+    def image_scale(self) -> images.Scale | None:
+        return self.pictures.scale
+
     def model_dims(self) -> dict[str, Any]:
         return {
             "channels": self.pictures.channels,

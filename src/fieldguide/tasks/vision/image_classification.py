@@ -101,6 +101,10 @@ class ImageClassification(ClassificationTask):
         plain = (label[near.argmax(1)] == label).float().mean()
         return bool((label[near_mirrored.argmax(1)] == label).float().mean() >= 0.9 * plain)
 
+    @property
+    def image_scale(self) -> images.Scale | None:
+        return self.pictures.scale
+
     def model_dims(self) -> dict[str, Any]:
         p = self.pictures
         return {"num_classes": len(self.labels), "channels": p.channels, "image": p.side, "features": p.channels * p.side**2}

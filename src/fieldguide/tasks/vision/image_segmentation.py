@@ -21,9 +21,11 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Exhibit, Gallery, Matrix, Picture, Table
 from fieldguide.core.settings import Settings
+from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Finding, Severity
 from fieldguide.data.loader import Batches
+from fieldguide.data.media import images
 from fieldguide.data.media.masks import LazyMask
 from fieldguide.data.preprocessing import masks
 from fieldguide.data.preprocessing.augmentation import augment_with_masks
@@ -240,11 +242,12 @@ class ImageSegmentation(Task):
 
     def read_one(self, source: Any, answered: bool) -> Data:
         drawn = any(c.role == "target" and c.kind == "boxes" for c in self.columns)
-        data = super().read_one(source, False)
-        if not answered:
-            return data
-        if not drawn:
+        if not answered or drawn:
+            data = super().read_one(source, False)
+        else:  # the classes are those of the model, whatever the masks hold
+            data = self.select_columns(read(source, schema=self.columns))
             self.check_values(data)
+        if not answered or not drawn:
             return data
         if self.target.name not in data.rows.columns or not data.rows[self.target.name].dtype.is_nested():
             raise DataError(
@@ -273,6 +276,10 @@ class ImageSegmentation(Task):
                 f"{', '.join(f'{v} ({name})' for v, name in zip(self.canvas.classes[:10], self.names))}. Save the masks in the "
                 "same way as for training."
             )
+
+    @property
+    def image_scale(self) -> images.Scale | None:
+        return self.canvas.scale
 
     def model_dims(self) -> dict[str, Any]:
         return {"num_classes": len(self.names), "channels": self.options.channels}

@@ -186,6 +186,10 @@ class ObjectDetection(Task):
             crowd.append(np.array([bool(o["crowd"]) for o in objects], dtype=bool))
         return boxes, labels, crowd
 
+    @property
+    def image_scale(self) -> images.Scale | None:
+        return self.scale
+
     def model_dims(self) -> dict[str, Any]:
         return {"num_classes": len(self.names), "channels": self.options.channels, "image": self.options.side}
 
