@@ -84,6 +84,8 @@ def test_numbers_are_read_as_in_training(run, home):
     plain = predict(run, home, "2499,12/05/2023,03,r,yes,2.5")
     assert grouped[0]["probability"] == pytest.approx(plain[0]["probability"], abs=1e-6)
     assert ("x1", "malformed") in problems(predict(run, home, '"2.499,5",12/05/2023,03,r,yes,2.5'))
+    special = predict(run, home, "\uff12\uff14\uff19\uff19\u200b,12/05/2023,03,r,yes,2.5")
+    assert special[0]["probability"] == pytest.approx(plain[0]["probability"], abs=1e-6) and special.problems == []
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ OTHER_DIGITS = {  # digits and marks of other scripts
     chr(start + value): str(value) for start in (0x0660, 0x06F0, 0x0966, 0xFF10) for value in range(10)
 } | {"\u066b": ".", "\u066c": ",", "\uff0e": ".", "\uff0c": ",", "\uff05": "%", "\uff0b": "+"}
 OTHER_DIGITS_PATTERN = f"[{''.join(OTHER_DIGITS)}]"
+SPECIAL_CHARACTERS = f"{SPACES}|{INVISIBLE}|{MINUS_SIGNS}|{APOSTROPHES}|{OTHER_DIGITS_PATTERN}"
 SAMPLE_VALUES = 1000  # values that are inspected before a whole column is
 MIN_NUMBER_FRACTION = 0.9  # minimum fraction of the values of a column that are numbers in its format
 MIN_STRONG_VALUES = 2  # minimum number of distinct values with a mark, and of values from 100 to 999 without one
@@ -83,7 +84,18 @@ class NumberFormat:
         return self == NumberFormat()
 
     def parse(self, text: pl.Series) -> pl.Series:
-        """Return the numbers, float64; null where the text is not a number in this format."""
+        """Return the numbers, float64; null where the text is not a number in this format.
+
+        Special spaces, minus signs and digits leave no doubt and are accepted in every format.
+        """
+        values = self.parse_as_written(text)
+        failed = values.is_null() & text.is_not_null()
+        if self.clean or not failed.any() or not bool(text.filter(failed).str.contains(SPECIAL_CHARACTERS).any()):
+            return values
+        return values.zip_with(~failed, self.parse_as_written(normalize(text).set(~failed, None)))
+
+    def parse_as_written(self, text: pl.Series) -> pl.Series:
+        """Return the numbers without normalizing characters first, unless the format does."""
         if self.is_plain:
             return text.cast(pl.Float64, strict=False)
         core = strip_affixes(normalize(text) if self.clean else text, self.prefix, self.suffix, self.accounting)
@@ -171,7 +183,7 @@ def infer_format(text: pl.Series, hints: FileHints | None = None) -> InferredFor
         note = f"the values are in several units ({', '.join(map(repr, several[:4]))}), which cannot be compared"
         return InferredFormat(result.format, plain, note=note)
     prefix, suffix = "".join(prefixes), "".join(suffixes)
-    clean = bool(failed.str.contains(f"{SPACES}|{INVISIBLE}|{MINUS_SIGNS}|{APOSTROPHES}|{OTHER_DIGITS_PATTERN}").any())
+    clean = bool(failed.str.contains(SPECIAL_CHARACTERS).any())
     accounting = bool(failed.str.contains(r"^\(.*\)$|\d\s*-$").any())
     core = strip_affixes(normalize(text) if clean else text, prefix, suffix, accounting)
     decimal, grouping, doubt = decide_marks(core.drop_nulls(), hints)

@@ -165,7 +165,7 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
                     + (", ..." if names and len(columns) > 8 else ""),
                     (f"{name}:1",),
                     1,
-                    "Add a line of column names, or pass header=True if the first line is one.",
+                    "Add a line of column names" + ("." if names else ", or pass header=True if the first line is one."),
                 )
             )
     if rows.height == 0:
