@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import pkgutil
 import re
 from dataclasses import dataclass, field
@@ -124,9 +125,16 @@ def relative_path(path: Path, root: Path) -> str:
 
 def list_visible(folder: Path) -> tuple[list[Path], int]:
     """Return the sorted entries of a folder and the number of hidden ones (dot files, __MACOSX, Thumbs.db)."""
-    every = sorted(folder.iterdir())
-    kept = [p for p in every if not p.name.startswith(".") and p.name.lower() not in IGNORED_NAMES]
+    every = sorted(os.listdir(folder))
+    kept = [folder / name for name in every if not name.startswith(".") and name.lower() not in IGNORED_NAMES]
     return kept, len(every) - len(kept)
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """Return the sorted visible folders in a folder, without links and without a look at its files."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+    return [folder / name for name in names if not name.startswith(".") and name.lower() not in IGNORED_NAMES]
 
 
 def split_of(name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,7 +20,7 @@ from fieldguide.data.media.boxes import (
     parse_finite,
 )
 from fieldguide.data.media.file_names import ImageIndex
-from fieldguide.data.source import Options, RawTable, folder_split, list_visible, relative_path
+from fieldguide.data.source import Options, RawTable, folder_split, list_folders, relative_path
 
 NAME = "LabelMe"
 UNDERSTANDS = (
@@ -37,11 +38,12 @@ def accepts(source: Any, options: Options) -> int:
 
 def find_files(root: Path) -> list[tuple[Path, str | None]]:
     """Return the annotations and their splits, in the folder or in the folders in it; empty if it is another format."""
-    folders = [p for p in list_visible(root)[0] if p.is_dir()]
-    inner = [(q, folder_split(p.name)) for p in folders for q in list_visible(p)[0] if q.is_dir()]
+    folders = list_folders(root)
+    inner = [(q, folder_split(p.name)) for p in folders for q in list_folders(p)]
     found = []
     for folder, split in ((root, None), *((p, folder_split(p.name)) for p in folders), *inner):
-        files = [p for p in list_visible(folder)[0] if p.suffix.lower() == ".json" and p.is_file()]
+        names = sorted(n for n in os.listdir(folder) if n.lower().endswith(".json") and not n.startswith("."))
+        files = [folder / n for n in names if (folder / n).is_file()]
         if files and not has_labelme_keys(files[0]):
             return []
         found += [(p, split) for p in files]

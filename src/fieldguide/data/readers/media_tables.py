@@ -25,7 +25,7 @@ from fieldguide.data.media.images import READABLE_SUFFIXES
 from fieldguide.data.readers import delimited, recordings, table
 from fieldguide.data.readers.coco import as_id, find_image_folders
 from fieldguide.data.readers.image_folder import FolderWalk
-from fieldguide.data.source import Options, RawTable, folder_split, list_visible, relative_path, sha256, split_of
+from fieldguide.data.source import Options, RawTable, folder_split, list_folders, list_visible, relative_path, sha256, split_of
 
 NAME = "media with tables"
 UNDERSTANDS = (
@@ -71,8 +71,10 @@ def load(source: Path, options: Options) -> RawTable:
 
 def find_split_tables(source: Path) -> list[tuple[Path, Path, str]]:
     """Return (table, folder, split) of the folders of splits with media and one table each, or an empty list."""
+    base, folders = source, list_folders(source)
+    if len(folders) != 1 and not any(folder_split(p.name) for p in folders):
+        return []
     walk = FolderWalk(source, READABLE_SUFFIXES | recordings.SOUND_SUFFIXES)
-    base = source
     while (inner := walk.wrapped(base)) and not folder_split(inner.name) and not table.list_tables(base):
         base = inner
     if table.list_tables(base):
