@@ -155,8 +155,10 @@ def type_column(
     plain, option = split_kind(kind)
     context = Context(plain, option, target, is_time, hints or FileHints(), known)
     if series.dtype == pl.String:
-        literals, markers = find_literals(series, context)
-        text = blank_missing(series, literals)
+        text = blank_missing(series)
+        literals, markers = ((), ()) if text.null_count() == series.null_count() else find_literals(series, context)
+        if literals:
+            text = blank_missing(series, literals)
         typed = convert_text(name, text, plain, context) if plain else infer_type(name, text, context)
         if literals and typed.column.kind == "category":
             typed.column.literals = literals
@@ -439,6 +441,9 @@ def describe_date_doubt(name: str, doubt: str) -> tuple[str, str, str]:
 
 def make_category(name: str, text: pl.Series, why: str) -> TypedColumn:
     """Return a column of categories; 1.0 becomes 1 if the column has both spellings, and 1 becomes True next to True."""
+    first = text.head(HINT_ROWS).drop_nulls().str.to_lowercase().str.replace(r"\.0+$", "")
+    if not bool(first.is_in(["true", "false", "1", "0"]).all() or text.str.contains(".0", literal=True).any()):
+        return make_typed_column(name, text, "category", why)
     spelled = text.drop_nulls().unique()
     whole = spelled.filter(spelled.str.contains(r"^-?(?:0|[1-9]\d*)\.0+$"))
     shorter = whole.str.replace(r"\.0+$", "")
