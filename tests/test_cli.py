@@ -142,6 +142,8 @@ def test_fit_predict_evaluate_on_files(good, flowers, tmp_path):
     assert scores["rows"] == 30 and "only its test rows" in scores["note"]
     other = tmp_path / "other.csv"
     pl.read_csv(flowers).head(120).write_csv(other)
+    assert json.loads(good("evaluate", run, other, "--json"))["rows"] < 30  # its training rows are recognized
+    pl.read_csv(flowers).head(120).with_columns(pl.col("petal_width_cm") + 0.01).write_csv(other)
     assert json.loads(good("evaluate", run, other, "--json"))["rows"] == 120
     table = good("evaluate", run, other)
     assert "accuracy" in table and "95 % interval" in table
@@ -318,9 +320,8 @@ def test_check_reports_errors_of_the_task(good, bad, tmp_path):
         (tmp_path / name).mkdir()
         for i in range(12):
             pixels = np.random.default_rng(i).integers(0, 200, (16, 16)).astype(np.uint8)
-            Image.fromarray(pixels if name == "images" else np.array([(0, 0, 0), (7, 8, 9)], np.uint8)[pixels // 101]).save(
-                tmp_path / name / f"{i}.png"
-            )
+            colors = np.array([(0, 0, 0), (9, 8, 7), (7, 8, 9)], np.uint8)
+            Image.fromarray(pixels if name == "images" else colors[pixels // 67]).save(tmp_path / name / f"{i}.png")
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nfield,0,0,0\nsquare,9,8,7\n")
     said = bad("check", tmp_path)
     assert "masks hold values outside the 2 classes" in said and "masks" in said

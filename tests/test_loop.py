@@ -435,7 +435,7 @@ def test_ensemble_members_are_trained_on_the_mean_loss():
         ("batch_size", 2.5, "not an integer"),
         ("optimizer", "adam", "none of adamw"),
         ("batch_size", 0, "at least 1"),
-        ("label_smoothing", 1.0, r"lie in \[0, 1\)"),
+        ("label_smoothing", 1.0, r"must be in \[0, 1\)"),
         ("class_weights", "maybe", "not a bool"),
     ],
 )

@@ -92,7 +92,7 @@ def test_table_of_images_and_captions(tmp_path):
     assert task.codes(data.take([3]).__class__(**{**vars(data.take([3])), "rows": data.rows[[3]].drop("caption")})).sum() == 0
     forced, *_ = asked(tmp_path / "table.csv", kinds={"caption": "category"})
     assert len(kind.fit(forced, kind.Options()).labels) == 27
-    with pytest.raises(SettingsError, match="dcgan reads no text, and this data has captions"):
+    with pytest.raises(SettingsError, match="dcgan reads no text, but this data has texts"):
         build_config(*find("dcgan-32"), task.model_dims())
     with pytest.raises(SettingsError, match=r"dcgan-32 cannot be made .* reads no text"):
         fit(str(tmp_path / "table.csv"), task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={"steps": 1})
