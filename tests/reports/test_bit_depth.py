@@ -242,3 +242,11 @@ def test_older_runs_scale_by_the_format():
     assert transform.scale is None
     shown = images.to_array(Image.open(file), 8, 1, "crop", scale=transform.scale)[0]
     assert np.array_equal(shown, np.rint(deep / 257).astype(np.uint8))
+
+
+def test_unsupported_files_in_a_table_are_named(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.dcm").write_bytes(b"\0" * 128 + b"DICM" + bytes([i]))
+    (tmp_path / "table.csv").write_text("scan,label\n" + "".join(f"{i}.dcm,{'ab'[i % 2]}\n" for i in range(6)))
+    with pytest.raises(DataError, match="DICOM"):
+        read(tmp_path / "table.csv")

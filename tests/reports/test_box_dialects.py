@@ -353,3 +353,21 @@ def test_what_was_trained_stays_usable_if_the_test_fails(tmp_path, monkeypatch):
     run = open_run(tmp_path / "run")
     assert run.status == "trained" and "objects" in run.predict(str(tmp_path / "data/test/images/test0.png"))[0]
     assert fieldguide.resume(tmp_path / "run").status == "done"
+
+
+def test_classes_of_boxes_are_printed_with_counts_and_similar_names(tmp_path, capsys):
+    coco(tmp_path / "a")
+    path = tmp_path / "a/annotations/instances.json"
+    document = json.loads(path.read_text())
+    document["categories"][1]["name"] = "Cat"
+    document["annotations"].append({"id": 9, "image_id": 1, "category_id": 8, "bbox": [1, 1, 5, 5]})
+    data = ObjectDetection.build_examples(read(tmp_path / "a"), ObjectDetection.Options()) if write(path, document) else None
+    found = {f.check: f for f in data.findings}
+    assert (
+        found["class-counts"].what == "2 classes of boxes: cat 2, Cat 1" and "'cat', 'Cat'" in found["class-names-alike"].what
+    )
+    lines = []
+    log = type("Log", (NullCallback,), {"log": lambda self, text: lines.append(text)})()
+    fieldguide_data = read(detection(tmp_path / "b"))
+    build_plan(ObjectDetection.select_columns(fieldguide_data), model="yolov8-test", settings={"steps": 2}, callback=log)
+    assert "note: 1 classes of boxes: cat 8" in lines

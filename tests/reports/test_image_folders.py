@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fieldguide.automl.progress import console
+from fieldguide.cli.commands import check
 from fieldguide.core.errors import DataError
 from fieldguide.data import read
 
@@ -162,3 +164,11 @@ def test_texts_and_unmatched_names(tmp_path):
         ("-", "contests"): 2,
         ("-", "devices"): 2,
     }
+
+
+def test_classes_are_printed_with_counts_and_similar_names(tmp_path):
+    tree(tmp_path, "Cat", "cat", "dog", count=3)
+    with console.capture() as shown:
+        check(str(tmp_path))
+    text = " ".join(shown.get().split())
+    assert "3 classes: Cat 3, cat 3, dog 3" in text and "differ only by case" in text and "'Cat', 'cat'" in text

@@ -27,7 +27,8 @@ HINT_ROWS = 300  # rows of a file that are inspected for the formats of its othe
 MIN_LITERAL_FRACTION = 0.05  # minimum fraction of rows with a word such as None for it to be a class
 MIN_TYPE_FRACTION = 0.9  # minimum fraction of values that parse as a type for the column to have it
 MAX_INTEGER_CLASSES = 20  # a target with at most this many distinct integers is a class label, not a quantity
-IMAGE_FILE_PATTERN = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif)$"
+# Formats that are not read are recognized as well, so that they are named as the problem.
+IMAGE_FILE_PATTERN = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif|dcm|dicom|hei[cf]|dng|svs|nii(\.gz)?)$"
 VIDEO_FILE_PATTERN = r"(?i)\.(mp4|avi|mov|mkv|webm|m4v|mpe?g)$"
 AUDIO_FILE_PATTERN = r"(?i)\.(wave?|flac|og[ga]|opus|mp3|aiff?|au|m4a|aac|wma)$"
 DATE_FORMATS = (
