@@ -94,7 +94,7 @@ def test_table_of_images_and_captions(tmp_path):
     assert len(kind.fit(forced, kind.Options()).labels) == 27
     with pytest.raises(SettingsError, match="dcgan reads no text, but this data has texts"):
         build_config(*find("dcgan-32"), task.model_dims())
-    with pytest.raises(SettingsError, match=r"dcgan-32 cannot be made .* reads no text"):
+    with pytest.raises(SettingsError, match=r"dcgan-32 cannot be built .* reads no text"):
         fit(str(tmp_path / "table.csv"), task="image-generation", model="dcgan-32", out=tmp_path / "run", settings={"steps": 1})
 
 
