@@ -146,5 +146,5 @@ def test_conversations_that_the_chat_template_rejects_are_findings(tmp_path):
     assert kind.fit(data, kind.options_from(options)).tokens > 0
     for row in rows[10:20]:
         row["messages"].insert(0, {"role": "system", "content": "Be brief."})
-    with pytest.raises(BadData, match=r"12 of 300 examples.*nobody is called system"):
+    with pytest.raises(BadData, match=r"(?s)12 of 300 examples.*nobody is called system"):
         kind.build_examples(fieldguide.read(write(tmp_path / "a.jsonl", rows)), kind.options_from(options))

@@ -12,7 +12,6 @@ import polars as pl
 
 from fieldguide.core.words import compose
 
-
 PLAIN_NUMBER = re.compile(r"-?\d+(?:\.0*)?")
 BOOLEANS = {"true": "1", "false": "0"}
 

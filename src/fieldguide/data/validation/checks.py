@@ -451,7 +451,7 @@ def check_series(data: Data) -> Iterator[Finding]:
 def check_duplicate_columns(data: Data) -> Iterator[Finding]:
     """Report columns with equal values."""
     seen: dict[tuple[Any, ...], list[str]] = {}
-    for column in data.columns.values():
+    for column in data.columns.values() if len(data) else ():
         if column.name not in data.rows.columns or column.distinct < 2:
             continue
         values = data.rows[column.name]
