@@ -367,10 +367,18 @@ def test_rows_are_not_shortened_for_unlimited_networks():
     """T5's `length` is only the length in training."""
     begun = Checkpoint(None, card("t5"), None, {}, {})
     learnt = SimpleNamespace(model_dims=lambda: {"vocab_size": 30, "length": 900})
-    assert finetune.limit_length(learnt, None, card("t5").resolve_config(length=512), begun, {"length": 900}, NullCallback()) is learnt
+    assert (
+        finetune.limit_length(learnt, None, card("t5").resolve_config(length=512), begun, {"length": 900}, NullCallback())
+        is learnt
+    )
     with pytest.raises(SettingsError, match="900 exceeds the 512"):
         finetune.limit_length(
-            learnt, None, card("bart").resolve_config(length=512), replace(begun, card=card("bart")), {"length": 900}, NullCallback()
+            learnt,
+            None,
+            card("bart").resolve_config(length=512),
+            replace(begun, card=card("bart")),
+            {"length": 900},
+            NullCallback(),
         )
 
 

@@ -308,9 +308,7 @@ def test_fieldguide_runs(tmp_path, pictures):
     asked = run.predict(str(pictures), classes="red,green,blue")
     assert [r["probabilities"] for r in found] == [r["probabilities"] for r in asked]
     ways = zero.predict(str(pictures), names, ["a {} square on the left", "a {} square on the right"])
-    asked = run.predict(
-        str(pictures), classes="red,green,blue", templates="a {} square on the left|a {} square on the right"
-    )
+    asked = run.predict(str(pictures), classes="red,green,blue", templates="a {} square on the left|a {} square on the right")
     assert [r["probabilities"] for r in ways] == [r["probabilities"] for r in asked] != [r["probabilities"] for r in found]
     vectors = [
         np.mean(
