@@ -249,7 +249,8 @@ def inspect_adapter(folder: Path, name: str | None, callback: Callable[[str], No
     base: str | Path = folder
     if not adapter.has_base(folder):
         named = adapter.read_base(folder)
-        local = next((p for p in (Path(named), folder / named, folder.parent / named) if p.exists()), None)
+        # A relative path is usually meant from the adapter; a folder of that name in the working directory may be another.
+        local = next((p for p in (folder / named, folder.parent / named, Path(named)) if p.exists()), None)
         if local is None and not may_download:
             raise WeightsError(
                 f"{folder} is a LoRA adapter of {named}, which is not on this machine. Put the adapter's files into the folder of "
