@@ -301,7 +301,8 @@ def test_two_phases_equal_a_plain_gan_loop():
         generator_.zero_grad()
         bce(theirs.critic(theirs.model(torch.randn(32, 16))), one).backward()
         generator_.step()
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-6)
+    # Two orders of summation: CPUs without vector units differ by up to 2e-6 after the steps.
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
 
 
 def test_guide_gan_learns_digits():

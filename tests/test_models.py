@@ -430,7 +430,12 @@ def test_runs_in_bfloat16_autocast(name):
     model, inputs = tiny(name, torch.float32), batch(name, dtype=torch.float32)
     full = model(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        half = model(*inputs).float()
+        try:
+            half = model(*inputs).float()
+        except RuntimeError as error:  # oneDNN has no bfloat16 LSTM for CPUs below AVX-512; training then stays in float32
+            if "primitive descriptor for the LSTM" not in str(error):
+                raise
+            pytest.skip("this CPU has no LSTM in bfloat16")
         output = model.train()(*inputs).float()
     value = loss(card.output_types[0], output, inputs)  # outside: that on probabilities is not made for autocast
     assert (half - full).abs().max() < 0.05 * full.abs().max() + 0.05

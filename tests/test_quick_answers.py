@@ -80,7 +80,8 @@ def test_int8_network_equals_rounded_weights(size, changes):
     x = torch.randint(100, (5, 12))  # more rows than `FEW`: in floats throughout
     with torch.inference_mode():
         want = peer(x)
-        torch.testing.assert_close(network(x), want, rtol=1e-4, atol=1e-4 * want.std().item())
+        # Scales are applied before or after the sum, which rounds differently.
+        torch.testing.assert_close(network(x), want, rtol=1e-4, atol=1e-3 * want.std().item())
         first, other = network.last(x[:2, :3]), peer.last(x[:2, :3])
     assert (first - other).abs().max() < 0.1 * other.std()
     said = torch.stack(list(generate(network, prompts, 6, sampling=Sampling(temperature=0.0))), 1)
