@@ -35,7 +35,7 @@ def new() -> nn.Module:
 
 
 def theirs() -> nn.Module:
-    return smp.Unet("resnet34", encoder_weights=None, num_classes=CLASSES)
+    return smp.Unet("resnet34", encoder_weights=None, classes=CLASSES)
 
 
 def train(**settings: object) -> Run:
