@@ -102,4 +102,4 @@ def test_every_sample_reaches_its_stated_score(name, tmp_path):
     metric, value = samples.SAMPLES[name].reaches
     better = next(m.better for m in run.task.metrics if m.name == metric)
     assert run.scores[metric] >= value if better == "max" else run.scores[metric] <= value
-    assert run.record["cost"]["seconds"] < 180
+    assert run.record["cost"]["seconds"] < 2 * 60 * samples.SAMPLES[name].minutes  # other tests may run at the same time
