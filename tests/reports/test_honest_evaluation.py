@@ -12,6 +12,7 @@ from PIL import Image
 
 import fieldguide
 from fieldguide.core.errors import DataError
+from fieldguide.data.row_digests import compute_digests
 
 SETTINGS = {"steps": 3, "batch_size": 16, "precision": "float32"}
 RNG = np.random.default_rng(0)
@@ -97,6 +98,12 @@ def test_images_are_recognized_by_content(tmp_path):
         for i, path in enumerate(sorted((tmp_path / "train" / name).iterdir())):
             shutil.copy(path, tmp_path / "other" / name / f"renamed{99 - i}.png")
     assert run.evaluate(tmp_path / "other")["rows"] == run.record["scores"]["tested"]
+
+
+def test_targets_alone_do_not_make_equal_rows():
+    data = fieldguide.read(table(20), target="label")
+    assert compute_digests(data, list(data.columns.values())) is not None
+    assert compute_digests(data, [data.columns["label"]]) is None
 
 
 def test_texts_are_recognized(tmp_path):
