@@ -19,13 +19,13 @@ from PIL import Image
 
 from fieldguide.core.report_elements import (
     Bars,
-    Exhibit,
     Gallery,
     Lines,
     Matrix,
     Picture,
     Quote,
     Quotes,
+    ReportElement,
     Scatter,
     Sound,
     Sounds,
@@ -191,9 +191,9 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("exhibit", EDGES.values(), ids=EDGES)
-def test_every_exhibit_is_drawn_for_any_content(exhibit):
-    html, page = page_of(exhibit)
+@pytest.mark.parametrize("element", EDGES.values(), ids=EDGES)
+def test_every_element_is_drawn_for_any_content(element):
+    html, page = page_of(element)
     assert page.count("figure") == 1 and len(html) < 1_000_000
 
 
@@ -259,14 +259,14 @@ def test_data_is_never_markup():
     assert "\x00" not in html and "\ud800" not in html
 
 
-def test_exhibit_types_can_be_registered():
+def test_element_types_can_be_registered():
     @dataclass(frozen=True)
-    class Sound(Exhibit):
+    class Sound(ReportElement):
         seconds: float = 0
 
     with pytest.raises(TypeError, match=r"'Sound'.*draw\.register"):
         page_of(Sound("s"))
-    report.draw.register(Sound, lambda exhibit: el("p", f"{exhibit.seconds} seconds of sound"))
+    report.draw.register(Sound, lambda element: el("p", f"{element.seconds} seconds of sound"))
     assert "3 seconds of sound" in page_of(Sound("s", seconds=3))[1].text()
 
 
@@ -425,7 +425,7 @@ def test_long_texts_are_collapsed():
     assert page.count("details") == 1 and "end" in page.text() and page.count("li", class_="bad") == 1
 
 
-def test_narrow_exhibits_are_placed_in_pairs():
+def test_narrow_elements_are_placed_in_pairs():
     line, square = Lines("l", lines={"a": ([1], [1])}), Scatter("s", points=[(1, 1)], diagonal=True)
     table, wide = Table("t", header=("a", "b")), Table("t", header=tuple("abcd"))
     assert report.place_elements([line, table]) == ["half", "half"]

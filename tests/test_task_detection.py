@@ -17,7 +17,7 @@ from fieldguide.data.samples import path as sample
 from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.models.registry import card
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.vision.detection_report import build_exhibits, match_boxes
+from fieldguide.tasks.vision.detection_report import build_elements, match_boxes
 from fieldguide.tasks.vision.object_detection import ObjectDetection
 
 
@@ -118,7 +118,7 @@ def test_scores_baselines_and_threshold(tmp_path):
     }
     task.calibrate(wrong, truth)
     assert 0.3 < task.threshold <= 0.6
-    shown = build_exhibits(data.rows["image"].to_list(), [str(i) for i in range(12)], wrong, truth, task.names, 0.2)
+    shown = build_elements(data.rows["image"].to_list(), [str(i) for i in range(12)], wrong, truth, task.names, 0.2)
     assert shown["Classes"][0].rows[0][:5] == ("a", 4, 4, 0, 4) and "12 wrong" not in shown["Images"][0].pictures[0].caption
     assert "1 true, 2 predicted, 1 wrong" in shown["Images"][0].pictures[0].caption
 

@@ -138,7 +138,7 @@ def test_rare_answers_count_as_wrong(tmp_path):
     assert it.score({"probabilities": sure}, truth)["accuracy"] == pytest.approx(1 - 1 / len(data))
     few = kind.fit(data, kind.options_from({"answers": "2"}))
     assert len(few.labels) == 2 and "5 of 7" in few.notes[0]
-    assert few.exhibits(data, {"probabilities": np.tile([0.6, 0.4], (len(data), 1))}, few.targets(data))["Questions"]
+    assert few.report_elements(data, {"probabilities": np.tile([0.6, 0.4], (len(data), 1))}, few.targets(data))["Questions"]
 
 
 def test_first_correct_answer_counts(tmp_path):

@@ -536,12 +536,12 @@ def test_evaluate_scores_the_test_rows(run):
     assert again["scores"] == pytest.approx(run.scores) and again["rows"] == 120 and "test rows" in again["note"]
 
 
-def test_exhibits_can_be_played(run):
+def test_recordings_can_be_played(run):
     task = run.task
     with np.load(run.path / "splits.npz") as splits:
         data = read("spoken", column_spec=task.column_spec).take(splits["test"][:20])
     outputs, truth = run.outputs(data), task.targets(data)
-    shown = task.exhibits(data, outputs, truth, run.objective)
+    shown = task.report_elements(data, outputs, truth, run.objective)
     lists = [e for e in shown["Recordings"] if isinstance(e, Sounds)]
     assert lists
     wave, rate = soundfile.read(io.BytesIO(lists[-1].sounds[0].sound))

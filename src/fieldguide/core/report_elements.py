@@ -15,7 +15,7 @@ Numbers = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class ReportElement:
     """An element with a title and a note of a sentence or two on how to read it."""
 
     title: str
@@ -23,7 +23,7 @@ class Exhibit:
 
 
 @dataclass(frozen=True)
-class Table(Exhibit):
+class Table(ReportElement):
     """Rows of text or numbers under a header. `heat` names columns whose numbers are shaded by size."""
 
     header: Sequence[str] = ()
@@ -32,7 +32,7 @@ class Table(Exhibit):
 
 
 @dataclass(frozen=True)
-class Lines(Exhibit):
+class Lines(ReportElement):
     """Curves: name -> (x values, y values). `band` names -> (x, low, high) are shaded; `marks` are vertical lines."""
 
     x: str = ""
@@ -45,7 +45,7 @@ class Lines(Exhibit):
 
 
 @dataclass(frozen=True)
-class Scatter(Exhibit):
+class Scatter(ReportElement):
     """Points (x, y), with y = x drawn where `diagonal`."""
 
     x: str = ""
@@ -55,7 +55,7 @@ class Scatter(Exhibit):
 
 
 @dataclass(frozen=True)
-class Bars(Exhibit):
+class Bars(ReportElement):
     """Horizontal bars: label -> value, with optional (low, high) interval for each."""
 
     values: dict[str, float] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Bars(Exhibit):
 
 
 @dataclass(frozen=True)
-class Matrix(Exhibit):
+class Matrix(ReportElement):
     """Counts, row = truth, column = prediction."""
 
     labels: Sequence[str] = ()
@@ -81,7 +81,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Gallery(Exhibit):
+class Gallery(ReportElement):
     """Images side by side; `wide` ones in their own proportions, few in a row."""
 
     pictures: Sequence[Picture] = ()
@@ -98,7 +98,7 @@ class Sound:
 
 
 @dataclass(frozen=True)
-class Sounds(Exhibit):
+class Sounds(ReportElement):
     """Recordings with a player each."""
 
     sounds: Sequence[Sound] = ()
@@ -114,7 +114,7 @@ class Quote:
 
 
 @dataclass(frozen=True)
-class Quotes(Exhibit):
+class Quotes(ReportElement):
     """Texts with targets and predictions."""
 
     quotes: Sequence[Quote] = ()

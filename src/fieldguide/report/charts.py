@@ -50,11 +50,11 @@ Curve = tuple[np.ndarray, np.ndarray]  # x, y
 NOTHING = el("p", "Nothing to show.", class_="remark")
 
 
-def draw_lines(exhibit: report_elements.Lines) -> Markup:
+def draw_lines(element: report_elements.Lines) -> Markup:
     """Draw curves with bands, vertical lines and y = x; the axis of y can be logarithmic."""
-    curves, missing, nonpositive = read_curves(exhibit)
-    bands = read_bands(exhibit)
-    marks = {str(name): float(at) for name, at in zip(exhibit.marks, to_floats(exhibit.marks.values())) if not math.isnan(at)}
+    curves, missing, nonpositive = read_curves(element)
+    bands = read_bands(element)
+    marks = {str(name): float(at) for name, at in zip(element.marks, to_floats(element.marks.values())) if not math.isnan(at)}
     all_x = np.concatenate(
         [*(xs for xs, _ in curves.values()), *(xs for xs, *_ in bands.values()), np.array(list(marks.values()), dtype=float)]
     )
@@ -69,24 +69,24 @@ def draw_lines(exhibit: report_elements.Lines) -> Markup:
         return wrap_chart(NOTHING, remarks=remarks)
 
     names = [*curves, *(name for name in bands if name not in curves)]
-    if exhibit.diagonal:
+    if element.diagonal:
         all_x = all_y = np.concatenate([all_x, all_y])
-    square = exhibit.diagonal and not exhibit.log
-    label = describe_curves(exhibit, curves)
+    square = element.diagonal and not element.log
+    label = describe_curves(element, curves)
     drawings = []
     for kind, size in (("square", SQUARE),) if square else (("wide", WIDE), ("narrow", NARROW)):
-        y = make_axis(all_y, count=4 if size[1] < 300 else 5, log=exhibit.log)
+        y = make_axis(all_y, count=4 if size[1] < 300 else 5, log=element.log)
         x = y if square else make_axis(all_x, count=5 if size[0] < 500 else 9, pad=0.0)
         longest = max((estimate_width(name) for name in names), default=0)
         direct = 1 < len(names) <= MAX_DIRECT_LABELS and longest < size[0] * 0.24 and not square
         right = longest + 16 if direct else 14
         rows = assign_rows(marks, x, size[0], right)
         frame = Frame(size, x, y, right=right, top=24 + LABEL_HEIGHT * (max(rows.values()) + 1 if rows else 0))
-        inside = [frame.draw_diagonal()] if exhibit.diagonal else []
+        inside = [frame.draw_diagonal()] if element.diagonal else []
         inside += [draw_band(frame, band, names.index(name)) for name, band in bands.items()]
         inside += [draw_mark(frame, at) for at in marks.values()]
         inside += [draw_curve(frame, xs, ys, i) for i, (xs, ys) in enumerate(curves.values())]
-        parts = [frame.draw_grid(exhibit.x, exhibit.y), frame.clip(*inside)]
+        parts = [frame.draw_grid(element.x, element.y), frame.clip(*inside)]
         for i, (xs, ys) in enumerate(curves.values()):
             if np.isfinite(ys).sum() <= MAX_DOTTED_POINTS:
                 parts.append(draw_dots(frame, xs, ys, i))
@@ -98,34 +98,34 @@ def draw_lines(exhibit: report_elements.Lines) -> Markup:
             drawings.append(draw_legend(names, kind))
         drawings.append(frame.draw(*parts, label=label, kind=kind))
     shown = [(name, xs[keep], ys[keep]) for name, (xs, ys) in curves.items() for keep in (select_points(ys),)]
-    hover = format_hover_data(shown, exhibit.x, exhibit.y)
+    hover = format_hover_data(shown, element.x, element.y)
     return wrap_chart(join(drawings), hover=hover, remarks=remarks, shape="square" if square else "")
 
 
-def read_curves(exhibit: report_elements.Lines) -> tuple[dict[str, Curve], int, int]:
+def read_curves(element: report_elements.Lines) -> tuple[dict[str, Curve], int, int]:
     """Return the curves, the number of missing values, and the number of values that a logarithmic axis cannot show."""
     curves: dict[str, Curve] = {}
     missing = nonpositive = 0
-    for name, (x_values, y_values) in exhibit.lines.items():
+    for name, (x_values, y_values) in element.lines.items():
         xs, ys = to_floats(x_values), to_floats(y_values)
         missing += abs(len(xs) - len(ys))
         xs, ys = xs[: len(ys)], ys[: len(xs)]
         missing += int((np.isnan(xs) | np.isnan(ys)).sum())
-        if exhibit.log:
+        if element.log:
             nonpositive += int((ys <= 0).sum())
             ys[ys <= 0] = np.nan
         curves[str(name)] = (xs, ys)
     return curves, missing, nonpositive
 
 
-def read_bands(exhibit: report_elements.Lines) -> dict[str, Band]:
+def read_bands(element: report_elements.Lines) -> dict[str, Band]:
     """Return the bands, each cut to its shortest array."""
     bands: dict[str, Band] = {}
-    for name, values in exhibit.bands.items():
+    for name, values in element.bands.items():
         xs, low, high = (to_floats(v) for v in values)
         n = min(len(xs), len(low), len(high))
         low, high = low[:n], high[:n]
-        bands[str(name)] = xs[:n], (np.where(low > 0, low, np.nan) if exhibit.log else low), high
+        bands[str(name)] = xs[:n], (np.where(low > 0, low, np.nan) if element.log else low), high
     return bands
 
 
@@ -135,7 +135,7 @@ def last_finite(ys: np.ndarray) -> float:
     return float(finite[-1]) if len(finite) else math.nan
 
 
-def describe_curves(exhibit: report_elements.Lines, curves: dict[str, Curve]) -> str:
+def describe_curves(element: report_elements.Lines, curves: dict[str, Curve]) -> str:
     """Describe the chart in words, for screen readers."""
     sentences = []
     for name, (_, ys) in list(curves.items())[:MAX_DESCRIBED_CURVES]:
@@ -143,12 +143,12 @@ def describe_curves(exhibit: report_elements.Lines, curves: dict[str, Curve]) ->
         if len(finite):
             first, last, low, high = (format_number(float(v)) for v in (finite[0], finite[-1], finite.min(), finite.max()))
             sentences.append(f"{name} goes from {first} to {last}, lowest {low}, highest {high}")
-    return f"{exhibit.title}: {exhibit.y or 'value'} by {exhibit.x or 'position'}. " + "; ".join(sentences) + "."
+    return f"{element.title}: {element.y or 'value'} by {element.x or 'position'}. " + "; ".join(sentences) + "."
 
 
-def draw_scatter(exhibit: report_elements.Scatter, max_points: int = MAX_POINTS) -> Markup:
+def draw_scatter(element: report_elements.Scatter, max_points: int = MAX_POINTS) -> Markup:
     """Draw points; of more than `max_points` points, evenly chosen ones are drawn, and a remark says so."""
-    points = to_floats(exhibit.points).reshape(-1, 2) if len(exhibit.points) else np.empty((0, 2))
+    points = to_floats(element.points).reshape(-1, 2) if len(element.points) else np.empty((0, 2))
     good = points[np.isfinite(points).all(axis=1)]
     missing = describe_omission(len(points) - len(good), "missing or not a number")
     if not len(good):
@@ -157,37 +157,37 @@ def draw_scatter(exhibit: report_elements.Scatter, max_points: int = MAX_POINTS)
     xs, ys = good[:, 0], good[:, 1]
     x_low, x_high, y_low, y_high = (format_number(v) for v in (xs.min(), xs.max(), ys.min(), ys.max()))
     label = (
-        f"{exhibit.title}: {len(good)} points, {exhibit.x or 'x'} from {x_low} to {x_high}, "
-        f"{exhibit.y or 'y'} from {y_low} to {y_high}."
+        f"{element.title}: {len(good)} points, {element.x or 'x'} from {x_low} to {x_high}, "
+        f"{element.y or 'y'} from {y_low} to {y_high}."
     )
-    if exhibit.diagonal:
+    if element.diagonal:
         xs = ys = good.ravel()
     drawings = []
-    for kind, size in (("square", SQUARE),) if exhibit.diagonal else (("wide", WIDE), ("narrow", NARROW)):
+    for kind, size in (("square", SQUARE),) if element.diagonal else (("wide", WIDE), ("narrow", NARROW)):
         y = make_axis(ys)
-        frame = Frame(size, y if exhibit.diagonal else make_axis(xs, count=5 if size[0] < 500 else 9), y, right=14)
-        diagonal = frame.draw_diagonal() if exhibit.diagonal else None
-        grid = frame.draw_grid(exhibit.x, exhibit.y)
+        frame = Frame(size, y if element.diagonal else make_axis(xs, count=5 if size[0] < 500 else 9), y, right=14)
+        diagonal = frame.draw_diagonal() if element.diagonal else None
+        grid = frame.draw_grid(element.x, element.y)
         drawings.append(frame.draw(grid, diagonal, draw_points(frame, shown), label=label, kind=kind))
     fewer = f"{format_number(len(shown))} of {format_number(len(good))} points are drawn, evenly chosen."
     return wrap_chart(
         join(drawings),
-        shape="square" if exhibit.diagonal else "",
-        hover=format_hover_data([("", shown[:, 0], shown[:, 1])], exhibit.x, exhibit.y),
+        shape="square" if element.diagonal else "",
+        hover=format_hover_data([("", shown[:, 0], shown[:, 1])], element.x, element.y),
         remarks=[fewer if len(shown) < len(good) else "", missing],
     )
 
 
-def draw_bars(exhibit: report_elements.Bars, max_bars: int = MAX_BARS) -> Markup:
+def draw_bars(element: report_elements.Bars, max_bars: int = MAX_BARS) -> Markup:
     """Draw horizontal bars from zero. Names and numbers are text of the page, so that long names wrap."""
-    if not exhibit.values:
+    if not element.values:
         return NOTHING
-    values = {str(name): to_python(v) for name, v in exhibit.values.items()}
-    intervals = {str(name): to_floats(interval) for name, interval in exhibit.intervals.items()}
+    values = {str(name): to_python(v) for name, v in element.values.items()}
+    intervals = {str(name): to_floats(interval) for name, interval in element.intervals.items()}
     edges = to_floats([*values.values(), *(v for name in values if name in intervals for v in intervals[name])])
     edges = edges[np.isfinite(edges)]
     low, high = min(0.0, *edges, 0.0), max(0.0, *edges, 0.0)
-    unit = shorten(exhibit.unit.strip(), 12)
+    unit = shorten(element.unit.strip(), 12)
     if unit == "%" and 50 < high <= 100:
         high = 100.0
     scale = BarScale(low, (high - low) or 1.0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fieldguide.core.files import write_atomically
-from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Quote, Quotes
+from fieldguide.core.report_elements import Gallery, Picture, Quote, Quotes, ReportElement
 from fieldguide.core.run_record import find_folder
 from fieldguide.core.settings import Settings
 
@@ -27,7 +27,7 @@ class EvalSamples:
     def __init__(self, run: Path):
         self.folder = find_folder(run, "eval_samples")
 
-    def sample(self, step: int, settings: Settings, make: Callable[[], list[Exhibit]]) -> None:
+    def sample(self, step: int, settings: Settings, make: Callable[[], list[ReportElement]]) -> None:
         """Store the result of `make` if this evaluation is one of the few to sample."""
         assert settings.eval_steps is not None  # resolved before training
         part = lambda s: s * MAX_SAMPLED_EVALUATIONS // settings.steps
@@ -39,18 +39,18 @@ class EvalSamples:
             self.folder.mkdir(exist_ok=True)
             write_atomically(self.folder / f"step-{step:08d}.json", json.dumps(shown, ensure_ascii=False).encode())
 
-    def read(self) -> list[tuple[int, list[Exhibit]]]:
+    def read(self) -> list[tuple[int, list[ReportElement]]]:
         """Return (step, elements) in order of training."""
         return [
             (int(path.stem.removeprefix("step-")), [from_json(e) for e in json.loads(path.read_text())])
             for path in sorted(self.folder.glob("step-*.json"))
         ]
 
-    def merge(self) -> list[Exhibit]:
+    def merge(self) -> list[ReportElement]:
         """Return one element for each title over all steps, as the report shows them."""
-        joined: dict[str, Exhibit] = {}
-        for step, exhibits in self.read():
-            for e in exhibits:
+        joined: dict[str, ReportElement] = {}
+        for step, elements in self.read():
+            for e in elements:
                 before = joined.get(e.title)
                 if isinstance(e, Gallery):
                     pictures = [*before.pictures] if isinstance(before, Gallery) else []
@@ -68,24 +68,24 @@ def add_step(step: int, caption: str) -> str:
     return f"step {step:,}{': ' + caption if caption else ''}"
 
 
-def to_json(exhibit: Exhibit) -> dict[str, Any]:
+def to_json(element: ReportElement) -> dict[str, Any]:
     """Return an element as a JSON-compatible dictionary. Raises TypeError for other types than galleries and quotes."""
-    if isinstance(exhibit, Gallery):
+    if isinstance(element, Gallery):
         return {
-            "title": exhibit.title,
-            "note": exhibit.note,
-            "pictures": [{"image": base64.b64encode(p.image).decode(), "caption": p.caption} for p in exhibit.pictures],
+            "title": element.title,
+            "note": element.note,
+            "pictures": [{"image": base64.b64encode(p.image).decode(), "caption": p.caption} for p in element.pictures],
         }
-    if isinstance(exhibit, Quotes):
+    if isinstance(element, Quotes):
         return {
-            "title": exhibit.title,
-            "note": exhibit.note,
-            "quotes": [{"text": q.text, "caption": q.caption} for q in exhibit.quotes],
+            "title": element.title,
+            "note": element.note,
+            "quotes": [{"text": q.text, "caption": q.caption} for q in element.quotes],
         }
-    raise TypeError(f"eval samples must be Gallery or Quotes, not {type(exhibit).__name__}")
+    raise TypeError(f"eval samples must be Gallery or Quotes, not {type(element).__name__}")
 
 
-def from_json(record: dict[str, Any]) -> Exhibit:
+def from_json(record: dict[str, Any]) -> ReportElement:
     """Restore an element from `to_json`."""
     if "pictures" in record:
         return Gallery(

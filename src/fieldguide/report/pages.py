@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fieldguide.core.files import write_atomically
-from fieldguide.core.report_elements import Bars, Exhibit, Lines, Numbers, Table
+from fieldguide.core.report_elements import Bars, Lines, Numbers, ReportElement, Table
 from fieldguide.inference.run import Run
 from fieldguide.report import model_card
 from fieldguide.report.eval_samples import EvalSamples
@@ -14,14 +14,14 @@ from fieldguide.report.render import Section, render
 from fieldguide.tasks.base import Metric
 
 
-def write(run: Run, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:
+def write(run: Run, elements: Mapping[str, Sequence[ReportElement]]) -> None:
     """Write report.html and README.md to the run folder."""
     record = run.record
     metrics = [m for m in run.task.metrics if m.name in record["scores"]["test"]]
     title = f"{record['model']['size']} on {record['data']['source']}"
     sections = [
         build_scores_section(run, metrics),
-        *(Section(name, exhibits=shown) for name, shown in exhibits.items()),
+        *(Section(name, elements=shown) for name, shown in elements.items()),
         build_training_section(run, run.task.monitored_metric()),
         build_choice_section(record),
         build_data_section(record),
@@ -121,11 +121,11 @@ def build_training_section(run: Run, metric: Metric) -> Section:
     lines = run.losses()
     losses, rates = collect_curves(lines, "loss"), collect_curves(lines, "lr")
     scored = [(r["step"], r["scores"]) for r in lines if "scores" in r]
-    exhibits: list[Exhibit] = []
+    elements: list[ReportElement] = []
     if losses:
-        exhibits.append(Lines("Training loss", "", x="step", y="loss", lines=losses))
+        elements.append(Lines("Training loss", "", x="step", y="loss", lines=losses))
     if scored:
-        exhibits.append(
+        elements.append(
             Lines(
                 f"Validation {metric.name.replace('_', ' ')}",
                 "Score on the validation examples, which selects the weights that are kept.",
@@ -136,11 +136,11 @@ def build_training_section(run: Run, metric: Metric) -> Section:
             )
         )
     if rates:
-        exhibits.append(Lines("Learning rate", "", x="step", y="rate", lines=rates))
-    exhibits += EvalSamples(run.path).merge()
+        elements.append(Lines("Learning rate", "", x="step", y="rate", lines=rates))
+    elements += EvalSamples(run.path).merge()
     cost = run.record["cost"]
     lead = f"{cost['steps']:,} steps in {format_duration(cost['seconds'])}; the weights of step {cost['best_step']:,} are kept."
-    return Section("Training", lead + (f" Stopped early: {cost['stopped']}." if cost["stopped"] else ""), exhibits)
+    return Section("Training", lead + (f" Stopped early: {cost['stopped']}." if cost["stopped"] else ""), elements)
 
 
 def collect_curves(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, tuple[Numbers, Numbers]]:

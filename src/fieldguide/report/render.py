@@ -1,10 +1,10 @@
 """The report page: one self-contained HTML file that works offline and without JavaScript.
 
-`render` turns sections of exhibits into the page. Each type of exhibit is drawn by one function registered
+`render` turns sections of elements into the page. Each type of element is drawn by one function registered
 with `draw`; a new type needs one more function:
 
     @draw.register
-    def _(exhibit: Sound) -> Markup: ...
+    def _(element: Sound) -> Markup: ...
 
 All markup is created by `text.el` or the template, which both escape, and the content security policy of the
 page forbids requests and scripts other than its own. Content of a data set is therefore displayed but never run.
@@ -33,12 +33,12 @@ from PIL import Image
 
 from fieldguide.core.report_elements import (
     Bars,
-    Exhibit,
     Gallery,
     Lines,
     Matrix,
     Picture,
     Quotes,
+    ReportElement,
     Scatter,
     Sounds,
     Table,
@@ -48,7 +48,7 @@ from fieldguide.report.axis import to_floats
 from fieldguide.report.charts import NOTHING
 from fieldguide.report.text import choose_decimals, clean_text, el, format_number, is_number, join, to_python
 
-ROWS, QUOTES, PICTURES = 400, 50, 60  # shown per exhibit; the number of others is stated
+ROWS, QUOTES, PICTURES = 400, 50, 60  # shown per element; the number of others is stated
 PICTURE_BYTES = 2_000_000  # of all images of a page
 LARGEST = 384  # pixels per side: twice the size of a tile, for high-density screens
 WIDEST = 800  # the same for tiles of wide galleries
@@ -64,7 +64,7 @@ class Section:
 
     title: str
     lead: str = ""
-    exhibits: Sequence[Exhibit] = ()
+    elements: Sequence[ReportElement] = ()
 
 
 def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], footer: str = "") -> str:
@@ -72,7 +72,7 @@ def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sectio
 
     If the verdict begins with a number ("98.6 % of ..."), that number is displayed in large type.
     """
-    pictures = [p.image for s in sections for e in s.exhibits if isinstance(e, Gallery) for p in e.pictures]
+    pictures = [p.image for s in sections for e in s.elements if isinstance(e, Gallery) for p in e.pictures]
     token = _page_media.set(PageMedia(repeated={image for image, n in Counter(pictures).items() if n > 1}))
     try:
         anchors = build_anchors([s.title for s in sections])
@@ -82,7 +82,7 @@ def render(*, title: str, verdict: str, facts: Sequence[tuple[str, str]], sectio
                 "lead": s.lead,
                 "anchor": anchor,
                 "figures": [
-                    {"exhibit": e, "body": draw(e), "place": place} for e, place in zip(s.exhibits, place_elements(s.exhibits))
+                    {"element": e, "body": draw(e), "place": place} for e, place in zip(s.elements, place_elements(s.elements))
                 ],
             }
             for s, anchor in zip(sections, anchors)
@@ -142,10 +142,10 @@ def build_anchors(titles: Sequence[str]) -> list[str]:
     return anchors
 
 
-def place_elements(shown: Sequence[Exhibit]) -> list[str]:
-    """Return the placement of each exhibit on a wide screen: "half" (two per row), "row" or "aside" (next to its text).
+def place_elements(shown: Sequence[ReportElement]) -> list[str]:
+    """Return the placement of each element on a wide screen: "half" (two per row), "row" or "aside" (next to its text).
 
-    Consecutive narrow exhibits are placed in pairs. If their number is odd, one of them takes a whole row: the first that
+    Consecutive narrow elements are placed in pairs. If their number is odd, one of them takes a whole row: the first that
     is not a square chart.
     """
     square = [isinstance(e, (Lines, Scatter)) and e.diagonal and not getattr(e, "log", False) for e in shown]
@@ -165,10 +165,10 @@ def place_elements(shown: Sequence[Exhibit]) -> list[str]:
 
 
 @singledispatch
-def draw(exhibit: Exhibit) -> Markup:
+def draw(element: ReportElement) -> Markup:
     """Return the markup of one element, chosen by its type."""
     raise TypeError(
-        f"the report cannot draw an exhibit of type {type(exhibit).__name__!r}. Register a "
+        f"the report cannot draw an element of type {type(element).__name__!r}. Register a "
         f"function for it with `fieldguide.report.render.draw.register`."
     )
 
@@ -190,21 +190,21 @@ def build_remark(*texts: str) -> Markup:
 
 
 @draw.register
-def table(exhibit: Table) -> Markup:
+def table(element: Table) -> Markup:
     """Return a table: numbers aligned by decimal point, text on the left, columns in `heat` shaded."""
-    total = len(exhibit.rows)
+    total = len(element.rows)
     if not total:
         return NOTHING
-    rows = [list(row) for row in exhibit.rows[:ROWS]]
-    width = max(len(exhibit.header), *map(len, rows))
+    rows = [list(row) for row in element.rows[:ROWS]]
+    width = max(len(element.header), *map(len, rows))
     rows = [row + [None] * (width - len(row)) for row in rows]
-    names = [*exhibit.header, *[""] * (width - len(exhibit.header))]
-    columns = [Column.of([row[k] for row in rows], names[k] in exhibit.heat) for k in range(width)]
+    names = [*element.header, *[""] * (width - len(element.header))]
+    columns = [Column.of([row[k] for row in rows], names[k] in element.heat) for k in range(width)]
     head = el("tr", *(el("th", name, scope="col", class_=c.look) for name, c in zip(names, columns)))
     body = (el("tr", *(build_cell(c, i, first=k == 0 and width > 1) for k, c in enumerate(columns))) for i in range(len(rows)))
     inside = el("table", el("thead", head) if any(names) else None, el("tbody", *body))
     cut = f"The first {format_number(ROWS)} of {format_number(total)} rows are shown." if total > ROWS else ""
-    return join([build_scroll_box(exhibit.title, inside, tall=len(rows) > 25), build_remark(cut)])
+    return join([build_scroll_box(element.title, inside, tall=len(rows) > 25), build_remark(cut)])
 
 
 @dataclass(frozen=True)
@@ -261,13 +261,13 @@ def build_cell(column: Column, i: int, *, first: bool) -> Markup:
 
 
 @draw.register
-def matrix(exhibit: Matrix) -> Markup:
+def matrix(element: Matrix) -> Markup:
     """Return a confusion matrix: correct predictions and errors in two colors, shaded by their share of the row."""
-    if not len(exhibit.counts):
+    if not len(element.counts):
         return NOTHING
-    counts = np.array([to_floats(row) for row in exhibit.counts])
+    counts = np.array([to_floats(row) for row in element.counts])
     known, n = np.nan_to_num(counts), len(counts)
-    labels = [str(label) for label in exhibit.labels][:n]
+    labels = [str(label) for label in element.labels][:n]
     labels += [str(k) for k in range(len(labels), n)]
     wrong = known.copy()
     np.fill_diagonal(wrong, 0)
@@ -317,7 +317,7 @@ def matrix(exhibit: Matrix) -> Markup:
         el("tfoot", foot),
         class_="matrix" + (" upright" if upright else "") + (" dense" if len(keep) > 14 else ""),
     )
-    return join([build_remark(says), build_scroll_box(exhibit.title, inside), list_confusions(labels, wrong, totals)])
+    return join([build_remark(says), build_scroll_box(element.title, inside), list_confusions(labels, wrong, totals)])
 
 
 def build_matrix_cell(value: float, share: float, right: bool, words: str) -> Markup:
@@ -379,11 +379,11 @@ _page_media: ContextVar[PageMedia] = ContextVar("album")
 
 
 @draw.register
-def gallery(exhibit: Gallery) -> Markup:
+def gallery(element: Gallery) -> Markup:
     album = _page_media.get(None) or PageMedia()
     tiles, over = [], 0
-    for picture in exhibit.pictures[:PICTURES]:
-        image = build_picture(picture, album, WIDEST if exhibit.wide else LARGEST)
+    for picture in element.pictures[:PICTURES]:
+        image = build_picture(picture, album, WIDEST if element.wide else LARGEST)
         over += image is None
         if image is not None:
             tiles.append(
@@ -394,10 +394,10 @@ def gallery(exhibit: Gallery) -> Markup:
                     class_="bad" if picture.bad else None,
                 )
             )
-    over += max(0, len(exhibit.pictures) - PICTURES)
+    over += max(0, len(element.pictures) - PICTURES)
     if not tiles and not over:
         return NOTHING
-    return join([el("ul", *tiles, class_="gallery wide" if exhibit.wide else "gallery"), note_left_out(over, "image")])
+    return join([el("ul", *tiles, class_="gallery wide" if element.wide else "gallery"), note_left_out(over, "image")])
 
 
 def note_left_out(count: int, what: str) -> Markup:
@@ -445,11 +445,11 @@ def embed(data: bytes, largest: int = LARGEST) -> tuple[str, bytes, tuple[int, i
 
 
 @draw.register
-def sounds(exhibit: Sounds) -> Markup:
+def sounds(element: Sounds) -> Markup:
     """Return recordings with audio players; those beyond the size limit of the page are only counted."""
     album = _page_media.get(None) or PageMedia()
     items, over = [], 0
-    for sound in exhibit.sounds:
+    for sound in element.sounds:
         kind = next((kind for head, kind in SOUNDS.items() if sound.sound.startswith(head)), None)
         if kind and album.heard + len(sound.sound) > SOUND_BYTES:
             over += 1
@@ -473,9 +473,9 @@ def sounds(exhibit: Sounds) -> Markup:
 
 
 @draw.register
-def quotes(exhibit: Quotes) -> Markup:
+def quotes(element: Quotes) -> Markup:
     items = []
-    for quote in exhibit.quotes[:QUOTES]:
+    for quote in element.quotes[:QUOTES]:
         text, cut = quote.text, ""
         if len(text) > 20_000:
             text, cut = text[:20_000], f"{format_number(len(text) - 20_000)} more characters are not shown."
@@ -496,4 +496,4 @@ def quotes(exhibit: Quotes) -> Markup:
         )
     if not items:
         return NOTHING
-    return join([el("ul", *items, class_="quotes"), note_left_out(len(exhibit.quotes) - len(items), "text")])
+    return join([el("ul", *items, class_="quotes"), note_left_out(len(element.quotes) - len(items), "text")])

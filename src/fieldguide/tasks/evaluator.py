@@ -29,7 +29,7 @@ class Evaluator:
     max_test_examples: ClassVar[int | None] = None  # maximum test rows that are predicted; set if prediction is slow
 
     def prepare_test(self, train: Data, held: Data) -> None:
-        """Compute from the training rows what the test's scores and exhibits need in addition to the targets."""
+        """Compute from the training rows what the test's scores and elements need in addition to the targets."""
 
     def prepare_scoring(self, rows: int) -> None:
         """Receive the number of examples that are about to be predicted and scored."""

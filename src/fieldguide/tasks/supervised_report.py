@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fieldguide.core.numbers import format_plain
-from fieldguide.core.report_elements import Bars, Exhibit, Lines, Matrix, Scatter, Table
+from fieldguide.core.report_elements import Bars, Lines, Matrix, ReportElement, Scatter, Table
 from fieldguide.data.dataset import Column, Data
 from fieldguide.objectives import Objective
 from fieldguide.tasks.evaluator import Arrays
@@ -19,9 +19,9 @@ class ClassificationReport(ReportBuilder):
 
     labels: list[str]
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         p, y = outputs["probabilities"], targets["label"]
         guess, classes = p.argmax(1), len(self.labels)
         known = y >= 0
@@ -62,8 +62,8 @@ class ClassificationReport(ReportBuilder):
             "Calibration": [calibration],
         }
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
-        """Return exhibits of the most confident mistakes."""
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
+        """Return elements of the most confident mistakes."""
         return []
 
     def mistakes(self, probabilities: np.ndarray, targets: np.ndarray, most: int) -> list[tuple[int, str]]:
@@ -95,9 +95,9 @@ class RegressionReport(ReportBuilder):
         """Return predictions in the unit of the target; the evaluator defines it."""
         raise NotImplementedError
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         guess, y = self.to_target_unit(outputs), targets["value"]
         shown = np.random.default_rng(0).permutation(len(y))[:1500]
         size = np.histogram(guess - y, bins=21)

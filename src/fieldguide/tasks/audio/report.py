@@ -1,4 +1,4 @@
-"""Report exhibits of speech recognition: spectrograms with alignments, audio examples and mistakes."""
+"""Report elements of speech recognition: spectrograms with alignments, audio examples and mistakes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fieldguide.core.report_elements import Bars, Exhibit, Gallery, Picture, Sound, Sounds, Table
+from fieldguide.core.report_elements import Bars, Gallery, Picture, ReportElement, Sound, Sounds, Table
 from fieldguide.data.dataset import SECONDS, Data
 from fieldguide.data.media import audio
 from fieldguide.metrics.speech import compare, count_edits
@@ -30,9 +30,9 @@ WIDTH, BAND, TEXT = 640, 3, 26  # pixels: spectrogram width, height per band, he
 COLORMAP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 
 
-def build_exhibits(
+def build_elements(
     task: SpeechRecognition, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None
-) -> dict[str, list[Exhibit]]:
+) -> dict[str, list[ReportElement]]:
     said, heard = targets["text"].tolist(), outputs["text"].tolist()
     counts = count_edits(said, heard, "words")
     characters = count_edits(said, heard, "characters")
@@ -46,7 +46,7 @@ def build_exhibits(
         else []
     )
     row = lambda i: (test.locate_row(i), said[i], heard[i], int(counts.errors[i]), float(outputs["sure"][i]))
-    recordings: list[Exhibit] = []
+    recordings: list[ReportElement] = []
     if worst:
         recordings.append(
             Sounds(
@@ -74,10 +74,10 @@ def build_exhibits(
                 wide=True,
             )
         )
-    return {"Recordings": recordings, "Mistakes": mistake_exhibits(test, said, heard, counts)}
+    return {"Recordings": recordings, "Mistakes": mistake_elements(test, said, heard, counts)}
 
 
-def mistake_exhibits(test: Data, said: list[str], heard: list[str], counts: Any) -> list[Exhibit]:
+def mistake_elements(test: Data, said: list[str], heard: list[str], counts: Any) -> list[ReportElement]:
     """Return which words are confused, and the error rate by duration."""
     pairs = Counter(pair for i in np.flatnonzero(counts.errors) for pair in compare(said[i], heard[i]) if pair[0] != pair[1])
     spoken = Counter(word for text in said for word in text.split())

@@ -15,7 +15,7 @@ from torch import Tensor
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, nearest
 from fieldguide.core.hardware import ram
-from fieldguide.core.report_elements import Exhibit, Quote, Quotes
+from fieldguide.core.report_elements import Quote, Quotes, ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data
@@ -391,7 +391,7 @@ class SpeechRecognition(Task):
 
     # Report
 
-    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[ReportElement]:
         waves, lengths = stack_waves(audio.load([path for path, _ in self.shown], self.mel.rate))
         where = next(objective.parameters()).device
         features, frames = self.mel.apply(waves, lengths)
@@ -407,10 +407,10 @@ class SpeechRecognition(Task):
             )
         ]
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
-        return report.build_exhibits(self, test, outputs, targets, objective)
+    ) -> dict[str, list[ReportElement]]:
+        return report.build_elements(self, test, outputs, targets, objective)
 
     # Saved with the run
 

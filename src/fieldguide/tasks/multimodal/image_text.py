@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
-from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
+from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.core.words import find_words
 from fieldguide.data.column_spec import CAPTION_NAMES, TARGET_NAMES, ColumnSpec, normalize_name
@@ -362,9 +362,9 @@ class ImageText(ImageAndTextTask):
             )
         return answers
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         near, captions = outputs["image"] @ outputs["text"].T, self.captions(test)
         pairs_ = set(zip(targets["picture"].tolist(), targets["caption"].tolist()))
         right = lambda i, j: (int(targets["picture"][i]), int(targets["caption"][j])) in pairs_
@@ -378,7 +378,7 @@ class ImageText(ImageAndTextTask):
             order = np.argsort(-near[i], kind="stable")
             best = list(dict.fromkeys(captions[j] for j in order[:60]))[:3]
             rows.append((Path(str(test.rows[self.column][int(i)])).name, captions[i], *best, *[""] * (3 - len(best))))
-        sections: dict[str, list[Exhibit]] = {
+        sections: dict[str, list[ReportElement]] = {
             "Retrieved": [
                 Gallery(
                     "Captions retrieved for images",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
+from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.core.words import find_tokens
 from fieldguide.data import read
@@ -240,9 +240,9 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
 
     # Report
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         p, y, questions = outputs["probabilities"], targets["label"], self.questions_of(test)
         known, said, right = np.flatnonzero(y >= 0), p.argmax(1), p.argmax(1) == y
         is_ = test.rows[self.target.name].cast(pl.String).fill_null("").to_list()
@@ -257,7 +257,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
             for name, part in table.group_by("type", maintain_order=True)
         ]
         rows.sort(key=lambda row: -row[1])
-        sections: dict[str, list[Exhibit]] = {
+        sections: dict[str, list[ReportElement]] = {
             "Questions": [
                 Table(
                     "By question type",
@@ -293,7 +293,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
             if len(some)
         ]
         if len(self.labels) <= MAX_CONFUSION_ANSWERS and len(known):
-            sections |= super().exhibits(test.take(known), {"probabilities": p[known]}, {"label": y[known]}, objective)
+            sections |= super().report_elements(test.take(known), {"probabilities": p[known]}, {"label": y[known]}, objective)
         if objective is not None and hasattr(objective.model, "attention"):
             some = np.random.default_rng(1).permutation(len(y))[:12]
             where = next(objective.parameters()).device

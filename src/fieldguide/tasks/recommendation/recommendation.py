@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Bars, Exhibit, Table
+from fieldguide.core.report_elements import Bars, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
@@ -394,9 +394,9 @@ class Recommendation(Task):
 
     # Report
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         rank, top = outputs["rank"], outputs["top"].astype(int)[:, :10]
         histories = self.codes(test.rows[ITEMS_COLUMN])
         users = test.rows[next(c.name for c in self.columns if c.role == "user")].to_list()

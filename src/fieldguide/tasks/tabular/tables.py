@@ -11,7 +11,7 @@ import torch
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Exhibit, Table
+from fieldguide.core.report_elements import ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import CellProblems, Column, Data, Kind
 from fieldguide.data.loader import Batches
@@ -168,7 +168,7 @@ class TabularClassification(Tabular, ClassificationTask):
     def target_tensor(self, data: Data) -> torch.Tensor:
         return torch.from_numpy(self.targets(data)["label"])
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
         columns = [c.name for c in self.inputs()][:10]
         rows = [
             (test.locate_row(i), words, *(test.rows[c][i] for c in columns))

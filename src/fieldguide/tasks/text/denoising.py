@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fieldguide.core.card import PRETRAINING_OBJECTIVES, Card
 from fieldguide.core.errors import DataError, SettingsError
-from fieldguide.core.report_elements import Exhibit, Quote, Quotes
+from fieldguide.core.report_elements import Quote, Quotes, ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
@@ -269,14 +269,14 @@ class Denoising(PackedTextTask):
 
     # Report
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
-        found = self.loss_exhibits(outputs)
-        return found if objective is None else {**found, "Restored": self.restoration_exhibits(test, objective)}
+    ) -> dict[str, list[ReportElement]]:
+        found = self.loss_elements(outputs)
+        return found if objective is None else {**found, "Restored": self.restoration_elements(test, objective)}
 
     @torch.no_grad()
-    def restoration_exhibits(self, test: Data, objective: Any) -> list[Exhibit]:
+    def restoration_elements(self, test: Data, objective: Any) -> list[ReportElement]:
         """Return test rows as they were read, with the removed spans and the predictions under teacher forcing."""
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(SHOWN, len(batches))), None)

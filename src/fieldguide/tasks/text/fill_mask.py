@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Exhibit, Quote, Quotes, Table
+from fieldguide.core.report_elements import Quote, Quotes, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
@@ -164,16 +164,16 @@ class FillMask(PackedTextTask):
 
     # Report
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
-        found = self.loss_exhibits(outputs)
+    ) -> dict[str, list[ReportElement]]:
+        found = self.loss_elements(outputs)
         if objective is not None:
-            found["Guesses"] = self.prediction_exhibits(test, objective)
+            found["Guesses"] = self.prediction_elements(test, objective)
         return found
 
     @torch.no_grad()
-    def prediction_exhibits(self, test: Data, objective: Any) -> list[Exhibit]:
+    def prediction_elements(self, test: Data, objective: Any) -> list[ReportElement]:
         """Return predictions of hidden test words, and the accuracy by word frequency."""
         batches = self.batches(test, None)
         batch = batches.make(np.arange(min(ROWS, len(batches))), None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Bars, Exhibit
+from fieldguide.core.report_elements import Bars, ReportElement
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.preprocessing import TextTokenizer
@@ -173,7 +173,7 @@ class PackedTextTask(TextTask):
                 raise DataError(f"{data.locate_row(place)}: {text[:40]!r} has no gap. Write <mask> for the missing word.")
         return texts
 
-    def loss_exhibits(self, outputs: Arrays) -> dict[str, list[Exhibit]]:
+    def loss_elements(self, outputs: Arrays) -> dict[str, list[ReportElement]]:
         per_row = outputs["nats"] / np.maximum(outputs["count"], 1)
         return {
             "Scores by row": [

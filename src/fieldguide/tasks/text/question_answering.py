@@ -18,7 +18,7 @@ from torch import Tensor
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Exhibit
+from fieldguide.core.report_elements import ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.core.words import find_words
 from fieldguide.data import read
@@ -394,12 +394,12 @@ class QuestionAnswering(Task):
 
     # Report
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         from fieldguide.tasks.text import question_answering_report
 
-        return question_answering_report.build_exhibits(self, test, outputs, targets)
+        return question_answering_report.build_elements(self, test, outputs, targets)
 
     # Saved with the run
 

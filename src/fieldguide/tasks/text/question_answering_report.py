@@ -1,4 +1,4 @@
-"""Report exhibits of extractive question answering: scores by question type, answer length and threshold, and
+"""Report elements of extractive question answering: scores by question type, answer length and threshold, and
 mistakes.
 """
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from fieldguide.core.report_elements import Bars, Exhibit, Lines, Quote, Quotes, Table
+from fieldguide.core.report_elements import Bars, Lines, Quote, Quotes, ReportElement, Table
 from fieldguide.data.dataset import Data
 from fieldguide.tasks.base import Arrays
 from fieldguide.tasks.text.windows import answer_span
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHOWN, AROUND = 24, 160  # answers in the report, and characters of context on either side
 
 
-def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, targets: Arrays) -> dict[str, list[Exhibit]]:
+def build_elements(task: QuestionAnswering, test: Data, outputs: Arrays, targets: Arrays) -> dict[str, list[ReportElement]]:
     each, right = task.score_questions(outputs, targets), task.known_answers(test)
     table = pl.DataFrame(
         {"kind": [" ".join(q.lower().split()[:2]) for q in task.questions_of(test)], "exact": each[:, 0], "f1": each[:, 1]}
@@ -38,7 +38,7 @@ def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, targets
         "6 to 10 words": (length > 5) & (length < 11),
         "more": length > 10,
     }
-    exhibits: list[Exhibit] = [
+    elements: list[ReportElement] = [
         Table(
             "By question word",
             "Test questions; rare types are left out.",
@@ -53,11 +53,11 @@ def build_exhibits(task: QuestionAnswering, test: Data, outputs: Arrays, targets
         ),
     ]
     if task.silent:
-        exhibits.append(threshold_curve(task, outputs, targets))
-    return {"Questions": exhibits, "Worst answers": worst_answers(task, test, outputs, each)}
+        elements.append(threshold_curve(task, outputs, targets))
+    return {"Questions": elements, "Worst answers": worst_answers(task, test, outputs, each)}
 
 
-def threshold_curve(task: QuestionAnswering, outputs: Arrays, targets: Arrays) -> Exhibit:
+def threshold_curve(task: QuestionAnswering, outputs: Arrays, targets: Arrays) -> ReportElement:
     """Return F1 by the threshold on the margin over no answer."""
     margin, given, none = task.margins_and_f1(outputs, targets)
     at = np.unique(np.quantile(margin, np.linspace(0, 1, 50)))
@@ -73,7 +73,7 @@ def threshold_curve(task: QuestionAnswering, outputs: Arrays, targets: Arrays) -
     )
 
 
-def worst_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[Exhibit]:
+def worst_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[ReportElement]:
     """Return wrong answers with the highest confidence, in their contexts."""
     contexts, questions, right = task.contexts(test), task.questions_of(test), task.known_answers(test)
     sure = np.where(outputs["given"], outputs["score"], outputs["none"])

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from fieldguide.core.report_elements import Bars, Exhibit, Table
+from fieldguide.core.report_elements import Bars, ReportElement, Table
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
 from fieldguide.metrics import rouge
@@ -76,9 +76,9 @@ class Summarization(Translation):
         said = [first_sentences(text) for text in self.texts(test)]
         return [Baseline("lead", f"the first {LEAD_SENTENCES} sentences", {"text": np.array(said, dtype=object)})]
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         said, right, source = outputs["text"].tolist(), targets["text"].tolist(), targets["source"].tolist()
         each = rouge.score_texts(said, right)
         length = np.array([len(s.split()) for s in source])

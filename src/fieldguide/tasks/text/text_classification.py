@@ -12,7 +12,7 @@ import torch
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Exhibit, Quote, Quotes
+from fieldguide.core.report_elements import Quote, Quotes, ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.core.words import find_tokens
 from fieldguide.data.dataset import Column, Data
@@ -202,7 +202,7 @@ class TextClassification(TextTask, ClassificationTask):
         """Return each row as one text; pairs are joined with a bar."""
         return [f"{a} ┃ {b}" for a, b in zip(self.texts(data), self.second_texts(data))] if self.second else self.texts(data)
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
         texts = self.shown(test)
         quotes = [
             Quote(texts[i], f"{words}: {test.locate_row(i)}", bad=True)

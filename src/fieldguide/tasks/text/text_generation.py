@@ -17,7 +17,7 @@ from torch import Tensor
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Bars, Exhibit, Quote, Quotes, Table
+from fieldguide.core.report_elements import Bars, Quote, Quotes, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.column_types import CHAT_ROLES
@@ -355,7 +355,7 @@ class TextGeneration(TextTask):
 
     # Report
 
-    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[ReportElement]:
         predict_options = self.PredictOptions(max_new_tokens=min(SAMPLE_TOKENS, 2 * self.options.length))
         start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
         said = torch.cat(list(self.generate_tokens(objective, [start], predict_options))).tolist()
@@ -368,11 +368,11 @@ class TextGeneration(TextTask):
             )
         ]
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         per_row = outputs["nats"] / np.maximum(outputs["count"], 1)
-        shown: list[Exhibit] = [
+        shown: list[ReportElement] = [
             Bars(
                 "Loss by test row",
                 "Nats per token of the test rows, by decile.",
@@ -382,10 +382,10 @@ class TextGeneration(TextTask):
         ]
         found = {"Scores by row": shown}
         if objective is not None:
-            found["Samples"] = self.sample_exhibits(test, objective)
+            found["Samples"] = self.sample_elements(test, objective)
         return found
 
-    def sample_exhibits(self, test: Data, objective: Objective) -> list[Exhibit]:
+    def sample_elements(self, test: Data, objective: Objective) -> list[ReportElement]:
         """Return continuations of test texts at several temperatures, and the generation speed."""
         if self.template:
             prompts = [self.prompt(take_until_answer(turns) or self.first) for turns in self.turns(test)[:3]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Exhibit, Matrix, Quote, Quotes, Table
+from fieldguide.core.report_elements import Matrix, Quote, Quotes, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.core.words import find_tokens
 from fieldguide.data.column_spec import ColumnSpec
@@ -287,9 +287,9 @@ class TokenClassification(Task):
 
     # Report
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         from fieldguide.metrics.entities import parse_tags
 
         real, said = self.align(outputs, targets)
@@ -303,7 +303,7 @@ class TokenClassification(Task):
             )
             for kind, r, c, there in zip(parse_tags(self.all_tags)[2], *count_entities(real, said, self.all_tags))
         ]
-        shown: list[Exhibit] = [
+        shown: list[ReportElement] = [
             Table(
                 "By type",
                 "Precision: fraction of predicted entities that are correct. Recall: fraction of entities that "
@@ -322,7 +322,7 @@ class TokenClassification(Task):
             )
         return {"Errors": [*shown, *self.worst_mistakes(test, outputs, real, said)]}
 
-    def worst_mistakes(self, test: Data, outputs: Arrays, real: np.ndarray, said: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, outputs: Arrays, real: np.ndarray, said: np.ndarray) -> list[ReportElement]:
         wrong = ((real != said) & (real >= 0)).sum(1)
         quotes, words = [], self.words(test)
         for row in np.argsort(-wrong, kind="stable")[:SHOWN]:

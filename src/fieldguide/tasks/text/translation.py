@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Bars, Exhibit, Quote, Quotes, Table
+from fieldguide.core.report_elements import Bars, Quote, Quotes, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.core.words import compose
 from fieldguide.data.column_spec import ColumnSpec
@@ -259,7 +259,7 @@ class Translation(TextTask):
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         return [Baseline("copy", "returns the source itself", {"text": np.array(self.texts(test), dtype=object)})]
 
-    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[ReportElement]:
         frame, texts = self.frame, [self.options.prefix + source for source, _ in self.shown]
         tokens, mask = self.text.batch(
             [
@@ -280,9 +280,9 @@ class Translation(TextTask):
             )
         ]
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         said, right, source = (list(map(compose, texts)) for texts in (outputs["text"], targets["text"], targets["source"]))
         bleu, chrf = build_bleu_and_chrf(right)
         each = np.array([chrf.sentence_score(s, [r]).score for s, r in zip(said, right)])

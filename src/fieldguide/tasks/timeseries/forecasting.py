@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, nearest
-from fieldguide.core.report_elements import Exhibit
+from fieldguide.core.report_elements import ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
@@ -445,11 +445,11 @@ class Forecasting(Task):
 
     # Report
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         simple = {name: values for name, (_, values) in self.naive_forecasts(test).items()}
-        return report.build_exhibits(test, outputs["values"][:, :, 0].astype(np.float64), targets, simple, LEVELS)
+        return report.build_elements(test, outputs["values"][:, :, 0].astype(np.float64), targets, simple, LEVELS)
 
     # Saved with the run
 

@@ -1,4 +1,4 @@
-"""Report exhibits of forecasting: windows with intervals, errors by step, and the worst series."""
+"""Report elements of forecasting: windows with intervals, errors by step, and the worst series."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fieldguide.core.report_elements import Exhibit, Lines, Numbers, Table
+from fieldguide.core.report_elements import Lines, Numbers, ReportElement, Table
 from fieldguide.data.dataset import Data
 from fieldguide.data.timeseries.panel import Panel
 from fieldguide.data.timeseries.windows import CUT, SERIES, Windows
@@ -17,10 +17,10 @@ MAX_SHOWN_PAST_STEPS = 400  # maximum steps drawn before a forecast
 IntervalEnds = Mapping[float, tuple[int, int]]  # nominal coverage -> indices of the interval's ends among the quantiles
 
 
-def build_exhibits(
+def build_elements(
     test: Data, values: np.ndarray, targets: Mapping[str, np.ndarray], simple: Mapping[str, np.ndarray], levels: IntervalEnds
-) -> dict[str, list[Exhibit]]:
-    """Return the exhibits. `values` (B, H, 1+Q; standardized, point forecast first) are the model's, `simple` (B, H)
+) -> dict[str, list[ReportElement]]:
+    """Return the elements. `values` (B, H, 1+Q; standardized, point forecast first) are the model's, `simple` (B, H)
     those of each baseline.
     """
     windows: Windows = test.context
@@ -32,7 +32,7 @@ def build_exhibits(
     numbers = np.unique(series)
     mean = {name: np.array([nan_mean(nan_mean(x[series == s], 1), 0) for s in numbers]) for name, x in scaled.items()}
     order = np.argsort(-np.nan_to_num(mean["this network"], nan=-1.0), kind="stable")
-    drawn: list[Exhibit] = []
+    drawn: list[ReportElement] = []
     for s in numbers[order[np.linspace(0, len(order) - 1, min(SHOWN_SERIES, len(order))).round().astype(int)]]:
         mine = np.flatnonzero(series == s)
         row = int(mine[np.argsort(each[mine], kind="stable")[len(mine) // 2]])

@@ -1,4 +1,4 @@
-"""Report exhibits of object detection: scores by class, curves, and images with true and predicted boxes."""
+"""Report elements of object detection: scores by class, curves, and images with true and predicted boxes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fieldguide.core.report_elements import Exhibit, Gallery, Lines, Picture, Table
+from fieldguide.core.report_elements import Gallery, Lines, Picture, ReportElement, Table
 from fieldguide.data.media import images
 from fieldguide.metrics.detection import average_precision
 from fieldguide.tasks.base import Arrays
@@ -77,7 +77,7 @@ def match_boxes(
     return right, met
 
 
-def build_exhibits(
+def build_elements(
     paths: Sequence[str],
     titles: Sequence[str],
     outputs: Arrays,
@@ -85,7 +85,7 @@ def build_exhibits(
     names: Sequence[str],
     least: float,
     values: images.Scale | None = None,
-) -> dict[str, list[Exhibit]]:
+) -> dict[str, list[ReportElement]]:
     scores, classes = average_precision(outputs, targets, len(names)), len(names)
     there, found, missed, false = (np.zeros(classes, dtype=int) for _ in range(4))
     wrong, kept = np.zeros(len(paths)), []

@@ -16,7 +16,7 @@ from torch import Tensor
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.hardware import ram
-from fieldguide.core.report_elements import Exhibit, Gallery, Picture
+from fieldguide.core.report_elements import Gallery, Picture, ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import CAPTION_NAMES, normalize_name
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
@@ -156,7 +156,7 @@ class ImageClassification(ClassificationTask):
         pixels = lambda d: load(d).flatten(1).float().numpy() / 255
         return pixels(train), pixels(test)
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[Exhibit]:
+    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
         wrong = self.mistakes(probabilities, targets, 24)
         right = np.flatnonzero(probabilities.argmax(1) == targets)
         sample = np.random.default_rng(0).permutation(right)[:12]

@@ -20,7 +20,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
-from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
+from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import CAPTION_NAMES, ColumnSpec
 from fieldguide.data.column_types import blank_missing, has_sentences
@@ -409,7 +409,7 @@ class ImageGeneration(Task):
             return torch.from_numpy(self.tokens([self.captions[i % len(self.captions)] for i in range(count)]))
         return torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
 
-    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[ReportElement]:
         label = self.sample_labels(2 * SHEET_IMAGES)
         made = self.generate(objective, label, range(len(label)), self.PredictOptions())
         return [
@@ -420,9 +420,9 @@ class ImageGeneration(Task):
             )
         ]
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
         if self.text is not None:
             matched = self.evaluate_samples(outputs, targets)["matched"]
@@ -435,7 +435,7 @@ class ImageGeneration(Task):
             label = label[:, 0]
         order = np.argsort(label, kind="stable") if self.labels else np.arange(len(label))
         rows = sheets_by_class(samples, label, self.labels) if self.labels else []
-        shown: list[Exhibit] = [
+        shown: list[ReportElement] = [
             Gallery(
                 "Samples",
                 "Generated for the test, unselected.",
@@ -464,9 +464,9 @@ class ImageGeneration(Task):
                 for steps in (2, 5, 10, 20, 50)
             ]
             shown.append(Gallery("By sampler steps", few, by_steps))
-        return {"Samples": shown, "Memory": self.memorization_exhibits(samples, targets)}
+        return {"Samples": shown, "Memory": self.memorization_elements(samples, targets)}
 
-    def memorization_exhibits(self, samples: np.ndarray, targets: Arrays) -> list[Exhibit]:
+    def memorization_elements(self, samples: np.ndarray, targets: Arrays) -> list[ReportElement]:
         """Return the nearest training image of a few samples, and whether samples are closer than expected."""
         known = generative.extract_features(self.judge, self.known)
         made, real = (generative.extract_features(self.judge, torch.from_numpy(x[:300])) for x in (samples, targets["real"]))

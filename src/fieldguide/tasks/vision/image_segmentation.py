@@ -19,7 +19,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
-from fieldguide.core.report_elements import Exhibit, Gallery, Matrix, Picture, Table
+from fieldguide.core.report_elements import Gallery, Matrix, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
@@ -416,9 +416,9 @@ class ImageSegmentation(Task):
         image.save(out, "PNG")
         return out.getvalue()
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         counts = outputs["counts"].sum(0)
         overlap, found = self.iou_and_recall(counts.astype(float))
         rows = [(name, int(counts[i].sum()), float(overlap[i]), float(found[i])) for i, name in enumerate(self.names)]
@@ -454,7 +454,7 @@ class ImageSegmentation(Task):
             ],
         }
 
-    def gallery(self, title: str, test: Data, outputs: Arrays, rows: np.ndarray, each: np.ndarray) -> Exhibit:
+    def gallery(self, title: str, test: Data, outputs: Arrays, rows: np.ndarray, each: np.ndarray) -> ReportElement:
         paths, sizes = self.paths_and_sizes(test)
         targets = self.masks(test)
         pictures = []

@@ -17,7 +17,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.hardware import ram
-from fieldguide.core.report_elements import Exhibit
+from fieldguide.core.report_elements import ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
@@ -33,7 +33,7 @@ from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.vision.detection_report import build_exhibits, draw_boxes, match_boxes, open_image
+from fieldguide.tasks.vision.detection_report import build_elements, draw_boxes, match_boxes, open_image
 
 MAX_SIDE_BY_DEVICE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side by device, if the user sets no size
 STRIDE = 32  # image sizes are multiples of the coarsest grid's stride
@@ -383,12 +383,12 @@ class ObjectDetection(Task):
             answers.append(answer)
         return answers
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         names = [Path(test.locate_row(i)).name for i in range(len(test))]
         paths = test.rows[self.column].to_list()
-        return build_exhibits(paths, names, outputs, targets, self.names, self.score_threshold, self.scale)
+        return build_elements(paths, names, outputs, targets, self.names, self.score_threshold, self.scale)
 
     def read_one(self, source: Any, answered: bool) -> Data:
         data = super().read_one(source, False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
-from fieldguide.core.report_elements import Exhibit, Gallery, Picture, Table
+from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Data
@@ -260,7 +260,7 @@ class VideoGeneration(ImageGeneration):
 
     # Report
 
-    def log_eval_samples(self, objective: Objective) -> list[Exhibit]:
+    def log_eval_samples(self, objective: Objective) -> list[ReportElement]:
         count = max(2, min(len(self.labels), 8))
         label = torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
         made = self.generate(objective, label, range(count), self.PredictOptions()).cpu().numpy()
@@ -272,9 +272,9 @@ class VideoGeneration(ImageGeneration):
             )
         ]
 
-    def exhibits(
+    def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[Exhibit]]:
+    ) -> dict[str, list[ReportElement]]:
         samples, label = outputs["samples"], outputs["label"].astype(int)
         names = ["videos", *self.labels]
         shown = [
@@ -319,10 +319,10 @@ class VideoGeneration(ImageGeneration):
                 ),
                 Gallery("Next frame", "The last known frame, the real next frame, and the predicted next frame.", comparisons),
             ],
-            "Memory": self.memorization_exhibits(samples, targets),
+            "Memory": self.memorization_elements(samples, targets),
         }
 
-    def memorization_exhibits(self, samples: np.ndarray, targets: Arrays) -> list[Exhibit]:
+    def memorization_elements(self, samples: np.ndarray, targets: Arrays) -> list[ReportElement]:
         known, made = (generative.extract_features(self.judge, x.mean(1)) for x in (self.known, torch.from_numpy(samples[:8])))
         far = generative.pairwise_distances(made, known)
         nearest = [self.known[int(row.argmin())].numpy() for row in far]
