@@ -375,7 +375,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
         task.save(path / "preprocess")
         record["status"] = "done"
         write_record(path, record)
-        pages.write(open_run(path), task.exhibits(test, outputs, targets, plan.objective))
+        pages.write(open_run(path), task.report_elements(test, outputs, targets, plan.objective))
     if distributed.get_world_size() > 1:
         torch.distributed.barrier()
 
