@@ -12,7 +12,8 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError, nearest
-from fieldguide.data import column_types, timestamps
+from fieldguide.core.files import expand_home
+from fieldguide.data import caption_lists, column_types, timestamps
 from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.conversation_formats import MESSAGES, to_messages
 from fieldguide.data.dataset import (
@@ -131,7 +132,21 @@ def load(
     if target is None and (not names or MESSAGES in names) and (found := to_messages(raw.rows)):
         raw.rows, raw.message_problems = found.rows, found.problems
         raw.kinds = {**{n: k for n, k in raw.kinds.items() if n in raw.rows.columns}, MESSAGES: "messages"}
+    expand_captions(raw, target, names)
     return LoadedSource(name, raw, options)
+
+
+def expand_captions(raw: RawTable, target: str | None, names: tuple[str, ...]) -> None:
+    """Convert images with lists of captions to one row per caption."""
+    found = caption_lists.find_caption_lists(raw.rows, raw.kinds, target)
+    if found is None or (names and found[0] not in names):
+        return
+    name, before = found[0], raw.rows.height
+    raw.rows, former = caption_lists.explode(raw.rows, *found)
+    if raw.splits is not None:
+        raw.splits = raw.splits[former.to_numpy()]
+    if not names:
+        raw.findings.append(caption_lists.describe_lists(name, before, raw.rows.height))
 
 
 @dataclass
@@ -175,7 +190,7 @@ def locate(source: Any) -> tuple[Any, str]:
     """Return the path or object to read and its display name. Raises DataError for a path that does not exist."""
     if not isinstance(source, str | Path):
         return source, "the table in memory"
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if path.exists():
         return path.absolute(), str(source)
     from fieldguide.data import samples

@@ -191,12 +191,21 @@ def find_caption_file(source: Path) -> Path | None:
         for path in list_visible(place)[0]:
             name = path.name.lower()
             if path.is_file() and (name in CAPTION_FILES or name.endswith((".token.txt", ".token"))):
+                if has_numbered_captions(path):
+                    continue
                 rows = parse_captions(path.read_bytes()[:HEAD_BYTES], path.name)
                 index = ImageIndex(source, READABLE_SUFFIXES)
                 some = [image for _, image, _ in rows[:20]]
                 if some and sum(index.find(i) is not None for i in some) >= MIN_MATCHED_FRACTION * len(some):
                     return path
     return None
+
+
+def has_numbered_captions(path: Path) -> bool:
+    """Return whether the first line names columns such as caption_0 and caption_1, so that the file is an ordinary table."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline(HEAD_BYTES)
+    return len(re.findall(r"(?i)(?:^|[,;\t|])\s*\"?captions?[_ .-]?\d+", first)) > 1
 
 
 def parse_captions(content: bytes, name: str) -> list[tuple[int, str, str]]:
