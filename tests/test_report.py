@@ -19,6 +19,7 @@ from PIL import Image
 
 from fieldguide.core.report_elements import (
     Bars,
+    Code,
     Gallery,
     Lines,
     Matrix,
@@ -33,7 +34,7 @@ from fieldguide.core.report_elements import (
 )
 from fieldguide.report import axis, charts, marks, model_card
 from fieldguide.report import render as report
-from fieldguide.report.render import Section, render
+from fieldguide.report.render import Badge, Section, render
 from fieldguide.report.text import el, format_number
 
 NAN, INF = math.nan, math.inf
@@ -247,12 +248,20 @@ def test_data_is_never_markup():
         Bars(h, h, values={h: 1}, intervals={h: (0, 2)}, unit=h),
         Matrix(h, h, labels=[h, "b", "c"], counts=[[1, 5, 0], [0, 1, 0], [0, 0, 1]]),
         Gallery(h, h, pictures=[Picture(png(), h, bad=True), Picture(png(), h), Picture(b"no picture", h)]),
-        Quotes(h, h, quotes=[Quote(h, h), Quote(h * 30, h, bad=True)]),
+        Gallery(h, h, pictures=[Picture(png(seed=1), h, view=h, views={h + "2": png(seed=2), h + "3": b"no picture"})]),
+        Quotes(h, h, quotes=[Quote(h, h, weights=[(1, 9, 1.0)]), Quote(h * 30, h, bad=True, weights=[(0, 20, -1.0)])]),
+        Code(h, h, h),
     ]
     html, page = page_of(
-        title=h, verdict=h, facts=[(h, h)], footer=h, sections=[Section(h, h, shown), Section(h, h, shown[:1])]
+        title=h,
+        verdict=h,
+        badge=Badge(h, "bad"),
+        facts=[(h, h)],
+        footer=h,
+        sections=[Section(h, h, shown), Section(h, h, shown[:1])],
     )
-    assert page.count("script") == 1 and page.count("style") == 1 and page.count("title") == 1
+    titles = [open_ for tag, _, open_ in page.elements if tag == "title" and "svg" not in open_]
+    assert page.count("script") == 1 and page.count("style") == 1 and len(titles) == 1
     assert {a.get("src", "data:")[:5] for tag, a, _ in page.elements if tag == "img"} <= {"data:"}
     assert not any(name.startswith("on") for _, a, _ in page.elements for name in a)
     assert "{{ 7*7 }}" in page.text()
@@ -417,7 +426,7 @@ def test_recordings_are_embedded_and_limited():
     html, page = page_of(*[Sounds("s", sounds=many[k:] + many[:k]) for k in (0, 10)])
     assert page.count("audio") == 18 and len(html) < 4_200_000 and "12 more recordings are left out" in page.text()
     wide, narrow = (report.draw(Gallery("g", pictures=[Picture(png(700, 100), "c")], wide=w)) for w in (True, False))
-    assert 'class="gallery wide"' in wide and 'width="700"' in wide and 'width="384"' in narrow
+    assert 'class="gallery wide"' in wide and 'width="700"' in wide and 'width="512"' in narrow
 
 
 def test_long_texts_are_collapsed():

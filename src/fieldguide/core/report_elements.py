@@ -5,7 +5,7 @@ A new task needs no change in the report, and a new design no change in any task
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,16 +24,23 @@ class ReportElement:
 
 @dataclass(frozen=True)
 class Table(ReportElement):
-    """Rows of text or numbers under a header. `heat` names columns whose numbers are shaded by size."""
+    """Rows of text or numbers under a header. `heat` names columns whose numbers are shaded by size.
+
+    `links` has a relative address for each row that the first cell points to, or "".
+    """
 
     header: Sequence[str] = ()
     rows: Sequence[Sequence[Any]] = ()
     heat: Sequence[str] = ()
+    links: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Lines(ReportElement):
-    """Curves: name -> (x values, y values). `band` names -> (x, low, high) are shaded; `marks` are vertical lines."""
+    """Curves: name -> (x values, y values). `bands` (x, low, high) are shaded; `marks` are vertical lines.
+
+    With `dates`, x values are seconds since 1970 and are written as dates.
+    """
 
     x: str = ""
     y: str = ""
@@ -42,6 +49,8 @@ class Lines(ReportElement):
     marks: dict[str, float] = field(default_factory=dict)
     diagonal: bool = False  # draw y = x, as calibration wants
     log: bool = False  # logarithmic y
+    faint: Sequence[str] = ()  # curves drawn thin and pale, such as values that another curve smooths
+    dates: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,12 @@ class Scatter(ReportElement):
 
 @dataclass(frozen=True)
 class Bars(ReportElement):
-    """Horizontal bars: label -> value, with optional (low, high) interval for each."""
+    """Horizontal bars: label -> value, with optional (low, high) interval for each. `highlight` names the bars to look at."""
 
     values: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     unit: str = ""
+    highlight: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,17 @@ class Matrix(ReportElement):
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a gallery: PNG, JPEG or WebP bytes, and its caption."""
+    """One image of a gallery: PNG, JPEG or WebP bytes, and its caption.
+
+    `views` are further images of the same example by name, shown next to it, such as the predicted mask; `view` is the name of
+    the first.
+    """
 
     image: bytes
     caption: str
     bad: bool = False  # framed as an error
+    view: str = ""
+    views: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,11 +122,16 @@ class Sounds(ReportElement):
 
 @dataclass(frozen=True)
 class Quote:
-    """One text with its target, its prediction and the confidence."""
+    """One text with its target, its prediction and the confidence.
+
+    `weights` are (start, end, weight) of parts of the text: those with weights above 0 speak for the prediction, those below 0
+    against it. They are shaded relative to the largest one.
+    """
 
     text: str
     caption: str
     bad: bool = False
+    weights: Sequence[tuple[int, int, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -118,3 +139,10 @@ class Quotes(ReportElement):
     """Texts with targets and predictions."""
 
     quotes: Sequence[Quote] = ()
+
+
+@dataclass(frozen=True)
+class Code(ReportElement):
+    """Commands or source code to copy."""
+
+    code: str = ""

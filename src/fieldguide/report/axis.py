@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -108,6 +109,43 @@ def _make_linear_axis(values: np.ndarray, count: int, pad: float) -> Axis:
         high = at[-1] + step if at[-1] + step < high + 0.4 * step else high
         at = choose_ticks(low, high, count, whole=whole)
     return Axis(low, high, False, list(zip(at, format_ticks(at))))
+
+
+MINUTE, HOUR, DAY, MONTH, YEAR = 60, 3600, 86_400, 2_629_746, 31_556_952  # seconds; months and years are means
+DATE_STEPS = (
+    *((n, "second", n) for n in (1, 5, 15, 30)),
+    *((n * MINUTE, "second", n * MINUTE) for n in (1, 5, 15, 30)),
+    *((n * HOUR, "second", n * HOUR) for n in (1, 3, 6, 12)),
+    *((n * DAY, "second", n * DAY) for n in (1, 2, 7, 14)),
+    *((n * MONTH, "month", n) for n in (1, 3, 6)),
+    *((n * YEAR, "month", 12 * n) for n in (1, 2, 5, 10, 20, 50, 100, 200, 500)),
+)  # mean length in seconds, unit, number of units
+MONDAY = 4 * DAY  # the first Monday after 1970-01-01
+
+
+def make_date_axis(values: np.ndarray, count: int) -> Axis:
+    """Return an axis without margins for seconds since 1970, with at most about `count` ticks at round dates and times."""
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    high = high if high > low else low + 1
+    _, unit, step = next((s for s in DATE_STEPS if (high - low) / s[0] <= count), DATE_STEPS[-1])
+    if unit == "second":
+        origin = MONDAY if step % (7 * DAY) == 0 else 0
+        at = np.arange(math.ceil((low - origin) / step), math.floor((high - origin) / step) + 1) * step + origin
+        return Axis(low, high, False, [(float(v), format_time(int(v), step)) for v in at])
+    months = np.array([low, high]).astype("M8[s]").astype("M8[M]").astype(int)
+    firsts = np.arange(-(-months[0] // step) * step, months[1] + 1, step).astype("M8[M]")
+    form = "%Y" if step % 12 == 0 else "%b %Y"
+    ticks = [(float(m.astype("M8[s]").astype(int)), m.item().strftime(form)) for m in firsts]
+    return Axis(low, high, False, [(v, text) for v, text in ticks if low <= v <= high])
+
+
+def format_time(seconds: int, step: int) -> str:
+    """Return the date, or within a day the time, of a tick: `22 Apr`, `06:00`."""
+    moment: datetime = np.datetime64(seconds, "s").item()
+    if seconds % DAY == 0:
+        return f"{moment.day} {moment:%b}"
+    return f"{moment:%H:%M:%S}" if step % MINUTE else f"{moment:%H:%M}"
 
 
 class Frame:

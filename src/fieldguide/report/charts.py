@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from fieldguide.core import report_elements
-from fieldguide.report.axis import Frame, make_axis, to_floats
+from fieldguide.report.axis import Frame, make_axis, make_date_axis, to_floats
 from fieldguide.report.marks import (
     LABEL_HEIGHT,
     NUM_COLORS,
@@ -35,12 +35,13 @@ from fieldguide.report.marks import (
     label_mark,
     select_points,
 )
-from fieldguide.report.text import choose_decimals, el, estimate_width, format_number, join, shorten, to_python
+from fieldguide.report.text import choose_decimals, draw_label, el, estimate_width, format_number, join, shorten, to_python
 
 WIDE, NARROW = (860, 330), (400, 280)  # width and height of a drawing
 SQUARE = (400, 370)  # of charts with the line y = x, whose axes have the same length
 MAX_POINTS = 1500  # points drawn of a scatter plot
 MAX_BARS = 20  # bars that are shown without unfolding the rest
+MAX_LABEL_CHARACTERS = 64  # of the label of a bar
 MAX_DOTTED_POINTS = 24  # curves with at most this many points also show each point
 MAX_DIRECT_LABELS = 7  # with more series than this, a legend replaces the labels next to the curves
 MAX_DESCRIBED_CURVES = 8  # curves in the description for screen readers
@@ -68,7 +69,7 @@ def draw_lines(element: report_elements.Lines) -> Markup:
     if not np.isfinite(all_y).any():
         return wrap_chart(NOTHING, remarks=remarks)
 
-    names = [*curves, *(name for name in bands if name not in curves)]
+    names, faint = [*curves, *(name for name in bands if name not in curves)], set(map(str, element.faint))
     if element.diagonal:
         all_x = all_y = np.concatenate([all_x, all_y])
     square = element.diagonal and not element.log
@@ -76,7 +77,8 @@ def draw_lines(element: report_elements.Lines) -> Markup:
     drawings = []
     for kind, size in (("square", SQUARE),) if square else (("wide", WIDE), ("narrow", NARROW)):
         y = make_axis(all_y, count=4 if size[1] < 300 else 5, log=element.log)
-        x = y if square else make_axis(all_x, count=5 if size[0] < 500 else 9, pad=0.0)
+        ticks = 5 if size[0] < 500 else 9
+        x = y if square else make_date_axis(all_x, ticks) if element.dates else make_axis(all_x, count=ticks, pad=0.0)
         longest = max((estimate_width(name) for name in names), default=0)
         direct = 1 < len(names) <= MAX_DIRECT_LABELS and longest < size[0] * 0.24 and not square
         right = longest + 16 if direct else 14
@@ -85,20 +87,20 @@ def draw_lines(element: report_elements.Lines) -> Markup:
         inside = [frame.draw_diagonal()] if element.diagonal else []
         inside += [draw_band(frame, band, names.index(name)) for name, band in bands.items()]
         inside += [draw_mark(frame, at) for at in marks.values()]
-        inside += [draw_curve(frame, xs, ys, i) for i, (xs, ys) in enumerate(curves.values())]
+        inside += [draw_curve(frame, xs, ys, i, name in faint) for i, (name, (xs, ys)) in enumerate(curves.items())]
         parts = [frame.draw_grid(element.x, element.y), frame.clip(*inside)]
-        for i, (xs, ys) in enumerate(curves.values()):
-            if np.isfinite(ys).sum() <= MAX_DOTTED_POINTS:
+        for i, (name, (xs, ys)) in enumerate(curves.items()):
+            if np.isfinite(ys).sum() <= MAX_DOTTED_POINTS and name not in faint:
                 parts.append(draw_dots(frame, xs, ys, i))
         parts += [label_mark(frame, name, at, rows[name]) for name, at in marks.items() if name in rows]
         if direct:
             ends = {name: last_finite(curves[name][1] if name in curves else bands[name][2]) for name in names}
-            parts += label_curves(frame, ends)
+            parts += label_curves(frame, ends, faint)
         elif len(names) > 1:
-            drawings.append(draw_legend(names, kind))
+            drawings.append(draw_legend(names, kind, faint))
         drawings.append(frame.draw(*parts, label=label, kind=kind))
     shown = [(name, xs[keep], ys[keep]) for name, (xs, ys) in curves.items() for keep in (select_points(ys),)]
-    hover = format_hover_data(shown, element.x, element.y)
+    hover = format_hover_data(shown, element.x, element.y, element.dates)
     return wrap_chart(join(drawings), hover=hover, remarks=remarks, shape="square" if square else "")
 
 
@@ -195,8 +197,9 @@ def draw_bars(element: report_elements.Bars, max_bars: int = MAX_BARS) -> Markup
     digits = None if (edges == np.round(edges)).all() else choose_decimals(edges.tolist())
     if unit == "%" and digits:
         digits = 1
-    rows = [draw_bar_row(scale, name, value, intervals.get(name), unit, digits) for name, value in values.items()]
-    longest = max(len(name) for name in values)
+    pale = set(values) - set(map(str, element.highlight)) if element.highlight else set()
+    rows = [draw_bar_row(scale, name, v, intervals.get(name), unit, digits, name in pale) for name, v in values.items()]
+    longest = max(min(len(name), MAX_LABEL_CHARACTERS) for name in values)
     number_width = max(len(format_number(v, digits)) for v in values.values()) + len(unit) + (12 if intervals else 0)
     style = f"--label:{min(max(longest * 0.56 + 0.5, 3), 15):.1f}em;--said:{number_width * 0.56 + 1:.1f}em"
     kind = "bars stacks" if longest > 12 or intervals else "bars"  # in a narrow box, labels above their bars
@@ -208,7 +211,7 @@ def draw_bars(element: report_elements.Bars, max_bars: int = MAX_BARS) -> Markup
 
 
 def draw_bar_row(
-    scale: BarScale, name: str, value: float | None, interval: np.ndarray | None, unit: str, digits: int | None
+    scale: BarScale, name: str, value: float | None, interval: np.ndarray | None, unit: str, digits: int | None, pale: bool
 ) -> Markup:
     """Draw the name, the bar and the number of one value."""
     if interval is not None and not np.isfinite(interval).all():
@@ -217,20 +220,22 @@ def draw_bar_row(
     numbers = [el("span", f"{text} {unit}" if unit and text != "–" else text, class_="value")]
     if interval is not None:
         numbers.append(el("span", "–".join(format_number(v, digits) for v in interval.tolist()), class_="span"))
-    label = el("span", name, class_="label", dir="auto")
-    return el("li", label, draw_bar(scale, value, interval), el("span", *numbers, class_="said"))
+    label = draw_label("span", name, MAX_LABEL_CHARACTERS, class_="label", dir="auto")
+    bar, text_box = draw_bar(scale, value, interval), el("span", *numbers, class_="said")
+    return el("li", label, bar, text_box, class_="pale" if pale else None)
 
 
-def format_hover_data(series: Sequence[tuple[str, np.ndarray, np.ndarray]], x: str, y: str) -> str:
+def format_hover_data(series: Sequence[tuple[str, np.ndarray, np.ndarray]], x: str, y: str, dates: bool = False) -> str:
     """Return as JSON what the script shows under the pointer: the titles of the axes and the series (name, x, y)."""
 
-    def shorten_numbers(values: np.ndarray) -> list[float | None]:
-        return [None if v != v else float(f"{v:.6g}") for v in values.tolist()]
+    def shorten_numbers(values: np.ndarray, digits: int = 6) -> list[float | None]:
+        return [None if v != v else float(f"{v:.{digits}g}") for v in values.tolist()]
 
     rows: list[Any] = [
-        [name, i % NUM_COLORS, shorten_numbers(xs), shorten_numbers(ys)] for i, (name, xs, ys) in enumerate(series)
+        [name, i % NUM_COLORS, shorten_numbers(xs, 12 if dates else 6), shorten_numbers(ys)]
+        for i, (name, xs, ys) in enumerate(series)
     ]
-    return json.dumps({"x": x, "y": y, "series": rows}, separators=(",", ":"))
+    return json.dumps({"x": x, "y": y, "dates": dates, "series": rows}, separators=(",", ":"))
 
 
 def describe_omission(count: int, reason: str) -> str:

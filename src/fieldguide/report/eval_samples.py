@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fieldguide.core.files import write_atomically
+from fieldguide.core.files import report_write_errors, write_atomically
 from fieldguide.core.report_elements import Gallery, Picture, Quote, Quotes, ReportElement
 from fieldguide.core.run_record import find_folder
 from fieldguide.core.settings import Settings
@@ -36,7 +36,8 @@ class EvalSamples:
         with torch.random.fork_rng():
             shown = [to_json(e) for e in make()]
         if shown:
-            self.folder.mkdir(exist_ok=True)
+            with report_write_errors(self.folder):
+                self.folder.mkdir(exist_ok=True)
             write_atomically(self.folder / f"step-{step:08d}.json", json.dumps(shown, ensure_ascii=False).encode())
 
     def read(self) -> list[tuple[int, list[ReportElement]]]:

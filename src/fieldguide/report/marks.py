@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
 
 from fieldguide.report.axis import Axis, Frame
-from fieldguide.report.text import el, estimate_width, join, shorten
+from fieldguide.report.text import draw_label, el, estimate_width, join, shorten
 
 NUM_COLORS = 6  # classes c0 ... c5 in report.css; further series use them again, dashed
 MAX_CURVE_POINTS = 320  # points drawn of a curve or band
+MAX_LEGEND_CHARACTERS = 48  # of the name of a series in a legend
 MAX_MARK_CHARACTERS = 28  # length of the label of a vertical line
 LEFT_MARGIN_ESTIMATE = 40  # drawing units
 LABEL_HEIGHT = 15  # distance of the base lines of two labels, in drawing units
@@ -49,11 +50,11 @@ def select_points(ys: np.ndarray, max_points: int = MAX_CURVE_POINTS) -> np.ndar
     return np.array(sorted(kept))
 
 
-def draw_curve(frame: Frame, xs: np.ndarray, ys: np.ndarray, index: int) -> Markup:
-    """Draw a curve."""
+def draw_curve(frame: Frame, xs: np.ndarray, ys: np.ndarray, index: int, faint: bool = False) -> Markup:
+    """Draw a curve, thin and pale if it is `faint`."""
     keep = select_points(ys)
-    fine = " fine" if len(keep) > 200 else ""
-    return el("path", class_=f"line {color_class(index)}{fine}", d=format_path(frame, xs[keep], ys[keep]))
+    look = " faint" if faint else " fine" if len(keep) > 200 else ""
+    return el("path", class_=f"line {color_class(index)}{look}", d=format_path(frame, xs[keep], ys[keep]))
 
 
 def draw_dots(frame: Frame, xs: np.ndarray, ys: np.ndarray, index: int) -> Markup:
@@ -84,12 +85,16 @@ def draw_points(frame: Frame, points: np.ndarray) -> Markup:
     return el("g", *layers, class_="cloud few" if len(points) <= 150 else "cloud")
 
 
-def draw_legend(names: Sequence[str], kind: str) -> Markup:
+def draw_legend(names: Sequence[str], kind: str, faint: Collection[str] = ()) -> Markup:
     """Draw the names of the series with their colors, for drawings without room next to the curves."""
-    return el("ul", *(el("li", el("i", class_=color_class(i)), name) for i, name in enumerate(names)), class_=f"legend {kind}")
+    look = lambda i, name: color_class(i) + (" faint" if name in faint else "")
+    items = (
+        el("li", el("i", class_=look(i, name)), draw_label("span", name, MAX_LEGEND_CHARACTERS)) for i, name in enumerate(names)
+    )
+    return el("ul", *items, class_=f"legend {kind}")
 
 
-def label_curves(frame: Frame, ends: dict[str, float]) -> list[Markup]:
+def label_curves(frame: Frame, ends: dict[str, float], faint: Collection[str] = ()) -> list[Markup]:
     """Write each name next to the end of its curve, at least one line apart."""
     order = sorted((float(frame.y(y)) if y == y else frame.top, i, name) for i, (name, y) in enumerate(ends.items()))
     heights: list[float] = []
@@ -101,10 +106,9 @@ def label_curves(frame: Frame, ends: dict[str, float]) -> list[Markup]:
     if heights and heights[-1] > bottom:  # move labels below the frame up again
         for k in range(len(heights) - 1, -1, -1):
             heights[k] = min(heights[k], bottom if k == len(heights) - 1 else heights[k + 1] - LABEL_HEIGHT)
-    return [
-        el("text", name, class_=f"direct {color_class(i)}", x=f"{frame.left + frame.w + 8:.1f}", y=f"{y:.1f}", dy="0.34em")
-        for y, (_, i, name) in zip(heights, order)
-    ]
+    x = f"{frame.left + frame.w + 8:.1f}"
+    look = lambda i, name: f"direct {color_class(i)}" + (" faint" if name in faint else "")
+    return [el("text", name, class_=look(i, name), x=x, y=f"{y:.1f}", dy="0.34em") for y, (_, i, name) in zip(heights, order)]
 
 
 def draw_mark(frame: Frame, at: float) -> Markup:
@@ -119,7 +123,8 @@ def label_mark(frame: Frame, name: str, at: float, row: int) -> Markup:
     half = estimate_width(text) / 2
     x = min(max(frame.x(at), frame.left + half), frame.width - half - 2)
     y = frame.top - 5 - LABEL_HEIGHT * row
-    return el("text", text, class_="marked", x=f"{x:.1f}", y=f"{y:.1f}", text_anchor="middle")
+    tip = el("title", name) if text != name else None
+    return el("text", text, tip, class_="marked", x=f"{x:.1f}", y=f"{y:.1f}", text_anchor="middle")
 
 
 def assign_rows(marks: dict[str, float], axis: Axis, width: float, right: float, max_rows: int = 4) -> dict[str, int]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-EMPTY_ELEMENTS = frozenset({"path", "line", "rect", "circle", "image", "use", "img"})  # elements without children
+EMPTY_ELEMENTS = frozenset({"path", "line", "rect", "circle", "image", "use", "img", "input"})  # elements without children
 # Control characters that HTML and XML forbid, lone surrogates, and marks that change the direction of text.
 FORBIDDEN_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff\ufffe\uffff]")
+UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMBT]|ms|s|min|h|[KMGT]i?B)(?!\w))")  # no line break before a unit
 CHARACTER_WIDTH = 6.5  # estimated width of a character of a label, in drawing units
 
 
@@ -42,14 +43,29 @@ def join(parts: Iterable[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
+def join_units(text: str) -> str:
+    """Return a text in which numbers are not separated from their units by line breaks."""
+    return UNIT.sub("\u00a0", str(text))
+
+
 def estimate_width(text: str) -> float:
     """Estimate the width of a label in drawing units; without a browser, text cannot be measured."""
     return CHARACTER_WIDTH * len(text)
 
 
 def shorten(text: str, max_length: int) -> str:
-    """Cut a text that is too long and end it with an ellipsis."""
-    return text if len(text) <= max_length else text[: max_length - 1].rstrip() + "…"
+    """Replace the middle of a text that is too long by an ellipsis, since names often differ at their ends."""
+    if len(text) <= max_length:
+        return text
+    end = (max_length - 1) * 2 // 5
+    return text[: max_length - 1 - end].rstrip() + "…" + (text[-end:].lstrip() if end else "")
+
+
+def draw_label(name: str, text: Any, max_length: int, **attributes: Any) -> Markup:
+    """Return an element with a text of at most `max_length` characters; the whole text is its tooltip."""
+    text = str(text)
+    short = shorten(text, max_length)
+    return el(name, short, title=None if short == text else text, **attributes)
 
 
 def to_python(value: Any) -> Any:

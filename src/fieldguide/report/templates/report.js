@@ -42,7 +42,8 @@
           if (best === null || far < best.far) best = { far, x, y: ys[i] };
         });
         if (best === null || (cloud && best.far > 24)) return hide();
-        const rows = [line(null, (data.x || "x") + " " + show(best.x))];
+        const date = v => new Date(v * 1000).toISOString().slice(0, 16).replace("T", " ").replace(" 00:00", "");
+        const rows = [line(null, data.dates ? date(best.x) : (data.x || "x") + " " + show(best.x))];
         if (cloud) rows.push(line(null, (data.y || "y") + " " + show(best.y)));
         else for (const [name, look, xs, ys] of data.series) {
           let near = -1;
@@ -66,6 +67,33 @@
       svg.addEventListener("pointerdown", move);
       svg.addEventListener("pointerleave", hide);
     }
+  }
+
+  // Images are enlarged in a dialog.
+  const dialog = document.createElement("dialog");
+  dialog.addEventListener("click", () => dialog.close());
+  document.body.append(dialog);
+  const enlarge = tile => {
+    dialog.replaceChildren(...[...tile.children].map(part => {
+      const copy = part.cloneNode(true);
+      for (const each of [copy, ...copy.querySelectorAll("[role=button]")]) {
+        each.removeAttribute("tabindex");
+        if (each.getAttribute("role") === "button") each.removeAttribute("role");
+      }
+      if (copy.title) { copy.textContent = copy.title; copy.removeAttribute("title"); }
+      return copy;
+    }));
+    dialog.showModal();
+  };
+  for (const tile of document.querySelectorAll(".gallery > li")) {
+    const view = tile.firstElementChild;
+    if (!view || view.classList.contains("broken")) continue;
+    view.setAttribute("role", "button");
+    view.setAttribute("tabindex", "0");
+    view.addEventListener("click", () => enlarge(tile));
+    view.addEventListener("keydown", event => {
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); enlarge(tile); }
+    });
   }
 
   const links = new Map([...document.querySelectorAll("nav a")].map(a => [a.hash.slice(1), a]));
