@@ -23,6 +23,12 @@ class Metric:
     better: str  # max | min, or a description of the target value: near 80 %
     words: str  # short description: "of held-out rows correct"
     percent: bool = False
+    label: str = ""  # the name as it is written, if it is not the name in words: mAP, AUC
+
+    @property
+    def title(self) -> str:
+        """Return the name for people."""
+        return self.label or self.name.replace("_", " ")
 
     def text(self, value: float | None) -> str:
         if value is None or value != value:

@@ -40,9 +40,9 @@ class ClassificationEvaluator(LinearBaseline):
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("accuracy", "max", "correct", percent=True),
         Metric("balanced_accuracy", "max", "mean recall over classes", percent=True),
-        Metric("macro_f1", "max", "F1 averaged over classes"),
+        Metric("macro_f1", "max", "F1 averaged over classes", label="macro F1"),
         Metric("log_loss", "min", "nats per example"),
-        Metric("auc", "max", "area under the ROC curve, one versus rest"),
+        Metric("auc", "max", "area under the ROC curve, one versus rest", label="AUC"),
         Metric("calibration_error", "min", "mean gap between confidence and accuracy"),
     )
 
@@ -126,9 +126,9 @@ class RegressionEvaluator(LinearBaseline):
     """Scores standardized predictions against targets in their own unit."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("rmse", "min", "root mean squared error"),
-        Metric("mae", "min", "mean absolute error"),
-        Metric("r2", "max", "of the variance explained", percent=True),
+        Metric("rmse", "min", "root mean squared error", label="RMSE"),
+        Metric("mae", "min", "mean absolute error", label="MAE"),
+        Metric("r2", "max", "of the variance explained", percent=True, label="R²"),
     )
 
     standard: Standardizer

@@ -53,8 +53,8 @@ class SpeechRecognition(Task):
     output_types = ("ctc",)
     column_spec = ColumnSpec("last", names=TRANSCRIPT_NAMES, kinds={"target": "text", "feature": "audio"})
     metrics = (
-        Metric("wer", "min", "of words wrong", percent=True),
-        Metric("cer", "min", "of characters wrong", percent=True),
+        Metric("wer", "min", "of words wrong", percent=True, label="WER"),
+        Metric("cer", "min", "of characters wrong", percent=True, label="CER"),
         Metric("loss", "min", "nats per symbol"),
     )
     recipe: ClassVar = {"augmentation": "standard"}

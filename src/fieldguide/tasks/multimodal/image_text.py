@@ -93,8 +93,11 @@ class ImageText(ImageAndTextTask):
     )
     metrics = (
         Metric("mean_recall", "max", "mean of the six recalls", percent=True),
-        *(Metric(f"text_r{k}", "max", f"images with a correct caption in the top {k}", percent=True) for k in RECALL_AT),
-        *(Metric(f"image_r{k}", "max", f"captions with a correct image in the top {k}", percent=True) for k in RECALL_AT),
+        *(
+            Metric(f"{name}_r{k}", "max", f"{words} in the top {k}", percent=True, label=f"{name} R@{k}")
+            for name, words in (("text", "images with a correct caption"), ("image", "captions with a correct image"))
+            for k in RECALL_AT
+        ),
         Metric("zero_shot_accuracy", "max", "images classified correctly by class names alone", percent=True),
     )
     recipe: ClassVar = {"augmentation": "light", "patience": 10}

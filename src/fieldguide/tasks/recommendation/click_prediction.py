@@ -28,7 +28,10 @@ class ClickPrediction(TabularClassification):
     column_spec = ColumnSpec(
         "last", names=("click", "clicked", "rating"), roles=("user", "item"), kinds={"user": "category", "item": "category"}
     )
-    metrics = (Metric("auc", "max", "area under the ROC curve"), *(m for m in ClassificationTask.metrics if m.name != "auc"))
+    metrics = (
+        Metric("auc", "max", "area under the ROC curve", label="AUC"),
+        *(m for m in ClassificationTask.metrics if m.name != "auc"),
+    )
     recipe: ClassVar = {"weight_decay": 1e-4, "patience": 6}
 
     @dataclass(frozen=True)

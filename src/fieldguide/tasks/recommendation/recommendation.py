@@ -44,11 +44,11 @@ class Recommendation(Task):
         "none", roles=("user", "item", "rating", "time"), kinds={"user": "identifier", "item": "identifier", "rating": "number"}
     )
     metrics = (
-        Metric("ndcg_10", "max", "NDCG at 10 over all items"),
-        Metric("hr_10", "max", "of next items ranked in the top 10 of all items", percent=True),
-        Metric("mrr", "max", "mean reciprocal rank over all items"),
+        Metric("ndcg_10", "max", "NDCG at 10 over all items", label="NDCG@10"),
+        Metric("hr_10", "max", "of next items ranked in the top 10 of all items", percent=True, label="HR@10"),
+        Metric("mrr", "max", "mean reciprocal rank over all items", label="MRR"),
         *(
-            Metric(f"{name}_{k}", "max", f"{words} {k}", percent=name == "hr")
+            Metric(f"{name}_{k}", "max", f"{words} {k}", percent=name == "hr", label=f"{name.upper()}@{k}")
             for k in (5, 20)
             for name, words in (("ndcg", "NDCG at"), ("hr", "of next items ranked in the top"))
         ),

@@ -70,7 +70,7 @@ class QuestionAnswering(Task):
     feature = ("text",)
     column_spec = COLUMN_SPEC
     metrics = (
-        Metric("f1", "max", "F1 over words", percent=True),
+        Metric("f1", "max", "F1 over words", percent=True, label="F1"),
         Metric("exact_match", "max", "exact match", percent=True),
         Metric("answered", "max", "F1 over questions that have an answer", percent=True),
         Metric("unanswered", "max", "of questions without an answer predicted to have none", percent=True),

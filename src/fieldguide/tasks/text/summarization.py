@@ -32,9 +32,9 @@ class Summarization(Translation):
         "named", names=("summary", "highlights", "summaries", "tldr"), kinds={"target": "text", "feature": "text"}
     )
     metrics = (
-        Metric("rouge1", "max", "ROUGE-1", percent=True),
-        Metric("rouge2", "max", "ROUGE-2", percent=True),
-        Metric("rougeL", "max", "ROUGE-L", percent=True),
+        Metric("rouge1", "max", "ROUGE-1", percent=True, label="ROUGE-1"),
+        Metric("rouge2", "max", "ROUGE-2", percent=True, label="ROUGE-2"),
+        Metric("rougeL", "max", "ROUGE-L", percent=True, label="ROUGE-L"),
         Metric("loss", "min", "nats per token"),
     )
     max_test_examples = 400  # beam search over a hundred tokens and more is slow

@@ -46,7 +46,7 @@ class TokenClassification(Task):
         "named", names=TAG_COLUMN_NAMES, kinds={"target": "list"}, columns=dict.fromkeys(WORD_COLUMN_NAMES, "list")
     )
     metrics = (
-        Metric("f1", "max", "F1 of whole entities"),
+        Metric("f1", "max", "F1 of whole entities", label="F1"),
         Metric("precision", "max", "of predicted entities correct"),
         Metric("recall", "max", "of entities found"),
         Metric("accuracy", "max", "of words correct", percent=True),

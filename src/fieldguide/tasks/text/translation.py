@@ -46,8 +46,8 @@ class Translation(TextTask):
     output_types = ("tokens",)
     column_spec = ColumnSpec("last", names=("translation", "target_text", "tgt"), kinds={"target": "text", "feature": "text"})
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("bleu", "max", "BLEU"),
-        Metric("chrf", "max", "chrF"),
+        Metric("bleu", "max", "BLEU", label="BLEU"),
+        Metric("chrf", "max", "chrF", label="chrF"),
         Metric("loss", "min", "nats per token"),
     )
     monitor = "loss"

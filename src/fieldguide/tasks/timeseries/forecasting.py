@@ -52,13 +52,20 @@ class Forecasting(Task):
         checks=(panels.check,),
     )
     metrics = (
-        Metric("mase", "min", "mean absolute scaled error (1: the in-sample error of the seasonal naive forecast)"),
-        Metric("mse", "min", "squared error of standardized values"),
-        Metric("mae", "min", "absolute error of standardized values"),
-        Metric("smape", "min", "symmetric percentage error, 0 to 200, in the series' unit"),
-        Metric("pinball", "min", f"loss of the quantiles {', '.join(f'{q:g}' for q in QUANTILES)}, standardized"),
-        Metric("coverage_80", "near 80 %", "of values inside the 80 % interval", percent=True),
-        Metric("coverage_90", "near 90 %", "of values inside the 90 % interval", percent=True),
+        Metric(
+            "mase", "min", "mean absolute scaled error (1: the in-sample error of the seasonal naive forecast)", label="MASE"
+        ),
+        Metric("mse", "min", "squared error of standardized values", label="MSE"),
+        Metric("mae", "min", "absolute error of standardized values", label="MAE"),
+        Metric("smape", "min", "symmetric percentage error, 0 to 200, in the series' unit", label="sMAPE"),
+        Metric(
+            "pinball",
+            "min",
+            f"loss of the quantiles {', '.join(f'{q:g}' for q in QUANTILES)}, standardized",
+            label="pinball loss",
+        ),
+        Metric("coverage_80", "near 80 %", "of values inside the 80 % interval", percent=True, label="80 % coverage"),
+        Metric("coverage_90", "near 90 %", "of values inside the 90 % interval", percent=True, label="90 % coverage"),
     )
     recipe: ClassVar = {"patience": 10}
     min_batch_size = 32

@@ -87,7 +87,7 @@ class ImageSegmentation(Task):
         "named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, check_outlines)
     )
     metrics = (
-        Metric("miou", "max", "mean intersection over union over classes", percent=True),
+        Metric("miou", "max", "mean intersection over union over classes", percent=True, label="mIoU"),
         Metric("pixel_accuracy", "max", "of pixels correct", percent=True),
         Metric("mean_accuracy", "max", "mean recall over classes", percent=True),
     )

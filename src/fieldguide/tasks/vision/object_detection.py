@@ -60,8 +60,8 @@ class ObjectDetection(Task):
     output_types = ("boxes",)
     column_spec = ColumnSpec("named", names=("objects", "boxes"), kinds={"target": "boxes"})
     metrics = (
-        Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True),
-        Metric("map50", "max", "mean average precision at IoU 0.50", percent=True),
+        Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True, label="mAP"),
+        Metric("map50", "max", "mean average precision at IoU 0.50", percent=True, label="mAP50"),
     )
     monitor = "map50"
     recipe: ClassVar = {"augmentation": "light"}  # mosaics do not pay off in short CPU runs: docs/log.md

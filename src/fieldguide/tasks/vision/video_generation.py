@@ -59,7 +59,12 @@ class VideoGeneration(ImageGeneration):
             percent=True,
         ),
         Metric("consistency_gap", "min", "difference to real videos in the similarity of consecutive frames"),
-        Metric("next_frame_psnr", "max", "dB between the next frame predicted from the frames before it and the real one"),
+        Metric(
+            "next_frame_psnr",
+            "max",
+            "dB between the next frame predicted from the frames before it and the real one",
+            label="next-frame PSNR",
+        ),
         Metric("held_out_loss", "min", "noise prediction error on held-out videos"),
     )
     max_validation_examples, max_test_examples = 100, 100
