@@ -13,37 +13,40 @@ import torch
 from torch import Tensor
 
 from fieldguide.core.errors import WeightsError
+from fieldguide.core.gguf_file import GGUFFile, parse_file, read_tensor
+from fieldguide.core.validation import AGAIN, guard
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Path) -> GGUFFile:
     """Map a file into memory. Raises `WeightsError` if it is not GGUF or the package is missing."""
     return open_reader(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(1)  # reading the vocabulary takes seconds, and it is needed twice
-def open_reader(path: Path, modified: int) -> Any:
+def open_reader(path: Path, modified: int) -> GGUFFile:
     """Return the reader of a file; `modified`, its time of change, is part of the cache key."""
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401  (its tables of quantization)
     except ImportError:
         raise WeightsError(f"reading {path} requires an optional package: pip install 'fieldguide[gguf]'") from None
-    try:
-        return GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise WeightsError(f"{path} is damaged, truncated or not a GGUF file: {error}. Download it again.") from None
+    with guard(path, WeightsError):
+        return parse_file(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the dequantized tensors by name, float32."""
-    from gguf import dequantize
-
-    return {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in open_file(path).tensors}
+    file = open_file(path)
+    with guard(path, WeightsError):
+        if not file.tensors:
+            raise WeightsError(f"{path} holds no tensors. {AGAIN}")
+        return {name: torch.from_numpy(read_tensor(file, tensor)) for name, tensor in file.tensors.items()}
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata as nested dictionaries: {"general": {"architecture": "llama"}, ...}."""
     metadata: dict[str, Any] = {}
-    for key, field in open_file(path).fields.items():
+    file = open_file(path)
+    for key, value in file.metadata.items():
         *parents, last = key.split(".")
         part = metadata
         for parent in parents:
@@ -51,11 +54,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
             if not isinstance(part, dict):
                 break
         else:
-            value = field.contents()
             part[last] = float(f"{value:.6g}") if isinstance(value, float) else value  # stored as float32
-    for tensor in open_file(path).tensors:  # the factors by which rotary frequencies are divided are only stored in a tensor
-        if tensor.name == "rope_freqs.weight":
-            metadata["rope_factors"] = tensor.data.astype(float).ravel().tolist()
+    if factors := file.tensors.get("rope_freqs.weight"):  # divide the rotary frequencies; stored only in a tensor
+        with guard(path, WeightsError):
+            metadata["rope_factors"] = read_tensor(file, factors).astype(float).ravel().tolist()
     return metadata
 
 
@@ -72,6 +74,12 @@ def read_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
 
     Raises `WeightsError` for tokenizers other than byte-level BPE.
     """
+    with guard(path, WeightsError):
+        return build_tokenizer(path)
+
+
+def build_tokenizer(path: Path) -> tuple[Any, dict[str, str], str | None]:
+    """Return what `read_tokenizer` returns."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     settings = read_metadata(path).get("tokenizer", {})
