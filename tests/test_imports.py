@@ -199,6 +199,7 @@ EXPORTED = {
     "models",
     "fit",
     "resume",
+    "finish",
     "open_run",
     "Run",
     "pipeline",

@@ -111,6 +111,7 @@ def test_run_json(run):
         "versions",
         "started",
         "scores",
+        "digests",
     }
     assert record["schema"] == SCHEMA == 2 and record["status"] == "done"
     assert set(record["request"]) == {
@@ -271,9 +272,10 @@ def test_damaged_file_is_named(iris_run, tmp_path, name, how):
         fieldguide.open_run(path).predict(pl.read_csv(samples.path("iris")))
 
 
-def test_unfinished_run_explains_how_to_resume(iris_run, tmp_path):
+def test_run_without_checkpoint_explains_how_to_resume(iris_run, tmp_path):
     path = copy(iris_run, tmp_path / "run")
     rewrite(path, status="training")
+    shutil.rmtree(path / "checkpoints")
     with pytest.raises(RunError, match=r"not finished.*fit --resume"):
         fieldguide.open_run(path).predict(pl.read_csv(samples.path("iris")))
 

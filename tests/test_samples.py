@@ -77,7 +77,7 @@ def test_failed_creation_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setitem(samples.SAMPLES, "iris", samples.Sample("iris", "t", "w", "l", "s", False, "y", fail))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match="disk full"):
         samples.path("iris")
     assert list((tmp_path / "fieldguide" / "samples").iterdir()) == []
 

@@ -13,6 +13,7 @@ from fieldguide.core.version import __version__
 _HOME = {
     "fit": "fieldguide.automl.fit",
     "resume": "fieldguide.automl.fit",
+    "finish": "fieldguide.automl.fit",
     "open_run": "fieldguide.inference.run",
     "Run": "fieldguide.inference.run",
     "pipeline": "fieldguide.inference.pipeline",

@@ -123,7 +123,7 @@ def advise(
     architecture, whose sizes are then ranked. `config` is that of an existing network of this name.
     """
     machine = machine or profile.measure_machine()
-    speed = max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
+    speed = get_speed(machine)
     able = [
         n
         for n in registry.names()
@@ -163,6 +163,11 @@ def advise(
             option.reasons.insert(0, "architecture requested by the user; the size fits data, machine and time")
     ranked = sorted(seen, key=lambda o: (-o.points, o.parameters))
     return Advice([o for o in ranked if not o.rejected], [o for o in ranked if o.rejected])
+
+
+def get_speed(machine: Mapping[str, Any]) -> float:
+    """Return the floating-point operations per second that training reaches, in the fastest precision."""
+    return max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
 
 
 def rate_by_rules(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:

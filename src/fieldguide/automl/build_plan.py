@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fieldguide.automl import distillation, finetune, profile
-from fieldguide.automl.advisor import Advice, advise, build_config
+from fieldguide.automl.advisor import Advice, advise, build_config, get_speed
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.request import group_settings
 from fieldguide.automl.time_budget import ENOUGH_STEPS, choose_batch_size, resolve_settings
@@ -63,8 +63,7 @@ class Plan:
 
         `source` is the data as it was read for the run.
         """
-        with np.load(run.path / "splits.npz", allow_pickle=False) as saved:
-            splits = Splits(saved["train"], saved["validation"], saved["test"], run.record["data"]["split"]["how"])
+        splits = run.read_splits()
         task, model, request = run.task, run.record["model"], run.record["request"]
         plan = cls(
             source=task.build_examples(task.select_columns(source), task.options),
@@ -169,13 +168,15 @@ def build_plan(
         dims = {"output_type": kind.output_types, **fitted.model_dims()}
     for note in fitted.notes:
         callback.log(f"note: {note}")
+    deterministic = Settings().with_(requested).deterministic
+    machine = profile.get_nominal_machine() if deterministic else profile.measure_machine()
     advice = advise(
         facts={"task": kind.name, "rows": len(splits.train), **fitted.data_facts()},
         needs=fitted.model_dims(),
         input_types=kind.input_types,
         output_types=kind.output_types,
         minutes=Settings().with_(requested).minutes or float("inf"),
-        machine=distributed.broadcast(profile.measure_machine()),
+        machine=distributed.broadcast(machine),
         model=model,
         config=config,
     )
@@ -204,6 +205,7 @@ def build_plan(
             callback,
             min_batch_size=plan.settings.resolved_batch_size if "batch_size" in requested else fitted.min_batch_size,
             enough_steps=finetune.MIN_STEPS if checkpoint else ENOUGH_STEPS,
+            nominal_seconds=6 * advice.best.multiply_adds / get_speed(machine),
         )
     )
     return plan

@@ -45,7 +45,10 @@ def flatten(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(folder: Path, record: dict[str, Any]) -> None:
-    """Write the config file that repeats a run, with its number of steps in place of its minutes."""
+    """Write the config file that repeats a run, with its number of steps in place of its minutes.
+
+    Its first lines say how exact a repetition is.
+    """
     request, settings = record["request"], dict(record["settings"])
     if settings["steps"]:
         settings["minutes"] = 0.0
@@ -56,9 +59,25 @@ def write_config(folder: Path, record: dict[str, Any]) -> None:
         "seed": settings.pop("seed"),
         "settings": {k: v for k, v in settings.items() if v is not None} | to_yaml_value(request.get("settings", {})),
     }
-    head = "# Repeats this run: fieldguide fit --config fit.yaml\n"
+    head = "".join(f"# {line}\n" for line in describe_repetition(folder, record))
     body = yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False, allow_unicode=True)
     write_atomically(folder / NAME, (head + body).encode())
+
+
+def describe_repetition(folder: Path, record: dict[str, Any]) -> list[str]:
+    """Return the command that repeats a run, and whether the result is the same."""
+    lines = [f"Repeats this run: fieldguide fit --config {folder / NAME}"]
+    if record["request"]["data"] is None:
+        lines = ["The data was in memory. With the data in a file: fieldguide fit FILE --config " + str(folder / NAME)]
+    if record["cost"].get("repeatable", True):
+        return [
+            *lines,
+            f"On this machine, with {record['machine']['threads']} threads and these versions, the result is the same.",
+        ]
+    return [
+        *lines,
+        "The steps were changed or cut short during training, so the result is similar; --deterministic avoids that.",
+    ]
 
 
 def to_yaml_value(value: Any) -> Any:

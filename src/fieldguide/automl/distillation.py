@@ -29,6 +29,10 @@ def add_teacher(objective: Objective, task: Task, settings: Settings, source: Da
     if not settings.teacher:
         return objective
     run = open_run(settings.teacher)
+    if not run.is_trained:
+        raise SettingsError(
+            f"teacher={run.path}: its training is not finished. Run `fieldguide fit --resume {run.path}` or `--finish` first."
+        )
     if run.record["task"] != task.name:
         raise SettingsError(f"teacher={run.path} was trained for {run.record['task']}, but this task is {task.name}.")
     if type(objective) is not Supervised or not isinstance(objective.loss, Classification):
@@ -44,8 +48,7 @@ def check_unseen(run: Run, source: Data, splits: Splits) -> None:
     """Raise `SettingsError` if the teacher was trained on rows of the test part, whose targets it would leak."""
     if run.record["data"]["digest"] != source.manifest.digest or run.record["data"]["rows"] != len(source):
         return
-    with np.load(run.path / "splits.npz", allow_pickle=False) as teacher_splits:
-        seen = np.intersect1d(teacher_splits["train"], splits.test)
+    seen = np.intersect1d(run.read_splits().train, splits.test)
     if len(seen):
         raise SettingsError(
             f"teacher={run.path} was trained on {len(seen):,} of the {len(splits.test):,} test rows of this run. Use the "

@@ -1,6 +1,7 @@
-"""`fit` and `resume`: from data to a trained and tested network in a run folder.
+"""`fit`, `resume` and `finish`: from data to a trained and tested network in a run folder.
 
-The steps are: read the data, build a plan (`build_plan`), train, calibrate, test, write the run folder.
+The steps are: read the data, build a plan (`build_plan`), train, calibrate, test, write the run folder. A run folder is locked
+while a process works in it. Its status becomes "trained" when the weights are complete, and "done" when everything is written.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from fieldguide.automl.request import get_location, group_settings, read_for, re
 from fieldguide.core import distributed
 from fieldguide.core.deprecation import accept_renamed
 from fieldguide.core.errors import RunError, SettingsError
-from fieldguide.core.files import write_atomically
+from fieldguide.core.files import check_writable, make_folder, report_write_errors
 from fieldguide.core.hardware import peak_memory
+from fieldguide.core.lock import lock_folder
+from fieldguide.core.run_files import is_empty, remove_leftovers, update_run
 from fieldguide.core.run_record import SCHEMA, write_record
 from fieldguide.core.settings import Settings, canonical
 from fieldguide.core.version import __version__
@@ -35,9 +39,10 @@ from fieldguide.data.splits import sample_rows
 from fieldguide.inference.predictor import TaskPredictor
 from fieldguide.inference.run import Run, open_run
 from fieldguide.objectives import Objective
-from fieldguide.training import peft
-from fieldguide.training.checkpoint import copy_to_cpu
+from fieldguide.training import peft, tracking
+from fieldguide.training.checkpoint import copy_to_cpu, estimate_bytes
 from fieldguide.training.inference_loop import collect
+from fieldguide.training.precision import deterministic_kernels, use_threads
 from fieldguide.training.trainer import State, Trainer
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
@@ -57,8 +62,8 @@ RESUMABLE_SETTINGS = {
 @accept_renamed(watch="callback")
 def fit(
     data: Any,
-    *,
     target: str | None = None,
+    *,
     task: str | None = None,
     model: str = "auto",
     minutes: float | None = None,
@@ -96,7 +101,9 @@ def fit(
     """
     callback = callback or NullCallback()
     requested, _, _, kinds, roles = group_settings(settings or {})
-    Settings().with_(requested)  # report wrong settings before reading the data
+    limits = {"seed": seed} if minutes is None else {"seed": seed, "minutes": minutes}
+    chosen = Settings().with_(requested | limits)  # report wrong settings before reading the data
+    tracking.check_installed(chosen.tracker)
     if minutes is None and not {"minutes", "steps"} & set(requested) and isinstance(data, str) and data in SAMPLES:
         minutes = SAMPLES[data].minutes
     request: dict[str, Any] = {
@@ -114,7 +121,8 @@ def fit(
     }
     if out is not None:
         check_available(Path(out))
-    with distributed.join_process_group():
+    check_writable(Path("runs" if out is None else out))
+    with distributed.join_process_group(), use_threads(chosen.threads), deterministic_kernels(chosen.deterministic):
         source, _, _ = read_for(request, data)
         plan = build_plan(
             source,
@@ -126,20 +134,30 @@ def fit(
             callback=callback,
             weights=weights,
         )
+        check_writable(Path("runs" if out is None else out), needed=estimate_bytes(plan.objective, plan.settings))
         path = distributed.broadcast(create_folder(out, source) if distributed.rank() == 0 else None)
-        record = build_record(plan, request)
-        if distributed.rank() == 0:
-            splits = plan.splits
-            plan.task.save(path / "preprocess")
-            np.savez(path / "splits.npz", train=splits.train, validation=splits.validation, test=splits.test)
-            if plan.task.has_own_rows:
-                used = plan.source.take(np.concatenate([splits.train, splits.validation]))
-                if (digests := row_digests.compute_digests(used, plan.task.columns)) is not None:
-                    row_digests.save_digests(path, digests)
-            (path / "manifest.json").write_text(json.dumps([asdict(f) for f in source.manifest.files]))
-            write_record(path, record)
-            config_file.write_config(path, record)
-        return train_and_test(path, record, plan, callback, resume=False)
+        with lock_run(path):
+            record = build_record(plan, request)
+            if distributed.rank() == 0:
+                check_available(path)  # again, since another process may have had the lock
+                remove_leftovers(path)
+                save_plan(path, record, plan)
+            return train_and_test(path, record, plan, callback)
+
+
+def save_plan(path: Path, record: dict[str, Any], plan: Plan) -> None:
+    """Write the run folder as it is before training."""
+    splits = plan.splits
+    with update_run(path, record) as staging:
+        plan.task.save(staging / "preprocess")
+        np.savez(staging / "splits.npz", train=splits.train, validation=splits.validation, test=splits.test)
+        if plan.task.has_own_rows:
+            used = plan.source.take(np.concatenate([splits.train, splits.validation]))
+            if (digests := row_digests.compute_digests(used, plan.task.columns)) is not None:
+                row_digests.save_digests(staging, digests)
+        files = json.dumps([asdict(f) for f in plan.source.manifest.files])
+        (staging / "manifest.json").write_text(files, encoding="utf-8")
+    config_file.write_config(path, record)
 
 
 def build_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +206,7 @@ def build_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
             "max_steps": plan.max_steps,
             "processes": distributed.get_world_size(),
         },
-        "machine": profile.measure_machine(),
+        "machine": {**profile.measure_machine(), "threads": torch.get_num_threads()},
         "versions": get_versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
@@ -204,37 +222,91 @@ def resume(
 ) -> Run:
     """Continue a run that was stopped. With a fixed number of steps the result is bit-identical to a run never stopped.
 
-    `data` is needed only for a run whose data was in memory. Raises `RunError` if the data has changed, and
-    `SettingsError` for settings that cannot change.
+    `data` is needed only for a run whose data was in memory. Raises `RunError` if the data has changed or another process
+    trains in the folder, and `SettingsError` for settings that cannot change.
     """
-    callback = callback or NullCallback()
-    run = open_run(path)
-    if run.status == "done":
-        callback.log(f"{path} is finished already.")
-        return run
-    with distributed.join_process_group():
-        chosen = change_settings(run.settings, settings or {}, callback)
-        if (before := run.record["cost"]["processes"]) != distributed.get_world_size():
-            callback.log(
-                f"started with {before} processes, resumed with {distributed.get_world_size()}: each step sees the same examples, "
-                "but dropout and augmentation differ"
-            )
-        if run.record["request"]["data"] is None and data is None:
-            raise RunError(f"{path} was trained from data in memory; pass the same data to resume(data=...).")
-        source = read_request(run.record["request"], data)
-        if source.manifest.digest != run.record["data"]["digest"]:
-            raise RunError(
-                f"{source.source} has changed since {path} was started (its digest differs), and a resumed run must see "
-                "the same data. Restore it, or start a new run."
-            )
-        plan = Plan.from_run(run, source, chosen, callback)
-        run.record["settings"] = plan.settings.to_dict()
-        return train_and_test(run.path, run.record, plan, callback, resume=True)
+    return continue_run(path, data, callback or NullCallback(), settings or {}, more_steps=True)
+
+
+def finish(path: str | Path, *, data: Any = None, callback: NullCallback | None = None) -> Run:
+    """Test a run that was stopped with the best weights so far and write its report, without further training.
+
+    `data` is needed only for a run whose data was in memory. Raises `RunError` as `resume` does, and if the run was stopped
+    before its first checkpoint.
+    """
+    return continue_run(path, data, callback or NullCallback(), {}, more_steps=False)
+
+
+def continue_run(path: str | Path, data: Any, callback: NullCallback, settings: Mapping[str, Any], more_steps: bool) -> Run:
+    """Train, unless `more_steps` is False, and test a run that was stopped."""
+    open_run(path)  # report a wrong path before anything else
+    with distributed.join_process_group(), lock_run(Path(path)):
+        run = open_run(path)  # now that no other process writes it
+        if run.status == "done":
+            callback.log(f"{path} is finished already.")
+            return run
+        if distributed.rank() == 0:
+            check_writable(run.path)
+            remove_leftovers(run.path)
+        chosen = change_settings(check_settings(run, settings), settings, callback)
+        with use_threads(chosen.threads), deterministic_kernels(chosen.deterministic):
+            note_differences(run.record, callback)
+            if run.record["request"]["data"] is None and data is None:
+                raise RunError(f"{path} was trained from data in memory; pass the same data to resume(data=...).")
+            source = read_request(run.record["request"], data)
+            if source.manifest.digest != run.record["data"]["digest"]:
+                raise RunError(
+                    f"{source.source} has changed since {path} was started (its digest differs), and a resumed run must see "
+                    "the same data. Restore it, or start a new run."
+                )
+            plan = Plan.from_run(run, source, chosen, callback)
+            run.record["settings"] = plan.settings.to_dict()
+            return train_and_test(run.path, run.record, plan, callback, resume=True, more_steps=more_steps)
+
+
+@contextmanager
+def lock_run(path: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, in the first of several processes."""
+    if distributed.rank() != 0:
+        yield
+        return
+    with lock_folder(path):
+        yield
+
+
+def check_settings(run: Run, changes: Mapping[str, Any]) -> Settings:
+    """Return the settings of a stopped run. Raises `RunError` if one that is not changed cannot work on this machine."""
+    tracking.check_installed(str(canonical(changes).get("tracker", "none")))
+    kept = {key: value for key, value in run.settings.to_dict().items() if key not in canonical(changes)}
+    try:
+        Settings().with_(kept)
+    except SettingsError as error:
+        raise RunError(f"{run.path / 'run.json'}: {error} Pass another value with --set.") from None
+    return run.settings
+
+
+def note_differences(record: Mapping[str, Any], callback: NullCallback) -> None:
+    """Log differences between this process and the one that started the run, which change its results."""
+    if (before := record["cost"]["processes"]) != distributed.get_world_size():
+        callback.log(
+            f"started with {before} processes, resumed with {distributed.get_world_size()}: each step sees the same examples, "
+            "but dropout and augmentation differ"
+        )
+    if (threads := record["machine"].get("threads", torch.get_num_threads())) != torch.get_num_threads():
+        callback.log(
+            f"started with {threads} threads, resumed with {torch.get_num_threads()}: the last digits of sums differ, so the "
+            "result is not bit-identical to that of a run never stopped"
+        )
 
 
 def change_settings(current: Settings, changes: Mapping[str, Any], callback: NullCallback) -> Settings:
     """Return the settings of a resumed run. Raises `SettingsError` for settings that cannot change."""
     names = canonical(changes)
+    if "tracker" not in names and not tracking.is_local(current.tracker):
+        callback.log(
+            f"tracker={current.tracker} may contact a server, so name it again to use it: --set tracker={current.tracker}"
+        )
+        current = current.with_({"tracker": "none"})
     wanted = Settings().with_(names).to_dict()
     changed = {key: wanted[key] for key in names if wanted[key] != getattr(current, key)}
     if fixed := set(changed) - RESUMABLE_SETTINGS:
@@ -278,9 +350,9 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
     return loop
 
 
-def train(plan: Plan, loop: Trainer, save: Callable[[State], None] | None = None) -> State:
-    """Train, then calibrate on the validation rows. `save` is called in between."""
-    state = loop.train()
+def train(plan: Plan, loop: Trainer, save: Callable[[State], None] | None = None, more_steps: bool = True) -> State:
+    """Train, unless `more_steps` is False, then calibrate on the validation rows. `save` is called in between."""
+    state = loop.train() if more_steps else loop.finish()
     peft.merge(plan.objective)
     if save is not None:
         save(state)
@@ -292,32 +364,43 @@ def train(plan: Plan, loop: Trainer, save: Callable[[State], None] | None = None
     return state
 
 
-def train_and_test(path: Path, record: dict[str, Any], plan: Plan, callback: NullCallback, resume: bool) -> Run:
+def train_and_test(
+    path: Path, record: dict[str, Any], plan: Plan, callback: NullCallback, resume: bool = False, more_steps: bool = True
+) -> Run:
     """Train a plan in its run folder, test it, and return the run."""
     loop = build_trainer(plan, callback, path)
     if resume and loop.resume():
         callback.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
-    callback.on_train_start(loop.settings, loop.state.step)
+    elif not more_steps:
+        raise RunError(f"{path} was stopped before its first checkpoint, so there is nothing to test. Resume it instead.")
+    if more_steps:
+        callback.on_train_start(loop.settings, loop.state.step)
 
     def save(state: State) -> None:
         record["settings"] = loop.settings.to_dict()  # the number of steps may have been replanned
         if distributed.rank() == 0:
             save_trained(path, record, plan, state)
 
-    state = train(plan, loop, save)
-    if distributed.rank() == 0:
-        config_file.write_config(path, record)
-    if state.stopped:
-        callback.log(f"stopped at step {state.step}: {state.stopped}")
-    save(state)  # again, now calibrated
+    finished = False
     try:
-        evaluate_and_save(path, record, plan, callback)
-    except Exception:
-        callback.log(
-            f"the test failed, but the trained network is saved: `fieldguide predict {path}` works, and "
-            f"`fieldguide fit --resume {path}` repeats the test"
-        )
-        raise
+        state = train(plan, loop, save, more_steps)
+        if state.stopped:
+            callback.log(f"stopped at step {state.step}: {state.stopped}")
+        save(state)  # again, now calibrated
+        try:
+            evaluate_and_save(path, record, plan, callback)
+        except Exception:
+            callback.log(
+                f"the test failed, but the trained network is saved: `fieldguide predict {path}` works, and "
+                f"`fieldguide fit --resume {path}` repeats the test"
+            )
+            raise
+        if loop.tracker:
+            loop.tracker.log_metrics({"step": state.step, "test": record["scores"]["test"]})
+        finished = True
+    finally:
+        if loop.tracker:
+            loop.tracker.close(finished)
     run = open_run(path)
     callback.on_end(run)
     return run
@@ -327,19 +410,20 @@ def save_trained(path: Path, record: dict[str, Any], plan: Plan, state: State) -
     """Write weights, preprocessing and record of a trained network, so that it can be used whatever happens in the test."""
     from safetensors.torch import save as pack
 
-    for name in plan.objective.keep:
-        content = pack(copy_to_cpu(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
-        write_atomically(path / f"{name}.safetensors", content)
-    plan.task.save(path / "preprocess")
     record["cost"] |= {
         "seconds": round(state.seconds, 2),
         "steps": state.step,
         "best_step": state.best_step,
         "stopped": state.stopped,
+        "repeatable": state.repeatable,
         "peak_memory": peak_memory(),
     }
-    record["status"] = "trained"
-    write_record(path, record)
+    with update_run(path, record, status="trained") as staging:
+        for name in plan.objective.keep:
+            content = pack(copy_to_cpu(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
+            (staging / f"{name}.safetensors").write_bytes(content)
+        plan.task.save(staging / "preprocess")
+    config_file.write_config(path, record)
 
 
 def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: NullCallback) -> None:
@@ -372,17 +456,18 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
         for text in task.notes[known_notes:]:
             callback.log(f"note: {text}")
         record["cost"]["peak_memory"] = peak_memory()
-        task.save(path / "preprocess")
-        record["status"] = "done"
-        write_record(path, record)
+        with update_run(path, record) as staging:
+            task.save(staging / "preprocess")
         pages.write(open_run(path), task.report_elements(test, outputs, targets, plan.objective))
+        record["status"] = "done"  # last, so that a run that is killed before is tested again when it is resumed
+        write_record(path, record)
     if distributed.get_world_size() > 1:
         torch.distributed.barrier()
 
 
 def check_available(path: Path) -> None:
     """Raise `RunError` if `path` cannot become a new run folder."""
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and is_empty(path):
         return
     if (path / "run.json").exists():
         raise RunError(
@@ -397,16 +482,18 @@ def create_folder(out: str | Path | None, source: Data) -> Path:
     if out is not None:
         path = Path(out)
         check_available(path)
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         return path
     name = Path(source.source).stem or "data"
+    make_folder(Path("runs"))
     for number in range(1, 1_000_000):
         path = Path("runs") / f"{name}-{number}"
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            continue
+        with report_write_errors(path):
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                continue
     raise RunError("runs/ has no free name left: choose one with --out.")
 
 
@@ -420,4 +507,4 @@ def get_versions() -> dict[str, str]:
     }
 
 
-__all__ = ["NullCallback", "Plan", "build_plan", "fit", "resume"]
+__all__ = ["NullCallback", "Plan", "build_plan", "finish", "fit", "resume"]

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fieldguide.core.card import Card
 from fieldguide.core.hardware import cores, ram
 
+NOMINAL_FLOPS = {"cpu": 1e11, "mps": 2e12, "cuda": 2e13}  # floating-point operations per second, by device
+
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters, without buffers, counting tied ones once."""
@@ -135,6 +137,12 @@ def measure_machine() -> dict[str, Any]:
         "memory": memory,
         "flops": {str(d)[6:]: measure_flops(device, d) for d in (torch.float32, torch.bfloat16)},
     }
+
+
+def get_nominal_machine() -> dict[str, Any]:
+    """Return this machine with a fixed speed for its kind of device, so that plans do not depend on its load."""
+    machine = measure_machine()
+    return {**machine, "flops": {"float32": NOMINAL_FLOPS.get(machine["device"], NOMINAL_FLOPS["cpu"])}}
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:

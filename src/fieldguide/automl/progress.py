@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from fieldguide.automl.output import OutputConsole, report_lost_output
 from fieldguide.core.numbers import format_plain
 
 # Into a pipe or a file, lines are as long as their content asks; on a terminal they fit it.
-console = Console(highlight=False, soft_wrap=True)
+console = OutputConsole(highlight=False, soft_wrap=True)
 if not console.is_terminal:
-    console = Console(highlight=False, soft_wrap=True, width=200)
+    console = OutputConsole(highlight=False, soft_wrap=True, width=200)
 MAX_LISTED_COLUMNS = 30  # columns of a table that are listed
 MAX_TABLE_WIDTH = 100  # characters of a line of that list
 
@@ -28,6 +28,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.bar: Bar | None = None
+        console.on_lost = report_lost_output
         self.best: str = ""
 
     def log(self, text: str) -> None:
@@ -85,7 +86,8 @@ class Progress:
         self.bar.update(self.line, completed=step, loss=text)
 
     def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None:
-        assert self.bar is not None
+        if self.bar is None:  # a run that is finished without further training
+            return
         name, value = next(iter(scores.items()))
         if best:
             self.best = format_plain(value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fieldguide.automl.index import parse_literal
 from fieldguide.core.errors import SettingsError
+from fieldguide.core.files import expand_home
 from fieldguide.core.settings import canonical
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
@@ -38,7 +39,7 @@ def get_location(data: Any) -> str | None:
     """Return a location from which the data can be read again from any folder, or None for data in memory."""
     if not isinstance(data, str | Path):
         return None
-    path = Path(data).expanduser()
+    path = expand_home(data)
     return str(path.absolute()) if path.exists() else str(data)  # the name of a sample stays one
 
 

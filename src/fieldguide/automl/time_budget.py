@@ -1,4 +1,7 @@
-"""The time budget of a run: precision, batch size and number of steps, from timing real batches."""
+"""The time budget of a run: precision, batch size and number of steps, from timing real batches.
+
+With `deterministic=true` nothing is timed: steps take the time that they would take at a nominal speed.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from fieldguide.training.precision import choose_precision, measure_step_seconds
 PLANNED_TIME_FRACTION = 0.9  # fraction of the minutes that steps and evaluations are planned for
 MAX_EVALUATIONS = 40  # evaluations during a run
 MAX_EVALUATION_TIME_FRACTION = 0.2  # fraction of the planned time spent on evaluations
+NOMINAL_STEP_SECONDS = 0.005  # of a deterministic run: the part of a step that does not depend on its examples
 ENOUGH_STEPS = 1000  # below this number of steps, batches are made smaller to fit more steps into the minutes
 
 
@@ -47,16 +51,22 @@ def resolve_settings(
     callback: Any,
     min_batch_size: int,
     enough_steps: int = ENOUGH_STEPS,
+    nominal_seconds: float = 0.0,
 ) -> tuple[Settings, float, int]:
     """Return the settings with precision, memory layout, steps and evaluation interval, from timing real batches.
 
-    If fewer than `enough_steps` steps fit into the minutes, the batch is halved down to `min_batch_size`, unless the
-    optimizer update takes most of the time.
+    In a deterministic run, precision is float32 unless it is set, an example takes `nominal_seconds`, and the minutes only
+    determine the number of steps: they do not limit the time. If fewer than `enough_steps` steps fit into the minutes, the
+    batch is halved down to `min_batch_size`, unless the optimizer update takes most of the time.
 
     Returns:
         The settings, the seconds per step, and the maximum number of steps if the minutes determine the number (the steps
         that would be enough on a faster machine), else 0.
     """
+    nominal = settings.deterministic
+    if nominal:
+        precision = "float32" if settings.precision == "auto" else settings.precision
+        settings = settings.with_({"precision": precision, "channels_last": bool(settings.channels_last)})
     epoch = steps_per_epoch(len(batches), settings.resolved_batch_size)
     if settings.steps and settings.precision != "auto":  # nothing to measure
         interval = settings.eval_steps or max(1, min(settings.steps, max(epoch, -(-settings.steps // MAX_EVALUATIONS))))
@@ -66,20 +76,32 @@ def resolve_settings(
             0,
         )
     parts = settings.grad_accum_steps * distributed.get_world_size()
-    batch, batch_seconds = time_batch(batches, settings.resolved_batch_size // parts)
     precision, channels_last = settings.precision, bool(settings.channels_last)
-    best, best_channels_last, times = choose_precision(objective, batch, distributed.device(), callback.log)
-    if precision == "auto":
-        precision = best
-        channels_last = best_channels_last if settings.channels_last is None else channels_last
-    step = times.get(f"{precision}{' channels-last' if channels_last else ''}", min(times.values()))
-    callback.log(
-        "a step in "
-        + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
-        + f": {precision}{', channels-last' if channels_last else ''}"
-    )
-    steps, evaluations, max_steps = settings.steps, MAX_EVALUATIONS, 0
-    update = measure_orthogonalization_seconds(objective, distributed.device()) if settings.optimizer == "muon" else 0.0
+    steps, evaluations, max_steps, update = settings.steps, MAX_EVALUATIONS, 0, 0.0
+
+    def measure(rows: int) -> tuple[float, float]:
+        """Return the seconds of a micro-batch of training, and of preparing it."""
+        if nominal:
+            return NOMINAL_STEP_SECONDS + rows * nominal_seconds, 0.0
+        batch, batch_seconds = time_batch(batches, rows)
+        return measure_step_seconds(objective, batch, precision, channels_last, distributed.device()), batch_seconds
+
+    if nominal:
+        step, batch_seconds = measure(settings.resolved_batch_size // parts)
+    else:
+        batch, batch_seconds = time_batch(batches, settings.resolved_batch_size // parts)
+        best, best_channels_last, times = choose_precision(objective, batch, distributed.device(), callback.log)
+        if precision == "auto":
+            precision = best
+            channels_last = best_channels_last if settings.channels_last is None else channels_last
+        step = times.get(f"{precision}{' channels-last' if channels_last else ''}", min(times.values()))
+        callback.log(
+            "a step in "
+            + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())
+            + f": {precision}{', channels-last' if channels_last else ''}"
+        )
+        if settings.optimizer == "muon":
+            update = measure_orthogonalization_seconds(objective, distributed.device())
 
     def seconds_per_step() -> float:
         return (step + (0 if settings.num_workers else batch_seconds)) * settings.grad_accum_steps * 1.1 + update
@@ -89,7 +111,7 @@ def resolve_settings(
         while True:
             epoch = steps_per_epoch(len(batches), settings.resolved_batch_size)
             steps = max_steps = max(1, round(epoch * epochs))
-            if not settings.minutes:
+            if not settings.minutes or (nominal and settings.epochs):
                 max_steps = 0
                 break
             limit = 60 * settings.minutes * PLANNED_TIME_FRACTION
@@ -101,9 +123,10 @@ def resolve_settings(
             if steps >= min(enough_steps, max_steps) or half * parts < min_batch_size or update_dominates:
                 break
             settings = settings.with_({"batch_size": half * parts})
-            batch, batch_seconds = time_batch(batches, half)
-            step = measure_step_seconds(objective, batch, precision, channels_last, distributed.device())
+            step, batch_seconds = measure(half)
     interval = settings.eval_steps or max(1, min(steps, max(epoch, -(-steps // evaluations))))
+    if nominal:
+        settings, max_steps = settings.with_({"minutes": 0}), 0
     changes = {"precision": precision, "channels_last": channels_last, "steps": steps, "eval_steps": interval}
     return settings.with_(changes), seconds_per_step(), max_steps
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fieldguide.checkpoints import weights
 from fieldguide.core.card import Card
 from fieldguide.core.errors import RunError
+from fieldguide.core.run_files import check_file, check_folder
 from fieldguide.core.run_record import USABLE_STATUSES, read_record
 from fieldguide.models import registry
 
@@ -34,9 +35,13 @@ def read_network(folder: Path) -> tuple[Card, Any, dict[str, Tensor]]:
     """Return card, config and state dict of a finished run's network. Raises `RunError` if the run is not finished."""
     record = read_record(folder)
     if record["status"] not in USABLE_STATUSES:
-        raise RunError(f"{folder} is not finished. Continue it with `fieldguide fit --resume {folder}`.")
+        raise RunError(
+            f"{folder} is not finished. Run `fieldguide fit --resume {folder}`, or `fieldguide fit --finish {folder}` to use it as "
+            "it is."
+        )
     card = registry.card(record["model"]["architecture"])
     network = card.make(build_config(card, record["model"]["config"]))
+    check_file(folder, record, "model.safetensors")
     weights.load(network, folder / "model.safetensors")
     return card, network.config, network.state_dict()
 
@@ -44,8 +49,9 @@ def read_network(folder: Path) -> tuple[Card, Any, dict[str, Tensor]]:
 def read_preprocessing(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the fitted preprocessing state and the options of a run's task, as its task.json holds them."""
     path = folder / "preprocess" / "task.json"
+    check_folder(folder, read_record(folder), path.parent.name)
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         return record["state"], record["options"]
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the run folder is incomplete.") from None

@@ -34,6 +34,10 @@ class TrainingError(FieldguideError):
     """Training stopped: non-finite loss, full disk, damaged checkpoints. Nothing before it is lost."""
 
 
+class WriteError(TrainingError):
+    """A file cannot be written: the disk is full, or its folder is missing or read-only. Files written before are intact."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known word, or an empty string."""
     match = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.hardware import cores
 from fieldguide.core.options import option_types, parse_value, rename_aliases
 
 
@@ -45,8 +47,10 @@ class Settings:
     precision: str = "auto"  # auto | float32 | bfloat16
     channels_last: bool | None = None  # memory layout of images
     num_workers: int = 0  # processes that prepare batches
-    tracker: str = "none"  # none | tensorboard, in addition to metrics.jsonl
+    tracker: str = "none"  # none | tensorboard | mlflow | wandb, in addition to metrics.jsonl
     seed: int = 0  # seed of splits, initial weights, order, augmentation and dropout
+    deterministic: bool = False  # give the same result again on this machine: nothing depends on measured time
+    threads: int | None = None  # CPU threads; None = as many as torch chooses
 
     def with_(self, changes: Mapping[str, Any]) -> Settings:
         """Return these settings with changes applied; values may be text. Raises `SettingsError` for unknown keys
@@ -116,6 +120,7 @@ ALIASES = {
     "optim": "optimizer",
     "early_stopping_patience": "patience",
     "random_state": "seed",
+    "num_threads": "threads",
     "lora_r": "lora_rank",
 }
 
@@ -125,7 +130,7 @@ CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("auto", "float32", "bfloat16"),
     "augmentation": ("none", "light", "standard"),
-    "tracker": ("none", "tensorboard"),
+    "tracker": ("none", "tensorboard", "mlflow", "wandb"),
     "finetune": ("whole", "frozen", "lora"),
     "distillation": ("hard", "soft"),
 }
@@ -146,6 +151,19 @@ AT_LEAST = {
     "seed": 0,
     "lora_rank": 1,
     "layer_decay": 0,
+    "threads": 1,
+}
+WORKERS_PER_CORE = 4  # more only take memory and time to start
+AT_MOST: dict[str, tuple[float, str]] = {  # the limit and its reason
+    "steps": (10**9, "more would take years"),
+    "epochs": (10**6, "more would take years"),
+    "minutes": (10**6, "that is two years; 0 sets no limit"),
+    "batch_size": (10**7, "a batch must fit into memory"),
+    "grad_accum_steps": (10**5, "a step would never end"),
+    "num_workers": (max(16, WORKERS_PER_CORE * cores()), f"this machine has {cores()} cores, and each worker is a process"),
+    "threads": (max(64, WORKERS_PER_CORE * cores()), f"this machine has {cores()} cores"),
+    "lora_rank": (10**4, "a rank above the width of the matrices has no effect"),
+    "seed": (2**62, "the generators hold no larger number"),
 }
 BELOW = {
     "ema": 1,
@@ -176,8 +194,12 @@ def parse(key: str, value: Any) -> Any:
         return None
     if key in CHOICES and value not in CHOICES[key]:
         raise SettingsError(f"setting {key}={value!r} is none of {', '.join(CHOICES[key])}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"setting {key}={value!r} must be a finite number.")
     if key in AT_LEAST and value < AT_LEAST[key]:
         raise SettingsError(f"setting {key}={value!r} must be at least {AT_LEAST[key]}.")
+    if key in AT_MOST and value > AT_MOST[key][0]:
+        raise SettingsError(f"setting {key}={value!r} must be at most {AT_MOST[key][0]:,}: {AT_MOST[key][1]}.")
     if key in BELOW and not 0 <= value < BELOW[key]:
         raise SettingsError(f"setting {key}={value!r} must be in [0, 1).")
     return value

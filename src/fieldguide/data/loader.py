@@ -6,6 +6,8 @@ worker or random state: the plan starts at k, and all later steps are bitwise id
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -136,7 +138,22 @@ def iterate_training_batches(
     sampler, fetch = BatchSampler(batches, batch, parts, mine, seed, start, stop), BatchDataset(batches, seed, augment=True)
     if workers == 0:
         return (fetch[one] for one in sampler)
-    return iter(DataLoader(fetch, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pin))
+    return iter(
+        DataLoader(
+            fetch, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=pin, worker_init_fn=leave_signals_to_parent
+        )
+    )
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a worker outlive Ctrl-C and a closed terminal, which reach it too, so that its parent can finish the step and save.
+
+    SIGTERM ends a worker as if its work was done, since torch would raise an error at any place of the parent otherwise.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def iterate_in_order(

@@ -1,6 +1,6 @@
 """The run folder: the only interface between training and everything after it.
 
-run.json             schema, task, model and config, settings, data, versions, scores, cost
+run.json             schema, task, model and config, settings, data, versions, scores, cost, digests of the files below
 model.safetensors    the trained weights (and one file for each further network that the objective keeps)
 preprocess/          the fitted preprocessing, from raw inputs to tensors
 splits.npz           the rows of each split
@@ -14,25 +14,31 @@ from __future__ import annotations
 
 import functools
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.run_folder import build_config
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, RunError, SettingsError
+from fieldguide.core.run_files import check_file, check_folder
 from fieldguide.core.run_record import USABLE_STATUSES, read_record, write_record
 from fieldguide.core.settings import Settings
 from fieldguide.data import row_digests
-from fieldguide.data.splits import sample_rows
+from fieldguide.data.splits import Splits, sample_rows
 from fieldguide.data.validation.checks import enforce
-from fieldguide.inference.predictor import TaskPredictor, as_list
+from fieldguide.inference.predictor import Predictions, TaskPredictor, as_list
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
 from fieldguide.tasks import Task
+from fieldguide.training import checkpoint, peft
+from fieldguide.training.trainer import load_best_weights
 
 
 class Run(TaskPredictor):
@@ -41,6 +47,7 @@ class Run(TaskPredictor):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.record = read_record(self.path)
+        self.notes: list[str] = []  # about the network, added when it is loaded
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.record['model']['size']} for {self.record['task']}, {self.status})"
@@ -51,6 +58,11 @@ class Run(TaskPredictor):
         return self.record["status"]
 
     @property
+    def is_trained(self) -> bool:
+        """Return whether training is over; the test may still be missing."""
+        return self.status in USABLE_STATUSES
+
+    @property
     def scores(self) -> dict[str, float]:
         """The scores on the test rows, by metric."""
         return self.record.get("scores", {}).get("test", {})
@@ -59,6 +71,7 @@ class Run(TaskPredictor):
     @functools.cached_property
     def task(self) -> Task:  # type: ignore[override]
         folder = self.path / "preprocess"
+        check_folder(self.path, self.record, folder.name)
         try:
             return Task.load(folder)
         except FileNotFoundError as error:
@@ -86,18 +99,78 @@ class Run(TaskPredictor):
 
     @functools.cached_property
     def objective(self) -> Objective:  # type: ignore[override]
-        """The trained network inside its objective, in evaluation mode."""
-        if self.status not in USABLE_STATUSES:
-            raise RunError(f"{self.path} is not finished. Continue it with `fieldguide fit --resume {self.path}`.")
-        parts = {name: card.make(config) for name, (card, _, config) in self.part_networks.items()}
-        objective = self.task.objective(self.card.make(self.config), self.card, self.settings, **parts)
+        """The trained network inside its objective, in evaluation mode.
+
+        If training was stopped, it has the best weights of the last checkpoint. Raises `RunError` if there is none.
+        """
+        if not self.is_trained:
+            return self.load_unfinished()
+        objective = self.build_objective(self.card.make(self.config))
         for name in objective.keep:
+            check_file(self.path, self.record, f"{name}.safetensors")
             weights.load(getattr(objective, name), self.path / f"{name}.safetensors")
         return objective.to(distributed.device()).eval()
 
+    def load_unfinished(self) -> Objective:
+        """Return the objective with the best weights of the last checkpoint, and note that training was stopped."""
+        notes: list[str] = []
+        found = checkpoint.load(self.path / "checkpoints", notes.append)
+        if found is None:
+            raise RunError(
+                f"{self.path} is not finished, and has no checkpoint to predict with yet. Continue it with `fieldguide fit "
+                f"--resume {self.path}`."
+            )
+        step, tensors, record = found
+        network = self.card.make(self.config)
+        peft.prepare(network, self.settings, self.record["model"].get("fresh"))
+        objective = self.build_objective(network)
+        is_scored = load_best_weights(
+            nn.ModuleDict({name: getattr(objective, name) for name in objective.keep}), tensors, self.settings
+        )
+        peft.merge(objective)
+        state = record["state"]
+        used = f"best weights so far, those of step {state['best_step']:,}," if is_scored else "last weights, not scored yet,"
+        self.notes = [
+            *notes,
+            f"training is not finished (step {step:,} of {state.get('steps') or self.settings.steps:,}): the {used} are used, "
+            f"without calibration and test. `fieldguide fit --resume {self.path}` continues, and `fieldguide fit --finish "
+            f"{self.path}` tests what is there",
+        ]
+        return objective.to(distributed.device()).eval()
+
+    def build_objective(self, network: nn.Module) -> Objective:
+        """Return the objective of the task around a network, with the further networks of the run."""
+        parts = {name: card.make(config) for name, (card, _, config) in self.part_networks.items()}
+        return self.task.objective(network, self.card, self.settings, **parts)
+
+    def get_notes(self) -> list[str]:
+        _ = self.objective  # loading it finds out
+        return self.notes
+
+    def predict(self, inputs: Any = (), **options: Any) -> Predictions:
+        predictions = super().predict(inputs, **options)
+        predictions.notes[:0] = self.get_notes()
+        return predictions
+
     @property
     def settings(self) -> Settings:
-        return Settings(**self.record["settings"])
+        try:
+            return Settings(**self.record["settings"])
+        except TypeError as error:
+            raise RunError(
+                f"{self.path / 'run.json'}: {error}. The run may be of a newer version; update fieldguide."
+            ) from None
+
+    def read_splits(self) -> Splits:
+        """Return the rows of training, validation and test. Raises `RunError` if their file is missing or damaged."""
+        path = self.path / "splits.npz"
+        check_file(self.path, self.record, path.name)
+        try:
+            with np.load(path, allow_pickle=False) as rows:
+                train, validation, test = rows["train"], rows["validation"], rows["test"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise RunError(f"{path} is damaged: {error}. Restore the file from a copy.") from None
+        return Splits(train, validation, test, self.record["data"]["split"]["how"])
 
     @property
     def batch_size(self) -> int:  # type: ignore[override]
@@ -115,10 +188,11 @@ class Run(TaskPredictor):
         data, note = task.read(as_list(source), answered=True), ""
         enforce(data.findings, len(data) + len(data.skipped), source=data.source, offer=False)  # some are read leniently
         if data.manifest.digest == self.record["data"]["digest"] and len(data) == self.record["data"]["rows"]:
-            with np.load(self.path / "splits.npz", allow_pickle=False) as splits:
-                data = data.take(splits["test"])
+            data = data.take(self.read_splits().test)
             note = "the run was trained on this data; only its test rows are scored"
         elif task.has_own_rows:
+            if (self.path / row_digests.FILE_NAME).exists():
+                check_file(self.path, self.record, row_digests.FILE_NAME)
             used, is_certain = row_digests.find_used(self.path, row_digests.compute_digests(data, task.columns))
             if used.all() and len(used):
                 raise DataError(
@@ -134,7 +208,8 @@ class Run(TaskPredictor):
         if len(rows) < len(data):
             note += f"{'; ' if note else ''}a random sample of {len(rows):,} of {len(data):,} rows, since prediction is slow"
             data = data.take(rows)
-        return self.score(data, note, task)
+        result = self.score(data, note, task)
+        return {**result, "notes": [*self.get_notes(), *result["notes"]]}
 
     def update(self, **changes: Any) -> None:
         """Update entries of run.json and write it."""
@@ -144,7 +219,7 @@ class Run(TaskPredictor):
     def losses(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def open_run(path: str | Path) -> Run:

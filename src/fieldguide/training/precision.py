@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,14 +40,39 @@ def to_channels_last(objective: Objective) -> Objective:
 
 
 @contextmanager
-def deterministic_kernels() -> Iterator[None]:
-    """Use deterministic cuDNN algorithms inside, so that a resumed run uses the same ones."""
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+def deterministic_kernels(strict: bool = False) -> Iterator[None]:
+    """Use deterministic cuDNN algorithms inside, so that a resumed run uses the same ones.
+
+    With `strict`, all operations are deterministic, and those that cannot be raise a `RuntimeError`.
+    """
+    cudnn, memory = torch.backends.cudnn, cast(Any, torch.utils.deterministic)  # the latter has no annotations
+    before = cudnn.benchmark, cudnn.deterministic
+    strict_before, fill_before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    cudnn.benchmark, cudnn.deterministic = False, True
+    if strict:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read when its first handle is made
+        memory.fill_uninitialized_memory = False  # only for code that reads memory it has not written
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
+        cudnn.benchmark, cudnn.deterministic = before
+        if strict:
+            torch.use_deterministic_algorithms(strict_before)
+            memory.fill_uninitialized_memory = fill_before
+
+
+@contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """Use this number of CPU threads inside; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 def measure_step_seconds(

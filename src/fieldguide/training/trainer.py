@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fieldguide.core import distributed
 from fieldguide.core.errors import TrainingError
-from fieldguide.core.files import write_atomically
+from fieldguide.core.files import report_write_errors, sync, write_atomically
 from fieldguide.core.hardware import keep_memory
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches, iterate_training_batches, mix_seeds
@@ -34,7 +35,7 @@ from fieldguide.training.ema import ExponentialMovingAverage
 from fieldguide.training.optim import build_optimizers, get_lr_factor
 from fieldguide.training.peft import get_frozen_modules, get_layer_depths, get_lowest_trainable_depth, get_tower_prefixes
 from fieldguide.training.precision import autocast, deterministic_kernels, move_batch, to_channels_last
-from fieldguide.training.tracking import TRACKERS, TensorBoard
+from fieldguide.training.tracking import Tracker, open_tracker
 
 MAX_LOG_LINES = 400  # approximate number of loss lines that a run writes to metrics.jsonl
 MAX_TIME_OVERRUN = 1.05  # a run stops after this factor times the given minutes
@@ -44,8 +45,12 @@ MIN_REPLAN_CHANGE = 0.1  # relative change of the remaining steps below which th
 MIN_REPORTED_CHANGE = 0.3  # relative change of the remaining steps above which it is logged
 
 
+# What torch says if a process that prepares batches ended; at any place of the main process, or where a batch is expected.
+LOST_WORKER = re.compile(r"DataLoader worker \(pid")
+
+
 class Interrupted(TrainingError):
-    """Raised on Ctrl-C or SIGTERM, after the state was saved. `fieldguide fit --resume` continues the run."""
+    """Raised on Ctrl-C, SIGTERM or SIGHUP, after the state was saved. `fieldguide fit --resume` continues the run."""
 
 
 class Callback(Protocol):
@@ -72,6 +77,7 @@ class State:
     most: int = 0  # upper limit of the steps if they follow from the minutes; else 0
     steps: int = 0  # steps as replanned during training; 0 = as in the settings
     evaluate: int = 0  # steps between evaluations as replanned during training; 0 = as in the settings
+    repeatable: bool = True  # False once measured time, or the user, has changed when training ends
 
 
 class PhaseModule(nn.Module):
@@ -170,7 +176,7 @@ class Trainer:
         self.average = ExponentialMovingAverage(self.kept, settings.ema) if settings.ema else None
         self.state = State(most=max_steps)
         self.best: dict[str, Tensor] | None = None  # the best weights so far
-        self.tracker: TensorBoard | None = None
+        self.tracker: Tracker | None = None
         self.stopping = False
         self.frozen_modules = get_frozen_modules(self.objective)
         self.pace_start = (0, 0.0)  # step and seconds that the pace is counted from
@@ -179,20 +185,20 @@ class Trainer:
         """Train to the last step or until early stopping, and load the best weights into the objective.
 
         Raises:
-            Interrupted: on Ctrl-C or SIGTERM.
+            Interrupted: on Ctrl-C, SIGTERM or SIGHUP.
             TrainingError: on a non-finite loss, or if the disk is full. The progress so far is saved in each case.
         """
         settings, state = self.settings, self.state
         if self.device.type == "cpu":
             keep_memory()
         stream = self.make_batch_stream()
-        if self.folder and distributed.rank() == 0 and settings.tracker in TRACKERS:
-            self.tracker = TRACKERS[settings.tracker](self.folder, state.step)
+        if self.folder and distributed.rank() == 0:
+            self.tracker = open_tracker(settings, self.folder, state.step, self.callback.log)
         self.set_train_mode()
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
         self.pace_start = (state.step, state.seconds)
-        with self.handle_signals(), deterministic_kernels():
+        with self.handle_signals(), deterministic_kernels(settings.deterministic), explain_errors():
             while state.step < self.settings.resolved_steps and not state.stopped:
                 losses = self.train_step(stream)
                 state.step += 1
@@ -207,20 +213,13 @@ class Trainer:
                 if state.most and settings.minutes and is_pace_check(state.step) and self.replan_steps():
                     stream = self.make_batch_stream()
                 if self.is_true_anywhere(self.stopping):
-                    self.save()
-                    raise Interrupted(
-                        f"stopped after step {state.step} of {self.settings.steps}; "
-                        + (
-                            f"the state is saved. Continue with `fieldguide fit --resume {self.folder}`."
-                            if self.folder
-                            else "nothing is saved."
-                        )
-                    )
+                    self.save_and_stop()
                 if (
                     settings.minutes
                     and self.is_true_anywhere(state.seconds > MAX_TIME_OVERRUN * 60 * settings.minutes)
                     and not state.stopped
                 ):
+                    state.repeatable = False
                     state.stopped = f"the time limit of {settings.minutes:g} minutes was reached"
                     if self.evaluate and not scored:
                         self.evaluate_and_keep_best()
@@ -228,12 +227,45 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
         self.save()
+        self.use_best_weights()
+        return state
+
+    def finish(self) -> State:
+        """End training at the present step, and load the best weights so far into the objective.
+
+        If the weights were never evaluated, they are now.
+        """
+        state = self.state
+        if state.step < self.settings.resolved_steps and not state.stopped:
+            state.repeatable = False
+            state.stopped = f"finished on request after step {state.step:,} of {self.settings.resolved_steps:,}"
+        if self.evaluate and self.best is None:
+            reason = state.stopped
+            with deterministic_kernels(self.settings.deterministic), explain_errors():
+                self.evaluate_and_keep_best()
+            state.stopped = reason
+        self.save()
+        self.use_best_weights()
+        return state
+
+    def use_best_weights(self) -> None:
+        """Load the best weights into the objective, or the averaged ones if none were evaluated, for prediction."""
         if self.best is not None:
             self.kept.load_state_dict(self.best)
         elif self.average:
             self.average.swap_parameters()
         self.objective.eval()
-        return state
+
+    def save_and_stop(self) -> None:
+        """Save the state and raise `Interrupted`."""
+        self.save()
+        saved = (
+            f"the state is saved. Continue with `fieldguide fit --resume {self.folder}`. `fieldguide predict {self.folder}` uses "
+            f"the best weights so far, and `fieldguide fit --finish {self.folder}` tests them."
+        )
+        raise Interrupted(
+            f"stopped after step {self.state.step} of {self.settings.steps}; {saved if self.folder else 'nothing is saved.'}"
+        )
 
     def set_train_mode(self) -> None:
         """Put the trainable modules in training mode."""
@@ -279,6 +311,7 @@ class Trainer:
             return False
         if abs(left - planned) > MIN_REPORTED_CHANGE * planned:
             self.callback.log(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {before:,}")
+        state.repeatable = False
         state.steps, state.evaluate = total, max(1, round(settings.resolved_eval_steps * total / before))
         self.replan()
         return True
@@ -296,10 +329,7 @@ class Trainer:
         settings = self.settings
         losses: dict[str, float] = {}
         seed_generators(mix_seeds(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
-        batches = [
-            [move_batch(next(stream)[1], self.device, bool(settings.channels_last)) for _ in range(settings.grad_accum_steps)]
-            for _ in range(self.batches_per_step)
-        ]
+        batches = self.load_batches(stream)
         for runner in self.runners:
             for turn in range(runner.phase.times):
                 scope = require_grad_only(runner.parameters, self.objective) if len(self.runners) > 1 else nullcontext()
@@ -311,6 +341,25 @@ class Trainer:
         if self.average:
             self.average.update(self.state.step)
         return losses
+
+    def load_batches(self, stream: Iterator[tuple[int, dict[str, Tensor]]]) -> list[list[dict[str, Tensor]]]:
+        """Return the batches of a step: for each turn of a phase, those that are accumulated.
+
+        Raises `Interrupted` if the signal that stops the run has also stopped its workers.
+        """
+        settings = self.settings
+        try:
+            return [
+                [
+                    move_batch(next(stream)[1], self.device, bool(settings.channels_last))
+                    for _ in range(settings.grad_accum_steps)
+                ]
+                for _ in range(self.batches_per_step)
+            ]
+        except RuntimeError as error:
+            if self.stopping and LOST_WORKER.search(str(error)):
+                self.save_and_stop()
+            raise
 
     def compute_gradients(self, runner: PhaseRunner, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """Compute the gradients of the mean loss over accumulated batches and processes. Return the losses."""
@@ -403,33 +452,34 @@ class Trainer:
             state.sums, state.summed = {}, 0
 
     def log_metrics(self, line: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl and to the tracker. Raises `TrainingError` if writing fails."""
+        """Append a line to metrics.jsonl and to the tracker. Raises `WriteError` if writing fails."""
         if self.tracker:
             self.tracker.log_metrics(line)
         if self.folder and distributed.rank() == 0:
-            try:
-                with open(self.folder / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise TrainingError(
-                    f"could not write {self.folder / 'metrics.jsonl'}: {error.strerror}. The last checkpoint is intact. "
-                    "Free some disk space and continue with `fieldguide fit --resume`."
-                ) from error
+            path = self.folder / "metrics.jsonl"
+            with report_write_errors(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """Stop after the current step and save on the first Ctrl-C or SIGTERM; stop immediately on the second."""
+        """Stop after the current step and save on Ctrl-C, SIGTERM or SIGHUP; stop immediately on a further Ctrl-C.
+
+        A signal that is ignored stays so: `nohup` ignores SIGHUP.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def stop(number: int, frame: Any) -> None:
-            if self.stopping:
+            if self.stopping and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stopping = True
-            self.callback.log("stopping after this step; press Ctrl-C again to stop immediately")
+            if not self.stopping:
+                self.stopping = True
+                again = "; press Ctrl-C again to stop immediately" if number == signal.SIGINT else ""
+                self.callback.log(f"stopping after this step{again}")
 
-        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        handled = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        before = {s: signal.signal(s, stop) for s in handled if signal.getsignal(s) != signal.SIG_IGN}
         try:
             yield
         finally:
@@ -448,6 +498,10 @@ class Trainer:
         """Save a checkpoint in the run folder."""
         if not self.folder or distributed.rank() != 0:
             return
+        log = self.folder / "metrics.jsonl"
+        if log.exists():
+            with report_write_errors(log):
+                sync(log)  # it must not end before the checkpoint
         tensors = {f"objective.{k}": t for k, t in self.objective.state_dict().items()}
         numbers: dict[str, Any] = {}
         for r, runner in enumerate(self.runners):
@@ -487,6 +541,48 @@ class Trainer:
         return True
 
 
+@contextmanager
+def explain_errors() -> Iterator[None]:
+    """Raise `TrainingError` in place of errors of torch that a user can act on."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if LOST_WORKER.search(text):
+            raise TrainingError(
+                "a process that prepares batches was killed, probably because the memory is used up. The last checkpoint is "
+                "intact. Continue with `fieldguide fit --resume RUN --set num_workers=0`."
+            ) from error
+        if "deterministic" in text and "does not have a deterministic implementation" in text:
+            raise TrainingError(
+                f"deterministic=true is not possible for this network on this device: {text.split('.')[0]}. Train on the CPU "
+                "(CUDA_VISIBLE_DEVICES=), or without --deterministic."
+            ) from error
+        raise
+
+
+def load_best_weights(kept: nn.ModuleDict, tensors: dict[str, Tensor], settings: Settings) -> bool:
+    """Load the best weights of a checkpoint into networks, the averaged or last ones if none were scored yet.
+
+    Return whether they were scored.
+
+    Args:
+        kept: the networks of the objective that are stored, by name.
+        tensors: the tensors of a checkpoint.
+    """
+    part = lambda prefix: {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+    if best := part("best."):
+        kept.load_state_dict(best)
+        return True
+    own = kept.state_dict().keys()
+    kept.load_state_dict({name: tensor for name, tensor in part("objective.").items() if name in own})
+    if settings.ema:
+        average = ExponentialMovingAverage(kept, settings.ema)
+        average.load_state_dict(part("average."))
+        average.swap_parameters()
+    return False
+
+
 def is_pace_check(step: int) -> bool:
     """Return whether the time of a step is measured after this step: at 3, `PACE_CHECK_STEPS` and its doublings."""
     return step == 3 or (step % PACE_CHECK_STEPS == 0 and (step // PACE_CHECK_STEPS).bit_count() == 1)
@@ -506,7 +602,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def truncate_log(path: Path, step: int) -> None:
     """Drop log lines after the checkpoint from which the run resumes, and a line truncated by a crash."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 lines.append(line)

@@ -43,23 +43,43 @@ def path(name: str) -> Path:
     if name not in SAMPLES:
         names = ", ".join(SAMPLES)
         raise DataError(f"{name!r} is not a sample.{nearest(name, SAMPLES)} The samples are: {names}.")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    home = cache / "fieldguide" / "samples" / f"{name}-v{VERSION}"
+    home = find_cache() / f"{name}-v{VERSION}"
     if not home.exists():
         # Created in a temporary folder and renamed, so that other processes see a complete sample or none.
-        home.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home.parent))
+        try:
+            home.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home.parent))
+        except OSError as error:
+            raise DataError(
+                f"the sample {name!r} cannot be created in {home.parent}: {error.strerror or error}. Set XDG_CACHE_HOME to a folder that "
+                "can be written."
+            ) from None
         try:
             SAMPLES[name].make(work)
             work.chmod(0o755)
             work.rename(home)
-        except OSError:
+        except OSError as error:
             if not home.exists():  # otherwise another process created it in the meantime
-                raise
+                raise DataError(
+                    f"the sample {name!r} cannot be written to {home.parent}: {error.strerror or error}. Free some space, or set "
+                    "XDG_CACHE_HOME to another folder."
+                ) from None
         finally:
             shutil.rmtree(work, ignore_errors=True)
     only = list(home.iterdir())
     return only[0] if len(only) == 1 and only[0].is_file() else home
+
+
+def find_cache() -> Path:
+    """Return the folder of the samples. Raises `DataError` if this user has no home directory."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise DataError(
+            "samples are stored in the home directory, and none is known: HOME is not set. Set HOME, or XDG_CACHE_HOME to a "
+            "folder that can be written."
+        ) from None
+    return cache / "fieldguide" / "samples"
 
 
 BSD = "as distributed with scikit-learn (BSD-3-Clause)"
