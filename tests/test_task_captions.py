@@ -210,6 +210,6 @@ def test_images_are_generated_from_captions(tmp_path):
     several = run.predict(count=4, steps=2)
     assert len({a["caption"] for a in several}) == 4  # some that it learnt from
     assert run.evaluate(str(tmp_path / "data"))["scores"]["caption_match"] > 0.3
-    assert "After captions" in (run.path / "report.html").read_text()
+    assert "By caption" in (run.path / "report.html").read_text()
     with pytest.raises(DataError):
         run.evaluate(str(tmp_path / "nowhere"))

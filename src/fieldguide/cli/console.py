@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -17,16 +18,34 @@ from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.core.numbers import format_plain
 
 
-def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Sequence[str] = ()) -> None:
+def print_notes(notes: Sequence[str]) -> None:
+    """Print notes on stderr."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def print_failed(answers: Sequence[dict[str, Any]]) -> None:
+    """Print the inputs that could not be read on stderr."""
+    for answer in answers:
+        if "error" in answer:
+            print(f"not read: {answer['input']}: {answer['error']}", file=sys.stderr)
+
+
+def print_saved(predictions: Any, path: Path) -> None:
+    """Print notes and failures, and where the predictions were written."""
+    print_notes(predictions.notes)
+    print_failed(predictions)
+    console.print(f"{len(predictions):,} predictions written to {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Sequence[str] = ()) -> None:
+    """Print predictions as a table, or as JSON Lines."""
+    print_notes(notes)
     if as_json:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False))
         return
-    for answer in answers:
-        if "error" in answer:
-            print(f"not read: {answer['input']}: {answer['error']}", file=sys.stderr)
+    print_failed(answers)
     answers = [answer for answer in answers if "error" not in answer]
     plain = [k for k, v in answers[0].items() if not isinstance(v, dict | list)] if answers else []
     shown = plain if len(plain) > 1 or not answers else list(answers[0])  # nested values only if there is nothing else

@@ -161,7 +161,7 @@ class Data:
     split column); otherwise it is None and `fieldguide.data.splits` creates them. `context` holds what the rows of a
     task's examples refer to, such as the full series that windows are cut from. `split_description` describes how `splits` were
     made if they do not come from the source. `skipped` lists the inputs that a lenient reader could not use. `problems` lists
-    the cells that do not fit the schema of a trained model.
+    the cells that do not fit the schema of a trained model. `inputs` is the table to predict as it was read, with all rows and columns.
     """
 
     source: str
@@ -174,6 +174,7 @@ class Data:
     split_description: str = ""
     skipped: list[SkippedInput] = field(default_factory=list)
     problems: list[CellProblems] = field(default_factory=list)
+    inputs: pl.DataFrame | None = None
 
     def __len__(self) -> int:
         return self.rows.height

@@ -244,6 +244,7 @@ class TableReader:
         """Assign roles, type columns, run all checks and return the usable rows."""
         overrides: dict[str, str] = dict(requested_kinds)
         self.known = {c.name: c for c in known}
+        inputs = self.raw.rows.clone() if known and self.lenient else None
         if known:
             roles = self.apply_schema(known)
             overrides = {c.name: c.kind for c in known}
@@ -303,6 +304,7 @@ class TableReader:
             found = checks.check(data, self.column_spec.checks)
             data.findings += [replace(f, severity="warning") if f.check == "leak" and self.allow_bad else f for f in found]
         checks.enforce(data.findings, total, self.allow_bad or (self.lenient and len(data) > 0), self.name, offer=not known)
+        data.inputs = inputs
         if self.lenient:
             data.skipped = self.collect_skipped()
         return data

@@ -15,8 +15,10 @@ import numpy as np
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError
-from fieldguide.data.dataset import CellProblems, Data
+from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
+from fieldguide.data.readers.memory import as_table
+from fieldguide.inference.predictions import Predictions
 from fieldguide.objectives import EmbeddingObjective, Objective
 from fieldguide.objectives.embedding import Pooling
 from fieldguide.tasks import Task
@@ -24,18 +26,6 @@ from fieldguide.training.inference_loop import collect
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network
-
-
-class Predictions(list):
-    """One record for each input, as dictionaries.
-
-    `notes` say what was truncated or guessed; `problems` are the cells of the inputs that do not fit the training data:
-    malformed ones, categories that training did not have, and values far outside the training range.
-    """
-
-    def __init__(self, records: Sequence[dict[str, Any]], notes: Sequence[str] = (), problems: Sequence[CellProblems] = ()):
-        super().__init__(records)
-        self.notes, self.problems = list(notes), list(problems)
 
 
 class Predictor:
@@ -54,10 +44,14 @@ class Predictor:
         """Name of the architecture, for messages."""
         return self.card.name if self.card else type(self.model).__name__
 
+    def get_notes(self) -> list[str]:
+        """Return what the user should know about the network, such as that its training was stopped early."""
+        return []
+
     def predict(self, inputs: Any = (), **options: Any) -> Predictions:
         """Return one record for each raw input: `input`, then the prediction.
 
-        `inputs` is a path, a data frame, a text, or a list of those. If some of several inputs cannot be read, their
+        `inputs` is a path, a data frame, a text, or a list of those; a row is also a dictionary or a pandas series. If some of several inputs cannot be read, their
         records hold `input` and `error` only. Raises `DataError` if none can be read, `SettingsError` for wrong options.
         """
         raise NotImplementedError
@@ -121,7 +115,26 @@ class TaskPredictor(Predictor):
         task = self.task.for_request(self.task.parse_predict_options(options))
         data = task.read(as_list(inputs))
         outputs = self.run_batches(task, task.predict_batches(data, self.card), callback)
-        return Predictions(join_skipped(data, task.format_predictions(outputs)), task.notes, task.problems)
+        records = join_skipped(data, task.format_predictions(outputs))
+        return Predictions(records, task.notes, task.problems, data.inputs if task.has_own_rows else None)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in the order of the columns of `predict_proba`; empty for a task without classes."""
+        return list(getattr(self.task, "labels", ()))
+
+    def predict_proba(self, inputs: Any, **options: Any) -> np.ndarray:
+        """Return class probabilities: N C float64, in the order of `classes`; the row of an input that cannot be read is NaN.
+
+        Raises `SettingsError` for a task whose predictions are not single classes.
+        """
+        task = self.task.for_request(self.task.parse_predict_options(options))
+        data = task.read(as_list(inputs))
+        outputs = self.run_batches(task, task.predict_batches(data, self.card))
+        probabilities = outputs.get("probabilities")
+        if probabilities is None or probabilities.shape != (len(data), len(self.classes)):
+            raise SettingsError(f"{task.name} does not predict one class for each input, so it has no class probabilities.")
+        return np.insert(probabilities.astype(np.float64), [skipped.before for skipped in data.skipped], np.nan, axis=0)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return a unit vector for each text, N D float32, pooled from the last hidden states.
@@ -169,5 +182,6 @@ def join_skipped(data: Data, predictions: Sequence[Any]) -> list[dict[str, Any]]
 
 
 def as_list(inputs: Any) -> Sequence[Any]:
-    """Return `inputs` as a list; anything but a list or tuple is one input."""
-    return list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+    """Return `inputs` as a list; anything but a list or tuple is one input, and a list of rows is one table."""
+    table = as_table(inputs)
+    return [table] if table is not None else list(inputs) if isinstance(inputs, list | tuple) else [inputs]

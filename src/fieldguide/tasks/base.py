@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from fieldguide.core.card import Card
+from fieldguide.core.media import Media
 from fieldguide.core.run_record import rename
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column
@@ -42,14 +42,6 @@ __all__ = [
     "TaskSpec",
     "bootstrap_intervals",
 ]
-
-
-@dataclass(frozen=True)
-class Media:
-    """A prediction value that is written as a file: its content and its file suffix (".png", ".wav", ...)."""
-
-    content: bytes
-    suffix: str
 
 
 class Task(Preprocessor, Evaluator, ReportBuilder):

@@ -214,6 +214,7 @@ class Preprocessor(TaskSpec):
             Manifest("", files),
             [f for d in data for f in d.findings],
             skipped=unread,
+            inputs=join_inputs([d.inputs for d in data]),
         )
 
     @property
@@ -258,6 +259,7 @@ class Preprocessor(TaskSpec):
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
+        """Write the fitted preprocessing to a new folder, which `update_run` then moves into the run."""
         folder.mkdir(parents=True, exist_ok=True)
         record = {
             "task": self.name,
@@ -265,7 +267,13 @@ class Preprocessor(TaskSpec):
             "options": asdict(self.options),
             "state": self.state(),
         }
-        (folder / "task.json").write_text(json.dumps(record, ensure_ascii=False, indent=1))
+        (folder / "task.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def join_inputs(tables: Sequence[pl.DataFrame | None]) -> pl.DataFrame | None:
+    """Return several tables as one; None if an input was no table."""
+    present = [table for table in tables if table is not None]
+    return pl.concat(present, how="diagonal_relaxed") if len(present) == len(tables) else None
 
 
 def full_path(data: Data, place: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from fieldguide.data.readers.table import split_by_column
 from fieldguide.data.source import Options, RawTable, sha256
 
 NAME = "memory"
-UNDERSTANDS = "in Python: a polars or pandas data frame, or a dictionary of arrays"
+UNDERSTANDS = "in Python: a polars or pandas data frame, a dictionary of arrays, or rows as dictionaries or pandas series"
+SCALARS = (str, int, float, bool, np.generic, date, type(None))
 
 
 def accepts(source: Any, options: Options) -> int:
@@ -28,8 +30,10 @@ def is_pandas(source: Any) -> bool:
 
 
 def load(source: Any, options: Options) -> RawTable:
-    """Convert a data frame or dictionary of arrays. Raises DataError if it has no rows or lengths differ."""
-    if isinstance(source, pl.DataFrame):
+    """Convert a data frame, a row or a dictionary of arrays. Raises DataError if it has no rows or lengths differ."""
+    if (table := as_table(source)) is not None:
+        rows = table
+    elif isinstance(source, pl.DataFrame):
         rows = source
     else:
         columns = {str(k): source[k] for k in source}
@@ -43,6 +47,26 @@ def load(source: Any, options: Options) -> RawTable:
     rows = rows.with_columns(pl.lit(0, pl.Int32).alias(FILE), pl.Series(LINE, range(1, rows.height + 1)))
     files = [FileEntry("memory", len(content), sha256(content), rows=rows.height)]
     return split_by_column(RawTable(rows, files, Path.cwd()))
+
+
+def as_row(source: Any) -> dict[str, Any] | None:
+    """Return a dictionary of single values or a pandas series as a row; None for anything else."""
+    if is_pandas(source) and getattr(source, "ndim", 0) == 1:
+        return {str(name): value for name, value in source.items()}
+    if isinstance(source, dict) and source and all(isinstance(v, SCALARS) for v in source.values()):
+        return {str(name): value for name, value in source.items()}
+    return None
+
+
+def as_table(source: Any) -> pl.DataFrame | None:
+    """Return a row, or a list of rows, as a data frame; None for anything else."""
+    rows = [as_row(value) for value in (source if isinstance(source, list | tuple) else [source])]
+    present = [row for row in rows if row is not None]
+    if not rows or len(present) < len(rows):
+        return None
+    names = dict.fromkeys(name for row in present for name in row)
+    cells = {name: [row.get(name) for row in present] for name in names}
+    return pl.DataFrame([to_series(name, np.array(values, dtype=object)) for name, values in cells.items()])
 
 
 def to_series(name: str, values: Any) -> pl.Series:

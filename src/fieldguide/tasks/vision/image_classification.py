@@ -156,10 +156,9 @@ class ImageClassification(ClassificationTask):
         pixels = lambda d: load(d).flatten(1).float().numpy() / 255
         return pixels(train), pixels(test)
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
+    def show_predictions(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
         wrong = self.mistakes(probabilities, targets, 24)
-        right = np.flatnonzero(probabilities.argmax(1) == targets)
-        sample = np.random.default_rng(0).permutation(right)[:12]
+        right = self.correct(probabilities, targets, 12)
         shown = (
             [
                 Gallery(
@@ -179,13 +178,7 @@ class ImageClassification(ClassificationTask):
             Gallery(
                 "Correct predictions",
                 "Random test images.",
-                [
-                    Picture(
-                        self.thumbnail(test, int(i)),
-                        f"{self.labels[targets[i]]} ({100 * probabilities[i].max():.0f} % confident)",
-                    )
-                    for i in sample
-                ],
+                [Picture(self.thumbnail(test, i), self.describe(probabilities, targets, i)) for i in right],
             ),
         ]
 

@@ -38,7 +38,9 @@ from fieldguide.objectives.segmentation import Segmentation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision import mask_classes
+from fieldguide.tasks.vision.detection_report import open_image
 from fieldguide.tasks.vision.mask_classes import VOID, MaskContext
+from fieldguide.tasks.vision.mask_overlay import draw_mask
 
 MAX_SIDE_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side by device, if the user sets no size
 CROP_BY_DEVICE = {"cpu": 192, "mps": 320, "cuda": 512}  # side in pixels of the training crop by device
@@ -344,7 +346,8 @@ class ImageSegmentation(Task):
         return Batches(len(paths), make)
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
-        return self.batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), card)
+        batches = self.batches(replace(data, rows=data.rows.drop(self.target.name, strict=False)), card)
+        return replace(batches, meta={"path": np.array(self.paths_and_sizes(data)[0], dtype=object)})
 
     def normalize(self, pixels: Tensor) -> Tensor:  # 0 to 255 -> mean 0, standard deviation 1
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.canvas.mean, self.canvas.std))
@@ -395,17 +398,21 @@ class ImageSegmentation(Task):
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []
-        for map_, (height, width) in zip(outputs["map"], outputs["size"].astype(int)):
+        for place, (map_, (height, width)) in enumerate(zip(outputs["map"], outputs["size"].astype(int))):
             mask = map_[:height, :width].astype(np.uint8)
             shares = np.bincount(mask.ravel(), minlength=len(self.names)) / mask.size
             order = [i for i in np.argsort(-shares) if shares[i] > 0]
-            answers.append(
-                {
-                    "classes": ", ".join(f"{self.names[i]} {100 * shares[i]:.0f} %" for i in order[:5]),
-                    "mask": Media(self.png(mask), ".png"),
-                    "shares": {self.names[i]: float(shares[i]) for i in order},
-                }
-            )
+            answer: dict[str, Any] = {
+                "classes": ", ".join(f"{self.names[i]} {100 * shares[i]:.0f} %" for i in order[:5]),
+                "mask": Media(self.png(mask), ".png"),
+                "shares": {self.names[i]: float(shares[i]) for i in order},
+            }
+            if "path" in outputs:
+                picture = open_image(outputs["path"][place], self.canvas.scale)
+                out = io.BytesIO()
+                draw_mask(picture, mask, self.names, self.colours).save(out, "JPEG", quality=90)
+                answer["overlay"] = Media(out.getvalue(), ".jpg")
+            answers.append(answer)
         return answers
 
     def png(self, mask: np.ndarray) -> bytes:
