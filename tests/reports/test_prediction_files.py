@@ -11,8 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fieldguide
-from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.cli.commands import app
+from fieldguide.core.errors import DataError, SettingsError
 
 ROWS = 120
 

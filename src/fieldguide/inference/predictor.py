@@ -51,8 +51,9 @@ class Predictor:
     def predict(self, inputs: Any = (), **options: Any) -> Predictions:
         """Return one record for each raw input: `input`, then the prediction.
 
-        `inputs` is a path, a data frame, a text, or a list of those; a row is also a dictionary or a pandas series. If some of several inputs cannot be read, their
-        records hold `input` and `error` only. Raises `DataError` if none can be read, `SettingsError` for wrong options.
+        `inputs` is a path, a data frame, a text, or a list of those; a row is also a dictionary or a pandas series. If some of
+        several inputs cannot be read, their records hold `input` and `error` only. Raises `DataError` if none can be read,
+        `SettingsError` for wrong options.
         """
         raise NotImplementedError
 
