@@ -154,7 +154,7 @@ def place_elements(shown: Sequence[ReportElement]) -> list[str]:
     is not a square chart.
     """
     square = [isinstance(e, (Lines, Scatter)) and e.diagonal and not getattr(e, "log", False) for e in shown]
-    slim = [isinstance(e, (Lines, Scatter, Bars)) or (isinstance(e, Table) and len(e.header) <= 3) for e in shown]
+    slim = [is_narrow(e) for e in shown]
     result = ["row"] * len(slim)
     for narrow, group in groupby(range(len(slim)), key=slim.__getitem__):
         if not narrow:
@@ -164,6 +164,15 @@ def place_elements(shown: Sequence[ReportElement]) -> list[str]:
         for k in run:
             result[k] = "half" if k != alone else "aside" if square[k] else "row"
     return result
+
+
+def is_narrow(element: ReportElement) -> bool:
+    """Return whether an element fits into half of a wide page."""
+    if isinstance(element, Table):
+        return len(element.header) <= 3
+    if isinstance(element, Gallery):
+        return not element.wide and not any(p.views for p in element.pictures)
+    return isinstance(element, (Lines, Scatter, Bars, Quotes))
 
 
 # -- one drawing function per type ---------------------------------------------------------------------------

@@ -23,15 +23,18 @@ def collect(
     precision: str = "float32",
     callback: Callable[[int], None] = lambda done: None,
     step: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    shared: bool = True,
 ) -> dict[str, np.ndarray]:
     """Return the outputs by name, one row per example, in the order of the examples.
 
-    Several processes share the work, and each gets the whole result. `step` computes the outputs of a batch;
+    Several processes share the work, and each gets the whole result, unless `shared` is False: then the calling process does
+    everything alone. `step` computes the outputs of a batch;
     `objective.outputs` by default. Outputs of batches may differ in width, such as the longest text: narrower ones are
     padded with -1, or NaN for floating-point outputs. `callback` gets the number of examples done by this process.
     """
     step = step or objective.outputs
-    mine = np.arange(len(batches))[distributed.rank() :: distributed.get_world_size()]
+    mine = np.arange(len(batches))
+    mine = mine[distributed.rank() :: distributed.get_world_size()] if shared else mine
     training = objective.training
     rows: list[np.ndarray] = []
     parts: list[dict[str, np.ndarray]] = []
@@ -43,7 +46,7 @@ def collect(
         parts.append({name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in outputs.items()})
         callback(sum(map(len, rows)))
     objective.train(training)
-    gathered = distributed.gather((rows, parts))
+    gathered = distributed.gather((rows, parts)) if shared else [(rows, parts)]
     places = np.concatenate([i for r, _ in gathered for i in r])
     joined = {name: concatenate_padded([p[name] for _, ps in gathered for p in ps]) for name in gathered[0][1][0]}
     order = np.argsort(places)

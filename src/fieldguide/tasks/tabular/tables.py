@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,7 +19,8 @@ from fieldguide.data.preprocessing import TablePreparer
 from fieldguide.data.validation.findings import MAX_PROBLEM_EXAMPLES, describe_problems
 from fieldguide.tasks.supervised import ClassificationTask, RegressionTask, SupervisedTask, is_discrete, mix_pairs
 
-USABLE_KINDS: tuple[Kind, ...] = ("number", "category", "boolean", "date")
+TABLE_KINDS: tuple[Kind, ...] = ("number", "category", "boolean", "date")
+USABLE_KINDS: tuple[Kind, ...] = (*TABLE_KINDS, "text")
 
 
 class Tabular(SupervisedTask):
@@ -37,17 +38,18 @@ class Tabular(SupervisedTask):
     @classmethod
     def describe_features(cls, data: Data) -> str | None:
         """Return a description of the usable features, or None if there are none or if there are images."""
-        usable = data.features(*USABLE_KINDS)
+        usable, texts = data.features(*TABLE_KINDS), len(data.features("text"))
         if not usable or data.features("image"):
             return None
-        return f"{len(usable)} numeric or categorical column{'s' if len(usable) > 1 else ''}"
+        found = f"{len(usable)} numeric or categorical column{'s' if len(usable) > 1 else ''}"
+        return f"{found}, {texts} text column{'s' if texts > 1 else ''}" if texts else found
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         return (
             super().missing_requirements(data)
             if data.features(*USABLE_KINDS)
-            else "numeric, categorical, boolean or date columns"
+            else "numeric, categorical, boolean, date or text columns"
         )
 
     @classmethod
@@ -57,19 +59,24 @@ class Tabular(SupervisedTask):
         if not task.preparer.width:
             raise DataError(
                 f"{data.source}: no usable feature column is left. Features must vary and be numeric, "
-                "categorical, boolean or dates."
+                "categorical, boolean, dates or texts."
             )
-        if left := [
-            c.name for c in task.columns if c.role == "feature" and c.kind not in USABLE_KINDS and c.kind != "constant"
-        ]:
+        used = {feature.column for feature in (*task.preparer.numbers, *task.preparer.categories)}
+        left = [c.name for c in task.columns if c.role == "feature" and c.name not in used]
+        task.columns = [replace(c, role="ignored") if c.name in left else c for c in task.columns]
+        if left:
             task.notes.append(
-                f"columns not used, since they are neither numeric, categorical, boolean nor dates: {', '.join(left)}"
+                "columns not used, since they do not vary in the training rows or are neither numbers, categories, booleans, dates "
+                f"nor texts: {', '.join(left)}"
             )
         task.fit_target(data)
         return task
 
     def inputs(self) -> list[Column]:
         return [c for c in self.columns if c.role == "feature" and c.kind in USABLE_KINDS]
+
+    def input_columns(self) -> list[Column]:
+        return self.inputs()
 
     def fit_target(self, data: Data) -> None:
         raise NotImplementedError
@@ -168,24 +175,21 @@ class TabularClassification(Tabular, ClassificationTask):
     def target_tensor(self, data: Data) -> torch.Tensor:
         return torch.from_numpy(self.targets(data)["label"])
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
+    def show_predictions(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
         columns = [c.name for c in self.inputs()][:10]
-        rows = [
-            (test.locate_row(i), words, *(test.rows[c][i] for c in columns))
-            for i, words in self.mistakes(probabilities, targets, 15)
+        right = [(row, self.describe(probabilities, targets, row)) for row in self.correct(probabilities, targets, 8)]
+        list_rows = lambda some: [(test.locate_row(i), words, *(test.rows[c][i] for c in columns)) for i, words in some]
+        header = ("row", "prediction", *columns)
+        tables = [
+            Table(
+                "Worst mistakes",
+                "Test rows that are wrong with the highest confidence.",
+                header,
+                list_rows(self.mistakes(probabilities, targets, 15)),
+            ),
+            Table("Correct predictions", "Random test rows.", header, list_rows(right)),
         ]
-        return (
-            [
-                Table(
-                    "Worst mistakes",
-                    "Test rows that are wrong with the highest confidence.",
-                    ("row", "mistake", *columns),
-                    rows,
-                )
-            ]
-            if rows
-            else []
-        )
+        return [table for table in tables if table.rows]
 
 
 class TabularRegression(Tabular, RegressionTask):

@@ -202,13 +202,19 @@ class TextClassification(TextTask, ClassificationTask):
         """Return each row as one text; pairs are joined with a bar."""
         return [f"{a} ┃ {b}" for a, b in zip(self.texts(data), self.second_texts(data))] if self.second else self.texts(data)
 
-    def worst_mistakes(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
+    def show_predictions(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
         texts = self.shown(test)
-        quotes = [
-            Quote(texts[i], f"{words}: {test.locate_row(i)}", bad=True)
-            for i, words in self.mistakes(probabilities, targets, 20)
+        right = [(row, self.describe(probabilities, targets, row)) for row in self.correct(probabilities, targets, 10)]
+        quote = lambda some, bad: [Quote(texts[i], f"{words}: {test.locate_row(i)}", bad) for i, words in some]
+        found = [
+            Quotes(
+                "Worst mistakes",
+                "Test texts that are wrong with the highest confidence.",
+                quote(self.mistakes(probabilities, targets, 20), True),
+            ),
+            Quotes("Correct predictions", "Random test texts.", quote(right, False)),
         ]
-        return [Quotes("Worst mistakes", "Test texts that are wrong with the highest confidence.", quotes)] if quotes else []
+        return [quotes for quotes in found if quotes.quotes]
 
     @classmethod
     def published(cls, assets: CheckpointAssets) -> Self:
