@@ -32,6 +32,7 @@ from fieldguide.inference.run import Run
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
 from fieldguide.tasks import Task, get_requested_task, infer_task
+from fieldguide.tasks.analysis.subgroups import check_subgroup
 from fieldguide.training import peft
 
 
@@ -145,7 +146,9 @@ def build_plan(
         requested.setdefault("minutes", 0)  # with a number of steps, time does not limit the run
     requested["seed"] = seed
     kind, why = (get_requested_task(task, source), "requested") if task else infer_task(source)
+    offered = source.features()
     source = kind.select_columns(source)
+    left_out = [c.name for c in offered if source.columns[c.name].role == "ignored"]
     callback.on_data(source, kind, why)
     checkpoint = None
     if weights is not None:
@@ -154,11 +157,16 @@ def build_plan(
         task_options = finetune.get_default_options(kind, checkpoint, task_options, callback)
     options = kind.options_from(task_options)
     source = build_examples(kind, source, options, callback.log)
+    if subgroup := Settings().with_(requested).subgroup:
+        check_subgroup(source, subgroup)
     splits = splits or split(source, seed=seed)
     callback.log(f"split: {splits.description}")
     check_splits(kind, source, splits, options)
     train_rows = source.take(splits.train)
     fitted = kind.fit(train_rows, options)
+    if left_out:
+        reads = " and ".join((*kind.feature, *kind.further))
+        fitted.add_note(f"columns not used, since {kind.name} reads only {reads}: {', '.join(left_out)}")
     dims = {"output_type": kind.output_types, **fitted.model_dims()}
     config = None
     if checkpoint is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
@@ -14,9 +15,6 @@ from fieldguide.core.errors import DataError
 from fieldguide.core.files import write_atomically
 from fieldguide.core.media import Media
 from fieldguide.data.dataset import BOOKKEEPING, CellProblems
-
-if TYPE_CHECKING:
-    import pandas
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 MEDIA_FOLDER = "predictions"  # folder of predictions that are files, unless the user names another
@@ -56,10 +54,9 @@ class Predictions(list):
         frame = pl.DataFrame([values.alias(name) for name, values in predicted.items()])
         return frame if self.inputs is None else pl.concat([self.inputs.select(taken), frame], how="horizontal")
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def to_pandas(self) -> Any:
         """Return `to_frame()` as a pandas data frame. Raises `ImportError` if pandas is not installed."""
-        import pandas
-
+        pandas: Any = importlib.import_module("pandas")  # the user's own library, never required
         return pandas.DataFrame(self.to_frame().to_dict(as_series=False))
 
     def save(self, path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Tables: numbers mapped to a standard normal by training quantiles, categories as codes, dates as both.
+"""Tables: numbers mapped to a standard normal by training quantiles, categories as codes, dates as both, texts as numbers.
 
 A number is mapped through the distribution function of its training values (piecewise linear between up to 1000
 quantiles; Gorishniy et al. 2021, arXiv:2106.11959, found it best for neural networks) and then to the normal, so that
@@ -7,7 +7,7 @@ any value lies within +-5.2. A missing number is 0, the median, and an additiona
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from scipy.special import ndtri
 from fieldguide.data.column_types import numbers_to_text
 from fieldguide.data.dataset import Column
 from fieldguide.data.preprocessing.labels import index_values
+from fieldguide.data.preprocessing.text_features import TextFeatures
 
 MAX_QUANTILES = 1000
 MIN_PROBABILITY = 1e-7  # minimum distance of probabilities from 0 and 1: limits values to about +-5.2
@@ -31,7 +32,7 @@ class Number:
     """A numeric feature: its column, the derived part, and the quantiles of its training values."""
 
     column: str
-    part: str  # value | time | year-sin | year-cos | hour-sin | hour-cos
+    part: str  # value | time | year-sin | year-cos | hour-sin | hour-cos | text-0 | text-1 | ...
     quantiles: tuple[float, ...] = ()
 
 
@@ -53,16 +54,21 @@ class Category:
 class TablePreparer:
     """Converts rows to `numbers` (float32, N x n) and `categories` (int64 codes, N x k)."""
 
-    def __init__(self, numbers: Iterable[Number], categories: Iterable[Category]) -> None:
+    def __init__(
+        self, numbers: Iterable[Number], categories: Iterable[Category], texts: Mapping[str, TextFeatures] | None = None
+    ) -> None:
         self.numbers, self.categories = tuple(numbers), tuple(categories)
+        self.texts = dict(texts or {})  # text column -> its features, which are among `numbers`
         self.unseen: dict[str, int] = {}  # column -> number of unseen values in the last `apply`
         self.unseen_rows: dict[str, np.ndarray] = {}  # column -> their rows
 
     @classmethod
     def fit(cls, rows: pl.DataFrame, columns: Iterable[Column]) -> TablePreparer:
-        """Fit on training rows. Constant columns and types other than number, boolean, category and date are skipped."""
+        """Fit on training rows. Constant columns and types other than number, boolean, category, date and text are
+        skipped."""
         numbers: list[Number] = []
         categories: list[Category] = []
+        texts: dict[str, TextFeatures] = {}
         for column in columns:
             name, values = column.name, rows[column.name]
             if column.kind in ("number", "date"):
@@ -79,9 +85,14 @@ class TablePreparer:
                     categories += fit_category(name, "weekday", category_text(values, "weekday"))
                 if 0 < values.null_count() < values.len():
                     categories.append(Category(name, "missing", ("no", "yes")))
+            elif column.kind == "text" and (found := TextFeatures.fit(values.to_list())):
+                texts[name] = found
+                for i, raw in enumerate(found.apply(values.to_list()).T):
+                    if raw.min() < raw.max():
+                        numbers.append(Number(name, f"text-{i}", fit_quantiles(raw)))
             elif column.kind in ("category", "boolean"):
                 categories += fit_category(name, "value", category_text(values, "value"))
-        return cls(numbers, categories)
+        return cls(numbers, categories, texts)
 
     @property
     def cardinalities(self) -> list[int]:
@@ -98,8 +109,10 @@ class TablePreparer:
         numbers = np.empty((rows.height, len(self.numbers)), dtype=np.float32)
         codes = np.empty((rows.height, len(self.categories)), dtype=np.int64)
         self.unseen, self.unseen_rows = {}, {}
+        texts = {name: features.apply(rows[name].to_list()) for name, features in self.texts.items()}
         for i, n in enumerate(self.numbers):
-            raw = extract_part(rows[n.column], n.part)
+            is_text = n.part.startswith("text-")
+            raw = texts[n.column][:, int(n.part[5:])] if is_text else extract_part(rows[n.column], n.part)
             numbers[:, i] = np.nan_to_num(to_normal(raw, n.quantiles) if n.quantiles else raw)
         for i, c in enumerate(self.categories):
             text = category_text(rows[c.column], c.part)
@@ -130,7 +143,13 @@ class TablePreparer:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-compatible dictionary."""
-        return {"version": 1, "numbers": [asdict(n) for n in self.numbers], "categories": [asdict(c) for c in self.categories]}
+        texts = {name: features.to_json() for name, features in self.texts.items()}
+        return {
+            "version": 1,
+            "numbers": [asdict(n) for n in self.numbers],
+            "categories": [asdict(c) for c in self.categories],
+            **({"texts": texts} if texts else {}),
+        }
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> TablePreparer:
@@ -138,6 +157,7 @@ class TablePreparer:
         return cls(
             [Number(n["column"], n["part"], tuple(n["quantiles"])) for n in saved["numbers"]],
             [Category(c["column"], c["part"], tuple(c["values"]), c["missing"]) for c in saved["categories"]],
+            {name: TextFeatures.from_json(features) for name, features in saved.get("texts", {}).items()},
         )
 
 
