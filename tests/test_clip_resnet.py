@@ -131,7 +131,7 @@ def test_damaged_archives_and_other_objects_are_rejected(tmp_path):
     cut = rewritten("cut.pt", lambda part, x: x[:100] if part.endswith("data.pkl") else x)
     bare = rewritten("bare.pt", lambda part, x: None if "/code/" in part else x)
     for path in (short, lost, cut, bare):
-        with pytest.raises(WeightsError, match=f"{path.name} is a damaged TorchScript archive"):
+        with pytest.raises(WeightsError, match=f"{path.name} is damaged or malformed"):
             weights.read(path)
 
 

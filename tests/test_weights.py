@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fieldguide.checkpoints import weights
-from fieldguide.core.errors import WeightsError
+from fieldguide.core.errors import WeightsError, WriteError
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Transposed
 from fieldguide.models.registry import cards, create
 
@@ -157,7 +158,7 @@ def written(model: nn.Module, kind: str, folder):
     shards = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
     for shard in set(shards.values()):
         save_file({k: v for k, v in tensors.items() if shards[k] == shard}, folder / shard)
-    (folder / "model.safetensors.index.json").write_text(weights.json.dumps({"weight_map": shards}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     return folder
 
 
@@ -215,7 +216,7 @@ def test_damaged_files(name, tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"no weights at all", struct.pack("<Q", 1 << 40) + b"{}"):
         path.write_bytes(damaged)
-        with pytest.raises(WeightsError, match=r"is damaged(,| or) truncated"):
+        with pytest.raises(WeightsError, match="is damaged"):
             weights.read(path)
 
 
@@ -353,7 +354,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(WriteError, match="no space"):
         weights.save(resnet(num_classes=9), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from fieldguide.checkpoints import config_mapping, weights
 from fieldguide.core.errors import WeightsError
+from fieldguide.core.validation import guard
 
 CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+MAX_REPETITIONS = 3  # in a pattern for names of modules
 UNSUPPORTED = ("use_dora", "layer_replication", "alora_invocation_tokens", "megatron_config")
 
 
@@ -47,7 +49,12 @@ def merge(state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
     Raises `WeightsError` for adapters other than LoRA, and for tensors that belong to no tensor of the base model.
     """
-    config = config_mapping.read(folder / CONFIG)
+    with guard(folder / CONFIG, WeightsError):
+        return add_updates(state, folder, config_mapping.read(folder / CONFIG))
+
+
+def add_updates(state: Mapping[str, Tensor], folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what `merge` returns for an adapter with this configuration."""
     if config.get("peft_type") != "LORA" or (used := [key for key in UNSUPPORTED if config.get(key)]):
         what = f"{', '.join(used)} of" if config.get("peft_type") == "LORA" else f"type {config.get('peft_type')} of"
         raise WeightsError(f"{folder}: {what} the adapter is not supported, only LoRA. Merge it with peft and load the result.")
@@ -79,10 +86,20 @@ def merge(state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 def read_scale(config: Mapping[str, Any], module: str) -> float:
     """Return the factor of a module's update; patterns in the configuration override rank and alpha."""
-    matches = lambda pattern: re.fullmatch(rf"(.*\.)?{pattern}", module) is not None
+    matches = lambda pattern: re.fullmatch(rf"(.*\.)?{check_pattern(pattern)}", module) is not None
     rank = next((r for key, r in (config.get("rank_pattern") or {}).items() if matches(key)), config["r"])
     alpha = next((a for key, a in (config.get("alpha_pattern") or {}).items() if matches(key)), config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    scale = float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    if not math.isfinite(scale):
+        raise ValueError(f"lora_alpha={alpha} and r={rank} give no finite factor")
+    return scale
+
+
+def check_pattern(pattern: str) -> str:
+    """Return a regular expression for names of modules. Raises `ValueError` for one that could take very long to match."""
+    if len(re.findall(r"[*+?{]", pattern)) > MAX_REPETITIONS or re.search(r"\)[*+?{]", pattern):
+        raise ValueError(f"the pattern {pattern!r} has too many repetitions")
+    return pattern
 
 
 def find_name(name: str, state: Mapping[str, Tensor], path: Path) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fieldguide.checkpoints.config_check import check_fields
 from fieldguide.core.card import Card
 from fieldguide.core.errors import WeightsError, nearest
+from fieldguide.core.validation import guard, read_json
 from fieldguide.models.mapping.config_rules import ConfigRow, Constant, Derived, Expect, LabelCount, ValueMap, WithDefault
 from fieldguide.models.registry import cards
 
@@ -33,13 +34,7 @@ def read(path: Path) -> dict[str, Any]:
         from fieldguide.core.gguf import read_metadata
 
         return read_metadata(path)
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}. Download or export it again.") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")
-    return content
+    return read_json(path, WeightsError)
 
 
 def identify_config(config: Mapping[str, Any]) -> IdentifiedConfig | None:
@@ -91,9 +86,15 @@ def look_up(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
 def to_config_fields(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any], where: Any) -> dict[str, Any]:
     """Return a public configuration as config fields.
 
-    Raises `WeightsError` that lists every key by which it describes another network.
+    Raises `WeightsError` that lists every key by which it describes another network, or names a value that no network has.
     """
+    with guard(where, WeightsError):
+        return _convert_fields(card, table, config, where)
+
+
+def _convert_fields(card: Card, table: Mapping[str, ConfigRow], config: Mapping[str, Any], where: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
+    keys: dict[str, str] = {}  # field -> public key
     kinds = {f.name: str(f.type) for f in fields(card.config)}
     faults = []
     for key, row in table.items():
@@ -102,11 +103,13 @@ def to_config_fields(card: Card, table: Mapping[str, ConfigRow], config: Mapping
             values[row.ours] = value if there and value is not None else row.value
         elif isinstance(row, ValueMap) and there:
             value = value[0] if isinstance(value, list) and value else value
-            if value not in row.values:
+            if isinstance(value, list | dict) or value not in row.values:
                 faults.append(f"{key}={value!r} must be one of {', '.join(map(repr, row.values))}")
             else:
                 values[row.ours] = row.values[value]
         elif isinstance(row, LabelCount):
+            if there and not isinstance(value, list | dict):
+                raise WeightsError(f"{where}: {key} must list the names of the labels.")
             values[row.ours] = len(value) if there else row.absent
         elif isinstance(row, Constant):
             values[row.ours] = row.value
@@ -114,8 +117,10 @@ def to_config_fields(card: Card, table: Mapping[str, ConfigRow], config: Mapping
             values |= row.read(config)
         elif isinstance(row, str) and there and value is not None:
             values[row] = value
+        keys |= dict.fromkeys(values.keys() - keys.keys(), key)
     values = {k: tuple(v) if kinds.get(k, "").startswith("tuple") and isinstance(v, list) else v for k, v in values.items()}
     if not faults:
+        check_fields(card, values, where, keys)
         made = card.config(**values)
         for key, row in table.items():
             there, value = look_up(config, key)

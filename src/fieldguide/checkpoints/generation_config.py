@@ -10,6 +10,8 @@ from typing import Any
 
 from fieldguide.checkpoints import config_mapping
 from fieldguide.checkpoints.names import CONFIG_FILE
+from fieldguide.core.errors import WeightsError
+from fieldguide.core.validation import AGAIN, get_checked, guard
 from fieldguide.models.generation import SAMPLING_OPTIONS, GenerationConfig, TokenRules
 
 FILE = "generation_config.json"
@@ -32,6 +34,18 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_h": (),
     "typical_p": (1,),
     "watermarking_config": (),
+}
+MAX_TOKENS, MAX_BEAMS = 1 << 30, 1_000
+LIMITS = {  # key -> type, minimum, maximum
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens", "max_length", "min_length"), (int, 0, MAX_TOKENS)),
+    **dict.fromkeys(("top_k", "no_repeat_ngram_size"), (int, 0, MAX_TOKENS)),
+    "num_beams": (int, 0, MAX_BEAMS),
+    "temperature": (float, 0, 1e6),
+    "top_p": (float, 0, 1),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 1e-6, 1e6),
+    "length_penalty": (float, -1e3, 1e3),
+    "do_sample": (bool, 0, 1),
 }
 DEFAULT_TOP_K = 50  # of transformers, if a file asks for sampling without naming top_k
 
@@ -78,6 +92,16 @@ def read_generation_config(folder: Path, *, is_encoder_decoder: bool) -> Publish
         if not is_encoder_decoder:
             raw = {}
         path = folder / CONFIG_FILE
+    with guard(path, WeightsError):
+        return parse_generation_config(raw, path, is_encoder_decoder=is_encoder_decoder)
+
+
+def parse_generation_config(raw: Mapping[str, Any], path: Path, *, is_encoder_decoder: bool) -> PublishedGeneration:
+    """Return what the keys of a file publish. Raises `WeightsError` for values of other types or out of range."""
+    for key, (kind, least, most) in LIMITS.items():
+        get_checked(raw, key, kind, path, WeightsError, least, most)
+    for key in ("suppress_tokens", "begin_suppress_tokens"):
+        check_tokens(get_checked(raw, key, list, path, WeightsError), key, path)
     options: dict[str, Any] = {}
     beams = raw.get("num_beams") or 1
     if raw.get("do_sample"):
@@ -98,9 +122,13 @@ def read_generation_config(folder: Path, *, is_encoder_decoder: bool) -> Publish
         if raw.get(key):
             options[key] = raw[key]
     if stops := raw.get("stop_strings"):
+        if not all(isinstance(stop, str) for stop in ([stops] if isinstance(stops, str) else stops)):
+            raise WeightsError(f"{path}: stop_strings must hold texts. {AGAIN}")
         options["stop_strings"] = stops if isinstance(stops, str) else json.dumps(stops)
+    for key in ("forced_bos_token_id", "forced_eos_token_id"):
+        check_tokens(raw.get(key), key, path)
     rules = TokenRules(
-        forced_first_token=raw.get("forced_bos_token_id") if is_encoder_decoder else None,
+        forced_first_token=first_id(raw.get("forced_bos_token_id")) if is_encoder_decoder else None,
         forced_last_token=first_id(raw.get("forced_eos_token_id")),
         suppress_tokens=tuple(raw.get("suppress_tokens") or ()),
         begin_suppress_tokens=tuple(raw.get("begin_suppress_tokens") or ()),
@@ -115,6 +143,13 @@ def read_generation_config(folder: Path, *, is_encoder_decoder: bool) -> Publish
     )
     lengths = {key: int(raw.get(key) or 0) for key in ("min_length", "max_length")}
     return PublishedGeneration(options, rules, notes=tuple(notes), **lengths)
+
+
+def check_tokens(value: Any, key: str, path: Path) -> None:
+    """Raise `WeightsError` if a value is neither None nor ids of tokens: an integer, or a list of integers."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and abs(i) <= MAX_TOKENS for i in ids):
+        raise WeightsError(f"{path}: {key} must hold ids of tokens. {AGAIN}")
 
 
 def first_id(value: int | Sequence[int] | None) -> int | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fieldguide.checkpoints.shard_index import read_shard_names
 from fieldguide.core.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -119,7 +119,13 @@ def cache_folder() -> Path:
     """Return the cache of huggingface_hub, which itself reads the environment only once, at its import."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
-    return Path(os.path.expandvars(cache)).expanduser()
+    try:
+        return Path(os.path.expandvars(cache)).expanduser()
+    except RuntimeError:
+        raise WeightsError(
+            "downloads are stored in the home directory, and none is known: HOME is not set. Set HOME, or HF_HOME to a folder "
+            "that can be written."
+        ) from None
 
 
 def find_download(revision: str, where: dict[str, Any]) -> Path | None:
@@ -134,7 +140,7 @@ def find_download(revision: str, where: dict[str, Any]) -> Path | None:
     needed = {name for name in names if name.endswith(WEIGHTS)}
     if "model.safetensors" not in names:
         for name in (name for name in names if name.endswith(".index.json")):
-            needed |= set(json.loads((folder / name).read_text())["weight_map"].values())
+            needed |= set(read_shard_names(folder / name))
     return folder if needed and needed <= names else None
 
 

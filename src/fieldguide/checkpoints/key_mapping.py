@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -19,6 +19,7 @@ State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DDP, torch.compile, wrappers
+MAX_PREFIXES = 8  # that are stripped one after the other
 MAX_LISTED_KEYS = 20  # keys shown of each kind in an error
 
 
@@ -186,15 +187,20 @@ def translate(state: State, table: Table, reverse: bool = False) -> dict[str, Te
 def strip_prefixes(state: State) -> list[State]:
     """Return the state, then the state without each prefix that all its names share."""
     forms = [state]
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in forms[-1])), ""):
+    while len(forms) <= MAX_PREFIXES and (prefix := next((p for p in PREFIXES if has_prefix(forms[-1], p)), "")):
         forms.append({name.removeprefix(prefix): tensor for name, tensor in forms[-1].items()})
     return forms
 
 
-def format_list(kind: str, lines: Iterable[str]) -> list[str]:
-    lines = list(lines)
-    more = [f"  {kind}: and {len(lines) - MAX_LISTED_KEYS} more"] if len(lines) > MAX_LISTED_KEYS else []
-    return [f"  {kind}: {line}" for line in lines[:MAX_LISTED_KEYS]] + more
+def has_prefix(state: State, prefix: str) -> bool:
+    """Return whether there are names and all of them start with a prefix."""
+    return bool(state) and all(name.startswith(prefix) for name in state)
+
+
+def format_list(kind: str, names: Sequence[str], describe: Callable[[str], str] = str) -> list[str]:
+    """Return a line for each of the first names, and one with the number of the others."""
+    more = [f"  {kind}: and {len(names) - MAX_LISTED_KEYS} more"] if len(names) > MAX_LISTED_KEYS else []
+    return [f"  {kind}: {describe(name)}" for name in names[:MAX_LISTED_KEYS]] + more
 
 
 def format_shape(tensor: Tensor) -> str:

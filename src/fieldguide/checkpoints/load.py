@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.checkpoints import adapter, config_mapping, run_folder, weights
+from fieldguide.checkpoints.config_check import check_network
 from fieldguide.checkpoints.config_mapping import (
     TIMM,
     TYPE_KEYS,
@@ -40,6 +41,8 @@ from fieldguide.checkpoints.preprocessor_config import format_pixels, get_image_
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
+from fieldguide.core.files import make_folder, write_atomically
+from fieldguide.core.validation import guard
 from fieldguide.data.preprocessing import ImageTransform, tokenizer_files
 from fieldguide.models.registry import card_of, cards, find
 
@@ -117,6 +120,11 @@ class Checkpoint:
 
     def preprocessing_defaults(self) -> dict[str, Any]:
         """Return the task options that reproduce the checkpoint's own preprocessing."""
+        with guard(self.path, WeightsError):
+            return self.read_preprocessing_defaults()
+
+    def read_preprocessing_defaults(self) -> dict[str, Any]:
+        """Return what `preprocessing_defaults` returns."""
         folder = self.path if self.path.is_dir() else self.path.parent
         offered: dict[str, Any] = {}
         if words := self.find_tokenizer()[0]:
@@ -183,6 +191,11 @@ def inspect_checkpoint(
 
 def inspect_folder(path: Path, name: str | None) -> Checkpoint:
     """Return what a folder or file on this machine holds; an adapter in the folder is left out."""
+    with guard(path, WeightsError):
+        return _inspect_folder(path, name)
+
+
+def _inspect_folder(path: Path, name: str | None) -> Checkpoint:
     if run_folder.is_run(path):
         card, config, state = run_folder.read_network(path)
         return Checkpoint(path, card, weights.OURS, asdict(config), state)
@@ -207,6 +220,7 @@ def inspect_folder(path: Path, name: str | None) -> Checkpoint:
     if known:
         card, origin, table = known
         values = to_config_fields(card, table, public_config, config_path)
+        check_network(card, card.config(**values), state, config_path)
         origin = choose_variant(card, origin, values, state)
         values |= infer_vocab_size(card, values, state)
         if card.accepts("tie_embeddings"):  # whether the file has a head is more reliable than its configuration
@@ -291,6 +305,7 @@ def build_network(
         config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
     except TypeError as error:
         raise SettingsError(f"{card.name}: {error}") from None
+    check_network(card, config, state, where)
     with SkipInitialization() if head == "load" else nullcontext():
         model: Network = card.make(config)
     try:
@@ -317,6 +332,7 @@ def join_shards(path: Path, parts: list[Path], known: IdentifiedConfig | None, v
     card, origin, _ = known
     files = [weights.read(part) for part in parts]
     values = {**values, **infer_vocab_size(card, values, files[0])}
+    check_network(card, card.config(**values), {f"{i}.{k}": t for i, file in enumerate(files) for k, t in file.items()}, path)
     with torch.device("meta"):
         model = card.make(card.config(**values))
     written = weights.translate(model.state_dict(), card.tables(model.config)[origin], reverse=True)
@@ -358,9 +374,9 @@ def export(model: nn.Module, folder: str | Path, origin: str) -> Path:
         )
     assert card is not None  # it has a table of this origin
     folder, public_config = Path(folder), to_public_config(card, known[origin], model.config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     bare = f"{origin}-base"  # names in files without a head, where they differ
     names = bare if getattr(model.config, "output_type", "") == "vector" and bare in card.weights else origin
     weights.save(model, folder / next(WEIGHT_FILES[key] for key in TYPE_KEYS if key in public_config), names)
-    (folder / CONFIG_FILE).write_text(json.dumps(public_config, indent=2) + "\n")
+    write_atomically(folder / CONFIG_FILE, (json.dumps(public_config, indent=2) + "\n").encode())
     return folder

@@ -15,6 +15,7 @@ from typing import Any
 from fieldguide.checkpoints.config_mapping import read
 from fieldguide.core.card import Scale
 from fieldguide.core.errors import WeightsError
+from fieldguide.core.validation import get_checked, guard
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's constants
 # model_type -> image processor of transformers, for files that do not name one.
@@ -29,6 +30,8 @@ DEFAULT_PROCESSORS = {
 }
 SQUARE_PROCESSORS = ("vit", "deit", "efficientnet")  # processors whose `size`, if it is one number, means both sides
 DEFAULT_FILTERS = {"vit": "bilinear"}  # resize filter if the file names none; the others use bicubic
+MAX_SIDE_PIXELS = 10_000  # of resized images
+MIN_STD, MAX_COLOR = 1e-4, 1e4  # limits of means and standard deviations
 MIN_STRETCHED_SIDE_PIXELS = 384  # from this size on, ConvNeXt's processor stretches instead of cropping
 Values = dict[str, Any]
 
@@ -108,8 +111,27 @@ def read_preprocessor(folder: Path) -> tuple[Path | None, Values]:
 
     Raises `WeightsError` if it cannot be read.
     """
-    there = ((folder / name, way) for name, way in CONVERTERS.items() if (folder / name).is_file())
-    return next(((file, values) for file, way in there if (values := way(read(file), file))), (None, {}))
+    for name, convert in CONVERTERS.items():
+        file = folder / name
+        if file.is_file():
+            with guard(file, WeightsError):
+                if values := convert(read(file), file):
+                    check_values(values, file)
+                    return file, values
+    return None, {}
+
+
+def check_values(values: Values, file: Path) -> None:
+    """Raise `WeightsError` for sizes, colors and filters that no preprocessing has."""
+    for key in ("size", "crop_size"):
+        size = values.get(key) or {}
+        sides = {key: size} if not isinstance(size, dict) else {f"{key}.{name}": side for name, side in size.items()}
+        for name in sides:
+            get_checked(sides, name, int, file, WeightsError, 1, MAX_SIDE_PIXELS)
+    get_checked(values, "resample", int, file, WeightsError, 0, len(FILTERS) - 1)
+    for key, least in (("image_mean", -MAX_COLOR), ("image_std", MIN_STD)):
+        for number in get_checked(values, key, list, file, WeightsError) or ():
+            get_checked({key: number}, key, float, file, WeightsError, least, MAX_COLOR)
 
 
 def get_side(size: Any, *keys: str) -> int | None:
@@ -130,6 +152,12 @@ def get_image_options(folder: Path, side: int, channels: int, scale: Scale) -> d
     another side.
     """
     file, values = read_preprocessor(folder)
+    with guard(file or folder, WeightsError):
+        return build_image_options(file or folder, values, side, channels, scale)
+
+
+def build_image_options(file: Path, values: Values, side: int, channels: int, scale: Scale) -> dict[str, str]:
+    """Return what `get_image_options` returns for the values of a file."""
     size = values.get("size") or side
     short, both = get_side(size, "shortest_edge"), get_side({} if isinstance(size, int) else size, "height")
     edge, padded = short or both, values.get("do_pad") is True and "crop_size" not in values

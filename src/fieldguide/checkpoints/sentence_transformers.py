@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fieldguide.checkpoints import config_mapping, weights
 from fieldguide.core.errors import WeightsError
+from fieldguide.core.validation import AGAIN, get_checked, guard, read_json
 
 MODULES_FILE = "modules.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
@@ -59,15 +61,19 @@ def read_modules(folder: Path) -> tuple[tuple[str, ...], nn.Module | None, bool]
     """
     if not (folder / MODULES_FILE).is_file():
         return (read_modes(folder, POOLING_FILE) if (folder / POOLING_FILE).is_file() else ("mean",)), None, True
-    try:
-        modules: list[dict[str, Any]] = weights.json.loads((folder / MODULES_FILE).read_text())
-    except ValueError as error:
-        raise WeightsError(f"{folder / MODULES_FILE} is not valid JSON: {error}. Download it again.") from None
+    with guard(folder / MODULES_FILE, WeightsError):
+        return build_modules(folder, read_json(folder / MODULES_FILE, WeightsError, list))
+
+
+def build_modules(folder: Path, modules: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], nn.Module | None, bool]:
+    """Return what `read_modules` returns for the entries of modules.json."""
     modes: tuple[str, ...] = ("mean",)
     layers: list[nn.Module] = []
     has_prompt = True
     for module in modules:
         kind, path = module["type"].rpartition(".")[2], module.get("path", "")
+        if Path(path).name != path:
+            raise WeightsError(f"{folder / MODULES_FILE}: {path!r} is not a folder next to it. {AGAIN}")
         if kind == "Pooling":
             modes = read_modes(folder, f"{path}/config.json")
             has_prompt = config_mapping.read(folder / path / "config.json").get("include_prompt", True)
@@ -75,9 +81,7 @@ def read_modules(folder: Path) -> tuple[tuple[str, ...], nn.Module | None, bool]
             layers.append(read_dense(folder / path))
         elif kind == "LayerNorm":
             state = weights.read(folder / path)
-            norm = nn.LayerNorm(len(state["norm.weight"]))
-            norm.load_state_dict({name.removeprefix("norm."): tensor.float() for name, tensor in state.items()})
-            layers.append(norm)
+            layers.append(fill(nn.LayerNorm(len(state["norm.weight"])), state, "norm."))
         elif kind not in PASSIVE:
             raise WeightsError(f"{folder / MODULES_FILE}: the module {module['type']} is not supported.")
     return modes, nn.Sequential(*layers) if layers else None, has_prompt
@@ -89,13 +93,25 @@ def read_dense(folder: Path) -> nn.Module:
     name = config.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")[2]
     if name not in ACTIVATIONS:
         raise WeightsError(f"{folder}: the activation {name} is not supported. Supported are {', '.join(ACTIVATIONS)}.")
-    linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
-    linear.load_state_dict({name.removeprefix("linear."): tensor.to(torch.float32) for name, tensor in state.items()})
+    outputs, inputs = state["linear.weight"].shape  # the tensors are there, whatever the configuration says
+    if (config["in_features"], config["out_features"]) != (inputs, outputs):
+        raise WeightsError(
+            f"{folder}: in_features and out_features must be {inputs} and {outputs}, the shape of linear.weight. {AGAIN}"
+        )
+    linear = fill(nn.Linear(inputs, outputs, bias="linear.bias" in state), state, "linear.")
     return nn.Sequential(linear, ACTIVATIONS[name]())
+
+
+def fill(layer: nn.Module, state: Mapping[str, Tensor], prefix: str) -> nn.Module:
+    """Return a layer with the tensors of a file, as float32."""
+    layer.load_state_dict({name.removeprefix(prefix): tensor.to(torch.float32) for name, tensor in state.items()})
+    return layer
 
 
 def read_prompt(folder: Path) -> str:
     """Return the prompt that is put before each text by default, or an empty string."""
-    config = config_mapping.read(folder / PROMPTS_FILE) if (folder / PROMPTS_FILE).is_file() else {}
-    name = config.get("default_prompt_name")
-    return (config.get("prompts") or {}).get(name, "") if name else ""
+    path = folder / PROMPTS_FILE
+    config = config_mapping.read(path) if path.is_file() else {}
+    name = get_checked(config, "default_prompt_name", str, path, WeightsError)
+    prompts = get_checked(config, "prompts", dict, path, WeightsError) or {}
+    return (get_checked(prompts, name, str, path, WeightsError) or "") if name else ""

@@ -6,18 +6,21 @@ the parameters and buffers of each class, so that the names are exactly those of
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fieldguide.checkpoints.pickle_check import check_pickle
+from fieldguide.core.archives import check_archive
 from fieldguide.core.errors import WeightsError
+from fieldguide.core.validation import guard
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -31,6 +34,14 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+
+MAX_MODULES = 100_000  # in the tree of an archive
+MAX_NAME_CHARACTERS = 2_000  # of a module
+
+
+class UnsupportedObjectError(WeightsError):
+    """The archive holds an object other than tensors, modules and plain values."""
 
 
 class ArchivedModule:
@@ -78,7 +89,7 @@ class ArchiveUnpickler(pickle.Unpickler):
             "restore_type_tag",
         ):
             return return_value
-        raise WeightsError(f"it holds an object of type {module}.{name}; only tensors and modules are supported")
+        raise UnsupportedObjectError(f"it holds an object of type {module}.{name}; only tensors and modules are supported")
 
     def persistent_load(self, saved_id: Any) -> Tensor:
         _, dtype, key, *_ = saved_id
@@ -101,24 +112,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     objects.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with guard(path, WeightsError), zipfile.ZipFile(path) as archive:
+            check_archive(archive, path, WeightsError)
             root = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)).partition("/")[0] + "/"
-            return dict(iterate_tensors(ArchiveUnpickler(archive, root).load(), "", read_declared_names(archive, root)))
-    except WeightsError as error:
+            check_pickle(io.BytesIO(archive.read(root + "data.pkl")))
+            return collect_tensors(ArchiveUnpickler(archive, root).load(), read_declared_names(archive, root))
+    except UnsupportedObjectError as error:
         raise WeightsError(f"{path} is a TorchScript archive that cannot be read: {error}.") from None
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        StopIteration,
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        EOFError,
-        AttributeError,
-        IndexError,
-    ) as error:
-        raise WeightsError(f"{path} is a damaged TorchScript archive: {error}. Download it again.") from None
 
 
 def read_declared_names(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
@@ -133,9 +133,19 @@ def read_declared_names(archive: zipfile.ZipFile, root: str) -> dict[str, set[st
     return found
 
 
-def iterate_tensors(part: ArchivedModule, before: str, known: dict[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in part.state.items():
-        if isinstance(value, ArchivedModule):
-            yield from iterate_tensors(value, f"{before}{name}.", known)
-        elif isinstance(value, Tensor) and name in known[part.kind]:
-            yield before + name, value
+def collect_tensors(root: ArchivedModule, known: dict[str, set[str]]) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a tree of modules by name.
+
+    Raises `ValueError` for a tree without end: a module may occur at several places, even inside itself.
+    """
+    tensors: dict[str, Tensor] = {}
+    modules = [("", root)]
+    for before, module in modules:
+        for name, value in module.state.items():
+            if isinstance(value, ArchivedModule):
+                modules.append((f"{before}{name}.", value))
+            elif isinstance(value, Tensor) and name in known[module.kind]:
+                tensors[before + name] = value
+        if len(modules) > MAX_MODULES or len(before) > MAX_NAME_CHARACTERS:
+            raise ValueError(f"it has more than {MAX_MODULES:,} modules, or modules that contain themselves")
+    return tensors

@@ -7,7 +7,7 @@ safetensors under our names or those of an origin.
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import pickle
 import re
 import warnings
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fieldguide.checkpoints import torchscript
 from fieldguide.checkpoints.key_mapping import (
+    MAX_LISTED_KEYS,
     State,
     Table,
     TranslatedState,
@@ -34,10 +35,16 @@ from fieldguide.checkpoints.key_mapping import (
     translate,
 )
 from fieldguide.checkpoints.names import WEIGHT_SUFFIXES
+from fieldguide.checkpoints.pickle_check import check_pickle
+from fieldguide.checkpoints.shard_index import read_shard_names
+from fieldguide.core.archives import FREE_BYTES, check_archive
 from fieldguide.core.errors import WeightsError, WeightsWarning, nearest
-from fieldguide.core.files import atomic_path
+from fieldguide.core.files import atomic_path, make_folder
+from fieldguide.core.validation import AGAIN, describe, guard
 
 OURS = "fieldguide"
+LEGACY_PICKLES = 5  # at the start of files from before torch 1.6: magic number, version, system, object, keys of the storages
+MAX_COMPARED_CHARACTERS = 100  # of an unknown name, for which similar ones are looked up
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys that hold the tensors
 # Classes that hold values and run nothing: fairseq keeps its arguments in one.
 SAFE_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
@@ -58,37 +65,46 @@ WEIGHT_FILE_NAMES = (
 
 def _read_pickle(path: Path) -> object:
     """Read a file of torch.save without running any code in it."""
+    is_zip = zipfile.is_zipfile(path)
     try:
+        _check_pickles(path, is_zip)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on the protocol of the pickle
             # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
             with torch.serialization.safe_globals(SAFE_CLASSES):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         text = str(error) or type(error).__name__
         if found := re.search(r"GLOBAL (\w+\.[\w.]+)", text):
             raise WeightsError(
                 f"{path} holds a Python object of type {found[1]}, and reading it could run arbitrary code. If you "
                 "trust the file, save its state_dict as safetensors and load that."
             ) from None
-        reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()[0]
+        reason = describe(ValueError((text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]))
         raise WeightsError(f"{path} is damaged, truncated or not a file of torch.save: {reason}. Download it again.") from None
+
+
+def _check_pickles(path: Path, is_zip: bool) -> None:
+    """Check what torch unpickles of a file before it does."""
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            check_archive(archive, path, WeightsError)
+            for member in archive.infolist():
+                if member.filename.endswith("/data.pkl"):
+                    check_pickle(io.BytesIO(archive.read(member)))
+        return
+    with open(path, "rb") as file:
+        for _ in range(LEGACY_PICKLES):
+            check_pickle(file)
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:
     """Read all shards that an index lists."""
-    try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise WeightsError(
-            f"{path} is not an index of shards: weight_map is missing or invalid ({error}). Download it again."
-        ) from None
-    if outside := [name for name in shards if Path(name).name != name]:
-        raise WeightsError(f"{path} refers to files outside its folder: {', '.join(outside)}. Use file names only.")
+    shards = read_shard_names(path)
     if lost := [name for name in shards if not (path.parent / name).is_file()]:
         raise WeightsError(
             f"{path} lists {len(shards)} files, but {len(lost)} are missing: "
-            f"{', '.join(lost)}. Download them into {path.parent}."
+            f"{', '.join(lost[:MAX_LISTED_KEYS])}. Download them into {path.parent}."
         )
     return {name: tensor for shard in shards for name, tensor in read(path.parent / shard).items()}
 
@@ -133,29 +149,47 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        try:
+        with guard(path, WeightsError):
             return load_file(path)
-        except SafetensorError as error:
-            raise WeightsError(f"{path} is damaged or truncated: {error}. Download it again.") from None
     if path.suffix == ".gguf":
         from fieldguide.core.gguf import read_tensors
 
         return read_tensors(path)
-    if torchscript.is_archive(path):
-        return torchscript.read_tensors(path)
-    return _extract_tensors(_read_pickle(path), str(path))
+    with guard(path, WeightsError):
+        is_torchscript = torchscript.is_archive(path)
+        state = torchscript.read_tensors(path) if is_torchscript else _extract_tensors(_read_pickle(path), str(path))
+        return _check_tensors(state, path)
+
+
+def _check_tensors(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file. Raises `WeightsError` for kinds that no network has, and for shapes much larger than the
+    file, which repeat the same numbers in memory.
+    """
+    size = path.stat().st_size
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise WeightsError(f"{path}: the name of a tensor is {type(name).__name__} instead of text. {AGAIN}")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+            raise WeightsError(f"{path}: {name} is a sparse, quantized, nested or empty tensor. Save plain tensors.")
+        if tensor.numel() * tensor.element_size() > max(size, FREE_BYTES):
+            raise WeightsError(
+                f"{path}: {name} has the shape {format_shape(tensor)}, which is more than the whole file. {AGAIN}"
+            )
+    return state
 
 
 def _extract_tensors(content: object, where: str) -> dict[str, Tensor]:
     """Return the dictionary of tensors in a loaded object: the object itself, or its value under a usual key."""
-    while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
+    for _ in WRAPPERS:  # a dictionary may contain itself
+        if not isinstance(content, Mapping) or any(isinstance(v, Tensor) for v in content.values()):
+            break
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
         content = inner
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         held = (
-            f"the keys {', '.join(map(str, list(content)[:10]))}"
+            f"the keys {describe(Exception(', '.join(map(str, list(content)[:10]))))}"
             if isinstance(content, Mapping)
             else f"a {type(content).__name__}"
         )
@@ -272,14 +306,14 @@ def load(
             f"{where} does not fit {type(model).__name__} (names read as those of {found}): "
             f"{len(missing)} missing, {len(unknown)} unknown, {len(misshaped)} misshaped"
         ]
-        lines += format_list("missing", (f"{name} ({format_shape(wanted[name])})" for name in missing))
-        lines += format_list("unknown", (name + nearest(name, taken) for name in unknown))
+        lines += format_list("missing", missing, lambda name: f"{name} ({format_shape(wanted[name])})")
+        lines += format_list("unknown", unknown, lambda name: name + nearest(name[:MAX_COMPARED_CHARACTERS], taken))
         lines += format_list(
             "misshaped",
-            (
+            misshaped,
+            lambda name: (
                 f"{name}: {format_shape(done.state[name])} {_format_dtype(done.state[name])} in the checkpoint as "
                 f"{done.origin[name]}, {format_shape(wanted[name])} {_format_dtype(wanted[name])} in the network"
-                for name in misshaped
             ),
         )
         lines += [f"  {fault}" for fault in done.faults]
@@ -350,7 +384,10 @@ def save(model: nn.Module, path: str | Path, format: str = OURS) -> Path:
     }
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps errors of the operating system
+            raise OSError(str(error)) from error
     return path

@@ -7,9 +7,10 @@ error class of their caller, with a message that names the file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,33 @@ def check_depth(value: Any) -> None:
     raise RecursionError
 
 
+def get_checked(
+    values: Mapping[str, Any],
+    key: str,
+    kind: type,
+    place: object,
+    error: type[FieldguideError] = DataError,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Any:
+    """Return the value of a key, or None if it is missing or null.
+
+    Raises `error` if it is not of the type `kind` (`float` includes integers), or a number that is not finite or out of range.
+    """
+    value: Any = values.get(key)
+    if value is None:
+        return None
+    is_bool = isinstance(value, bool)
+    allowed: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if is_bool != (kind is bool) or not isinstance(value, allowed):
+        raise error(f"{place}: {key} must be {name_kind(kind)}, but is {name_kind(type(value))}. {AGAIN}")
+    number: Any = value  # not narrowed to object by the check above
+    if kind in (int, float) and not (least <= number <= most and math.isfinite(number)):
+        limits = [f"at least {least:,}"] * math.isfinite(least) + [f"at most {most:,}"] * math.isfinite(most)
+        raise error(f"{place}: {key}={describe(ValueError(value))} must be {' and '.join(limits) or 'finite'}. {AGAIN}")
+    return value
+
+
 def name_kind(kind: type) -> str:
     """Return the name of a JSON type with its article."""
-    return KIND_NAMES.get(kind, "a number")
+    return KIND_NAMES.get(kind, "an integer" if kind is int else "a number")

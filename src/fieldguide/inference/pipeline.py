@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fieldguide.checkpoints.names import CONFIG_FILES, HUB_PREFIX, WEIGHT_SUFFIXES
-from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.core.options import parse_options
 from fieldguide.core.run_record import read_record
+from fieldguide.core.validation import guard
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import Predictor
@@ -50,7 +51,8 @@ def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predict
     kind = predictor_type(checkpoint.card)
     chosen = {key: options.pop(key) for key in kind.LOAD_OPTIONS if key in options}
     load_options = parse_options(kind.LOAD_OPTIONS, chosen, owner=checkpoint.card.name)
-    return kind.load(checkpoint, **load_options), options
+    with guard(source, WeightsError):
+        return kind.load(checkpoint, **load_options), options
 
 
 def predictor_type(card: Any) -> Any:
