@@ -17,6 +17,7 @@ _HOME = {
     "open_run": "fieldguide.inference.run",
     "Run": "fieldguide.inference.run",
     "pipeline": "fieldguide.inference.pipeline",
+    "compare": "fieldguide.report.compare",
     "Predictor": "fieldguide.inference.predictor",
     "create": "fieldguide.models.registry",
     "list_models": "fieldguide.automl.catalogue",

@@ -44,6 +44,7 @@ from fieldguide.training.checkpoint import copy_to_cpu, estimate_bytes
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.precision import deterministic_kernels, use_threads
 from fieldguide.training.trainer import State, Trainer
+from fieldguide.training.validation_loss import ValidationLoss
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 RESUMABLE_SETTINGS = {
@@ -56,6 +57,7 @@ RESUMABLE_SETTINGS = {
     "num_workers",
     "precision",
     "tracker",
+    "subgroup",
 }
 
 
@@ -326,6 +328,14 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
     """Return the training loop of a plan, which scores its validation rows."""
     task, metric, device = plan.task, plan.task.monitored_metric(), distributed.device()
     targets = task.targets(plan.source.take(plan.validation_rows))
+    examples = plan.settings.resolved_batch_size
+    validation_loss = ValidationLoss(
+        lambda: task.loss_batches(plan.source.take(plan.validation_rows[:examples]), plan.card, plan.settings),
+        batch=examples,
+        device=device,
+        precision=plan.settings.precision,
+        log=callback.log,
+    )
 
     def evaluate(objective: Objective) -> dict[str, float]:
         if folder and distributed.rank() == 0:
@@ -334,7 +344,7 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
             EvalSamples(folder).sample(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
         batch_size, precision = max(64, plan.settings.resolved_batch_size), plan.settings.precision
         outputs = collect(objective, plan.validation, batch=batch_size, device=device, precision=precision)
-        return task.score(outputs, targets)
+        return {**task.score(outputs, targets), **validation_loss.compute(objective)}
 
     loop = Trainer(
         plan.objective,
@@ -428,7 +438,7 @@ def save_trained(path: Path, record: dict[str, Any], plan: Plan, state: State) -
 
 def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: NullCallback) -> None:
     """Score the test rows next to the baselines, and write record, report and model card."""
-    from fieldguide.report import pages
+    from fieldguide.report.build import write_report
 
     task, splits = plan.task, plan.splits
     rows = sample_rows(splits.test, task.max_test_examples, plan.settings.seed)
@@ -439,7 +449,9 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
     task.prepare_test(training, test)
     task.prepare_scoring(len(test))
     predictor = TaskPredictor(task, plan.card, plan.objective, batch_size=max(64, plan.settings.resolved_batch_size))
+    started = time.perf_counter()
     outputs = predictor.run_batches(task, task.batches(test, plan.card))
+    seconds = time.perf_counter() - started
     if distributed.rank() == 0:
         targets = task.targets(test)
         record["scores"] = {
@@ -458,7 +470,9 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
         record["cost"]["peak_memory"] = peak_memory()
         with update_run(path, record) as staging:
             task.save(staging / "preprocess")
-        pages.write(open_run(path), task.report_elements(test, outputs, targets, plan.objective))
+        run = open_run(path)
+        run.record = record
+        write_report(run, predictor, training, test, outputs, targets, seconds)
         record["status"] = "done"  # last, so that a run that is killed before is tested again when it is resumed
         write_record(path, record)
     if distributed.get_world_size() > 1:

@@ -195,7 +195,7 @@ def draw_bars(element: report_elements.Bars, max_bars: int = MAX_BARS) -> Markup
     scale = BarScale(low, (high - low) or 1.0)
 
     digits = None if (edges == np.round(edges)).all() else choose_decimals(edges.tolist())
-    if unit == "%" and digits:
+    if unit in ("%", "points") and digits:
         digits = 1
     pale = set(values) - set(map(str, element.highlight)) if element.highlight else set()
     rows = [draw_bar_row(scale, name, v, intervals.get(name), unit, digits, name in pale) for name, v in values.items()]

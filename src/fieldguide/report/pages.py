@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fieldguide.core.files import write_atomically
-from fieldguide.core.report_elements import Bars, Lines, Numbers, ReportElement, Table
+from fieldguide.core.report_elements import Bars, ReportElement, Table
 from fieldguide.inference.run import Run
 from fieldguide.report import model_card
-from fieldguide.report.eval_samples import EvalSamples
 from fieldguide.report.render import Section, render
+from fieldguide.report.training_curves import build_training_section
+from fieldguide.report.usage import build_usage
+from fieldguide.report.verdict import format_duration, judge, list_facts, summarize_result
 from fieldguide.tasks.base import Metric
+from fieldguide.tasks.report_builder import ExampleInput
+
+__all__ = ["Extras", "format_duration", "summarize_result", "write"]
+
+SHOWN_OPTIONS = 5  # other architectures that were considered
+MAX_SHOWN_REASONS = 2  # of each
 
 
-def write(run: Run, elements: Mapping[str, Sequence[ReportElement]]) -> None:
+@dataclass
+class Extras:
+    """Elements of the report beside those of the task's test, and an example of an input."""
+
+    explanation: Sequence[ReportElement] = ()
+    subgroups: Sequence[ReportElement] = ()
+    preview: Sequence[ReportElement] = ()
+    example: ExampleInput | None = field(default=None)
+
+
+def write(run: Run, elements: Mapping[str, Sequence[ReportElement]], extras: Extras | None = None) -> None:
     """Write report.html and README.md to the run folder."""
-    record = run.record
+    record, extras = run.record, extras or Extras()
     metrics = [m for m in run.task.metrics if m.name in record["scores"]["test"]]
     title = f"{record['model']['size']} on {record['data']['source']}"
+    data = record["request"]["data"]
+    usage = build_usage(str(run.path.resolve()), extras.example, str(data) if data is not None else None)
     sections = [
         build_scores_section(run, metrics),
         *(Section(name, elements=shown) for name, shown in elements.items()),
+        Section("What matters", "What the predictions on the test examples depend on.", extras.explanation),
+        Section("Subgroups", f"Scores of the groups of {record['settings'].get('subgroup')!r}.", extras.subgroups),
         build_training_section(run, run.task.monitored_metric()),
+        Section("Use this model", "", usage),
         build_choice_section(record),
-        build_data_section(record),
+        build_data_section(record, extras.preview),
         build_settings_section(record),
     ]
     footer = (
@@ -32,53 +56,15 @@ def write(run: Run, elements: Mapping[str, Sequence[ReportElement]]) -> None:
         f"started {record['started']}."
     )
     page = render(
-        title=title, verdict=summarize_result(record, metrics[0]), facts=list_facts(run), sections=sections, footer=footer
+        title=title,
+        verdict=summarize_result(record, metrics[0]),
+        badge=judge(record, metrics[0]),
+        facts=list_facts(record),
+        sections=[section for section in sections if section.elements],
+        footer=footer,
     )
     write_atomically(run.path / "report.html", page.encode())
     write_atomically(run.path / "README.md", build_model_card(run, title, metrics).encode())
-
-
-def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
-    """Return the result in one sentence, next to the baselines."""
-    scores = record["scores"]
-    low, high = (metric.text(v) for v in scores["intervals"][metric.name])
-    beaten, bounds = ([b for b in scores["baselines"] if bool(b.get("bound")) == bound] for bound in (False, True))
-    listed = lambda some: "; ".join(
-        f"{b['name']} {metric.text(b['scores'][metric.name])}" for b in some if metric.name in b["scores"]
-    )
-    value = metric.text(scores["test"][metric.name])
-    result = (
-        f"{value} of the held-out examples {metric.words}"
-        if metric.words == "correct"
-        else f"{value} {metric.words} on held-out examples"
-    )
-    sign = 1 if metric.better == "max" else -1
-    better = [
-        b["name"]
-        for b in beaten
-        if metric.name in b["scores"] and sign * b["scores"][metric.name] > sign * scores["test"][metric.name]
-    ]
-    best = f" Upper bound: {listed(bounds)}." if bounds else ""
-    advice = (
-        f" The network does not beat {' and '.join(better)}: use that, or train with more minutes or data." if better else ""
-    )
-    return f"{result} (95 % interval {low} to {high}). Baselines: {listed(beaten)}.{best}{advice}"
-
-
-def list_facts(run: Run) -> list[tuple[str, str]]:
-    record, cost = run.record, run.record["cost"]
-    split = record["data"]["split"]
-    tested = record["scores"].get("tested", split["test"])
-    return [
-        ("network", record["model"]["size"]),
-        ("parameters", f"{cost['parameters']:,}"),
-        ("multiply-adds", f"{cost['multiply_adds']:,}"),
-        ("trained on", f"{split['train']:,} examples"),
-        ("tested on", f"{tested:,} examples"),
-        ("training", f"{format_duration(cost['seconds'])}, {record['settings']['precision']}"),
-        ("peak memory", f"{cost['peak_memory'] / 2**20:,.0f} MiB"),
-        ("machine", f"{record['machine']['cores']} cores, {record['machine']['device']}"),
-    ]
 
 
 def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
@@ -87,7 +73,7 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     header = ["metric", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])]
     rows = [
         [
-            f"{m.name.replace('_', ' ')} ({m.words})",
+            m.title if m.title == m.words else f"{m.title} ({m.words})",
             {"max": "higher", "min": "lower"}.get(m.better, m.better),
             m.text(scores["test"][m.name]),
             " to ".join(m.text(v) for v in scores["intervals"][m.name]),
@@ -97,8 +83,8 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     ]
     factor = 100 if main.percent else 1
     bars = Bars(
-        f"{main.name.replace('_', ' ').capitalize()} compared with the baselines",
-        "The line shows the 95 % interval.",
+        f"{capitalize(main.title)} compared with the baselines",
+        f"{'Higher' if main.better == 'max' else 'Lower'} is better. The line shows the 95 % interval.",
         {
             "this network": factor * scores["test"][main.name],
             **{
@@ -109,6 +95,7 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
         },
         {"this network": tuple(factor * v for v in scores["intervals"][main.name])},
         "%" if main.percent else "",
+        highlight=("this network",),
     )
     lead = (
         "Measured on test examples that were not used for training, model selection or early stopping. Intervals are "
@@ -117,84 +104,58 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     return Section("Scores", lead, [bars, Table("All scores", "", header, rows)])
 
 
-def build_training_section(run: Run, metric: Metric) -> Section:
-    lines = run.losses()
-    losses, rates = collect_curves(lines, "loss"), collect_curves(lines, "lr")
-    scored = [(r["step"], r["scores"]) for r in lines if "scores" in r]
-    elements: list[ReportElement] = []
-    if losses:
-        elements.append(Lines("Training loss", "", x="step", y="loss", lines=losses))
-    if scored:
-        elements.append(
-            Lines(
-                f"Validation {metric.name.replace('_', ' ')}",
-                "Score on the validation examples, which selects the weights that are kept.",
-                x="step",
-                y=metric.name,
-                lines={"validation": ([s for s, _ in scored], [v[metric.name] for _, v in scored])},
-                marks={"kept": run.record["cost"]["best_step"]},
-            )
-        )
-    if rates:
-        elements.append(Lines("Learning rate", "", x="step", y="rate", lines=rates))
-    elements += EvalSamples(run.path).merge()
-    cost = run.record["cost"]
-    lead = f"{cost['steps']:,} steps in {format_duration(cost['seconds'])}; the weights of step {cost['best_step']:,} are kept."
-    return Section("Training", lead + (f" Stopped early: {cost['stopped']}." if cost["stopped"] else ""), elements)
-
-
-def collect_curves(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, tuple[Numbers, Numbers]]:
-    """Return the logged values called `name` of every phase: phase -> (steps, values)."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for line in lines:
-        for key, value in line.items():
-            if key == name or key.endswith("." + name):
-                found.setdefault(key, []).append((line["step"], value))
-    return {key: ([step for step, _ in points], [value for _, value in points]) for key, points in found.items()}
+def capitalize(text: str) -> str:
+    """Return the text with a capital first letter, unless it is an abbreviation such as mAP."""
+    return text if any(c.isupper() for c in text) else text[:1].upper() + text[1:]
 
 
 def build_choice_section(record: Mapping[str, Any]) -> Section:
     chosen = record["choice"]
     rows = [[record["model"]["size"], "chosen", r] for r in chosen["reasons"]]
     rows += [[record["model"]["size"], "against", r] for r in chosen["against"]]
+    options = chosen["others"]
     others = [
         [
             o["name"],
-            f"{o['parameters']:,}",
+            f"{o['parameters']:,}" if o["parameters"] else "–",
             o["rejected"] or f"{o['points']:.1f} points",
-            "; ".join(o["reasons"] + [f"but {a}" for a in o["against"]]),
+            "; ".join([*map(drop_source, o["reasons"]), *(f"but {drop_source(a)}" for a in o["against"])][:MAX_SHOWN_REASONS]),
         ]
-        for o in chosen["others"]
+        for o in sorted(options, key=lambda o: bool(o["rejected"]))[:SHOWN_OPTIONS]
     ]
+    more = f" {len(options) - len(others)} more are in run.json." if len(options) > len(others) else ""
     return Section(
         "Why this network",
         f"Task: {record['task']} ({chosen['why']}).",
         [
             Table("Reasons", "Each reason names its source.", ("network", "", "reason"), rows),
-            Table("Other options", "", ("network", "parameters", "status", "reasons"), others),
+            Table("Other options", f"The next best ones.{more}", ("network", "parameters", "status", "reasons"), others),
         ],
     )
 
 
-def build_data_section(record: Mapping[str, Any]) -> Section:
+def drop_source(reason: str) -> str:
+    """Return a reason without its source, which the reasons for the chosen network name."""
+    return reason.split(" [")[0]
+
+
+def build_data_section(record: Mapping[str, Any], preview: Sequence[ReportElement]) -> Section:
     d = record["data"]
     columns = [[c["name"], c["kind"], c["role"], c["distinct"], c["missing"], c["why"]] for c in d["columns"]]
     findings = [[f["severity"], f["what"], f["count"], ", ".join(f["places"]), f["remedy"]] for f in d["findings"]]
     lead = (
         f"{d['files']:,} file{'s' if d['files'] != 1 else ''}, {d['rows']:,} examples used, {d['dropped']:,} dropped. "
-        f"Split: {d['split']['how']}. " + " ".join(f"{note[:1].upper()}{note[1:]}." for note in d.get("notes", ()))
+        f"Split: {d['split']['how']}. "
+        + ("" if findings else "The data checks found no problems. ")
+        + " ".join(f"{note[:1].upper()}{note[1:]}." for note in d.get("notes", ()))
     )
     return Section(
         "Data",
         lead,
         [
+            *preview,
             Table("Columns", "", ("column", "kind", "role", "distinct", "missing", "reason"), columns),
-            Table(
-                "Data checks",
-                "" if findings else "No problems found.",
-                ("", "problem", "count", "location", "remedy"),
-                findings,
-            ),
+            *([Table("Data checks", "", ("", "problem", "count", "location", "remedy"), findings)] if findings else []),
         ],
     )
 
@@ -247,7 +208,7 @@ def build_model_card(run: Run, title: str, metrics: Sequence[Metric]) -> str:
     return model_card.build_card(
         title=title,
         verdict=summarize_result(record, metrics[0]),
-        facts=list_facts(run),
+        facts=list_facts(record),
         front=front,
         sections=[
             ("Scores", table),
@@ -269,7 +230,3 @@ def build_model_card(run: Run, title: str, metrics: Sequence[Metric]) -> str:
             ),
         ],
     )
-
-
-def format_duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"

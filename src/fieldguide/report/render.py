@@ -41,7 +41,7 @@ from fieldguide.core.report_elements import (
 from fieldguide.report import charts, media, tables
 from fieldguide.report.text import clean_text, join_units
 
-Tone = Literal["good", "warning", "bad"]  # green, amber, red
+Tone = Literal["neutral", "warning", "bad"]  # gray, amber, red
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Column, Data
+from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Labels, Standardizer
 from fieldguide.objectives import Classification, Objective, Regression, Supervised
 from fieldguide.tasks.base import Arrays, Task
@@ -85,6 +86,10 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
                 f"{int((codes < 0).sum())} rows have classes that are not in the training data ({shown}); they count as wrong"
             )
         return {"label": codes.copy()}  # polars returns read-only memory
+
+    def loss_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
+        known = np.flatnonzero(self.targets(data)["label"] >= 0)  # there is no loss for a class that training did not have
+        return super().loss_batches(data.take(known), card, settings)
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         weights = None

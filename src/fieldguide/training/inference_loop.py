@@ -28,9 +28,9 @@ def collect(
     """Return the outputs by name, one row per example, in the order of the examples.
 
     Several processes share the work, and each gets the whole result, unless `shared` is False: then the calling process does
-    everything alone. `step` computes the outputs of a batch;
-    `objective.outputs` by default. Outputs of batches may differ in width, such as the longest text: narrower ones are
-    padded with -1, or NaN for floating-point outputs. `callback` gets the number of examples done by this process.
+    everything alone. `step` computes the outputs of a batch; `objective.outputs` by default. Outputs of batches may differ in
+    width, such as the longest text: narrower ones are padded with -1, or NaN for floating-point outputs. `callback` gets the
+    number of examples done by this process.
     """
     step = step or objective.outputs
     mine = np.arange(len(batches))

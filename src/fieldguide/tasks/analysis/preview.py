@@ -70,7 +70,7 @@ def build_distribution(training: Data, columns: Sequence[Column]) -> list[Report
 
 def show_examples(training: Data, columns: Sequence[Column]) -> list[ReportElement]:
     """Return a few random training rows: as images, recordings or texts if they have one, else as a table."""
-    chosen = np.sort(np.random.default_rng(0).permutation(len(training))[:SHOWN_IMAGES])
+    chosen = np.random.default_rng(0).permutation(len(training))[:SHOWN_IMAGES]
     inputs = [c for c in columns if c.role != "target"]
     for column in inputs:
         others = [c for c in columns if c.name != column.name]

@@ -210,6 +210,9 @@ class Recommendation(Task):
             return self.windows(histories)
         return self.next_item_batches(histories)
 
+    def loss_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
+        return self.windows(self.codes(data.rows[ITEMS_COLUMN]))
+
     def windows(self, histories: list[np.ndarray]) -> Batches:
         """Return windows of `length` items, each predicted from the items before.
 

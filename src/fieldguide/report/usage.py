@@ -1,0 +1,53 @@
+"""Instructions for using a run, with its path and an input of its test rows."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from fieldguide.core.report_elements import Code
+from fieldguide.data.samples import SAMPLES
+from fieldguide.tasks.report_builder import ExampleInput
+
+MAX_LINE_CHARACTERS = 80
+
+
+def build_usage(run: str, example: ExampleInput | None, data: str | None) -> list[Code]:
+    """Return how to predict on the command line and in Python.
+
+    `run` is the path of the run folder, `data` the path or sample name of the data, if it is not in memory.
+    """
+    source: Any = example.source if example else data
+    options = dict(example.options) if example else {}
+    is_row = isinstance(source, dict)
+    argument = data if is_row else source
+    name = shlex.quote(run)
+    lines = []
+    if argument is not None or not is_row:
+        words = [] if argument is None else [shlex.quote(str(argument))]
+        settings = [f"--set {shlex.quote(f'{key}={value}')}" for key, value in options.items()]
+        lines.append(" ".join(["fieldguide predict", name, *words, *settings]))
+    if is_row:
+        lines.append(f"fieldguide predict {name} NEW_ROWS.csv --out predictions.csv")
+    lines.append(f"fieldguide evaluate {name} " + (shlex.quote(data) if data else "LABELED_DATA"))
+    arguments = ", ".join([*([] if source is None else [format_python(source)]), *(f"{k}={v!r}" for k, v in options.items())])
+    python = f"import fieldguide\n\nrun = fieldguide.open_run({run!r})\nprint(run.predict({arguments})[0])"
+    return [
+        Code("Command line", describe_argument(argument, is_row), "\n".join(lines)),
+        Code("Python", "", python),
+    ]
+
+
+def describe_argument(argument: Any, is_row: bool) -> str:
+    """Return what the input of the example is."""
+    if is_row and argument is not None:
+        kind = "The sample" if argument in SAMPLES else "The table"
+        return f"{kind} that the network was trained on stands for your own rows; its target column is ignored."
+    return "" if argument is None else "The input is one of the test examples; use your own."
+
+
+def format_python(value: Any) -> str:
+    """Return a value as Python source; long dictionaries have a line for each key."""
+    if not isinstance(value, dict) or len(repr(value)) <= MAX_LINE_CHARACTERS:
+        return repr(value)
+    return "{\n" + "".join(f"    {key!r}: {cell!r},\n" for key, cell in value.items()) + "}"

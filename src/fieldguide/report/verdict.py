@@ -1,0 +1,90 @@
+"""The result of a run in one sentence, and how it compares with the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fieldguide.core.numbers import format_plain
+from fieldguide.report.render import Badge
+from fieldguide.tasks.spec import Metric
+
+
+def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
+    """Return the result in one sentence, next to the baselines."""
+    scores = record["scores"]
+    low, high = (metric.text(v) for v in scores["intervals"][metric.name])
+    bounds = [b for b in scores["baselines"] if b.get("bound")]
+    value = metric.text(scores["test"][metric.name])
+    if metric.words == "correct":
+        result = f"{value} of the held-out examples correct"
+    else:
+        result = f"{value} {metric.label or metric.words} on held-out examples"
+    best = f" Upper bound: {list_scores(bounds, metric)}." if bounds else ""
+    better = [b["name"] for b in find_better_baselines(record, metric)]
+    advice = (
+        f" The network does not beat {' and '.join(better)}: use that, or train with more minutes or data." if better else ""
+    )
+    compared = list_scores(list_baselines(record), metric)
+    return f"{result} (95 % interval {low} to {high}).{f' Baselines: {compared}.' if compared else ''}{best}{advice}"
+
+
+def judge(record: Mapping[str, Any], metric: Metric) -> Badge | None:
+    """Return a badge if the network is not clearly better than every baseline.
+
+    If a baseline is better, the badge is red if its score is outside the network's 95 % interval, else amber.
+    """
+    scores = record["scores"]
+    known = [b["scores"][metric.name] for b in list_baselines(record) if b["scores"].get(metric.name) is not None]
+    own, interval = scores["test"][metric.name], scores["intervals"][metric.name]
+    if not known or own != own:
+        return None
+    sign = 1 if metric.better == "max" else -1
+    best = max(sign * value for value in known)
+    low, high = sorted(sign * value for value in interval)
+    if best > sign * own:
+        return Badge("below the baseline", "bad" if best > high else "warning")
+    return Badge("not clearly above the baseline", "neutral") if best >= low else None
+
+
+def list_baselines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the baselines without upper bounds."""
+    return [b for b in record["scores"]["baselines"] if not b.get("bound")]
+
+
+def find_better_baselines(record: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
+    """Return the baselines that score better than the network."""
+    sign, own = (1 if metric.better == "max" else -1), record["scores"]["test"][metric.name]
+    return [b for b in list_baselines(record) if metric.name in b["scores"] and sign * b["scores"][metric.name] > sign * own]
+
+
+def list_scores(baselines: Sequence[Mapping[str, Any]], metric: Metric) -> str:
+    """Return names and scores of baselines as text."""
+    return "; ".join(f"{b['name']} {metric.text(b['scores'][metric.name])}" for b in baselines if metric.name in b["scores"])
+
+
+def list_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return size, data, cost and speed of a run as labels and values."""
+    cost, split = record["cost"], record["data"]["split"]
+    tested = record["scores"].get("tested", split["test"])
+    latency = cost.get("latency", {})
+    speed = [("one prediction", format_duration(latency["one"]))] if "one" in latency else []
+    if (count := latency.get("batch_examples", 1)) > 1:
+        speed.append((f"in batches of {count}", f"{format_plain(count / max(latency['batch'], 1e-9), 2)} per second"))
+    return [
+        ("network", record["model"]["size"]),
+        ("parameters", f"{cost['parameters']:,}"),
+        ("multiply-adds", f"{cost['multiply_adds']:,}"),
+        ("trained on", f"{split['train']:,} examples"),
+        ("tested on", f"{tested:,} examples"),
+        ("training", f"{format_duration(cost['seconds'])}, {record['settings']['precision']}"),
+        *speed,
+        ("peak memory", f"{cost['peak_memory'] / 2**20:,.0f} MiB"),
+        ("machine", f"{record['machine']['cores']} cores, {record['machine']['device']}"),
+    ]
+
+
+def format_duration(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{1000 * seconds:.2g} ms"
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
