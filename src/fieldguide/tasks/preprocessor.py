@@ -136,6 +136,10 @@ class Preprocessor(TaskSpec):
         """Return the training examples. Override this if they differ from the examples that are scored."""
         return self.batches(data, card, settings)
 
+    def loss_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
+        """Return validation examples for which the objective has a loss."""
+        return self.train_batches(data, card, settings)
+
     def predict_batches(self, data: Data, card: Card) -> Batches:
         """Return the raw inputs for prediction. Override this if they differ from the training examples."""
         return self.batches(data, card)
