@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.validation import describe
 
 SPAN_START, SPAN_END = "\ufdd0", "\ufdd1"  # noncharacters (Unicode 23.7) that mark the assistant's part of a rendered template
+MAX_TIME_FORMAT_CHARACTERS = 100
 SPAN_MARKS = re.compile(f"[{SPAN_START}{SPAN_END}]")
 
 
 class ChatTemplate:
     """A chat template that renders messages of role and content as one text.
 
-    Templates come with checkpoints from untrusted sources, so they run in jinja's sandbox, which gives no access to
-    Python and cannot change its arguments. `tokens` maps names such as bos_token to special tokens.
+    Templates come with checkpoints from untrusted sources, so they run in a sandbox, which gives no access to Python,
+    cannot change its arguments, and limits time and memory. `tokens` maps names such as bos_token to special tokens.
 
-    Raises DataError for a template that is invalid, attempts forbidden operations, or rejects the messages.
+    Raises DataError for a template that is invalid, attempts forbidden operations, exceeds a limit, or rejects the messages.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None):
         from jinja2 import TemplateSyntaxError
         from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        made = ImmutableSandboxedEnvironment(
+        from fieldguide.data.preprocessing.template_sandbox import MAX_SOURCE_CHARACTERS, LimitedEnvironment
+
+        if not isinstance(source, str) or len(source) > MAX_SOURCE_CHARACTERS:
+            raise DataError(f"the chat template must be a text of at most {MAX_SOURCE_CHARACTERS:,} characters.")
+        self.sandbox = LimitedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, generation_extension()]
         )
-        made.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-        made.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+        self.sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": format_now}
         self.tokens = dict(tokens or {})
         try:
-            self.template = made.from_string(source)
+            with self.sandbox.limit():
+                self.template = self.sandbox.from_string(source)
         except TemplateSyntaxError as error:
             raise DataError(f"the chat template is invalid: line {error.lineno}: {error.message}") from None
+        except Exception as error:
+            raise DataError(f"the chat template is invalid: {describe(error)}.") from error
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], answer: bool = True, **names: Any) -> str:
         """Render the messages; `answer` appends the start of the assistant's next turn."""
@@ -47,12 +53,18 @@ class ChatTemplate:
         """Render the messages, with marks around the parts that the template labels as the assistant's ({% generation %})."""
         from jinja2 import TemplateError
 
+        from fieldguide.data.preprocessing.template_sandbox import TemplateLimitError
+
+        values = {"messages": [dict(m) for m in messages], "add_generation_prompt": answer, **self.tokens, **names}
         try:
-            return self.template.render(
-                messages=[dict(m) for m in messages], add_generation_prompt=answer, **self.tokens, **names
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template rejects these messages: {error}") from None
+            with self.sandbox.limit(values):
+                return self.template.render(values)
+        except TemplateLimitError as error:
+            raise DataError(f"the chat template was stopped: {error}.") from None
+        except TemplateError as error:
+            raise DataError(f"the chat template rejects these messages: {describe(error)}.") from None
+        except Exception as error:  # whatever the operations of a template raise
+            raise DataError(f"the chat template fails: {describe(error)}.") from error
 
     def render_with_spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]] | None]:
         """Return the rendered text and the character spans of the assistant's turns including their end tokens, or None.
@@ -112,6 +124,13 @@ def generation_extension() -> Any:
             return f"{SPAN_START}{caller()}{SPAN_END}"
 
     return GenerationExtension
+
+
+def format_now(form: str) -> str:
+    """Return the present date and time; available to templates as `strftime_now`."""
+    if len(form) > MAX_TIME_FORMAT_CHARACTERS:
+        raise ValueError("the format of the time is too long")
+    return datetime.now().strftime(form)
 
 
 def raise_exception(why: str) -> None:
