@@ -70,10 +70,8 @@ def describe_repetition(folder: Path, record: dict[str, Any]) -> list[str]:
     if record["request"]["data"] is None:
         lines = ["The data was in memory. With the data in a file: fieldguide fit FILE --config " + str(folder / NAME)]
     if record["cost"].get("repeatable", True):
-        return [
-            *lines,
-            f"On this machine, with {record['machine']['threads']} threads and these versions, the result is the same.",
-        ]
+        threads = record["machine"].get("threads", "as many")
+        return [*lines, f"On this machine, with {threads} threads and these versions, the result is the same."]
     return [
         *lines,
         "The steps were changed or cut short during training, so the result is similar; --deterministic avoids that.",

@@ -356,9 +356,11 @@ class Trainer:
                 ]
                 for _ in range(self.batches_per_step)
             ]
-        except RuntimeError as error:
-            if self.stopping and LOST_WORKER.search(str(error)):
+        except (RuntimeError, OSError, EOFError) as error:
+            if self.stopping:  # no weight has changed in this step
                 self.save_and_stop()
+            if isinstance(error, ConnectionError | EOFError):
+                raise build_lost_worker_error() from error
             raise
 
     def compute_gradients(self, runner: PhaseRunner, batches: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -549,16 +551,21 @@ def explain_errors() -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         if LOST_WORKER.search(text):
-            raise TrainingError(
-                "a process that prepares batches was killed, probably because the memory is used up. The last checkpoint is "
-                "intact. Continue with `fieldguide fit --resume RUN --set num_workers=0`."
-            ) from error
+            raise build_lost_worker_error() from error
         if "deterministic" in text and "does not have a deterministic implementation" in text:
             raise TrainingError(
                 f"deterministic=true is not possible for this network on this device: {text.split('.')[0]}. Train on the CPU "
                 "(CUDA_VISIBLE_DEVICES=), or without --deterministic."
             ) from error
         raise
+
+
+def build_lost_worker_error() -> TrainingError:
+    """Return the error for a worker that ended before its time."""
+    return TrainingError(
+        "a process that prepares batches was killed, probably because the memory is used up. The last checkpoint is intact. "
+        "Continue with `fieldguide fit --resume RUN --set num_workers=0`."
+    )
 
 
 def load_best_weights(kept: nn.ModuleDict, tensors: dict[str, Tensor], settings: Settings) -> bool:
