@@ -1,7 +1,12 @@
-"""Splits: assignment of rows to training, validation and test. Equal data and seed give equal splits."""
+"""Splits: assignment of rows to training, validation and test. Equal data and seed give equal splits.
+
+Rows are drawn without regard to their features, so that runs that ignore different columns are tested on the same rows. Only
+rows that are equal in all features move, to the split of the first of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +15,8 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import Data
 from fieldguide.data.validation.duplicates import same_inputs
+
+MAX_SIZE_ERROR = 0.25  # relative change of a split by its duplicates, above which they are drawn as blocks instead
 
 
 @dataclass(frozen=True)
@@ -47,40 +54,89 @@ def split(data: Data, *, seed: int = 0, test: float = 0.2, validation: float | N
         if not (side == 0).any():
             raise DataError(f"{data.source}: the source defines splits but has no training rows.")
     pool = np.flatnonzero(side == 0)
-    needed = pool.size
-    for name, code, share in (("test", 2, test), ("validation", 1, validation)):
-        if (side == code).any() or share == 0:
-            continue
-        want = max(1, round(share * needed))
-        pool = np.flatnonzero(side == 0)
-        if pool.size < 3 or want >= pool.size:
-            raise DataError(f"{data.source}: {n} usable rows are too few for training, validation and test sets.")
-        chosen, how = _choose_rows(data, pool, want, seed + code)
-        side[chosen] = code
-        notes.append(f"{name}: {chosen.size:,} rows, {how}")
+    wanted = {
+        code: max(1, round(share * pool.size))
+        for code, share in ((2, test), (1, validation))
+        if share and not (side == code).any()
+    }
+    groups, why = _number_groups(data)
+    same = None if data.columns_with_role("time") else same_inputs(data)
+    drawn, methods = _draw(data, side, wanted, groups, why, seed)
+    if same is not None and (copies := n - np.unique(same).size):
+        blocks = _connect_labels(groups, same)
+        why = ", ".join(filter(None, (f"{copies:,} duplicates kept in the same split as their originals", why)))
+        joined = _join_blocks(data, drawn, blocks, side == 0)
+        if _has_sizes(joined, wanted):
+            drawn, methods = joined, {code: ", ".join((how.partition(",")[0], why)) for code, how in methods.items()}
+        else:  # few distinct rows
+            drawn, methods = _draw(data, side, wanted, blocks, why, seed)
+    side = drawn
+    notes += [f"{'test' if code == 2 else 'validation'}: {(side == code).sum():,} rows, {how}" for code, how in methods.items()]
     rows = [np.flatnonzero(side == code) for code in (0, 1, 2)]
     by_chance = f" (seed {seed})" if len(notes) > bool(data.split_description) else ""
     return Splits(rows[0], rows[1], rows[2], "; ".join(notes) + by_chance)
 
 
-def _choose_rows(data: Data, pool: np.ndarray, want: int, seed: int) -> tuple[np.ndarray, str]:
+def _draw(
+    data: Data, side: np.ndarray, wanted: Mapping[int, int], blocks: np.ndarray, why: str, seed: int
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Return the split of each row, with `wanted` rows drawn from training for each code, and how they were drawn."""
+    side, methods = side.copy(), {}
+    for code, want in wanted.items():
+        pool = np.flatnonzero(side == 0)
+        if pool.size < 3 or want >= pool.size:
+            raise DataError(f"{data.source}: {len(data)} usable rows are too few for training, validation and test sets.")
+        chosen, methods[code] = _choose_rows(data, pool, want, blocks[pool], why, seed + code)
+        side[chosen] = code
+    return side, methods
+
+
+def _choose_rows(data: Data, pool: np.ndarray, want: int, blocks: np.ndarray, why: str, seed: int) -> tuple[np.ndarray, str]:
     """Select about `want` rows of `pool`, in whole blocks; return them and a description of the method."""
     if data.columns_with_role("time"):
         return _select_latest(data, pool, want)
-    blocks, why = _assign_blocks(data)
-    blocks = np.unique(blocks[pool], return_inverse=True)[1]
+    blocks = np.unique(blocks, return_inverse=True)[1]
     sizes = np.bincount(blocks)
     codes, method = np.zeros(sizes.size, dtype=np.int64), "at random"
-    target = data.target
-    if target is not None and target.kind in ("category", "boolean"):
-        classes = data.rows[target.name].cast(pl.String).fill_null("").to_numpy()[pool]
+    if (classes := _get_classes(data)) is not None:
         # A block gets the class of its first row: assigned in reverse order, so the first row is written last.
-        codes[blocks[::-1]] = np.unique(classes, return_inverse=True)[1][::-1]
+        codes[blocks[::-1]] = np.unique(classes[pool], return_inverse=True)[1][::-1]
         method = "stratified by class"
     taken = _systematic_sample(codes, sizes, want, np.random.default_rng(seed))
     if not taken.any():
         raise DataError(f"{data.source}: cannot split: {why or 'too few rows'} leaves no rows for one of the splits.")
     return pool[taken[blocks]], f"{method}{', ' + why if why else ''}"
+
+
+def _get_classes(data: Data) -> np.ndarray | None:
+    """Return the class of each row, or None if the target has no classes."""
+    target = data.target
+    if target is None or target.kind not in ("category", "boolean"):
+        return None
+    return data.rows[target.name].cast(pl.String).fill_null("").to_numpy()
+
+
+def _join_blocks(data: Data, side: np.ndarray, blocks: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """Return the splits with the `free` rows of each block in the split of the first of them.
+
+    A class without training rows gets its first block back.
+    """
+    side, rows = side.copy(), np.flatnonzero(free)
+    _, first, number = np.unique(blocks[rows], return_index=True, return_inverse=True)
+    side[rows] = side[rows[first]][number]
+    if (classes := _get_classes(data)) is not None:
+        for name in np.setdiff1d(classes[rows], classes[side == 0]):
+            block = number[np.flatnonzero(classes[rows] == name)[0]]
+            side[rows[number == block]] = 0
+    return side
+
+
+def _has_sizes(side: np.ndarray, wanted: Mapping[int, int]) -> bool:
+    """Return whether no split is empty, and those that were drawn have about the wanted sizes."""
+    counts = np.bincount(side, minlength=3)
+    return bool(counts[0]) and all(
+        counts[code] and abs(counts[code] - want) <= max(1, MAX_SIZE_ERROR * want) for code, want in wanted.items()
+    )
 
 
 def _systematic_sample(codes: np.ndarray, sizes: np.ndarray, want: int, random: np.random.Generator) -> np.ndarray:
@@ -98,21 +154,14 @@ def _systematic_sample(codes: np.ndarray, sizes: np.ndarray, want: int, random: 
     return taken
 
 
-def _assign_blocks(data: Data) -> tuple[np.ndarray, str]:
-    """Return a block number per row; rows in a block stay together (equal groups, equal inputs, or connected by both)."""
-    n = len(data)
-    groups = [data.rows[c.name].cast(pl.String) for c in data.columns_with_role("group")]
-    same = same_inputs(data)
-    labels, why = np.arange(n), []
-    if same is not None:
-        labels = same
-        count = n - np.unique(same).size
-        if count:
-            why.append(f"{count:,} duplicates kept in the same split as their originals")
-    for group in groups:
-        codes = np.unique(group.fill_null("").to_numpy(), return_inverse=True)[1]
-        labels = _connect_labels(labels, codes)
-        why.append(f"groups by {group.name!r} kept whole")
+def _number_groups(data: Data) -> tuple[np.ndarray, str]:
+    """Return a number per row that is equal for rows of the same group, and a description of the groups."""
+    labels, why = np.arange(len(data)), list[str]()
+    for column in data.columns_with_role("group"):
+        values = data.rows[column.name].cast(pl.String).fill_null("").to_numpy()
+        codes = np.unique(values, return_inverse=True)[1]
+        labels = _connect_labels(labels, codes) if why else codes
+        why.append(f"groups by {column.name!r} kept whole")
     return labels, ", ".join(why)
 
 
