@@ -391,7 +391,7 @@ def test_unknown_sources(tmp_path):
     with pytest.raises(DataError, match=r"Did you mean 'data\.csv'"):
         read(tmp_path / "dta.csv")
     (tmp_path / "a.xyz").write_bytes(b"\0\1\2")
-    with pytest.raises(DataError, match=r"(?s)this kind of data is not supported.*images: a folder.*a table: \.csv"):
+    with pytest.raises(DataError, match=r"(?s)this kind of data is not supported.*images.*tables \(\.csv"):
         read(tmp_path / "a.xyz")
     with pytest.raises(DataError, match="an object of type int"):
         read(3)

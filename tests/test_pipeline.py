@@ -94,7 +94,7 @@ def test_text_embeddings():
 
 
 def test_invalid_sources_are_rejected(tmp_path):
-    with pytest.raises(RunError, match=r"is not a run folder: it has no run\.json"):
+    with pytest.raises(RunError, match=r"is not a run folder: it has no run\.json|does not exist"):
         fieldguide.pipeline(tmp_path)
     with pytest.raises(SettingsError, match="weights: not a load option"):
         fieldguide.pipeline(GOLDEN / "v1-fill-mask", weights="int8")

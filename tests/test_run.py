@@ -350,7 +350,7 @@ def test_golden_folder_predicts_the_same(path):
     found = run.predict(inputs, **expected.get("asked", {}))
     assert len(found) == len(expected["answers"])
     for i, (answer, wanted) in enumerate(zip(found, expected["answers"])):
-        same({k: v for k, v in answer.items() if k != "input"}, wanted, f"answer {i}")
+        same({k: answer[k] for k in wanted}, wanted, f"answer {i}")  # later versions may add to an answer
     assert run.losses() and run.scores and run.record["schema"] == SCHEMA
 
 

@@ -328,9 +328,9 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
     """Return the training loop of a plan, which scores its validation rows."""
     task, metric, device = plan.task, plan.task.monitored_metric(), distributed.device()
     targets = task.targets(plan.source.take(plan.validation_rows))
-    examples = plan.settings.resolved_batch_size
+    examples, plain = plan.settings.resolved_batch_size, plan.settings.with_({"augmentation": "none", "mixup": 0})
     validation_loss = ValidationLoss(
-        lambda: task.loss_batches(plan.source.take(plan.validation_rows[:examples]), plan.card, plan.settings),
+        lambda: task.loss_batches(plan.source.take(plan.validation_rows[:examples]), plan.card, plain),
         batch=examples,
         device=device,
         precision=plan.settings.precision,

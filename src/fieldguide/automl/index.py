@@ -89,7 +89,7 @@ def check_names(*, task: str | None = None, model: str = "auto", settings: Mappi
     if (index := load_index()) is None:
         return
     if task is not None and task not in index["tasks"]:
-        raise SettingsError(f"unknown task {task!r}.{nearest(task, index['tasks'])} Tasks are: {', '.join(index['tasks'])}.")
+        raise SettingsError(describe_unknown_task(task, index["tasks"]))
     if model != "auto" and model not in index["names"] and model.lower().replace("_", "-") not in index["closed"]:
         raise build_unknown_model_error(model, index)
     if task is not None:

@@ -90,6 +90,14 @@ def fit(
     group: Group = None,
     time: Time = None,
     resume: Annotated[Path | None, typer.Option(help="A run folder to continue.")] = None,
+    finish: Annotated[
+        Path | None,
+        typer.Option(help="A run folder whose training was stopped: test the best weights so far, write the report."),
+    ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="Give the same scores again on this machine: nothing depends on measured time."),
+    ] = False,
     config: Annotated[
         Path | None, typer.Option(help="A YAML file of these arguments; those given here take precedence.")
     ] = None,
@@ -99,7 +107,7 @@ def fit(
     """Read data, choose a network, train and test it, and write a run folder."""
     from fieldguide.core.errors import SettingsError
 
-    settings = parse_pairs(changes)
+    settings = parse_pairs(changes) | ({"deterministic": True} if deterministic else {})
     arguments: dict[str, Any] = {
         "data": data,
         "target": target,
@@ -121,15 +129,16 @@ def fit(
         given = {key: value for key, value in arguments.items() if key in typed}
         arguments |= read_config(config) | given
         settings = {**arguments.pop("settings"), **settings}
-    if (arguments["data"] is None) == (resume is None):
+    if [arguments["data"], resume, finish].count(None) != 2:
         raise SettingsError(
-            "pass either data to train on (`fieldguide fit DATA`) or a run to continue (`fieldguide fit --resume RUN`)."
+            "pass either data to train on (`fieldguide fit DATA`), or a run to continue (`fieldguide fit --resume RUN`) or to test "
+            "as it is (`fieldguide fit --finish RUN`)."
         )
     from fieldguide.automl.index import check_names
 
-    if resume is not None:
+    if (run := resume or finish) is not None:
         check_names(settings=settings)
-        continue_run(resume, arguments, settings)
+        continue_run(run, arguments, settings, more_steps=finish is None)
         return
     check_names(task=arguments["task"], model=arguments["model"], settings=settings)
     check_exists(arguments["data"])
@@ -139,8 +148,8 @@ def fit(
     run_fit(arguments.pop("data"), **arguments, callback=build_callback(), settings=settings)
 
 
-def continue_run(folder: Path, arguments: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Resume a run; only training settings may be given with it."""
+def continue_run(folder: Path, arguments: dict[str, Any], settings: dict[str, Any], more_steps: bool) -> None:
+    """Resume a run, with which only training settings may be given, or finish it, unless `more_steps`."""
     from fieldguide.core.errors import SettingsError
     from fieldguide.core.run_record import read_record
 
@@ -148,11 +157,19 @@ def continue_run(folder: Path, arguments: dict[str, Any], settings: dict[str, An
     defaults = {"--model": "auto", "--seed": 0}
     if given := [name for name, value in fixed.items() if value is not None and value != defaults.get(name)]:
         raise SettingsError(f"{', '.join(given)} cannot change when a run is resumed; start a new one.")
-    read_record(folder)  # report a wrong path before torch is imported
-    from fieldguide.automl.fit import resume
+    from fieldguide.inference.source_kind import check_model_source
+
+    check_model_source(folder)  # report a wrong path before torch is imported
+    read_record(folder)
+    from fieldguide.automl.fit import finish, resume
 
     if arguments["minutes"] is not None:
         settings["minutes"] = arguments["minutes"]
+    if not more_steps:
+        if settings:
+            raise SettingsError(f"{', '.join(settings)}: a run is finished as it is, without other settings.")
+        finish(folder, callback=build_callback())
+        return
     resume(folder, callback=build_callback(), settings=settings)
 
 
@@ -177,7 +194,13 @@ def predict(
             help="Files, folders or tables; for text tasks also the text itself; for some generative tasks, nothing.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder for predictions that are files: images, videos.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .csv, .tsv, .parquet or .jsonl file for the inputs with their predictions, or a folder for predictions that are "
+            "files: images, videos."
+        ),
+    ] = None,
     as_json: Json = False,
     changes: PredictSet = None,
 ) -> None:
@@ -186,52 +209,50 @@ def predict(
     Inputs that cannot be read, and cells that are malformed, unknown from training or far outside the training range, are listed on
     stderr, and the exit code is then 3.
     """
-    from fieldguide.inference.pipeline import open_source
+    table = out if out is not None and out.suffix else None
+    if table is not None:
+        from fieldguide.inference.predictions import check_output
 
-    predictor, options = open_source(run, parse_pairs(changes))
+        check_output(table)
+    from fieldguide.inference.pipeline import open_source
+    from fieldguide.inference.source_kind import check_order
+
     values = list(inputs or ())
-    if not as_json and len(values) == 1 and (pieces := predictor.stream(values[0], **options)) is not None:
+    check_order("predict", run, values)
+    predictor, options = open_source(run, parse_pairs(changes))
+    if table is None and not as_json and len(values) == 1 and (pieces := predictor.stream(values[0], **options)) is not None:
         from fieldguide.cli.console import print_stream
 
+        for note in predictor.get_notes():
+            print(f"note: {note}", file=sys.stderr)
         print_stream(pieces)
         return
     predictions = predictor.predict(values, **options)
     notes, problems = predictions.notes, predictions.problems
-    if predictor.generates_text and not as_json:
+    if predictor.generates_text and not as_json and table is None:
         for record in predictions:
             print(record["text"])
         return
-    report_predictions(save_media(predictions, out), as_json, notes, sum(p.count for p in problems))
+    cells = sum(p.count for p in problems)
+    from fieldguide.cli.console import print_answers, print_saved
+
+    if table is not None:
+        predictions.save(table)
+        print_saved(predictions, table)
+    else:
+        print_answers(predictions.save_media(out), as_json, notes)
+    report_failures(predictions, cells)
 
 
-def report_predictions(predictions: list[dict[str, Any]], as_json: bool, notes: list[str], cells: int = 0) -> None:
-    """Print predictions; exit with `PARTIAL_FAILURE` if inputs could not be read, or `cells` do not fit the training data."""
-    from fieldguide.cli.console import print_answers
-
-    print_answers(predictions, as_json, notes)
+def report_failures(predictions: list[dict[str, Any]], cells: int) -> None:
+    """Exit with `PARTIAL_FAILURE` if inputs could not be read, or if `cells` of them do not fit the training data."""
+    sys.stdout.flush()
     if failed := sum("error" in record for record in predictions):
-        sys.stdout.flush()
         print(f"fieldguide: {failed:,} of {len(predictions):,} inputs could not be read.", file=sys.stderr)
     if cells:
-        sys.stdout.flush()
         print(f"fieldguide: {cells:,} cells do not fit the training data; see the notes.", file=sys.stderr)
     if failed or cells:
         raise SystemExit(PARTIAL_FAILURE)
-
-
-def save_media(predictions: list[dict[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
-    """Write images and videos to `folder` and return the predictions with their paths."""
-    from fieldguide.tasks.base import Media
-
-    folder = folder or Path("answers")
-    for number, record in enumerate(predictions, 1):
-        for name, value in record.items():
-            if isinstance(value, Media):
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / f"{number:05d}-{name}{value.suffix}"
-                path.write_bytes(value.content)
-                record[name] = str(path)
-    return predictions
 
 
 @app.command(epilog="Example: fieldguide evaluate runs/sales-1 last_month.csv")
@@ -246,12 +267,31 @@ def evaluate(
 ) -> None:
     """Score a trained network on data with known targets."""
     from fieldguide.inference.pipeline import open_source
+    from fieldguide.inference.source_kind import check_order
 
+    check_order("evaluate", run, [data])
     predictor, options = open_source(run, parse_pairs(changes))
     result = predictor.evaluate(data, **options)
     from fieldguide.cli.console import print_scores
 
     print_scores(predictor, result, as_json)
+
+
+@app.command(epilog="Example: fieldguide compare runs/sales-1 runs/sales-2")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders of the same task.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Compare runs: scores with intervals, costs, settings that differ, and learning curves."""
+    from fieldguide.core.run_record import read_record
+
+    for run in runs:
+        read_record(run)  # report a wrong path before torch is imported
+    from fieldguide.cli.console import print_comparison
+    from fieldguide.report.compare import compare as compare_runs
+
+    print_comparison(compare_runs(runs, out), as_json)
 
 
 @app.command(epilog="Example: fieldguide check sales.csv --target price")
@@ -369,7 +409,9 @@ def parse_pairs(changes: list[str] | None) -> dict[str, Any]:
 
 def check_exists(data: str) -> None:
     """Raise `DataError` for a path that does not exist and is no sample, before anything heavy is imported."""
-    if Path(data).expanduser().exists():
+    from fieldguide.core.files import expand_home
+
+    if expand_home(data).exists():
         return
     from fieldguide.core.errors import DataError, nearest
     from fieldguide.data.samples import SAMPLES

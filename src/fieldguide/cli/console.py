@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fieldguide.automl.progress import console
-from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.errors import SettingsError, describe_unknown_task
 from fieldguide.core.numbers import format_plain
 
 
@@ -87,9 +87,39 @@ def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
         if metric.name not in result["scores"]:
             continue
         low, high = result["intervals"][metric.name]
-        table.add_row(metric.name, metric.text(result["scores"][metric.name]), f"{metric.text(low)} to {metric.text(high)}")
+        table.add_row(metric.title, metric.text(result["scores"][metric.name]), f"{metric.text(low)} to {metric.text(high)}")
     console.print(f"{result['rows']:,} examples" + (f" ({result['note']})" if result["note"] else ""))
     console.print(table)
+
+
+def print_comparison(comparison: Any, as_json: bool) -> None:
+    """Print the comparison of runs as tables, or as JSON."""
+    if as_json:
+        from fieldguide.core.run_record import replace_non_finite
+
+        record = {"scores": comparison.scores, "notes": comparison.notes, "page": str(comparison.path)}
+        print(json.dumps(replace_non_finite(record), allow_nan=False))
+        return
+    scores, costs, differences = comparison.list_scores(), comparison.list_costs(), comparison.list_differences()
+    table = build_table(*scores.header[:4], *(costs.header[k] for k in (1, 3, 6)))
+    for row, cost in zip(scores.rows, costs.rows):
+        table.add_row(*(escape(str(cell)) for cell in (*row[:4], *(cost[k] for k in (1, 3, 6)))))
+    console.print(table)
+    for title, rows in (
+        ("Other scores", [[scores.header[k], *(row[k] for row in scores.rows)] for k in range(4, len(scores.header))]),
+        (differences.title, differences.rows),
+    ):
+        if not rows:
+            continue
+        console.print(f"\n[bold]{title}[/]")
+        table = build_table("", *map(escape, comparison.names))
+        for row in rows:
+            table.add_row(*(escape(shorten(cell)) for cell in row))
+        console.print(table)
+    console.print()
+    for note in comparison.notes:
+        console.print(f"note: {escape(note)}")
+    console.print(f"Page: {escape(str(comparison.path))}")
 
 
 def print_models(glob: str, family: str | None, task: str | None, as_json: bool) -> None:
@@ -98,7 +128,7 @@ def print_models(glob: str, family: str | None, task: str | None, as_json: bool)
 
     index = get_index()
     if task is not None and task not in index["tasks"]:
-        raise SettingsError(f"unknown task {task!r}.{nearest(task, index['tasks'])} `fieldguide tasks` lists them.")
+        raise SettingsError(describe_unknown_task(task, index["tasks"]))
     rows = [
         {
             "name": row["name"],
@@ -186,7 +216,7 @@ def print_settings(task: str | None, as_json: bool) -> None:
     if task is None:
         groups = {"fit --set": index["settings"]}
     elif task not in index["tasks"]:
-        raise SettingsError(f"unknown task {task!r}.{nearest(task, index['tasks'])} `fieldguide tasks` lists them.")
+        raise SettingsError(describe_unknown_task(task, index["tasks"]))
     else:
         found = index["tasks"][task]
         options = [{**option, "key": f"task.{option['key']}"} for option in found["options"]]

@@ -38,6 +38,14 @@ class WriteError(TrainingError):
     """A file cannot be written: the disk is full, or its folder is missing or read-only. Files written before are intact."""
 
 
+def describe_unknown_task(name: str, known: Iterable[str]) -> str:
+    """Return the message for a task that does not exist: the tasks that contain the name, or the nearest one."""
+    names = list(known)
+    fitting = [n for n in names if len(name) > 2 and name.lower().replace("_", "-").replace(" ", "-") in n]
+    hint = f" Did you mean one of {', '.join(fitting)}?" if len(fitting) > 1 else nearest(name, fitting or names)
+    return f"unknown task {name!r}.{hint} Without --task it is inferred from the data; `fieldguide tasks` lists all tasks."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known word, or an empty string."""
     match = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.5)

@@ -46,7 +46,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{folder} is not a run folder: it has no run.json.") from None
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}.") from None

@@ -136,6 +136,17 @@ def load(
     return LoadedSource(name, raw, options)
 
 
+def check_is_data(path: Path) -> None:
+    """Raise DataError for a run folder or a checkpoint, which would be read as the tables and texts that it contains."""
+    if (path / "run.json").is_file():
+        raise DataError(
+            f"{path} is a run folder, not data. Predict with `fieldguide predict {path} INPUT`, continue its training with "
+            f"`fieldguide fit --resume {path}`."
+        )
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        raise DataError(f"{path} is a checkpoint, not data. Start from it with `fieldguide fit DATA --weights {path}`.")
+
+
 def expand_captions(raw: RawTable, target: str | None, names: tuple[str, ...]) -> None:
     """Convert images with lists of captions to one row per caption."""
     found = caption_lists.find_caption_lists(raw.rows, raw.kinds, target)
@@ -192,6 +203,7 @@ def locate(source: Any) -> tuple[Any, str]:
         return source, "the table in memory"
     path = expand_home(source)
     if path.exists():
+        check_is_data(path)
         return path.absolute(), str(source)
     from fieldguide.data import samples
 
@@ -477,6 +489,7 @@ class TableReader:
         needed = [c.name for c in known if c.role in REQUIRED_ROLES]
         missing = [n for n in needed if n not in self.names]
         if missing:
+            self.check_medium(known, needed, missing)
             others = [n for n in self.names if n not in needed]
             listed = "\n".join(f"  - {n!r}.{nearest(n, others)}" for n in missing)
             raise DataError(
@@ -501,6 +514,24 @@ class TableReader:
             self.raw.rows = self.raw.rows.drop(extra)
             self.names = [n for n in self.names if n in wanted]
         return {c.name: c.role for c in known}
+
+    def check_medium(self, known: list[Column], needed: list[str], missing: list[str]) -> None:
+        """Raise `DataError` if the source is images, recordings or texts and the model needs a table, or the reverse."""
+        if len(missing) < len(needed):
+            return
+        wanted = {c.kind for c in known if c.role in REQUIRED_ROLES} & {*media_types.MEDIA}
+        found = {k for k in self.raw.kinds.values() if k in media_types.MEDIA}
+        if found and not wanted:
+            listed = ", ".join(map(repr, needed[:8])) + (f" and {len(needed) - 8} more" if len(needed) > 8 else "")
+            raise DataError(
+                f"{self.name}: the model predicts from a table with the columns {listed}, not from files of the type "
+                f"{' and '.join(sorted(found))}. Pass such a table."
+            )
+        if wanted and not found:
+            raise DataError(
+                f"{self.name} is a table with the columns {', '.join(self.names[:8])}, but the model predicts from files of the type "
+                f"{' and '.join(sorted(wanted))}. Pass such files or a folder, or a table with the column {needed[0]!r}."
+            )
 
     def match_names(self, wanted: Sequence[str]) -> None:
         """Rename columns whose names differ from those of the training data only in case, spaces, underscores and hyphens."""

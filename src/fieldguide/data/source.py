@@ -108,8 +108,10 @@ def load(source: Any, options: Options) -> RawTable:
     best, reader = max(scores, key=lambda s: s[0])
     if best <= 0:
         what = f"{source}" if isinstance(source, Path) else f"an object of type {type(source).__name__}"
-        known = "\n".join(f"  - {r.UNDERSTANDS}" for r in find_readers())
-        raise DataError(f"{what}: this kind of data is not supported. Supported are:\n{known}")
+        known = "; ".join(dict.fromkeys(r.UNDERSTANDS.partition(":")[0] for r in find_readers()))
+        raise DataError(
+            f"{what}: this kind of data is not supported. Supported are: {known}. `fieldguide tasks` lists what each task reads."
+        )
     return reader.load(source, options)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fieldguide.checkpoints.names import CONFIG_FILES, HUB_PREFIX, WEIGHT_SUFFIXES
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.core.options import parse_options
 from fieldguide.core.run_record import read_record
+from fieldguide.inference.source_kind import check_model_source, detect_kind
 from fieldguide.core.validation import guard
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def pipeline(source: str | Path, **load_options: Any) -> Predictor:
 
 def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predictor, dict[str, Any]]:
     """Return the predictor of a source, loaded with those of `options` that are load options, and the other options."""
-    if is_run(source):
+    check_model_source(source)
+    if detect_kind(source) == "run":
         read_record(Path(source))  # report a wrong path before torch is imported
         from fieldguide.inference.run import open_run
 
@@ -72,11 +73,3 @@ def predictor_type(card: Any) -> Any:
     from fieldguide.inference.pretrained_task import PretrainedTask
 
     return PretrainedTask
-
-
-def is_run(source: str | Path) -> bool:
-    """Return whether a source is meant as a run folder; checkpoints have a configuration, weights or the prefix `hf:`."""
-    path = Path(source)
-    if str(source).startswith(HUB_PREFIX) or (path.is_file() and path.suffix in WEIGHT_SUFFIXES):
-        return False
-    return (path / "run.json").exists() or not any((path / name).is_file() for name in CONFIG_FILES)

@@ -6,9 +6,12 @@ import functools
 import importlib
 import pkgutil
 
-from fieldguide.core.errors import DataError, SettingsError, nearest
+from fieldguide.core.errors import DataError, SettingsError, describe_unknown_task
 from fieldguide.data.dataset import Data
 from fieldguide.tasks.base import Task
+
+MAX_NAMED_TASKS = 6  # in messages
+MAX_NAMED_COLUMNS = 12
 
 
 @functools.cache
@@ -23,7 +26,7 @@ def tasks() -> dict[str, type[Task]]:
 def task(name: str) -> type[Task]:
     """Return the task with this name. Raises `SettingsError` that suggests the nearest name."""
     if name not in tasks():
-        raise SettingsError(f"unknown task {name!r}.{nearest(name, tasks())} Tasks are: {', '.join(tasks())}.")
+        raise SettingsError(describe_unknown_task(name, tasks()))
     return tasks()[name]
 
 
@@ -38,20 +41,22 @@ def infer_task(data: Data) -> tuple[type[Task], str]:
             f"{data.source} matches several tasks: {'; '.join(f'{k.name} ({w})' for k, w in suited.items())}. "
             "Choose one with --task."
         )
-    possible = [k.name for k in tasks().values() if not k.missing_requirements(data)]
+    possible = [k for k in tasks().values() if not k.missing_requirements(data)]
     raise DataError(
-        f"{data.source}: the task cannot be inferred. The data has: {seen}. "
-        + (f"With --task it can be: {', '.join(possible)}. " if possible else "")
-        + "Tasks read: "
-        + "; ".join(f"{k.name}: {k.reads}" for k in tasks().values())
+        f"{data.source}: the task cannot be inferred. The data has: {seen}."
+        + "".join(f"\n  --task {k.name} reads {k.reads}" for k in possible[:MAX_NAMED_TASKS])
+        + "\n`fieldguide tasks` lists what each task reads."
     )
 
 
 def describe_columns(data: Data) -> str:
     """Return the columns with their types and roles; for ignored ones, the reason."""
-    return ", ".join(
-        f"{c.name} ({c.kind}, {c.role}{f': {c.why}' if c.role == 'ignored' and c.why else ''})" for c in data.columns.values()
+    columns = list(data.columns.values())
+    named = ", ".join(
+        f"{c.name} ({c.kind}, {c.role}{f': {c.why}' if c.role == 'ignored' and c.why else ''})"
+        for c in columns[:MAX_NAMED_COLUMNS]
     )
+    return named + (f" and {len(columns) - MAX_NAMED_COLUMNS:,} more columns" if len(columns) > MAX_NAMED_COLUMNS else "")
 
 
 def get_requested_task(name: str, data: Data) -> type[Task]:

@@ -15,7 +15,7 @@ from fieldguide.data.readers.table import split_by_column
 from fieldguide.data.source import Options, RawTable, sha256
 
 NAME = "memory"
-UNDERSTANDS = "in Python: a polars or pandas data frame, a dictionary of arrays, or rows as dictionaries or pandas series"
+UNDERSTANDS = "data frames in Python: of polars or pandas, a dictionary of arrays, or rows as dictionaries or pandas series"
 SCALARS = (str, int, float, bool, np.generic, date, type(None))
 
 

@@ -18,7 +18,7 @@ from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible,
 
 NAME = "table"
 UNDERSTANDS = (
-    "a table: .csv, .tsv, .parquet or .jsonl; a folder with one such file, or with one for each of train, val and test"
+    "tables (.csv, .tsv, .parquet, .jsonl): one file, a folder with one such file, or with one for each of train, val and test"
 )
 DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab", ".inter"), (".parquet", ".pq"), (".jsonl", ".ndjson")
 SUPPORTED_SUFFIXES = DELIMITED + PARQUET + JSON

@@ -19,6 +19,7 @@ from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding, Kind
 from fieldguide.data.validation.duplicates import same_inputs
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places, simplify_label
 
+MAX_LISTED = 8  # problems that an error lists
 MAX_UNUSABLE_FRACTION = 0.01  # maximum fraction of unusable examples
 MIN_LEAK_ACCURACY = 0.99  # minimum accuracy of a single feature that is reported as a leak,
 MIN_LEAK_CORRELATION = 0.9999  # or for a numeric target, minimum correlation
@@ -65,7 +66,9 @@ def enforce(
             f"{100 * MAX_UNUSABLE_FRACTION:.0f} % would be dropped and reported). Correct them, or "
             + ("drop them all with --allow-bad (in Python: allow_bad=True)." if offer else "remove them.")
         )
-    lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed, 1)]
+    lines = [f"  {i}. {f} [{f.check}]" for i, f in enumerate(listed[:MAX_LISTED], 1)]
+    if len(listed) > MAX_LISTED:
+        lines.append(f"  and {len(listed) - MAX_LISTED} more problems, which are listed once these are solved")
     lines += [f"  note: {f}" for f in findings if f.check == "target-chosen"]
     raise BadData("\n".join([head, *lines]), findings)
 
