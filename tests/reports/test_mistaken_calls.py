@@ -87,7 +87,7 @@ def test_a_table_for_a_model_of_images(folder, tmp_path):
 
 
 def test_python_gives_the_same_suggestions(folder):
-    with pytest.raises(RunError, match="contains .*people-1"):
+    with pytest.raises(RunError, match=r"contains .*people-1"):
         fieldguide.pipeline(folder / "runs")
     with pytest.raises(RunError, match="is a file"):
         fieldguide.pipeline(folder / "people.csv")

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.errors import SettingsError, describe_unknown_task, nearest
 
 PACKAGE = Path(__file__).parent.parent
 INDEX = Path(__file__).with_name("index.json")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.core.options import parse_options
 from fieldguide.core.run_record import read_record
-from fieldguide.inference.source_kind import check_model_source, detect_kind
 from fieldguide.core.validation import guard
+from fieldguide.inference.source_kind import check_model_source, detect_kind
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import Predictor
