@@ -166,7 +166,7 @@ def test_changed_checkpoint_state_is_found(change, done, tmp_path):
     rewrite(path, status="training")
     for file in (path / "checkpoints").glob("*.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(TrainingError, match="all checkpoints .* are damaged"):
+    with pytest.raises(TrainingError, match=r"all checkpoints .* are damaged"):
         fieldguide.resume(path)
 
 
