@@ -198,6 +198,8 @@ def build_plan(
     if checkpoint is not None:
         chosen = finetune.choose_settings(chosen, requested, len(splits.train), checkpoint, callback)
     chosen = distillation.with_absolute_teacher(chosen.override(requested))
+    if chosen.deterministic and chosen.threads is None:
+        chosen = chosen.with_({"threads": torch.get_num_threads()})  # a repetition uses as many
     parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
     plan = Plan(source, fitted, why, splits, card, size, config, chosen, advice, parts)
     plan.build_batches(callback)
@@ -216,7 +218,19 @@ def build_plan(
             nominal_seconds=6 * advice.best.multiply_adds / get_speed(machine),
         )
     )
+    if deterministic:
+        callback.log(describe_determinism(plan.settings))
     return plan
+
+
+def describe_determinism(settings: Settings) -> str:
+    """Return what a deterministic run guarantees, and what it does not."""
+    return (
+        f"deterministic: {settings.steps:,} steps of {settings.batch_size} examples, {settings.precision}, {settings.threads} "
+        "threads; nothing is measured, so the minutes determine the number of steps at a nominal speed, and do not limit the time. "
+        "Repeated on this machine with the same versions, the run gives the same scores, whatever else the machine does. On another "
+        "CPU or GPU, or with other versions, the last digits and what follows from them may differ"
+    )
 
 
 def build_examples(kind: type[Task], source: Data, options: Any, log: Callable[[str], None]) -> Data:
