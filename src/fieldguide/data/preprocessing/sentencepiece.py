@@ -7,13 +7,16 @@ The file format is a protocol buffer (sentencepiece_model.proto): numbered field
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.validation import AGAIN, describe
+from fieldguide.data.preprocessing.charsmap import check_charsmap
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 UNIGRAM, BPE = 1, 2  # model types
 UNKNOWN, CONTROL, WHOLE, UNUSED, BYTE = 2, 3, 4, 5, 6  # piece types other than normal (1)
 SPACE = "▁"
+MAX_VARINT_BITS = 70  # of a number in the file: ten bytes of seven bits
+MAX_PIECE_CHARACTERS = 1_000
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class SentencePieceModel:
 
 
 def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) of the fields of a message; values are integers or bytes. Raises ValueError if truncated."""
+    """Yield (number, value) of the fields of a message; values are integers or bytes. Raises ValueError if malformed."""
     at = 0
 
     def number() -> int:
@@ -49,6 +54,8 @@ def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
                 raise ValueError("the file ends within a number")
             value |= (data[at] & 0x7F) << shift
             at, shift = at + 1, shift + 7
+            if shift > MAX_VARINT_BITS:
+                raise ValueError("a number is too long")
             if data[at - 1] < 0x80:
                 return value
 
@@ -79,8 +86,9 @@ def parse_file(file: Path) -> SentencePieceModel:
                 pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0], piece.get(3, 1)))
             elif field in (2, 3):
                 (trainer if field == 2 else normal).update(read_fields(value))
+        check_content(pieces, trainer, normal)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise DataError(f"{file} is damaged or not a SentencePiece file: {error}") from None
+        raise DataError(f"{file} is damaged or not a SentencePiece file: {describe(error)}. {AGAIN}") from None
     if not pieces or (model := trainer.get(3, UNIGRAM)) not in (UNIGRAM, BPE):
         raise DataError(f"{file} contains no SentencePiece pieces, or is a word or character model, which is not supported.")
     return SentencePieceModel(
@@ -92,6 +100,20 @@ def parse_file(file: Path) -> SentencePieceModel:
         bool(normal.get(3, 1)),
         bool(normal.get(4, 1)),
     )
+
+
+def check_content(pieces: list[tuple[str, float, int]], trainer: Mapping[int, Any], normal: Mapping[int, Any]) -> None:
+    """Raise ValueError for content that the tokenizers library or `merge_pairs` cannot handle."""
+    for number, (piece, score, kind) in enumerate(pieces):
+        if not 0 < len(piece) <= MAX_PIECE_CHARACTERS or not isinstance(kind, int) or not math.isfinite(score):
+            raise ValueError(f"piece {number} is empty, longer than {MAX_PIECE_CHARACTERS} characters, or has no finite score")
+    if trainer.get(3, UNIGRAM) == UNIGRAM and pieces and all(kind != UNKNOWN for _, _, kind in pieces):
+        raise ValueError("it lacks the piece for unknown characters")
+    flags = [trainer.get(key, 0) for key in (3, 24, 35)] + [normal.get(key, 0) for key in (3, 4)]
+    if not all(isinstance(flag, int) for flag in flags) or not isinstance(charsmap := normal.get(2, b""), bytes):
+        raise ValueError("a setting has the wrong type")
+    if charsmap:
+        check_charsmap(charsmap)
 
 
 def build_tokenizer(file: Path, model: SentencePieceModel) -> Tokenizer:

@@ -8,18 +8,23 @@ them.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fieldguide.core import validation
 from fieldguide.core.errors import DataError, FieldguideError
+from fieldguide.core.validation import guard
 from fieldguide.data.preprocessing import sentencepiece
+from fieldguide.data.preprocessing.charsmap import check_charsmap
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TRIAL_TEXT = "A text, 123."
 SETTINGS_FILE = "text.json"  # written next to tokenizer.json by `Text.save`
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -37,6 +42,12 @@ class TokenizerFiles:
 
 def read(place: Path) -> TokenizerFiles:
     """Load from a folder, a tokenizer.json or a GGUF file. Raises DataError if there is no valid tokenizer."""
+    with guard(place):
+        return read_files(place)
+
+
+def read_files(place: Path) -> TokenizerFiles:
+    """Return what `read` returns."""
     if place.suffix == ".gguf" and place.is_file():
         from fieldguide.core.gguf import read_tokenizer
 
@@ -56,22 +67,25 @@ def read(place: Path) -> TokenizerFiles:
             )
         made = way(folder, config)
     if (folder / SETTINGS_FILE).is_file() and "special" in (ours := read_json(folder / SETTINGS_FILE)):
-        return TokenizerFiles(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ())))
+        return check_files(TokenizerFiles(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ()))), place)
     ends = [config.get("eos_token"), *(made.id_to_token(i) for i in read_eos_token_ids(folder))]
-    return TokenizerFiles(
-        made, special_tokens(config), read_chat_template(folder, config), tuple(dict.fromkeys(e for e in ends if e))
-    )
+    named = tuple(dict.fromkeys(e for e in ends if e))
+    return check_files(TokenizerFiles(made, special_tokens(config), read_chat_template(folder, config), named), place)
+
+
+def check_files(files: TokenizerFiles, place: Path) -> TokenizerFiles:
+    """Return the tokenizer. Raises DataError if its special tokens or its template are no texts, or it cannot encode one."""
+    if not all(isinstance(text, str) for text in (*files.special.values(), *files.ends, files.template or "")):
+        raise DataError(f"{place}: the special tokens and the chat template must be texts.")
+    files.tokenizer.encode(TRIAL_TEXT)
+    return files
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Load a JSON object; return {} if the file does not exist. Raises DataError if it is damaged."""
     if not file.is_file():
         return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not valid JSON: {error}") from None
-    return config if isinstance(config, dict) else {}
+    return validation.read_json(file)
 
 
 def token_text(token: Any) -> Any:
@@ -102,7 +116,7 @@ def read_eos_token_ids(folder: Path) -> list[int]:
 def read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the chat template, the default one if there are several, or None."""
     if (folder / CHAT_TEMPLATE_FILE).is_file():
-        return (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+        return validation.read_text(folder / CHAT_TEMPLATE_FILE)
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t["name"]: t["template"] for t in template}
@@ -117,10 +131,23 @@ def load_tokenizer_json(file: Path) -> Tokenizer:
     """Load a file of the tokenizers library. Raises DataError if it is invalid."""
     from tokenizers import Tokenizer
 
-    try:
-        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises nothing more specific
-        raise DataError(f"{file}: not a file of the tokenizers library ({error}).") from error
+    text = validation.read_text(file)
+    with guard(f"{file} (tokenizers library)"):
+        if '"Precompiled"' in text:
+            check_maps(json.loads(text).get("normalizer"))
+        return Tokenizer.from_str(text)
+
+
+def check_maps(normalizer: Any) -> None:
+    """Raise ValueError if a character map in a normalizer, or in its parts, is damaged."""
+    if isinstance(normalizer, dict):
+        if isinstance(charsmap := normalizer.get("precompiled_charsmap"), str):
+            check_charsmap(base64.b64decode(charsmap))
+        for part in normalizer.values():
+            check_maps(part)
+    elif isinstance(normalizer, list):
+        for part in normalizer:
+            check_maps(part)
 
 
 def tokenizer_class(config: Mapping[str, Any]) -> str:
@@ -157,7 +184,7 @@ def build_wordpiece(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
     if (kind := tokenizer_class(config)) not in WORDPIECE_CLASSES or (folder / "bpe.codes").is_file():
         raise DataError(f"{folder / 'vocab.txt'} belongs to a {kind or 'BPE'} tokenizer; only WordPiece (BERT) is supported.")
-    lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    lines = validation.read_text(folder / "vocab.txt").split("\n")
     vocab = {token: i for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
     set_default_tokens(config, BERT_TOKENS)
     if config["unk_token"] not in vocab:
