@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from fieldguide.automl import config_file, profile
 from fieldguide.automl.build_plan import Plan, build_plan
 from fieldguide.automl.callbacks import NullCallback
+from fieldguide.automl.progress import make_default_callback
 from fieldguide.automl.request import get_location, group_settings, read_for, read_request
 from fieldguide.core import distributed
 from fieldguide.core.deprecation import accept_renamed
@@ -101,7 +102,7 @@ def fit(
     DataError : the data cannot be used; the message says what to do.
     SettingsError : a setting is unknown or cannot work.
     """
-    callback = callback or NullCallback()
+    callback = callback or make_default_callback()
     requested, _, _, kinds, roles = group_settings(settings or {})
     limits = {"seed": seed} if minutes is None else {"seed": seed, "minutes": minutes}
     chosen = Settings().with_(requested | limits)  # report wrong settings before reading the data
@@ -124,7 +125,13 @@ def fit(
     if out is not None:
         check_available(Path(out))
     check_writable(Path("runs" if out is None else out))
-    with distributed.join_process_group(), use_threads(chosen.threads), deterministic_kernels(chosen.deterministic):
+    with (
+        closing(callback),
+        distributed.join_process_group(),
+        use_threads(chosen.threads),
+        deterministic_kernels(chosen.deterministic),
+    ):
+        callback.on_phase(f"reading {describe_source(data)}")
         source, _, _ = read_for(request, data)
         plan = build_plan(
             source,
@@ -227,7 +234,7 @@ def resume(
     `data` is needed only for a run whose data was in memory. Raises `RunError` if the data has changed or another process
     trains in the folder, and `SettingsError` for settings that cannot change.
     """
-    return continue_run(path, data, callback or NullCallback(), settings or {}, more_steps=True)
+    return continue_run(path, data, callback or make_default_callback(), settings or {}, more_steps=True)
 
 
 def finish(path: str | Path, *, data: Any = None, callback: NullCallback | None = None) -> Run:
@@ -236,13 +243,13 @@ def finish(path: str | Path, *, data: Any = None, callback: NullCallback | None 
     `data` is needed only for a run whose data was in memory. Raises `RunError` as `resume` does, and if the run was stopped
     before its first checkpoint.
     """
-    return continue_run(path, data, callback or NullCallback(), {}, more_steps=False)
+    return continue_run(path, data, callback or make_default_callback(), {}, more_steps=False)
 
 
 def continue_run(path: str | Path, data: Any, callback: NullCallback, settings: Mapping[str, Any], more_steps: bool) -> Run:
     """Train, unless `more_steps` is False, and test a run that was stopped."""
     open_run(path)  # report a wrong path before anything else
-    with distributed.join_process_group(), lock_run(Path(path)):
+    with closing(callback), distributed.join_process_group(), lock_run(Path(path)):
         run = open_run(path)  # now that no other process writes it
         if run.status == "done":
             callback.log(f"{path} is finished already.")
@@ -255,6 +262,7 @@ def continue_run(path: str | Path, data: Any, callback: NullCallback, settings: 
             note_differences(run.record, callback)
             if run.record["request"]["data"] is None and data is None:
                 raise RunError(f"{path} was trained from data in memory; pass the same data to resume(data=...).")
+            callback.on_phase(f"reading {describe_source(run.record['request']['data'])}")
             source = read_request(run.record["request"], data)
             if source.manifest.digest != run.record["data"]["digest"]:
                 raise RunError(
@@ -444,16 +452,17 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
     rows = sample_rows(splits.test, task.max_test_examples, plan.settings.seed)
     test, training = plan.source.take(rows), plan.source.take(splits.train)
     sampled = "" if len(rows) == len(splits.test) else f" of {len(splits.test):,}, a random sample,"
-    callback.log(f"testing on {len(test):,} examples{sampled} that were not used in training")
+    callback.on_phase(f"testing on {len(test):,} examples{sampled} that were not used in training", len(test))
     known_notes = len(task.notes)
     task.prepare_test(training, test)
     task.prepare_scoring(len(test))
     predictor = TaskPredictor(task, plan.card, plan.objective, batch_size=max(64, plan.settings.resolved_batch_size))
     started = time.perf_counter()
-    outputs = predictor.run_batches(task, task.batches(test, plan.card))
+    outputs = predictor.run_batches(task, task.batches(test, plan.card), callback.on_progress)
     seconds = time.perf_counter() - started
     if distributed.rank() == 0:
         targets = task.targets(test)
+        callback.on_phase("computing scores, intervals and baselines")
         record["scores"] = {
             "test": task.score(outputs, targets),
             "intervals": task.intervals(outputs, targets),
@@ -472,6 +481,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
             task.save(staging / "preprocess")
         run = open_run(path)
         run.record = record
+        callback.on_phase("analyzing the network and writing the report")
         write_report(run, predictor, training, test, outputs, targets, seconds)
         record["status"] = "done"  # last, so that a run that is killed before is tested again when it is resumed
         write_record(path, record)
@@ -509,6 +519,11 @@ def create_folder(out: str | Path | None, source: Data) -> Path:
             except FileExistsError:
                 continue
     raise RunError("runs/ has no free name left: choose one with --out.")
+
+
+def describe_source(data: Any) -> str:
+    """Return the name of a source, for messages."""
+    return str(data) if isinstance(data, str | Path) else "the table in memory"
 
 
 def get_versions() -> dict[str, str]:

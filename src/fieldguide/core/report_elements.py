@@ -142,6 +142,13 @@ class Quotes(ReportElement):
 
 
 @dataclass(frozen=True)
+class Legend(ReportElement):
+    """Names of colors (red, green, blue from 0 to 255)."""
+
+    colors: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Code(ReportElement):
     """Commands or source code to copy."""
 

@@ -40,8 +40,8 @@ from fieldguide.report.text import choose_decimals, draw_label, el, estimate_wid
 WIDE, NARROW = (860, 330), (400, 280)  # width and height of a drawing
 SQUARE = (400, 370)  # of charts with the line y = x, whose axes have the same length
 MAX_POINTS = 1500  # points drawn of a scatter plot
-MAX_BARS = 20  # bars that are shown without unfolding the rest
-MAX_LABEL_CHARACTERS = 64  # of the label of a bar
+MAX_BARS = 12  # bars that are shown without unfolding the rest
+MAX_LABEL_CHARACTERS = 80  # of the label of a bar
 MAX_DOTTED_POINTS = 24  # curves with at most this many points also show each point
 MAX_DIRECT_LABELS = 7  # with more series than this, a legend replaces the labels next to the curves
 MAX_DESCRIBED_CURVES = 8  # curves in the description for screen readers
@@ -195,7 +195,7 @@ def draw_bars(element: report_elements.Bars, max_bars: int = MAX_BARS) -> Markup
     scale = BarScale(low, (high - low) or 1.0)
 
     digits = None if (edges == np.round(edges)).all() else choose_decimals(edges.tolist())
-    if unit in ("%", "points") and digits:
+    if unit in ("%", "points") and not (edges == np.round(edges)).all():
         digits = 1
     pale = set(values) - set(map(str, element.highlight)) if element.highlight else set()
     rows = [draw_bar_row(scale, name, v, intervals.get(name), unit, digits, name in pale) for name, v in values.items()]

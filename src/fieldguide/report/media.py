@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup, escape
 from PIL import Image
 
-from fieldguide.core.report_elements import Code, Gallery, Picture, Quote, Quotes, Sounds
+from fieldguide.core.report_elements import Code, Gallery, Legend, Picture, Quote, Quotes, Sounds
 from fieldguide.report.charts import NOTHING
 from fieldguide.report.tables import build_remark, fold
 from fieldguide.report.text import clean_text, draw_label, el, format_number, join, join_units
@@ -25,6 +25,7 @@ MAX_WIDE_SIDE = 800  # the same for tiles of wide galleries
 MAX_CAPTION_CHARACTERS, MAX_QUOTE_CAPTION_CHARACTERS = 160, 400
 MAX_QUOTE_CHARACTERS = 20_000  # of a text on the page, unfolded
 MAX_UNFOLDED_CHARACTERS, MAX_UNFOLDED_LINES = 240, 6  # of a text that is folded
+BLANK_LINES = re.compile(r"\n[ \t]*\n\s*\n")
 MIN_SHADE = 0.15  # weights of a text that are smaller than this fraction of the largest one are not shaded
 MAX_SOUND_BYTES = 3_000_000  # of all recordings of a page
 SOUND_TYPES = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mpeg", b"\xff": "mpeg"}  # first bytes -> type
@@ -67,7 +68,7 @@ def draw_gallery(element: Gallery) -> Markup:
         return NOTHING
     tall = element.wide or any(p.views for p in element.pictures)
     box = el("ul", *tiles, class_="gallery wide" if tall else "gallery")
-    return join([fold(box, len(tiles), 6 if tall else 12, "images"), note_left_out(left_out, "image")])
+    return join([fold(box, len(tiles), 6 if tall else 9, "images"), note_left_out(left_out, "image")])
 
 
 def build_views(picture: Picture, page: PageMedia) -> Markup | None:
@@ -157,6 +158,8 @@ def draw_quotes(element: Quotes) -> Markup:
     items = []
     for quote in element.quotes[:MAX_QUOTES]:
         cut = max(0, len(quote.text) - MAX_QUOTE_CHARACTERS)
+        if not quote.weights:
+            quote = replace(quote, text=BLANK_LINES.sub("\n\n", quote.text.strip("\n")))
         body = el("p", mark_weights(quote), dir="auto", class_="text")
         start = find_beginning(quote.text)
         if len(start) < len(quote.text):
@@ -193,6 +196,15 @@ def mark_weights(quote: Quote, end: int = MAX_QUOTE_CHARACTERS) -> Markup:
     return join(escape(clean_text(part)) for part in (*parts, text[place:]))
 
 
+def draw_legend(element: Legend) -> Markup:
+    """Return names next to their colors."""
+    items = (
+        el("li", el("i", style=f"background: rgb({red} {green} {blue})"), name)
+        for name, (red, green, blue) in element.colors.items()
+    )
+    return el("ul", *items, class_="colors")
+
+
 def draw_code(element: Code) -> Markup:
-    """Return source code or commands in a box that scrolls in place of the page."""
-    return el("pre", el("code", element.code), class_="scroll", tabindex="0", role="region", aria_label=element.title or "code")
+    """Return source code or commands; long lines are wrapped."""
+    return el("pre", el("code", element.code))

@@ -70,10 +70,11 @@ def write(run: Run, elements: Mapping[str, Sequence[ReportElement]], extras: Ext
 def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     record = run.record
     scores, main = record["scores"], metrics[0]
-    header = ["metric", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])]
+    header = ["metric", "meaning", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])]
     rows = [
         [
-            m.title if m.title == m.words else f"{m.title} ({m.words})",
+            m.title,
+            m.words if m.words != m.title else "",
             {"max": "higher", "min": "lower"}.get(m.better, m.better),
             m.text(scores["test"][m.name]),
             " to ".join(m.text(v) for v in scores["intervals"][m.name]),

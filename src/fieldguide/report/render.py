@@ -30,6 +30,7 @@ from fieldguide.core.report_elements import (
     Bars,
     Code,
     Gallery,
+    Legend,
     Lines,
     Matrix,
     Quotes,
@@ -196,3 +197,4 @@ draw.register(Gallery, media.draw_gallery)
 draw.register(Sounds, media.draw_sounds)
 draw.register(Quotes, media.draw_quotes)
 draw.register(Code, media.draw_code)
+draw.register(Legend, media.draw_legend)

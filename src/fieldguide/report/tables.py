@@ -118,7 +118,7 @@ def build_cell(column: Column, i: int, *, first: bool, link: str = "") -> Markup
         text, full = shorten(text, MAX_NAME_CHARACTERS), full or text
     if column.numeric:
         return el("td", text, class_=column.look, title=full, style=None if shade is None else f"--shade:{shade:.2f}")
-    kind = "long" if len(text) > 60 else "short" if len(text) <= (24 if first else 14) else None
+    kind = "long" if len(text) > 60 else "short" if len(text) <= (24 if first else 18) else "text"
     inside = el("a", text, href=link) if link else text
     return el("th" if first else "td", inside, scope="row" if first else None, class_=kind, title=full, dir="auto")
 

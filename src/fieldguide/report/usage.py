@@ -9,7 +9,7 @@ from fieldguide.core.report_elements import Code
 from fieldguide.data.samples import SAMPLES
 from fieldguide.tasks.report_builder import ExampleInput
 
-MAX_LINE_CHARACTERS = 80
+MAX_LINE_CHARACTERS = 90
 
 
 def build_usage(run: str, example: ExampleInput | None, data: str | None) -> list[Code]:
@@ -47,7 +47,13 @@ def describe_argument(argument: Any, is_row: bool) -> str:
 
 
 def format_python(value: Any) -> str:
-    """Return a value as Python source; long dictionaries have a line for each key."""
+    """Return a value as Python source; long dictionaries take several lines."""
     if not isinstance(value, dict) or len(repr(value)) <= MAX_LINE_CHARACTERS:
         return repr(value)
-    return "{\n" + "".join(f"    {key!r}: {cell!r},\n" for key, cell in value.items()) + "}"
+    lines = [""]
+    for key, cell in value.items():
+        item = f"{key!r}: {cell!r}, "
+        if lines[-1] and len(lines[-1]) + len(item) > MAX_LINE_CHARACTERS:
+            lines.append("")
+        lines[-1] += item
+    return "{\n" + "".join(f"    {line.rstrip()}\n" for line in lines) + "}"

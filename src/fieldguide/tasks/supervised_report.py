@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fieldguide.tasks.preprocessor import Preprocessor
 
 
+MEDIA_KINDS = ("image", "audio", "video")
 MAX_EXPLAINED = 6  # examples whose inputs are weighed, half of them mistakes
 EXPLANATION_FRACTION = 0.4  # of the time of all analyses
 
@@ -46,8 +47,9 @@ class SupervisedReport(ReportBuilder):
     metrics: ClassVar[tuple[Metric, ...]]
 
     def explain(self, context: ReportContext) -> list[ReportElement]:
-        names = [c.name for c in self.input_columns() if c.name in context.test.rows.columns]
-        return build_importance(cast("Evaluator", self), self.metrics[0], names, context)
+        columns = [c for c in self.input_columns() if c.name in context.test.rows.columns]
+        has_media = any(c.kind in MEDIA_KINDS for c in columns)
+        return build_importance(cast("Evaluator", self), self.metrics[0], [c.name for c in columns], context, has_media)
 
 
 class ClassificationReport(SupervisedReport):

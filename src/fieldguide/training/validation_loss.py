@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fieldguide.data.loader import Batches
+from fieldguide.data.loader import Batches, make_generator
 from fieldguide.objectives import Objective
 from fieldguide.training.precision import autocast, move_batch
 
 
 class ValidationLoss:
-    """Computes the loss of the same examples each time, without augmentation and dropout and always with the same noise.
+    """Computes the loss of the same examples each time, without dropout and always with the same noise.
+
+    `make_batches` returns them without augmentation.
 
     It costs about a third of a training step, and leaves torch's random state alone. A failure is logged once and ends it,
     since it must not end the training.
@@ -53,7 +55,8 @@ class ValidationLoss:
             if not len(batches):
                 self.is_available = False
                 return math.nan
-            self.tensors = move_batch(batches.make(np.arange(min(self.batch, len(batches))), None), self.device)
+            rows = np.arange(min(self.batch, len(batches)))
+            self.tensors = move_batch(batches.make(rows, make_generator(0)), self.device)
         training = objective.training
         objective.eval()
         try:

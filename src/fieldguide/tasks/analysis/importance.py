@@ -13,13 +13,14 @@ from fieldguide.tasks.analysis.context import ReportContext, take_rows
 from fieldguide.tasks.evaluator import Evaluator
 from fieldguide.tasks.spec import Metric
 
-MAX_ROWS, SHUFFLES = 1000, 3  # test rows that are used, and how often each column is shuffled
+MAX_ROWS, MAX_MEDIA_ROWS = 1000, 200  # test rows that are used; fewer if files must be decoded for each shuffle
+SHUFFLES = 3  # of each column
 MAX_COLUMNS = 200
 TIME_FRACTION = 0.4  # of the time of all analyses
 
 
 def build_importance(
-    evaluator: Evaluator, metric: Metric, columns: Sequence[str], context: ReportContext
+    evaluator: Evaluator, metric: Metric, columns: Sequence[str], context: ReportContext, has_media: bool = False
 ) -> list[ReportElement]:
     """Return the loss of score for each column when its values are shuffled among test rows.
 
@@ -28,7 +29,7 @@ def build_importance(
     """
     if len(columns) < 2 or len(context.test) < 2:
         return []
-    rows, deadline = context.sample(MAX_ROWS), context.deadline.part(TIME_FRACTION)
+    rows, deadline = context.sample(MAX_MEDIA_ROWS if has_media else MAX_ROWS), context.deadline.part(TIME_FRACTION)
     data, targets = context.test.take(rows), take_rows(context.targets, rows)
     sign = 1 if metric.better == "max" else -1
     best = sign * evaluator.score(take_rows(context.outputs, rows), targets)[metric.name]

@@ -66,6 +66,8 @@ def build_subgroups(
     evaluator: Evaluator, metrics: Sequence[Metric], context: ReportContext, column: str
 ) -> list[ReportElement]:
     """Return the scores of the groups of a column as a table and as bars."""
+    if any(len(values) != len(context.test) for values in (*context.outputs.values(), *context.targets.values())):
+        return [Table(f"Scores by {column}", "This task is not scored row by row, so groups of rows have no scores.")]
     results = score_groups(evaluator, context, column, context.deadline.part(TIME_FRACTION))
     main, factor = metrics[0], 100 if metrics[0].percent else 1
     rows = [

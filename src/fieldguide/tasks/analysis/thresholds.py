@@ -54,7 +54,7 @@ def build_thresholds(probability: np.ndarray, positive: np.ndarray, name: str) -
         Lines(
             "Scores by threshold",
             f"An example counts as {name!r} from this probability on.",
-            x=f"threshold on the probability of {name!r}",
+            x="threshold",
             lines={"precision": (at, precision[keep]), "recall": (at, recall[keep]), "F1": (at, f1[keep])},
             marks={"0.5": 0.5, "highest F1": float(falling[ends][best])},
         ),

@@ -25,6 +25,7 @@ from fieldguide.data.preprocessing import Labels
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
 from fieldguide.tasks.multimodal.base import ImageAndTextTask
+from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import ClassificationTask, fill_options
 from fieldguide.tasks.supervised_evaluator import calibration_error
 
@@ -311,6 +312,9 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
                 )
             ]
         return sections
+
+    def example_input(self, test: Data) -> ExampleInput | None:
+        return ExampleInput(test.rows[self.column][0], {"question": self.questions_of(test)[0]}) if len(test) else None
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), **self.target_state()}

@@ -18,10 +18,12 @@ from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.tasks.base import Arrays, Baseline, Metric
+from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import TextTask
 from fieldguide.tasks.text.text_generation import MAX_TOKENS_BY_DEVICE, PART_COLUMN, TOKENS_PER_STEP, TextGeneration
 
+EXAMPLE_WORDS = 12  # of a text that is shown as an example of an input
 BLANK = re.compile(r"<extra_id_\d+>|<mask>|\[MASK\]|_{3,}")  # the ways to write a gap in an input
 
 
@@ -172,6 +174,13 @@ class PackedTextTask(TextTask):
             if not BLANK.search(text):
                 raise DataError(f"{data.locate_row(place)}: {text[:40]!r} has no gap. Write <mask> for the missing word.")
         return texts
+
+    def example_input(self, test: Data) -> ExampleInput | None:
+        words = " ".join(self.texts(test)[:1]).split()[:EXAMPLE_WORDS]
+        if len(words) < 2:
+            return None
+        words[len(words) // 2] = "<mask>"
+        return ExampleInput(" ".join(words))
 
     def loss_elements(self, outputs: Arrays) -> dict[str, list[ReportElement]]:
         per_row = outputs["nats"] / np.maximum(outputs["count"], 1)

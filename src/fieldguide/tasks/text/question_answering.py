@@ -30,6 +30,7 @@ from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics import question_answering as measured
 from fieldguide.objectives import Objective, SpanPrediction
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Task
+from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 from fieldguide.tasks.text.windows import (
@@ -44,6 +45,7 @@ from fieldguide.tasks.text.windows import (
 )
 
 MAX_TOKENS_BY_DEVICE = {"cpu": 256, "mps": 384, "cuda": 384}  # maximum tokens of a window by device, if the user sets no length
+EXAMPLE_ROWS, MAX_EXAMPLE_CHARACTERS = 50, 400  # test rows among which the example of an input is chosen, and its length
 MAX_QUESTION_TOKENS = 64  # maximum tokens of a question (as in BERT's code for SQuAD)
 TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
 MAX_ANSWER_TOKENS = 30  # maximum tokens of an answer (as in BERT's code for SQuAD), if no training answers are known
@@ -393,6 +395,14 @@ class QuestionAnswering(Task):
         return records
 
     # Report
+
+    def example_input(self, test: Data) -> ExampleInput | None:
+        if not len(test):
+            return None
+        texts = self.contexts(test.take(np.arange(min(len(test), EXAMPLE_ROWS))))
+        row = min(range(len(texts)), key=lambda i: len(texts[i]))  # a short one, to be readable
+        context = " ".join(texts[row].split())
+        return ExampleInput(context[:MAX_EXAMPLE_CHARACTERS], {"question": self.questions_of(test)[row]})
 
     def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None

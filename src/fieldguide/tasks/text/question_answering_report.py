@@ -17,7 +17,7 @@ from fieldguide.tasks.text.windows import answer_span
 if TYPE_CHECKING:
     from fieldguide.tasks.text.question_answering import QuestionAnswering
 
-SHOWN, AROUND = 24, 160  # answers in the report, and characters of context on either side
+SHOWN, SHOWN_CORRECT, AROUND = 24, 8, 160  # answers in the report, correct ones, and characters of context on either side
 
 
 def build_elements(task: QuestionAnswering, test: Data, outputs: Arrays, targets: Arrays) -> dict[str, list[ReportElement]]:
@@ -54,7 +54,7 @@ def build_elements(task: QuestionAnswering, test: Data, outputs: Arrays, targets
     ]
     if task.silent:
         elements.append(threshold_curve(task, outputs, targets))
-    return {"Questions": elements, "Worst answers": worst_answers(task, test, outputs, each)}
+    return {"Questions": elements, "Answers": show_answers(task, test, outputs, each)}
 
 
 def threshold_curve(task: QuestionAnswering, outputs: Arrays, targets: Arrays) -> ReportElement:
@@ -73,33 +73,34 @@ def threshold_curve(task: QuestionAnswering, outputs: Arrays, targets: Arrays) -
     )
 
 
-def worst_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[ReportElement]:
-    """Return wrong answers with the highest confidence, in their contexts."""
+def show_answers(task: QuestionAnswering, test: Data, outputs: Arrays, each: np.ndarray) -> list[ReportElement]:
+    """Return wrong answers with the highest confidence next to correct ones, in their contexts."""
     contexts, questions, right = task.contexts(test), task.questions_of(test), task.known_answers(test)
     sure = np.where(outputs["given"], outputs["score"], outputs["none"])
-    said, quotes = task.answer_texts(outputs, contexts), []
-    for row in np.lexsort((-sure, each[:, 1]))[:SHOWN]:
-        if each[row, 1] >= 1:
-            break
+    said = task.answer_texts(outputs, contexts)
+
+    def quote(row: int) -> Quote:
         spot = answer_span(right[row][0]) if right[row] else (int(outputs["begin"][row]), int(outputs["end"][row]))
+        known = "; ".join(dict.fromkeys(a["text"] for a in right[row])) or "no answer"
         caption = (
-            f"{questions[row]} · predicted: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % confident) · target: "
-            + ("; ".join(dict.fromkeys(a["text"] for a in right[row])) or "no answer")
-            + f" · {test.locate_row(int(row))}"
+            f"{questions[row]} · predicted: {said[row] or 'no answer'} ({100 * np.exp(sure[row]):.0f} % confident)"
+            + (f" · target: {known}" if each[row, 1] < 1 else "")
+            + f" · {test.locate_row(row)}"
         )
-        quotes.append(Quote(mark_span(contexts[row], *spot), caption, bad=True))
-    return (
-        [
-            Quotes(
-                "Lowest F1",
-                "Test questions with the lowest F1, most confident first. ⟦ ⟧ marks the answer in the data, or "
-                "the prediction if there is none.",
-                quotes,
-            )
-        ]
-        if quotes
-        else []
-    )
+        return Quote(mark_span(contexts[row], *spot), caption, bad=bool(each[row, 1] < 1))
+
+    order = [int(row) for row in np.lexsort((-sure, each[:, 1])) if each[row, 1] < 1]
+    correct = np.random.default_rng(0).permutation(np.flatnonzero(each[:, 0] >= 1))[:SHOWN_CORRECT]
+    shown = [
+        Quotes(
+            "Lowest F1",
+            "Test questions with the lowest F1, most confident first. ⟦ ⟧ marks the answer in the data, or the prediction if there "
+            "is none.",
+            [quote(row) for row in order[:SHOWN]],
+        ),
+        Quotes("Correct answers", "Random test questions.", [quote(int(row)) for row in correct]),
+    ]
+    return [quotes for quotes in shown if quotes.quotes]
 
 
 def mark_span(text: str, begin: int, end: int) -> str:

@@ -34,6 +34,7 @@ from fieldguide.models.generation import GenerationConfig, generate, generate_ba
 from fieldguide.models.generation.stop_strings import truncate_at_stop
 from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
+from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import TextTask
 
@@ -44,6 +45,7 @@ CHAT_SPECIAL_TOKENS = (END_OF_TEXT, *(f"<|{who}|>" for who in CHAT_ROLES))
 MAX_TOKENS_BY_DEVICE = {"cpu": 128, "mps": 512, "cuda": 1024}  # maximum tokens of a row by device, if the user sets no length
 TOKENS_PER_STEP = 4096  # approximate tokens per step, if the user sets no batch size
 PART_COLUMN = "#part"  # index of the row's passage within its text; 0 begins a text
+PROMPT_WORDS = 8  # of a text that is shown as an example of a prompt
 SAMPLE_TOKENS = 160  # tokens of a sample in the report
 
 
@@ -416,6 +418,11 @@ class TextGeneration(TextTask):
                 speeds,
             ),
         ]
+
+    def example_input(self, test: Data) -> ExampleInput | None:
+        turns = self.turns(test.take([0]))[0] if len(test) else []
+        words = turns[0][1].split() if turns else []
+        return ExampleInput(" ".join(words[:PROMPT_WORDS])) if words else None
 
     # Saved with the run
 

@@ -26,6 +26,7 @@ from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.metrics.entities import count_entities, extract_entities
 from fieldguide.objectives import Objective, TokenClassificationObjective
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Task
+from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
@@ -33,7 +34,8 @@ MAX_TOKENS_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens b
 TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
 TAG_COLUMN_NAMES = ("tags", "ner_tags", "pos_tags", "ner", "pos", "labels")
 WORD_COLUMN_NAMES = ("tokens", "words")
-SHOWN = 20  # sentences in the report
+SHOWN, SHOWN_CORRECT = 20, 8  # sentences in the report: the worst ones, and correct ones
+EXAMPLE_WORDS = 20  # of a sentence that is shown as an example of an input
 
 
 class TokenClassification(Task):
@@ -320,24 +322,34 @@ class TokenClassification(Task):
             shown.append(
                 Matrix("Tags of words", "Rows are the true tags, columns the predicted tags.", self.tags, counts.tolist())
             )
-        return {"Errors": [*shown, *self.worst_mistakes(test, outputs, real, said)]}
+        return {"Errors": [*shown, *self.show_sentences(test, outputs, real, said)]}
 
-    def worst_mistakes(self, test: Data, outputs: Arrays, real: np.ndarray, said: np.ndarray) -> list[ReportElement]:
-        wrong = ((real != said) & (real >= 0)).sum(1)
-        quotes, words = [], self.words(test)
+    def example_input(self, test: Data) -> ExampleInput | None:
+        return ExampleInput(" ".join(self.words(test.take([0]))[0][:EXAMPLE_WORDS])) if len(test) else None
+
+    def show_sentences(self, test: Data, outputs: Arrays, real: np.ndarray, said: np.ndarray) -> list[ReportElement]:
+        """Return the sentences with the most wrong tags, next to correct ones that have entities."""
+        wrong, words = ((real != said) & (real >= 0)).sum(1), self.words(test)
+        worst = []
         for row in np.argsort(-wrong, kind="stable")[:SHOWN]:
             if not wrong[row]:
                 break
             there, claimed = (set(extract_entities(x[row], self.all_tags)) for x in (real, said))
             missed, wrongly = describe_entities(words[row], there - claimed), describe_entities(words[row], claimed - there)
-            quotes.append(
-                Quote(
-                    f"missed: {missed} · wrongly predicted: {wrongly} · {test.locate_row(int(row))}".join(words[row]),
-                    f"missed: {missed} · wrongly predicted: {wrongly} · {test.locate_row(int(row))}",
-                    bad=True,
-                )
-            )
-        return [Quotes("Worst sentences", "Test sentences with the most wrong tags.", quotes)] if quotes else []
+            caption = f"missed: {missed} · wrongly predicted: {wrongly} · {test.locate_row(int(row))}"
+            worst.append(Quote(" ".join(words[row]), caption, bad=True))
+        right = []
+        for row in np.random.default_rng(0).permutation(np.flatnonzero(wrong == 0)):
+            if found := set(extract_entities(real[row], self.all_tags)):
+                caption = f"{describe_entities(words[row], found)} · {test.locate_row(int(row))}"
+                right.append(Quote(" ".join(words[row]), caption))
+            if len(right) == SHOWN_CORRECT:
+                break
+        shown = [
+            Quotes("Worst sentences", "Test sentences with the most wrong tags.", worst),
+            Quotes("Correct sentences", "Random test sentences in which every entity is found.", right),
+        ]
+        return [quotes for quotes in shown if quotes.quotes]
 
     # Saved with the run
 

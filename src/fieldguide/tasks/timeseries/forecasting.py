@@ -458,6 +458,9 @@ class Forecasting(Task):
         simple = {name: values for name, (_, values) in self.naive_forecasts(test).items()}
         return report.build_elements(test, outputs["values"][:, :, 0].astype(np.float64), targets, simple, LEVELS)
 
+    def preview_data(self, training: Data) -> list[ReportElement]:
+        return report.draw_series(training.context.panel)
+
     # Saved with the run
 
     def state(self) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import numpy as np
 
 from fieldguide.core.report_elements import Lines, Numbers, ReportElement, Table
 from fieldguide.data.dataset import Data
+from fieldguide.data.timeseries.frequency import SECOND
 from fieldguide.data.timeseries.panel import Panel
 from fieldguide.data.timeseries.windows import CUT, SERIES, Windows
 
+PREVIEWED_SERIES = 4  # series of the data that are drawn in full
 SHOWN_SERIES = 6  # series drawn, from the worst to the best
 LISTED_SERIES = 20  # series in the table of the worst
 MAX_SHOWN_PAST_STEPS = 400  # maximum steps drawn before a forecast
@@ -97,10 +99,15 @@ def draw_window(
     """Return the chart of one window: the end of its past, the actual values, and the forecast with intervals
     (`natural`: H, 1+Q).
     """
-    ahead, low, high = np.arange(len(natural)), int(found.low[series]), int(found.high[series])
+    ahead: np.ndarray = np.arange(len(natural))
+    low, high = int(found.low[series]), int(found.high[series])
     begin, end = max(at - max(2 * len(natural), 2 * season), low, at - MAX_SHOWN_PAST_STEPS), min(at + len(natural), high)
     moment = f"step {at - low}" if found.layout == "rows" else found.frequency.label(found.times[at])
-    was = (np.arange(begin, end) - at, found.values[begin:end, found.column[series]])
+    past: np.ndarray = np.arange(begin, end) - at
+    if has_dates(found):
+        past = found.times[begin:end] / SECOND
+        ahead = found.frequency.times(found.times[at], len(natural)) / SECOND
+    was = (past, found.values[begin:end, found.column[series]])
     bands: dict[str, tuple[Numbers, Numbers, Numbers]] = {
         f"{100 * level:.0f} %": (ahead, natural[:, 1 + a], natural[:, 1 + b])
         for level, (a, b) in sorted(levels.items(), reverse=True)
@@ -108,11 +115,34 @@ def draw_window(
     return Lines(
         f"{found.names[series]}, from {moment}",
         f"The test window with the median error of this series: MASE {error:.3g}",
-        x=f"steps ({found.frequency.article})",
+        x=f"time ({found.frequency.zone})"
+        if found.frequency.zone
+        else ""
+        if has_dates(found)
+        else f"steps ({found.frequency.article})",
         bands=bands,
-        marks={"forecast starts": 0.0},
+        marks={"forecast starts": float(ahead[0])},
         lines={"actual": was, "forecast": (ahead, natural[:, 0])},
+        dates=has_dates(found),
     )
+
+
+def has_dates(panel: Panel) -> bool:
+    """Return whether the steps of the series are dates."""
+    return panel.layout != "rows" and panel.frequency.unit != "number"
+
+
+def draw_series(panel: Panel) -> list[ReportElement]:
+    """Return the first series in full."""
+    charts: list[ReportElement] = []
+    for series in range(min(PREVIEWED_SERIES, len(panel))):
+        steps = slice(panel.low[series], panel.high[series])
+        x = panel.times[steps] / SECOND if has_dates(panel) else np.arange(panel.high[series] - panel.low[series])
+        title, values = panel.names[series], panel.values[steps, panel.column[series]]
+        charts.append(
+            Lines(title, "", x="" if has_dates(panel) else "steps", lines={title: (x, values)}, dates=has_dates(panel))
+        )
+    return charts
 
 
 def nan_mean(values: np.ndarray, axis: int) -> np.ndarray:

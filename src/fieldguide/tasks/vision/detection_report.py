@@ -16,7 +16,9 @@ from fieldguide.tasks.base import Arrays
 
 SHOWN_IMAGES = 12  # images in each gallery
 MAX_CURVES = 12  # classes whose curves are drawn, the most frequent ones
-GALLERY_SIDE = 280  # pixels of an image's longer side in a gallery
+GALLERY_SIDE = 400  # pixels of an image's longer side in a gallery
+FONT_FRACTION = 18  # of an image's longer side is the size of its labels
+MIN_LABELED_SIDE = 100  # pixels; the boxes of smaller images have no labels
 
 
 def open_image(path: str, scale: images.Scale | None = None) -> Image.Image:
@@ -33,23 +35,42 @@ def class_color(label: int) -> tuple[int, int, int]:
 def draw_boxes(
     picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], scores: np.ndarray | None = None
 ) -> Image.Image:
-    """Return the image with boxes (M, 4, in pixels) and class names, and scores if given; line width follows the image
-    size.
+    """Return the image with boxes (M, 4, in pixels) and class names, and scores if given, in a size that follows the image size.
+
+    A label is above, below or inside its box, wherever it does not cover another label.
     """
     out = picture.copy()
-    pen, width = ImageDraw.Draw(out), max(1, round(max(out.size) / 250))
-    font = ImageFont.load_default(max(9, round(max(out.size) / 40)))
+    pen, width = ImageDraw.Draw(out), max(1, round(max(out.size) / 200))
+    font = ImageFont.load_default(max(10, round(max(out.size) / FONT_FRACTION)))
+    for place in range(len(labels)):
+        left, top, right, bottom = (float(v) for v in boxes[place])
+        pen.rectangle(
+            (left, top, max(left, right - 1), max(top, bottom - 1)), outline=class_color(int(labels[place])), width=width
+        )
+    if min(out.size) < MIN_LABELED_SIDE:
+        return out
+    taken: list[tuple[float, float, float, float]] = []
     for place in range(len(labels)):
         left, top, right, bottom = (float(v) for v in boxes[place])
         label = int(labels[place])
-        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=class_color(label), width=width)
         words = names[label] if scores is None else f"{names[label]} {scores[place]:.2f}"
-        if min(out.size) >= 100:
-            long, high = pen.textbbox((0, 0), words, font=font)[2:]
-            y = top - high - 1 if top > high else top
-            pen.rectangle((left, y, left + long + 2, y + high + 1), fill=class_color(label))
-            pen.text((left + 1, y), words, fill=(0, 0, 0), font=font)
+        begin, over, long, high = pen.textbbox((0, 0), words, font=font)
+        long, high = long - begin + 6, high - over + 6
+        x = min(max(0.0, left), max(0.0, out.width - long))
+        spots = [(x, y, x + long, y + high) for y in (top - high, bottom, top, bottom - high) if 0 <= y <= out.height - high]
+        spots = spots or [(x, 0.0, x + long, high)]
+        spot = next((s for s in spots if not any(overlaps(s, other) for other in taken)), spots[0])
+        taken.append(spot)
+        pen.rectangle(spot, fill=class_color(label))
+        red, green, blue = class_color(label)
+        ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else "white"
+        pen.text((spot[0] + 3 - begin, spot[1] + 3 - over), words, fill=ink, font=font)
     return out
+
+
+def overlaps(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    """Return whether two rectangles (left, top, right, bottom) overlap."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def match_boxes(
@@ -126,14 +147,14 @@ def build_elements(
             picture = open_image(paths[i], values)
             scale = GALLERY_SIDE / max(picture.size)
             small = picture.resize([max(1, round(v * scale)) for v in picture.size], Image.Resampling.BILINEAR)
-            pair = Image.new("RGB", (2 * small.width + 4, small.height), "white")
-            pair.paste(draw_boxes(small, true * scale, is_, names), (0, 0))
-            pair.paste(draw_boxes(small, boxes * scale, labels, names, sure), (small.width + 4, 0))
-            out = io.BytesIO()
-            pair.save(out, "JPEG", quality=80)
+            true_view, said_view = (
+                draw_boxes(small, true * scale, is_, names),
+                draw_boxes(small, boxes * scale, labels, names, sure),
+            )
             caption = f"{titles[i]}: {len(is_)} true, {len(labels)} predicted, {errors} wrong"
-            pictures.append(Picture(out.getvalue(), caption, errors > 0))
-        return Gallery(title, "True boxes on the left, predicted boxes on the right.", pictures, wide=True)
+            views = {"predicted": encode_jpeg(said_view)}
+            pictures.append(Picture(encode_jpeg(true_view), caption, errors > 0, view="true", views=views))
+        return Gallery(title, "True boxes on the left, predicted boxes on the right.", pictures)
 
     worst = np.argsort(-wrong, kind="stable")[:SHOWN_IMAGES]
     chance = np.random.default_rng(0).permutation(len(paths))[:SHOWN_IMAGES]
@@ -157,3 +178,9 @@ def build_elements(
         ],
         "Images": [gallery("Worst", worst.tolist()), gallery("Random sample", chance.tolist())],
     }
+
+
+def encode_jpeg(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=80)
+    return out.getvalue()

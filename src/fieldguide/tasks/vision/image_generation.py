@@ -33,6 +33,7 @@ from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
+from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options, is_discrete
 from fieldguide.tasks.supervised_evaluator import binomial_interval
 
@@ -496,6 +497,10 @@ class ImageGeneration(Task):
                 ],
             ),
         ]
+
+    def example_input(self, test: Data) -> ExampleInput | None:
+        known = self.captions or self.labels
+        return ExampleInput(known[0] if known else None)
 
     # Saved with the run
 

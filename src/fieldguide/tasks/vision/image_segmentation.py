@@ -19,7 +19,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
-from fieldguide.core.report_elements import Gallery, Matrix, Picture, ReportElement, Table
+from fieldguide.core.report_elements import Gallery, Legend, Matrix, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
@@ -46,6 +46,9 @@ MAX_SIDE_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the lon
 CROP_BY_DEVICE = {"cpu": 192, "mps": 320, "cuda": 512}  # side in pixels of the training crop by device
 MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
 SHOWN_IMAGES = 24  # images in the report
+GALLERY_SIDE = 256  # pixels of the longer side of an image in the report
+BACKGROUND_NAME = "background"
+MIN_BACKGROUND_FRACTION = 0.5  # of all pixels: a class that covers more is not colored in the report
 SAMPLED_IMAGES = 500  # images that mean and standard deviation are computed from
 
 
@@ -78,6 +81,7 @@ def check_outlines(data: Data) -> Iterator[Finding]:
 
 class ImageSegmentation(Task):
     name = "image-segmentation"
+    checks_splits = True
     reads = (
         "images with masks of the same name: folders images and masks, optionally below train, val and "
         "test; or images with object outlines: COCO JSON or YOLO"
@@ -432,10 +436,12 @@ class ImageSegmentation(Task):
         each = np.array([np.nanmean(self.iou_and_recall(c.astype(float))[0]) for c in outputs["counts"]])
         worst = np.argsort(each)[: SHOWN_IMAGES // 2]
         rest = np.random.default_rng(0).permutation(len(each))[: SHOWN_IMAGES // 2]
-        legend = Gallery(
+        background = self.find_background(counts.sum(1))
+        clear = f" Pixels of {self.names[background]!r} are not colored." if background is not None else ""
+        legend = Legend(
             "Colors",
-            "Colors of the classes.",
-            [Picture(swatch(colour), name) for colour, name in zip(self.colours, self.names)],
+            f"Colors of the classes.{clear}",
+            {name: colour for i, (colour, name) in enumerate(zip(self.colours, self.names)) if i != background},
         )
         return {
             "Classes": [
@@ -456,18 +462,27 @@ class ImageSegmentation(Task):
             ],
             "Images": [
                 legend,
-                self.gallery("Worst", test, outputs, worst, each),
-                self.gallery("Random sample", test, outputs, rest, each),
+                self.gallery("Worst", test, outputs, worst, each, background),
+                self.gallery("Random sample", test, outputs, rest, each, background),
             ],
         }
 
-    def gallery(self, title: str, test: Data, outputs: Arrays, rows: np.ndarray, each: np.ndarray) -> ReportElement:
+    def find_background(self, pixels: np.ndarray) -> int | None:
+        """Return the class that is not colored: one of that name, or one that covers most of the `pixels` per class."""
+        if BACKGROUND_NAME in self.names:
+            return self.names.index(BACKGROUND_NAME)
+        largest = int(pixels.argmax())
+        return largest if pixels[largest] > MIN_BACKGROUND_FRACTION * pixels.sum() else None
+
+    def gallery(
+        self, title: str, test: Data, outputs: Arrays, rows: np.ndarray, each: np.ndarray, background: int | None
+    ) -> ReportElement:
         paths, sizes = self.paths_and_sizes(test)
         targets = self.masks(test)
         pictures = []
         for i in rows:
             width, height = sizes[i]
-            small = replace(self.canvas, side=192, channels=3)
+            small = replace(self.canvas, side=GALLERY_SIDE, channels=3)
             inner = small.fit_size(width, height)
             picture = small.load_images([paths[i]], [sizes[i]], inner)[0].transpose(1, 2, 0)
             is_ = small.load_masks([targets[i]], [sizes[i]], inner)[0]
@@ -476,22 +491,21 @@ class ImageSegmentation(Task):
             said = thumb[y.astype(int)[:, None], x.astype(int)].astype(int)
             wrong = picture // 3
             wrong[(is_ >= 0) & (said != is_)] = (255, 60, 30)
-            strip = np.concatenate(
-                [
-                    np.concatenate([picture, self.paint_mask(picture, is_)], 1),
-                    np.concatenate([self.paint_mask(picture, np.where(is_ < 0, -1, said)), wrong], 1),
-                ]
-            )
-            out = io.BytesIO()
-            Image.fromarray(strip).save(out, "JPEG", quality=85)
-            pictures.append(Picture(out.getvalue(), f"{Path(test.locate_row(int(i))).name}: IoU {each[i]:.2f}"))
-        return Gallery(
-            title, "Top: the image and its true mask. Bottom: the predicted mask and, in red, the wrong pixels.", pictures
-        )
+            views = {
+                "true mask": self.paint_mask(picture, is_, background),
+                "predicted mask": self.paint_mask(picture, np.where(is_ < 0, -1, said), background),
+                "wrong pixels": wrong,
+            }
+            caption = f"{Path(test.locate_row(int(i))).name}: IoU {each[i]:.2f}"
+            jpegs = {name: encode_jpeg(view) for name, view in views.items()}
+            pictures.append(Picture(encode_jpeg(picture), caption, view="image", views=jpegs))
+        return Gallery(title, "Wrong pixels are red, the others dark.", pictures)
 
-    def paint_mask(self, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        colours = np.array([*self.colours, (0, 0, 0)])[mask]  # -1 (no class) is dark
-        return (0.4 * picture + 0.6 * colours).astype(np.uint8)
+    def paint_mask(self, picture: np.ndarray, mask: np.ndarray, background: int | None) -> np.ndarray:
+        """Return the image with the colors of a mask over it, except for the background; pixels without class are dark."""
+        colours = np.array([*self.colours, (0, 0, 0)])[mask]  # -1: no class
+        opacity = np.where(mask == (len(self.names) if background is None else background), 0.0, 0.6)[..., None]
+        return ((1 - opacity) * picture + opacity * colours).astype(np.uint8)
 
     # Saved with the run
 
@@ -534,9 +548,9 @@ def palette(classes: int) -> list[tuple[int, int, int]]:
     return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors]
 
 
-def swatch(colour: tuple[int, int, int]) -> bytes:
+def encode_jpeg(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (24, 24), colour).save(out, "PNG")
+    Image.fromarray(pixels).save(out, "JPEG", quality=85)
     return out.getvalue()
 
 

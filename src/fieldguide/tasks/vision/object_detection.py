@@ -54,6 +54,7 @@ class LetterboxedDetection(Detection):
 
 class ObjectDetection(Task):
     name = "object-detection"
+    checks_splits = True
     reads = "images with boxes: COCO JSON, YOLO (data.yaml, images, labels) or Pascal VOC (Annotations, JPEGImages)"
     input_types = ("image",)
     feature = ("image",)
