@@ -305,7 +305,7 @@ def test_damaged_coco(tmp_path):
         with pytest.raises(DataError, match=words):
             damaged(change)
     for text, words in (
-        (whole[: len(whole) // 2], "invalid JSON"),
+        (whole[: len(whole) // 2], "is not valid JSON"),
         (whole.replace('"images"', '"image"', 1), "lacks images"),
         (whole.replace("cat", "caf\xe9", 1).encode("latin-1"), "not UTF-8"),
     ):

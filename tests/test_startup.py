@@ -110,4 +110,4 @@ def test_wrong_config_names_file_and_key(tmp_path):
     out, code, _, _ = call(["fit", "--config", str(path)])
     assert code == 1 and "fit.yaml: unknown key 'modle'" in out and "Did you mean 'model'?" in out
     path.write_text("data: [iris\n")
-    assert "is not valid YAML" in call(["fit", "--config", str(path)])[0]
+    assert "invalid YAML" in call(["fit", "--config", str(path)])[0]

@@ -267,7 +267,7 @@ def test_malformed_entries_are_located(tmp_path, place, value, words):
 
 def test_damaged_files(tmp_path):
     whole = json.dumps(squad(4))
-    with pytest.raises(DataError, match=r"cut\.json: not valid JSON \(.*line 1 column"):
+    with pytest.raises(DataError, match=r"cut\.json is not valid JSON: .*line 1 column"):
         read(stored(tmp_path / "cut.json", whole[:-40]), column_spec=KIND.column_spec)
     context = "Zoë said: the café of Orléans is old. It has twelve tables."
     document = {

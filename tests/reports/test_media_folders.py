@@ -224,5 +224,5 @@ def test_malformed_caption_file_is_named(tmp_path):
     coco_captions(tmp_path)
     path = tmp_path / "annotations/captions_train2017.json"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(DataError, match=r"captions_train2017.json: not a file of COCO captions"):
+    with pytest.raises(DataError, match=r"captions_train2017.json is not valid JSON"):
         read(tmp_path)

@@ -9,6 +9,8 @@ import yaml
 
 from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.core.files import write_atomically
+from fieldguide.core.validation import read_bytes
+from fieldguide.core.yaml_reader import parse_yaml
 
 NAME = "fit.yaml"
 KEYS = ("data", "target", "task", "model", "weights", "minutes", "seed", "group", "time", "allow_bad", "out", "settings")
@@ -17,11 +19,9 @@ KEYS = ("data", "target", "task", "model", "weights", "minutes", "seed", "group"
 def read_config(path: Path) -> dict[str, Any]:
     """Return the arguments in a config file. Raises `SettingsError` naming the file and the line or key that is wrong."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        config = parse_yaml(read_bytes(path, SettingsError), path, SettingsError)
+    except FileNotFoundError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(config, dict):
         raise SettingsError(f"{path}: expected keys and values, such as `data: iris`.")
     for key in config:

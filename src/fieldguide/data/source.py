@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.validation import guard
 from fieldguide.data.dataset import FileEntry, Finding, Kind, Role
 
 SPLIT_NAMES = {
@@ -112,7 +113,10 @@ def load(source: Any, options: Options) -> RawTable:
         raise DataError(
             f"{what}: this kind of data is not supported. Supported are: {known}. `fieldguide tasks` lists what each task reads."
         )
-    return reader.load(source, options)
+    if not isinstance(source, Path):
+        return reader.load(source, options)
+    with guard(source, remedy="If the file is truncated, copy it again."):
+        return reader.load(source, options)
 
 
 def sha256(content: bytes) -> str:

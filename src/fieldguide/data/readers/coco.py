@@ -3,13 +3,13 @@ categories, optionally one file per split."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.validation import parse_json
 from fieldguide.data.media.boxes import (
     AnnotatedImage,
     FindingCollector,
@@ -101,18 +101,8 @@ def document_split(file: Path, root: Path) -> str | None:
 
 def parse_document(file: Path, content: bytes) -> dict[str, Any]:
     """Parse the JSON. Raises DataError if it is invalid or lacks a required list."""
-    try:
-        document = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not UTF-8 text. Save it as UTF-8.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{file}{line}: invalid JSON ({error}). If the file is truncated, copy it again.") from None
-    missing = [
-        k
-        for k in ("images", "annotations", "categories")
-        if not isinstance(document, dict) or not isinstance(document.get(k), list)
-    ]
+    document: dict[str, Any] = parse_json(content, file, remedy="If the file is truncated, copy it again.")
+    missing = [k for k in ("images", "annotations", "categories") if not isinstance(document.get(k), list)]
     if missing:
         raise DataError(f"{file}: lacks {', '.join(missing)} (each must be a list).")
     return document
@@ -214,8 +204,8 @@ def parse_box(box: Any) -> list[float] | None:
     """Return left, top, width and height from a list, its JSON text, or an object with these keys; None if invalid."""
     if isinstance(box, str):
         try:
-            box = json.loads(box)
-        except ValueError:
+            box = parse_json(box, "bbox", expect=object)
+        except DataError:
             return None
     if isinstance(box, dict):
         box = [box.get(a, box.get(b)) for a, b in (("x", "left"), ("y", "top"), ("width", "w"), ("height", "h"))]

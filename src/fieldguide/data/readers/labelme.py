@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from fieldguide.core.errors import DataError
+from fieldguide.core.validation import parse_json
 from fieldguide.data.dataset import FileEntry
 from fieldguide.data.media.boxes import (
     AnnotatedImage,
@@ -72,10 +73,10 @@ def load(source: Path, options: Options) -> RawTable:
         if text is None:
             continue
         try:
-            document = json.loads(text)
-        except (ValueError, RecursionError):
-            document = None
-        if not isinstance(document, dict) or not isinstance(document.get("shapes"), list):
+            document = parse_json(text, place)
+        except DataError:
+            document = {}
+        if not isinstance(document.get("shapes"), list):
             notes.mark_invalid("malformed-json", place, shot)
             continue
         named = str(document.get("imagePath") or path.stem)

@@ -8,7 +8,6 @@ Images/); and COCO captions (annotations/captions_*.json). Names of images are f
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Sequence
 from itertools import islice
@@ -19,6 +18,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.validation import parse_json
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.media.file_names import ImageIndex, find_child, normalize
 from fieldguide.data.media.images import READABLE_SUFFIXES
@@ -278,11 +278,11 @@ def load_coco_captions(source: Path, files: Sequence[Path]) -> RawTable:
     index, rows, splits, entries = ImageIndex(source), list[tuple[Path, str | None, int, int | None]](), [], []
     for number, file in enumerate(files):
         content = file.read_bytes()
+        document = parse_json(content, file, expect=object)
         try:
-            document = json.loads(content.decode("utf-8-sig"))
             names = {as_id(image["id"]): str(image["file_name"]) for image in document["images"]}
             captions = [(as_id(a["image_id"]), " ".join(str(a["caption"]).split())) for a in document["annotations"]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             raise DataError(
                 f"{file}: not a file of COCO captions ({error!r}). It needs images with id and file_name, and annotations with "
                 "image_id and caption."

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.validation import parse_json
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.readers import delimited
 from fieldguide.data.readers.table import join_splits
@@ -72,10 +73,7 @@ def load_file(path: Path, root: Path, options: Options) -> RawTable:
     """Read one file with one row per question. The line of a row is the number of the question in the file, from 1."""
     name, content = relative_path(path, root), path.read_bytes()
     text, findings = delimited.decode(content, name)
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{name}: not valid JSON ({error}).") from None
+    document = parse_json(text, name, expect=object)
     found = [*read_records(document, name)]
     if not found:
         raise DataError(f"{name}: no questions found.")

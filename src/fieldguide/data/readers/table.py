@@ -116,7 +116,7 @@ def read_json_lines(content: bytes, name: str) -> pl.DataFrame:
                 continue
             try:
                 ok = isinstance(json.loads(line), dict)
-            except ValueError:
+            except (ValueError, RecursionError):
                 ok = False
             if not ok:
                 raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} per line.")

@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fieldguide.core.errors import DataError
+from fieldguide.core.yaml_reader import parse_yaml
 from fieldguide.data.dataset import FileEntry
 from fieldguide.data.media.boxes import (
     AnnotatedImage,
@@ -172,16 +171,7 @@ def load_description(file: Path, files: list[Any], root: Path) -> dict[str, Any]
     """Load data.yaml and add it to the manifest. Raises DataError if it is invalid or has no names."""
     content = file.read_bytes()
     files.append(annotation_entry(file, content, root))
-    try:
-        config = yaml.load(content.decode("utf-8-sig"), yaml.BaseLoader)  # all values as text: `no` is a name
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not UTF-8 text. Save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise DataError(
-            f"{file}{line}: invalid YAML ({getattr(error, 'problem', None) or error}). Correct that line."
-        ) from None
+    config = parse_yaml(content, file, as_text=True)  # `no` is a name
     if not isinstance(config, dict) or "names" not in config:
         raise DataError(f"{file}: lacks the key `names`, the list of classes.")
     return config
