@@ -88,7 +88,8 @@ class Comparison:
 
     def list_differences(self) -> Table:
         """Return the settings that are not the same in all runs."""
-        flat = [flatten_settings(run.record) for run in self.runs]
+        one_architecture = not differs(self.runs, lambda run: run.record["model"]["architecture"])
+        flat = [flatten_settings(run.record, with_model=one_architecture) for run in self.runs]
         keys = [key for key in dict.fromkeys(key for each in flat for key in each) if len({each.get(key) for each in flat}) > 1]
         rows = [[key, *(each.get(key, MISSING) for each in flat)] for key in keys]
         note = "" if rows else "All settings are the same."
@@ -99,7 +100,7 @@ class Comparison:
         main, factor = self.metrics[0], 100 if self.metrics[0].percent else 1
         scored = {n: r.record["scores"] for n, r in zip(self.names, self.runs) if main.name in r.scores}
         return Bars(
-            f"{main.title} of the runs",
+            f"{main.heading} of the runs",
             f"{'Higher' if main.better == 'max' else 'Lower'} is better. The lines show 95 % intervals: runs whose intervals overlap "
             "widely may differ by chance.",
             {name: factor * scores["test"][main.name] for name, scores in scored.items()},
@@ -213,12 +214,15 @@ def differs(runs: Sequence[Run], get: Callable[[Run], Any]) -> bool:
     return len({get(run) for run in runs}) > 1
 
 
-def flatten_settings(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return everything that was chosen for a run as text by name: network, training settings, options, split and versions."""
+def flatten_settings(record: Mapping[str, Any], with_model: bool) -> dict[str, str]:
+    """Return what was chosen for a run as text by name: network, training settings, options, split and versions.
+
+    `with_model` includes the fields of the network's config, which mean the same only within an architecture.
+    """
     model, request = record["model"], record["request"]
     flat = {"network": model["size"], "data": record["data"]["source"], "split": record["data"]["split"]["how"]}
     flat |= {key: str(value) for key, value in record["settings"].items() if key not in IGNORED_SETTINGS}
-    flat |= {f"model.{key}": str(value) for key, value in model["config"].items()}
+    flat |= {f"model.{key}": str(value) for key, value in model["config"].items() if with_model}
     flat |= {key: str(value) for key, value in request.get("settings", {}).items()}
     flat |= {key: str(request.get(key)) for key in ("target", "group", "time", "weights")}
     return flat | {f"version of {key}": str(value) for key, value in record["versions"].items()}

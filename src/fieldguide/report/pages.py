@@ -84,7 +84,7 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     ]
     factor = 100 if main.percent else 1
     bars = Bars(
-        f"{capitalize(main.title)} compared with the baselines",
+        f"{main.heading} compared with the baselines",
         f"{'Higher' if main.better == 'max' else 'Lower'} is better. The line shows the 95 % interval.",
         {
             "this network": factor * scores["test"][main.name],
@@ -103,11 +103,6 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
         "bootstrap intervals over these examples."
     )
     return Section("Scores", lead, [bars, Table("All scores", "", header, rows)])
-
-
-def capitalize(text: str) -> str:
-    """Return the text with a capital first letter, unless it is an abbreviation such as mAP."""
-    return text if any(c.isupper() for c in text) else text[:1].upper() + text[1:]
 
 
 def build_choice_section(record: Mapping[str, Any]) -> Section:

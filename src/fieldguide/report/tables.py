@@ -63,7 +63,7 @@ def draw_table(element: Table) -> Markup:
     )
     inside = el("table", el("thead", head) if any(names) else None, el("tbody", *body))
     cut = f"The first {format_number(MAX_ROWS)} of {format_number(total)} rows are shown." if total > MAX_ROWS else ""
-    return join([fold(build_scroll_box(element.title, inside), len(rows), 12, "rows"), build_remark(cut)])
+    return join([fold(build_scroll_box(element.title, inside), len(rows), 10, "rows"), build_remark(cut)])
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,9 @@ def draw_losses(losses: Mapping[str, Curve], validation: Curve) -> Lines:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return values averaged with a Gaussian kernel, narrower at the ends than in the middle."""
+    """Return values averaged with a Gaussian kernel, which is narrower at the start, where losses fall fast."""
     places = np.arange(len(values))
-    width = np.clip(np.minimum(places, places[::-1]) / 3, 0.5, max(1.0, SMOOTHING_FRACTION * len(values)))[:, None]
+    width = np.clip(places / 3, 0.5, max(1.0, SMOOTHING_FRACTION * len(values)))[:, None]
     weights = np.exp(-0.5 * ((places[None] - places[:, None]) / width) ** 2) * np.isfinite(values)
     return weights @ np.nan_to_num(values, posinf=0, neginf=0) / weights.sum(1)
 

@@ -30,6 +30,11 @@ class Metric:
         """Return the name for people."""
         return self.label or self.name.replace("_", " ")
 
+    @property
+    def heading(self) -> str:
+        """Return the name for people, with a capital letter unless it is an abbreviation such as mAP."""
+        return self.title if any(c.isupper() for c in self.title) else self.title.capitalize()
+
     def text(self, value: float | None) -> str:
         if value is None or value != value:
             return "–"

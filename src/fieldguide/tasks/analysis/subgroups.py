@@ -82,7 +82,7 @@ def build_subgroups(
     ]
     return [
         Bars(
-            f"{main.title} by {column}",
+            f"{main.heading} by {column}",
             "The lines show 95 % intervals: groups whose intervals overlap widely may differ by chance.",
             {name: factor * scores[main.name] for name, _, scores, _ in results if scores.get(main.name) is not None},
             {
