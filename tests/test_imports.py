@@ -26,9 +26,9 @@ MAY = {
     "tasks": {"core", "data", "metrics", "models", "objectives"},
     "checkpoints": {"core", "data", "models"},
     "inference": {"core", "data", "models", "objectives", "training", "tasks", "checkpoints"},
-    "report": {"core", "tasks", "inference"},
+    "report": {"core", "data", "inference", "tasks"},
     "automl": {"core", "data", "models", "objectives", "training", "tasks", "checkpoints", "inference", "report"},
-    "cli": {"core", "data", "models", "tasks", "checkpoints", "inference", "automl"},
+    "cli": {"core", "data", "models", "tasks", "checkpoints", "inference", "report", "automl"},
     "__main__": {"cli"},
 }
 # Oracles, and what only they or a user bring along.
@@ -212,6 +212,7 @@ EXPORTED = {
     "save",
     "read",
     "advise",
+    "compare",
     "FieldguideClassifier",
     "FieldguideRegressor",
     "FieldguideError",

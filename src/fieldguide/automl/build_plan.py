@@ -150,6 +150,7 @@ def build_plan(
     source = kind.select_columns(source)
     left_out = [c.name for c in offered if source.columns[c.name].role == "ignored"]
     callback.on_data(source, kind, why)
+    callback.on_phase("checking and splitting the examples")
     checkpoint = None
     if weights is not None:
         checkpoint = load.inspect_checkpoint(weights, None if model == "auto" else model, callback.log)
@@ -162,6 +163,7 @@ def build_plan(
     splits = splits or split(source, seed=seed)
     callback.log(f"split: {splits.description}")
     check_splits(kind, source, splits, options)
+    callback.on_phase("fitting the preprocessing")
     train_rows = source.take(splits.train)
     fitted = kind.fit(train_rows, options)
     if left_out:
@@ -176,6 +178,7 @@ def build_plan(
         dims = {"output_type": kind.output_types, **fitted.model_dims()}
     for note in fitted.notes:
         callback.log(f"note: {note}")
+    callback.on_phase("choosing a network")
     deterministic = Settings().with_(requested).deterministic
     machine = profile.get_nominal_machine() if deterministic else profile.measure_machine()
     advice = advise(
@@ -202,10 +205,12 @@ def build_plan(
         chosen = chosen.with_({"threads": torch.get_num_threads()})  # a repetition uses as many
     parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
     plan = Plan(source, fitted, why, splits, card, size, config, chosen, advice, parts)
+    callback.on_phase("preparing the examples")
     plan.build_batches(callback)
     largest = min(fitted.max_batch_size, finetune.MAX_BATCH_SIZE) if checkpoint else fitted.max_batch_size
     plan.settings = choose_batch_size(chosen, len(plan.train_batches), fitted.min_batch_size, largest)
     plan.build_objective(callback, checkpoint, requested)
+    callback.on_phase("measuring the time of a step")
     plan.settings, plan.seconds_per_step, plan.max_steps = distributed.broadcast(
         resolve_settings(
             plan.settings,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fieldguide.core.settings import Settings
-from fieldguide.data.dataset import Data
-from fieldguide.tasks import Task
+if TYPE_CHECKING:
+    from fieldguide.core.settings import Settings
+    from fieldguide.data.dataset import Data
+    from fieldguide.tasks import Task
 
 
 class NullCallback:
@@ -14,6 +15,12 @@ class NullCallback:
 
     def log(self, text: str) -> None:
         """Receive one line for the user."""
+
+    def on_phase(self, name: str, total: int | None = None) -> None:
+        """Receive the name of the phase that begins, and the number of examples it works on, if known."""
+
+    def on_progress(self, done: int) -> None:
+        """Receive the number of examples of the present phase that are done."""
 
     def on_data(self, data: Data, task: type[Task], why: str) -> None:
         """Receive the data as read and the task with the reason for it."""
@@ -35,3 +42,6 @@ class NullCallback:
 
     def on_end(self, run: Any) -> None:
         """Receive the finished run."""
+
+    def close(self) -> None:
+        """Release what the callback holds. Called last, after an error as well."""

@@ -255,8 +255,8 @@ def continue_run(path: str | Path, data: Any, callback: NullCallback, settings: 
             callback.log(f"{path} is finished already.")
             return run
         if distributed.rank() == 0:
-            check_writable(run.path)
             remove_leftovers(run.path)
+            check_writable(run.path)
         chosen = change_settings(check_settings(run, settings), settings, callback)
         with use_threads(chosen.threads), deterministic_kernels(chosen.deterministic):
             note_differences(run.record, callback)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import Any
+from typing import Any, cast
 
 from rich.markup import escape
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.output import OutputConsole, report_lost_output
+from fieldguide.automl.phases import Phases
 from fieldguide.core.numbers import format_plain
 
 # Into a pipe or a file, lines are as long as their content asks; on a terminal they fit it.
 console = OutputConsole(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console = OutputConsole(highlight=False, soft_wrap=True, width=200)
+MAX_METRIC_NAME = 20  # characters of the name of a metric next to the bar
+MAX_LOSSES = 2  # losses next to the bar
 MAX_LISTED_COLUMNS = 30  # columns of a table that are listed
 MAX_TABLE_WIDTH = 100  # characters of a line of that list
 
@@ -28,11 +33,19 @@ class Progress:
 
     def __init__(self) -> None:
         self.bar: Bar | None = None
+        self.phases = Phases(console)
         console.on_lost = report_lost_output
         self.best: str = ""
 
     def log(self, text: str) -> None:
         (self.bar.console if self.bar else console).print(escape(text))
+
+    def on_phase(self, name: str, total: int | None = None) -> None:
+        self.stop()
+        self.phases.start(name, total)
+
+    def on_progress(self, done: int) -> None:
+        self.phases.advance(done)
 
     def on_data(self, data: Any, task: Any, why: str) -> None:
         print_data(data, task, why)
@@ -55,15 +68,14 @@ class Progress:
         console.print()
 
     def on_train_start(self, settings: Any, done: int) -> None:
-        self.bar = Bar(
-            TextColumn("training"),
-            BarColumn(None),
+        self.stop()
+        self.bar = Bar(  # fits 80 columns
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(None),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[score]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -82,7 +94,7 @@ class Progress:
 
     def on_step(self, step: int, losses: dict[str, float]) -> None:
         assert self.bar is not None  # created by `on_train_start`
-        text = " ".join(format_plain(v) for k, v in losses.items() if k.endswith("loss"))
+        text = " ".join([format_plain(v) for k, v in losses.items() if k.endswith("loss")][:MAX_LOSSES])
         self.bar.update(self.line, completed=step, loss=text)
 
     def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None:
@@ -91,7 +103,7 @@ class Progress:
         name, value = next(iter(scores.items()))
         if best:
             self.best = format_plain(value)
-        self.bar.update(self.line, score=f"{name} {format_plain(value)} (best {self.best})")
+        self.bar.update(self.line, score=f"best {shorten(name, MAX_METRIC_NAME)} {self.best}")
         # Without a terminal there is no bar; a line is printed at most 20 times.
         if not console.is_terminal and (best or step == self.steps) and step - self.last_printed >= self.steps / 20:
             self.last_printed = step
@@ -111,12 +123,23 @@ class Progress:
         console.print(f"Predict: fieldguide predict {escape(str(run.path))} INPUT...")
 
     def stop(self) -> None:
+        self.phases.stop()
         if self.bar:
             self.bar.stop()
             self.bar = None
 
-    def __del__(self) -> None:
+    def close(self) -> None:
         self.stop()
+
+
+def make_default_callback() -> NullCallback:
+    """Return the progress display on the first process, and a silent callback on the others."""
+    return cast(NullCallback, Progress()) if int(os.environ.get("RANK", 0)) == 0 else NullCallback()
+
+
+def shorten(text: str, most: int) -> str:
+    """Return a text of at most `most` characters, without its middle if it is longer."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-((most - 1) // 2) :]}"
 
 
 def print_data(data: Any, task: Any, why: str) -> None:

@@ -101,8 +101,7 @@ class Tabular(BaseEstimator):
         except Interrupted:
             raise KeyboardInterrupt from None  # without a run folder nothing can be resumed
         finally:
-            if bar := getattr(callback, "bar", None):
-                bar.stop()
+            callback.close()
         self._store(plan.task, plan.objective, plan.card.name, plan.size, plan.settings)
         self.n_steps_, self.validation_score_ = state.step, state.best
 

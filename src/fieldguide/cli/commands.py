@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,10 +144,11 @@ def fit(
         return
     check_names(task=arguments["task"], model=arguments["model"], settings=settings)
     check_exists(arguments["data"])
+    callback = build_callback()
     from fieldguide.automl.fit import fit as run_fit
 
     arguments["time_column"] = arguments.pop("time")
-    run_fit(arguments.pop("data"), **arguments, callback=build_callback(), settings=settings)
+    run_fit(arguments.pop("data"), **arguments, callback=callback, settings=settings)
 
 
 def continue_run(folder: Path, arguments: dict[str, Any], settings: dict[str, Any], more_steps: bool) -> None:
@@ -161,6 +164,7 @@ def continue_run(folder: Path, arguments: dict[str, Any], settings: dict[str, An
 
     check_model_source(folder)  # report a wrong path before torch is imported
     read_record(folder)
+    callback = build_callback()
     from fieldguide.automl.fit import finish, resume
 
     if arguments["minutes"] is not None:
@@ -168,20 +172,33 @@ def continue_run(folder: Path, arguments: dict[str, Any], settings: dict[str, An
     if not more_steps:
         if settings:
             raise SettingsError(f"{', '.join(settings)}: a run is finished as it is, without other settings.")
-        finish(folder, callback=build_callback())
+        finish(folder, callback=callback)
         return
-    resume(folder, callback=build_callback(), settings=settings)
+    resume(folder, callback=callback, settings=settings)
 
 
 def build_callback() -> Any:
-    """Return the progress display on the first process, and a silent callback on the others."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        from fieldguide.automl.progress import Progress
+    """Return the progress display, which begins at once: loading torch takes a second or two."""
+    from fieldguide.automl.progress import make_default_callback
 
-        return Progress()
-    from fieldguide.automl.callbacks import NullCallback
+    callback = make_default_callback()
+    callback.on_phase("starting")
+    return callback
 
-    return NullCallback()
+
+@contextmanager
+def show_phases(first: str) -> Iterator[Any]:
+    """Show what a command is doing on the terminal, on stderr; elsewhere, show nothing."""
+    from rich.console import Console
+
+    from fieldguide.automl.phases import Phases
+
+    phases = Phases(Console(stderr=True), lines=False)
+    phases.start(first)
+    try:
+        yield phases
+    finally:
+        phases.stop()
 
 
 @app.command(epilog="Example: fieldguide predict runs/sales-1 new_rows.csv --json")
@@ -214,20 +231,24 @@ def predict(
         from fieldguide.inference.predictions import check_output
 
         check_output(table)
-    from fieldguide.inference.pipeline import open_source
     from fieldguide.inference.source_kind import check_order
 
     values = list(inputs or ())
     check_order("predict", run, values)
-    predictor, options = open_source(run, parse_pairs(changes))
-    if table is None and not as_json and len(values) == 1 and (pieces := predictor.stream(values[0], **options)) is not None:
+    with show_phases(f"loading {run}") as phases:
+        from fieldguide.inference.pipeline import open_source
+
+        predictor, options = open_source(run, parse_pairs(changes))
+        phases.start("predicting")
+        pieces = predictor.stream(values[0], **options) if table is None and not as_json and len(values) == 1 else None
+        predictions = predictor.predict(values, **options) if pieces is None else None
+    if predictions is None:
         from fieldguide.cli.console import print_stream
 
         for note in predictor.get_notes():
             print(f"note: {note}", file=sys.stderr)
         print_stream(pieces)
         return
-    predictions = predictor.predict(values, **options)
     notes, problems = predictions.notes, predictions.problems
     if predictor.generates_text and not as_json and table is None:
         for record in predictions:
@@ -266,12 +287,15 @@ def evaluate(
     changes: PredictSet = None,
 ) -> None:
     """Score a trained network on data with known targets."""
-    from fieldguide.inference.pipeline import open_source
     from fieldguide.inference.source_kind import check_order
 
     check_order("evaluate", run, [data])
-    predictor, options = open_source(run, parse_pairs(changes))
-    result = predictor.evaluate(data, **options)
+    with show_phases(f"loading {run}") as phases:
+        from fieldguide.inference.pipeline import open_source
+
+        predictor, options = open_source(run, parse_pairs(changes))
+        phases.start(f"scoring {data}")
+        result = predictor.evaluate(data, **options)
     from fieldguide.cli.console import print_scores
 
     print_scores(predictor, result, as_json)
@@ -310,31 +334,15 @@ def check(
 
     check_names(task=task, settings=settings)
     check_exists(data)
-    from fieldguide.automl.build_plan import build_examples, check_splits
-    from fieldguide.automl.progress import console, print_data
-    from fieldguide.automl.request import group_settings, read_for
-    from fieldguide.data.splits import split
-    from fieldguide.tasks import Task
+    with show_phases(f"reading {data}"):
+        from fieldguide.automl.check import check_data
 
-    _, _, options, kinds, roles = group_settings(settings)
-    request = {
-        "data": data,
-        "target": target,
-        "kinds": kinds,
-        "roles": roles,
-        "group": group,
-        "time": time,
-        "allow_bad": allow_bad,
-        "task": task,
-    }
-    source, kind, why = read_for(request)
-    selected, found = kind.select_columns(source), list[str]()
-    built = build_examples(kind, selected, kind.options_from(options), found.append)  # reports what only the task can check
-    print_data(source, kind, why)
-    for line in found:
-        console.print(f"  {line}", markup=False)
-    if kind.check_split.__func__ is not Task.check_split.__func__:  # type: ignore[attr-defined]
-        check_splits(kind, built, split(built), kind.options_from(options))
+        checked = check_data(
+            data, target=target, group=group, time_column=time, task=task, allow_bad=allow_bad, settings=settings
+        )
+    from fieldguide.cli.console import print_checked
+
+    print_checked(checked)
 
 
 @app.command(epilog="Example: fieldguide models 'resnet*'")

@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from fieldguide.automl.progress import console
+from fieldguide.automl.progress import console, print_data
 from fieldguide.core.errors import SettingsError, describe_unknown_task
 from fieldguide.core.numbers import format_plain
 
@@ -65,6 +65,13 @@ def shorten(value: Any, most: int = 80) -> str:
         text = ("; " if any(isinstance(v, dict) for v in value) else " ").join(map(shorten, value))
         return text if len(text) <= most else f"{text[:most].rsplit(' ', 1)[0]} ..."
     return format_plain(value) if isinstance(value, float) else str(value)
+
+
+def print_checked(checked: Any) -> None:
+    """Print the columns, the findings and the task of data."""
+    print_data(checked.data, checked.task, checked.why)
+    for line in checked.lines:
+        console.print(f"  {line}", markup=False)
 
 
 def print_stream(pieces: Iterator[str]) -> None:

@@ -67,6 +67,7 @@ class Preprocessor(TaskSpec):
     """
 
     has_own_rows: ClassVar[bool] = True  # whether a row holds its inputs and targets, rather than a place in other data
+    checks_splits: ClassVar[bool] = False  # whether `check_split` checks anything
     min_batch_size: int = 16  # minimum examples per step, if the data has that many
     predict_options: Any  # an instance of `PredictOptions`
 
