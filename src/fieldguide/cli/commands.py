@@ -237,12 +237,13 @@ def predict(
     check_order("predict", run, values)
     with show_phases(f"loading {run}") as phases:
         from fieldguide.inference.pipeline import open_source
+        from fieldguide.inference.predictions import Predictions
 
         predictor, options = open_source(run, parse_pairs(changes))
         phases.start("predicting")
         pieces = predictor.stream(values[0], **options) if table is None and not as_json and len(values) == 1 else None
-        predictions = predictor.predict(values, **options) if pieces is None else None
-    if predictions is None:
+        predictions = predictor.predict(values, **options) if pieces is None else Predictions([])
+    if pieces is not None:
         from fieldguide.cli.console import print_stream
 
         for note in predictor.get_notes():

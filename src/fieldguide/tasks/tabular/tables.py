@@ -61,7 +61,7 @@ class Tabular(SupervisedTask):
                 f"{data.source}: no usable feature column is left. Features must vary and be numeric, "
                 "categorical, boolean, dates or texts."
             )
-        used = {feature.column for feature in (*task.preparer.numbers, *task.preparer.categories)}
+        used = {n.column for n in task.preparer.numbers} | {c.column for c in task.preparer.categories}
         left = [c.name for c in task.columns if c.role == "feature" and c.name not in used]
         task.columns = [replace(c, role="ignored") if c.name in left else c for c in task.columns]
         if left:
