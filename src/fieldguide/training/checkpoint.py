@@ -20,7 +20,7 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as pack_tensors
 from torch import Tensor
 
-from fieldguide.core.errors import TrainingError
+from fieldguide.core.errors import TrainingError, WriteError
 from fieldguide.core.files import make_folder, write_atomically
 from fieldguide.core.settings import Settings
 from fieldguide.objectives.base import Objective
@@ -37,7 +37,11 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     write_atomically(path.with_suffix(".safetensors"), content)
     record = {"step": step, "sha256": hashlib.sha256(content).hexdigest(), "state": state}
     record["digest"] = compute_digest(record)
-    write_atomically(path, json.dumps(record, allow_nan=True).encode())
+    try:
+        write_atomically(path, json.dumps(record, allow_nan=True).encode())
+    except WriteError:
+        path.with_suffix(".safetensors").unlink(missing_ok=True)  # gives its space back
+        raise
     for old in sorted(folder.glob("step-*.json"))[:-MAX_KEPT_CHECKPOINTS]:
         old.unlink()
     for old in folder.glob("step-*.safetensors"):  # also those whose process was killed before it wrote the JSON part
