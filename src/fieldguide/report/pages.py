@@ -38,8 +38,7 @@ def write(run: Run, elements: Mapping[str, Sequence[ReportElement]], extras: Ext
     record, extras = run.record, extras or Extras()
     metrics = [m for m in run.task.metrics if m.name in record["scores"]["test"]]
     title = f"{record['model']['size']} on {record['data']['source']}"
-    data = record["request"]["data"]
-    usage = build_usage(str(run.path.resolve()), extras.example, str(data) if data is not None else None)
+    usage = build_usage(str(run.path.resolve()), extras.example, get_data_path(record))
     sections = [
         build_scores_section(run, metrics),
         *(Section(name, elements=shown) for name, shown in elements.items()),
@@ -65,6 +64,12 @@ def write(run: Run, elements: Mapping[str, Sequence[ReportElement]], extras: Ext
     )
     write_atomically(run.path / "report.html", page.encode())
     write_atomically(run.path / "README.md", build_model_card(run, title, metrics).encode())
+
+
+def get_data_path(record: Mapping[str, Any]) -> str | None:
+    """Return the path or sample name of the data of a run; None if it was in memory."""
+    data = record["request"]["data"]
+    return None if data is None else str(data)
 
 
 def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
@@ -169,6 +174,7 @@ def build_settings_section(record: Mapping[str, Any]) -> Section:
 
 
 def build_model_card(run: Run, title: str, metrics: Sequence[Metric]) -> str:
+    """Return the model card. Unlike the report, it holds no examples from the data, since it may be published."""
     record = run.record
     scores, d = record["scores"], record["data"]
     table = Table(

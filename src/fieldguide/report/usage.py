@@ -12,10 +12,10 @@ from fieldguide.tasks.report_builder import ExampleInput
 MAX_LINE_CHARACTERS = 90
 
 
-def build_usage(run: str, example: ExampleInput | None, data: str | None) -> list[Code]:
+def build_usage(run: str, example: ExampleInput | None, data: str | None) -> tuple[Code, Code]:
     """Return how to predict on the command line and in Python.
 
-    `run` is the path of the run folder, `data` the path or sample name of the data, if it is not in memory.
+    `run` is the path of the run folder, `data` the path or sample name of the data, or None if it was in memory.
     """
     source: Any = example.source if example else data
     options = dict(example.options) if example else {}
@@ -32,10 +32,8 @@ def build_usage(run: str, example: ExampleInput | None, data: str | None) -> lis
     lines.append(f"fieldguide evaluate {name} " + (shlex.quote(data) if data else "LABELED_DATA"))
     arguments = ", ".join([*([] if source is None else [format_python(source)]), *(f"{k}={v!r}" for k, v in options.items())])
     python = f"import fieldguide\n\nrun = fieldguide.open_run({run!r})\nprint(run.predict({arguments})[0])"
-    return [
-        Code("Command line", describe_argument(argument, is_row), "\n".join(lines)),
-        Code("Python", "", python),
-    ]
+    note = describe_argument(argument, is_row)
+    return Code("Command line", note, "\n".join(lines)), Code("Python", "", python)
 
 
 def describe_argument(argument: Any, is_row: bool) -> str:
