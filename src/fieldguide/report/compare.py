@@ -150,6 +150,7 @@ class Comparison:
             facts=[],
             sections=sections,
         )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, page.encode())
 
     def __repr__(self) -> str:
