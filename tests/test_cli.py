@@ -142,10 +142,11 @@ def test_fit_predict_evaluate_on_files(good, flowers, tmp_path):
     assert printed[0].split() == ["input", "label", "probability"] and len(printed) == 151
 
     scores = json.loads(good("evaluate", run, flowers, "--json"))
-    assert scores["rows"] == 30 and "only its test rows" in scores["note"]
+    tested = json.loads((run / "run.json").read_text())["data"]["split"]["test"]
+    assert scores["rows"] == tested and "only its test rows" in scores["note"]
     other = tmp_path / "other.csv"
     pl.read_csv(flowers).head(120).write_csv(other)
-    assert json.loads(good("evaluate", run, other, "--json"))["rows"] < 30  # its training rows are recognized
+    assert json.loads(good("evaluate", run, other, "--json"))["rows"] < tested  # its training rows are recognized
     pl.read_csv(flowers).head(120).with_columns(pl.col("petal_width_cm") + 0.01).write_csv(other)
     assert json.loads(good("evaluate", run, other, "--json"))["rows"] == 120
     table = good("evaluate", run, other)
