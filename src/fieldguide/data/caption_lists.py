@@ -28,10 +28,10 @@ TEXTS = pl.List(pl.String)
 
 def find_image_column(rows: pl.DataFrame, kinds: dict[str, Kind]) -> str | None:
     """Return the column with images, or None."""
-    for name in rows.columns:
+    for name, kind in rows.schema.items():
         if kinds.get(name) == "image":
             return name
-        if rows.schema[name] == pl.String and name not in BOOKKEEPING:
+        if kind == pl.String and name not in BOOKKEEPING:
             some = rows[name].drop_nulls().head(SAMPLED_ROWS)
             if some.len() and float(some.str.contains(IMAGE_FILE_PATTERN).mean() or 0) >= MIN_MATCHED_FRACTION:  # type: ignore[arg-type]
                 return name
@@ -43,17 +43,21 @@ def find_caption_lists(rows: pl.DataFrame, kinds: dict[str, Kind], target: str |
 
     A column other than `target` must have a usual name of captions.
     """
-    if find_image_column(rows, kinds) is None:
+    names = [n for n in rows.columns if n not in BOOKKEEPING and n not in kinds and is_named(n, target)]
+    if not names or find_image_column(rows, kinds) is None:
         return None
-    names = [n for n in rows.columns if n not in BOOKKEEPING and n not in kinds]
     for name in [target] if target in names else names:
-        if name != target and normalize_name(name).partition(".")[0] not in LIST_NAMES:
-            continue
-        lists = to_lists(rows[name])
+        lists = to_lists(rows[name]) if NUMBERED.fullmatch(name) is None else None
         if lists is not None:
             return name.partition(".")[0], lists
     found = find_numbered(rows, names)
     return found if found and target in (None, found[0]) else None
+
+
+def is_named(name: str, target: str | None) -> bool:
+    """Return whether a column may hold captions: the target, one with a usual name, or one of several numbered ones."""
+    stem = match[1] if (match := NUMBERED.fullmatch(name)) else name.partition(".")[0]
+    return name == target or normalize_name(stem) in LIST_NAMES
 
 
 def to_lists(values: pl.Series) -> pl.Series | None:

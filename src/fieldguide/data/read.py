@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -37,7 +39,7 @@ from fieldguide.data.dataset import (
 from fieldguide.data.media import media_types
 from fieldguide.data.readers import delimited
 from fieldguide.data.source import Options as RawOptions
-from fieldguide.data.source import RawTable, relative_path
+from fieldguide.data.source import RawTable, is_inside, relative_path
 from fieldguide.data.source import load as load_raw
 from fieldguide.data.validation import checks, findings
 
@@ -612,7 +614,13 @@ class TableReader:
         paths = rows[column.name].fill_null("").to_list()
         unique = sorted(set(paths) - {""})
         unseen = [path for path in unique if (column.kind, path) not in self.media]
-        self.media |= {(column.kind, path): found for path, found in zip(unseen, medium.check(unseen))}
+        allowed = []
+        for path in unseen:
+            if problem := self.find_place_problem(path):
+                self.media[column.kind, path] = replace(medium.missing, problem=problem, detail="")
+            else:
+                allowed.append(path)
+        self.media |= {(column.kind, path): found for path, found in zip(allowed, medium.check(allowed))}
         seen = {path: self.media[column.kind, path] for path in unique}
         checked = [seen.get(p, medium.missing) for p in paths]
         bad = np.array([bool(c.problem) for c in checked], dtype=bool)
@@ -633,7 +641,19 @@ class TableReader:
         )
         self.data.rows = rows
         self.findings += findings.media_findings(self.data, medium, checked, self.bad)
-        self.mark_invalid(bad, lambda i: f"{checked[i].problem.replace('-', ' ')} ({checked[i].detail})")
+        self.mark_invalid(
+            bad, lambda i: checked[i].problem.replace("-", " ") + (f" ({checked[i].detail})" if checked[i].detail else "")
+        )
+
+    def find_place_problem(self, path: str) -> str:
+        """Return why a path must not be opened, a key of `media_types.PLACE_PROBLEMS`, or ""."""
+        if self.raw.boundary is not None and not is_inside(path, self.raw.boundary):
+            return "outside-data"
+        try:
+            mode = os.stat(path).st_mode
+        except (OSError, ValueError):
+            return ""  # reported when it is opened
+        return "" if stat.S_ISREG(mode) else "not-a-file"
 
     def check_masks(self) -> None:
         """Mark rows whose mask differs in size from the image."""

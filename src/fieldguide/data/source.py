@@ -57,6 +57,7 @@ FOLDER_SPLIT_WORDS = {  # words in names of folders, in addition to `SPLIT_NAMES
     "tst": "test",
     "holdout": "test",
 }
+ANNOTATION_SUFFIXES = (".json", ".yaml", ".yml", ".xml", ".data")
 WORD_PATTERN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # words of snake_case, kebab-case and CamelCase names
 IGNORED_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 
@@ -88,6 +89,7 @@ class RawTable:
     context: Any = None  # data shared by all rows, such as class names or full series
     unusable: int = 0  # examples that could not be added to `rows`
     message_problems: dict[str, list[int]] = field(default_factory=dict)  # what messages hold other than text -> rows
+    boundary: Path | None = None  # the folder outside of which no media are opened; None for a table that the user named
     delimiter: str | None = None  # of a delimited file; a hint for its number formats
 
 
@@ -116,7 +118,24 @@ def load(source: Any, options: Options) -> RawTable:
     if not isinstance(source, Path):
         return reader.load(source, options)
     with guard(source, remedy="If the file is truncated, copy it again."):
-        return reader.load(source, options)
+        raw = reader.load(source, options)
+    raw.boundary = find_boundary(source)
+    return raw
+
+
+def find_boundary(source: Path) -> Path | None:
+    """Return the folder that files in a source may refer to: the folder itself; for a file of annotations, the folder above its own.
+
+    A table that the user named may list media anywhere.
+    """
+    if source.is_dir():
+        return source
+    return source.absolute().parent.parent if source.suffix.lower() in ANNOTATION_SUFFIXES else None
+
+
+def is_inside(path: str | Path, folder: Path) -> bool:
+    """Return whether a path, without `..`, is in a folder. Symbolic links are not followed: whoever made them placed them there."""
+    return Path(os.path.normpath(os.path.abspath(path))).is_relative_to(os.path.normpath(folder.absolute()))
 
 
 def sha256(content: bytes) -> str:

@@ -37,6 +37,8 @@ FORMAT_SUFFIXES = {
 SUPPORTED_SUFFIXES = frozenset(s for suffixes in FORMAT_SUFFIXES.values() for s in suffixes)
 UNSUPPORTED_SUFFIXES = (".m4a", ".aac", ".wma", ".amr")  # audio formats that libsndfile does not support
 BLOCK_FRAMES = 1 << 20  # frames decoded at once, which bounds the memory for long recordings
+MAX_SAMPLES = 1 << 28  # of all channels of one recording; protects against decompression bombs (93 minutes at 48 kHz)
+MIN_RATE, MAX_RATE = 1_000, 768_000  # samples per second of a plausible recording
 MAX_CANCELLED_ENERGY = 0.01  # of the loudest channel: below, the mean of the channels has lost the sound
 MAX_SILENT_PEAK = 1e-3  # peak amplitude (-60 dB) below which a recording is silent
 FULL_SCALE, MAX_CLIPPED_FRACTION = 0.999, 1e-3  # amplitude of a clipped sample; fraction of such samples in a clipped recording
@@ -104,10 +106,18 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
     energy, mean_energy = np.zeros(sound.channels), 0.0
     digest.update(f"{sound.samplerate} {sound.channels}".encode())
     expected, form = sound.frames, sound.format
+    if reason := find_excess(sound):
+        return AudioCheck("implausible-sound", reason, size, sha)
+    bad = 0  # samples that are not finite
     cut = TRUNCATED_WAV_PATTERN.search(sound.extra_info)
     try:
         while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
             digest.update(np.ascontiguousarray(block).data)
+            if not np.isfinite(block).all():
+                bad += int((~np.isfinite(block)).sum())
+                block = np.nan_to_num(block, posinf=0.0, neginf=0.0)
+            if (count + len(block)) * sound.channels > MAX_SAMPLES:
+                return AudioCheck("implausible-sound", f"more than {MAX_SAMPLES:,} samples", size, sha)
             loud = np.abs(block)
             if sound.channels > 1:
                 energy += np.square(block, dtype=np.float64).sum(0)
@@ -128,6 +138,8 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
         return AudioCheck("truncated-sound", problem, *facts)
     if not count:
         return AudioCheck("zero-length", "no samples", *facts)
+    if bad:
+        return AudioCheck("not-finite", f"{bad:,} of {count * sound.channels:,} samples are NaN or infinite", *facts)
     traits = {
         "stereo": sound.channels > 1,
         "cancelling": mean_energy < MAX_CANCELLED_ENERGY * energy.max(),
@@ -136,6 +148,16 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
         "wrong-extension": suffix not in FORMAT_SUFFIXES.get(form, (suffix,)),
     }
     return AudioCheck("", "", *facts, tuple(name for name, seen in traits.items() if seen))
+
+
+def find_excess(sound: soundfile.SoundFile) -> str:
+    """Return why a recording will not be decoded: an implausible rate or length; "" if it will be."""
+    if not MIN_RATE <= sound.samplerate <= MAX_RATE:
+        return f"{sound.samplerate:,} samples per second"
+    if sound.frames * sound.channels > MAX_SAMPLES:
+        length = sound.frames / sound.samplerate / 60
+        return f"{sound.frames:,} samples in {sound.channels} channels, {length:,.0f} minutes"
+    return ""
 
 
 def has_last_page(tail: bytes) -> bool:
@@ -178,5 +200,10 @@ def load_wave(path: str | Path, rate: int) -> np.ndarray:
 
     from fieldguide.data.preprocessing.speech import resample, to_mono
 
-    samples, own = soundfile.read(path, dtype="float32")
+    with soundfile.SoundFile(path) as sound:
+        if reason := find_excess(sound):
+            raise ValueError(reason)
+        samples, own = sound.read(dtype="float32"), sound.samplerate
+    if not np.isfinite(samples).all():
+        raise ValueError("samples that are NaN or infinite")
     return np.rint(resample(to_mono(samples), own, rate) * 32768.0).clip(-32768, 32767).astype(np.int16)

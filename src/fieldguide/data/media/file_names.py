@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from fieldguide.data.media.images import SUPPORTED_SUFFIXES
-from fieldguide.data.source import IGNORED_NAMES, list_visible
+from fieldguide.data.source import IGNORED_NAMES, is_inside, list_visible
 
 
 def normalize(name: str) -> str:
@@ -36,14 +36,15 @@ def map_stems(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
 
 
 def resolve_folder(text: str, bases: Sequence[Path]) -> Path | None:
-    """Return an existing file or folder for a path of another machine: the longest end of it that exists below a base."""
+    """Return an existing file or folder for a path of another machine: the longest end of it that exists below a base.
+
+    Nothing outside of the bases is returned.
+    """
     parts = [p for p in text.strip().replace("\\", "/").split("/") if p not in ("", ".", "..")]
-    whole = Path(text.strip())
-    if whole.is_absolute() and whole.exists():
-        return whole
     for base in bases:
-        if (base / text.strip()).exists():
-            return base / text.strip()
+        named = base / text.strip()  # an absolute path stays as it is
+        if any(is_inside(named, b) for b in bases) and named.exists():
+            return named
     for start in range(len(parts)):
         for base in bases:
             found: Path | None = base
@@ -93,7 +94,7 @@ class ImageIndex:
         """Return the image of this name or path, or None. `folders` are searched first and in this order."""
         plain = name.strip().replace("\\", "/")
         for folder in folders:
-            if (path := folder / plain).is_file():
+            if is_inside(path := folder / plain, self.root) and path.is_file():
                 return path
         parts = normalize(plain).split("/")
         names = self.scan()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -184,8 +185,18 @@ def recognize_unsupported(content: bytes) -> str | None:
         b"\x76\x2f\x31\x01": "OpenEXR",
         b"#?RADIANCE": "Radiance HDR",
         b"<svg": "SVG",
+        b"%!PS": "PostScript (EPS)",
+        b"\xc5\xd0\xd3\xc6": "PostScript (EPS)",
+        b"%PDF": "PDF",
     }
     return next((name for start, name in starts.items() if content.startswith(start)), None)
+
+
+@cache
+def list_formats() -> tuple[str, ...]:
+    """Return the formats that Pillow may try to decode. Its reader of EPS, for example, would run Ghostscript."""
+    Image.init()
+    return tuple(form for form in FORMAT_SUFFIXES if form in Image.OPEN)
 
 
 @contextmanager
@@ -198,10 +209,10 @@ def open_image(source: str | Path | io.BytesIO, suffix: str | None = None) -> It
         with np.errstate(all="ignore"):
             yield from_array(np.load(source, allow_pickle=False))
     elif isinstance(source, io.BytesIO):
-        with Image.open(source) as image:
+        with Image.open(source, formats=list_formats()) as image:
             yield image
     else:
-        with open(source, "rb") as file, Image.open(file) as image:
+        with open(source, "rb") as file, Image.open(file, formats=list_formats()) as image:
             yield image
 
 
@@ -276,7 +287,7 @@ def read_deep_color(image: Image.Image) -> np.ndarray | None:  # -> H W 3
     other = raw[:-1] + ("B" if order == "L" else "L")
     image.load()
     file.seek(0)
-    with Image.open(file) as again:
+    with Image.open(file, formats=list_formats()) as again:
         tiles: list[Any] = again.tile
         again.tile = [t._replace(args=other if isinstance(t.args, str) else (other, *t.args[1:])) for t in tiles]
         low = np.asarray(again)[..., :3].astype(np.uint16)

@@ -53,10 +53,18 @@ class Medium:
     facts: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
 
 
+PLACE_PROBLEMS = {  # of paths, found before a file is opened
+    "not-a-file": ("paths that are not regular files", "Correct the paths."),
+    "outside-data": (
+        "files outside of the folder of the data, which are not opened",
+        "Copy them into it and correct the paths.",
+    ),
+}
 IMAGE_PROBLEMS = {  # name: description, remedy
     "empty-file": ("empty files", "Copy them again or remove them."),
     "missing-file": ("image files that do not exist", "Correct the paths; they are relative to the folder of the table."),
     "unreadable-file": ("files that cannot be opened", "Change their permissions."),
+    **PLACE_PROBLEMS,
     "not-an-image": ("files that are not images", "Remove them."),
     "unsupported-image": (
         "image files of a format that is not read",
@@ -90,8 +98,14 @@ AUDIO_PROBLEMS = {
     "empty-file": ("empty files", "Copy them again or remove them."),
     "missing-file": ("recordings that do not exist", "Correct the paths; they are relative to the folder of the table."),
     "unreadable-file": ("files that cannot be opened", "Change their permissions."),
+    **PLACE_PROBLEMS,
     "not-a-sound": ("files that are not audio or have an unsupported format", "Convert them to FLAC or WAV, or remove them."),
     "corrupt-sound": ("corrupt recordings", "Copy them again or remove them."),
+    "implausible-sound": (
+        f"recordings with more than {audio.MAX_SAMPLES:,} samples or an implausible sample rate, which are not decoded",
+        "Cut them into segments, or convert them.",
+    ),
+    "not-finite": ("recordings with samples that are not numbers", "Export them again."),
     "zero-length": ("recordings without samples", "Record them again or remove them."),
     "truncated-sound": ("truncated recordings: the end is missing or cannot be decoded", "Copy them again or remove them."),
 }
@@ -122,8 +136,13 @@ VIDEO_PROBLEMS = {
     "empty-file": ("empty files", "Copy them again or remove them."),
     "missing-file": ("videos that do not exist", "Correct the paths; they are relative to the folder of the table."),
     "unreadable-file": ("files that cannot be opened", "Change their permissions."),
+    **PLACE_PROBLEMS,
     "not-a-video": ("files that are not videos", "Remove them."),
     "truncated-video": ("videos that cannot be decoded completely", "Copy them again or remove them."),
+    "too-long": (
+        f"videos with more than {video.MAX_FRAMES:,} frames or {video.MAX_PIXELS:,} pixels in all, which are not decoded",
+        "Cut them into shorter ones, or scale them down.",
+    ),
     "no-strip": ("images that are neither animated nor a row of square frames", "Remove them, or export them as videos."),
     "single-frame": ("videos with a single frame", "Remove them."),
     "uneven-frames": ("videos whose frames differ in size", "Export them again with one frame size."),

@@ -20,6 +20,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.data.media import images
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
+MAX_FRAMES, MAX_PIXELS = 20_000, 1 << 32  # of one video; protects against decompression bombs (2,000 frames of 1920 x 1080)
 INSTALL_HINT = "reading videos requires PyAV: pip install 'fieldguide[video]'"
 
 
@@ -67,6 +68,10 @@ def check_one(path: str | Path) -> VideoCheck:
             is_color = is_color or frame.mode not in images.GRAY_MODES
     except UnidentifiedImageError:
         return VideoCheck("not-a-video", "the content is not a known image or video format", size, sha)
+    except TooLongError as error:
+        return VideoCheck("too-long", str(error), size, sha)
+    except Image.DecompressionBombError:
+        return VideoCheck("too-long", "more pixels in a frame than Pillow allows", size, sha)
     except NotAStripError as error:
         return VideoCheck("no-strip", str(error), size, sha)
     except (*images.DECODE_ERRORS, ValueError) as error:
@@ -78,12 +83,21 @@ def check_one(path: str | Path) -> VideoCheck:
     return VideoCheck("", "", size, sha, digest.hexdigest(), *shapes[0], 3 if is_color else 1, len(shapes))
 
 
+class TooLongError(ValueError):
+    """Raised for a video with more frames or pixels than are decoded."""
+
+
 class NotAStripError(ValueError):
     """Raised for an image that is neither animated nor a row of square frames."""
 
 
 def read_frames(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    """Yield the frames of a file in order. Raises `NoStrip`, ValueError or one of `images.BROKEN`."""
+    """Yield the frames of a file in order. Raises `NotAStripError`, `TooLongError`, ValueError or one of `images.DECODE_ERRORS`."""
+    return limit_frames(decode_frames(path, content))
+
+
+def decode_frames(path: str | Path, content: bytes | None) -> Iterator[Image.Image]:
+    """Yield the frames of a file in order, however many there are."""
     if Path(path).suffix.lower() in VIDEO_SUFFIXES:
         import av
 
@@ -94,18 +108,37 @@ def read_frames(path: str | Path, content: bytes | None = None) -> Iterator[Imag
         except av.FFmpegError as error:
             raise ValueError(str(error)) from error
         return
-    with Image.open(io.BytesIO(content) if content is not None else path) as image:
-        count = getattr(image, "n_frames", 1)
-        if count > 1:
-            for number in range(count):
-                image.seek(number)
-                yield image.convert("RGB")
+    with images.open_image(io.BytesIO(content) if content is not None else path, Path(path).suffix.lower()) as image:
+        if getattr(image, "is_animated", False):
+            yield from read_animation(image)
             return
         image.load()
         if image.width % image.height or image.width == image.height:
             raise NotAStripError(f"{image.width} x {image.height} pixels are not a row of square frames")
         for left in range(0, image.width, image.height):
             yield image.crop((left, 0, left + image.height, image.height))
+
+
+def read_animation(image: Image.Image) -> Iterator[Image.Image]:
+    """Yield the frames of an animated image. Their number is not asked for, since counting them may take minutes."""
+    number = 0
+    while True:
+        try:
+            image.seek(number)
+        except EOFError:
+            return
+        yield image.convert("RGB")
+        number += 1
+
+
+def limit_frames(frames: Iterator[Image.Image]) -> Iterator[Image.Image]:
+    """Yield frames up to `MAX_PIXELS` pixels and `MAX_FRAMES` frames. Raises `TooLongError` for more."""
+    pixels = 0
+    for number, frame in enumerate(frames, 1):
+        pixels += frame.width * frame.height
+        if number > MAX_FRAMES or pixels > MAX_PIXELS:
+            raise TooLongError(f"more than {number - 1:,} frames of {frame.width} x {frame.height} pixels")
+        yield frame
 
 
 def load(paths: Sequence[str | Path], side: int, channels: int) -> list[np.ndarray]:

@@ -24,6 +24,7 @@ from fieldguide.data.column_types import (
 from fieldguide.data.dataset import BOOKKEEPING, LINE, Finding
 from fieldguide.data.number_formats import infer_format
 
+MAX_COLUMNS = 20_000  # of a table; checks and types take some milliseconds for each
 DELIMITERS = ",\t;|"
 CHUNK_BYTES = 1 << 22
 COMMENT_MARKS = ("#", "//")  # lines that begin with one of these are comments if they do not fit the table
@@ -136,6 +137,9 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
         mark = "\t"
     else:
         mark = detect_delimiter(raw)
+    first_line = raw[: raw.find(b"\n")] if b"\n" in raw else raw
+    if b'"' not in first_line:  # before the table is parsed
+        check_width(first_line.count(mark.encode()) + 1, name)
     cells = read_cells(raw, name, mark)
     rows, findings = cells.rows, findings + cells.findings
     lines = line_numbers(rows, raw) + (1 if stated else 0)
@@ -527,10 +531,22 @@ def is_number(text: str) -> bool:
     return True
 
 
+def check_width(count: int, name: str) -> None:
+    """Raise DataError for more columns than a table may have."""
+    if count > MAX_COLUMNS:
+        raise DataError(
+            f"{name}: {count:,} columns, but a table may have {MAX_COLUMNS:,}. Keep those that matter, or transpose it."
+        )
+
+
 def check_names(columns: list[str], name: str, line: int) -> None:
     """Raise DataError for missing, duplicate or reserved column names."""
+    check_width(len(columns), name)
     empty = [i + 1 for i, c in enumerate(columns) if not c]
-    at = {c: [i + 1 for i, d in enumerate(columns) if d == c] for c in columns if c}
+    at: dict[str, list[int]] = {}
+    for i, column in enumerate(columns, 1):
+        if column:
+            at.setdefault(column, []).append(i)
     twice = {c: where for c, where in at.items() if len(where) > 1}
     hidden = [c for c in columns if c in BOOKKEEPING]
     problems = [f"column {', '.join(map(str, empty))} has no name"] if empty else []

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.hardware import ram
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.readers import delimited
@@ -22,6 +23,7 @@ UNDERSTANDS = (
 )
 DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab", ".inter"), (".parquet", ".pq"), (".jsonl", ".ndjson")
 SUPPORTED_SUFFIXES = DELIMITED + PARQUET + JSON
+CELL_BYTES = 16  # of memory for a cell, at least
 SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
@@ -95,12 +97,24 @@ def load_file(path: Path, root: Path, options: Options) -> RawTable:
 def read_parquet(content: bytes, name: str) -> pl.DataFrame:
     """Read Parquet. Raises DataError if it is invalid or has no rows."""
     try:
+        check_size(content, name)
         rows = pl.read_parquet(io.BytesIO(content))
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{name}: not a readable Parquet file ({str(error).splitlines()[0]}).") from error
     if rows.height == 0:
         raise DataError(f"{name}: the file has no rows.")
     return rows.with_columns(pl.Series(LINE, range(1, rows.height + 1), dtype=pl.Int64))
+
+
+def check_size(content: bytes, name: str) -> None:
+    """Raise DataError for a Parquet file with more cells than fit into memory, which a small file may hold."""
+    table = pl.scan_parquet(io.BytesIO(content))
+    width, height = table.collect_schema().len(), int(table.select(pl.len()).collect().item())
+    delimited.check_width(width, name)
+    if width * height * CELL_BYTES > ram():
+        raise DataError(
+            f"{name}: {height:,} rows of {width:,} columns do not fit into the memory of this machine ({ram() >> 30} GiB). Use fewer."
+        )
 
 
 def read_json_lines(content: bytes, name: str) -> pl.DataFrame:
