@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import fieldguide
 from fieldguide.automl.fit import NullCallback
@@ -23,6 +24,7 @@ from fieldguide.core import files, lock
 from fieldguide.core.errors import DataError, RunError, TrainingError, WriteError
 from fieldguide.core.run_files import remove_leftovers
 from fieldguide.data import samples
+from fieldguide.training import checkpoint
 
 QUICK = {"steps": 8, "eval_steps": 4, "batch_size": 16, "precision": "float32"}
 
@@ -144,7 +146,7 @@ def test_damaged_digests_and_foreign_names(done, tmp_path):
     path = copy(done, tmp_path / "run")
     for digests in ([], {"model.safetensors": 3}, {"preprocess/../../x": "0"}, {"/etc/passwd": "0"}):
         rewrite(path, digests=digests)
-        with pytest.raises(RunError, match="digests are not those of files in the folder"):
+        with pytest.raises(RunError, match=r"run\.json is damaged"):
             fieldguide.open_run(path).predict(samples_of(done))
 
 
@@ -183,12 +185,15 @@ def test_changed_number_in_a_checkpoint_is_found(done, tmp_path):
 
 # Two processes
 
+# Holds a lock, and starts a worker that outlives it.
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from fieldguide.core.lock import lock_folder
 with lock_folder(Path(sys.argv[1])):
-    print("locked", flush=True)
+    worker = os.fork()
+    if worker:
+        print(worker, flush=True)
     time.sleep(60)
 """
 
@@ -198,15 +203,18 @@ def test_second_process_is_rejected_until_the_first_is_killed(done, tmp_path):
     rewrite(path, status="training")
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
     try:
-        assert first.stdout.readline() == "locked\n"
+        worker = int(first.stdout.readline())
         with pytest.raises(RunError, match=rf"in use: process {first.pid} on .* trains in it"):
             fieldguide.resume(path)
         assert fieldguide.open_run(path).predict(samples_of(done))  # reading is always possible
+        first.kill()
+        first.wait()
+        assert (path / lock.NAME).exists()
+        assert fieldguide.resume(path).status == "done" and not (path / lock.NAME).exists()
     finally:
         first.kill()
+        os.kill(worker, signal.SIGKILL)
         first.communicate()
-    assert (path / lock.NAME).exists()
-    assert fieldguide.resume(path).status == "done" and not (path / lock.NAME).exists()
 
 
 def test_second_thread_is_rejected(done, tmp_path):
@@ -224,21 +232,6 @@ def test_second_thread_is_rejected(done, tmp_path):
         thread.join()
     assert len(refused) == 1 and "another thread" in refused[0]
     assert fieldguide.resume(path).status == "done"
-
-
-def test_worker_processes_do_not_keep_the_lock(tmp_path):
-    reading, writing = os.pipe()
-    with lock.lock_folder(tmp_path):
-        child = os.fork()
-        if not child:
-            os.read(reading, 1)
-            os._exit(0)
-    try:
-        with lock.lock_folder(tmp_path):
-            pass
-    finally:
-        os.write(writing, b"x")
-        os.waitpid(child, 0)
 
 
 # Stored settings
@@ -322,6 +315,26 @@ def test_removed_run_folder_is_one_clear_error(table, tmp_path):
     with pytest.raises(WriteError, match="its folder does not exist"):
         train(table, tmp_path / "run", callback=At(3, lambda: shutil.rmtree(tmp_path / "run")))
     assert not (tmp_path / "run").exists()  # not created again, without its other files
+
+
+def test_checkpoint_does_not_create_a_removed_run_folder(tmp_path):
+    with pytest.raises(WriteError, match="its folder does not exist"):
+        checkpoint.save(tmp_path / "run" / "checkpoints", 3, {"x": torch.zeros(1)}, {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_incomplete_checkpoint_gives_its_space_back(tmp_path, monkeypatch):
+    write = checkpoint.write_atomically
+
+    def fail_for_json(path, content):
+        if path.suffix == ".json":
+            raise WriteError("full")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", fail_for_json)
+    with pytest.raises(WriteError, match="full"):
+        checkpoint.save(tmp_path / "checkpoints", 3, {"x": torch.zeros(1)}, {})
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_file_size_limit_is_one_clear_error(table, tmp_path):
