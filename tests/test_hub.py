@@ -407,3 +407,45 @@ def test_safetensors_are_preferred():
     assert hub.choose_files(names[:2]) == {"config.json", "pytorch_model.bin"}
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
     assert hub.choose_files([*shards, "2_Dense/model.safetensors", "onnx/config.json"]) == set(shards)
+
+
+def test_names_in_files_are_not_downloaded(server, tmp_path, monkeypatch):
+    """A stranger's run, or an adapter, must neither contact the hub nor send the token."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    record = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "org/tiny"}
+    (adapter / "adapter_config.json").write_text(json.dumps(record))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"(?s)adapter of another model.*hf:org/tiny.*names in files are not downloaded"):
+        fieldguide.load(adapter)
+    with pytest.raises(WeightsError, match="names in files are not downloaded"):
+        hub.find_model("org/tiny")
+    assert not server.requests
+    hub.download_model("org/tiny")  # the user names it
+    server.requests.clear()
+    assert (hub.find_model("org/tiny") / "model.safetensors").exists()
+    assert not server.requests
+
+
+def test_a_resumed_run_finds_its_checkpoint_without_the_hub(server, tmp_path, monkeypatch):
+    from fieldguide.checkpoints import load
+
+    asked = []
+
+    def record(source, name=None, callback=None, download=True):
+        asked.append((source, download))
+        raise WeightsError("recorded")
+
+    text = tmp_path / "texts.csv"
+    text.write_text("text,label\n" + "".join(f"{'good' if i % 2 else 'bad'} thing {i},{i % 2}\n" for i in range(60)))
+    run = fieldguide.fit(text, "label", model="bert-mini", out=tmp_path / "run", settings={"steps": 1, "batch_size": 8})
+    stolen = json.loads((run.path / "run.json").read_text())
+    stolen["model"]["fresh"], stolen["request"]["weights"], stolen["status"] = [], "hf:org/tiny", "training"
+    (run.path / "run.json").write_text(json.dumps(stolen))
+    for path in (run.path / "checkpoints").glob("*"):
+        path.unlink()
+    monkeypatch.setattr(load, "inspect_checkpoint", record)
+    with pytest.raises(WeightsError, match="recorded"):
+        fieldguide.resume(run.path)
+    assert asked == [("hf:org/tiny", False)] and not server.requests

@@ -108,7 +108,7 @@ def test_rank_and_alpha_patterns_and_modules_saved_as_a_whole(base, tmp_path):
         ({"peft_type": "IA3"}, "type IA3"),
         ({"use_dora": True}, "use_dora"),
         ({"base_model_name_or_path": None}, "names no base model"),
-        ({"base_model_name_or_path": "org/other"}, "adapter of org/other, which is not on this machine"),
+        ({"base_model_name_or_path": "org/other"}, r"adapter of another model: hf:org/other is not among the downloads"),
     ],
 )
 def test_other_adapters_are_named(base, tmp_path, config, message):

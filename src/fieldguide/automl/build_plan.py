@@ -85,7 +85,7 @@ class Plan:
         has_trained = any((run.path / "checkpoints").glob("step-*.json"))
         if plan.fresh is not None and (task.needs_reference or not has_trained):
             name = None if request["model"] == "auto" else request["model"]
-            checkpoint = load.inspect_checkpoint(request["weights"], name, callback.log)
+            checkpoint = load.inspect_checkpoint(request["weights"], name, callback.log, download=False)
         plan.build_batches(callback)
         plan.build_objective(callback, checkpoint, {"finetune": settings.finetune})
         return plan

@@ -100,6 +100,25 @@ def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path
     return download(chosen[0], commit).parent
 
 
+def find_model(name: str) -> Path:
+    """Return the folder of a model that was downloaded before, without contacting the hub.
+
+    For names that files contain: only the user decides what is downloaded, and to whom the token is sent. Raises `WeightsError`
+    if the model is not in the cache.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        folder = find_download(revision or "main", {"repo_id": repository, "cache_dir": cache_folder()})
+    except ValueError:
+        folder = None
+    if folder is None:
+        raise WeightsError(
+            f"hf:{name} is not among the downloads on this machine, and names in files are not downloaded. If you trust it, load it "
+            f"once by its name: `fieldguide predict hf:{name} INPUT`, or fieldguide.load('hf:{name}')."
+        )
+    return folder
+
+
 def choose_files(paths: Iterable[str]) -> set[str]:
     """Return the files to download: configuration, tokenizer and weights, as safetensors if there are any."""
 

@@ -164,23 +164,22 @@ class Checkpoint:
 
 
 def inspect_checkpoint(
-    source: str | Path, name: str | None = None, callback: Callable[[str], None] | None = None
+    source: str | Path, name: str | None = None, callback: Callable[[str], None] | None = None, download: bool = True
 ) -> Checkpoint:
     """Return what a checkpoint holds. `callback` receives the progress of a download.
 
-    Raises `WeightsError` if it cannot be identified.
+    `download` must be False for a name that comes from a file and not from the user: then `hf:...` is found among earlier
+    downloads only. Raises `WeightsError` if the checkpoint cannot be identified.
     """
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
         from fieldguide.checkpoints import hub
 
+        model = source.removeprefix(HUB_PREFIX)
         with distributed.main_process_first():  # one process of a machine downloads, the others find the files in the cache
-            source = hub.download_model(source.removeprefix(HUB_PREFIX), callback or hub.print_stderr)
-        downloaded = True
-    else:
-        downloaded = False
+            source = hub.download_model(model, callback or hub.print_stderr) if download else hub.find_model(model)
     path = Path(source)
     if path.is_dir() and adapter.is_adapter(path):
-        return inspect_adapter(path, name, callback, downloaded)
+        return inspect_adapter(path, name, callback)
     if not path.exists():
         raise WeightsError(
             f"{path} does not exist. For a model of the Hugging Face Hub use hf:organization/name; for a "
@@ -255,23 +254,21 @@ def _inspect_folder(path: Path, name: str | None) -> Checkpoint:
     return Checkpoint(path, card, origin, {**values, **infer_fields(card, values, state)}, state)
 
 
-def inspect_adapter(folder: Path, name: str | None, callback: Callable[[str], None] | None, may_download: bool) -> Checkpoint:
+def inspect_adapter(folder: Path, name: str | None, callback: Callable[[str], None] | None) -> Checkpoint:
     """Return the base model of a LoRA adapter with the adapter merged.
 
-    The base model is in the same folder, or at the place that the adapter names. It is downloaded only if the adapter was.
+    The base model is in the same folder, at the place that the adapter names, or among earlier downloads.
     """
     base: str | Path = folder
     if not adapter.has_base(folder):
         named = adapter.read_base(folder)
         # A relative path is usually meant from the adapter; a folder of that name in the working directory may be another.
         local = next((p for p in (folder / named, folder.parent / named, Path(named)) if p.exists()), None)
-        if local is None and not may_download:
-            raise WeightsError(
-                f"{folder} is a LoRA adapter of {named}, which is not on this machine. Put the adapter's files into the folder of "
-                f"its base model ({HUB_PREFIX}{named})."
-            )
         base = local or f"{HUB_PREFIX}{named}"
-    found = inspect_checkpoint(base, name, callback) if base != folder else inspect_folder(folder, name)
+    try:
+        found = inspect_checkpoint(base, name, callback, download=False) if base != folder else inspect_folder(folder, name)
+    except WeightsError as error:
+        raise WeightsError(f"{folder} is a LoRA adapter of another model: {error}") from error
     if callback:
         callback(f"merged the LoRA adapter of {folder} into {found.path}")
     return replace(found, path=found.path, state=adapter.merge(found.state, folder))
