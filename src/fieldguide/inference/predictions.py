@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.core.files import write_atomically
+from fieldguide.core.files import make_folder, report_write_errors, write_atomically
 from fieldguide.core.media import Media
 from fieldguide.data.dataset import BOOKKEEPING, CellProblems
 
@@ -68,7 +68,7 @@ class Predictions(list):
         check_output(path)
         self.save_media(path.with_suffix(""))
         frame, suffix = self.to_frame(), path.suffix.lower()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if suffix in (".csv", ".tsv"):
             nested = [name for name, kind in frame.schema.items() if kind.is_nested()]
             frame = frame.with_columns(pl.Series(n, [to_json(v) for v in frame[n].to_list()], dtype=pl.String) for n in nested)
@@ -94,7 +94,7 @@ class Predictions(list):
         for number, record in enumerate(self, 1):
             media = {name: value for name, value in record.items() if isinstance(value, Media)}
             for name, value in media.items():
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 stem = input_stem(record) or f"{number:05d}"
                 path = write_new(folder, stem if len(media) == 1 else f"{stem}-{name}", value)
                 record[name] = str(path)
@@ -113,12 +113,16 @@ def write_new(folder: Path, stem: str, media: Media) -> Path:
     """Write a file under a name that does not exist yet, and return its path."""
     for number in range(1_000_000):
         path = folder / f"{stem}{f'-{number}' if number else ''}{media.suffix}"
-        try:
-            with path.open("xb") as file:
-                file.write(media.content)
-        except FileExistsError:
-            continue
-        return path
+        with report_write_errors(path):
+            try:
+                with path.open("xb") as file:
+                    file.write(media.content)
+            except FileExistsError:
+                continue
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+            return path
     raise DataError(f"{folder}: no free name for {stem}{media.suffix}. Choose another folder with --out.")
 
 

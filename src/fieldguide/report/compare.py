@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fieldguide.core.errors import RunError
-from fieldguide.core.files import write_atomically
+from fieldguide.core.files import make_folder, write_atomically
 from fieldguide.core.numbers import format_plain
 from fieldguide.core.report_elements import Bars, Lines, ReportElement, Table
 from fieldguide.inference.run import Run, open_run
@@ -150,7 +150,7 @@ class Comparison:
             facts=[],
             sections=sections,
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         write_atomically(self.path, page.encode())
 
     def __repr__(self) -> str:
