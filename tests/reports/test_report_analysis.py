@@ -16,7 +16,7 @@ import fieldguide
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.report_elements import Bars, Gallery, Lines, Quotes, Table
 from fieldguide.data.dataset import Column, Data, Manifest
-from fieldguide.report.build import build_context
+from fieldguide.inference.report_context import build_context
 from fieldguide.tasks.analysis import importance, latency, occlusion, preview, subgroups, thresholds
 from fieldguide.tasks.analysis.context import Deadline, ReportContext
 from fieldguide.tasks.spec import Metric
