@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class Comparison:
                 ]
             )
         header = ("run", "network", main.title, "95 % interval", *(m.title for m in others))
-        links = [os.path.relpath(run.path / "report.html", self.path.parent) for run in self.runs]
+        links = [link_to(run.path / "report.html", self.path.parent) for run in self.runs]
         return Table(
             "Scores", "On the test examples; the best run first. The names lead to the reports.", header, rows, links=links
         )
@@ -208,6 +209,14 @@ def find_notes(runs: Sequence[Run]) -> list[str]:
     if differs(runs, lambda run: tuple(run.record["machine"].get(key) for key in ("cores", "threads", "device"))):
         notes.append("The runs were made on different machines or with different numbers of threads, so their times differ")
     return notes
+
+
+def link_to(page: Path, folder: Path) -> str:
+    """Return the address of a page for a link in a page in `folder`: relative, unless they are on different drives."""
+    try:
+        return quote(Path(os.path.relpath(page, folder)).as_posix())
+    except ValueError:
+        return page.resolve().as_uri()
 
 
 def differs(runs: Sequence[Run], get: Callable[[Run], Any]) -> bool:

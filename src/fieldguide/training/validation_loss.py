@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -60,8 +61,15 @@ class ValidationLoss:
         training = objective.training
         objective.eval()
         try:
-            with torch.random.fork_rng(), autocast(self.device, self.precision):
+            with keep_random_state(self.device), autocast(self.device, self.precision):
                 torch.manual_seed(0)
                 return float(objective(dict(self.tensors), objective.phases[0].name)["loss"])
         finally:
             objective.train(training)
+
+
+def keep_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's random state on the CPU and a device afterwards."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
