@@ -5,6 +5,7 @@ checkpoints.
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import fieldguide
 from fieldguide.automl import fit as fitting
-from fieldguide.automl.fit import NullCallback, fit, resume
+from fieldguide.automl.fit import NullCallback, finish, fit, resume
 from fieldguide.checkpoints import load, weights
 from fieldguide.core.errors import SettingsError, WeightsError, WeightsWarning
 from fieldguide.core.settings import Settings
@@ -390,6 +391,10 @@ def test_fit_from_a_folder_resumes_bit_exact(way, folder, table, tmp_path):
     assert "starting from" in "\n".join(callback.said) and whole.record["model"]["fresh"] == ["pool.weight", "pool.bias", *HEAD]
     with pytest.raises(Interrupted, match="after step 3 of 6"):
         fit(table, out=tmp_path / "stopped", callback=StopAt(3), **arguments)
+    stopped = open_run(shutil.copytree(tmp_path / "stopped", tmp_path / "finished"))
+    assert "not finished" in stopped.predict(["one two"]).notes[0]
+    finished = finish(tmp_path / "finished").model.state_dict()
+    assert all(torch.equal(tensor, finished[name]) for name, tensor in stopped.model.state_dict().items())
     again = resume(tmp_path / "stopped")
     assert log(whole.path) == log(again.path) and len(log(whole.path)) >= 6
     assert (whole.path / "model.safetensors").read_bytes() == (again.path / "model.safetensors").read_bytes()
