@@ -116,6 +116,15 @@ def test_removed_tokens_are_the_scored_ones(file):
         assert [t for t in source if t != one.text.sep] == [t for t in kept if t != one.text.sep] and any(removed)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_texts_shorter_than_a_row_have_as_many_targets_as_removed_marks(file, name):
+    one, data = made(file, length=40, vocab_size=420)
+    data.rows = data.rows[:1].with_columns(text=pl.lit("a few words"))
+    batch = one.batches(data, card(name), Settings()).make(np.arange(1), None)
+    assert batch["removed"].shape == batch["target"].shape == batch["tokens"].shape
+    assert batch["target"].shape[1] < 40
+
+
 def test_scores_count_removed_tokens_only():
     torch.manual_seed(0)
     model, length = create("bart-test").eval(), 7

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fieldguide
+import fieldguide.automl.fit
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.report_elements import Bars, Gallery, Lines, Quotes, Table
 from fieldguide.data.dataset import Column, Data, Manifest
@@ -283,6 +284,32 @@ def test_the_instructions_work(patients, tmp_path, monkeypatch, capsys):
     except SystemExit as stop:
         assert not stop.code
     assert "p.csv:2" in capsys.readouterr().out
+
+
+def test_an_analysis_that_fails_does_not_lose_the_report(patients, monkeypatch):
+    from fieldguide.report import build
+
+    def fail(context):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(build, "measure_latency", fail)
+    monkeypatch.setattr(type(patients.task), "explain", lambda self, context: fail(context))
+    lines = []
+
+    class Lines(fieldguide.automl.fit.NullCallback):
+        def log(self, text):
+            lines.append(text)
+
+    run = fieldguide.fit(
+        patients.path.parent / "p.csv",
+        target="outcome",
+        model="mlp-test",
+        out=patients.path.parent / "failing",
+        callback=Lines(),
+        settings={**SETTINGS, "steps": 3},
+    )
+    assert run.status == "done" and "Use this model" in titles(run) and "Importance of the columns" not in titles(run)
+    assert [line for line in lines if "the report has no latency: RuntimeError: no luck" in line]
 
 
 def test_an_unknown_subgroup_is_rejected_before_training(patients):

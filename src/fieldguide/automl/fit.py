@@ -482,7 +482,7 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
         run = open_run(path)
         run.record = record
         callback.on_phase("analyzing the network and writing the report")
-        write_report(run, predictor, training, test, outputs, targets, seconds)
+        write_report(run, predictor, training, test, outputs, targets, seconds, callback.log)
         record["status"] = "done"  # last, so that a run that is killed before is tested again when it is resumed
         write_record(path, record)
     if distributed.get_world_size() > 1:

@@ -75,15 +75,15 @@ def get_data_path(record: Mapping[str, Any]) -> str | None:
 def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     record = run.record
     scores, main = record["scores"], metrics[0]
-    header = ["metric", "meaning", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])]
+    header = ["metric", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"]), "meaning"]
     rows = [
         [
             m.title,
-            m.words if m.words != m.title else "",
             {"max": "higher", "min": "lower"}.get(m.better, m.better),
             m.text(scores["test"][m.name]),
             " to ".join(m.text(v) for v in scores["intervals"][m.name]),
             *(m.text(b["scores"].get(m.name)) for b in scores["baselines"]),
+            m.words if m.words != m.title else "",
         ]
         for m in metrics
     ]

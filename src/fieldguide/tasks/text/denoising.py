@@ -137,7 +137,7 @@ class Denoising(PackedTextTask):
             source, mask = surround_rows(source, mask, frame.before, frame.after, text.pad)
             target, real = surround_rows(tokens, tokens != text.pad, (), (frame.end,), text.pad)
             target = np.where(real, target, -1)
-            removed = np.pad(gone & plain, ((0, 0), (0, 1)))
+            removed = np.pad(gone & plain, ((0, 0), (0, 1)))[:, : target.shape[1]]  # narrower if every row is short
         said = np.where(target < 0, text.pad, target)[:, :-1]
         lead = np.broadcast_to(np.array(frame.target_start), (len(tokens), len(frame.target_start)))
         skip = ((0, 0), (len(frame.target_start) - 1, 0))  # the tokens that start every target have no loss
