@@ -212,6 +212,11 @@ def test_preview_shows_the_target_and_examples():
     assert len(bars.values) == preview.MAX_BARS + 1 and bars.values["28 others"] == 280
     boxes = pl.DataFrame({"target": [[{"label": "cat"}, {"label": "dog"}], [{"label": "cat"}]]})
     assert preview.build_distribution(as_data(boxes), columns(target="boxes"))[0].values == {"cat": 2, "dog": 1}
+    answers = pl.DataFrame({"target": [[{"text": "red", "answer_start": 4}], []]})
+    assert preview.build_distribution(as_data(answers), columns(target="list")) == []
+    assert preview.describe_cell(answers["target"][0], 80) == "red"
+    tags = pl.DataFrame({"target": [["O", "PER"], ["O"]]})
+    assert preview.build_distribution(as_data(tags), columns(target="list"))[0].values == {"O": 2, "PER": 1}
     texts = as_data(pl.DataFrame({"t": ["one text"] * 9, "target": ["a"] * 9}))
     quotes = preview.build_preview(texts, columns(t="text", target="category"))[1]
     assert isinstance(quotes, Quotes) and (quotes.quotes[0].text, quotes.quotes[0].caption) == ("one text", "target: a")

@@ -43,7 +43,7 @@ class EvalSamples:
     def read(self) -> list[tuple[int, list[ReportElement]]]:
         """Return (step, elements) in order of training."""
         return [
-            (int(path.stem.removeprefix("step-")), [from_json(e) for e in json.loads(path.read_text())])
+            (int(path.stem.removeprefix("step-")), [from_json(e) for e in json.loads(path.read_text(encoding="utf-8"))])
             for path in sorted(self.folder.glob("step-*.json"))
         ]
 

@@ -119,7 +119,7 @@ def list_images(sections: Sequence[Section]) -> Iterator[bytes]:
 
 def read_template(name: str) -> str:
     """Return the text of a file in `templates/`."""
-    return files("fieldguide.report").joinpath("templates", name).read_text("utf-8")
+    return files("fieldguide.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 @cache

@@ -6,10 +6,10 @@ import shlex
 from typing import Any
 
 from fieldguide.core.report_elements import Code
-from fieldguide.data.samples import SAMPLES
 from fieldguide.tasks.report_builder import ExampleInput
 
 MAX_LINE_CHARACTERS = 90
+TRAINING_DATA_NOTE = "The data that the network was trained on stand for your own; a target column is ignored."
 
 
 def build_usage(run: str, example: ExampleInput | None, data: str | None) -> tuple[Code, Code]:
@@ -32,16 +32,11 @@ def build_usage(run: str, example: ExampleInput | None, data: str | None) -> tup
     lines.append(f"fieldguide evaluate {name} " + (shlex.quote(data) if data else "LABELED_DATA"))
     arguments = ", ".join([*([] if source is None else [format_python(source)]), *(f"{k}={v!r}" for k, v in options.items())])
     python = f"import fieldguide\n\nrun = fieldguide.open_run({run!r})\nprint(run.predict({arguments})[0])"
-    note = describe_argument(argument, is_row)
+    if is_row:
+        note = TRAINING_DATA_NOTE if argument is not None else ""
+    else:
+        note = example.note if example else TRAINING_DATA_NOTE
     return Code("Command line", note, "\n".join(lines)), Code("Python", "", python)
-
-
-def describe_argument(argument: Any, is_row: bool) -> str:
-    """Return what the input of the example is."""
-    if is_row and argument is not None:
-        kind = "The sample" if argument in SAMPLES else "The table"
-        return f"{kind} that the network was trained on stands for your own rows; its target column is ignored."
-    return "" if argument is None else "The input is one of the test examples; use your own."
 
 
 def format_python(value: Any) -> str:

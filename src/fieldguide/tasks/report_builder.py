@@ -19,10 +19,11 @@ MAX_EXAMPLE_CHARACTERS = 200  # of a text that is shown as an example of an inpu
 
 @dataclass(frozen=True)
 class ExampleInput:
-    """An input as `predict` takes it: a path, a text, or the cells of a row by column; and the options it needs."""
+    """An input as `predict` takes it: a path, a text, or the cells of a row by column; the options it needs; what it is."""
 
     source: Any
     options: Mapping[str, str] = field(default_factory=dict)
+    note: str = "The input is one of the test examples; use your own."
 
 
 class ReportBuilder:

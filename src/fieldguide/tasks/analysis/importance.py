@@ -16,7 +16,7 @@ from fieldguide.tasks.spec import Metric
 MAX_ROWS, MAX_MEDIA_ROWS = 1000, 200  # test rows that are used; fewer if files must be decoded for each shuffle
 SHUFFLES = 3  # of each column
 MAX_COLUMNS = 200
-TIME_FRACTION = 0.4  # of the time of all analyses
+TIME_FRACTION = 0.6  # of the time of all analyses
 
 
 def build_importance(

@@ -50,7 +50,7 @@ def build_distribution(training: Data, columns: Sequence[Column]) -> list[Report
         return [Bars(title, note, {name: int(n) for name, n in zip(names, counts)})]
     if target.kind == "boxes":
         values, note = values.explode().struct.field("label"), f"Boxes in the {len(training):,} training examples."
-    elif target.kind == "list":
+    elif values.dtype == pl.List(pl.String):
         values = values.explode()
     elif target.kind not in ("category", "boolean", "identifier", "number", "constant"):
         return []
@@ -107,8 +107,9 @@ def describe_cell(value: Any, most: int) -> str:
         if "content" in value[0]:
             text = "\n".join(f"{turn.get('role', '')}: {turn['content']}" for turn in value)
         else:
-            labels = [str(each.get("label", "")) for each in value]
-            text = ", ".join(f"{labels.count(label)} {label}" for label in dict.fromkeys(labels))
+            labels = [str(each.get("label", each.get("text", ""))) for each in value]
+            counts = {label: labels.count(label) for label in labels}
+            text = ", ".join(f"{count} {label}" if count > 1 else label for label, count in counts.items())
     elif isinstance(value, list):
         text = " ".join(map(str, value))
     else:

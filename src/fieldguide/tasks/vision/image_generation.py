@@ -500,7 +500,7 @@ class ImageGeneration(Task):
 
     def example_input(self, test: Data) -> ExampleInput | None:
         known = self.captions or self.labels
-        return ExampleInput(known[0] if known else None)
+        return ExampleInput(known[0] if known else None, note="The input is what to generate." if known else "")
 
     # Saved with the run
 
