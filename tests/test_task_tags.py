@@ -157,6 +157,18 @@ def test_scores_and_the_baseline(folder):
     assert one.intervals(baseline.outputs, truth)["f1"][0] <= scores["f1"] <= one.intervals(baseline.outputs, truth)["f1"][1]
 
 
+def test_the_report_shows_wrong_and_correct_sentences(folder):
+    one, data = made(folder / "words.conll", vocab_size=300)
+    truth = one.targets(data)
+    wrong = truth["label"].copy()
+    wrong[3] = one.tags.index("O")
+    errors = one.report_elements(data, {"label": wrong, "probability": np.ones(wrong.shape)}, truth)["Errors"]
+    worst, right = errors[-2:]
+    (quote,) = worst.quotes
+    assert quote.text == " ".join(data.rows["tokens"][3].to_list()) and "missed: " in quote.caption and quote.bad
+    assert len(right.quotes) == 8 and all("(PER)" in q.caption and not q.bad for q in right.quotes)
+
+
 def test_learns_to_tag(folder, tmp_path):
     run = fit(
         folder / "words.conll",
