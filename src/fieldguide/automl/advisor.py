@@ -66,7 +66,7 @@ class Advice:
 
 @functools.cache
 def load_rules() -> list[dict[str, Any]]:
-    return tomllib.loads(files(__package__).joinpath("rules.toml").read_text())["rule"]
+    return tomllib.loads(files(__package__).joinpath("rules.toml").read_text(encoding="utf-8"))["rule"]
 
 
 def match_facts(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import IO, Any, cast
 
 from rich.console import Console
+from rich.segment import Segment
+
+from fieldguide.core.terminal import escape_controls
 
 
 class OutputConsole(Console):
@@ -24,6 +27,10 @@ class OutputConsole(Console):
     @file.setter
     def file(self, new_file: IO[str]) -> None:
         self._file = new_file
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        """Return the text to be written, with the control characters of data escaped; rich itself lets some pass."""
+        return super()._render_buffer(s if s.control else Segment(escape_controls(s.text), s.style) for s in buffer)
 
     def fall_silent(self) -> None:
         """Drop all further output."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fieldguide.checkpoints.shard_index import read_shard_names
 from fieldguide.core.errors import WeightsError
+from fieldguide.core.terminal import echo
 
 if TYPE_CHECKING:
     from huggingface_hub.utils import tqdm
@@ -38,7 +39,7 @@ PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only
 
 def print_stderr(text: str) -> None:
     """Print a line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    echo(text, file=sys.stderr)
 
 
 def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path:

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fieldguide.core.terminal import echo, tolerate_any_character
+
 app = typer.Typer(
     name="fieldguide",
     no_args_is_help=True,
@@ -189,11 +191,10 @@ def build_callback() -> Any:
 @contextmanager
 def show_phases(first: str) -> Iterator[Any]:
     """Show what a command is doing on the terminal, on stderr; elsewhere, show nothing."""
-    from rich.console import Console
-
+    from fieldguide.automl.output import OutputConsole
     from fieldguide.automl.phases import Phases
 
-    phases = Phases(Console(stderr=True), lines=False)
+    phases = Phases(OutputConsole(stderr=True), lines=False)
     phases.start(first)
     try:
         yield phases
@@ -247,13 +248,13 @@ def predict(
         from fieldguide.cli.console import print_stream
 
         for note in predictor.get_notes():
-            print(f"note: {note}", file=sys.stderr)
+            echo(f"note: {note}", file=sys.stderr)
         print_stream(pieces)
         return
     notes, problems = predictions.notes, predictions.problems
     if predictor.generates_text and not as_json and table is None:
         for record in predictions:
-            print(record["text"])
+            echo(record["text"])
         return
     cells = sum(p.count for p in problems)
     from fieldguide.cli.console import print_answers, print_saved
@@ -436,6 +437,7 @@ def main() -> None:
     """Run the command line. User errors are printed without a traceback (exit code 1); an interrupted run exits with 130."""
     from fieldguide.core.errors import FieldguideError
 
+    tolerate_any_character()
     try:
         try:
             app()
@@ -443,7 +445,7 @@ def main() -> None:
             sys.stdout.flush()  # here, so that a broken pipe is caught below
     except FieldguideError as error:
         sys.stdout.flush()
-        print(f"fieldguide: {error}", file=sys.stderr)
+        echo(f"fieldguide: {error}", file=sys.stderr)
         raise SystemExit(INTERRUPTED if type(error).__name__ == "Interrupted" else 1) from None
     except KeyboardInterrupt:
         print("fieldguide: interrupted; the last checkpoint is intact.", file=sys.stderr)

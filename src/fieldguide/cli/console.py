@@ -16,19 +16,20 @@ from rich.table import Table
 from fieldguide.automl.progress import console, print_data
 from fieldguide.core.errors import SettingsError, describe_unknown_task
 from fieldguide.core.numbers import format_plain
+from fieldguide.core.terminal import echo
 
 
 def print_notes(notes: Sequence[str]) -> None:
     """Print notes on stderr."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        echo(f"note: {note}", file=sys.stderr)
 
 
 def print_failed(answers: Sequence[dict[str, Any]]) -> None:
     """Print the inputs that could not be read on stderr."""
     for answer in answers:
         if "error" in answer:
-            print(f"not read: {answer['input']}: {answer['error']}", file=sys.stderr)
+            echo(f"not read: {answer['input']}: {answer['error']}", file=sys.stderr)
 
 
 def print_saved(predictions: Any, path: Path) -> None:
@@ -43,7 +44,7 @@ def print_answers(answers: Sequence[dict[str, Any]], as_json: bool, notes: Seque
     print_notes(notes)
     if as_json:
         for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False))
+            echo(json.dumps(answer, ensure_ascii=False))
         return
     print_failed(answers)
     answers = [answer for answer in answers if "error" not in answer]
@@ -77,13 +78,13 @@ def print_checked(checked: Any) -> None:
 def print_stream(pieces: Iterator[str]) -> None:
     """Print generated text piece by piece."""
     for piece in pieces:
-        print(piece, end="", flush=True)
+        echo(piece, end="")
     print()
 
 
 def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
     for note in result.get("notes", ()):
-        print(f"note: {note}", file=sys.stderr)
+        echo(f"note: {note}", file=sys.stderr)
     if as_json:
         from fieldguide.core.run_record import replace_non_finite
 

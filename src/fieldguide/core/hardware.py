@@ -16,7 +16,7 @@ def ram() -> int:
     """Return the bytes of memory that this process may use: the machine's, or its container's limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
     try:
-        with open("/sys/fs/cgroup/memory.max") as file:
+        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
             limit = file.read().strip()
         return min(total, int(limit)) if limit.isdigit() else total
     except OSError:

@@ -113,7 +113,7 @@ class Manifest:
         import hashlib
 
         lines = sorted(f"{f.sha256}  {f.path}" for f in self.files)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """Return the root, the totals over all files and the digest as a JSON-compatible dictionary."""

@@ -32,7 +32,7 @@ def cards() -> dict[str, Card]:
 @functools.cache
 def closed_systems() -> dict[str, Closed]:
     """Return the closed systems, whose weights are not available, by each of their names."""
-    rows = tomllib.loads(files("fieldguide.models").joinpath("closed.toml").read_text("utf-8"))["system"]
+    rows = tomllib.loads(files("fieldguide.models").joinpath("closed.toml").read_text(encoding="utf-8"))["system"]
     fields: list[dict[str, Any]] = [{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()} for row in rows]
     systems = [Closed(**row) for row in fields]
     return {name: system for system in systems for name in system.names}

@@ -53,7 +53,7 @@ def write_masks(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (folder / name).mkdir()
-    (folder / "classes.txt").write_text("ground\nwhite ink\nblack ink\n")
+    (folder / "classes.txt").write_text("ground\nwhite ink\nblack ink\n", encoding="utf-8")
     for number in range(500):
         image, found = make_scene(rng)
         mask = np.zeros(image.shape, dtype=np.uint8)
@@ -71,7 +71,7 @@ def write_boxes(folder: Path) -> None:
     rng, side = np.random.default_rng(0), 96
     for name in ("images", "labels"):
         (folder / name).mkdir()
-    (folder / "data.yaml").write_text(f"train: images\nnames: [{', '.join(map(repr, map(str, range(10))))}]\n")
+    (folder / "data.yaml").write_text(f"train: images\nnames: [{', '.join(map(repr, map(str, range(10))))}]\n", encoding="utf-8")
     for number in range(900):
         image, found = make_scene(rng, side, most=5)
         Image.fromarray(image).save(folder / "images" / f"{number:04d}.png")
@@ -80,7 +80,7 @@ def write_boxes(folder: Path) -> None:
             f"{(bottom - top) / side:.6f}\n"
             for digit, (left, top, right, bottom), _ in found
         ]
-        (folder / "labels" / f"{number:04d}.txt").write_text("".join(lines))
+        (folder / "labels" / f"{number:04d}.txt").write_text("".join(lines), encoding="utf-8")
 
 
 SCENE_SIDE = 32  # side in pixels of scenes with captions or questions
