@@ -30,8 +30,9 @@ def test_fit_tokenizes_each_text_once(tmp_path, monkeypatch):
     pl.DataFrame({"text": TEXTS}).write_csv(tmp_path / "texts.csv")
     settings = {"steps": 4, "eval_steps": 2, "precision": "float32", "task.vocab_size": 300, "task.length": 16}
     fieldguide.fit(tmp_path / "texts.csv", task="text-generation", model="gpt2-test", out=tmp_path / "run", settings=settings)
-    times = Counter(counts[text] for text in TEXTS)  # a few are tokenized again, as prompts of the samples
-    assert set(times) <= {1, 2} and times[1] >= 55
+    # A few are tokenized again: as prompts of the samples, for the validation loss (one batch) and to measure the latency.
+    times = Counter(counts[text] for text in TEXTS)
+    assert set(times) <= {1, 2} and times[1] >= 45
 
 
 def test_cached_tokens_belong_to_their_texts():
