@@ -241,7 +241,7 @@ def test_damaged_record(iris_run, tmp_path):
     path = copy(iris_run, tmp_path / "run")
     text = (path / "run.json").read_text()
     (path / "run.json").write_text(text[:300])
-    with pytest.raises(RunError, match=r"run\.json is damaged"):
+    with pytest.raises(RunError, match=r"run\.json is not valid JSON"):
         fieldguide.open_run(path)
 
 

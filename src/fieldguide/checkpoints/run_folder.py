@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.config_check import check_fields, check_network
 from fieldguide.core.card import Card
 from fieldguide.core.errors import RunError
+from fieldguide.core.record_check import TASK, check_structure
 from fieldguide.core.run_files import check_file, check_folder
 from fieldguide.core.run_record import USABLE_STATUSES, read_record
+from fieldguide.core.validation import guard, read_json
 from fieldguide.models import registry
 
 
@@ -22,8 +24,14 @@ def is_run(folder: Path) -> bool:
 
 
 def build_config(card: Card, config: dict[str, Any]) -> Any:
-    """Return a network's config from its JSON form, in which tuples are lists."""
-    return card.config(**{key: to_tuple(value) for key, value in config.items()})
+    """Return a network's config from its JSON form, in which tuples are lists.
+
+    Raises `RunError` for values that no network has.
+    """
+    values = {key: to_tuple(value) for key, value in config.items()}
+    check_fields(card, values, "run.json", error=RunError)
+    with guard(f"run.json: the config of {card.name}", RunError, ""):
+        return card.config(**values)
 
 
 def to_tuple(value: Any) -> Any:
@@ -40,9 +48,11 @@ def read_network(folder: Path) -> tuple[Card, Any, dict[str, Tensor]]:
             "it is."
         )
     card = registry.card(record["model"]["architecture"])
-    network = card.make(build_config(card, record["model"]["config"]))
     check_file(folder, record, "model.safetensors")
-    weights.load(network, folder / "model.safetensors")
+    config, path = build_config(card, record["model"]["config"]), folder / "model.safetensors"
+    check_network(card, config, weights.read_shapes(path), path)
+    network = card.make(config)
+    weights.load(network, path)
     return card, network.config, network.state_dict()
 
 
@@ -51,9 +61,8 @@ def read_preprocessing(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = folder / "preprocess" / "task.json"
     check_folder(folder, read_record(folder), path.parent.name)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record["state"], record["options"]
+        record = read_json(path, RunError)
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the run folder is incomplete.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged: {error}.") from None
+    check_structure(record, TASK, path)
+    return record["state"], record["options"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -159,6 +159,12 @@ def read(path: str | Path) -> dict[str, Tensor]:
         is_torchscript = torchscript.is_archive(path)
         state = torchscript.read_tensors(path) if is_torchscript else _extract_tensors(_read_pickle(path), str(path))
         return _check_tensors(state, path)
+
+
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file without their numbers, on the meta device."""
+    with guard(path, WeightsError), safe_open(path, "pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
 
 
 def _check_tensors(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

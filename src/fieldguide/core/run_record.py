@@ -13,7 +13,9 @@ from typing import Any
 
 from fieldguide.core.errors import RunError
 from fieldguide.core.files import write_atomically
+from fieldguide.core.record_check import check_run
 from fieldguide.core.settings import ALIASES
+from fieldguide.core.validation import guard, read_json
 
 SCHEMA = 2  # written by this version; every released schema can be read
 USABLE_STATUSES = ("trained", "done")  # "trained": the weights are complete, but the test was not finished
@@ -45,12 +47,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / "run.json"
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = read_json(path, RunError)
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{folder} is not a run folder: it has no run.json.") from None
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}.") from None
-    schema = record.get("schema") if isinstance(record, dict) else None
+    schema = record.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
         raise RunError(
             f"{folder} was written by a newer version of fieldguide (schema {schema}; this version reads up to {SCHEMA}). "
@@ -58,7 +58,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(schema, int) or not record.keys() >= REQUIRED:
         raise RunError(f"{path} is damaged or not the record of a run: required fields are missing.")
-    return migrate(record)
+    check_run(record, path)
+    with guard(path, RunError, ""):
+        return migrate(record)
 
 
 def migrate(record: dict[str, Any]) -> dict[str, Any]:

@@ -28,12 +28,12 @@ KIND_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 def guard(place: object, error: type[FieldguideError] = DataError, remedy: str = AGAIN) -> Iterator[None]:
     """Raise `error`, which names `place`, for whatever parsing a damaged or hostile file raises inside the block.
 
-    Errors of this library, warnings and a missing file pass unchanged. Panics of libraries in Rust, which are not
-    subclasses of `Exception`, are included.
+    Errors of this library, warnings, a missing file and missing names or packages, which no file can cause, pass
+    unchanged. Panics of libraries in Rust, which are not subclasses of `Exception`, are included.
     """
     try:
         yield
-    except (FieldguideError, Warning, FileNotFoundError):
+    except (FieldguideError, Warning, FileNotFoundError, NotADirectoryError, NameError, ImportError):
         raise
     except BaseException as problem:
         if not isinstance(problem, Exception) and not is_panic(problem):

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from fieldguide.core.archives import read_arrays
+from fieldguide.core.errors import RunError
+from fieldguide.core.validation import guard
 from fieldguide.data.dataset import HASH, Column, Data
 
 FILE_NAME = "row_digests.npz"
@@ -61,8 +64,8 @@ def find_used(folder: Path, digests: np.ndarray | None) -> tuple[np.ndarray, boo
     nothing = np.zeros(0 if digests is None else len(digests), dtype=bool)
     if digests is None or not (folder / FILE_NAME).is_file():
         return nothing, True
-    with np.load(folder / FILE_NAME, allow_pickle=False) as saved:
-        used = saved["used"]
+    with guard(folder / FILE_NAME, RunError, "Restore the file from a copy."):
+        used = read_arrays(folder / FILE_NAME)["used"]
     left = Counter(used.tolist())
     found = nothing.copy()
     for i in np.flatnonzero(np.isin(digests, used)):

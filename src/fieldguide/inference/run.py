@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import functools
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,16 @@ import numpy as np
 from torch import nn
 
 from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.config_check import check_network
 from fieldguide.checkpoints.run_folder import build_config
 from fieldguide.core import distributed
+from fieldguide.core.archives import read_arrays
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, RunError, SettingsError
 from fieldguide.core.run_files import check_file, check_folder
 from fieldguide.core.run_record import USABLE_STATUSES, read_record, write_record
 from fieldguide.core.settings import Settings
+from fieldguide.core.validation import guard
 from fieldguide.data import row_digests
 from fieldguide.data.splits import Splits, sample_rows
 from fieldguide.data.validation.checks import enforce
@@ -73,11 +74,10 @@ class Run(TaskPredictor):
         folder = self.path / "preprocess"
         check_folder(self.path, self.record, folder.name)
         try:
-            return Task.load(folder)
+            with guard(folder / "task.json", RunError, ""):
+                return Task.load(folder)
         except FileNotFoundError as error:
             raise RunError(f"{error.filename} is missing: the run folder is incomplete.") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{folder / 'task.json'} is damaged: {error}.") from None
 
     @functools.cached_property
     def card(self) -> Card:  # type: ignore[override]
@@ -105,11 +105,22 @@ class Run(TaskPredictor):
         """
         if not self.is_trained:
             return self.load_unfinished()
-        objective = self.build_objective(self.card.make(self.config))
+        self.check_networks()
+        with guard(self.path, RunError, ""):
+            objective = self.build_objective(self.card.make(self.config))
         for name in objective.keep:
             check_file(self.path, self.record, f"{name}.safetensors")
             weights.load(getattr(objective, name), self.path / f"{name}.safetensors")
         return objective.to(distributed.device()).eval()
+
+    def check_networks(self) -> None:
+        """Raise `RunError` or `WeightsError` if a config cannot be that of the stored weights."""
+        path = self.path / "model.safetensors"
+        check_file(self.path, self.record, path.name)
+        shapes = weights.read_shapes(path)
+        check_network(self.card, self.config, shapes, self.path)
+        for card, _, config in self.part_networks.values():  # similar in size; not all of them are stored
+            check_network(card, config, shapes, self.path)
 
     def load_unfinished(self) -> Objective:
         """Return the objective with the best weights of the last checkpoint, and note that training was stopped."""
@@ -121,6 +132,7 @@ class Run(TaskPredictor):
                 f"--resume {self.path}`."
             )
         step, tensors, record = found
+        check_network(self.card, self.config, tensors, self.path)
         network = self.card.make(self.config)
         peft.prepare(network, self.settings, self.record["model"].get("fresh"))
         objective = self.build_objective(network)
@@ -165,11 +177,9 @@ class Run(TaskPredictor):
         """Return the rows of training, validation and test. Raises `RunError` if their file is missing or damaged."""
         path = self.path / "splits.npz"
         check_file(self.path, self.record, path.name)
-        try:
-            with np.load(path, allow_pickle=False) as rows:
-                train, validation, test = rows["train"], rows["validation"], rows["test"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise RunError(f"{path} is damaged: {error}. Restore the file from a copy.") from None
+        with guard(path, RunError, "Restore the file from a copy."):
+            rows = read_arrays(path)
+            train, validation, test = rows["train"], rows["validation"], rows["test"]
         return Splits(train, validation, test, self.record["data"]["split"]["how"])
 
     @property

@@ -12,15 +12,17 @@ prediction step and the format of predictions.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from fieldguide.core.card import Card
+from fieldguide.core.errors import RunError
 from fieldguide.core.media import Media
+from fieldguide.core.record_check import TASK, check_structure
 from fieldguide.core.run_record import rename
 from fieldguide.core.settings import Settings
+from fieldguide.core.validation import read_json
 from fieldguide.data.dataset import Column
 from fieldguide.objectives import Objective
 from fieldguide.tasks.evaluator import Arrays, Baseline, Evaluator, bootstrap_intervals
@@ -85,7 +87,8 @@ class Task(Preprocessor, Evaluator, ReportBuilder):
     def load(cls, folder: Path) -> Task:
         from fieldguide.tasks import task
 
-        record = json.loads((folder / "task.json").read_text())
+        record = read_json(folder / "task.json", RunError)
+        check_structure(record, TASK, folder / "task.json")
         kind = task(record["task"])
         return kind.from_state(
             [Column(**c) for c in record["columns"]],
