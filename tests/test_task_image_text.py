@@ -296,7 +296,7 @@ def test_captions_end_to_end(tmp_path):
         task="image-text",
         model="clip-mini",
         out=tmp_path / "run",
-        settings={**SETTINGS, "steps": 90, "evaluate": 45, "batch": 64, "model.text_dim": 64},
+        settings={**SETTINGS, "steps": 140, "evaluate": 70, "batch": 64, "model.text_dim": 64},
     )
     best = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["text_r1"] > 0.8 and run.scores["text_r1"] > 2 * best["chance"]["text_r1"]

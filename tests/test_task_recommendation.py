@@ -276,9 +276,11 @@ def test_clicks_depend_on_user_and_item(tmp_path):
     )
     others = {b["name"]: b["scores"]["auc"] for b in run.record["scores"]["baselines"]}
     assert run.scores["auc"] > 0.8 and max(others.values()) < 0.65  # neither users nor items alone tell
-    rows = pl.DataFrame({"user_id": ["u1", "u1"], "item_id": ["i1", "i2"], "hour": [3, 3]})
-    yes = [a["probabilities"]["yes"] for a in run.predict(rows)]
-    assert yes[0] > 0.6 > 0.4 > yes[1]
+    pairs = [(u, i) for u in range(12) for i in range(12)]
+    rows = pl.DataFrame({"user_id": [f"u{u}" for u, _ in pairs], "item_id": [f"i{i}" for _, i in pairs], "hour": 3})
+    yes = np.array([a["probabilities"]["yes"] for a in run.predict(rows)])
+    likes = np.array([u % 4 == i % 4 for u, i in pairs])
+    assert yes[likes].mean() > 0.6 > 0.4 > yes[~likes].mean()
     assert run.evaluate(clicks(tmp_path / "later.csv", 400, 1))["scores"]["auc"] > 0.8
 
 

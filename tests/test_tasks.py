@@ -461,7 +461,10 @@ def test_column_type_can_be_overridden(mixed, tmp_path):
         out=tmp_path / "run",
         settings={**QUICK, "column.day": "identifier", "column.size": "category"},
     )
-    assert {c.name: c.kind for c in run.task.inputs()} == {"size": "category", "weight": "number", "colour": "category"}
+    assert {c.name: c.kind for c in run.task.inputs()} == {"weight": "number", "colour": "category"}
+    size = next(c for c in run.task.columns if c.name == "size")
+    assert (size.kind, size.role) == ("category", "ignored")  # every value occurs once, so it tells nothing
+    assert any("not used" in note and "size" in note for note in run.record["data"]["notes"])
 
 
 def pictures_table(root, rows: int = 60) -> pl.DataFrame:

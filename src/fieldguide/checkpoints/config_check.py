@@ -27,7 +27,7 @@ MAX_ROTARY_LENGTH = 1 << 24  # tokens, of networks that store no table of positi
 MAX_DEPTH = 10_000  # layers
 MAX_ENTRIES = 10_000  # of a list
 DEPTH_WORDS = ("depth", "layers")  # in names of fields that count layers
-TOKEN_FIELDS = ("pad", "begin", "end", "picture")  # hold the id of a token, which may be 0
+ZERO_FIELDS = ("pad", "begin", "end", "picture", "above")  # may be 0 although no size has it: ids of tokens, unused blocks
 SPARE_TENSORS, SPARE_ELEMENTS = 1_000, 1 << 26  # beyond twice the checkpoint: new heads, positions, buffers
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.eye}
 
@@ -83,7 +83,7 @@ def get_limits(architecture: str, name: str) -> tuple[int, int]:
     """Return the smallest and the largest value of an integer field. 0 is possible if a size of the architecture has it."""
     card = cards()[architecture]
     known = [getattr(card.config(**size.overrides), name) for size in card.sizes.values()]
-    has_zero = name in TOKEN_FIELDS or any(0 in value if isinstance(value, tuple) else value == 0 for value in known)
+    has_zero = name in ZERO_FIELDS or any(0 in value if isinstance(value, tuple) else value == 0 for value in known)
     if any(word in name for word in DEPTH_WORDS):
         return int(not has_zero), MAX_DEPTH
     is_rotary_length = name == card.names.get("length", "length") and card.accepts("rope_theta")

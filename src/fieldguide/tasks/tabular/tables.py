@@ -66,8 +66,8 @@ class Tabular(SupervisedTask):
         task.columns = [replace(c, role="ignored") if c.name in left else c for c in task.columns]
         if left:
             task.notes.append(
-                "columns not used, since they do not vary in the training rows or are neither numbers, categories, booleans, dates "
-                f"nor texts: {', '.join(left)}"
+                "columns not used, since they do not vary in the training rows, hold no value twice, or are neither numbers, categories, "
+                f"booleans, dates nor texts: {', '.join(left)}"
             )
         task.fit_target(data)
         return task
