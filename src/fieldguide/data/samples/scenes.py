@@ -71,7 +71,9 @@ def write_boxes(folder: Path) -> None:
     rng, side = np.random.default_rng(0), 96
     for name in ("images", "labels"):
         (folder / name).mkdir()
-    (folder / "data.yaml").write_text(f"train: images\nnames: [{', '.join(map(repr, map(str, range(10))))}]\n", encoding="utf-8")
+    (folder / "data.yaml").write_text(
+        f"train: images\nnames: [{', '.join(map(repr, map(str, range(10))))}]\n", encoding="utf-8"
+    )
     for number in range(900):
         image, found = make_scene(rng, side, most=5)
         Image.fromarray(image).save(folder / "images" / f"{number:04d}.png")
