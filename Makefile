@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CODE := src tests benchmarks docs tools
 
-.PHONY: run test test-all lint format catalogue new-model clean
+.PHONY: run test test-all lint format catalogue fuzz new-model clean
 
 run: $(VENV)/ready-to-run          ## train on real data: handwritten digits
 	$(BIN)/fieldguide fit digits
@@ -27,6 +27,9 @@ format: $(VENV)/ready-to-test
 
 catalogue: $(VENV)/ready-to-run    ## docs/catalogue.md and the index of the command line, from the cards
 	$(BIN)/python docs/catalogue.py
+
+fuzz: $(VENV)/ready-to-test          ## mutate a valid file of every format that is read
+	$(BIN)/python tools/fuzz.py
 
 new-model: $(VENV)/ready-to-run    ## make new-model NAME=my-net FAMILY=convolutional
 	$(BIN)/python tools/new_model.py $(NAME) $(FAMILY)

@@ -77,6 +77,7 @@ def convert_lists(rows: pl.DataFrame, name: str) -> Conversations:
             continue
         turns = []
         for message in messages:
+            message = message or {}
             role = message.get("role") or message.get("from")
             content = message["content"] if "content" in message else message.get("value")
             text, problem = to_text(content)

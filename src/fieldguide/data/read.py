@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ import polars as pl
 
 from fieldguide.core.errors import DataError, nearest
 from fieldguide.core.files import expand_home
+from fieldguide.core.validation import guard
 from fieldguide.data import caption_lists, column_types, timestamps
 from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.conversation_formats import MESSAGES, to_messages
@@ -131,11 +133,17 @@ def load(
     where, name = locate(source)
     options = RawOptions(target, header, names, labels_optional, target_kind)
     raw = load_raw(where, options)
+    with guard(name, remedy="") if raw.files else nullcontext():
+        convert_columns(raw, target, names)
+    return LoadedSource(name, raw, options)
+
+
+def convert_columns(raw: RawTable, target: str | None, names: tuple[str, ...]) -> None:
+    """Convert conversations and lists of captions to the form in which they are used."""
     if target is None and (not names or MESSAGES in names) and (found := to_messages(raw.rows)):
         raw.rows, raw.message_problems = found.rows, found.problems
         raw.kinds = {**{n: k for n, k in raw.kinds.items() if n in raw.rows.columns}, MESSAGES: "messages"}
     expand_captions(raw, target, names)
-    return LoadedSource(name, raw, options)
 
 
 def check_is_data(path: Path) -> None:
@@ -196,7 +204,8 @@ class LoadedSource:
         )
         requested_roles = {role: column for role, column in (roles or {}).items() if column}
         reader = TableReader(self.name, raw, self.options, allow_bad, column_spec or ColumnSpec(), lenient, self.media)
-        return reader.run(dict(kinds or {}), list(known), requested_roles)
+        with guard(self.name, remedy="") if raw.files else nullcontext():
+            return reader.run(dict(kinds or {}), list(known), requested_roles)
 
 
 def locate(source: Any) -> tuple[Any, str]:
