@@ -28,18 +28,19 @@ KIND_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 def guard(place: object, error: type[FieldguideError] = DataError, remedy: str = AGAIN) -> Iterator[None]:
     """Raise `error`, which names `place`, for whatever parsing a damaged or hostile file raises inside the block.
 
-    Errors of this library, warnings, a missing file and missing names or packages, which no file can cause, pass
-    unchanged. Panics of libraries in Rust, which are not subclasses of `Exception`, are included.
+    Errors of this library, warnings and missing names or packages, which no file can cause, pass unchanged. Panics of
+    libraries in Rust, which are not subclasses of `Exception`, are included.
     """
     try:
         yield
-    except (FieldguideError, Warning, FileNotFoundError, NotADirectoryError, NameError, ImportError):
+    except (FieldguideError, Warning, NameError, ImportError):
         raise
     except BaseException as problem:
         if not isinstance(problem, Exception) and not is_panic(problem):
             raise  # Ctrl-C, exit
         if isinstance(problem, OSError) and problem.strerror:
-            raise error(f"{place} cannot be read: {problem.strerror}.") from problem
+            file = f" ({problem.filename})" if problem.filename and str(problem.filename) != str(place) else ""
+            raise error(f"{place} cannot be read: {problem.strerror}{file}.") from problem
         raise error(f"{place} is damaged or malformed: {describe(problem)}. {remedy}".rstrip()) from problem
 
 
@@ -65,13 +66,17 @@ def describe(problem: BaseException) -> str:
 
 def read_bytes(path: Path, error: type[FieldguideError] = DataError, max_bytes: int | None = MAX_CONFIG_BYTES) -> bytes:
     """Return the content of a regular file of at most `max_bytes`. A missing file raises `FileNotFoundError`."""
-    with guard(path, error):
+    try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise error(f"{path} is not a regular file.")
         if max_bytes is not None and status.st_size > max_bytes:
             raise error(f"{path} has {status.st_size:,} bytes, but such a file has at most {max_bytes:,}. {AGAIN}")
         return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}.") from problem
 
 
 def read_text(path: Path, error: type[FieldguideError] = DataError, max_bytes: int | None = MAX_CONFIG_BYTES) -> str:

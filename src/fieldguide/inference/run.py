@@ -73,11 +73,11 @@ class Run(TaskPredictor):
     def task(self) -> Task:  # type: ignore[override]
         folder = self.path / "preprocess"
         check_folder(self.path, self.record, folder.name)
-        try:
-            with guard(folder / "task.json", RunError, ""):
+        with guard(folder / "task.json", RunError, ""):
+            try:
                 return Task.load(folder)
-        except FileNotFoundError as error:
-            raise RunError(f"{error.filename} is missing: the run folder is incomplete.") from None
+            except FileNotFoundError as error:
+                raise RunError(f"{error.filename} is missing: the run folder is incomplete.") from None
 
     @functools.cached_property
     def card(self) -> Card:  # type: ignore[override]
