@@ -25,7 +25,9 @@ KIND_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or f
 
 
 @contextmanager
-def guard(place: object, error: type[FieldguideError] = DataError, remedy: str = AGAIN) -> Iterator[None]:
+def guard(
+    place: object, error: type[FieldguideError] = DataError, remedy: str = AGAIN, problem_is: str = "is damaged or malformed"
+) -> Iterator[None]:
     """Raise `error`, which names `place`, for whatever parsing a damaged or hostile file raises inside the block.
 
     Errors of this library, warnings and missing names or packages, which no file can cause, pass unchanged. Panics of
@@ -41,7 +43,7 @@ def guard(place: object, error: type[FieldguideError] = DataError, remedy: str =
         if isinstance(problem, OSError) and problem.strerror:
             file = f" ({problem.filename})" if problem.filename and str(problem.filename) != str(place) else ""
             raise error(f"{place} cannot be read: {problem.strerror}{file}.") from problem
-        raise error(f"{place} is damaged or malformed: {describe(problem)}. {remedy}".rstrip()) from problem
+        raise error(f"{place} {problem_is}: {describe(problem)}. {remedy}".rstrip()) from problem
 
 
 def is_panic(problem: BaseException) -> bool:
