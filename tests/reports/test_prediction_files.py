@@ -110,6 +110,14 @@ def test_predict_proba(predictor, run):
     assert np.allclose(found.sum(1), 1)
 
 
+def test_predict_proba_keeps_the_place_of_inputs_that_cannot_be_read(predictor, tmp_path):
+    people(2, seed=8).write_csv(tmp_path / "a.csv")
+    people(3, seed=9).write_csv(tmp_path / "c.csv")
+    found = predictor.predict_proba([tmp_path / "a.csv", tmp_path / "no such file.csv", tmp_path / "c.csv"])
+    assert np.isnan(found).all(1).tolist() == [False, False, True, False, False, False]
+    assert np.array_equal(found[3:], predictor.predict_proba(tmp_path / "c.csv"))
+
+
 def test_predict_proba_needs_classes(tmp_path):
     frame = pl.DataFrame({"x": np.arange(60.0) % 7, "z": np.arange(60.0) % 5}).with_columns(
         (pl.col("x") * 2 + pl.col("z")).alias("y")
