@@ -62,6 +62,8 @@ def test_only_allowed_formats_are_tried(tmp_path):
         path = tmp_path / f"{kind}.png"
         Image.new("RGB", (8, 8)).save(path, kind)
         assert images.check([path])[0].problem, kind
+        with pytest.raises(DataError):
+            images.load([path], 8)
     for kind, mode in (
         ("PNG", "RGB"),
         ("JPEG", "RGB"),
