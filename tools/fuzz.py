@@ -195,12 +195,13 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes | None:
             container[rng.choice(("", "x", "\0", "type", str(key) + "s"))] = container.pop(key)
         elif action == 3:
             other, name = rng.choice(places)
-            container[key] = other[name] if name in other or (isinstance(other, list) and name < len(other)) else None
+            there = name in other if isinstance(other, dict) else name < len(other)
+            container[key] = copy.deepcopy(other[name]) if there else None
         else:
             container[key] = copy.deepcopy(rng.choice(VALUES))
     try:
         lines[number] = json.dumps(document).encode()
-    except (ValueError, RecursionError):  # a value was placed into itself
+    except (ValueError, RecursionError):  # nested too deeply
         return None
     return b"\n".join(lines)
 

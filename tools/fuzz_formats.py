@@ -14,7 +14,8 @@ from typing import Any
 
 from fuzz import Format
 
-PIECES = Path(__file__).parent.parent / "tests" / "golden" / "pieces"
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden"  # small runs of every task, and tokenizers
+PIECES = GOLDEN / "pieces"
 TEXTS = ["the cat sat on the mat", "a dog ran to the cat", "who sat on the mat? a cat, 123 times."] * 20
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}]
 TEMPLATE = (
@@ -552,6 +553,21 @@ def use_run(rows: Any) -> Callable[[Path], None]:
     return load
 
 
+def copy_runs(folder: Path) -> None:
+    for run in GOLDEN.glob("v*"):
+        shutil.copytree(run, folder / run.name)
+
+
+def open_damaged(folder: Path) -> None:
+    """Open the run with the file that was written last."""
+    import fieldguide
+
+    newest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    run = fieldguide.open_run(folder / newest.relative_to(folder).parts[0])
+    _ = run.task, run.objective, run.config, run.scores
+    run.losses()
+
+
 def load_checkpoint(folder: Path) -> None:
     from fieldguide.training import checkpoint
 
@@ -596,5 +612,6 @@ FORMATS = [
     Format("config-file", make_config_file, read_config_file),
     Format("run-table", make_run("iris", "mlp-s"), use_run(IRIS), RUN_FILES),
     Format("run-text", make_run("docstrings", "gru-s", **{"task.length": 16}), use_run(["sort a list"]), RUN_FILES),
+    Format("run-all-tasks", copy_runs, open_damaged, ("run.json", "task.json", "task.json", "*.parquet", "*.npz")),
     Format("checkpoint", make_run("iris", "mlp-s"), load_checkpoint, ("step-*",)),
 ]

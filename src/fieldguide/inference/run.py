@@ -13,7 +13,6 @@ checkpoints/         the state that `fieldguide fit --resume` continues from
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from fieldguide.core.errors import DataError, RunError, SettingsError
 from fieldguide.core.run_files import check_file, check_folder
 from fieldguide.core.run_record import USABLE_STATUSES, read_record, write_record
 from fieldguide.core.settings import Settings
-from fieldguide.core.validation import guard
+from fieldguide.core.validation import guard, parse_json, read_text
 from fieldguide.data import row_digests
 from fieldguide.data.splits import Splits, sample_rows
 from fieldguide.data.validation.checks import enforce
@@ -229,7 +228,8 @@ class Run(TaskPredictor):
     def losses(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        lines = read_text(path, RunError, max_bytes=None).splitlines() if path.exists() else []
+        return [parse_json(line, f"{path}:{number}", RunError, remedy="") for number, line in enumerate(lines, 1)]
 
 
 def open_run(path: str | Path) -> Run:

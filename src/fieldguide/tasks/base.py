@@ -90,9 +90,8 @@ class Task(Preprocessor, Evaluator, ReportBuilder):
         record = read_json(folder / "task.json", RunError)
         check_structure(record, TASK, folder / "task.json")
         kind = task(record["task"])
-        return kind.from_state(
-            [Column(**c) for c in record["columns"]],
-            kind.Options(**rename(record["options"], OPTION_ALIASES)),
-            record["state"],
-            folder,
-        )
+        options = rename(record["options"], OPTION_ALIASES)
+        values = {"columns": record["columns"], "options": options, "state": record["state"]}
+        structure = {"columns": list[Column], "options": kind.Options, "state": kind.state_types()}
+        check_structure(values, structure, folder / "task.json")
+        return kind.from_state([Column(**c) for c in record["columns"]], kind.Options(**options), record["state"], folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -70,6 +70,7 @@ class Preprocessor(TaskSpec):
     checks_splits: ClassVar[bool] = False  # whether `check_split` checks anything
     min_batch_size: int = 16  # minimum examples per step, if the data has that many
     predict_options: Any  # an instance of `PredictOptions`
+    STATE: ClassVar[Mapping[str, Any]] = {}  # key of `state` -> type (see `core.structure`), in addition to base classes
 
     def __init__(self, columns: list[Column], options: Any):
         self.columns, self.options, self.predict_options = columns, options, self.PredictOptions()
@@ -256,8 +257,13 @@ class Preprocessor(TaskSpec):
         return self.build_examples(self.select_columns(data), self.options) if answered else data
 
     def state(self) -> dict[str, Any]:
-        """Return the fitted preprocessing as JSON values."""
+        """Return the fitted preprocessing as JSON values, whose types are in `STATE`."""
         raise NotImplementedError
+
+    @classmethod
+    def state_types(cls) -> dict[str, Any]:
+        """Return the types of the values of `state` by key, from `STATE` of this class and those above it."""
+        return {key: kind for parent in reversed(cls.__mro__) for key, kind in vars(parent).get("STATE", {}).items()}
 
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -109,6 +109,8 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
             )
         return super().teacher_inputs(other, card)
 
+    STATE: ClassVar = {"labels": list[str], "counts": list[float], "temperature": float}
+
     def target_state(self) -> dict[str, Any]:
         return {"labels": self.labels, "counts": self.counts, "temperature": self.temperature}
 
@@ -146,6 +148,8 @@ class RegressionTask(SupervisedTask, RegressionEvaluator, RegressionReport):
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return Supervised(model, card.inputs, Regression())
+
+    STATE: ClassVar = {"standard": {"mean": float, "std": float}}
 
     def target_state(self) -> dict[str, Any]:
         return {"standard": self.standard.to_json()}

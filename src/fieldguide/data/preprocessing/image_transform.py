@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import numpy as np
 import polars as pl
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.core.structure import Limits
 from fieldguide.data.dataset import HIGH, LOW, CellProblems, Data
 from fieldguide.data.media import images
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 USUAL_SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
+Side = Annotated[int, Limits(1, 10_000)]  # pixels
+Channels = Annotated[int, Limits(1, 64)]
 MAX_FIT_IMAGES = 5000  # images used to estimate mean and standard deviation; more change only the third digit
 
 
@@ -86,6 +89,18 @@ class ImageTransform:
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
     fit: images.Fit = "crop"
     scale: images.Scale | None = None
+
+    STATE: ClassVar[Mapping[str, Any]] = {  # types of the values of `to_json`
+        "side": Side,
+        "channels": Channels,
+        "mean": list[float],
+        "std": list[Annotated[float, Limits(1e-6, 1e6)]],
+        "fit": images.Fit,
+        "scale?": images.Scale | None,
+        "edge?": Side,
+        "filter?": Annotated[int, Limits(0, max(Image.Resampling))],
+        "even?": bool,
+    }
 
     @classmethod
     def from_pixels(cls, pixels: torch.Tensor, fit: images.Fit = "crop", scale: images.Scale | None = None) -> ImageTransform:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fieldguide.data.media import images
 from fieldguide.data.media.masks import LazyMask
+from fieldguide.data.preprocessing.image_transform import Channels, Side
 
 CANVAS_MULTIPLE = 32  # canvas sizes are multiples of it, for models that downsample five times by 2
 INTEGER_MODES = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -129,8 +130,8 @@ class Canvas:
     """The preprocessing of an image and its mask: at most `side` pixels long, on a canvas, pixel values standardized to
     mean 0 and standard deviation 1; `classes` are the stored mask values of class 0, 1, ..."""
 
-    side: int
-    channels: int
+    side: Side
+    channels: Channels
     classes: tuple[int, ...]
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)

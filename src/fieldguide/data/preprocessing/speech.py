@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.structure import Limits
 from fieldguide.data.media.audio import MAX_CANCELLED_ENERGY
 
 if TYPE_CHECKING:
@@ -120,10 +121,10 @@ class LogMel:
     keeps them and suits recordings of a word or less. Pre-emphasis would only add a constant to each band and is omitted.
     """
 
-    rate: int = 16_000  # samples per second
-    bands: int = 80  # F
-    window: float = 0.025  # seconds
-    hop: float = 0.010  # seconds between frames
+    rate: Annotated[int, Limits(1_000, 1_000_000)] = 16_000  # samples per second
+    bands: Annotated[int, Limits(1, 4096)] = 80  # F
+    window: Annotated[float, Limits(1e-3, 10)] = 0.025  # seconds
+    hop: Annotated[float, Limits(1e-4, 10)] = 0.010  # seconds between frames
     low: float = 20.0  # Hz
     high: float | None = None  # Hz; None: half the sample rate
     scale: Literal["recording", "corpus"] = "recording"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -53,6 +53,12 @@ class Category:
 
 class TablePreparer:
     """Converts rows to `numbers` (float32, N x n) and `categories` (int64 codes, N x k)."""
+
+    STATE: ClassVar[Mapping[str, Any]] = {  # types of the values of `to_json`
+        "numbers": list[Number],
+        "categories": list[Category],
+        "texts?": dict[str, TextFeatures.STATE],  # type: ignore[valid-type]
+    }
 
     def __init__(
         self, numbers: Iterable[Number], categories: Iterable[Category], texts: Mapping[str, TextFeatures] | None = None

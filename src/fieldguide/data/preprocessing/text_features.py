@@ -6,10 +6,10 @@ Idf is ln((1 + N) / (1 + n)) + 1 and tf is 1 + ln(count), as in scikit-learn; ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -29,6 +29,12 @@ class TextFeatures:
     terms: tuple[str, ...]
     idf: np.ndarray
     projection: np.ndarray
+
+    STATE: ClassVar[Mapping[str, Any]] = {
+        "terms": list[str],
+        "idf": list[float],
+        "projection": list[list[float]],
+    }  # of `to_json`
 
     @classmethod
     def fit(cls, texts: Sequence[str | None]) -> TextFeatures | None:

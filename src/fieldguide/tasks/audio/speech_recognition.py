@@ -414,6 +414,16 @@ class SpeechRecognition(Task):
 
     # Saved with the run
 
+    STATE: ClassVar = {
+        "transcripts": {"symbols": list[str], "lower": bool, "tokenizer": str | None},
+        "mel": LogMel,
+        "heard": float,
+        "shown": list[tuple[str, str]],
+        "typical": float,
+        "hours": float,
+        "stride": int,
+    }
+
     def state(self) -> dict[str, Any]:
         return {
             "transcripts": self.transcripts.to_json(),

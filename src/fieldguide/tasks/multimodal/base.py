@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -152,6 +152,8 @@ class ImageAndTextTask(Task):
     def restore_inputs(self, state: dict[str, Any], folder: Any) -> None:
         self.pictures, self.median = ImageTransform.from_json(state["pictures"]), state["median"]
         self.text = TextTokenizer.load(folder)
+
+    STATE: ClassVar = {"pictures": ImageTransform.STATE, "median": float}
 
     def state(self) -> dict[str, Any]:
         return {"pictures": self.pictures.to_json(), "median": self.median}

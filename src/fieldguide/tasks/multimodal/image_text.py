@@ -427,6 +427,8 @@ class ImageText(ImageAndTextTask):
             ]
         return sections
 
+    STATE: ClassVar = {"classes": list[str], "known": list[str]}
+
     def state(self) -> dict[str, Any]:
         return {**super().state(), "classes": self.classes, "known": self.known}
 

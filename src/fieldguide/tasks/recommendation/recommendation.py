@@ -458,6 +458,8 @@ class Recommendation(Task):
 
     # Saved with the run
 
+    STATE: ClassVar = {"items": list[str], "counts": list[float]}
+
     def state(self) -> dict[str, Any]:
         return {"items": self.items, "counts": self.counts.tolist()}
 

@@ -145,6 +145,8 @@ class Tabular(SupervisedTask):
     def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
         return self.preparer.vector(train.rows), self.preparer.vector(test.rows)
 
+    STATE: ClassVar = {"preparer": TablePreparer.STATE}
+
     def state(self) -> dict[str, Any]:
         return {"preparer": self.preparer.to_json(), **self.target_state()}
 

@@ -197,6 +197,8 @@ class PackedTextTask(TextTask):
 
     # Saved with the run
 
+    STATE: ClassVar = {"counts": list[float]}
+
     def state(self) -> dict[str, Any]:
         return {"counts": self.counts.tolist()}
 

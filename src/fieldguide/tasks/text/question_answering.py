@@ -427,6 +427,8 @@ class QuestionAnswering(Task):
             assets.tokenizer_folder,
         )
 
+    STATE: ClassVar = {"median": float, "whole": bool, "silent": bool, "threshold": float}
+
     def state(self) -> dict[str, Any]:
         return {"median": self.median, "whole": self.whole, "silent": self.silent, "threshold": self.threshold}
 

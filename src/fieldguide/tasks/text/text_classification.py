@@ -225,6 +225,8 @@ class TextClassification(TextTask, ClassificationTask):
             assets.tokenizer_folder,
         )
 
+    STATE: ClassVar = {"median": float}
+
     def state(self) -> dict[str, Any]:
         return {"median": self.median, **self.target_state()}
 

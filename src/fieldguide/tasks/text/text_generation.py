@@ -426,6 +426,8 @@ class TextGeneration(TextTask):
 
     # Saved with the run
 
+    STATE: ClassVar = {"chat": bool, "tokens": float, "first?": list[tuple[str, str]]}
+
     def state(self) -> dict[str, Any]:
         return {"chat": self.chat, "tokens": self.tokens, **({"first": self.first} if self.first else {})}
 

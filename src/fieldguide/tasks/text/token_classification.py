@@ -362,6 +362,8 @@ class TokenClassification(Task):
             assets.tokenizer_folder,
         )
 
+    STATE: ClassVar = {"tags": list[str], "often": dict[str, int], "median": float}
+
     def state(self) -> dict[str, Any]:
         return {"tags": self.tags, "often": self.often, "median": self.median}
 

@@ -321,6 +321,8 @@ class Translation(TextTask):
             ]
         }
 
+    STATE: ClassVar = {"median": float, "shown": list[tuple[str, str]]}
+
     def state(self) -> dict[str, Any]:
         return {"median": self.median, "shown": self.shown}
 

@@ -19,7 +19,7 @@ from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing.covariates import Covariates
+from fieldguide.data.preprocessing.covariates import Covariate, Covariates
 from fieldguide.data.timeseries import panel as panels
 from fieldguide.data.timeseries.frequency import Frequency
 from fieldguide.data.timeseries.windows import CUT, SERIES, Windows, all_windows, build_windows, windows_at_end
@@ -462,6 +462,16 @@ class Forecasting(Task):
         return report.draw_series(training.context.panel)
 
     # Saved with the run
+
+    STATE: ClassVar = {
+        "covariates": {"columns": list[Covariate], "turns": list[str | float]},
+        "standards": dict[str, tuple[float, float]],
+        "widths": dict[str, list[float]],
+        "layout": str,
+        "frequency": Frequency,
+        "series": int,
+        "digest": str,
+    }
 
     def state(self) -> dict[str, Any]:
         f = self.frequency

@@ -204,6 +204,8 @@ class ImageClassification(ClassificationTask):
         task.load_target_state(cls.label_state(assets.names))
         return task
 
+    STATE: ClassVar = {"pictures": ImageTransform.STATE}
+
     def state(self) -> dict[str, Any]:
         return {"pictures": self.pictures.to_json(), **self.target_state()}
 

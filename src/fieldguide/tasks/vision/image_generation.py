@@ -504,6 +504,8 @@ class ImageGeneration(Task):
 
     # Saved with the run
 
+    STATE: ClassVar = {"pictures": ImageTransform.STATE, "labels": list[str], "captions?": list[str]}
+
     def state(self) -> dict[str, Any]:
         return {"pictures": self.pictures.to_json(), "labels": self.labels, "captions": self.captions}
 

@@ -509,6 +509,8 @@ class ImageSegmentation(Task):
 
     # Saved with the run
 
+    STATE: ClassVar = {"canvas": Canvas, "names": list[str], "colours": list[tuple[int, int, int]]}
+
     def state(self) -> dict[str, Any]:
         return {"canvas": self.canvas.to_json(), "names": self.names, "colours": self.colours}
 

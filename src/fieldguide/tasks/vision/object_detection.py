@@ -409,6 +409,8 @@ class ObjectDetection(Task):
 
     # Saved with the run
 
+    STATE: ClassVar = {"names": list[str], "threshold": float, "scale?": images.Scale | None}
+
     def state(self) -> dict[str, Any]:
         return {"names": self.names, "threshold": self.threshold, "scale": self.scale}
 
