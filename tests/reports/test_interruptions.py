@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -22,16 +21,6 @@ from fieldguide.core.errors import RunError, SettingsError
 from fieldguide.training.trainer import Interrupted
 
 QUICK = {"steps": 12, "eval_steps": 2, "batch_size": 16, "precision": "float32"}
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """Return 60 rows of two classes."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "table.csv"
-    x = rng.normal(size=(60, 2)).round(3)
-    pl.DataFrame({"a": x[:, 0], "b": x[:, 1], "y": np.where(x.sum(1) > 0, "up", "down")}).write_csv(path)
-    return path
 
 
 class At(NullCallback):

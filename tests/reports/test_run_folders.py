@@ -29,16 +29,6 @@ from fieldguide.training import checkpoint
 QUICK = {"steps": 8, "eval_steps": 4, "batch_size": 16, "precision": "float32"}
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """Return 60 rows of two classes."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "table.csv"
-    x = rng.normal(size=(60, 2)).round(3)
-    pl.DataFrame({"a": x[:, 0], "b": x[:, 1], "y": np.where(x.sum(1) > 0, "up", "down")}).write_csv(path)
-    return path
-
-
 def train(table, out, **options):
     return fieldguide.fit(table, target="y", model="mlp-test", out=out, **{"settings": QUICK, **options})
 
