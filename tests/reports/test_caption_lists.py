@@ -111,3 +111,4 @@ def test_lists_of_other_things_stay(tmp_path):
     write_images(tmp_path)
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     assert len(read(tmp_path, target="label")) == 24
+    assert len(read(tmp_path)) == 24  # the target is inferred
