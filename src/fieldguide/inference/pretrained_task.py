@@ -18,6 +18,7 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.core.settings import Settings
+from fieldguide.core.validation import get_checked
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
@@ -32,6 +33,7 @@ from fieldguide.tasks.vision.image_classification import ImageClassification
 if TYPE_CHECKING:
     from fieldguide.core.card import Network
 
+MIN_LENGTH = 3  # tokens of a text with its two frame tokens
 DEFAULT_SIDE_PIXELS = 224  # if neither the network nor the files specify the size
 UNSUPPORTED_PROBLEMS = {"regression": "a number", "multi_label_classification": "several classes at once"}
 
@@ -125,8 +127,10 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
         else []
     )
     length = getattr(config, "length", 0)
-    if gives == "vector" and (folder / sentence_transformers.LENGTH_FILE).is_file():
-        length = min(length, config_mapping.read(folder / sentence_transformers.LENGTH_FILE).get("max_seq_length") or length)
+    stated = folder / sentence_transformers.LENGTH_FILE
+    if gives == "vector" and stated.is_file():
+        limit = get_checked(config_mapping.read(stated), "max_seq_length", int, stated, WeightsError, least=MIN_LENGTH)
+        length = min(length, limit or length)
     text = TextTokenizer.load(words) if words else None
     return CheckpointAssets(names, words, length, pictures, read_pooling(folder, text))
 

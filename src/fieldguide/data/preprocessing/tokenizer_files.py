@@ -24,6 +24,7 @@ from fieldguide.data.preprocessing.charsmap import check_charsmap
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MAX_EXTRA_TOKENS = 10_000  # of T5; published models have 100
 TRIAL_TEXT = "A text, 123."
 SETTINGS_FILE = "text.json"  # written next to tokenizer.json by `Text.save`
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -371,9 +372,11 @@ def build_sentencepiece(folder: Path, config: dict[str, Any], name: str) -> Toke
     set_default_tokens(config, SENTENCEPIECE_CLASSES[kind])
     made = sentencepiece.build_tokenizer(folder / name, found)
     if kind == "T5":
-        made.add_special_tokens(
-            [AddedToken(f"<extra_id_{i}>", normalized=False) for i in reversed(range(config.get("extra_ids", 100)))]
+        extra = validation.get_checked(
+            config, "extra_ids", int, folder / "tokenizer_config.json", least=0, most=MAX_EXTRA_TOKENS
         )
+        count = 100 if extra is None else extra
+        made.add_special_tokens([AddedToken(f"<extra_id_{i}>", normalized=False) for i in reversed(range(count))])
     if kind == "DebertaV2":
         made.add_special_tokens([AddedToken(config["mask_token"], normalized=False)])
     add_tokens(made, folder, config)
