@@ -85,3 +85,23 @@ def test_a_wrong_value_is_named(run, tmp_path):
                 rejected += 1
                 assert str(tmp_path / "run") in str(error) and len(str(error)) < 600
     assert rejected >= len(WRONG) // 2 * len(record["state"])
+
+
+DAMAGED_FEATURES = {  # what is changed in the state of a table -> words of the error
+    "an unknown part": (lambda s: s["preparer"]["numbers"][0].update(part="year-cos"), "part 'year-cos'"),
+    "an unknown column": (lambda s: s["preparer"]["numbers"][0].update(column="no such"), "'no such'"),
+    "a feature less": (lambda s: s["preparer"]["numbers"].pop(), "do not belong together"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_FEATURES)
+def test_features_fit_the_columns_and_the_network(tmp_path, name):
+    change, words = DAMAGED_FEATURES[name]
+    run = next(p for p in GOLDEN if p.name == "v1-tabular-classification")
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "preprocess" / "task.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    change(record["state"])
+    file.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(FieldguideError, match=words):
+        _ = fieldguide.open_run(tmp_path / "run").objective

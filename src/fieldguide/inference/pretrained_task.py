@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from fieldguide.checkpoints import config_mapping, sentence_transformers
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
 from fieldguide.checkpoints.names import CONFIG_FILE
@@ -18,7 +20,7 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.core.settings import Settings
-from fieldguide.core.validation import get_checked
+from fieldguide.core.validation import get_checked, guard
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
@@ -132,7 +134,7 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
         limit = get_checked(config_mapping.read(stated), "max_seq_length", int, stated, WeightsError, least=MIN_LENGTH)
         length = min(length, limit or length)
     text = TextTokenizer.load(words) if words else None
-    return CheckpointAssets(names, words, length, pictures, read_pooling(folder, text))
+    return CheckpointAssets(names, words, length, pictures, read_pooling(folder, text, getattr(config, "dim", 0)))
 
 
 def get_class_names(config: dict[str, Any], classes: int, where: Path) -> list[str]:
@@ -148,9 +150,15 @@ def get_class_names(config: dict[str, Any], classes: int, where: Path) -> list[s
     return [str(known.get(str(i), i)) for i in range(classes)]
 
 
-def read_pooling(folder: Path, text: TextTokenizer | None) -> Pooling:
-    """Return how the files of sentence-transformers turn a text into a vector; by default the mean of its tokens."""
+def read_pooling(folder: Path, text: TextTokenizer | None, dim: int) -> Pooling:
+    """Return how the files of sentence-transformers turn the states of a text, of width `dim`, into a vector.
+
+    By default this is the mean of its tokens. Raises `WeightsError` if the layers after the pooling do not fit each other or `dim`.
+    """
     modes, head, has_prompt = sentence_transformers.read_modules(folder)
+    if head is not None:
+        with guard(folder / sentence_transformers.MODULES_FILE, WeightsError):
+            head(torch.zeros(1, dim * len(modes)))
     prompt = sentence_transformers.read_prompt(folder)
     skip = 0 if has_prompt or not prompt or text is None else 1 + len(text.encode_exact([prompt])[0])
     return Pooling(modes, prompt, skip, head)

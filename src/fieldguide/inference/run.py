@@ -40,6 +40,8 @@ from fieldguide.tasks import Task
 from fieldguide.training import checkpoint, peft
 from fieldguide.training.trainer import load_best_weights
 
+TABLE_DIMS = {"numbers", "categories", "features"}  # inputs of a network of tables, which the preprocessing alone determines
+
 
 class Run(TaskPredictor):
     """An open run folder. Weights and preprocessing are loaded when they are first needed."""
@@ -118,6 +120,13 @@ class Run(TaskPredictor):
         check_file(self.path, self.record, path.name)
         shapes = weights.read_shapes(path)
         check_network(self.card, self.config, shapes, self.path)
+        dims = self.task.model_dims()
+        for name in TABLE_DIMS & dims.keys():
+            if hasattr(self.config, name) and getattr(self.config, name) != dims[name]:
+                raise RunError(
+                    f"{self.path}: the network has {name}={getattr(self.config, name)}, but the preprocessing gives {dims[name]}. "
+                    "The files do not belong together: restore them from a copy."
+                )
         for card, _, config in self.part_networks.values():  # similar in size; not all of them are stored
             check_network(card, config, shapes, self.path)
 

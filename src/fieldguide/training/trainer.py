@@ -439,7 +439,9 @@ class Trainer:
         self.log_metrics({"step": state.step, "seconds": round(state.seconds, 3), "scores": scores})
         self.callback.on_evaluate(state.step, scores, better)
         if self.settings.patience and state.stale >= self.settings.patience:
-            state.stopped = f"{name} has not improved in {state.stale} evaluations; the weights of step {state.best_step} are kept"
+            state.stopped = (
+                f"{name} has not improved in {state.stale} evaluations; the weights of step {state.best_step} are kept"
+            )
 
     def log_losses(self, losses: dict[str, float]) -> None:
         """Accumulate the losses of a step, and write their means from time to time."""

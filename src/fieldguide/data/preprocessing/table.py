@@ -24,6 +24,9 @@ MAX_QUANTILES = 1000
 MIN_PROBABILITY = 1e-7  # minimum distance of probabilities from 0 and 1: limits values to about +-5.2
 MAX_FULL_CATEGORIES = 20  # with more distinct values than this, values seen once are coded as unseen,
 MAX_CATEGORIES = 10_000  # and only the most frequent are kept; the code for unseen values is therefore also trained
+PARTS: dict[str, tuple[str, ...]] = {
+    "date": ("time", "year-sin", "year-cos", "hour-sin", "hour-cos", "weekday", "missing")
+}  # of its values
 DAY_MICROSECONDS = 86_400_000_000  # microseconds
 
 
@@ -99,6 +102,18 @@ class TablePreparer:
             elif column.kind in ("category", "boolean"):
                 categories += fit_category(name, "value", category_text(values, "value"))
         return cls(numbers, categories, texts)
+
+    def check_columns(self, kinds: Mapping[str, str]) -> None:
+        """Raise `ValueError` if a feature is made of a column that the table lacks, or of a part that its type has not."""
+        features: list[Number | Category] = [*self.numbers, *self.categories]
+        for feature in features:
+            kind = kinds.get(feature.column)
+            parts = PARTS.get(kind or "", ("value", "missing"))
+            if kind == "text":
+                texts = self.texts.get(feature.column)
+                parts = tuple(f"text-{i}" for i in range(texts.dimensions if texts else 0))
+            if kind is None or feature.part not in parts:
+                raise ValueError(f"no column of the inputs has the part {feature.part!r} of {feature.column!r}")
 
     @property
     def cardinalities(self) -> list[int]:

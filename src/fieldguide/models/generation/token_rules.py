@@ -58,8 +58,9 @@ class TokenRules:
 
 
 def block(logits: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """Return the logits with these tokens at -inf."""
-    return logits.index_fill(1, torch.tensor(tokens, device=logits.device), -torch.inf)
+    """Return the logits with these tokens at -inf. Tokens that the network does not have cannot be generated anyway."""
+    known = [token for token in tokens if 0 <= token < logits.shape[1]]
+    return logits.index_fill(1, torch.tensor(known, dtype=torch.long, device=logits.device), -torch.inf)
 
 
 def repeated_ngrams(history: Tensor, size: int, vocab: int) -> Tensor:  # B T (-1 = nothing) -> B V bool

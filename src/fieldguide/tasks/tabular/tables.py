@@ -154,6 +154,7 @@ class Tabular(SupervisedTask):
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.preparer = TablePreparer.from_json(state["preparer"])
+        task.preparer.check_columns({c.name: c.kind for c in task.inputs()})
         task.load_target_state(state)
         return task
 
