@@ -24,25 +24,34 @@ QUICK = {"steps": 60, "precision": "float32", "lr": 0.01}
 
 
 def encode_png16(array):
-    """Return a PNG with 16 bits per color (H W 3 or 4), which Pillow cannot write."""
+    """Return a PNG with 16 bits per value (H W 3 or 4, or gray and alpha: H W 2), which Pillow cannot write."""
     height, width, channels = array.shape
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    head = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-def encode_tiff16(array):
-    """Return an uncompressed little-endian TIFF with 16 bits per color, H W 3."""
-    height, width, _ = array.shape
-    body = array.astype("<u2").tobytes()
-    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 0), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 0)]
-    tags += [(277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(body))]
-    at = 8 + 2 + 12 * len(tags) + 4
-    values = {258: at, 273: at + 6}
-    entries = b"".join(struct.pack("<HHII", tag, kind, count, values.get(tag, value)) for tag, kind, count, value in tags)
-    head = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
-    return head + struct.pack("<HHH", 16, 16, 16) + body
+def encode_tiff(array, photometric=2, form=1, extra=(), order="<", planes=1):
+    """Return an uncompressed TIFF with the values of an array, H W or H W C. `form` is 1 unsigned, 2 signed, 3 float."""
+    array = np.atleast_3d(array)
+    height, width, samples = array.shape
+    body = (array if planes == 1 else np.moveaxis(array, 2, 0)).astype(array.dtype.newbyteorder(order)).tobytes()
+    strips = samples if planes == 2 else 1
+    tags = {256: [width], 257: [height], 258: [array.itemsize * 8] * samples, 259: [1], 262: [photometric], 273: [0] * strips}
+    tags |= {277: [samples], 278: [height], 279: [len(body) // strips] * strips, 284: [planes], 339: [form] * samples}
+    tags |= {338: list(extra)} if extra else {}
+    start = 8 + 2 + 12 * len(tags) + 4
+    behind = sum(4 * len(v) for v in tags.values() if len(v) > 1)
+    tags[273] = [start + behind + i * (len(body) // strips) for i in range(strips)]
+    entries, more = b"", b""
+    for tag, values in sorted(tags.items()):
+        numbers = struct.pack(f"{order}{len(values)}I", *values)
+        entries += struct.pack(order + "HHI", tag, 4, len(values))
+        entries += numbers if len(values) == 1 else struct.pack(order + "I", start + len(more))
+        more += numbers if len(values) > 1 else b""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(tags))
+    return head + entries + bytes(4) + more + body
 
 
 def microscopy(folder, high=130, dtype=np.uint16, suffix=".png", count=30):
@@ -156,7 +165,7 @@ def test_missing_values_of_float_images(tmp_path):
     assert images.load(data.rows["image"].to_list(), 8, 1, scale=scale)[0, 0, 0, :2].tolist() == [0, 255]
 
 
-@pytest.mark.parametrize("form", ["png", "rgba.png", "tif", "npy", "chw.npy"])
+@pytest.mark.parametrize("form", ["png", "rgba.png", "tif", "big.tif", "npy", "chw.npy", "ppm", "ascii.ppm"])
 def test_colors_of_16_bits(tmp_path, form):
     """Pillow decodes only the higher byte, which is 0 for values up to 130."""
     array = np.random.default_rng(0).integers(0, 131, (8, 8, 3)).astype(np.uint16)
@@ -167,8 +176,12 @@ def test_colors_of_16_bits(tmp_path, form):
         np.save(path, np.moveaxis(array, 2, 0))
     elif form == "rgba.png":
         path.write_bytes(encode_png16(np.concatenate([array, np.full((8, 8, 1), 65535, np.uint16)], 2)))
+    elif form == "ppm":
+        path.write_bytes(b"P6\n8 8\n65535\n" + array.astype(">u2").tobytes())
+    elif form == "ascii.ppm":
+        path.write_text("P3\n8 8\n65535\n" + " ".join(map(str, array.ravel())))
     else:
-        path.write_bytes(encode_png16(array) if form == "png" else encode_tiff16(array))
+        path.write_bytes(encode_png16(array) if form == "png" else encode_tiff(array, order=">" if "big" in form else "<"))
     data = read(tmp_path)
     assert data.rows["#channels"][0] == 3 and data.rows["#high"][0] == array.max()
     scale = learn_scale(data.rows)
@@ -177,6 +190,101 @@ def test_colors_of_16_bits(tmp_path, form):
     assert np.abs(shown - (array - low) * 255 / (high - low)).max() <= 0.51
     canvas = Canvas(8, 3, (0,), scale=scale).load_images([path], [(8, 8)], (8, 8))[0]
     assert np.array_equal(canvas, shown.transpose(2, 0, 1))
+
+
+def test_gray_with_alpha_of_16_bits(tmp_path):
+    """Pillow decodes only the higher byte, and has no mode for it."""
+    gray = np.random.default_rng(0).integers(1000, 1131, (8, 8)).astype(np.uint16)
+    alpha = np.full((8, 8), 65535, np.uint16)
+    alpha[0] = 0
+    (tmp_path / "0.png").write_bytes(encode_png16(np.stack([gray, alpha], 2)))
+    data = read(tmp_path)
+    assert data.rows["#channels"][0] == 1 and data.rows["#high"][0] == gray.max() and data.rows["#low"][0] == gray.min()
+    low, high = learn_scale(data.rows)
+    shown = images.load([tmp_path / "0.png"], 8, 1, scale=(low, high))[0, 0].numpy()
+    assert np.abs(shown[1:] - (gray[1:] - low) * 255 / (high - low)).max() <= 0.51
+    assert (shown[0] == 255).all()  # transparent: white
+
+
+def test_colors_multiplied_by_opacity(tmp_path):
+    array = np.random.default_rng(0).integers(0, 20_000, (8, 8, 3)).astype(np.uint16)
+    opacity = np.full((8, 8, 1), 40_000, np.uint16)
+    (tmp_path / "0.tif").write_bytes(encode_tiff(np.concatenate([array, opacity], 2), extra=[1]))
+    assert read(tmp_path).rows["#high"][0] == round(float(array.max()) * 65535 / 40_000)
+
+
+@pytest.mark.parametrize(
+    ("array", "form", "low", "high"),
+    [
+        (np.linspace(0, 4e9, 64).astype(np.uint32), 1, 0, 4e9),  # Pillow reads negative numbers
+        (np.arange(-30, 34).astype(np.int8), 2, -30, 33),  # Pillow reads 226 to 255
+        (np.linspace(-30_000, 30_000, 64).astype(np.int16), 2, -30_000, 30_000),
+    ],
+)
+def test_signs_of_tiff_values(tmp_path, array, form, low, high):
+    (tmp_path / "0.tif").write_bytes(encode_tiff(array.reshape(8, 8), 1, form))
+    data = read(tmp_path)
+    scale = learn_scale(data.rows)
+    assert scale == (low, high)
+    shown = images.load(data.rows["image"].to_list(), 8, 1, scale=scale)[0, 0].numpy().ravel().astype(int)
+    assert (np.diff(shown) >= 0).all() and shown[0] == 0 and shown[-1] == 255
+
+
+DEEP = np.arange(192, dtype=np.uint16).reshape(8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "called"),
+    [
+        (encode_tiff(DEEP[..., :2], 1, extra=[2]), "TIFF with 2 channels of 16 bits"),
+        (encode_tiff(DEEP[..., :2], 1, extra=[2], order=">"), "TIFF with 2 channels of 16 bits"),
+        (encode_tiff(np.concatenate([DEEP, DEEP[..., :2]], 2), 1, extra=[0] * 4), "TIFF with 5 channels of 16 bits"),
+        (encode_tiff(DEEP.astype(np.float32), 2, 3), "TIFF with 3 channels of 32 float bits"),
+        (encode_tiff(DEEP[..., 0].astype(np.float64), 1, 3), "TIFF with one channel of 64 float bits"),
+        (encode_tiff(DEEP[..., 0].astype(np.float16), 1, 3, order=">"), "TIFF with one channel of 16 float bits"),
+        (encode_tiff(DEEP, planes=2), "TIFF with 16 bits and separate color planes"),  # Pillow reads noise
+        (encode_tiff(np.concatenate([DEEP, DEEP[..., :1]], 2), 5), "CMYK with 16 bits"),
+        (b"P7\nWIDTH 8\nHEIGHT 8\nDEPTH 1\nMAXVAL 65535\nTUPLTYPE GRAYSCALE\nENDHDR\n" + bytes(128), "PAM"),
+    ],
+)
+def test_layouts_that_are_not_read_are_named(tmp_path, content, called):
+    (tmp_path / "0.tif").write_bytes(content)
+    with pytest.raises(DataError, match=rf"format that is not read.*\({called}\)"):
+        read(tmp_path)
+
+
+def test_jpeg_2000_with_deep_colors_is_named(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(DEEP.astype(np.uint8)).save(file, "JPEG2000")
+    content = bytearray(file.getvalue())
+    (tmp_path / "0.jp2").write_bytes(content)
+    assert len(read(tmp_path)) == 1
+    start = content.index(b"\xff\x4f\xff\x51") + 42
+    content[start : start + 9 : 3] = bytes([15] * 3)  # 16 bits per color
+    (tmp_path / "0.jp2").write_bytes(content)
+    with pytest.raises(DataError, match=r"JPEG 2000 with colors of 16 bits"):
+        read(tmp_path)
+
+
+def test_channels_that_are_not_used_are_a_warning(tmp_path):
+    five = np.concatenate([DEEP, DEEP[..., :2]], 2).astype(np.uint8)
+    (tmp_path / "0.tif").write_bytes(encode_tiff(five, extra=[0, 0]))
+    assert "other-channels" in {f.check for f in read(tmp_path).findings}
+
+
+def test_damaged_tiff_is_corrupt(tmp_path):
+    (tmp_path / "0.tif").write_bytes(encode_tiff(DEEP)[:40])
+    with pytest.raises(DataError, match=r"corrupt|truncated"):
+        read(tmp_path)
+
+
+def test_float_masks_keep_large_values(tmp_path):
+    from fieldguide.data.preprocessing.masks import read_codes
+
+    values = np.array([[0, 1], [300, 70_000]])
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "m.tif")
+    (tmp_path / "u.tif").write_bytes(encode_tiff(values.astype(np.uint32), 1))
+    assert read_codes(tmp_path / "m.tif").tolist() == read_codes(tmp_path / "u.tif").tolist() == values.tolist()
 
 
 def test_arrays_that_are_no_images(tmp_path):

@@ -12,7 +12,6 @@ import hashlib
 import io
 import os
 import struct
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from fieldguide.core.errors import DataError
+from fieldguide.data.media.deep_images import ARRAY, describe_tiff, find_loss, has_other_channels, read_deep_values
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ FORMAT_SUFFIXES = {
     "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"),
     "ICO": (".ico",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
     "JPEG2000": (".jp2", ".j2k"),
     "AVIF": (".avif",),
     "MPO": (".jpg", ".jpeg", ".mpo"),
@@ -81,6 +81,7 @@ UNSUPPORTED_FORMATS = {  # suffix -> name of an image format that is not read
     ".heif": "HEIC",
     ".exr": "OpenEXR",
     ".hdr": "Radiance HDR",
+    ".pam": "PAM",
     ".dng": "camera raw",
     ".cr2": "camera raw",
     ".nef": "camera raw",
@@ -91,7 +92,6 @@ UNSUPPORTED_FORMATS = {  # suffix -> name of an image format that is not read
 IMAGE_LIKE_SUFFIXES = READABLE_SUFFIXES | UNSUPPORTED_FORMATS.keys()
 Fit = Literal["crop", "pad", "stretch"]
 Scale = tuple[float, float]  # the values that become 0 and 255
-ARRAY = "array"  # key in `Image.info` of an array H W 3 with colors of more than 8 bits
 IGNORED_EXTREMES = 1e-4  # fraction of an image's values at either end that do not count for its range, such as hot pixels
 OUTLIER_FACTOR, OUTLIER_FRACTION = 8, 0.02  # an image's range is an outlier if it is this often that of the 98 % lowest
 
@@ -109,7 +109,7 @@ class ImageCheck:
     height: int = 0
     channels: int = 3
     form: str = ""  # Pillow's name of the format
-    traits: tuple[str, ...] = ()  # any of: deep transparent palette cmyk animated rotated wrong-extension
+    traits: tuple[str, ...] = ()  # any of: deep transparent other-channels cmyk animated rotated wrong-extension
     low: float | None = None  # range of the values of an image with more than 8 bits, without a few extremes
     high: float | None = None
 
@@ -140,23 +140,25 @@ def check_one(path: str | Path) -> ImageCheck:
                 return ImageCheck("too-many-pixels", f"{image.width} x {image.height}", size, sha)
             if (pages := count_pages(image)) > 1:
                 return ImageCheck("several-pages", f"{pages} pages", size, sha)
-            color = read_deep_color(image)
-            traits = find_traits(image, suffix, color is not None)
+            if named := find_loss(image):
+                return ImageCheck("unsupported-image", named, size, sha)
+            deep = read_deep_values(image)
+            traits = find_traits(image, suffix, deep is not None)
             image.load()
             width, height, mode = *image.size, image.mode
             shape = (mode, image.size, image.getpalette() if mode == "P" else None)
             pixels = hashlib.blake2b(repr(shape).encode(), digest_size=16)
-            pixels.update(image.tobytes() if color is None else np.ascontiguousarray(color).data)
+            pixels.update(image.tobytes() if deep is None else np.ascontiguousarray(deep).data)
             low, high = None, None
             if "deep" in traits:
-                low, high = find_range(np.asarray(image) if color is None else color)
+                low, high = find_range(np.asarray(image) if deep is None else deep)
             if "rotated" in traits and image.getexif().get(0x0112, 1) >= 5:  # rotated by 90 degrees
                 width, height = height, width
-            channels = 1 if mode in GRAY_MODES else 3
+            channels = 1 if mode in GRAY_MODES or (deep is not None and deep.ndim == 2) else 3
             form = image.format or ""
             return ImageCheck("", "", size, sha, pixels.hexdigest(), width, height, channels, form, traits, low, high)
     except UnidentifiedImageError:
-        if named := recognize_unsupported(content):
+        if named := recognize_unsupported(content) or describe_tiff(content):
             return ImageCheck("unsupported-image", named, size, sha)
         known = suffix in READABLE_SUFFIXES
         return ImageCheck("corrupt-image" if known else "not-an-image", "the content is not a known image format", size, sha)
@@ -184,6 +186,7 @@ def recognize_unsupported(content: bytes) -> str | None:
         b"NRRD": "NRRD",
         b"\x76\x2f\x31\x01": "OpenEXR",
         b"#?RADIANCE": "Radiance HDR",
+        b"P7\n": "PAM",
         b"<svg": "SVG",
         b"%!PS": "PostScript (EPS)",
         b"\xc5\xd0\xd3\xc6": "PostScript (EPS)",
@@ -262,38 +265,6 @@ def count_pages(image: Image.Image) -> int:
     return pages
 
 
-def find_deep_raw_mode(image: Image.Image) -> str | None:
-    """Return how the colors of an image that is not yet decoded are stored if they have 16 bits, else None.
-
-    Pillow decodes only the higher byte of such colors.
-    """
-    tiles: list[Any] | None = getattr(image, "tile", None)
-    if not tiles or image.mode not in ("RGB", "RGBA"):
-        return None
-    raw = tiles[0].args if isinstance(tiles[0].args, str) else tiles[0].args[0] if tiles[0].args else None
-    return raw if isinstance(raw, str) and raw.startswith("RGB") and ";16" in raw else None
-
-
-def read_deep_color(image: Image.Image) -> np.ndarray | None:  # -> H W 3
-    """Return colors of more than 8 bits as stored, or None for any other image. Call it before the image is decoded."""
-    if ARRAY in image.info:
-        return image.info[ARRAY]
-    raw, file = find_deep_raw_mode(image), getattr(image, "fp", None)
-    if raw is None or file is None:
-        return None
-    # The lower bytes are the higher bytes of the other byte order.
-    native = "L" if sys.byteorder == "little" else "B"
-    order = native if raw.endswith("N") else raw[-1]
-    other = raw[:-1] + ("B" if order == "L" else "L")
-    image.load()
-    file.seek(0)
-    with Image.open(file, formats=list_formats()) as again:
-        tiles: list[Any] = again.tile
-        again.tile = [t._replace(args=other if isinstance(t.args, str) else (other, *t.args[1:])) for t in tiles]
-        low = np.asarray(again)[..., :3].astype(np.uint16)
-    return np.asarray(image)[..., :3].astype(np.uint16) << 8 | low
-
-
 def find_range(array: np.ndarray) -> tuple[float, float]:
     """Return the lowest and highest value of an image without `IGNORED_EXTREMES` at either end; (0, 0) without any value."""
     values = array[np.isfinite(array)] if array.dtype.kind == "f" else array.ravel()
@@ -325,13 +296,15 @@ def learn_scale(lows: np.ndarray, highs: np.ndarray) -> Scale | None:
     return low, max(high, low + (1.0 if high <= low else 0.0))
 
 
-def find_traits(image: Image.Image, suffix: str, deep_color: bool = False) -> tuple[str, ...]:
+def find_traits(image: Image.Image, suffix: str, is_deep: bool = False) -> tuple[str, ...]:
     """Return the traits of an image that are reported as findings."""
     seen = []
-    if image.mode in HIGH_BIT_DEPTH_MODES or deep_color:
+    if image.mode in HIGH_BIT_DEPTH_MODES or is_deep:
         seen.append("deep")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         seen.append("transparent")
+    if has_other_channels(image):
+        seen.append("other-channels")
     if image.mode == "CMYK":
         seen.append("cmyk")
     if image.format not in ("MPO", "TIFF") and getattr(image, "n_frames", 1) > 1:
@@ -430,12 +403,12 @@ def convert_mode(image: Image.Image, mode: str, scale: Scale | None = None) -> I
 
     `scale` holds the values of more than 8 bits that become 0 and 255.
     """
-    color = read_deep_color(image) if scale is not None else None
+    deep = read_deep_values(image) if scale is not None else None
     image.load()
     orientation = image.getexif().get(0x0112, 1)
-    if color is not None:
-        alpha = image.getchannel("A") if image.mode == "RGBA" else None
-        image = to_8_bit(color, scale)
+    if deep is not None:
+        alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+        image = to_8_bit(deep, scale)
         if alpha is not None:
             image.putalpha(alpha)
         image.getexif()[0x0112] = orientation

@@ -90,6 +90,12 @@ IMAGE_TRAITS: dict[str, tuple[str, Severity, str, str]] = {  # trait: name, seve
     ),
     "deep": ("deep-image", "note", "images with more than 8 bits are scaled by the range of the training images", ""),
     "transparent": ("transparent-image", "note", "transparent images are composited over white", ""),
+    "other-channels": (
+        "other-channels",
+        "warning",
+        "TIFF files with more channels than gray or red, green and blue; the others are ignored",
+        "Export the channels to use as an image.",
+    ),
     "cmyk": ("cmyk-image", "note", "CMYK images are converted to RGB", ""),
     "animated": ("animated-image", "note", "animations: only the first frame is used", ""),
     "rotated": ("rotated-image", "note", "images are rotated according to their EXIF orientation", ""),

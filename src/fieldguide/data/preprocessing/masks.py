@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fieldguide.data.media import images
+from fieldguide.data.media.deep_images import read_deep_values
 from fieldguide.data.media.masks import LazyMask
 from fieldguide.data.preprocessing.image_transform import Channels, Side
 
@@ -37,9 +38,18 @@ def read_codes(path: Mask, coding: Coding = "") -> np.ndarray:
     if isinstance(path, LazyMask):
         return path.rasterize()
     with images.open_image(path) as image:
+        deep = read_deep_values(image)
+        if deep is not None and deep.ndim == 2:
+            return deep.astype(np.int64).clip(-(2**31), 2**31 - 1).astype(np.int32)
         if image.mode in INTEGER_MODES and not (coding == "color" and image.mode in ("P", "L", "1")):
             return np.asarray(image if image.mode != "1" else image.convert("L")).astype(np.int32)
-        if image.mode in ("LA", "F") and coding != "color":
+        if image.mode == "F" and coding != "color":
+            return (
+                np.rint(np.nan_to_num(np.asarray(image), posinf=2**31 - 1, neginf=-1))
+                .clip(-(2**31), 2**31 - 128)
+                .astype(np.int32)
+            )
+        if image.mode == "LA" and coding != "color":
             return np.asarray(image.convert("L")).astype(np.int32)
         color = np.asarray(image.convert("RGB")).astype(np.int32)
         if coding == "value":
