@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import unicodedata
 
@@ -16,6 +18,7 @@ from fieldguide.automl.callbacks import NullCallback
 from fieldguide.cli.commands import app
 from fieldguide.core.errors import DataError
 from fieldguide.data import read
+from fieldguide.data.media.masks import encode_run_lengths, object_mask
 from fieldguide.inference.run import open_run
 from fieldguide.tasks.vision.object_detection import ObjectDetection
 
@@ -292,6 +295,103 @@ def test_labelme(tmp_path):
         (tmp_path / f"{name}.json").rename(tmp_path / f"json/{name}.json")
         (tmp_path / f"{name}.png").rename(tmp_path / f"images/{name}.PNG")
     assert {n: len(b) for n, b in boxes(read(tmp_path)).items()} == {"a.PNG": 3, "b.PNG": 2}
+
+
+def labelme(root, shapes, name="a", **more):
+    picture(root / f"{name}.png")
+    document = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": f"{name}.png", "imageData": None}
+    return write(root / f"{name}.json", document | {"imageHeight": HEIGHT, "imageWidth": WIDTH} | more)
+
+
+def encode_mask(array, mode="1"):
+    file = io.BytesIO()
+    Image.fromarray((array * 255).astype(np.uint8)).convert(mode).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def drawn(data, row=0, instance=0):
+    return object_mask(data.rows["objects"][row][instance], HEIGHT, WIDTH)
+
+
+RING = np.ones((7, 9), dtype=bool)  # not symmetric, with a hole, and an empty column on the right
+RING[2:4, 2:6] = RING[:, 8] = RING[0, :4] = False
+
+
+@pytest.mark.parametrize(("left", "top"), [(3, 5), (0, 0), (31, 23), (36, 27), (-2, -3)])
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_labelme_masks(tmp_path, left, top, mode):
+    points = [[left, top], [left + 8, top + 6]]  # the last row and column belong to the mask
+    labelme(tmp_path, [{"label": "cat", "points": points, "shape_type": "mask", "mask": encode_mask(RING, mode)}])
+    expected = np.zeros((HEIGHT + 20, WIDTH + 20), dtype=bool)
+    expected[top + 10 : top + 17, left + 10 : left + 19] = RING
+    expected = expected[10:-10, 10:-10]
+    data = read(tmp_path)
+    assert np.array_equal(drawn(data), expected)
+    rows, columns = np.nonzero(expected)
+    assert boxes(data) == {"a.png": [("cat", columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]}
+
+
+@pytest.mark.parametrize("key", ["rle", "mask"])
+def test_labelme_run_lengths(tmp_path, key):
+    inside = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    inside[5:12, 3:12] = RING
+    runs = {"size": [HEIGHT, WIDTH], "counts": encode_run_lengths(inside)}
+    labelme(tmp_path, [{"label": "cat", "points": [], "shape_type": "mask", key: runs}])
+    data = read(tmp_path)
+    assert np.array_equal(drawn(data), inside) and boxes(data) == {"a.png": [("cat", 3, 5, 11, 12)]}
+
+
+def test_labelme_masks_that_do_not_fit_keep_their_box(tmp_path):
+    shapes = [
+        {"label": "cat", "points": [[3, 5], [20, 11]], "shape_type": "mask", "mask": encode_mask(RING)},
+        {"label": "dog", "points": [[3, 5], [11, 11]], "shape_type": "mask", "mask": "bm90IGEgUE5H"},
+        {"label": "cow", "points": [[3, 5], [11, 11]], "shape_type": "mask", "mask": None},
+    ]
+    labelme(tmp_path, shapes)
+    data = read(tmp_path)
+    assert boxes(data) == {"a.png": [("cat", 3, 5, 21, 12), ("dog", 3, 5, 12, 12), ("cow", 3, 5, 12, 12)]}
+    assert next(f.count for f in data.findings if f.check == "malformed-outline") == 3
+
+
+def test_labelme_parts_of_one_object(tmp_path):
+    """An object behind a pole is drawn as two shapes with one group_id."""
+    left, right = [[1, 1], [5, 1], [5, 9], [1, 9]], [[9, 1], [14, 1], [14, 9], [9, 9]]
+    shapes = [
+        {"label": "cat", "points": left, "group_id": 1},
+        {"label": "cat", "points": right, "group_id": 1},
+        {"label": "dog", "points": right, "group_id": 1},
+        {"label": "cat", "points": [[20, 20], [28, 26]], "shape_type": "mask", "mask": encode_mask(RING), "group_id": 1},
+        {"label": "cat", "points": left, "group_id": None},
+        {"label": "cat", "points": [[2, 2], [6, 6]], "shape_type": "rectangle", "group_id": 1},
+    ]
+    labelme(tmp_path, shapes)
+    data = read(tmp_path)
+    assert boxes(data)["a.png"] == [("cat", 1, 1, 28, 27), ("dog", 9, 1, 14, 9), ("cat", 1, 1, 5, 9), ("cat", 2, 2, 6, 6)]
+    assert drawn(data).sum() == 4 * 8 + 5 * 8 + RING.sum()
+    assert next(f.count for f in data.findings if f.check == "object-parts") == 2
+
+
+def test_labelme_kinds_of_shapes_are_read_or_counted(tmp_path):
+    square = [[1, 1], [5, 1], [5, 9], [1, 9]]
+    shapes = [{"label": "tip", "points": square[:1], "shape_type": "point"}] * 3
+    shapes += [{"label": "edge", "points": square, "shape_type": "linestrip"}] * 2
+    shapes += [{"label": "edge", "points": square[:2], "shape_type": "line"}]
+    shapes += [{"label": "box", "points": square * 2, "shape_type": "cuboid"}]
+    shapes += [{"label": 0, "points": square, "shape_type": "rotation"}]
+    shapes += [{"label": "cat", "points": square, "shape_type": "rectangle"}]  # all four corners
+    labelme(tmp_path, shapes)
+    data = read(tmp_path)
+    assert boxes(data) == {"a.png": [("0", 1, 1, 5, 9), ("cat", 1, 1, 5, 9)]}
+    found = [f for f in data.findings if f.check == "unsupported-shape"]
+    assert [f.count for f in found] == [7] and "(point 3, linestrip 2, line 1, cuboid 1)" in found[0].what
+
+
+def test_labelme_next_to_another_json(tmp_path):
+    labelme(tmp_path, [{"label": "cat", "points": [[1, 1], [5, 9]], "shape_type": "rectangle"}], "m")
+    write(tmp_path / "classes.json", ["cat"])
+    with pytest.raises(DataError, match=r"classes.json"):
+        read(tmp_path)
+    assert len(boxes(read(tmp_path, allow_bad=True))) == 1
 
 
 # Data that cannot be scored

@@ -61,6 +61,13 @@ def decode_run_lengths(counts: Any) -> list[int] | None:
     return [int(n) for n in numbers] if (numbers >= 0).all() and numbers.sum() < 2**31 else None
 
 
+def encode_run_lengths(mask: np.ndarray) -> list[int]:  # H W bool
+    """Return the lengths of alternating runs of pixels outside and inside, column by column."""
+    flat = np.concatenate([[False], mask.T.ravel()])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
+
+
 def object_mask(instance: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:  # -> H W bool
     """Return the mask of an object with all its parts, or None if it only has a box."""
     if instance["runs"]:
