@@ -11,7 +11,7 @@ from typing import Any
 from fieldguide.core.errors import DataError, nearest
 from fieldguide.core.files import expand_home
 from fieldguide.core.validation import guard
-from fieldguide.data import caption_lists
+from fieldguide.data import caption_lists, object_columns
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.conversation_formats import MESSAGES, to_messages
 from fieldguide.data.dataset import Column, Data, Kind, Role
@@ -97,7 +97,7 @@ def load(
     options = RawOptions(target, header, names, labels_optional, target_kind)
     raw = load_raw(where, options)
     with guard_interpretation(name, raw):
-        convert_columns(raw, target, names)
+        raw = convert_columns(raw, options)
     return LoadedSource(name, raw, options)
 
 
@@ -109,12 +109,15 @@ def guard_interpretation(name: str, raw: RawTable) -> AbstractContextManager[Non
     return guard(name, remedy=remedy, problem_is="was read, but could not be interpreted")
 
 
-def convert_columns(raw: RawTable, target: str | None, names: tuple[str, ...]) -> None:
-    """Convert conversations and lists of captions to the form in which they are used."""
+def convert_columns(raw: RawTable, options: RawOptions) -> RawTable:
+    """Convert conversations, lists of captions and columns of boxes to the form in which they are used."""
+    target, names = options.target, options.names
     if target is None and (not names or MESSAGES in names) and (found := to_messages(raw.rows)):
         raw.rows, raw.message_problems = found.rows, found.problems
         raw.kinds = {**{n: k for n, k in raw.kinds.items() if n in raw.rows.columns}, MESSAGES: "messages"}
     expand_captions(raw, target, names)
+    object_columns.check_embedded(raw.rows)
+    return object_columns.convert_objects(raw, target, names, options.target_kind)
 
 
 def check_is_data(path: Path) -> None:

@@ -49,7 +49,8 @@ def has_coco_keys(file: Path) -> bool:
         opened.seek(max(0, file.stat().st_size - HEAD_BYTES))
         seen += opened.read(HEAD_BYTES)
     begins = seen.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
-    return begins and sum(k in seen for k in KEYS) >= 2 and b'"caption"' not in seen
+    listed = any(k in seen for k in KEYS[:2])  # descriptions of features may have the other keys
+    return begins and listed and sum(k in seen for k in KEYS) >= 2 and b'"caption"' not in seen
 
 
 def find_documents(root: Path) -> list[Path]:
