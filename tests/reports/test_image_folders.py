@@ -98,6 +98,31 @@ def test_common_subfolders_are_the_classes(tmp_path):
     assert next(f for f in data.findings if f.check == "common-subfolders").severity == "warning"
 
 
+def test_partly_common_subfolders_are_a_warning(tmp_path):
+    data = read(tree(tmp_path, "site_a/cats", "site_a/dogs", "site_b/cats", "site_b/dogs", "site_c/cats"))
+    assert set(data.rows["label"]) == {"site_a", "site_b", "site_c"}
+    found = next(f for f in data.findings if f.check == "partly-common-subfolders")
+    assert found.severity == "warning" and found.what.endswith("the same folders: cats, dogs")
+
+
+def test_folds_are_not_classes(tmp_path):
+    tree(tmp_path, *(f"fold{i}/{part}/{label}" for i in (1, 2) for part in ("train", "test") for label in CLASSES))
+    with pytest.raises(
+        DataError, match=r"fold1, fold2 each contain splits with the same folders \(cats, dogs\).*such as fold1"
+    ):
+        read(tmp_path)
+    assert counts(read(tmp_path / "fold1")) == BOTH
+
+
+@pytest.mark.parametrize("nested", ["train/val", "train/Validation Set"])
+def test_split_within_a_split_is_a_question(tmp_path, nested):
+    tree(tmp_path, *tree_parts(("train", "test", nested)))
+    with pytest.raises(DataError, match=rf"{nested} contains the same folders as the one it is in \(cats, dogs\)"):
+        read(tmp_path)
+    (tmp_path / nested).rename(tmp_path / "val")
+    assert counts(read(tmp_path)) == {**BOTH, ("val", "cats"): 2, ("val", "dogs"): 2}
+
+
 def test_different_subfolders_are_parts_of_a_class(tmp_path):
     data = read(tree(tmp_path, "cats/indoor", "cats/outdoor", "dogs/park", "dogs/street"))
     assert counts(data) == {("-", "cats"): 4, ("-", "dogs"): 4}

@@ -96,6 +96,8 @@ def load_classes(source: Path, options: Options, suffixes: Collection[str], medi
                 stray.append(entry)
     if layout.parts[0][0] != source:
         stray += [p for p in walk.entries(source) if p.is_file()]
+    if not options.labels_optional:
+        check_nested_splits(source, walk, layout)
     findings = layout.findings + folder_findings(walk, source, found, stray, empty, media)
     return build_table(found, source, findings, options, media)
 
@@ -110,7 +112,7 @@ def find_layout(source: Path, walk: FolderWalk, options: Options, media: Kind) -
     splits = {p: split for p in folders if (split := folder_split(p.name))}
     plain = [p for p in folders if p not in splits]
     if not splits:
-        return find_layout_of_classes(source, base, plain, walk, media) or whole
+        return (None if options.labels_optional else find_layout_of_classes(source, base, plain, walk, media)) or whole
     predicted = [p for p in plain if PREDICT_WORDS.search(p.name) and not walk.class_folders(p)]
     plain = [p for p in plain if p not in predicted]
     repeated = len(set(splits.values())) < len(splits)
@@ -154,6 +156,13 @@ def find_layout_of_classes(source: Path, base: Path, folders: list[Path], walk: 
     if len(bare) == len(folders) and all(below.values()):
         named = [(s, folder_split(s.name), p.name) for p in folders for s in walk.folders(p) if walk.has_media(s)]
         if named and all(split for _, split, _ in named):  # cats/train, cats/test
+            inner = [{c.name.casefold() for c in walk.class_folders(s)} for s, _, _ in named]
+            if len(folders) > 1 and inner[0] and all(names == inner[0] for names in inner):
+                listed = ", ".join(p.name for p in folders[:MAX_LISTED_FOLDERS])
+                raise DataError(
+                    f"{source}: {listed} each contain splits with the same folders ({', '.join(sorted(inner[0])[:MAX_LISTED_FOLDERS])}), "
+                    f"as folds of a cross-validation do. Give one of them, such as {relative_path(folders[0], source)}."
+                )
             return Layout([(s, split, label) for s, split, label in named])
         sets = list(below.values())
         if len(folders) > 1 and all(s == sets[0] for s in sets) and len(sets[0]) > 1 and not any(s for _, s, _ in named):
@@ -168,6 +177,18 @@ def find_layout_of_classes(source: Path, base: Path, folders: list[Path], walk: 
                 "If the outer folders are the classes, move the files up into them.",
             )
             return Layout([(p, None, None) for p in folders], findings=[finding])
+        shared = sorted(name for name in set().union(*sets) if sum(name in s for s in sets) > 1)
+        if shared and not any(s for _, s, _ in named) and all(s & set(shared) for s in sets):
+            finding = Finding(
+                "partly-common-subfolders",
+                "warning",
+                f"the folders {', '.join(p.name for p in folders[:MAX_LISTED_FOLDERS])} are read as the classes, but contain partly "
+                f"the same folders: {', '.join(shared[:MAX_LISTED_FOLDERS])}",
+                relative_paths(folders, source),
+                1,
+                "If the inner folders are the classes, move all files into one folder for each of them.",
+            )
+            return Layout([(base, None, None)], findings=[finding])
     mixed = [s for p in folders for s in walk.folders(p) if folder_split(s.name) and walk.has_media(s)]
     classes_below = {p: [s for s in walk.folders(p) if walk.has_media(s) and not folder_split(s.name)] for p in folders}
     if mixed and not any(classes_below[s.parent] for s in mixed) and media == "image":
@@ -176,6 +197,20 @@ def find_layout_of_classes(source: Path, base: Path, folders: list[Path], walk: 
             "Divide all classes into train and test, or none."
         )
     return None
+
+
+def check_nested_splits(source: Path, walk: FolderWalk, layout: Layout) -> None:
+    """Raise DataError for a split that is next to the classes which it contains, such as train/val/cats next to train/cats."""
+    for base, _, label in layout.parts:
+        classes = [p for p in walk.folders(base) if walk.has_media(p)] if label is None else []
+        names = {p.name.casefold() for p in classes}
+        for inner in classes:
+            below = [p.name for p in walk.class_folders(inner) if p.name.casefold() in names]
+            if folder_split(inner.name) and below:
+                raise DataError(
+                    f"{source}: {relative_path(inner, source)} contains the same folders as the one it is in "
+                    f"({', '.join(below[:MAX_LISTED_FOLDERS])}). If it is a split, move it next to the other splits."
+                )
 
 
 def describe_mixture(source: Path, splits: list[Path], plain: list[Path], media: Kind) -> str:
