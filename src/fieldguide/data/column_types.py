@@ -10,7 +10,8 @@ import polars as pl
 
 from fieldguide.data.dataset import Column, Kind
 from fieldguide.data.number_formats import FileHints, NumberFormat, find_decisive_mark, infer_format
-from fieldguide.data.timestamps import DateFormat, find_decisive_order, infer_dates, integers_as_dates
+from fieldguide.data.time_zones import LOCAL, is_local_clock
+from fieldguide.data.timestamps import DateFormat, are_weeks, find_decisive_order, infer_dates, integers_as_dates
 
 MISSING_MARKERS = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")  # lower case
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
@@ -204,7 +205,10 @@ def type_native_column(name: str, series: pl.Series, context: Context) -> TypedC
         numbers = series.cast(pl.Float64)
         if kind is None and not target and (dates := integers_as_dates(numbers, is_time=context.is_time)) is not None:
             return make_date_column(
-                name, dates, f"integers that are dates, such as {series.drop_nulls()[0]:.0f}", DateFormat(compact=True)
+                name,
+                dates,
+                f"integers that are dates, such as {series.drop_nulls()[0]:.0f}",
+                DateFormat(compact=True, weeks=are_weeks(numbers)),
             )
         typed = make_number_column(name, numbers, "stored as numbers", NumberFormat())
         return typed if kind else refine_number(typed, series, target)
@@ -213,10 +217,10 @@ def type_native_column(name: str, series: pl.Series, context: Context) -> TypedC
     if series.dtype.is_temporal() and series.dtype != pl.Duration and kind in (None, "date"):
         if series.dtype == pl.Time:
             return retype(series.cast(pl.String), context)
-        zone = "UTC" if getattr(series.dtype, "time_zone", None) else ""
-        if zone:
-            series = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-        why = "stored as dates" + (" with a time zone, kept in UTC" if zone else "")
+        zone, why = "", "stored as dates"
+        if getattr(series.dtype, "time_zone", None):
+            series, zone = remove_time_zone(series, context.known)
+            why += " with a time zone, " + ("kept in UTC" if zone == "UTC" else "local times at the same time of day")
         return make_date_column(name, series.cast(DATE_DTYPE), why, DateFormat(zone=zone))
     if series.dtype.is_nested() and (kind in NESTED_TYPES or is_messages(series.dtype)):
         return make_typed_column(
@@ -228,6 +232,18 @@ def type_native_column(name: str, series: pl.Series, context: Context) -> TypedC
         typed.notes.append(f"column {name!r} has type {series.dtype}, which is not supported; it is ignored")
         return typed
     return retype(numbers_to_text(series), context)
+
+
+def remove_time_zone(series: pl.Series, known: Column | None) -> tuple[pl.Series, str]:
+    """Return dates with a time zone as UTC, or as local times if training did so or all are at the same local time of day."""
+    utc = series.dt.convert_time_zone("UTC").dt.replace_time_zone(None).cast(DATE_DTYPE)
+    local = series.dt.replace_time_zone(None).cast(DATE_DTYPE)
+    if known is not None:
+        as_local = (known.date_format or {}).get("zone") == LOCAL
+    else:
+        numbers = local.drop_nulls().cast(pl.Int64)
+        as_local = is_local_clock(numbers, numbers - utc.drop_nulls().cast(pl.Int64))
+    return (local, LOCAL) if as_local else (utc, "UTC")
 
 
 def retype(text: pl.Series, context: Context) -> TypedColumn:
@@ -261,7 +277,8 @@ def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
             return make_typed_column(name, text, "category", "digits with leading zeros: a code, not a quantity")
         dates = None if target or not inferred.format.is_plain else integers_as_dates(numbers, is_time=context.is_time)
         if dates is not None:
-            typed = make_date_column(name, dates, f"integers that are dates, such as {present[0]}", DateFormat(compact=True))
+            form = DateFormat(compact=True, weeks=are_weeks(numbers))
+            typed = make_date_column(name, dates, f"integers that are dates, such as {present[0]}", form)
             record_misfits(typed, text, dates, n)
             return typed
         words = inferred.format.describe()
@@ -283,7 +300,7 @@ def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
         typed = make_date_column(name, found.values, found.description, found.format)
         record_misfits(typed, text, found.values, n)
         if found.doubt:
-            typed.doubts.append(describe_date_doubt(name, found.doubt))
+            typed.doubts.append(describe_date_doubt(name, found.doubt, found.remedy))
         return typed
     note = inferred.note or describe_number_words(present, distinct)
     if note:
@@ -405,7 +422,7 @@ def convert_text(name: str, text: pl.Series, kind: Kind, context: Context) -> Ty
             date_format = DateFormat(order).to_json() if found is None else found.format.to_json()
             why = why if found is None else f"as given, {found.description}"
             if found is not None and found.doubt:
-                doubts.append(describe_date_doubt(name, found.doubt))
+                doubts.append(describe_date_doubt(name, found.doubt, found.remedy))
         elif date_format is None:
             dates, form, _ = as_dates(text, least=0.0)
             values = dates if dates is not None else pl.Series(name, [None] * text.len(), dtype=DATE_DTYPE)
@@ -431,12 +448,12 @@ def describe_number_doubt(name: str, example: str, form: NumberFormat) -> tuple[
     )
 
 
-def describe_date_doubt(name: str, doubt: str) -> tuple[str, str, str]:
+def describe_date_doubt(name: str, doubt: str, remedy: str = "") -> tuple[str, str, str]:
     """Return check, description and remedy of dates that can be read in two ways."""
     return (
         "ambiguous-dates",
         f"column {name!r}: {doubt}",
-        f"To choose, use --set 'column.{name}=date:day-first' or 'date:month-first' (in Python: kinds=).",
+        remedy or f"To choose, use --set 'column.{name}=date:day-first' or 'date:month-first' (in Python: kinds=).",
     )
 
 

@@ -84,7 +84,9 @@ class TableReader(TableColumns):
         columns = self.type_columns(overrides, roles)
         if known:
             columns = {c.name: c for c in known if c.name in columns}
-        elif self.column_spec.target == "numbers" and "target" not in roles.values():
+        else:
+            self.choose_time(columns)
+        if not known and self.column_spec.target == "numbers" and "target" not in roles.values():
             for column in columns.values():
                 if column.role == "feature" and column.kind == "number":
                     column.role = "target"
@@ -127,6 +129,20 @@ class TableReader(TableColumns):
         if self.lenient:
             data.skipped = self.collect_skipped()
         return data
+
+    def choose_time(self, columns: dict[str, Column]) -> None:
+        """Take the only column of dates as the time if the task needs one and no name implies it."""
+        dates = [c for c in columns.values() if c.kind == "date" and c.role == "feature"]
+        if "time" in self.column_spec.roles and len(dates) == 1 and all(c.role != "time" for c in columns.values()):
+            dates[0].role = "time"
+            self.add_finding(
+                "time-chosen",
+                "note",
+                f"column {dates[0].name!r} is the time, because it is the only column of dates",
+                (f"column {dates[0].name!r}",),
+                1,
+                "Specify another with --time.",
+            )
 
     def mark_invalid(self, bad: np.ndarray, why: str | Callable[[int], str]) -> None:
         """Mark rows as unusable, with a reason for all or one that depends on the row. The first reason of a row is kept."""

@@ -2,7 +2,8 @@
 
 A value is split into a date, a time of day and an offset from UTC. The date has one of the styles in `STYLES`. Only the order
 of day, month and year in numbers such as 12/05/2023 depends on the column: it is decided from all of its values and stored, so
-that prediction does not guess. Years of two digits are 1969 to 2068 (as in POSIX). Times with an offset are kept in UTC.
+that prediction does not guess. Years of two digits are 1969 to 2068 (as in POSIX). Times with a time zone are kept in UTC if
+its meaning is clear (`time_zones`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from fieldguide.data import time_zones
 from fieldguide.data.number_formats import FileHints
 
 DATE_DTYPE = pl.Datetime("us")
@@ -42,8 +44,11 @@ MONTH = r"(?P<b>\p{L}{3,10})\.?"
 WEEKDAYS = r"(?i)^(?:mon|tue|tues|wed|thu|thur|thurs|fri|sat|sun|(?:mon|tues|wednes|thurs|fri|satur|sun)day)\.?,?\s+"
 TIME = (
     r"(?:^|[T\s,:])\s*(?P<clock>\d{1,2}(?::\d{2}){1,2}(?:[.,]\d{1,9})?|\d{1,2})"
-    r"\s*(?P<half>[AaPp]\.?[Mm]\.?)?\s*(?P<zone>Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?$"
+    rf"\s*(?P<half>[AaPp][Mm]\b|[AaPp]\.[Mm]\.?)?\s*(?P<zone>(?i:{time_zones.ZONE}))?$"
 )
+WEEK = r"(?i:W|KW|CW|WK|week)\s?"
+EAST_ASIAN = r"^(\d{4})\s?[年년]\s?(\d{1,2})\s?[月월](?:\s?(\d{1,2})\s?[日일])?"  # 2021年1月2日
+SPANISH = r"(?i)^(\d{1,2}º?)\s+de\s+(\p{L}+)\s+(?:de|del)\s+(\d{4})"  # 1 de enero de 2021
 # Style -> pattern of the date. y, m, d: numbers; b: name of a month; q, h: quarter, half; w, u: ISO week and weekday; n: day of
 # the year; s: a number whose meaning depends on the order.
 STYLES = {
@@ -53,7 +58,7 @@ STYLES = {
     "day-name": rf"(?i)^(?P<d>\d{{1,2}})(?:st|nd|rd|th|\.)?[-/ ]*(?:of )?{MONTH}[-/, ]*(?P<y>\d{{4}}|\d{{2}})$",
     "name-day": rf"(?i)^{MONTH}[-/ ]*(?P<d>\d{{1,2}})(?:st|nd|rd|th)?[-/, ]+(?P<y>\d{{4}}|\d{{2}})$",
     "year-name-day": rf"^(?P<y>\d{{4}})[-/ ]*{MONTH}[-/ ]*(?P<d>\d{{1,2}})$",
-    "year-month": r"^(?P<y>\d{4})(?:[-/.]|\s*[Mm])(?P<m>\d{1,2})$",
+    "year-month": r"^(?P<y>\d{4})(?:[-/. ]|\s*[Mm])(?P<m>\d{1,2})$",
     "month-year": r"^(?P<m>\d{1,2})[-/.](?P<y>\d{4})$",
     "name-year": rf"^{MONTH}[-/, ']*(?P<y>\d{{4}}|\d{{2}})$",
     "year-name": rf"^(?P<y>\d{{4}})[-/ ]*{MONTH}$",
@@ -62,6 +67,8 @@ STYLES = {
     "number-quarter": r"^(?P<q>[1-4])[QqT][-/ ]*(?P<y>\d{4}|\d{2})$",
     "year-half": r"^(?P<y>\d{4})[-/ ]*[HhSs](?P<h>[12])$",
     "week": r"^(?P<y>\d{4})-?[Ww](?P<w>\d{1,2})(?:-?(?P<u>[1-7]))?$",
+    "year-week": rf"^(?P<y>\d{{4}})[-/ ]*{WEEK}(?P<w>\d{{1,2}})$",
+    "week-year": rf"^{WEEK}(?P<w>\d{{1,2}})[-/ ]+(?P<y>\d{{4}})$",
     "ordinal": r"^(?P<y>\d{4})-(?P<n>\d{3})$",
 }
 FAST = {  # patterns whose columns polars parses in one pass
@@ -71,7 +78,14 @@ FAST = {  # patterns whose columns polars parses in one pass
     r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}$": "%Y-%m-%dT%H:%M:%S",
     r"^\d{4}/\d{2}/\d{2}$": "%Y/%m/%d",
 }
-COMPACT_LENGTHS = {6: "month", 8: "day", 10: "hour", 12: "minute", 14: "second"}  # digits of integers -> resolution
+COMPACT_LENGTHS = {
+    6: "month or week",
+    7: "day of the year",
+    8: "day",
+    10: "hour",
+    12: "minute",
+    14: "second",
+}  # digits of integers -> resolution
 PARTS = (  # columns that form a timestamp together, in order
     ("year", "yr", "yyyy"),
     ("month", "mon", "mo", "mm"),
@@ -86,9 +100,9 @@ PARTS = (  # columns that form a timestamp together, in order
 class DateFormat:
     """How a column writes dates.
 
-    `order` is the order of 12/05/2023: "dmy", "mdy" or "ymd"; "" if only unambiguous dates are read. `zone` is "UTC" if the
-    values have offsets, "" otherwise. `compact` allows integers such as 20190101. `parts` are the columns that the timestamp
-    is formed from.
+    `order` is the order of 12/05/2023: "dmy", "mdy" or "ymd"; "" if only unambiguous dates are read. `zone` and `region` are
+    those of `ZoneChoice`; "" if the values have no time zone. `compact` allows integers such as 20190101; with `weeks`, 201905
+    is a week, not a month. `parts` are the columns that the timestamp is formed from.
     """
 
     order: str = ""
@@ -96,21 +110,29 @@ class DateFormat:
     compact: bool = False
     two_digit_years: bool = False
     parts: tuple[str, ...] = ()
+    region: str = ""
+    weeks: bool = False
 
     def parse(self, text: pl.Series) -> pl.Series:
         """Return the dates, microseconds; null where the text is not a date in this format."""
         if self.compact:
-            text = text.str.replace(r"^(\d{4})(\d{2})$", "${1}-${2}")
+            text = split_digits(text, self.weeks)
         elif not self.zone:
             fast = parse_fast(text)
             if fast is not None:
                 return fast
         distinct = text.drop_nulls().unique()
-        parsed = parse_distinct(distinct, self.order)
-        values = parsed["value"]
-        if not self.zone:  # the local time of a value with an offset is unknown
-            values = values.set(parsed["zoned"], None)
-        return spread(text, distinct, values)
+        return spread(text, distinct, self.parse_pieces(split_values(distinct)))
+
+    def parse_pieces(self, pieces: pl.DataFrame) -> pl.Series:
+        """Return the dates of split values, microseconds."""
+        local, zone = parse_local(pieces, self.order)["value"], pieces["zone"]
+        if self.zone == time_zones.LOCAL:
+            return local.cast(DATE_DTYPE)
+        if self.zone != "UTC":  # without a zone, the local time of a value with one is unknown
+            return local.set((zone.is_not_null() & (zone != self.zone)).fill_null(False), None).cast(DATE_DTYPE)
+        offset, wrong = time_zones.offsets(zone, local, self.region)
+        return (local - offset).set(wrong, None).cast(DATE_DTYPE)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set."""
@@ -124,12 +146,13 @@ class DateFormat:
 
 @dataclass(frozen=True)
 class InferredDates:
-    """The format of a column of dates, its values, a description, and what is unclear about it or ""."""
+    """The format of a column of dates, its values, a description, and what is unclear about it or "", with a remedy or ""."""
 
     format: DateFormat
     values: pl.Series
     description: str
     doubt: str = ""
+    remedy: str = ""
 
 
 def infer_dates(
@@ -145,34 +168,35 @@ def infer_dates(
         return None
     if not order and (fast := parse_fast(text)) is not None and fast.null_count() == text.null_count():
         return InferredDates(DateFormat(), fast, "dates such as " + str(present[0]))
-    tried = parse_distinct(sample.unique(), order or "dmy")
+    tried = parse_local(split_values(sample.unique()), order or "dmy")
     if tried["style"].drop_nulls().len() < min(max(least, 1e-9), 0.5) * tried.height:
         return None
     distinct = present.unique(maintain_order=True)
     pieces = split_values(distinct)
     found, doubt = (order, "") if order else decide_order(pieces, distinct, text, hints or FileHints())
-    parsed = parse_distinct(distinct, found, pieces)
-    values = spread(text, distinct, parsed["value"])
-    known = values.is_not_null()
+    local = parse_local(pieces, found)["value"]
+    readable = local.is_not_null()
     if doubt and not found:  # dates that allow both readings are dates, although it is unclear which
-        known = spread(text, distinct, parse_distinct(distinct, "dmy", pieces)["value"]).is_not_null()
-        known = known | spread(text, distinct, parse_distinct(distinct, "mdy", pieces)["value"]).is_not_null()
-    if int(known.sum()) < max(1, least * present.len()) or are_seasons(distinct):
+        readable = parse_local(pieces, "dmy")["value"].is_not_null() | parse_local(pieces, "mdy")["value"].is_not_null()
+    choice = time_zones.decide_zones(pieces["zone"].filter(local.is_not_null()), local.drop_nulls())
+    known = pl.DataFrame({"t": text}).join(pl.DataFrame({"t": distinct, "k": readable}), on="t", how="left")["k"]
+    if choice is None or int(known.sum()) < max(1, least * present.len()) or are_seasons(distinct):
         return None
-    zoned = parsed.filter(parsed["value"].is_not_null())["zoned"]
     short = bool(pieces["short"].fill_null(False).any())
-    compact = bool(parsed["style"].is_in(["compact", "digits"]).fill_null(False).any())
-    form = DateFormat(found, "UTC" if zoned.any() else "", compact, short)
+    compact = bool(pieces["style"].is_in(["compact", "digits"]).fill_null(False).any())
+    form = DateFormat(found, choice.zone, compact, short, region=choice.region)
+    values = spread(text, distinct, form.parse_pieces(pieces))
     words = [f"dates such as {present[0]}"]
     if found and bool((pieces["style"] == "numbers").any()):
         words.append({"dmy": "the day is first", "mdy": "the month is first", "ymd": "the year is first"}[found])
     if short:
         words.append(f"years of two digits are {1900 + PIVOT} to {2000 + PIVOT - 1}")
-    if form.zone:
-        words.append("times with an offset are kept in UTC")
-        if not zoned.all():
-            doubt = doubt or "values without an offset are read as UTC, like the others"
-    return InferredDates(form, values, ", ".join(words), doubt)
+    words += [choice.words] if choice.words else []
+    remedy = ""
+    if not doubt and (choice.doubt or (form.zone == "UTC" and pieces["zone"].filter(local.is_not_null()).null_count())):
+        doubt = choice.doubt or "values without an offset are read as UTC, like the others"
+        remedy = "Write the offset from UTC in every value, such as 2024-12-31 18:00+01:00."
+    return InferredDates(form, values, ", ".join(words), doubt, remedy)
 
 
 def spread(text: pl.Series, distinct: pl.Series, values: pl.Series) -> pl.Series:
@@ -195,10 +219,12 @@ def parse_fast(text: pl.Series) -> pl.Series | None:
 
 def split_values(text: pl.Series) -> pl.DataFrame:
     """Return style, components of the date, microseconds of the day and offset of each value."""
-    plain = text.str.replace(WEEKDAYS, "")
-    plain = plain.str.replace(
-        r"^(\p{L}{3} +\d{1,2}) (\d{1,2}:\d{2}:\d{2}) (\d{4})$", "${1} ${3} ${2}"
-    )  # Mon Jan  1 10:00:00 2024
+    plain = time_zones.tidy_zones(text.str.replace(WEEKDAYS, ""))
+    plain = plain.str.replace(EAST_ASIAN, "${1}-${2}-${3}").str.replace(r"^(\d{4}-\d{1,2})-(\s|$)", "${1}${2}")
+    plain = plain.str.replace(SPANISH, "${1} ${2} ${3}").str.replace("º", "", literal=True)
+    plain = plain.str.replace(  # Mon Jan  1 10:00:00 CET 2024
+        r"^(\p{L}{3} +\d{1,2}) (\d{1,2}:\d{2}:\d{2}(?: [AP]M)?(?: (?:[A-Z]{1,5}|[+-]\d{4}))?) (\d{4})$", "${1} ${3} ${2}"
+    )
     digits = plain.str.contains(r"^\d{10}(?:\d{2}){0,2}$") | plain.str.contains(r"^\d{8}[T ]?\d{4}(?:\d{2})?Z?$")
     spaced = plain.str.replace(r"^(\d{4})(\d{2})(\d{2})[T ]?(\d{2})(\d{2})?(\d{2})?(Z?)$", "${1}${2}${3} ${4}:${5}:${6}${7}")
     spaced = (
@@ -210,7 +236,8 @@ def split_values(text: pl.Series) -> pl.DataFrame:
     parts = plain.str.extract_groups(TIME).struct.unnest()
     usable = (parts["clock"].str.contains(":", literal=True) | parts["half"].is_not_null()).fill_null(False)
     date = pl.select(pl.when(usable).then(plain.str.replace(TIME, "")).otherwise(plain)).to_series().str.strip_chars(" ,T:")
-    table = pl.DataFrame({"clock": parts["clock"], "half": parts["half"], "zone": parts["zone"]}).with_columns(
+    zone = time_zones.normalize_zones(parts["zone"])
+    table = pl.DataFrame({"clock": parts["clock"], "half": parts["half"], "zone": zone}).with_columns(
         pl.when(pl.lit(usable)).then(pl.col(c)).otherwise(None).alias(c) for c in ("clock", "half", "zone")
     )
     style = pl.Series("style", [None] * text.len(), dtype=pl.String)
@@ -252,7 +279,7 @@ def decide_order(pieces: pl.DataFrame, distinct: pl.Series, text: pl.Series, hin
     if shared in ("dmy", "mdy"):
         return shared, ""
     order = "mdy" if bool(pieces["half"].drop_nulls().len()) else "dmy"
-    sorted_as = {o: is_sorted(spread(text, distinct, parse_distinct(distinct, o, pieces)["value"])) for o in ("dmy", "mdy")}
+    sorted_as = {o: is_sorted(spread(text, distinct, parse_local(pieces, o)["value"])) for o in ("dmy", "mdy")}
     if sorted_as["dmy"] != sorted_as["mdy"]:
         order = "dmy" if sorted_as["dmy"] else "mdy"
     words = "the day" if order == "dmy" else "the month"
@@ -275,9 +302,8 @@ def is_sorted(values: pl.Series) -> bool:
     return known.n_unique() >= 5 and (known.is_sorted() or known.is_sorted(descending=True))
 
 
-def parse_distinct(text: pl.Series, order: str, pieces: pl.DataFrame | None = None) -> pl.DataFrame:
-    """Return the columns value (microseconds), style and zoned of texts. Values in no style have no style."""
-    p = split_values(text) if pieces is None else pieces
+def parse_local(p: pl.DataFrame, order: str) -> pl.DataFrame:
+    """Return the columns value (microseconds of the local time) and style of split values. Values in no style have no style."""
     style = p["style"]
     number = {c: p[c].cast(pl.Int64, strict=False) for c in ("y", "m", "d", "q", "h", "w", "u", "n", "s1", "s2", "s3")}
     year, month, day = number["y"], number["m"], number["d"]
@@ -317,7 +343,8 @@ def parse_distinct(text: pl.Series, order: str, pieces: pl.DataFrame | None = No
     ]
     ones = pl.repeat(1, len(year), dtype=pl.Int64, eager=True)
     day = day.zip_with(~style.is_in(start).fill_null(False), ones)
-    special = style.is_in(["week", "ordinal"]).fill_null(False)
+    weeks = style.is_in(["week", "year-week", "week-year"]).fill_null(False)
+    special = weeks | (style == "ordinal").fill_null(False)
     month, day = month.zip_with(~special, ones), day.zip_with(~special, ones)
     plausible = ((year >= YEARS[0]) & (year <= YEARS[1])).fill_null(False)
     iso = (
@@ -334,19 +361,17 @@ def parse_distinct(text: pl.Series, order: str, pieces: pl.DataFrame | None = No
     )
     date = iso.set(~plausible, None).str.to_date("%Y-%m-%d", strict=False).cast(DATE_DTYPE).cast(pl.Int64)
     days = 86_400 * SECOND
-    if bool((style == "week").any()):
+    if weeks.any():
         january_4 = date + 3 * days
         weekday = (january_4.cast(DATE_DTYPE).dt.weekday() - 1).cast(pl.Int64)
         monday = january_4 - weekday * days + ((number["w"] - 1) * 7 + number["u"].fill_null(1) - 1) * days
         monday = monday.set(~number["w"].is_between(1, 53).fill_null(False), None)
-        date = date.zip_with(~(style == "week").fill_null(False), monday)
+        date = date.zip_with(~weeks, monday)
     if bool((style == "ordinal").any()):
         fits = number["n"].is_between(1, 366).fill_null(False)
         date = date.zip_with(~(style == "ordinal").fill_null(False), (date + (number["n"] - 1) * days).set(~fits, None))
     clock, wrong_clock = clock_microseconds(p["clock"], p["half"])
-    offset = offset_microseconds(p["zone"])
-    value = (date + clock - offset).set(wrong_clock, None).cast(DATE_DTYPE)
-    return pl.DataFrame({"value": value, "style": style, "zoned": p["zone"].is_not_null()})
+    return pl.DataFrame({"value": (date + clock).set(wrong_clock, None), "style": style})
 
 
 def clock_microseconds(clock: pl.Series, half: pl.Series) -> tuple[pl.Series, pl.Series]:
@@ -366,14 +391,6 @@ def clock_microseconds(clock: pl.Series, half: pl.Series) -> tuple[pl.Series, pl
     hour = hour.zip_with(~twelve, hour - 12)
     hour = hour.zip_with(~(late & (hour < 12)), hour + 12)
     return ((hour * 60 + minute) * 60 + second) * SECOND + part, wrong.fill_null(False)
-
-
-def offset_microseconds(zone: pl.Series) -> pl.Series:
-    """Return the offset from UTC in microseconds; 0 without one."""
-    groups = zone.str.extract_groups(r"^([+-])(\d{2}):?(\d{2})?$").struct.unnest()
-    sign, hour, minute = (groups[c] for c in groups.columns)
-    size = (hour.cast(pl.Int64).fill_null(0) * 60 + minute.cast(pl.Int64).fill_null(0)) * 60 * SECOND
-    return size.zip_with(~(sign == "-").fill_null(False), -size)
 
 
 def are_seasons(distinct: pl.Series) -> bool:
@@ -399,11 +416,25 @@ def integers_as_dates(values: pl.Series, *, is_time: bool) -> pl.Series | None:
         return None
     if not bool((known == known.round()).all()) or known.n_unique() < (1 if is_time else 3):
         return None
-    text = values.cast(pl.Int64).cast(pl.String)
-    text = text if length > 6 else text.str.replace(r"^(\d{4})(\d{2})$", "${1}-${2}")
+    text = split_digits(values.cast(pl.Int64).cast(pl.String), are_weeks(values))
     distinct = text.drop_nulls().unique()
-    dates = spread(text, distinct, parse_distinct(distinct, "")["value"])
+    dates = spread(text, distinct, parse_local(split_values(distinct), "")["value"])
     return dates if dates.null_count() == values.null_count() else None
+
+
+def are_weeks(values: pl.Series) -> bool:
+    """Return whether integers of six digits, such as 201953, are years and weeks, because they cannot all be months."""
+    known = values.drop_nulls()
+    low, high = known.min(), known.max()
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or len(str(int(low))) != 6 or high >= 1e6:
+        return False
+    return bool((known % 100 > 12).any())
+
+
+def split_digits(text: pl.Series, weeks: bool) -> pl.Series:
+    """Return integers of six or seven digits as months, weeks or days of the year: 2019-05, 2019-W05, 2019-365."""
+    text = text.str.replace(r"^(\d{4})(\d{2})$", "${1}-W${2}" if weeks else "${1}-${2}")
+    return text.str.replace(r"^(\d{4})(\d{3})$", "${1}-${2}")
 
 
 def find_parts(names: list[str], normalize: Any) -> list[str]:

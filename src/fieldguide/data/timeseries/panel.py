@@ -23,7 +23,8 @@ from fieldguide.core.errors import DataError
 from fieldguide.data import column_types
 from fieldguide.data.dataset import Data, Finding, Severity
 from fieldguide.data.number_formats import infer_format
-from fieldguide.data.timeseries.frequency import DAY, Frequency, infer_frequency
+from fieldguide.data.time_zones import LOCAL
+from fieldguide.data.timeseries.frequency import DAY, Frequency, continues, infer_frequency
 from fieldguide.data.timestamps import infer_dates
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places
 
@@ -183,12 +184,15 @@ def build_panel(data: Data) -> Panel:
     return made
 
 
-def arrange_series(data: Data) -> tuple[Panel | None, list[Finding]]:
-    """Return the series and all findings; the series are None if a finding is an error."""
+def arrange_series(data: Data, known: Frequency | None = None) -> tuple[Panel | None, list[Finding]]:
+    """Return the series and all findings; the series are None if a finding is an error.
+
+    `known` is the frequency of training, which is used if the times allow it.
+    """
     layout = find_layout(data)
     if layout == "rows":
         return rows_as_series(data)
-    return moments_as_series(data, layout)
+    return moments_as_series(data, layout, known)
 
 
 def find_layout(data: Data) -> str:
@@ -243,7 +247,7 @@ def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
     )
 
 
-def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Finding]]:
+def moments_as_series(data: Data, layout: str, known: Frequency | None = None) -> tuple[Panel | None, list[Finding]]:
     """Build series from long and wide tables: sort, drop duplicates and rows off the grid, and place rows on the grid."""
     targets = [c.name for c in data.columns_with_role("target") if data.rows[c.name].dtype.is_numeric()]
     if not targets:
@@ -277,7 +281,11 @@ def moments_as_series(data: Data, layout: str) -> tuple[Panel | None, list[Findi
     cuts = np.r_[0, np.flatnonzero(np.diff(codes)) + 1, len(codes)]
     frequency: Frequency | None = PLAIN_STEP
     if data.columns_with_role("time"):
-        frequency = infer_frequency([at[a:b] for a, b in pairwise(cuts)], dates, time_zone(data))
+        groups = [at[a:b] for a, b in pairwise(cuts)]
+        if known is not None and continues(known, groups, dates):
+            frequency = known
+        else:
+            frequency = infer_frequency(groups, dates, time_zone(data))
     if frequency is None:
         return None, [*findings, make_finding(data, "one-moment", hint=series_hint(data))]
     findings += check_steps(data, frequency, at, row, cuts, [names[codes[a]] for a in cuts[:-1]], dates)
@@ -317,8 +325,9 @@ def row_times(data: Data) -> tuple[pl.Series, bool]:
 
 
 def time_zone(data: Data) -> str:
-    """Return the time zone in which the times are kept, "" if they had no offset."""
-    return str((data.require_role("time").date_format or {}).get("zone", ""))
+    """Return the time zone in which the times are kept, "" if they are local times."""
+    zone = str((data.require_role("time").date_format or {}).get("zone", ""))
+    return "" if zone == LOCAL else zone
 
 
 def check_steps(

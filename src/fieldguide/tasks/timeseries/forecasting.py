@@ -376,7 +376,7 @@ class Forecasting(Task):
     def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
         """Read one window at the end of every series; for evaluation the test windows, or all windows of new data."""
         data = super().read(sources, answered=answered)
-        found, findings = panels.arrange_series(data)
+        found, findings = panels.arrange_series(data, self.frequency)
         checks.enforce(findings, len(data), source=data.source)
         assert found is not None  # `enforce` raises if there is an error
         for finding in findings:
@@ -388,7 +388,7 @@ class Forecasting(Task):
                 if data.manifest.digest == self.digest
                 else all_windows(data, found, self.options)
             )
-        if (found.frequency.words, found.frequency.anchor) != (self.frequency.words, self.frequency.anchor):
+        if found.frequency.article != self.frequency.article:
             self.add_note(f"the frequency is {found.frequency.article}, but training used {self.frequency.article}")
         self.request = windows_at_end(data, found, self.options)
         return self.request
@@ -480,7 +480,7 @@ class Forecasting(Task):
             "standards": self.standards,
             "widths": self.widths,
             "layout": self.layout,
-            "frequency": {k: v for k, v in asdict(f).items() if v != ""},
+            "frequency": {k: v for k, v in asdict(f).items() if v not in ("", ())},
             "series": self.series,
             "digest": self.digest,
         }
@@ -488,7 +488,8 @@ class Forecasting(Task):
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
-        task.covariates, task.frequency = Covariates.from_json(state["covariates"]), Frequency(**state["frequency"])
+        task.covariates = Covariates.from_json(state["covariates"])
+        task.frequency = Frequency(**{**state["frequency"], "days": tuple(state["frequency"].get("days", ()))})
         task.standards = {name: tuple(pair) for name, pair in state["standards"].items()}
         task.widths, task.layout, task.series, task.digest = (state[k] for k in ("widths", "layout", "series", "digest"))
         return task
