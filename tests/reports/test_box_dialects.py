@@ -105,6 +105,59 @@ def test_numbers_as_text_and_boxes_as_objects(tmp_path, box):
     assert boxes(read(coco(tmp_path, bbox=box)))["a.png"] == [("cat", 5, 2, 15, 7)]
 
 
+def rewrite(root, annotations):
+    path = root / "annotations/instances.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": annotations}))
+    return root
+
+
+def test_corners_in_coco(tmp_path):
+    coco(tmp_path)
+    found = [{"id": i, "image_id": 1 + i % 2, "category_id": 7, "bbox": [20 + i, 15, 38, 28]} for i in range(4)]
+    data = read(rewrite(tmp_path, found))
+    assert boxes(data)["a.png"] == [("cat", 20, 15, 38, 28), ("cat", 22, 15, 38, 28)]
+    assert next(f.count for f in data.findings if f.check == "box-corners") == 4
+    found[0]["bbox"] = [30, 20, 10, 5]  # fits only as left, top, width, height
+    data = read(rewrite(tmp_path, found))
+    assert boxes(data)["a.png"][0] == ("cat", 30, 20, 40, 25) and "box-over-edge" in {f.check for f in data.findings}
+
+
+def test_fractions_in_coco_and_voc(tmp_path):
+    """They used to be boxes within the first pixel, which scored 0."""
+    coco(tmp_path / "coco")
+    found = [{"id": i, "image_id": i, "category_id": 7, "bbox": [0.1 * i, 0.5, 0.25, 0.5]} for i in (1, 2)]
+    data = read(rewrite(tmp_path / "coco", found))
+    assert boxes(data) == {"a.png": [("cat", 4, 15, 14, 30)], "b.png": [("cat", 8, 15, 18, 30)]}
+    assert "box-fractions" in {f.check for f in data.findings}
+    picture(tmp_path / "voc/a.png")
+    voc(tmp_path / "voc/a.xml", "a.png")
+    text = (tmp_path / "voc/a.xml").read_text()
+    for pixels, part in ((">5<", ">0.125<"), (">2<", ">0.1<"), (">15<", ">0.375<"), (">7<", ">0.5<")):
+        text = text.replace(pixels, part)
+    (tmp_path / "voc/a.xml").write_text(text)
+    assert boxes(read(tmp_path / "voc")) == {"a.png": [("cat", 5, 3, 15, 15)]}
+
+
+@pytest.mark.parametrize("box", [None, [], [0, 0, 0, 0], "missing"])
+def test_boxes_of_run_lengths(tmp_path, box):
+    coco(tmp_path)
+    inside = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    inside[5:12, 3:12] = RING
+    tall = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    tall[20:, 6] = tall[:4, 7] = True  # one run over two columns
+    found = [
+        {
+            "id": i,
+            "image_id": i,
+            "category_id": 7,
+            "segmentation": {"size": [HEIGHT, WIDTH], "counts": encode_run_lengths(mask)},
+        }
+        for i, mask in ((1, inside), (2, tall))
+    ]
+    data = read(rewrite(tmp_path, found if box == "missing" else [{**f, "bbox": box} for f in found]))
+    assert boxes(data) == {"a.png": [("cat", 3, 5, 11, 12)], "b.png": [("cat", 6, 0, 8, 30)]}
+
+
 def test_outline_without_the_list_of_parts(tmp_path):
     data = read(coco(tmp_path, bbox=None, segmentation=["1", 2, 11, 2, 11, 8.0]))
     assert boxes(data)["a.png"] == [("cat", 1, 2, 11, 8)]
@@ -179,6 +232,30 @@ def test_pose_lines_are_read_with_their_shape(tmp_path):
     write(tmp_path / "data.yaml", "names: [cat, dog]")
     with pytest.raises(DataError, match=r"look like keypoints.*kpt_shape"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_poses_without_their_shape_are_not_outlines(tmp_path, step):
+    """Keypoints without visibility, or all visible, have the form of an outline."""
+    for i in range(6):
+        x, y, width, height = 0.3 + i / 20, 0.5, 0.2 + i / 50, 0.6
+        points = [(x - 0.4 * width, y - 0.2), (x + 0.5 * width, y + 0.3), (0, 0), (x, y)]
+        words = [0, x, y, width, height, *(v for p in points for v in (*p, *[1] * (step - 2)))]
+        picture(tmp_path / f"images/{i}.png", i)
+        write(tmp_path / f"labels/{i}.txt", " ".join(map(str, words)))
+    yaml = write(tmp_path / "data.yaml", "names: [person]\n")
+    with pytest.raises(DataError, match=r"look like keypoints.*kpt_shape"):
+        read(tmp_path)
+    yaml.write_text(f"names: [person]\nkpt_shape: [4, {step}]\n")
+    assert boxes(read(tmp_path))["0.png"] == [("person", 8, 6, 16, 24)]
+
+
+def test_outlines_with_equally_many_points_are_no_pose(tmp_path):
+    for i in range(6):
+        picture(tmp_path / f"images/{i}.png", i)
+        write(tmp_path / f"labels/{i}.txt", f"0 0.2 0.{i + 1} 0.8 0.{i + 1} 0.9 0.5 0.8 0.9 0.2 0.9 0.1 0.8")
+    write(tmp_path / "data.yaml", "names: [leaf]\n")
+    assert all(len(b) == 1 for b in boxes(read(tmp_path)).values())
 
 
 def test_outlines_are_no_pose(tmp_path):

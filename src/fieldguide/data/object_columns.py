@@ -25,11 +25,11 @@ from fieldguide.data.dataset import BOOKKEEPING, FILE, LINE, Finding
 from fieldguide.data.media.boxes import (
     AnnotatedImage,
     FindingCollector,
+    are_corners,
     build_raw,
     make_object,
     parse_finite,
     parse_flag,
-    read_sizes,
 )
 from fieldguide.data.readers.coco import bounding_box, parse_box, parse_outline
 from fieldguide.data.source import RawTable, list_visible
@@ -41,8 +41,6 @@ CLASS_IDS = ("categoryid", "categoryids", "classid", "classids", "labelid", "lab
 OUTLINE_NAMES = ("segmentation", "segmentations")
 CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
 SAMPLED_ROWS = 200
-MIN_BROKEN, MIN_WHOLE = 0.05, 0.99  # fractions of boxes that are outside as left, top, width, height, and inside as corners
-TOLERANCE = 1.0  # pixels by which a box may exceed its image
 README_BYTES = 1 << 18
 
 
@@ -64,12 +62,13 @@ def convert_objects(raw: RawTable, target: str | None, names: Sequence[str], tar
     notes, shots = FindingCollector(), dict[Path, AnnotatedImage]()
     objects = found[1]
     classes = read_class_names(raw, found[0])
-    corners, relative = find_box_format(objects, [resolve(raw, v) for v in raw.rows[image].to_list()])
-    for i, (value, listed) in enumerate(zip(raw.rows[image].to_list(), objects)):
+    paths = [resolve(raw, v) for v in raw.rows[image].to_list()]
+    boxes = [(p, *parse_object_box(one)) for p, listed in zip(paths, objects) if p for one in listed or ()]
+    corners = are_corners([(path, box) for path, box, certain in boxes if box and not certain])
+    for i, (path, listed) in enumerate(zip(paths, objects)):
         place = locate(raw, i)
-        path = resolve(raw, value)
         split = None if raw.splits is None else str(raw.splits[i])
-        shot = AnnotatedImage(path or raw.root / place, place, split, relative=relative)
+        shot = AnnotatedImage(path or raw.root / place, place, split)
         if path is None:
             notes.mark_invalid("no-picture", place, shot)
         shot = shots.setdefault(shot.path, shot)
@@ -81,11 +80,6 @@ def convert_objects(raw: RawTable, target: str | None, names: Sequence[str], tar
     known = list(dict.fromkeys(classes.values()))
     files = [replace(f, rows=0) for f in raw.files]
     built = build_raw(raw.root, list(shots.values()), files, notes, [*known, *(v for v in labels if v not in known)])
-    if corners:
-        what = (
-            f"boxes in {found[0]!r} are read as left, top, right, bottom, because width and height would lead out of the images"
-        )
-        built.findings.append(Finding("box-corners", "warning", what, (f"column {found[0]!r}",), 1, "Check a few boxes."))
     if classes == {} and labels and all(v.isdigit() for v in labels):
         what = f"the classes of {found[0]!r} are numbers without names"
         remedy = "Add their names to dataset_info.json, or write them in the column."
@@ -208,28 +202,6 @@ def parse_object_box(one: Any) -> tuple[list[float] | None, bool]:
     return parse_box(box), False
 
 
-def find_box_format(objects: Sequence[list[dict[str, Any]] | None], paths: Sequence[Path | None]) -> tuple[bool, bool]:
-    """Return whether boxes without names of their sides are corners, and whether coordinates are fractions of the image."""
-    rows = [i for i, one in enumerate(objects) if one and paths[i]]
-    numbers = [(i, v, certain) for i in rows for one in objects[i] or () for v, certain in [parse_object_box(one)] if v]
-    relative = (
-        bool(numbers) and all(max(v) <= 1 and min(v) >= 0 for _, v, _ in numbers) and any(v[3] % 1 for _, v, _ in numbers)
-    )
-    some = sorted({i for i, _, certain in numbers if not certain})[: 10 * SAMPLED_ROWS]
-    sizes = dict(zip(some, read_sizes([path for i in some if (path := paths[i])])))
-    broken, whole, count = 0, 0, 0
-    for i, (a, b, c, d), certain in numbers:
-        size = sizes.get(i)
-        if certain or size is None:
-            continue
-        width, height = (1, 1) if relative else size
-        slack = 0 if relative else TOLERANCE
-        count += 1
-        broken += a + c > width + slack or b + d > height + slack
-        whole += c > a and d > b and c <= width + slack and d <= height + slack
-    return bool(count) and broken >= MIN_BROKEN * count and whole >= MIN_WHOLE * count, relative
-
-
 def add_object(
     one: Any, place: str, shot: AnnotatedImage, notes: FindingCollector, classes: Mapping[int, str], corners: bool
 ) -> None:
@@ -256,6 +228,8 @@ def add_object(
     left, top, right, bottom = values
     if not (certain or corners):
         right, bottom = left + right, top + bottom
+    elif corners:
+        notes.add("box-corners", place)
     crowd = parse_flag(one.get("iscrowd", one.get("is_crowd")))
     shot.boxes.append(make_object(label, left, top, right, bottom, outline, crowd, runs))
     shot.places.append(place)

@@ -38,6 +38,8 @@ OBJECT = pl.Struct(
     }
 )
 EDGE_TOLERANCE_PIXELS = 1.0  # pixels by which a box may exceed the image without a finding (rounding)
+MIN_BROKEN, MIN_WHOLE = 0.05, 0.99  # fractions of boxes outside as left, top, width, height, and inside as corners
+MAX_SIZED = 2000  # images whose size is read to decide this
 MAX_SHOWN_PLACES = 5
 CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, remedy
     "degenerate-box": (
@@ -49,6 +51,16 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description,
         "warning",
         "boxes completely outside their image; they are dropped",
         "Check their unit and the image they belong to. Correct or remove them.",
+    ),
+    "box-corners": (
+        "warning",
+        "boxes that are read as left, top, right, bottom, because their width and height would lead out of the images",
+        "Check a few of them.",
+    ),
+    "box-fractions": (
+        "warning",
+        "images whose boxes are read as fractions of width and height, because no coordinate of the data is above 1",
+        "Check a few of them.",
     ),
     "box-over-edge": ("warning", "boxes that exceed the edge of their image; they are clipped", "Correct them."),
     "duplicate-box": (
@@ -224,6 +236,10 @@ def build_raw(
             notes.mark_invalid("duplicate-picture", shot.place, shot)
         seen.setdefault(shot.path, shot)
     usable = [s for s in shots if not s.bad]
+    if are_fractions(usable):
+        for shot in usable:
+            shot.relative = True
+            notes.add("box-fractions", shot.place)
     for shot, size in zip(usable, read_sizes([s.path for s in usable])):
         check_boxes(shot, size, notes)
     kept = [s for s in usable if not s.bad]
@@ -251,6 +267,28 @@ def build_raw(
         unusable=sum(notes.lost.values()),
         context={"classes": list(classes)},
     )
+
+
+def are_fractions(shots: Sequence[AnnotatedImage]) -> bool:
+    """Return whether all boxes and outlines, although annotated in pixels, are within the first pixel and not empty."""
+    boxes = [b for s in shots for b in s.boxes]
+    if not boxes or any(s.relative for s in shots) or any(b["runs"] for b in boxes):
+        return False
+    values = [v for b in boxes for v in (*(b[s] for s in SIDES), *(v for part in b["outline"] or () for v in part))]
+    return min(values) >= 0 and max(values) <= 1 and any(b[s] % 1 for b in boxes for s in SIDES)
+
+
+def are_corners(boxes: Sequence[tuple[Path, Sequence[float]]]) -> bool:
+    """Return whether boxes of four numbers fit their images as left, top, right, bottom, but not as left, top, width, height."""
+    paths = list(dict.fromkeys(path for path, _ in boxes))[:MAX_SIZED]
+    sizes = dict(zip(paths, read_sizes(paths)))
+    known = [(box, size) for path, box in boxes if (size := sizes.get(path))]
+    if known and max(max(box) for box, _ in known) <= 1:
+        known = [(box, (1, 1)) for box, _ in known]
+    slack = [EDGE_TOLERANCE_PIXELS if size != (1, 1) else 0 for _, size in known]
+    broken = sum(a + c > w + e or b + d > h + e for ((a, b, c, d), (w, h)), e in zip(known, slack))
+    whole = sum(c > a and d > b and c <= w + e and d <= h + e for ((a, b, c, d), (w, h)), e in zip(known, slack))
+    return bool(known) and broken >= MIN_BROKEN * len(known) and whole >= MIN_WHOLE * len(known)
 
 
 def check_boxes(shot: AnnotatedImage, size: tuple[int, int] | None, notes: FindingCollector) -> None:

@@ -8,12 +8,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fieldguide.core.errors import DataError
 from fieldguide.core.validation import parse_json
 from fieldguide.data.media.boxes import (
     AnnotatedImage,
     FindingCollector,
     annotation_entry,
+    are_corners,
     build_raw,
     make_object,
     parse_finite,
@@ -91,6 +94,7 @@ def load(source: Path, options: Options) -> RawTable:
                     f"{file}: category {number} is {name!r}, but {categories[number]!r} in another file. Export them together."
                 )
         shots += read_images(document, file, root, split if len(found) > 1 else None, own_categories, notes, index)
+    correct_corners(shots, notes)
     ordered = sorted(categories.items(), key=lambda c: (isinstance(c[0], str), c[0]))
     return build_raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in ordered)))
 
@@ -157,8 +161,8 @@ def read_images(
             continue
         parts, runs, whole = parse_outline(annotation.get("segmentation"), shot.size)
         values = parse_box(annotation.get("bbox"))
-        if annotation.get("bbox") in (None, []) and parts:  # some tools export only outlines
-            values = bounding_box(parts)
+        if annotation.get("bbox") in (None, [], [0, 0, 0, 0]):  # some tools export only outlines
+            values = bounding_box(parts) if parts else bounding_box_of_runs(runs, shot.size) if runs else values
         category = as_id(annotation.get("category_id"))
         if category not in categories:
             notes.mark_invalid("unknown-category", f"{place} ({annotation.get('category_id')})", shot)
@@ -244,6 +248,34 @@ def bounding_box(parts: list[list[float]]) -> list[float]:
     """Return left, top, width and height of the bounding box of all parts."""
     xs, ys = ([v for p in parts for v in p[i::2]] for i in (0, 1))
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def bounding_box_of_runs(runs: list[int], size: tuple[float, float] | None) -> list[float] | None:
+    """Return left, top, width and height of the pixels inside; None if they or the size of the image are unknown."""
+    if not size or size[0] < 1 or size[1] < 1 or sum(runs) != round(size[0]) * round(size[1]):
+        return None
+    ends, height = np.cumsum(runs), round(size[1])
+    spans = [(start, end - 1) for start, end in zip(ends[::2].tolist(), ends[1::2].tolist()) if end > start]
+    if not spans:
+        return None
+    left, right = spans[0][0] // height, spans[-1][1] // height
+    whole = any(first // height != last // height for first, last in spans)  # a run that reaches into the next column
+    top = 0 if whole else min(first % height for first, _ in spans)
+    bottom = height - 1 if whole else max(last % height for _, last in spans)
+    return [left, top, right - left + 1, bottom - top + 1]
+
+
+def correct_corners(shots: list[AnnotatedImage], notes: FindingCollector) -> None:
+    """Read boxes as left, top, right, bottom if only this fits the images."""
+    listed = [
+        (s, place, b) for s in shots if not s.bad for place, b in zip(s.places, s.boxes) if not (b["outline"] or b["runs"])
+    ]
+    written = [(s.path, (b["left"], b["top"], b["right"] - b["left"], b["bottom"] - b["top"])) for s, _, b in listed]
+    if not are_corners(written):
+        return
+    for (_, place, box), (_, (_, _, right, bottom)) in zip(listed, written):
+        box |= {"right": right, "bottom": bottom}
+        notes.add("box-corners", place)
 
 
 def find_image_folders(listed: list[Any], file: Path, root: Path) -> list[Path]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fieldguide.core.errors import DataError
 from fieldguide.core.yaml_reader import parse_yaml
 from fieldguide.data.dataset import FileEntry
@@ -35,6 +37,8 @@ UNDERSTANDS = (
 MAX_COORDINATE = 2.0  # maximum relative coordinate; larger values are in pixels
 CLASS_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # files with one class name per line
 NO_LABELS = {"classes.txt", "train.txt", "val.txt", "valid.txt", "test.txt", "_darknet.labels", "notes.txt"}
+MIN_POSES = 5  # lines that must look like keypoints
+POSE_SLACK = 0.55  # distance of a keypoint from the center of its box, in widths and heights
 MAX_INSPECTED_LABELS = 20  # label files that are inspected to recognize the format
 
 
@@ -147,6 +151,8 @@ def load(source: Path, options: Options) -> RawTable:
             f"{source}: no images found in the configured folders or in images/. If only the labels were exported, export them "
             "with the images."
         )
+    if not points:
+        mark_poses(shots, notes)
     return build_raw(root, shots, files, notes, list(names.values()))
 
 
@@ -333,6 +339,30 @@ def parse_line(
         xs, ys = numbers[::2], numbers[1::2]
         shot.boxes.append(make_object(label, min(xs), min(ys), max(xs), max(ys), [numbers]))
     shot.places.append(place)
+
+
+def mark_poses(shots: list[AnnotatedImage], notes: FindingCollector) -> None:
+    """Mark images whose outlines are keypoints: all lines have a box and equally many points, which lie in it."""
+    lines = [(s, place, box["outline"][0]) for s in shots for place, box in zip(s.places, s.boxes) if box["outline"]]
+    if len(lines) < MIN_POSES or len({len(values) for _, _, values in lines}) > 1 or len(lines[0][2]) <= 8:
+        return
+    if any(all(has_points_in_box(values, step) for _, _, values in lines) for step in (2, 3)):
+        for shot, place, _ in lines:
+            notes.mark_invalid("pose-line", place, shot)
+
+
+def has_points_in_box(values: list[float], step: int) -> bool:
+    """Return whether a line without its class is a box and points in it, each with `step` values; points at 0, 0 are unknown."""
+    x, y, width, height = values[:4]
+    rest = np.array(values[4:])
+    if len(rest) % step or not len(rest):
+        return False
+    points = rest.reshape(-1, step)
+    if step == 3 and not np.isin(points[:, 2], (0, 1, 2)).all():
+        return False
+    seen = points[points[:, :2].any(1), :2]
+    inside = np.abs(seen - (x, y)) <= np.array((width, height)) * POSE_SLACK
+    return bool(len(seen)) and bool(inside.all())
 
 
 def looks_like_pose(values: list[float]) -> bool:
