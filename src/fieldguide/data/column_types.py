@@ -9,11 +9,29 @@ from typing import Any, cast
 import polars as pl
 
 from fieldguide.data.dataset import Column, Kind
-from fieldguide.data.number_formats import FileHints, NumberFormat, find_decisive_mark, infer_format
+from fieldguide.data.number_formats import NUMBER_LIKE, FileHints, NumberFormat, find_decisive_mark, infer_format
 from fieldguide.data.time_zones import LOCAL, is_local_clock
 from fieldguide.data.timestamps import DateFormat, are_weeks, find_decisive_order, infer_dates, integers_as_dates
 
-MISSING_MARKERS = ("", "na", "n/a", "nan", "null", "none", "?", "-", "#n/a")  # lower case
+# Lower case; the last ones are the errors of spreadsheets.
+MISSING_MARKERS: tuple[str, ...] = (
+    "",
+    "na",
+    "n/a",
+    "nan",
+    "null",
+    "none",
+    "?",
+    "-",
+    "#n/a",
+    "<na>",
+    "\\n",
+    "\u2013",
+    "\u2014",
+    "..",
+    "...",
+)
+MISSING_MARKERS += ("#na", "(null)", "#div/0!", "#value!", "#ref!", "#num!", "#name?", "#null!")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
 FORMATS: dict[str, tuple[str, str]] = {  # option of a type, as in number:decimal-comma -> type, decimal mark or order of dates
     "decimal-point": ("number", "."),
@@ -22,6 +40,13 @@ FORMATS: dict[str, tuple[str, str]] = {  # option of a type, as in number:decima
     "month-first": ("date", "mdy"),
     "year-first": ("date", "ymd"),
 }
+MAX_MARKER_BYTES = max(len(marker.encode()) for marker in MISSING_MARKERS)
+MAX_FILLERS = 3  # maximum number of distinct words, such as unknown, that replace numbers in a column
+MIN_NUMERIC_FRACTION = 0.5  # minimum fraction of numbers in a column whose other values are reported
+MAX_EXACT_INTEGER = 2**53  # larger integers lose digits as numbers
+DURATION = r"^-?\d{1,3}:\d{2}(?::\d{2})?(?:\.\d+)?$"
+MEASURED = r"^[^\p{L}\d]{0,2}[-+]?\d[\d.,' ]*(?:\s*\p{L}[\p{L}\d/²³.%+]{0,9}|[^\p{L}\d\s,.\-/:][^\s,]{0,6})?$"
+GROUPED_NUMBER = r"^[+-]?\d+(?:[.,' ]\d{3})*(?:[.,]\d+)?$"
 NUMBER_WITH_UNIT = r"^[\s+\-(]*\p{Sc}?\s*\d[\d.,'\s]*(?:\p{Sc}|%|[kKMB]|bn|mn)?\)?$"
 UNIT_MARK = r"\p{Sc}|%|\d\s*(?:[kKMB]|bn|mn)$"
 HINT_ROWS = 300  # rows of a file that are inspected for the formats of its other columns
@@ -114,7 +139,7 @@ def split_kind(kind: str | None) -> tuple[Kind | None, str]:
 def blank_missing(series: pl.Series, keep: tuple[str, ...] = ()) -> pl.Series:
     """Strip whitespace and replace markers of missing values ("", NA, ?, ...) with null, except the words in `keep`."""
     text = series.str.strip_chars()
-    short = text.str.len_bytes() <= 4
+    short = text.str.len_bytes() <= MAX_MARKER_BYTES
     gone = text.set(~short, "x").str.to_lowercase().is_in(MISSING_MARKERS)
     if keep:
         gone = gone & ~text.is_in(list(keep))
@@ -185,6 +210,8 @@ def find_literals(series: pl.Series, context: Context) -> tuple[tuple[str, ...],
     text = series.str.strip_chars()
     marked = text.str.to_lowercase().is_in(MISSING_MARKERS).fill_null(True)
     words = text.filter(marked).fill_null("")
+    if context.kind == "category":  # then only empty cells are missing
+        words = words.filter(words != "")
     if not words.len() or bool((words == "").any()):
         return (), ()
     spelled = tuple(sorted(words.unique()))
@@ -202,6 +229,8 @@ def type_native_column(name: str, series: pl.Series, context: Context) -> TypedC
     if series.dtype == pl.Boolean and kind == "number":
         series = series.cast(pl.Float64)
     if series.dtype.is_numeric() and kind in (None, "number", "constant"):
+        if kind is None and series.dtype.is_integer() and (mean_value(series.cast(pl.Float64).abs() > MAX_EXACT_INTEGER) > 0):
+            return retype(series.cast(pl.String), context)
         numbers = series.cast(pl.Float64)
         if kind is None and not target and (dates := integers_as_dates(numbers, is_time=context.is_time)) is not None:
             return make_date_column(
@@ -272,6 +301,8 @@ def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
     inferred = infer_format(text, context.number_hints())
     numbers = inferred.values
     share = numbers.drop_nulls().len() / n
+    if share >= MIN_TYPE_FRACTION and not target and are_long_integers(present):
+        return infer_text_type(name, text, present, n, distinct, 0.0, target)
     if share >= MIN_TYPE_FRACTION:
         if present.str.contains(r"^-?0\d").any() and present.str.contains(r"^[0-9A-Za-z]+$").all():
             return make_typed_column(name, text, "category", "digits with leading zeros: a code, not a quantity")
@@ -305,21 +336,54 @@ def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
     note = inferred.note or describe_number_words(present, distinct)
     if note:
         typed = infer_text_type(name, text, present, n, distinct, share, target)
-        remedy = "Write all values of the column in one unit and format."
+        remedy = (
+            "Write all values of the column in one unit and format"
+            + ("" if target else f", or use --set 'column.{name}=number': the others become missing")
+            + "."
+        )
         typed.doubts.append(("numbers-as-text", f"column {name!r} is not read as numbers: {note}", remedy))
         return typed
     return infer_text_type(name, text, present, n, distinct, share, target)
 
 
+def are_long_integers(present: pl.Series) -> bool:
+    """Return whether the values are integers, some of which a number cannot hold exactly, such as identifiers of 18 digits."""
+    first = present.head(HINT_ROWS)
+    if not bool(first.str.contains(r"^\d{16,}$").any()) or not bool(present.str.contains(r"^\d+$").all()):
+        return False
+    return bool((present.cast(pl.Float64, strict=False).abs() > MAX_EXACT_INTEGER).any())
+
+
 def describe_number_words(present: pl.Series, distinct: int) -> str:
-    """Return why values such as 27k, 1.2M or a mix of 8 % and 0.08 are not read as numbers; "" for other text."""
+    """Return why a column of numbers with other marks, words or units is not read as numbers; "" for other text.
+
+    Such are 27k and 1.2M, a mix of 8 % and 0.08, <0.5, 5 ppm, durations, and numbers with a few words, such as unknown.
+    """
+    if distinct < 3:
+        return ""
+    is_number = present.str.contains(GROUPED_NUMBER)
+    known, others = present.filter(is_number), present.filter(~is_number)
+    if 1 > known.len() / present.len() >= MIN_NUMERIC_FRACTION and known.n_unique() > MAX_INTEGER_CLASSES:
+        like = others.filter(others.str.contains(r"^[<>~≤≥≈=±\s]+[+-]?\d|\d\s*[*†‡?+]+$|\d\[\w+\]$"))
+        if others.n_unique() <= MAX_FILLERS or like.len() >= 0.5 * others.len():
+            return f"{others.len():,} of {present.len():,} values are none, such as {others[0]!r}"
+    if known.len() >= MIN_TYPE_FRACTION * present.len() and bool(known.str.contains(r"[.,' ]").any()):
+        marks = [known.filter(known.str.contains(rf"\d{m}\d+$")) for m in (r"\.", ",")]
+        if all(m.len() for m in marks):
+            return f"the decimal mark is not clear, such as in {marks[0][0]!r} and {marks[1][0]!r}"
     sample = present.gather_every(max(1, present.len() // HINT_ROWS)).head(HINT_ROWS)
-    if distinct < 3 or mean_value(sample.str.contains(NUMBER_WITH_UNIT)) < MIN_TYPE_FRACTION:
-        return ""
-    units = sample.filter(sample.str.contains(UNIT_MARK))
-    if units.len() < 0.3 * sample.len():
-        return ""
-    return f"some values have a unit or multiplier that others lack, such as {units[0]!r}"
+    if mean_value(sample.str.contains(DURATION)) >= MIN_TYPE_FRACTION:
+        return f"the values are times of day or durations, such as {sample[0]!r}"
+    if mean_value(sample.str.contains(NUMBER_WITH_UNIT)) >= MIN_TYPE_FRACTION:
+        units = sample.filter(sample.str.contains(UNIT_MARK))
+        if units.len() >= 0.3 * sample.len():
+            return f"some values have a unit or multiplier that others lack, such as {units[0]!r}"
+    fractions = sample.filter(sample.str.contains(r"\d[.,]\d"))
+    few_marks = mean_value(sample.str.count_matches(r"[.,]")) < 1.5  # addresses and versions have more
+    measured = few_marks and mean_value(sample.str.contains(MEASURED)) >= MIN_TYPE_FRACTION
+    if measured and fractions.len() >= 0.5 * sample.len():
+        return f"they have marks or units that are not known, such as {fractions[0]!r}"
+    return ""
 
 
 def infer_text_type(
@@ -404,7 +468,7 @@ def convert_text(name: str, text: pl.Series, kind: Kind, context: Context) -> Ty
     number_format, date_format = (known.number_format, known.date_format) if known else (None, None)
     if kind == "number":
         if known is None:
-            inferred = infer_format(text, context.number_hints())
+            inferred = infer_format(text.set(~text.str.contains(NUMBER_LIKE).fill_null(True), None), context.number_hints())
             values, number_format = inferred.values, inferred.format.to_json()
             why = "; ".join(["as given", *filter(None, [inferred.format.describe()])])
             if inferred.doubt:

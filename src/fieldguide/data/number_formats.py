@@ -57,6 +57,7 @@ OTHER_DIGITS = {  # digits and marks of other scripts
 } | {"\u066b": ".", "\u066c": ",", "\uff0e": ".", "\uff0c": ",", "\uff05": "%", "\uff0b": "+"}
 OTHER_DIGITS_PATTERN = f"[{''.join(OTHER_DIGITS)}]"
 SPECIAL_CHARACTERS = f"{SPACES}|{INVISIBLE}|{MINUS_SIGNS}|{APOSTROPHES}|{OTHER_DIGITS_PATTERN}"
+NO_CENTS = r"(\d)[.,][-\u2013\u2014]{1,2}(\s*[^\d\s]*)$"  # 5,- and 5,- €
 SAMPLE_VALUES = 1000  # values that are inspected before a whole column is
 MIN_NUMBER_FRACTION = 0.9  # minimum fraction of the values of a column that are numbers in its format
 MIN_STRONG_VALUES = 2  # minimum number of distinct values with a mark, and of values from 100 to 999 without one
@@ -171,6 +172,8 @@ def infer_format(text: pl.Series, hints: FileHints | None = None) -> InferredFor
     if not failed.len():
         return decide_points(text, result, hints) if may_be_grouped(text) else result
     present = text.len() - text.null_count()
+    clean = bool(failed.str.contains(f"{SPECIAL_CHARACTERS}|{NO_CENTS}").any())
+    failed = failed.str.replace(NO_CENTS, "${1}${2}")
     if failed.len() > (1 - MIN_NUMBER_FRACTION) * present:  # then most of these values must be numbers; a sample shows it
         sample = failed.gather_every(max(1, failed.len() // SAMPLE_VALUES)).head(SAMPLE_VALUES)
         if may_be_numbers(sample) < 0.5 * sample.len():
@@ -183,8 +186,7 @@ def infer_format(text: pl.Series, hints: FileHints | None = None) -> InferredFor
         note = f"the values are in several units ({', '.join(map(repr, several[:4]))}), which cannot be compared"
         return InferredFormat(result.format, plain, note=note)
     prefix, suffix = "".join(prefixes), "".join(suffixes)
-    clean = bool(failed.str.contains(SPECIAL_CHARACTERS).any())
-    accounting = bool(failed.str.contains(r"^\(.*\)$|\d\s*-$").any())
+    accounting = bool(failed.str.contains(r"\(.*\)$|\d\s*-$").any())
     core = strip_affixes(normalize(text) if clean else text, prefix, suffix, accounting)
     decimal, grouping, doubt = decide_marks(core.drop_nulls(), hints)
     found = NumberFormat(decimal, grouping, prefix, suffix, accounting, clean)
@@ -224,11 +226,14 @@ def normalize(text: pl.Series) -> pl.Series:
 
 
 def strip_affixes(text: pl.Series, prefix: str, suffix: str, accounting: bool) -> pl.Series:
-    """Remove a prefix and suffix; (5) and 5- become -5 if `accounting`."""
+    """Remove a prefix and suffix; (5) and 5- become -5 if `accounting`. A dash for no cents is removed: 5,-"""
+    text = text.str.replace(NO_CENTS, "${1}${2}")
     if accounting:
         text = text.str.replace(r"^\(\s*([^-+]*?)\s*\)$", "-${1}").str.replace(r"^([^-+(]*\d[^-+]*?)\s*-$", "-${1}")
     if prefix:
         text = text.str.replace(rf"^([+-]?)\s*{re.escape(prefix)}\s*([+-]?)\s*", "${1}${2}")
+        if accounting:  # $(5)
+            text = text.str.replace(r"^\(\s*([^-+()]*?)\s*\)$", "-${1}")
     if suffix:
         text = text.str.replace(rf"\s*{re.escape(suffix)}$", "")
     return text.str.replace(r"^([+-])\s+", "${1}") if prefix or suffix or accounting else text

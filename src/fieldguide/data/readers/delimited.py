@@ -27,7 +27,8 @@ from fieldguide.data.number_formats import infer_format
 MAX_COLUMNS = 20_000  # of a table; checks and types take some milliseconds for each
 DELIMITERS = ",\t;|"
 CHUNK_BYTES = 1 << 22
-COMMENT_MARKS = ("#", "//")  # lines that begin with one of these are comments if they do not fit the table
+MIN_RECURRENCE = 5  # mean number of rows per value in columns whose first cell is a name, since it does not recur
+COMMENT_MARKS = ("#", "//", "%")  # lines that begin with one of these are comments if they do not fit the table
 MIN_EVEN_STEPS = 2  # minimum number of equal differences between numbers in the first line for them to be names
 csv.field_size_limit(1 << 30)  # the default of 128 KiB rejects long texts
 
@@ -140,6 +141,15 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     first_line = raw[: raw.find(b"\n")] if b"\n" in raw else raw
     if b'"' not in first_line:  # before the table is parsed
         check_width(first_line.count(mark.encode()) + 1, name)
+    if mark.encode() not in first_line and (spaced := split_at_spaces(raw)) is not None:
+        raw, mark = spaced, "\t"
+        findings.append(
+            Finding(
+                "space-delimited", "note", f"{name}: columns are separated by spaces; runs of them are one delimiter", (), 1
+            )
+        )
+    if b'\\"' in raw:
+        raw = unescape_quotes(raw, name, mark, findings)
     cells = read_cells(raw, name, mark)
     rows, findings = cells.rows, findings + cells.findings
     lines = line_numbers(rows, raw) + (1 if stated else 0)
@@ -197,6 +207,10 @@ def find_other_format(raw: bytes) -> str | None:
         return "a web page (HTML), perhaps an error message instead of a download"
     if start.startswith(b"<?xml"):
         return "XML"
+    if re.match(rb"\|.*\|\s*\n\s*\|[\s:|-]+\|\s*\n", start) or re.match(rb"\+[-+=]{2,}\+?\s*\n", start):
+        return "a table drawn with lines (Markdown or the output of a database)"
+    if start.startswith((b"@relation", b"@attribute")):
+        return "an ARFF file (Weka)"
     if re.match(rb'[\[{]\s*[\[{"]', start):
         line = raw.lstrip().partition(b"\n")[0].strip().rstrip(b",")
         try:
@@ -204,6 +218,42 @@ def find_other_format(raw: bytes) -> str | None:
         except ValueError:
             return "JSON" if re.match(rb'(?:\[\s*)?\{\s*"[^"]*"\s*:', start) else None
     return None
+
+
+def split_at_spaces(raw: bytes) -> bytes | None:
+    """Return the table with tabs for runs of spaces, if these separate equally many cells, many of them numbers; else None."""
+    if b'"' in raw or b"\t" in raw:
+        return None
+    sample = [line.split() for line in raw[:CHUNK_BYTES].splitlines()[:200] if line.strip()]
+    if len(raw) > CHUNK_BYTES:
+        sample = sample[:-1]
+    width = len(sample[0]) if sample else 0
+    if width < 2 or len(sample) < 3 or any(len(cells) != width for cells in sample):
+        return None
+    numbers = sum(is_number(cell.decode(errors="replace")) for cells in sample[1:] for cell in cells)
+    if numbers < 0.5 * width * (len(sample) - 1):
+        return None
+    stripped = re.sub(rb"(?m)^ +| +$", b"", raw.replace(b"\r\n", b"\n"))
+    return re.sub(rb" +", b"\t", stripped)
+
+
+def unescape_quotes(raw: bytes, name: str, mark: str, findings: list[Finding]) -> bytes:
+    r"""Return the content with \" inside quoted cells as "", if the file escapes quotation marks so."""
+    inside = re.search(rb'"[^"\n]*[^"\\\n]?\\"(?![\r\n"' + re.escape(mark.encode()) + rb"])", raw)
+    if inside is None or mark == "\t":
+        return raw
+    count = raw.count(b'\\"')
+    line = line_at(raw, inside.start())
+    findings.append(
+        Finding(
+            "escaped-quotes",
+            "note",
+            'quotation marks in cells are escaped with a backslash (\\"); they are read as quotation marks',
+            (f"{name}:{line}",),
+            count,
+        )
+    )
+    return raw.replace(b'\\"', b'""')
 
 
 def normalize_lines(raw: bytes, name: str) -> tuple[bytes, list[Finding], str]:
@@ -485,13 +535,19 @@ def has_numeric_names(numeric: dict[str, tuple[float | None, pl.Series]], other:
     """Return whether a first line of numbers, such as wavelengths or years, holds names.
 
     The other cells must not occur below, and the numbers must be equally spaced (and those of the next line not), or lie
-    outside of their columns while the other columns repeat their values.
+    outside of their columns while the other columns repeat their values, or be whole while those of the columns are not and
+    the other columns repeat their values often.
     """
     if any(value in set(values) for value, values in other.values()):
         return False
     cells = [value for value, _ in numeric.values()]
     if any(value is None for value in cells):
         return False
+    recur = bool(other) and all(values.n_unique() <= values.len() / MIN_RECURRENCE for _, values in other.values())
+    whole = all(value == int(value) for value in cells if value is not None and abs(value) < 1e15)
+    fractions = all(bool((values.drop_nulls() % 1 != 0).mean() > 0.5) for _, values in numeric.values())  # type: ignore[operator]
+    if recur and whole and fractions:
+        return True
     steps = np.diff(np.array(cells, dtype=float))
     next_steps = np.diff(np.array([values[0] for _, values in numeric.values()], dtype=float))
     even = len(steps) >= MIN_EVEN_STEPS and steps[0] > 0 and np.allclose(steps, steps[0])

@@ -22,6 +22,7 @@ UNDERSTANDS = (
     "tables (.csv, .tsv, .parquet, .jsonl): one file, a folder with one such file, or with one for each of train, val and test"
 )
 DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab", ".inter"), (".parquet", ".pq"), (".jsonl", ".ndjson")
+OTHER_DELIMITED = (".data", ".dat")  # of repositories such as UCI's; not searched for in folders
 SUPPORTED_SUFFIXES = DELIMITED + PARQUET + JSON
 CELL_BYTES = 16  # of memory for a cell, at least
 SPLIT_COLUMNS = ("split", "subset", "partition")
@@ -32,7 +33,8 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     if source.is_file():
-        return 10 if source.suffix.lower() in SUPPORTED_SUFFIXES else 0
+        suffix = source.suffix.lower()
+        return 10 if suffix in SUPPORTED_SUFFIXES else 8 if suffix in OTHER_DELIMITED else 0
     return 8 if list_tables(source) else 0
 
 
@@ -80,7 +82,7 @@ def load_file(path: Path, root: Path, options: Options) -> RawTable:
     entry = (len(content), sha256(content))
     findings: list[Finding] = []
     delimiter = None
-    if suffix in DELIMITED:
+    if suffix in DELIMITED + OTHER_DELIMITED:
         text, findings = delimited.decode(content, name)
         del content
         table = delimited.parse(text, name, header=options.header, names=options.names, target=options.target)

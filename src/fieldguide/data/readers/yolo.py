@@ -6,6 +6,7 @@ labels next to the images with classes.txt, as labelImg writes them. Class names
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,17 @@ def accepts(source: Any, options: Options) -> int:
     if not isinstance(source, Path):
         return 0
     if source.is_file():
-        return 9 if source.suffix.lower() in (".yaml", ".yml", ".data", ".names") else 0
+        suffix = source.suffix.lower()
+        return 9 if suffix in (".yaml", ".yml", ".names") or (suffix == ".data" and names_files(source)) else 0
     if find_description(source) or find_file(source, ("obj.names", "obj.data")):
         return 9
     return 9 if any(has_labels(folder, source) for folder, _ in guess_folders(source)) else 0
+
+
+def names_files(path: Path) -> bool:
+    """Return whether a .data file is that of Darknet, with lines such as `names = obj.names`; others are tables."""
+    with path.open("rb") as file:
+        return re.search(rb"(?m)^\s*(?:classes|names|train|valid)\s*=", file.read(4096)) is not None
 
 
 def find_description(folder: Path) -> Path | None:

@@ -185,10 +185,10 @@ def infer_days_of_month(times: Sequence[np.ndarray], zone: str) -> Frequency | N
     return None
 
 
-USUAL_DAYS: dict[int, tuple[tuple[int, ...], ...]] = {
+USUAL_DAYS: dict[int, tuple[tuple[int, ...], ...]] = {  # dates per month -> usual days
     2: ((1, 15), (15, 31), (1, 16)),
     3: ((1, 11, 21), (10, 20, 31)),
-}  # dates per month -> usual days
+}
 
 
 def months_since_1970(times: np.ndarray) -> np.ndarray:
