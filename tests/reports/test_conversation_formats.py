@@ -8,6 +8,8 @@ import polars as pl
 import pytest
 
 import fieldguide
+from fieldguide.core.errors import DataError
+from fieldguide.data import read
 from fieldguide.data.validation.checks import BadData
 from fieldguide.tasks import infer_task, task
 from test_speaker import TEMPLATE, bpe
@@ -148,3 +150,54 @@ def test_conversations_that_the_chat_template_rejects_are_findings(tmp_path):
         row["messages"].insert(0, {"role": "system", "content": "Be brief."})
     with pytest.raises(BadData, match=r"(?s)12 of 300 examples.*nobody is called system"):
         kind.build_examples(fieldguide.read(write(tmp_path / "a.jsonl", rows)), kind.options_from(options))
+
+
+ASKED = [{"role": "user", "content": f"q{i}"} for i in range(4)]
+ANSWERED = [{"role": "assistant", "content": f"a{i}"} for i in range(4)]
+
+
+def read_rows(tmp_path, rows, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return read(path, **options)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"messages": json.dumps(turns)} for turns in zip(ASKED, ANSWERED)],  # JSON in a column of text
+        [{"prompt": a["content"], "response": b["content"]} for a, b in zip(ASKED, ANSWERED)],
+        [{"id": 7 - i, "prompt": f"q{i}", "completion": f"a{i}", "source": "web"} for i in range(4)],
+        [{"instruction": f"q{i}", "context": "", "response": f"a{i}", "category": "open"} for i in range(4)],  # Dolly
+        [{"instruction": f"q{i}", "response": f"a{i}"} for i in range(4)],
+        [{"messages": [{"role": r, "content": [f"{c}{i}"]} for r, c in (("user", "q"), ("assistant", "a"))]} for i in range(4)],
+    ],
+)
+def test_further_formats(tmp_path, rows):
+    data = read_rows(tmp_path, rows)
+    plain = [[{"role": m["role"], "content": m["content"]} for m in row] for row in data.rows["messages"].to_list()]
+    assert plain == [list(turns) for turns in zip(ASKED, ANSWERED)] and list(data.columns) == ["messages"]
+
+
+@pytest.mark.parametrize("name", ["conversations", "messages"])
+def test_a_system_column_is_the_first_message(tmp_path, name):
+    rows = [
+        {"system": "Be brief." if i else "", "messages": [a, b]}
+        if name == "messages"
+        else {
+            "system": "Be brief." if i else "",
+            name: [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}],
+        }
+        for i, (a, b) in enumerate(zip(ASKED, ANSWERED))
+    ]
+    data = read_rows(tmp_path, rows)
+    found = data.rows["messages"].to_list()
+    assert [len(row) for row in found] == [2, 3, 3, 3] and found[1][0] == {"role": "system", "content": "Be brief."}
+    assert list(data.columns) == ["messages"]
+
+
+def test_preferences_are_named(tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(4)]
+    with pytest.raises(DataError, match=r"'chosen' and 'rejected'.*prompt and completion"):
+        read_rows(tmp_path, rows)
+    assert read_rows(tmp_path, rows, target="chosen").target.name == "chosen"

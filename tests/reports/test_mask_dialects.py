@@ -80,6 +80,10 @@ def palette(colors):
     return encode
 
 
+def colored(*colors):
+    return lambda mask, i: Image.fromarray(np.array(colors, np.uint8)[mask])
+
+
 # Interpolated and mixed binary masks
 
 
@@ -107,6 +111,57 @@ def test_interpolated_binary_masks_are_divided_by_a_threshold(tmp_path, encode, 
     wrong = np.mean([(classes[i] != squares(i)).mean() for i in range(8)])
     assert wrong < 0.02
     assert finding(data, "interpolated-masks").severity == "warning"
+
+
+@pytest.mark.parametrize("quality", [60, 80])
+def test_webp_with_loss_is_not_read_as_many_classes(tmp_path, quality):
+    """Its gray pixels are not exactly gray, so every shade became a class."""
+    pairs(tmp_path, lambda m, i: Image.fromarray(as_rgb(m, i)), suffix=".webp", quality=quality)
+    try:
+        names, classes, data = learned(tmp_path)
+    except DataError as error:
+        assert "JPEG or WebP with loss" in str(error)
+    else:
+        assert names == ["background", "foreground"] and finding(data, "interpolated-masks")
+        assert (classes == np.stack([squares(i) for i in range(8)])).mean() > 0.99
+
+
+def test_webp_without_loss_is_read_as_it_is(tmp_path):
+    names, classes, _ = learned(
+        pairs(tmp_path, colored((0, 0, 0), (255, 0, 0), (0, 255, 0)), classes=3, suffix=".webp", lossless=True)
+    )
+    assert len(names) == 3 and len(np.unique(classes)) == 3
+    pairs(tmp_path / "lossy", colored((0, 0, 0), (255, 0, 0), (0, 255, 0)), classes=3, suffix=".webp", quality=60)
+    with pytest.raises(DataError, match=r"JPEG"):
+        learned(tmp_path / "lossy")
+
+
+@pytest.mark.parametrize("colors", [((0, 0, 0), (255, 0, 0)), ((20, 200, 30), (90, 10, 220))])
+def test_smoothed_colors_are_rejected(tmp_path, colors):
+    encode = lambda mask, i: colored(*colors)(mask, i).filter(ImageFilter.GaussianBlur(0.6))
+    pairs(tmp_path, encode, classes=len(colors))
+    with pytest.raises(DataError, match=r"colors, most of which occur only in thin lines.*nearest"):
+        learned(tmp_path)
+    names, _, _ = learned(pairs(tmp_path / "clean", colored(*colors), classes=len(colors)))
+    assert len(names) == len(colors)
+
+
+def test_many_colors_with_areas_are_classes(tmp_path):
+    """Rare small objects are no blends."""
+    colors = [(0, 0, 0), (250, 0, 0), *((25 * k, 255 - 20 * k, 130) for k in range(10))]
+
+    def encode(mask, i):
+        for k in range(2, 12):
+            mask[30:37, 3 * k - 3 : 3 * k] = k
+        return colored(*colors)(mask, i)
+
+    assert len(learned(pairs(tmp_path, encode))[0]) == 12
+
+
+def test_transparency_is_named_if_it_holds_the_objects(tmp_path):
+    pairs(tmp_path, lambda m, i: Image.fromarray(np.dstack([m * 0] * 3 + [m * 255])))
+    with pytest.raises(DataError, match=r"only one class.*transparency"):
+        learned(tmp_path)
 
 
 def test_names_of_interpolated_masks_are_kept(tmp_path):

@@ -1,7 +1,8 @@
 """The formats in which conversations are stored, converted to one column `messages` of {role, content}.
 
-Read are: `messages` whose content is a text or a list of parts; ShareGPT (`conversations` of {from, value}); the columns
-`prompt` and `completion`; and the columns `instruction`, `input` and `output` of Alpaca.
+Read are: `messages` whose content is a text or a list of parts, or that are written as JSON; ShareGPT (`conversations` of {from,
+value}); the columns `prompt` and `completion` or `response`; and the columns `instruction`, `input` or `context`, and `output` or
+`response` of Alpaca and Dolly. A column `system` holds the first message. Pairs of a chosen and a rejected answer are rejected.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import BOOKKEEPING
 
 MESSAGES = "messages"
@@ -27,7 +29,22 @@ ROLE_OF = {
     "system": "system",
 }
 ALPACA = {"instruction", "input", "output", "system", "text"}  # `text` repeats the others with a template
-PAIR = {"prompt", "completion"}
+PAIRS = ({"prompt", "completion"}, {"prompt", "response"})
+SAME = {"context": "input", "response": "output"}  # names of Dolly -> names of Alpaca
+SIDE = {
+    "id",
+    "idx",
+    "index",
+    "category",
+    "source",
+    "dataset",
+    "meta",
+    "metadata",
+    "language",
+    "lang",
+}  # not part of a conversation
+MESSAGE_NAMES = ("messages", "conversations", "conversation")
+SAMPLED_ROWS = 200
 MESSAGE_TYPE = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
 
@@ -37,21 +54,68 @@ class Conversations:
 
     rows: pl.DataFrame
     problems: dict[str, list[int]] = field(default_factory=dict)  # description -> rows
+    unused: list[str] = field(default_factory=list)  # columns that are left out
 
 
 def to_messages(rows: pl.DataFrame) -> Conversations | None:
-    """Return the rows with their conversations as `messages`, or None if they hold none in a format other than ours."""
+    """Return the rows with their conversations as `messages`, or None if they hold none in a format other than ours.
+
+    Raises DataError for pairs of a chosen and a rejected answer.
+    """
+    written, rows = rows.schema, parse_written(rows)
     names = [name for name in rows.columns if name not in BOOKKEEPING]
+    if {"chosen", "rejected"} <= set(names):
+        raise DataError(
+            "the columns 'chosen' and 'rejected' hold pairs of preferred and other answers, from which no task learns. To train on "
+            "the preferred ones, keep only them, as a column messages, or as prompt and completion."
+        )
     for name in names:
         inner = getattr(rows.schema[name], "inner", None)
         keys = {f.name for f in inner.fields} if isinstance(inner, pl.Struct) else set()
-        if {"from", "value"} <= keys or ({"role", "content"} <= keys and not is_plain(rows[name])):
-            return convert_lists(rows, name)
-    if set(names) == PAIR:
-        return convert_pairs(rows)
-    if {"instruction", "output"} <= set(names) <= ALPACA:
-        return convert_alpaca(rows)
-    return None
+        with_system = name in MESSAGE_NAMES and rows.schema.get("system") == pl.String
+        if {"from", "value"} <= keys or (
+            {"role", "content"} <= keys and (with_system or written[name] == pl.String or not is_plain(rows[name]))
+        ):
+            return convert_lists(put_system_first(rows, name) if with_system else rows, name)
+    main = [name for name in names if name not in SIDE]
+    if set(main) in PAIRS:
+        found = convert_pairs(rows, "completion" if "completion" in main else "response")
+    elif {"instruction", "output"} <= (known := {SAME.get(n, n) for n in main}) <= ALPACA and len(known) == len(main):
+        found = convert_alpaca(rows.rename({n: SAME[n] for n in main if n in SAME}))
+    else:
+        return None
+    found.unused = [name for name in names if name in SIDE]
+    found.rows = found.rows.drop(found.unused)
+    return found
+
+
+def parse_written(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows with messages that are written as JSON text as lists."""
+    for name in MESSAGE_NAMES:
+        if rows.schema.get(name) != pl.String:
+            continue
+        some = rows[name].drop_nulls().head(SAMPLED_ROWS)
+        if not some.len() or not bool(some.str.strip_chars().str.starts_with("[{").all()):
+            continue
+        try:
+            parsed = [None if text is None else json.loads(text) for text in rows[name].to_list()]
+            made = pl.Series(name, parsed, strict=False)
+        except (ValueError, TypeError, RecursionError, pl.exceptions.PolarsError):
+            continue
+        if isinstance(inner := getattr(made.dtype, "inner", None), pl.Struct) and len(inner.fields) > 1:
+            rows = rows.with_columns(made)
+    return rows
+
+
+def put_system_first(rows: pl.DataFrame, name: str) -> pl.DataFrame:
+    """Return the rows with the text in the column `system` as the first message, where there is no other system message."""
+    made: list[Any] = []
+    for system, messages in zip(rows["system"].to_list(), rows[name].to_list()):
+        first = (messages or [{}])[0] or {}
+        role, content = ("from", "value") if "from" in first else ("role", "content")
+        has_own = str(first.get(role)).lower() == "system"
+        made.append(messages if not system or not messages or has_own else [{role: "system", content: system}, *messages])
+    return rows.with_columns(pl.Series(name, made, dtype=rows.schema[name], strict=False)).drop("system")
 
 
 def is_plain(messages: pl.Series) -> bool:
@@ -105,6 +169,8 @@ def to_text(content: Any) -> tuple[str | None, str | None]:
             return content, None
     if not isinstance(content, list):
         return (content if content is None else str(content)), None
+    if content and all(isinstance(part, str) for part in content):
+        return "\n".join(content), None
     if not all(isinstance(part, dict) and "type" in part for part in content):
         return json.dumps(content), None
     text = "".join(str(part.get("text") or "") for part in content if part["type"] == "text")
@@ -112,13 +178,13 @@ def to_text(content: Any) -> tuple[str | None, str | None]:
     return text, f"{' and '.join(other)} parts" if other else None
 
 
-def convert_pairs(rows: pl.DataFrame) -> Conversations:
-    """Convert `prompt` and `completion`, which hold a text or messages."""
+def convert_pairs(rows: pl.DataFrame, answers: str) -> Conversations:
+    """Convert `prompt` and the column of answers, which hold a text or messages."""
     made = [
         [*as_turns(prompt, "user"), *as_turns(answer, "assistant")] if prompt is not None and answer is not None else None
-        for prompt, answer in zip(rows["prompt"].to_list(), rows["completion"].to_list())
+        for prompt, answer in zip(rows["prompt"].to_list(), rows[answers].to_list())
     ]
-    return Conversations(with_messages(rows, made, PAIR))
+    return Conversations(with_messages(rows, made, {"prompt", answers}))
 
 
 def as_turns(value: Any, role: str) -> list[dict[str, Any]]:

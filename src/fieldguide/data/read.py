@@ -14,7 +14,7 @@ from fieldguide.core.validation import guard
 from fieldguide.data import caption_lists, object_columns
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.conversation_formats import MESSAGES, to_messages
-from fieldguide.data.dataset import Column, Data, Kind, Role
+from fieldguide.data.dataset import Column, Data, Finding, Kind, Role
 from fieldguide.data.source import Options as RawOptions
 from fieldguide.data.source import RawTable
 from fieldguide.data.source import load as load_raw
@@ -115,6 +115,11 @@ def convert_columns(raw: RawTable, options: RawOptions) -> RawTable:
     if target is None and (not names or MESSAGES in names) and (found := to_messages(raw.rows)):
         raw.rows, raw.message_problems = found.rows, found.problems
         raw.kinds = {**{n: k for n, k in raw.kinds.items() if n in raw.rows.columns}, MESSAGES: "messages"}
+        if found.unused:
+            listed = tuple(f"column {name!r}" for name in found.unused)
+            raw.findings.append(
+                Finding("unused-columns", "note", "columns that are no part of conversations", listed, len(listed))
+            )
     expand_captions(raw, target, names)
     object_columns.check_embedded(raw.rows)
     return object_columns.convert_objects(raw, target, names, options.target_kind)

@@ -24,6 +24,8 @@ CANVAS_MULTIPLE = 32  # canvas sizes are multiples of it, for models that downsa
 INTEGER_MODES = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L", "I;16N")
 SOLID_SIZE, BORDER_SIZE = 5, 11  # pixels per side of the areas that objects have, and that a border of void pixels has not
 MAX_SOLID_FRACTION = 0.1  # maximum fraction of pixels in such areas of values that are no objects
+MAX_LOSSY_TINT = 6  # maximum difference of the colors of a gray pixel after compression with loss
+WEBP_HEAD = 64  # bytes that contain the first chunks of a WebP file
 MAX_FILTERED_MASKS, MAX_FILTERED_SIDE = 64, 640  # masks that are searched for such areas, and pixels per side of their center
 
 Mask = str | Path | LazyMask
@@ -64,14 +66,15 @@ class MaskContent:
     values: np.ndarray
     counts: np.ndarray
     form: Literal["gray", "palette", "color", "drawn"]
-    is_jpeg: bool = False
+    is_jpeg: bool = False  # or another format with loss
     palette: tuple[int, ...] = ()  # color of each value of a palette image
 
     @property
     def is_gray(self) -> bool:
         """Return whether a color image holds only gray values."""
-        red, green, blue = self.values >> 16, self.values >> 8 & 255, self.values & 255
-        return self.form == "gray" or (self.form == "color" and bool(((red == green) & (green == blue)).all()))
+        parts = np.stack([self.values >> 16, self.values >> 8 & 255, self.values & 255])
+        error = MAX_LOSSY_TINT if self.is_jpeg else 0  # formats with loss convert gray to color differences and back
+        return self.form == "gray" or (self.form == "color" and bool((parts.max(0) - parts.min(0) <= error).all()))
 
     def recode(self, coding: Coding) -> np.ndarray:
         """Return what `read_codes` would return for each of `values`."""
@@ -98,7 +101,7 @@ def inspect_masks(paths: Sequence[Mask]) -> list[MaskContent]:
         if isinstance(path, LazyMask):
             return MaskContent(values, counts, "drawn")
         with images.open_image(path) as image:
-            is_jpeg = image.format in ("JPEG", "MPO")
+            is_jpeg = image.format in ("JPEG", "MPO") or is_lossy_webp(path, image)
             if image.mode == "P":
                 entries = np.array(image.getpalette("RGB") or [0] * 768, dtype=np.int64).reshape(-1, 3)
                 entries = np.concatenate([entries, np.zeros((max(0, 256 - len(entries)), 3), dtype=np.int64)])
@@ -109,6 +112,14 @@ def inspect_masks(paths: Sequence[Mask]) -> list[MaskContent]:
 
     with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
         return list(pool.map(one, paths))
+
+
+def is_lossy_webp(path: str | Path, image: Image.Image) -> bool:
+    """Return whether an image is a WebP file with loss, which contains a chunk `VP8 ` instead of `VP8L`."""
+    if image.format != "WEBP":
+        return False
+    with open(path, "rb") as file:
+        return b"VP8 " in file.read(WEBP_HEAD)
 
 
 def solid_fraction(paths: Sequence[Mask], coding: Coding, values: Sequence[int] | np.ndarray, size: int = SOLID_SIZE) -> float:

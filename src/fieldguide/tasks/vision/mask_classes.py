@@ -40,6 +40,8 @@ MAX_BETWEEN_FRACTION = 0.25  # maximum fraction of pixels between the two values
 MAX_LISTED_CLASS = 20  # values up to here are rather numbers of classes than smoothed edges
 MAX_SOFT_VALUES = 40  # maximum values of masks without areas
 MIN_CONTRAST = 64  # minimum difference of the two values that a threshold divides
+MAX_DETOUR, MIN_BLENDED = 4.0, 0.75  # distance by which a blend may miss the line between two colors; fraction of blends
+MAX_BLENDED_FRACTION = 0.5  # maximum fraction of pixels of blended colors
 MAX_CLASSES = 256
 
 
@@ -141,7 +143,12 @@ def decide(data: Data, paths: Sequence[Mask], known: dict[str, Any], ignore: lis
             "were saved as JPEG, which blurs, save them as PNG."
         )
     if len(values) < 2:
-        raise DataError(f"{data.source}: the masks hold only one class ({values}). At least two are needed.")
+        more = (
+            " If transparency marks the objects, export it as gray values: it is not read."
+            if any(c.form == "color" for c in contents)
+            else ""
+        )
+        raise DataError(f"{data.source}: the masks hold only one class ({values}). At least two are needed.{more}")
     binary = values in ([0, 255], [0, 1], [0, 0xFFFFFF]) or threshold is not None
     names = [given.get(v, ("background", "foreground")[i] if binary else str(v)) for i, v in enumerate(values)]
     number = {value: i for i, value in enumerate(values)}
@@ -262,12 +269,37 @@ def find_interpolation(
                 "others, as smoothing or interpolation produces. Export the masks without smoothing, or scale them with nearest "
                 "neighbor."
             )
+    if coding == "color" and not jpeg and not given and are_blends(paths, values, shares):
+        raise DataError(
+            f"{data.source}: the masks hold {len(values):,} colors, most of which occur only in thin lines between areas of others, "
+            "as smoothing produces. Export the masks without smoothing, or scale them with nearest neighbor."
+        )
     if jpeg and len(values) > 2:
         raise DataError(
-            f"{data.source}: {len(jpeg):,} masks were saved as JPEG, which changes their values ({len(values):,} different ones): "
+            f"{data.source}: {len(jpeg):,} masks were saved as JPEG or WebP with loss, which changes their values "
+            f"({len(values):,} different ones): "
             f"{', '.join(data.locate_row(i) for i in jpeg[:5])}. Export them again as PNG."
         )
     return None
+
+
+def are_blends(paths: Sequence[Mask], values: np.ndarray, shares: np.ndarray) -> bool:
+    """Return whether most colors form no areas, and are between two of those that do."""
+    if len(values) < MIN_MINOR_VALUES + 2:
+        return False
+    frequent = np.flatnonzero(shares >= MIN_MAIN_FRACTION)
+    rare = np.ones(len(values), dtype=bool)
+    rare[[i for i in frequent.tolist() if not is_thin(paths, "color", values[i : i + 1])]] = False
+    colors = np.stack([values >> 16, values >> 8 & 255, values & 255], 1).astype(np.float64)
+    main, minor = colors[~rare], colors[rare]
+    if len(minor) < max(MIN_MINOR_VALUES, 2 * len(main)) or len(main) < 2 or shares[rare].sum() > MAX_BLENDED_FRACTION:
+        return False
+    first, second = np.triu_indices(len(main), 1)
+    length = np.linalg.norm(main[first] - main[second], axis=1)
+    detour = [
+        (np.linalg.norm(main[first] - c, axis=1) + np.linalg.norm(main[second] - c, axis=1) - length).min() for c in minor
+    ]
+    return bool((np.array(detour) <= MAX_DETOUR).mean() >= MIN_BLENDED) and is_thin(paths, "color", values[rare])
 
 
 def is_thin(paths: Sequence[Mask], coding: Coding, values: np.ndarray) -> bool:
