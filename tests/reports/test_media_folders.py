@@ -226,3 +226,28 @@ def test_malformed_caption_file_is_named(tmp_path):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(DataError, match=r"captions_train2017.json is not valid JSON"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_one_table_for_folders_of_splits(tmp_path, suffix):
+    for split in ("train", "test"):
+        for i in range(4):
+            picture(tmp_path / split / f"img{i}.png", i + len(split))
+    names = [f"{split}/img{i}.png" for split in ("train", "test") for i in range(4)]
+    table = pl.DataFrame({"file_name": names, "label": ["a", "b"] * 4})
+    table.write_csv(tmp_path / "metadata.csv") if suffix == "csv" else table.write_parquet(tmp_path / "metadata.parquet")
+    assert Counter(read(tmp_path).splits) == {"train": 4, "test": 4}
+    table.filter(pl.col("file_name").str.starts_with("test")).write_csv(tmp_path / "metadata.csv")
+    (tmp_path / "metadata.parquet").unlink(missing_ok=True)
+    assert read(tmp_path).splits is None  # a test set alone is no split
+
+
+def test_images_that_the_table_does_not_name_are_a_warning(tmp_path):
+    """A column of numbers is no name of an image: the numbers used to be the only input, without a word."""
+    for i in range(6):
+        picture(tmp_path / f"images/{i:04d}.png", i)
+    pl.DataFrame({"id": range(6), "label": ["a", "b"] * 3}).write_csv(tmp_path / "labels.csv")
+    assert "images-not-used" in {f.check for f in read(tmp_path).findings if f.severity == "warning"}
+    names = [f"{i:04d}.png" for i in range(6)]
+    pl.DataFrame({"id": names, "label": ["a", "b"] * 3}).write_csv(tmp_path / "labels.csv")
+    assert "images-not-used" not in {f.check for f in read(tmp_path).findings}

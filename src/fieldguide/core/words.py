@@ -10,8 +10,9 @@ import unicodedata
 import regex
 
 # \w of `regex` (UTS 18) holds letters, marks, decimal digits, connectors and joiners; other numbers (½) are added.
-WORD = regex.compile(r"[\w\p{N}]+")
-WORD_OR_PUNCTUATION = regex.compile(r"[\w\p{N}]+|[^\w\p{N}\s]")
+# A word begins with one of them but a mark or joiner: emoji contain variation selectors and joiners, which are no words.
+WORD = regex.compile(r"[\p{L}\p{N}\p{Pc}][\w\p{N}]*")
+WORD_OR_PUNCTUATION = regex.compile(r"[\p{L}\p{N}\p{Pc}][\w\p{N}]*|[^\w\p{N}\s]")
 
 
 def compose(text: str) -> str:

@@ -284,8 +284,8 @@ def find_names(value: Any, column: str, inside: bool = False) -> dict[int, str]:
     if not isinstance(value, dict):
         return {}
     inside = inside or value.get("name") == column
-    names = value.get("names")
-    if inside and isinstance(names, list | dict) and names:
-        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+    listed = value.get("names")
+    if inside and isinstance(listed, list | dict) and listed:
+        pairs = listed.items() if isinstance(listed, dict) else enumerate(listed)
         return {int(k): str(v) for k, v in pairs if str(k).isdigit()}
     return next((found for k, v in value.items() if (found := find_names(v, column, inside or k == column))), {})

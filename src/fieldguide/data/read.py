@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
+import polars as pl
 
 from fieldguide.core.errors import DataError, nearest
 from fieldguide.core.files import expand_home
 from fieldguide.core.validation import guard
 from fieldguide.data import caption_lists, object_columns
+from fieldguide.data.caption_lists import find_image_column
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.conversation_formats import MESSAGES, to_messages
-from fieldguide.data.dataset import Column, Data, Finding, Kind, Role
+from fieldguide.data.dataset import FILE, Column, Data, Finding, Kind, Role
+from fieldguide.data.media.media_types import MEDIA
+from fieldguide.data.readers.image_folder import has_images
 from fieldguide.data.source import Options as RawOptions
-from fieldguide.data.source import RawTable
+from fieldguide.data.source import RawTable, folder_split, relative_path
 from fieldguide.data.source import load as load_raw
 from fieldguide.data.table_reader import TableReader
 
@@ -97,7 +103,9 @@ def load(
     options = RawOptions(target, header, names, labels_optional, target_kind)
     raw = load_raw(where, options)
     with guard_interpretation(name, raw):
+        split_by_folders(raw)
         raw = convert_columns(raw, options)
+        check_unused_images(where, raw)
     return LoadedSource(name, raw, options)
 
 
@@ -107,6 +115,31 @@ def guard_interpretation(name: str, raw: RawTable) -> AbstractContextManager[Non
         return nullcontext()
     remedy = "If the file looks right to you, this is a fault of fieldguide: please report it."
     return guard(name, remedy=remedy, problem_is="was read, but could not be interpreted")
+
+
+def split_by_folders(raw: RawTable) -> None:
+    """Use the folders of splits in the paths of a table's images or recordings as the splits (train/1.png, test/2.png)."""
+    names = [n for n, kind in raw.kinds.items() if kind in ("image", "audio", "video") and n in raw.rows.columns]
+    name = next(iter(names), None) or find_image_column(raw.rows, raw.kinds)
+    if raw.splits is not None or name is None or FILE not in raw.rows.columns or raw.rows.schema[name] != pl.String:
+        return
+    paths = [PurePosixPath(relative_path(raw.root / v, raw.root)).parts if v else () for v in raw.rows[name].to_list()]
+    splits = [folder_split(parts[0]) if len(parts) > 1 else None for parts in paths]
+    if all(splits) and "train" in splits and len(set(splits)) > 1:
+        raw.splits = np.array(splits, dtype=object)
+        what = f"the folders in {name!r} are used as the splits"
+        raw.findings.append(Finding("splits-of-folders", "note", what, (f"column {name!r}",)))
+
+
+def check_unused_images(where: Any, raw: RawTable) -> None:
+    """Add a warning if a folder holds images, but its table names none of them."""
+    if not isinstance(where, Path) or not where.is_dir() or FILE not in raw.rows.columns or not raw.files:
+        return
+    if set(raw.kinds.values()) & {*MEDIA, MESSAGES} or find_image_column(raw.rows, raw.kinds) or not has_images(where):
+        return
+    what = "the folder holds images, but no column of the table contains their names: only the table is read"
+    remedy = "Write the name of the file of each row in a column file_name."
+    raw.findings.append(Finding("images-not-used", "warning", what, (raw.files[0].path,), 1, remedy))
 
 
 def convert_columns(raw: RawTable, options: RawOptions) -> RawTable:

@@ -161,10 +161,8 @@ def read_shape(
         notes.mark_invalid("malformed-box", place, shot)
         return
     group = shape.get("group_id")
-    key = (label, str(group))
-    if group is None or kind == "rectangle":
-        key = None
-    elif key in groups:
+    key = None if group is None or kind == "rectangle" else (label, str(group))
+    if key in groups:
         ignored.joined += 1
         join_parts(shot.boxes[groups[key]], found, image_size(shot))
         return
