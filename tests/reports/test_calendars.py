@@ -16,6 +16,7 @@ from fieldguide.data.timeseries.panel import build_panel
 from fieldguide.data.timestamps import DateFormat, integers_as_dates
 from fieldguide.tasks import task
 
+MONTH_NAMES = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 SPEC = task("time-series-forecasting").column_spec
 
 
@@ -181,3 +182,37 @@ def test_forecasts_of_few_rows_continue_the_calendar_of_training(tmp_path):
     run = fieldguide.fit(semi, task="time-series-forecasting", model="dlinear-96-24", out=tmp_path / "run2", settings=settings)
     assert run.predict(str(semi))[0]["time"] == "2023-07-15"
     assert run.predict(str(series(tmp_path / "two.csv", ["2024-02-15", "2024-02-29"])))[0]["time"] == "2024-03-15"
+
+
+# Timestamps in several columns
+
+
+@pytest.mark.parametrize(
+    ("names", "make", "expected", "step"),
+    [
+        ("year,month,day,hour", lambda i: f"2013,3,{i // 24 + 1},{i % 24}", "2013-03-01T01:00", "hour"),
+        ("yr,mo,day", lambda i: f"{98 + i // 336},{i // 28 % 12 + 1},{i % 28 + 1}", "1998-01-02T00:00", "day"),  # not the year 98
+        ("Year,Month", lambda i: f"{1990 + i // 12},{MONTH_NAMES[i % 12]}", "1990-02-01T00:00", "month"),
+        ("year,quarter", lambda i: f"{1990 + i // 4},{i % 4 + 1}", "1990-04-01T00:00", "quarter"),
+        ("year,qtr", lambda i: f"{1990 + i // 4},Q{i % 4 + 1}", "1990-04-01T00:00", "quarter"),
+        ("year,week", lambda i: f"{2010 + i // 52},{i % 52 + 1}", "2010-01-11T00:00", "week"),
+        ("year,doy", lambda i: f"2013,{i + 1}", "2013-01-02T00:00", "day"),
+        ("date,time", lambda i: f"2013-03-{i // 24 + 1:02d},{i % 24:02d}:00", "2013-03-01T01:00", "hour"),
+        ("Date,Time", lambda i: f"{i // 24 + 20:02d}/03/2013,{i % 24:02d}.00.00", "2013-03-20T01:00", "hour"),
+        ("dteday,hr", lambda i: f"2013-03-{i // 24 + 1:02d},{i % 24}", "2013-03-01T01:00", "hour"),
+        ("date,hour", lambda i: f"2013-03-{i // 24 + 1:02d},{i % 24 + 1}", "2013-03-01T02:00", "hour"),  # 1 to 24
+    ],
+)  # fmt: skip
+def test_timestamps_in_several_columns(tmp_path, names, make, expected, step):
+    rows = [f"{make(i)},{10 + 3 * np.sin(i / 3):.3f}" for i in range(120)]
+    data = read(write(tmp_path / "t.csv", [f"{names},value", *rows]), target="value", column_spec=SPEC)
+    assert data.rows["timestamp"][1].isoformat(timespec="minutes") == expected
+    assert build_panel(data).frequency.words == step and finding(data, "timestamp-parts").severity == "note"
+    again = write(tmp_path / "again.csv", [f"{names},value", *rows[:3]])
+    assert read(again, schema=data.schema(), column_spec=SPEC).rows["timestamp"][1].isoformat(timespec="minutes") == expected
+
+
+def test_a_column_of_dates_and_times_needs_no_hour(tmp_path):
+    rows = [f"2013-03-{i // 24 + 1:02d} {i % 24:02d}:00,{i % 24},{np.sin(i):.3f}" for i in range(120)]
+    data = read(write(tmp_path / "t.csv", ["date,hour,value", *rows]), target="value", column_spec=SPEC)
+    assert data.require_role("time").name == "date" and data.columns["hour"].role == "feature"

@@ -334,6 +334,18 @@ def test_a_continued_table_suggests_forecasting(tmp_path):
     assert len(build_panel(data)) == 3
 
 
+@pytest.mark.parametrize("name", ["t", "week", "time_idx", "when"])
+def test_a_test_file_that_continues_a_series_under_another_name(tmp_path, name):
+    for split_name, steps in (("train", range(80)), ("test", range(80, 100))):
+        at = [dt.date(2024, 1, 1) + dt.timedelta(i) if name == "when" else i for i in steps]
+        rows = [f"{s},{t},{10 + 3 * np.sin(i / 4 + len(s)):.3f}" for s in ("a", "bb", "ccc") for i, t in zip(steps, at)]
+        write(tmp_path / f"{split_name}.csv", [f"series,{name},value", *rows])
+    found = finding(read(tmp_path), "looks-like-series")
+    assert f"time in column {name!r}" in found.what and "test rows continue" in found.what
+    assert f"--task time-series-forecasting --time {name}" in found.remedy
+    assert len(build_panel(read(tmp_path, column_spec=SPEC, time=name))) == 3
+
+
 def test_ordinary_tables_suggest_nothing():
     for sample in ("iris", "diabetes"):
         assert "looks-like-series" not in checks(read(sample))

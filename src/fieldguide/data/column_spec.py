@@ -53,6 +53,10 @@ ROLE_NAMES: dict[Role, tuple[str, ...]] = {  # common names of columns with thes
         "year_week",
         "year_quarter",
         "year",
+        "t",
+        "time_idx",
+        "time_index",
+        "tick",
     ),
     "series": (
         "unique_id",

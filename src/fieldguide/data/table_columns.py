@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError, nearest
-from fieldguide.data import column_types, timestamps
+from fieldguide.data import column_types, time_parts
 from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.dataset import (
     BOOKKEEPING,
@@ -115,7 +115,7 @@ class TableColumns:
     def join_time_parts(self, roles: dict[str, Role], column_spec: ColumnSpec) -> None:
         """Form one timestamp from columns named year, month, day, hour, ..., if no other column holds the time."""
         given = [n for n, role in roles.items() if role == "time"]
-        parts = timestamps.find_parts(given or [n for n in self.names if n not in roles], normalize_name)
+        parts = time_parts.find_parts(given or [n for n in self.names if n not in roles], self.raw.rows, normalize_name)
         other = None if given else column_spec.by_name("time", [n for n in self.names if n not in (*roles, *parts)])
         if not parts or other or len(given) == 1:
             return
@@ -133,7 +133,7 @@ class TableColumns:
 
     def replace_parts(self, parts: list[str], name: str) -> str:
         """Replace columns that are parts of a timestamp by the timestamp, and return its name."""
-        joined = timestamps.join_parts([self.raw.rows[p] for p in parts], name)
+        joined = time_parts.join_parts([self.raw.rows[p] for p in parts], name)
         self.time_parts = {name: tuple(parts)}
         self.raw.rows = self.raw.rows.drop(parts).with_columns(joined)
         self.names = [*(n for n in self.names if n not in parts), name]

@@ -86,14 +86,6 @@ COMPACT_LENGTHS = {
     12: "minute",
     14: "second",
 }  # digits of integers -> resolution
-PARTS = (  # columns that form a timestamp together, in order
-    ("year", "yr", "yyyy"),
-    ("month", "mon", "mo", "mm"),
-    ("day", "dd", "dayofmonth", "day_of_month", "mday"),
-    ("hour", "hr", "hh"),
-    ("minute", "min", "mi"),
-    ("second", "sec"),
-)
 
 
 @dataclass(frozen=True)
@@ -435,26 +427,3 @@ def split_digits(text: pl.Series, weeks: bool) -> pl.Series:
     """Return integers of six or seven digits as months, weeks or days of the year: 2019-05, 2019-W05, 2019-365."""
     text = text.str.replace(r"^(\d{4})(\d{2})$", "${1}-W${2}" if weeks else "${1}-${2}")
     return text.str.replace(r"^(\d{4})(\d{3})$", "${1}-${2}")
-
-
-def find_parts(names: list[str], normalize: Any) -> list[str]:
-    """Return the columns that hold year, month, day, ... and form one timestamp; [] without a year and a month."""
-    found: list[str] = []
-    for choices in PARTS:
-        match = next((n for n in names if normalize(n) in choices), None)
-        if match is None:
-            break
-        found.append(match)
-    return found if len(found) >= 2 else []
-
-
-def join_parts(columns: list[pl.Series], name: str) -> pl.Series:
-    """Return the timestamps that columns of years, months, days, ... write, as ISO text; null where a part is missing."""
-    numbers = [c.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False).cast(pl.String).str.zfill(2) for c in columns]
-    numbers += [pl.repeat("01", len(numbers[0]), eager=True)] * (3 - len(numbers))
-    date = numbers[0].str.zfill(4) + "-" + numbers[1] + "-" + numbers[2]
-    if len(numbers) > 3:
-        date = date + " " + numbers[3] + ":" + (numbers[4] if len(numbers) > 4 else pl.repeat("00", len(date), eager=True))
-    if len(numbers) > 5:
-        date = date + ":" + numbers[5]
-    return date.rename(name)

@@ -421,7 +421,8 @@ def check_series(data: Data) -> Iterator[Finding]:
         return
     spec = ColumnSpec("none", names=())
     names = [c.name for c in data.columns.values() if c.role in ("feature", "ignored") and c.name in data.rows.columns]
-    time = spec.by_name("time", names)
+    dates = [n for n in names if data.columns[n].kind == "date"]
+    time = spec.by_name("time", names) or (dates[0] if len(dates) == 1 else find_counter(data, names))
     series = spec.by_name("series", [n for n in names if n != time])
     if time is None or data.rows[time].dtype == pl.String or data.columns[time].kind not in ("number", "date", "identifier"):
         return
@@ -438,6 +439,8 @@ def check_series(data: Data) -> Iterator[Finding]:
     continues = bool(table["held"].any()) and bool((each["next"] > each["last"]).drop_nulls().all())
     if mean_value(each["len"]) < MIN_SERIES_ROWS or not (continues or series):
         return
+    if spec.by_name("time", [time]) is None and not continues:  # the name alone says nothing
+        return
     of = f"series in column {series!r}" if series else "one series"
     yield Finding(
         "looks-like-series",
@@ -446,9 +449,23 @@ def check_series(data: Data) -> Iterator[Finding]:
         + (", and the test rows continue the training rows in time" if continues else ""),
         (f"column {time!r}",),
         1,
-        "To forecast the target, use --task time-series-forecasting. To predict rows from their other columns, split them by time "
-        f"with --time {time}.",
+        f"To forecast the target, use --task time-series-forecasting --time {time}. To predict rows from their other columns, "
+        f"split them by time with --time {time}.",
     )
+
+
+def find_counter(data: Data, names: list[str]) -> str | None:
+    """Return the column of whole numbers whose test values all follow the training values, if there is one such column."""
+    if data.splits is None:
+        return None
+    held = data.splits == "test"
+    counters = []
+    for name in (n for n in names if data.columns[n].kind in ("number", "identifier") and data.rows[n].dtype.is_numeric()):
+        values = data.rows[name].cast(pl.Float64)
+        first, last = values.filter(held).min(), values.filter(~held).max()
+        if isinstance(first, float) and isinstance(last, float) and first == last + 1 and bool((values % 1 == 0).all()):
+            counters.append(name)
+    return counters[0] if len(counters) == 1 else None
 
 
 def check_duplicate_columns(data: Data) -> Iterator[Finding]:
