@@ -942,6 +942,14 @@ CASES = {
     ),
     "conformer": Case(inputs=speech, peer=conformer_layers, lr=2e-2),
     "self-attention": Case(inputs=sequence, peer=same(lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
+    "linear": Case(inputs=table, peer=lambda model: equations(references.linear(model.config.categories))(model), lr=0.1),
+    "gradient-boosting": Case(
+        inputs=table,
+        peer=lambda model: equations(references.gradient_boosting(model.config.nodes, model.config.trees))(model),
+        lr=0.1,
+    ),
+    "bag-of-ngrams": Case(inputs=tokens, peer=equations(references.bag_of_ngrams), lr=0.1),
+    "hog-linear": Case(inputs=image, peer=lambda model: equations(references.hog_linear(model.config))(model), num_classes=3),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),
     "tabm": Case(inputs=table, peer=tabm_package),
     "deepfm": Case(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,6 +189,101 @@ def mlp(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
                 layer += 1
             rows.append(p["head.weight"] @ x + p["head.bias"])
         return torch.stack(rows)
+
+    return function
+
+
+def linear(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
+    """A linear model of numbers and one-hot categories."""
+
+    def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
+        one_hot = [nn.functional.one_hot(c, size).to(numbers.dtype) for c, size in zip(categories.T, sizes)]
+        return torch.cat([numbers, *one_hot], 1) @ p["head.weight"].T + p["head.bias"]
+
+    return function
+
+
+def gradient_boosting(nodes: int, trees: int) -> Callable[..., Tensor]:
+    """Walk down each tree, row by row."""
+
+    def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
+        rows = []
+        for number, category in zip(numbers, categories):
+            x, logits = [*number.tolist(), *category.tolist()], p["base"].clone()
+            for t in range(trees):
+                v = 0
+                while True:
+                    is_left = x[int(p["feature"][t, v])] <= float(p["threshold"][t, v])
+                    following = int(p["child_nodes"][t, v, 0 if is_left else 1]) - t * nodes
+                    if following == v:
+                        break
+                    v = following
+                one_hot = torch.arange(len(logits)) == int(p["tree_class"][t])
+                logits = logits + p["value"][t, v] * one_hot
+            rows.append(logits)
+        return torch.stack(rows)
+
+    return function
+
+
+def bag_of_ngrams(p: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
+    """Equation of tf-idf with logarithmic counts, for models whose n-grams are single tokens."""
+    rows, known = [], {int(key) - 1: i for i, key in enumerate(p["keys"])}
+    for text, real in zip(tokens, mask):
+        words = [int(t) for t, r in zip(text, real) if r]
+        x = torch.zeros_like(p["idf"])
+        for word in set(words) & known.keys():
+            x[known[word]] = (1 + math.log(words.count(word))) * p["idf"][known[word]]
+        x = x / x.norm() if x.any() else x
+        rows.append(p["head.weight"] @ x + p["head.bias"])
+    return torch.stack(rows)
+
+
+def hog_linear(config: Any) -> Callable[..., Tensor]:
+    """Dalal and Triggs 2005, sections 6.2 to 6.4, pixel by pixel."""
+
+    def bounds(i: int, count: int, size: int) -> range:
+        return range(i * size // count, -(-(i + 1) * size // count))
+
+    def features(image: Tensor) -> Tensor:
+        channels, height, width = image.shape
+        cells = torch.zeros(config.cells, config.cells, config.directions, dtype=image.dtype)
+        votes = torch.zeros(height, width, config.directions, dtype=image.dtype)
+        for y in range(height):
+            for x in range(width):
+                best = (-1.0, 0.0, 0.0)
+                for c in range(channels):
+                    dx = float(image[c, y, min(x + 1, width - 1)] - image[c, y, max(x - 1, 0)])
+                    dy = float(image[c, min(y + 1, height - 1), x] - image[c, max(y - 1, 0), x])
+                    best = max(best, (dx * dx + dy * dy, dx, dy), key=lambda vote: vote[0])
+                size, dx, dy = best
+                place = (math.atan2(dy, dx) % math.pi) / math.pi * config.directions - 0.5
+                low = math.floor(place)
+                votes[y, x, low % config.directions] += math.sqrt(size) * (1 - (place - low))
+                votes[y, x, (low + 1) % config.directions] += math.sqrt(size) * (place - low)
+        for i in range(config.cells):
+            for j in range(config.cells):
+                inside = votes[bounds(i, config.cells, height)][:, bounds(j, config.cells, width)]
+                cells[i, j] = inside.mean((0, 1))
+        blocks = torch.zeros(4, config.directions, config.cells - 1, config.cells - 1, dtype=image.dtype)
+        for i in range(config.cells - 1):
+            for j in range(config.cells - 1):
+                block = cells[i : i + 2, j : j + 2].reshape(4, -1)
+                block = (block / (block.square().sum() + 1e-4).sqrt()).clamp(max=0.2)
+                blocks[:, :, i, j] = block / (block.square().sum() + 1e-4).sqrt()
+        side = config.pixels
+        coarse = torch.stack(
+            [
+                image[c, bounds(i, side, height)][:, bounds(j, side, width)].mean()
+                for c in range(channels)
+                for i in range(side)
+                for j in range(side)
+            ]
+        )
+        return torch.cat([blocks.flatten(), coarse])
+
+    def function(p: dict[str, Tensor], images: Tensor) -> Tensor:
+        return torch.stack([features(image) for image in images]) @ p["head.weight"].T + p["head.bias"]
 
     return function
 

@@ -25,7 +25,12 @@ MASKED = pytest.mark.parametrize("name", [name for name in CASES if cards()[name
 IMAGES = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].input_type == "image"])
 
 CLASSIFIERS = pytest.mark.parametrize(
-    "name", [name for name in CASES if cards()[name].input_type == "image" and "label" in cards()[name].output_types]
+    "name",
+    [
+        name
+        for name in CASES
+        if cards()[name].input_type == "image" and "label" in cards()[name].output_types and not cards()[name].solver
+    ],
 )
 
 
@@ -269,12 +274,12 @@ def test_equals_its_peer(name, dtype, training):
 
 @EVERY
 def test_multiply_adds_are_counted(name):
-    """On the meta device, as in the advisor; at least each matrix of the head once."""
+    """On the meta device, as in the advisor; at least each matrix of the head once. Lookups count nothing."""
     from fieldguide.automl import profile
 
     card = cards()[name]
     config = card.resolve_config(card.tiny)
-    assert profile.count_multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0
+    assert profile.count_multiply_adds(name, config, length=8, side=getattr(config, "image", 33)) > 0 or card.solver
 
 
 @EVERY

@@ -133,6 +133,8 @@ def advise(
     if config is None and registry.is_architecture(model):
         resolve_size(model, able)
         able = [name for name in able if registry.card(name).name == model]
+    elif model == "auto":
+        able = [name for name in able if not registry.card(name).solver]  # baselines are compared with the choice later
     elif model != "auto":
         option = rate_by_rules(resolve_size(model, able), facts, needs)
         if config is not None and option.name != model:

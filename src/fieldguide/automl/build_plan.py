@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from fieldguide.automl import distillation, finetune, profile
-from fieldguide.automl.advisor import Advice, advise, build_config, get_speed
+from fieldguide.automl.advisor import Advice, Option, advise, build_config, get_speed
+from fieldguide.automl.baselines import Baseline, share_batches
 from fieldguide.automl.callbacks import NullCallback
+from fieldguide.automl.clock import Clock, get_training_seconds
 from fieldguide.automl.request import group_settings
 from fieldguide.automl.time_budget import ENOUGH_STEPS, choose_batch_size, resolve_settings
 from fieldguide.checkpoints import load
@@ -52,7 +54,10 @@ class Plan:
     part_networks: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)  # such as a generator's critic
     fresh: list[str] | None = None  # parameters that the initial checkpoint did not fill; None without a checkpoint
     seconds_per_step: float = 0.0
+    training_seconds: float | None = None  # limit of the training, over all sessions; None for the minutes of the settings
+    batch_limit: tuple[int, int] = (0, 0)  # largest batch, and steps that must still fit into the time (see `Trainer`)
     max_steps: int = 0  # an upper limit of the steps if they follow from the minutes; else 0
+    requested: dict[str, Any] = field(default_factory=dict)  # settings that the user gave
     objective: Objective = field(init=False)
     train_batches: Batches = field(init=False)
     validation: Batches = field(init=False)
@@ -79,6 +84,7 @@ class Plan:
             fresh=model.get("fresh"),
             seconds_per_step=run.record["cost"]["seconds_per_step"] or 0.0,
             max_steps=run.record["cost"].get("max_steps", 0),
+            training_seconds=run.record["cost"].get("training_seconds"),
         )
         callback.on_data(plan.source, type(task), plan.why)
         checkpoint = None
@@ -101,6 +107,106 @@ class Plan:
                 "a random sample"
             )
         self.validation = task.batches(self.source.take(self.validation_rows), self.card, self.settings)
+
+    def complete(
+        self,
+        requested: Mapping[str, Any],
+        callback: Any,
+        *,
+        checkpoint: load.Checkpoint | None = None,
+        clock: Clock | None = None,
+        nominal_seconds: float = 0.0,
+        shared: Plan | None = None,
+    ) -> None:
+        """Choose the settings for task, network and data, build batches and objective, and measure the time of a step.
+
+        `requested` are the settings that the user gave. `nominal_seconds` is the time of one example in a deterministic run.
+        `shared` is a plan of the same data whose batches are used if they suit this network.
+        """
+        task, self.requested = self.task, dict(requested)
+        chosen = Settings().with_(task.recipe).with_(self.card.recipe)
+        if checkpoint is not None:
+            chosen = finetune.choose_settings(chosen, requested, len(self.splits.train), checkpoint, callback)
+        chosen = distillation.with_absolute_teacher(chosen.override(requested))
+        if chosen.deterministic and chosen.threads is None:
+            chosen = chosen.with_({"threads": torch.get_num_threads()})  # a repetition uses as many
+        self.settings = chosen
+        if shared is not None and share_batches(self.card, shared.card) and has_same_batches(chosen, shared.settings):
+            self.train_batches, self.validation = shared.train_batches, shared.validation
+            self.validation_rows = shared.validation_rows
+        else:
+            callback.on_phase("preparing the examples")
+            self.build_batches(callback)
+        largest = min(task.max_batch_size, finetune.MAX_BATCH_SIZE) if checkpoint else task.max_batch_size
+        self.settings = choose_batch_size(chosen, len(self.train_batches), task.min_batch_size, largest)
+        enough = finetune.MIN_STEPS if checkpoint else ENOUGH_STEPS
+        if "batch_size" not in requested:
+            self.batch_limit = (self.settings.resolved_batch_size, enough)
+        self.build_objective(callback, checkpoint, requested)
+        if self.card.solver:  # nothing is trained by steps
+            fixed = {"precision": "float32", "channels_last": False, "steps": 1, "eval_steps": 1}
+            self.settings = self.settings.with_(fixed)
+            return
+        callback.on_phase("measuring the time of a step")
+        minutes = self.settings.minutes
+        self.settings, self.seconds_per_step, self.max_steps = distributed.broadcast(
+            resolve_settings(
+                self.settings,
+                self.objective,
+                self.train_batches,
+                len(self.validation),
+                callback,
+                min_batch_size=self.settings.resolved_batch_size if "batch_size" in requested else task.min_batch_size,
+                enough_steps=enough,
+                nominal_seconds=nominal_seconds,
+                time_limit=get_training_seconds(minutes, clock.elapsed, 0.0) if clock and minutes else None,
+            )
+        )
+
+    def build_contender(self, option: Option, callback: Any) -> Plan:
+        """Return a plan for another architecture on the same examples."""
+        card, size = registry.find(option.name)
+        dims = {"output_type": self.task.output_types, **self.task.model_dims()}
+        parts = {name: configure_part(part, self.task.model_dims()) for name, part in card.parts.items()}
+        config = build_config(card, size, dims)
+        plan = Plan(self.source, self.task, self.why, self.splits, card, size, config, Settings(), self.advice, parts)
+        plan.complete(self.requested, callback, shared=self)
+        plan.training_seconds = self.training_seconds
+        return plan
+
+    def become(self, other: Plan) -> None:
+        """Take over network, settings and batches of another plan of the same examples."""
+        for name in ("card", "size", "config", "settings", "part_networks", "objective", "train_batches", "validation"):
+            setattr(self, name, getattr(other, name))
+        self.seconds_per_step, self.max_steps, self.batch_limit = other.seconds_per_step, other.max_steps, other.batch_limit
+
+    def adopt(self, baseline: Baseline, own: float | None) -> Baseline:
+        """Make a fitted baseline the model of the run, and return the network that it replaces, with its score `own`."""
+        network = Baseline(
+            card=self.card,
+            config=self.config,
+            objective=self.objective,
+            score=float("nan") if own is None else own,
+            chosen="the network that was trained",
+            seconds=0.0,
+            size=self.size,
+        )
+        self.card, self.size, self.config, self.objective = baseline.card, baseline.name, baseline.config, baseline.objective
+        self.part_networks, self.fresh = {}, None
+        return network
+
+    def describe_model(self) -> dict[str, Any]:
+        """Return the entry "model" of run.json."""
+        return {
+            "architecture": self.card.name,
+            "size": self.size,
+            "config": asdict(self.config),
+            "parts": {
+                name: {"architecture": card.name, "size": size, "config": asdict(config)}
+                for name, (card, size, config) in self.part_networks.items()
+            },
+            **({"fresh": self.fresh} if self.fresh is not None else {}),
+        }
 
     def build_objective(self, callback: Any, checkpoint: load.Checkpoint | None, requested: Mapping[str, Any]) -> None:
         """Build the networks and the objective around them, with initial weights from `checkpoint` if there is one.
@@ -132,10 +238,12 @@ def build_plan(
     splits: Splits | None = None,
     callback: Any = None,
     weights: str | Path | None = None,
+    clock: Clock | None = None,
 ) -> Plan:
     """Choose task, splits, preprocessing, network and settings for data that has been read; nothing is trained.
 
-    `weights` is a checkpoint to start from, which then determines the network. Raises `DataError` and `SettingsError` as
+    `weights` is a checkpoint to start from, which then determines the network. `clock` knows how much of the minutes has passed;
+    without it, training may take all of them. Raises `DataError` and `SettingsError` as
     `fit` does.
     """
     callback = callback or NullCallback()
@@ -197,31 +305,11 @@ def build_plan(
     except TypeError as error:
         raise SettingsError(f"--set model.FIELD: {error}") from None
     callback.on_plan(advice, config)
-    chosen = Settings().with_(kind.recipe).with_(card.recipe)
-    if checkpoint is not None:
-        chosen = finetune.choose_settings(chosen, requested, len(splits.train), checkpoint, callback)
-    chosen = distillation.with_absolute_teacher(chosen.override(requested))
-    if chosen.deterministic and chosen.threads is None:
-        chosen = chosen.with_({"threads": torch.get_num_threads()})  # a repetition uses as many
     parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
-    plan = Plan(source, fitted, why, splits, card, size, config, chosen, advice, parts)
-    callback.on_phase("preparing the examples")
-    plan.build_batches(callback)
-    largest = min(fitted.max_batch_size, finetune.MAX_BATCH_SIZE) if checkpoint else fitted.max_batch_size
-    plan.settings = choose_batch_size(chosen, len(plan.train_batches), fitted.min_batch_size, largest)
-    plan.build_objective(callback, checkpoint, requested)
-    callback.on_phase("measuring the time of a step")
-    plan.settings, plan.seconds_per_step, plan.max_steps = distributed.broadcast(
-        resolve_settings(
-            plan.settings,
-            plan.objective,
-            plan.train_batches,
-            len(plan.validation),
-            callback,
-            min_batch_size=plan.settings.resolved_batch_size if "batch_size" in requested else fitted.min_batch_size,
-            enough_steps=finetune.MIN_STEPS if checkpoint else ENOUGH_STEPS,
-            nominal_seconds=6 * advice.best.multiply_adds / get_speed(machine),
-        )
+    plan = Plan(source, fitted, why, splits, card, size, config, Settings(), advice, parts)
+    speed = get_speed(machine)
+    plan.complete(
+        requested, callback, checkpoint=checkpoint, clock=clock, nominal_seconds=6 * advice.best.multiply_adds / speed
     )
     if deterministic:
         callback.log(describe_determinism(plan.settings))
@@ -251,6 +339,11 @@ def check_splits(kind: type[Task], source: Data, splits: Splits, options: Any) -
     """Raise `DataError` if one of the splits cannot be trained on or scored."""
     for name, rows in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
         kind.check_split(source.take(rows), name, options)
+
+
+def has_same_batches(a: Settings, b: Settings) -> bool:
+    """Return whether two settings give the same training examples."""
+    return all(getattr(a, name) == getattr(b, name) for name in ("augmentation", "mixup"))
 
 
 def configure_part(name: str, dims: Mapping[str, Any]) -> tuple[Card, str, Any]:

@@ -7,9 +7,10 @@ while a process works in it. Its status becomes "trained" when the weights are c
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +20,12 @@ import numpy as np
 import torch
 
 from fieldguide.automl import config_file, profile
+from fieldguide.automl.baselines import Baseline, SolverLoop, find_better, fit_baselines, predict
 from fieldguide.automl.build_plan import Plan, build_plan
 from fieldguide.automl.callbacks import NullCallback
+from fieldguide.automl.clock import Clock, get_training_seconds
 from fieldguide.automl.progress import make_default_callback
+from fieldguide.automl.race import Race, is_possible
 from fieldguide.automl.request import get_location, group_settings, read_for, read_request
 from fieldguide.core import distributed
 from fieldguide.core.deprecation import accept_renamed
@@ -44,8 +48,10 @@ from fieldguide.training import peft, tracking
 from fieldguide.training.checkpoint import copy_to_cpu, estimate_bytes
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.precision import deterministic_kernels, use_threads
-from fieldguide.training.trainer import State, Trainer
+from fieldguide.training.trainer import Interrupted, State, Trainer
 from fieldguide.training.validation_loss import ValidationLoss
+
+WRITING_SECONDS = 1.5  # of the time for the report, for what is no analysis
 
 # Settings that may change when a run is resumed; any other change would make it a different run.
 RESUMABLE_SETTINGS = {
@@ -102,7 +108,8 @@ def fit(
     DataError : the data cannot be used; the message says what to do.
     SettingsError : a setting is unknown or cannot work.
     """
-    callback = callback or make_default_callback()
+    clock = Clock(callback or make_default_callback())
+    callback = clock
     requested, _, _, kinds, roles = group_settings(settings or {})
     limits = {"seed": seed} if minutes is None else {"seed": seed, "minutes": minutes}
     chosen = Settings().with_(requested | limits)  # report wrong settings before reading the data
@@ -142,6 +149,7 @@ def fit(
             settings=settings,
             callback=callback,
             weights=weights,
+            clock=clock,
         )
         check_writable(Path("runs" if out is None else out), needed=estimate_bytes(plan.objective, plan.settings))
         path = distributed.broadcast(create_folder(out, source) if distributed.rank() == 0 else None)
@@ -151,7 +159,7 @@ def fit(
                 check_available(path)  # again, since another process may have had the lock
                 remove_leftovers(path)
                 save_plan(path, record, plan)
-            return train_and_test(path, record, plan, callback)
+            return train_and_test(path, record, plan, clock)
 
 
 def save_plan(path: Path, record: dict[str, Any], plan: Plan) -> None:
@@ -177,16 +185,7 @@ def build_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
         "status": "training",
         "task": plan.task.name,
         "request": request,
-        "model": {
-            "architecture": plan.card.name,
-            "size": plan.size,
-            "config": asdict(plan.config),
-            "parts": {
-                name: {"architecture": card.name, "size": size, "config": asdict(config)}
-                for name, (card, size, config) in plan.part_networks.items()
-            },
-            **({"fresh": plan.fresh} if plan.fresh is not None else {}),
-        },
+        "model": plan.describe_model(),
         "settings": plan.settings.to_dict(),
         "choice": {
             "why": plan.why,
@@ -249,6 +248,8 @@ def finish(path: str | Path, *, data: Any = None, callback: NullCallback | None 
 def continue_run(path: str | Path, data: Any, callback: NullCallback, settings: Mapping[str, Any], more_steps: bool) -> Run:
     """Train, unless `more_steps` is False, and test a run that was stopped."""
     open_run(path)  # report a wrong path before anything else
+    clock = Clock(callback)
+    callback = clock
     with closing(callback), distributed.join_process_group(), lock_run(Path(path)):
         run = open_run(path)  # now that no other process writes it
         if run.status == "done":
@@ -270,8 +271,10 @@ def continue_run(path: str | Path, data: Any, callback: NullCallback, settings: 
                     "the same data. Restore it, or start a new run."
                 )
             plan = Plan.from_run(run, source, chosen, callback)
+            if plan.training_seconds is not None:
+                plan.training_seconds += 60 * (chosen.minutes - run.settings.minutes)
             run.record["settings"] = plan.settings.to_dict()
-            return train_and_test(run.path, run.record, plan, callback, resume=True, more_steps=more_steps)
+            return train_and_test(run.path, run.record, plan, clock, resume=True, more_steps=more_steps)
 
 
 @contextmanager
@@ -332,8 +335,10 @@ def change_settings(current: Settings, changes: Mapping[str, Any], callback: Nul
     return current.with_(changed)
 
 
-def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None) -> Trainer:
+def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None) -> Trainer | SolverLoop:
     """Return the training loop of a plan, which scores its validation rows."""
+    if plan.card.solver:
+        return SolverLoop(plan, callback)
     task, metric, device = plan.task, plan.task.monitored_metric(), distributed.device()
     targets = task.targets(plan.source.take(plan.validation_rows))
     examples, plain = plan.settings.resolved_batch_size, plan.settings.with_({"augmentation": "none", "mixup": 0})
@@ -364,14 +369,62 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
         evaluate=evaluate,
         metric=(metric.name, metric.better),
         max_steps=plan.max_steps,
+        time_limit=plan.training_seconds,
+        batch_limit=plan.batch_limit,
     )
     return loop
 
 
-def train(plan: Plan, loop: Trainer, save: Callable[[State], None] | None = None, more_steps: bool = True) -> State:
-    """Train, unless `more_steps` is False, then calibrate on the validation rows. `save` is called in between."""
+def race(path: Path, record: dict[str, Any], plan: Plan, callback: Clock) -> Trainer | None:
+    """Let networks race, and return the training loop of the winner, which is then in the plan; None without a race."""
+    contest = Race(plan, build_trainer, callback)
+    is_interrupted = False
+    try:
+        if not contest.run():
+            return None
+    except Interrupted:
+        is_interrupted = True
+    loop = contest.winner.loop
+    loop.attach(path)
+    record["model"], record["settings"] = plan.describe_model(), loop.settings.to_dict()
+    record["cost"] |= {"training_seconds": plan.training_seconds, "max_steps": plan.max_steps}
+    record["race"] = contest.to_record()
+    with update_run(path, record):
+        pass
+    if is_interrupted:
+        loop.save_and_stop()
+    return loop
+
+
+def estimate_test_seconds(plan: Plan) -> float:
+    """Return the seconds of a forward pass over the test rows: a third of the time of a training step for each batch."""
+    rows = min(len(plan.splits.test), plan.task.max_test_examples or len(plan.splits.test))
+    seconds = plan.seconds_per_step if plan.seconds_per_step == plan.seconds_per_step else 0.0  # NaN if it was not measured
+    return rows / plan.settings.resolved_batch_size * seconds / 3
+
+
+def train(
+    plan: Plan,
+    loop: Trainer | SolverLoop,
+    save: Callable[[State], None] | None = None,
+    more_steps: bool = True,
+    rivals: list[Baseline] | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> State:
+    """Train, unless `more_steps` is False, then calibrate on the validation rows. `save` is called in between.
+
+    If one of the fitted `rivals` has a better validation score, it changes places with the network.
+    """
     state = loop.train() if more_steps else loop.finish()
     peft.merge(plan.objective)
+    if rivals and (better := find_better(plan, rivals, state.best)) is not None:
+        metric = plan.task.monitored_metric()
+        log(
+            f"{better.name} becomes the model of this run: {metric.heading} {metric.text(better.score)} on the validation rows, "
+            f"{plan.size} {metric.text(state.best)}"
+        )
+        rivals[rivals.index(better)] = plan.adopt(better, state.best)
+        state.best = better.score
     if save is not None:
         save(state)
     rows = plan.source.take(plan.validation_rows)
@@ -383,30 +436,41 @@ def train(plan: Plan, loop: Trainer, save: Callable[[State], None] | None = None
 
 
 def train_and_test(
-    path: Path, record: dict[str, Any], plan: Plan, callback: NullCallback, resume: bool = False, more_steps: bool = True
+    path: Path, record: dict[str, Any], plan: Plan, callback: Clock, resume: bool = False, more_steps: bool = True
 ) -> Run:
     """Train a plan in its run folder, test it, and return the run."""
-    loop = build_trainer(plan, callback, path)
+    baselines = fit_baselines(plan, callback)
+    if not resume and plan.settings.minutes:
+        plan.training_seconds = get_training_seconds(plan.settings.minutes, callback.elapsed, estimate_test_seconds(plan))
+        record["cost"]["training_seconds"] = round(plan.training_seconds, 2)
+        if distributed.rank() == 0:
+            write_record(path, record)
+    raced = race(path, record, plan, callback) if not resume and is_possible(plan, record["request"]) else None
+    loop = raced or build_trainer(plan, callback, path)
     if resume and loop.resume():
         callback.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
-    elif not more_steps:
+    elif not more_steps and not plan.card.solver:
         raise RunError(f"{path} was stopped before its first checkpoint, so there is nothing to test. Resume it instead.")
     if more_steps:
         callback.on_train_start(loop.settings, loop.state.step)
 
     def save(state: State) -> None:
         record["settings"] = loop.settings.to_dict()  # the number of steps may have been replanned
+        record["model"] = plan.describe_model()  # it may be a baseline by now
+        record["choice"]["rivals"] = [rival.describe() for rival in baselines]
+        record["cost"]["parameters"] = profile.count_parameters(plan.objective.model)
         if distributed.rank() == 0:
             save_trained(path, record, plan, state)
 
     finished = False
     try:
-        state = train(plan, loop, save, more_steps)
+        is_free = record["request"]["model"] == "auto" and record["request"]["weights"] is None
+        state = train(plan, loop, save, more_steps, baselines if is_free else None, callback.log)
         if state.stopped:
             callback.log(f"stopped at step {state.step}: {state.stopped}")
         save(state)  # again, now calibrated
         try:
-            evaluate_and_save(path, record, plan, callback)
+            evaluate_and_save(path, record, plan, callback, baselines)
         except Exception:
             callback.log(
                 f"the test failed, but the trained network is saved: `fieldguide predict {path}` works, and "
@@ -444,7 +508,7 @@ def save_trained(path: Path, record: dict[str, Any], plan: Plan, state: State) -
     config_file.write_config(path, record)
 
 
-def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: NullCallback) -> None:
+def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: Clock, rivals: Sequence[Baseline] = ()) -> None:
     """Score the test rows next to the baselines, and write record, report and model card."""
     from fieldguide.report.build import write_report
 
@@ -463,12 +527,12 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
     if distributed.rank() == 0:
         targets = task.targets(test)
         callback.on_phase("computing scores, intervals and baselines")
+        references = [*task.baselines(training, test), *(predict(plan, rival, test) for rival in rivals)]
         record["scores"] = {
             "test": task.score(outputs, targets),
             "intervals": task.intervals(outputs, targets),
             "baselines": [
-                {"name": b.name, "what": b.what, "bound": b.bound, "scores": task.score(b.outputs, targets)}
-                for b in task.baselines(training, test)
+                {"name": b.name, "what": b.what, "bound": b.bound, "scores": task.score(b.outputs, targets)} for b in references
             ],
             "tested": len(test),
         }
@@ -482,7 +546,10 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
         run = open_run(path)
         run.record = record
         callback.on_phase("analyzing the network and writing the report")
-        write_report(run, predictor, training, test, outputs, targets, seconds, callback.log)
+        left = 60 * plan.settings.minutes - callback.elapsed if plan.settings.minutes else math.inf
+        write_report(run, predictor, training, test, outputs, targets, seconds, callback.log, max(left - WRITING_SECONDS, 1.0))
+        record["cost"]["parts"] = callback.summarize()
+        callback.log(callback.describe())
         record["status"] = "done"  # last, so that a run that is killed before is tested again when it is resumed
         write_record(path, record)
     if distributed.get_world_size() > 1:

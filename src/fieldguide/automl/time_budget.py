@@ -22,6 +22,7 @@ from fieldguide.training.precision import choose_precision, measure_step_seconds
 PLANNED_TIME_FRACTION = 0.9  # fraction of the minutes that steps and evaluations are planned for
 MAX_EVALUATIONS = 40  # evaluations during a run
 MAX_EVALUATION_TIME_FRACTION = 0.2  # fraction of the planned time spent on evaluations
+MIN_MEASURING_SECONDS, MAX_MEASURING_FRACTION = 2.0, 0.03  # of the limit, for timing steps before training
 NOMINAL_STEP_SECONDS = 0.005  # of a deterministic run: the part of a step that does not depend on its examples
 ENOUGH_STEPS = 1000  # below this number of steps, batches are made smaller to fit more steps into the minutes
 
@@ -52,12 +53,14 @@ def resolve_settings(
     min_batch_size: int,
     enough_steps: int = ENOUGH_STEPS,
     nominal_seconds: float = 0.0,
+    time_limit: float | None = None,
 ) -> tuple[Settings, float, int]:
     """Return the settings with precision, memory layout, steps and evaluation interval, from timing real batches.
 
     In a deterministic run, precision is float32 unless it is set, an example takes `nominal_seconds`, and the minutes only
     determine the number of steps: they do not limit the time. If fewer than `enough_steps` steps fit into the minutes, the
-    batch is halved down to `min_batch_size`, unless the optimizer update takes most of the time.
+    batch is halved down to `min_batch_size`, unless the optimizer update takes most of the time. `time_limit` is the seconds of
+    training; None for the minutes of the settings.
 
     Returns:
         The settings, the seconds per step, and the maximum number of steps if the minutes determine the number (the steps
@@ -77,6 +80,8 @@ def resolve_settings(
         )
     parts = settings.grad_accum_steps * distributed.get_world_size()
     precision, channels_last = settings.precision, bool(settings.channels_last)
+    limit = 60 * settings.minutes if time_limit is None else time_limit
+    budget = max(MIN_MEASURING_SECONDS, MAX_MEASURING_FRACTION * limit) if limit else float("inf")
     steps, evaluations, max_steps, update = settings.steps, MAX_EVALUATIONS, 0, 0.0
 
     def measure(rows: int) -> tuple[float, float]:
@@ -84,13 +89,14 @@ def resolve_settings(
         if nominal:
             return NOMINAL_STEP_SECONDS + rows * nominal_seconds, 0.0
         batch, batch_seconds = time_batch(batches, rows)
-        return measure_step_seconds(objective, batch, precision, channels_last, distributed.device()), batch_seconds
+        seconds = measure_step_seconds(objective, batch, precision, channels_last, distributed.device(), budget=budget / 2)
+        return seconds, batch_seconds
 
     if nominal:
         step, batch_seconds = measure(settings.resolved_batch_size // parts)
     else:
         batch, batch_seconds = time_batch(batches, settings.resolved_batch_size // parts)
-        best, best_channels_last, times = choose_precision(objective, batch, distributed.device(), callback.log)
+        best, best_channels_last, times = choose_precision(objective, batch, distributed.device(), callback.log, budget)
         if precision == "auto":
             precision = best
             channels_last = best_channels_last if settings.channels_last is None else channels_last
@@ -114,10 +120,10 @@ def resolve_settings(
             if not settings.minutes or (nominal and settings.epochs):
                 max_steps = 0
                 break
-            limit = 60 * settings.minutes * PLANNED_TIME_FRACTION
+            planned = PLANNED_TIME_FRACTION * limit
             evaluation = validation_examples / settings.resolved_batch_size * step / 3  # a forward pass: a third of a step
-            evaluations = int(np.clip(MAX_EVALUATION_TIME_FRACTION * limit / evaluation, 1, MAX_EVALUATIONS))
-            steps = max(1, min(steps, int(max(limit - evaluations * evaluation, limit / 2) / seconds_per_step())))
+            evaluations = int(np.clip(MAX_EVALUATION_TIME_FRACTION * planned / evaluation, 1, MAX_EVALUATIONS))
+            steps = max(1, min(steps, int(max(planned - evaluations * evaluation, planned / 2) / seconds_per_step())))
             half = settings.resolved_batch_size // parts // 2
             update_dominates = step * settings.grad_accum_steps / 2 < update
             if steps >= min(enough_steps, max_steps) or half * parts < min_batch_size or update_dominates:

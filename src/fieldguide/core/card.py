@@ -80,6 +80,13 @@ PRETRAINING_OBJECTIVES: dict[str, str] = {
 }
 
 
+# How a model is fitted without gradient descent -> what is fitted.
+SOLVERS: dict[str, str] = {
+    "linear": "`model.head` is fitted to `model.encode(...)` as a logistic or ridge regression",
+    "trees": "gradient-boosted trees are grown and stored with `model.set_trees`",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Closed:
     """A closed system, whose weights are not available; an entry of `models/closed.toml`.
@@ -178,6 +185,9 @@ class Card:
     weights specifies one. `endless` is True if the model accepts sequences longer than the config's `length`,
     which is then only the length in training.
 
+    `solver` names how a model is fitted that is not trained by gradient descent (see `SOLVERS`). Such models are the baselines
+    that networks are compared with.
+
     Raises `ValueError` for an unknown input type, output type, optional input or pre-training objective.
     """
 
@@ -201,8 +211,11 @@ class Card:
     pretraining_objective: str = "spans"
     scale: Scale = IMAGENET
     endless: bool = False
+    solver: str = ""
 
     def __post_init__(self) -> None:
+        if self.solver and self.solver not in SOLVERS:
+            raise ValueError(f"Card {self.name!r}: solver={self.solver!r} is not one of {sorted(SOLVERS)}.")
         if self.pretraining_objective not in PRETRAINING_OBJECTIVES:
             raise ValueError(
                 f"Card {self.name!r}: pretraining_objective={self.pretraining_objective!r} is not one of "

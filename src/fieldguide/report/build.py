@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -27,12 +28,13 @@ def write_report(
     targets: Arrays,
     test_seconds: float,
     log: Callable[[str], None],
+    max_seconds: float = math.inf,
 ) -> None:
     """Write report.html and README.md, and add the time of a prediction to the run's record.
 
     `outputs` and `targets` are those of the test rows, `test_seconds` is how long their prediction took. The analyses take at
-    most 5 seconds or 5 % of the training time, whichever is more. One that fails is left out and logged, since the report must not
-    be lost for it.
+    most 5 seconds or 5 % of the training time, whichever is more, and at most `max_seconds`. One that fails is left out and
+    logged, since the report must not be lost for it.
     """
 
     def attempt(name: str, analysis: Callable[[], Result], default: Result) -> Result:
@@ -43,7 +45,7 @@ def write_report(
             return default
 
     task, record = predictor.task, run.record
-    context = build_context(predictor, test, outputs, targets, Deadline.after_training(record["cost"]["seconds"]))
+    context = build_context(predictor, test, outputs, targets, Deadline.after_training(record["cost"]["seconds"], max_seconds))
     context.seconds_per_example = test_seconds / max(len(test), 1)
     unknown: dict[str, float] = {}
     record["cost"]["latency"] = attempt("latency", lambda: measure_latency(context), unknown)

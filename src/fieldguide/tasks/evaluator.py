@@ -26,6 +26,7 @@ class Evaluator:
     """Scores outputs against targets. Both are arrays, so that an evaluator needs neither a model nor files."""
 
     max_validation_examples: ClassVar[int | None] = None  # maximum validation rows scored during training
+    baseline_models: ClassVar[tuple[str, ...]] = ()  # architectures that are fitted in seconds, to compare networks with
     max_test_examples: ClassVar[int | None] = None  # maximum test rows that are predicted; set if prediction is slow
 
     def prepare_test(self, train: Data, held: Data) -> None:
@@ -54,6 +55,7 @@ class Evaluator:
         return bootstrap_intervals(self, outputs, targets)
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
+        """Return references that are no models, such as always predicting the most frequent class."""
         raise NotImplementedError
 
 

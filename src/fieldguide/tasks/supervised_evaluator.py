@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -15,22 +14,8 @@ from fieldguide.data.preprocessing import Standardizer
 from fieldguide.tasks.evaluator import Arrays, Baseline, Evaluator
 from fieldguide.tasks.spec import Metric
 
-MAX_LINEAR_BASELINE_ROWS = 20_000  # maximum rows for fitting the linear baseline; stated in its description
 
-
-class LinearBaseline(Evaluator):
-    """An evaluator that compares with a linear model of the same inputs."""
-
-    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        """Return the feature matrices of the linear baseline, fitted on the training rows."""
-        raise NotImplementedError
-
-    def targets(self, data: Data) -> Arrays:
-        """Return the known targets of the rows; the preprocessor defines them."""
-        raise NotImplementedError
-
-
-class ClassificationEvaluator(LinearBaseline):
+class ClassificationEvaluator(Evaluator):
     """Scores probabilities against class codes.
 
     A code of -1 is a class that is not in the training data: the row counts as wrong, and as one further class of the scores
@@ -105,24 +90,10 @@ class ClassificationEvaluator(LinearBaseline):
         frequencies = np.array(self.counts, dtype=float) / sum(self.counts)
         shown = np.tile(frequencies, (len(test), 1))
         name = self.labels[int(frequencies.argmax())]
-        return [Baseline("majority class", f"always predicts {name!r}", {"probabilities": shown}), self.logistic(train, test)]
-
-    def logistic(self, train: Data, test: Data) -> Baseline:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
-        sample, note = subsample(train)
-        x, x_test = self.linear_features(sample, test)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            y = self.targets(sample)["label"]
-            fitted = LogisticRegression(max_iter=300).fit(x, y)
-        probabilities = np.zeros((len(test), len(self.labels)))
-        probabilities[:, fitted.classes_] = fitted.predict_proba(x_test)
-        return Baseline("logistic regression", f"a linear model of the same inputs{note}", {"probabilities": probabilities})
+        return [Baseline("majority class", f"always predicts {name!r}", {"probabilities": shown})]
 
 
-class RegressionEvaluator(LinearBaseline):
+class RegressionEvaluator(Evaluator):
     """Scores standardized predictions against targets in their own unit."""
 
     metrics: ClassVar[tuple[Metric, ...]] = (
@@ -149,25 +120,7 @@ class RegressionEvaluator(LinearBaseline):
         return {"rmse": mse**0.5, "mae": float(np.abs(guess - y).mean()), "r2": 1 - mse / spread if spread else float("nan")}
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        from sklearn.linear_model import Ridge
-
-        sample, note = subsample(train)
-        x, x_test = self.linear_features(sample, test)
-        fitted = Ridge().fit(x, self.standard.apply(self.targets(sample)["value"]))
-        return [
-            Baseline("mean", f"always predicts {format_plain(self.standard.mean)}", {"values": np.zeros((len(test), 1))}),
-            Baseline(
-                "ridge regression", f"a linear model of the same inputs{note}", {"values": fitted.predict(x_test)[:, None]}
-            ),
-        ]
-
-
-def subsample(data: Data) -> tuple[Data, str]:
-    """Return at most `MAX_LINEAR_BASELINE_ROWS` rows, and a note if rows were left out."""
-    if len(data) <= MAX_LINEAR_BASELINE_ROWS:
-        return data, ""
-    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:MAX_LINEAR_BASELINE_ROWS])
-    return data.take(rows), f", fitted on {MAX_LINEAR_BASELINE_ROWS:,} rows"
+        return [Baseline("mean", f"always predicts {format_plain(self.standard.mean)}", {"values": np.zeros((len(test), 1))})]
 
 
 def binomial_interval(right: int, count: int) -> tuple[float, float]:

@@ -84,16 +84,18 @@ def measure_step_seconds(
     limit: float = float("inf"),
     repeats: int = 3,
     enough: float = 0.05,
+    budget: float = float("inf"),
 ) -> float:
     """Return the seconds of the fastest of several forward and backward passes through all phases, on a copy.
 
     At least `repeats` passes are timed, and more until `enough` seconds are reached, to reduce the effect of other load.
-    Timing stops early if a pass takes more than `limit` seconds.
+    Timing stops early if a pass takes more than `limit` seconds, or if all passes together take more than `budget` seconds.
     """
     trial = copy.deepcopy(objective).to(device).train()
     if channels_last:
         trial = to_channels_last(trial)
     batch, best, total, turn = move_batch(batch, device, channels_last), float("inf"), 0.0, 0
+    end = time.perf_counter() + budget
     while turn <= repeats or (total < enough and turn < 20):  # the first pass is a warm-up
         started = time.perf_counter()
         for phase in trial.phases:
@@ -103,7 +105,8 @@ def measure_step_seconds(
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken = time.perf_counter() - started
-        if taken > 20 or (turn and taken > limit):  # too slow to time more passes
+        is_over = time.perf_counter() > end
+        if taken > 20 or is_over or (turn and taken > limit):  # too slow to time more passes
             return min(best, taken)
         if turn:
             best, total = min(best, taken), total + taken
@@ -112,22 +115,30 @@ def measure_step_seconds(
 
 
 def choose_precision(
-    objective: Objective, batch: dict[str, Tensor], device: torch.device, log: Callable[[str], None]
+    objective: Objective,
+    batch: dict[str, Tensor],
+    device: torch.device,
+    log: Callable[[str], None],
+    budget: float = float("inf"),
 ) -> tuple[str, bool, dict[str, float]]:
     """Return the precision, whether to use channels-last, and the seconds of each choice.
 
-    float32 is returned unless another choice is at least `MIN_SPEEDUP` times as fast.
+    float32 is returned unless another choice is at least `MIN_SPEEDUP` times as fast. Choices are timed one after another, until
+    `budget` seconds have passed.
     """
     has_images = any(t.ndim == 4 for t in batch.values())
     choices = [("float32", False), ("bfloat16", False)]
     if has_images:
         choices += [("float32", True), ("bfloat16", True)]
     timed: dict[tuple[str, bool], float] = {}
+    end = time.perf_counter() + budget
     with torch.random.fork_rng():
         for choice in choices:
+            if timed and time.perf_counter() > end:
+                break
             try:
                 timed[choice] = measure_step_seconds(
-                    objective, batch, *choice, device, limit=2 * min(timed.values(), default=float("inf"))
+                    objective, batch, *choice, device, limit=2 * min(timed.values(), default=float("inf")), budget=budget / 2
                 )
             except RuntimeError as error:
                 if choice == choices[0]:

@@ -38,9 +38,10 @@ from fieldguide.training.precision import autocast, deterministic_kernels, move_
 from fieldguide.training.tracking import Tracker, open_tracker
 
 MAX_LOG_LINES = 400  # approximate number of loss lines that a run writes to metrics.jsonl
-MAX_TIME_OVERRUN = 1.05  # a run stops after this factor times the given minutes
+MAX_TIME_OVERRUN = 1.01  # training stops after this factor times its time limit
+MAX_BATCH_CHANGE_STEP = 80  # last step at which batches may be enlarged
 PACE_CHECK_STEPS = 20  # steps before the time of a step is first measured; then after twice as many steps, and so on
-TARGET_TIME_FRACTION = 0.97  # fraction of the given minutes that training should use
+TARGET_TIME_FRACTION = 0.97  # fraction of its time limit that training should use
 MIN_REPLAN_CHANGE = 0.1  # relative change of the remaining steps below which the plan is kept
 MIN_REPORTED_CHANGE = 0.3  # relative change of the remaining steps above which it is logged
 
@@ -77,6 +78,7 @@ class State:
     most: int = 0  # upper limit of the steps if they follow from the minutes; else 0
     steps: int = 0  # steps as replanned during training; 0 = as in the settings
     evaluate: int = 0  # steps between evaluations as replanned during training; 0 = as in the settings
+    batch: int = 0  # examples per step as replanned during training; 0 = as in the settings
     repeatable: bool = True  # False once measured time, or the user, has changed when training ends
 
 
@@ -150,6 +152,9 @@ class Trainer:
         metric: (name, "max" | "min") of the score that selects the best weights.
         max_steps: if above 0, the steps follow from the minutes: they are replanned during training, up to this number,
             if steps turn out faster or slower than expected.
+        time_limit: seconds of training, over all sessions; 0 for no limit, None for the minutes of the settings.
+        batch_limit: (examples, steps): batches may be enlarged up to `examples` if steps turn out so fast that at least
+            `steps` of them still fit into the time.
     """
 
     def __init__(
@@ -164,7 +169,11 @@ class Trainer:
         evaluate: Callable[[Objective], dict[str, float]] | None = None,
         metric: tuple[str, str] = ("loss", "min"),
         max_steps: int = 0,
+        time_limit: float | None = None,
+        batch_limit: tuple[int, int] = (0, 0),
     ):
+        self.time_limit = 60 * settings.minutes if time_limit is None else time_limit
+        self.batch_limit = batch_limit
         self.settings, self.device, self.callback, self.folder = settings, device, callback, folder
         self.evaluate, self.metric, self.batches = evaluate, metric, batches
         self.objective = objective.to(device)
@@ -178,11 +187,15 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None  # the best weights so far
         self.tracker: Tracker | None = None
         self.stopping = False
+        self.unwritten: list[dict[str, Any]] = []  # lines of the log while there is no run folder
         self.frozen_modules = get_frozen_modules(self.objective)
         self.pace_start = (0, 0.0)  # step and seconds that the pace is counted from
 
-    def train(self) -> State:
+    def train(self, pause_at: float | None = None) -> State:
         """Train to the last step or until early stopping, and load the best weights into the objective.
+
+        With `pause_at`, training pauses after that many seconds, with a validation score and without loading the best weights;
+        a further call continues as if there had been no pause.
 
         Raises:
             Interrupted: on Ctrl-C, SIGTERM or SIGHUP.
@@ -210,17 +223,22 @@ class Trainer:
                 if scored:
                     self.evaluate_and_keep_best()
                     state.seconds = before + time.monotonic() - started
-                if state.most and settings.minutes and is_pace_check(state.step) and self.replan_steps():
+                if state.most and self.time_limit and is_pace_check(state.step) and self.replan_steps():
                     stream = self.make_batch_stream()
                 if self.is_true_anywhere(self.stopping):
                     self.save_and_stop()
+                if pause_at is not None and state.seconds >= pause_at:
+                    if self.evaluate and not scored:
+                        self.evaluate_and_keep_best()
+                        state.seconds = before + time.monotonic() - started
+                    return state
                 if (
-                    settings.minutes
-                    and self.is_true_anywhere(state.seconds > MAX_TIME_OVERRUN * 60 * settings.minutes)
+                    self.time_limit
+                    and self.is_true_anywhere(state.seconds > MAX_TIME_OVERRUN * self.time_limit)
                     and not state.stopped
                 ):
                     state.repeatable = False
-                    state.stopped = f"the time limit of {settings.minutes:g} minutes was reached"
+                    state.stopped = f"the time limit of {self.time_limit:.0f} s for training was reached"
                     if self.evaluate and not scored:
                         self.evaluate_and_keep_best()
                 if time.monotonic() - saved > settings.checkpoint_seconds:
@@ -229,6 +247,19 @@ class Trainer:
         self.save()
         self.use_best_weights()
         return state
+
+    def limit_time(self, seconds: float) -> None:
+        """Change the time limit of training, and plan the steps for it if they follow from the time."""
+        self.time_limit = seconds
+        if self.state.most and seconds:
+            self.replan_steps()
+
+    def attach(self, folder: Path) -> None:
+        """Use a run folder from now on, and write the log so far to it."""
+        self.folder, lines = folder, self.unwritten
+        self.unwritten = []
+        for line in lines:
+            self.log_metrics(line)
 
     def finish(self) -> State:
         """End training at the present step, and load the best weights so far into the objective.
@@ -300,25 +331,46 @@ class Trainer:
             self.pace_start = (state.step, state.seconds)  # the first steps include the preparation of kernels
             return False
         steps, seconds = state.step - self.pace_start[0], state.seconds - self.pace_start[1]
-        goal = (0.9 if self.evaluate and state.best is None else 1.0) * (
-            TARGET_TIME_FRACTION * 60 * settings.minutes - state.seconds
-        )
-        total = min(state.most, state.step + max(1, int(goal * steps / max(seconds, 1e-9))))
-        goal, total = distributed.broadcast((goal, total))  # clocks differ between processes, but the plan must not
+        goal = (0.9 if self.evaluate and state.best is None else 1.0) * (TARGET_TIME_FRACTION * self.time_limit - state.seconds)
+        possible = max(1, int(goal * steps / max(seconds, 1e-9)))
+        goal, possible = distributed.broadcast((goal, possible))  # clocks differ between processes, but the plan must not
+        factor = self.find_batch_factor(possible)
+        if factor > 1:
+            state.batch, state.most = factor * settings.resolved_batch_size, max(state.step + 1, state.most // factor)
+            self.callback.log(
+                f"a step takes {seconds / steps:.3g} s, less than expected: {state.batch} examples per step from now on"
+            )
+        total = min(state.most, state.step + max(1, possible // factor))
         before = settings.resolved_steps
         left, planned = total - state.step, before - state.step
-        if goal <= 0 or planned < MIN_REPLAN_CHANGE * before or abs(left - planned) <= MIN_REPLAN_CHANGE * planned:
+        changes = abs(left - planned) > MIN_REPLAN_CHANGE * planned and planned >= MIN_REPLAN_CHANGE * before
+        if goal <= 0 or not (changes or factor > 1):
             return False
         if abs(left - planned) > MIN_REPORTED_CHANGE * planned:
-            self.callback.log(f"a step takes {seconds / steps:.3g} s: {total:,} steps instead of {before:,}")
+            self.callback.log(f"a step takes {factor * seconds / steps:.3g} s: {total:,} steps instead of {before:,}")
         state.repeatable = False
         state.steps, state.evaluate = total, max(1, round(settings.resolved_eval_steps * total / before))
+        if factor > 1:
+            self.pace_start = (state.step, state.seconds)  # steps take longer now
         self.replan()
         return True
 
+    def find_batch_factor(self, possible: int) -> int:
+        """Return the power of two by which batches can grow, if `possible` more steps of the present size fit into the time."""
+        (largest, enough), factor = self.batch_limit, 1
+        while (
+            2 * factor * self.settings.resolved_batch_size <= largest
+            and possible // (2 * factor) >= enough
+            and self.state.step <= MAX_BATCH_CHANGE_STEP
+        ):
+            factor *= 2
+        return factor
+
     def replan(self) -> None:
         """Apply the replanned steps to the settings, and thereby to the schedules."""
-        if counts := {k: v for k, v in (("steps", self.state.steps), ("eval_steps", self.state.evaluate)) if v}:
+        state = self.state
+        planned = (("steps", state.steps), ("eval_steps", state.evaluate), ("batch_size", state.batch))
+        if counts := {name: count for name, count in planned if count}:
             self.settings = self.settings.with_(counts)
             for runner in self.runners:
                 runner.settings = runner.settings.with_(counts)
@@ -459,7 +511,9 @@ class Trainer:
         """Append a line to metrics.jsonl and to the tracker. Raises `WriteError` if writing fails."""
         if self.tracker:
             self.tracker.log_metrics(line)
-        if self.folder and distributed.rank() == 0:
+        if self.folder is None:
+            self.unwritten.append(line)
+        elif distributed.rank() == 0:
             path = self.folder / "metrics.jsonl"
             with report_write_errors(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ class Deadline:
         self.seconds, self.end = seconds, time.monotonic() + seconds
 
     @classmethod
-    def after_training(cls, seconds: float) -> Deadline:
-        """Return the deadline of all analyses after this training time."""
-        return cls(max(MIN_ANALYSIS_SECONDS, MAX_ANALYSIS_FRACTION * seconds))
+    def after_training(cls, seconds: float, most: float = math.inf) -> Deadline:
+        """Return the deadline of all analyses after this training time; they take at most `most` seconds."""
+        return cls(min(max(MIN_ANALYSIS_SECONDS, MAX_ANALYSIS_FRACTION * seconds), most))
 
     @property
     def left(self) -> float:

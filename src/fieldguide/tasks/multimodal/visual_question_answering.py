@@ -15,7 +15,6 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
-from fieldguide.core.words import find_tokens
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.column_types import IMAGE_FILE_PATTERN
@@ -45,6 +44,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
     name = "visual-question-answering"
     reads = "a table with an image column, a question column and an answer column (--target)"
     input_types = ("captioned",)
+    baseline_models: ClassVar = ("bag-of-ngrams",)
     further = ("text",)
     column_spec = ColumnSpec(
         "last",
@@ -180,12 +180,14 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
         ids, cut = self.tokens(self.questions_of(data))
         if cut and not settings:
             self.note_cut(cut, len(ids))
-        pixels = self.pixels(data, settings)
+        pixels = self.pixels(data, settings) if "image" in card.inputs else None
         target = torch.from_numpy(self.answer_codes(data)) if settings else None
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             tokens, mask = self.text.batch([ids[i] for i in index])
-            batch = {"image": pixels(index, generator), "tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+            batch = {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+            if pixels is not None:
+                batch["image"] = pixels(index, generator)
             if target is not None:
                 batch["target"] = target[torch.from_numpy(index)]
             return batch
@@ -206,25 +208,8 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
             "calibration_error": calibration_error(p.max(1), right),
         }
 
-    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
-        words = TfidfVectorizer(
-            sublinear_tf=True,
-            max_features=20_000,
-            tokenizer=find_tokens,
-            token_pattern=None,
-            ngram_range=(1, 2),
-            dtype=np.float32,
-        )
-        return words.fit_transform(self.questions_of(train)), words.transform(self.questions_of(test))
-
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        majority, blind = super().baselines(self.answerable_rows(train), test)
-        return [
-            replace(majority, name="most frequent answer"),
-            replace(blind, name="question only", what=f"without the image: {blind.what.replace('same inputs', 'words')}"),
-        ]
+        return [replace(b, name="most frequent answer") for b in super().baselines(self.answerable_rows(train), test)]
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         answers = []

@@ -72,23 +72,6 @@ class ClickPrediction(TabularClassification):
     def inputs(self) -> list[Column]:
         return [*(c for c in self.columns if c.role in ("user", "item")), *super().inputs()]
 
-    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        """Return sparse one-hot columns, since users and items are many."""
-        from scipy.sparse import csr_matrix, hstack
-
-        sizes = np.array(self.preparer.cardinalities)
-        starts = np.concatenate([[0], sizes.cumsum()[:-1]])
-
-        def sparse(data: Data) -> Any:
-            numbers, codes = self.preparer.apply(data.rows)
-            rows = np.repeat(np.arange(len(codes)), codes.shape[1])
-            ones = csr_matrix(
-                (np.ones(codes.size, np.float32), (rows, (codes + starts).ravel())), (len(codes), int(sizes.sum()))
-            )
-            return hstack([csr_matrix(numbers), ones]).tocsr()
-
-        return sparse(train), sparse(test)
-
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
         item, yes = train.require_role("item").name, self.targets(train)["label"].astype(float)
         shares = (

@@ -27,6 +27,7 @@ class Tabular(SupervisedTask):
     """Base class of the tabular tasks, with the preprocessing of rows."""
 
     input_types: ClassVar[tuple[str, ...]] = ("table", "vector")
+    baseline_models: ClassVar = ("linear", "gradient-boosting")
     recipe: ClassVar = {"weight_decay": 3e-4}
 
     @dataclass(frozen=True)
@@ -141,9 +142,6 @@ class Tabular(SupervisedTask):
 
     def target_tensor(self, data: Data) -> torch.Tensor:
         raise NotImplementedError
-
-    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        return self.preparer.vector(train.rows), self.preparer.vector(test.rows)
 
     STATE: ClassVar = {"preparer": TablePreparer.STATE}
 

@@ -14,7 +14,6 @@ from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Quote, Quotes, ReportElement
 from fieldguide.core.settings import Settings
-from fieldguide.core.words import find_tokens
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
@@ -38,6 +37,7 @@ class TextClassification(TextTask, ClassificationTask):
         "folder of .txt files per class"
     )
     input_types = ("tokens",)
+    baseline_models: ClassVar = ("bag-of-ngrams",)
     recipe: ClassVar = {"label_smoothing": 0.1, "weight_decay": 0.05, "grad_clip": 1.0}
 
     @dataclass(frozen=True)
@@ -183,20 +183,6 @@ class TextClassification(TextTask, ClassificationTask):
             return batch
 
         return Batches(len(tokens), make, lengths)
-
-    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
-        # Any run of word characters is a word, including single letters.
-        words = TfidfVectorizer(
-            sublinear_tf=True,
-            max_features=50_000,
-            tokenizer=find_tokens,
-            token_pattern=None,
-            ngram_range=(1, 2),
-            dtype=np.float32,
-        )
-        return words.fit_transform(self.shown(train)), words.transform(self.shown(test))
 
     def shown(self, data: Data) -> list[str]:
         """Return each row as one text; pairs are joined with a bar."""

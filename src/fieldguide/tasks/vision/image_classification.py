@@ -38,6 +38,7 @@ class ImageClassification(ClassificationTask):
     name = "image-classification"
     reads = "a folder of images per class, or a table of image paths and labels"
     input_types = ("image", "vector")
+    baseline_models: ClassVar = ("hog-linear",)
     feature = ("image",)
     recipe: ClassVar = {"augmentation": "standard", "label_smoothing": 0.1, "weight_decay": 0.05, "ema": 0.998}
 
@@ -149,12 +150,6 @@ class ImageClassification(ClassificationTask):
             return [x.flatten(1) if card.input_type == "vector" else x]
 
         return show
-
-    def linear_features(self, train: Data, test: Data) -> tuple[Any, Any]:
-        p, side = self.pictures, min(LINEAR_SIDE, self.pictures.side)
-        load = lambda d: images.load(d.rows[self.column].to_list(), side, p.channels, scale=p.scale)
-        pixels = lambda d: load(d).flatten(1).float().numpy() / 255
-        return pixels(train), pixels(test)
 
     def show_predictions(self, test: Data, probabilities: np.ndarray, targets: np.ndarray) -> list[ReportElement]:
         wrong = self.mistakes(probabilities, targets, 24)

@@ -1,0 +1,225 @@
+"""The race: several networks train for equal time on the user's data, and the best one goes on.
+
+Contenders are the first choice of the rules and the next best architectures. Each is planned for the whole training time, so its
+learning rate hardly falls during the race; its averaged weights are scored on the same validation rows. After each round, those
+that are worse than the leader with high probability (paired bootstrap over rows) are dropped. The winner goes on from its weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fieldguide.automl.build_plan import Plan
+from fieldguide.automl.callbacks import NullCallback
+from fieldguide.core import distributed
+from fieldguide.core.errors import FieldguideError
+from fieldguide.tasks.evaluator import Arrays, Evaluator
+from fieldguide.training.inference_loop import collect
+from fieldguide.training.trainer import Interrupted, Trainer
+
+MIN_SECONDS = 150.0  # of training, from which on there is a race
+MAX_CONTENDERS = 3
+MAX_POINTS_BEHIND = 3.0  # a contender's points behind the first choice of the rules
+MAX_MEMORY_FRACTION = 0.1  # of the machine's memory, for the weights and optimizer states of one contender
+BYTES_PER_PARAMETER = 20  # weight, gradient, two moments and an average in float32
+ROUND_FRACTIONS = (0.06, 0.06, 0.08)  # of the training time, for each contender in each round
+MIN_PROBABILITY = 0.05  # contenders that are better than the leader with a lower probability are dropped
+BOOTSTRAP_REPEATS = 100
+MAX_BOOTSTRAP_SECONDS = 3.0
+
+
+@dataclass
+class Contender:
+    """A network in the race."""
+
+    plan: Plan
+    loop: Trainer
+    seconds: float = 0.0
+    scores: list[float] = field(default_factory=list)  # monitored metric after each round
+    outputs: Arrays | None = None  # on the validation rows
+    dropped: str = ""  # why it left the race
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entry of race.json."""
+        return {
+            "name": self.plan.size,
+            "scores": self.scores,
+            "seconds": round(self.seconds, 2),
+            "steps": self.loop.state.step,
+            "dropped": self.dropped,
+        }
+
+
+def is_possible(plan: Plan, request: Mapping[str, Any]) -> bool:
+    """Return whether networks may race: the user left the choice open, and there is time for it."""
+    return (
+        request["model"] == "auto"
+        and request["weights"] is None
+        and not any(key.startswith("model.") for key in request["settings"])
+        and not plan.card.solver
+        and not plan.settings.deterministic
+        and plan.max_steps > 0
+        and (plan.training_seconds or 0.0) >= MIN_SECONDS
+        and distributed.get_world_size() == 1
+    )
+
+
+def choose_options(plan: Plan) -> list[Any]:
+    """Return the options that race against the first choice: the best of other architectures that are not far behind."""
+    from fieldguide.core.hardware import ram
+
+    first, found = plan.advice.best, {plan.card.name}
+    chosen: list[Any] = []
+    for option in plan.advice.options[1:]:
+        is_near = option.points >= first.points - MAX_POINTS_BEHIND
+        fits = option.parameters * BYTES_PER_PARAMETER < MAX_MEMORY_FRACTION * ram()
+        if is_near and fits and option.architecture not in found and len(chosen) < MAX_CONTENDERS - 1:
+            chosen.append(option)
+            found.add(option.architecture)
+    return chosen
+
+
+class Race:
+    """A race between plans of the same examples. `build` returns the training loop of a plan."""
+
+    def __init__(self, plan: Plan, build: Any, callback: Any):
+        self.plan, self.build, self.callback = plan, build, callback
+        self.metric = plan.task.monitored_metric()
+        self.sign = 1 if self.metric.better == "max" else -1
+        self.left = float(plan.training_seconds or 0.0)
+        started = time.monotonic()
+        options = choose_options(plan)
+        self.contenders: list[Contender] = []
+        if options:
+            callback.on_phase(f"preparing a race of {1 + len(options)} networks")
+            plans = [plan]
+            for option in options:
+                try:
+                    plans.append(plan.build_contender(option, NullCallback()))
+                except FieldguideError as error:
+                    callback.log(f"{option.name} does not race: {error}")
+            self.contenders = [Contender(each, build(each, NullCallback())) for each in plans]
+        self.left -= time.monotonic() - started
+
+    def run(self) -> bool:
+        """Run the race and put the winner into the plan; return False if there is only one network.
+
+        Raises `Interrupted` after a signal; then the leader so far is the winner.
+        """
+        if len(self.contenders) < 2:
+            return False
+        alive = list(self.contenders)
+        total = self.left
+        try:
+            for number, fraction in enumerate(ROUND_FRACTIONS):
+                names = ", ".join(c.plan.size for c in alive)
+                self.callback.on_phase(f"racing (round {number + 1}): {names}")
+                for contender in alive:
+                    self.train_slice(contender, fraction * total)
+                alive = self.drop(alive)
+                self.callback.log(f"race, round {number + 1}: " + "; ".join(self.describe(c) for c in self.contenders))
+                if len(alive) == 1:
+                    break
+        finally:
+            self.winner = self.find_leader()
+            self.plan.become(self.winner.plan)
+        self.winner.loop.callback = self.callback
+        self.winner.loop.limit_time(self.winner.loop.state.seconds + self.left)
+        self.plan.training_seconds = self.winner.loop.time_limit
+        for contender in self.contenders:
+            if contender is not self.winner and not contender.dropped:
+                contender.dropped = "not the best after the last round"
+        return True
+
+    def train_slice(self, contender: Contender, seconds: float) -> None:
+        """Train a contender for some seconds, and score it."""
+        loop, started = contender.loop, time.monotonic()
+        try:
+            loop.train(pause_at=loop.state.seconds + seconds)
+        except Interrupted:
+            raise
+        except FieldguideError as error:
+            contender.dropped = str(error).splitlines()[0]
+        contender.seconds += time.monotonic() - started
+        if not contender.dropped:
+            contender.outputs = self.predict(contender)
+            score = self.plan.task.score(contender.outputs, self.targets(contender))[self.metric.name]
+            contender.scores.append(score)
+        self.left -= time.monotonic() - started
+
+    def targets(self, contender: Contender) -> Arrays:
+        return self.plan.task.targets(self.plan.source.take(contender.plan.validation_rows))
+
+    def predict(self, contender: Contender) -> Arrays:
+        """Return the outputs of the best weights so far on the validation rows."""
+        loop = contender.loop
+        now = {name: t.detach().clone() for name, t in loop.kept.state_dict().items()}
+        if loop.best is not None:
+            loop.kept.load_state_dict(loop.best)
+        outputs = collect(
+            loop.objective, contender.plan.validation, batch=256, device=distributed.device(), precision=loop.settings.precision
+        )
+        loop.kept.load_state_dict(now)
+        return outputs
+
+    def find_leader(self) -> Contender:
+        """Return the contender with the best last score; the first choice of the rules if there is none."""
+        scored = [c for c in self.contenders if c.scores and np.isfinite(c.scores[-1])]
+        return max(scored, key=lambda c: self.sign * max(self.sign * s for s in c.scores), default=self.contenders[0])
+
+    def drop(self, alive: list[Contender]) -> list[Contender]:
+        """Return the contenders that stay in the race."""
+        leader, kept = self.find_leader(), []
+        for contender in alive:
+            if contender.dropped:
+                continue
+            if contender is not leader:
+                better = self.compare(contender, leader)
+                if better < MIN_PROBABILITY:
+                    contender.dropped = f"better than {leader.plan.size} with a probability of {100 * better:.0f} %"
+                    continue
+            kept.append(contender)
+        return kept
+
+    def compare(self, contender: Contender, leader: Contender) -> float:
+        """Return the probability that a contender is better than the leader, by resampling the same rows for both."""
+        assert contender.outputs is not None and leader.outputs is not None
+        return compute_win_probability(
+            self.plan.task, contender.outputs, leader.outputs, self.targets(leader), self.metric.name, self.sign
+        )
+
+    def describe(self, contender: Contender) -> str:
+        score = self.metric.text(contender.scores[-1]) if contender.scores else "no score"
+        return f"{contender.plan.size} {score}{' (out)' if contender.dropped else ''}"
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what race.json holds."""
+        return {
+            "metric": self.metric.name,
+            "winner": self.winner.plan.size,
+            "contenders": [contender.describe() for contender in self.contenders],
+            "not_raced": [asdict(option) for option in self.plan.advice.options if option.name not in self.names()][:10],
+        }
+
+    def names(self) -> set[str]:
+        return {contender.plan.size for contender in self.contenders}
+
+
+def compute_win_probability(
+    evaluator: Evaluator, outputs: Arrays, others: Arrays, targets: Arrays, metric: str, sign: int, seed: int = 0
+) -> float:
+    """Return how often the outputs score better than others, over bootstrap samples of the same rows; ties count half."""
+    rng, count = np.random.default_rng(seed), len(next(iter(targets.values())))
+    wins, repeats, end = 0.0, 0, time.monotonic() + MAX_BOOTSTRAP_SECONDS
+    while repeats < BOOTSTRAP_REPEATS and (repeats < 10 or time.monotonic() < end):
+        rows = rng.integers(0, count, count)
+        take = lambda arrays: {name: values[rows] for name, values in arrays.items()}  # noqa: B023  # used at once
+        own, other = (evaluator.score(take(each), take(targets))[metric] for each in (outputs, others))
+        wins += 0.5 if own == other else float(sign * own > sign * other)
+        repeats += 1
+    return wins / repeats

@@ -1,0 +1,279 @@
+"""Fitting without gradient descent: linear models and boosted trees (see `fieldguide.core.card.SOLVERS`).
+
+Whatever the fit chooses, such as the strength of a penalty, is chosen by the score on the validation rows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fieldguide.core.card import Card
+from fieldguide.core.errors import TrainingError
+from fieldguide.data.loader import Batches, iterate_in_order
+from fieldguide.training.trees import read_lightgbm
+
+BATCH = 256  # rows whose features are computed at a time
+MAX_VALUES = 100_000_000  # features times rows of a dense linear fit; more rows are left out at random
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # inverse strengths, from the strongest penalty on
+MAX_WORSE = 2  # penalties without improvement after which weaker ones are not tried
+UNSEEN_LOGIT = -20.0  # bias of a class that the fitted rows lack
+TREE_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"learning_rate": 0.1, "num_leaves": 31},
+    {"learning_rate": 0.05, "num_leaves": 15, "feature_fraction": 0.6},
+    {"learning_rate": 0.05, "num_leaves": 63, "feature_fraction": 0.6, "min_data_in_leaf": 40},
+)
+MAX_ROUNDS, PATIENCE = 3000, 50  # trees per class; rounds without improvement after which growing stops
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a solver needs. `score(network)` is the validation score, higher is better; `deadline` is in `time.monotonic`."""
+
+    card: Card
+    config: Any
+    train: Batches  # with the tensor "target"
+    validation: Batches
+    score: Callable[[nn.Module], float]
+    deadline: float = math.inf
+    seed: int = 0
+    log: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A fitted network, its validation score, and what was chosen, in words."""
+
+    network: Any
+    score: float
+    chosen: str
+
+
+def solve(problem: Problem) -> Solution:
+    """Fit the network of a card. Raises `TrainingError` if the fit gives no finite score."""
+    solution = {"linear": fit_linear, "trees": fit_trees}[problem.card.solver](problem)
+    if not math.isfinite(solution.score):
+        raise TrainingError(f"{problem.card.name}: the validation score is not finite, so nothing was fitted.")
+    return solution
+
+
+def iterate_rows(problem: Problem, batches: Batches, most: int | None = None) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of all rows, or of at most `most` that are drawn at random."""
+    rows = None
+    if most is not None and most < len(batches):
+        rows = np.sort(np.random.default_rng(problem.seed).permutation(len(batches))[:most])
+    for _, batch in iterate_in_order(batches, BATCH, rows):
+        yield batch
+
+
+def keep_best(
+    problem: Problem, candidates: Iterator[tuple[str, nn.Module]], max_worse: int = MAX_WORSE
+) -> tuple[Solution, dict[str, Tensor]]:
+    """Return the best of several fits of networks, and its weights.
+
+    Stops after `max_worse` fits in a row that are worse than the best, and at the deadline.
+    """
+    best, weights, worse = None, {}, 0
+    for chosen, network in candidates:
+        value = problem.score(network)
+        if best is None or (math.isfinite(value) and (value > best.score or not math.isfinite(best.score))):
+            best, worse = Solution(network, value, chosen), 0
+            weights = {name: t.clone() for name, t in network.state_dict().items()}
+        else:
+            worse += 1
+        if worse >= max_worse or time.monotonic() > problem.deadline:
+            break
+    assert best is not None, "there is always a first candidate"
+    return best, weights
+
+
+# ------------------------------------------------------------------------------------------------- linear
+
+
+def fit_linear(problem: Problem) -> Solution:
+    """Fit `head` on the features of the training rows, with the penalty that scores best on the validation rows."""
+    names = problem.card.inputs
+    network = build_network(problem)
+    network.eval()
+    with torch.inference_mode():
+        first = next(iterate_rows(problem, problem.train))
+        is_sparse = network.encode(*(first[name] for name in names)).is_sparse
+    most = len(problem.train) if is_sparse else MAX_VALUES // network.head.in_features
+    if most < len(problem.train):
+        problem.log(f"{problem.card.name}: fitted on {most:,} of {len(problem.train):,} training rows, drawn at random")
+    x, y = collect_features(network, iterate_rows(problem, problem.train, most), names)
+    mean, std = (0.0, 1.0) if is_sparse else (x.mean(0), x.std(0))
+    if not is_sparse:
+        std = np.where(std < 1e-6, 1.0, std)  # constant features stay 0
+        x = (x - mean) / std
+    fits = fit_logistic(x, y, network.head.out_features) if y.dtype.kind == "i" else fit_ridge(x, y)
+
+    def candidates() -> Iterator[tuple[str, nn.Module]]:
+        for chosen, weight, bias in fits:
+            set_head(network.head, weight / std, bias - (weight / std) @ np.broadcast_to(mean, weight.shape[1:]))
+            yield chosen, network
+
+    best, weights = keep_best(problem, candidates())
+    network.load_state_dict(weights)
+    return best
+
+
+def build_network(problem: Problem) -> Any:
+    """Return a new network; one whose features depend on the data is built from the training rows."""
+    model: Any = problem.card.model
+    if hasattr(model, "from_inputs"):
+        names = problem.card.inputs
+        return model.from_inputs(
+            problem.config, (tuple(batch[name] for name in names) for batch in iterate_rows(problem, problem.train))
+        )
+    return problem.card.make(problem.config)
+
+
+@torch.inference_mode()
+def collect_features(network: Any, batches: Iterator[dict[str, Tensor]], names: Sequence[str]) -> tuple[Any, np.ndarray]:
+    """Return the features, a matrix or a sparse one, and the targets of all rows."""
+    from scipy import sparse
+
+    parts, targets = [], []
+    for batch in batches:
+        features = network.encode(*(batch[name] for name in names))
+        if features.is_sparse:
+            features = features.coalesce()
+            row, column = features.indices().numpy()
+            features = sparse.csr_matrix((features.values().numpy(), (row, column)), shape=tuple(features.shape))
+        else:
+            features = features.float().numpy()
+        parts.append(features)
+        targets.append(batch["target"].numpy())
+    joined = sparse.vstack(parts, format="csr") if sparse.issparse(parts[0]) else np.concatenate(parts)
+    return joined, np.concatenate(targets)
+
+
+def fit_logistic(x: Any, y: np.ndarray, classes: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield multinomial logistic regressions (words, weights classes x F, bias), from the strongest penalty on."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    present = np.unique(y)
+    if len(present) == 1:
+        bias = np.where(np.arange(classes) == present[0], 0.0, UNSEEN_LOGIT)
+        yield "one class", np.zeros((classes, x.shape[1])), bias
+        return
+    model = LogisticRegression(max_iter=200, warm_start=True)
+    for c in PENALTIES:
+        model.set_params(C=c)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(x, y)
+        weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, UNSEEN_LOGIT)
+        if len(present) == 2:  # one row of weights, for the second class
+            weight[present[1]], bias[present] = model.coef_[0], (0.0, model.intercept_[0])
+        else:
+            weight[present], bias[present] = model.coef_, model.intercept_
+        yield f"logistic regression with C={c:g}", weight, bias
+
+
+def fit_ridge(x: Any, y: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield ridge regressions (words, weights D x F, bias), from the strongest penalty on."""
+    from sklearn.linear_model import Ridge
+
+    for c in PENALTIES:
+        model = Ridge(alpha=1 / c).fit(x, y)
+        yield f"ridge regression with alpha={1 / c:g}", np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+
+
+@torch.no_grad()
+def set_head(head: nn.Linear, weight: np.ndarray, bias: np.ndarray) -> None:
+    """Copy weights and bias into a linear layer."""
+    head.weight.copy_(torch.from_numpy(np.ascontiguousarray(weight)))
+    head.bias.copy_(torch.from_numpy(np.ascontiguousarray(bias)))
+
+
+# -------------------------------------------------------------------------------------------------- trees
+
+
+def fit_trees(problem: Problem) -> Solution:
+    """Grow boosted trees with several settings, as far as time allows, and keep those that score best on validation rows."""
+    x, y = stack_rows(problem, problem.train)
+    x_validation, y_validation = stack_rows(problem, problem.validation)
+    known = y_validation >= 0 if y.dtype.kind == "i" else np.ones(len(y_validation), dtype=bool)
+    data, held = (x, y), (x_validation[known], y_validation[known])
+
+    def candidates() -> Iterator[tuple[str, nn.Module]]:
+        started = time.monotonic()
+        for number, settings in enumerate(TREE_SETTINGS):
+            if number and 2 * (time.monotonic() - started) / number > problem.deadline - time.monotonic():
+                return
+            network, rounds = grow(problem, settings, data, held)
+            words = ", ".join(f"{key}={value}" for key, value in settings.items())
+            yield f"{rounds:,} rounds with {words}", network
+
+    return keep_best(problem, candidates(), max_worse=len(TREE_SETTINGS))[0]
+
+
+def stack_rows(problem: Problem, batches: Batches) -> tuple[np.ndarray, np.ndarray]:
+    """Return numbers and categories of all rows side by side, and the targets."""
+    rows = list(iterate_rows(problem, batches))
+    features = [torch.cat([b["numbers"], b["categories"].float()], 1) for b in rows]
+    return torch.cat(features).numpy(), torch.cat([b["target"] for b in rows]).flatten().numpy()
+
+
+def grow(
+    problem: Problem,
+    settings: dict[str, Any],
+    train: tuple[np.ndarray, np.ndarray],
+    held: tuple[np.ndarray, np.ndarray],
+) -> tuple[nn.Module, int]:
+    """Return a network with trees grown by LightGBM, and the number of rounds. Growing stops early, or at the deadline."""
+    import lightgbm
+
+    config = problem.config
+    classes, is_classification = config.num_classes, train[1].dtype.kind == "i"
+    objective = {"objective": "regression"}
+    if is_classification:
+        objective = {"objective": "multiclass", "num_class": classes} if classes > 2 else {"objective": "binary"}
+    params = {
+        "verbosity": -1,
+        "seed": problem.seed,
+        "deterministic": True,
+        "force_row_wise": True,
+        "num_threads": torch.get_num_threads(),
+        "use_missing": False,
+        "min_data_in_leaf": min(20, max(1, len(train[0]) // 20)),
+        **objective,
+        **settings,
+    }
+
+    def stop_at_deadline(env: Any) -> None:
+        if time.monotonic() > problem.deadline and env.iteration > 0:
+            raise lightgbm.callback.EarlyStopException(env.iteration, env.evaluation_result_list)
+
+    categorical = list(range(config.numbers, config.numbers + len(config.categories)))
+    data = lightgbm.Dataset(*train, categorical_feature=categorical, params=params)
+    callbacks: list[Any] = [lightgbm.early_stopping(PATIENCE, verbose=False), stop_at_deadline]
+    booster = lightgbm.train(
+        params, data, MAX_ROUNDS, valid_sets=[lightgbm.Dataset(*held, reference=data)], callbacks=callbacks
+    )
+    dump = booster.dump_model(num_iteration=booster.best_iteration)
+    trees = [read_lightgbm(tree["tree_structure"]) for tree in dump["tree_info"]]
+    each = dump["num_tree_per_iteration"]
+    # LightGBM has one score for two classes, that of the second one.
+    tree_classes = [1 if is_classification and classes == 2 else number % each for number in range(len(trees))]
+    fitted = replace(
+        config,
+        trees=max(1, len(trees)),
+        nodes=max((len(nodes) for nodes, _ in trees), default=1),
+        depth=max((depth for _, depth in trees), default=0),
+        category_splits=sum("categories" in node for nodes, _ in trees for node in nodes),
+    )
+    network: Any = problem.card.make(fitted)
+    network.set_trees([nodes for nodes, _ in trees], tree_classes, [0.0] * classes)
+    return network, len(trees) // each

@@ -1,0 +1,136 @@
+"""Models that are fitted without gradient descent: equal to LightGBM and scikit-learn, and the best of the penalties."""
+
+from __future__ import annotations
+
+import lightgbm
+import numpy as np
+import pytest
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from fieldguide.data.loader import Batches
+from fieldguide.models import registry
+from fieldguide.models.feedforward.bag_of_ngrams import BagOfNgrams, Config
+from fieldguide.training import solvers, trees
+
+ROWS, TRAIN = 900, 600
+CARDINALITIES = (9, 40)
+
+
+def make_table(classes: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(size=(ROWS, 4)).astype(np.float32)
+    categories = np.stack([rng.integers(0, size, ROWS) for size in CARDINALITIES], 1)
+    signal = numbers[:, 0] * numbers[:, 1] + np.isin(categories[:, 0], [1, 3, 5]) + 0.1 * (categories[:, 1] % 7)
+    target = signal[:, None].astype(np.float32)
+    if classes > 1:
+        target = np.digitize(signal, np.quantile(signal, np.arange(1, classes) / classes))
+    return {name: torch.from_numpy(x) for name, x in (("numbers", numbers), ("categories", categories), ("target", target))}
+
+
+def make_batches(tensors: dict[str, torch.Tensor], rows: slice) -> Batches:
+    part = {name: t[rows] for name, t in tensors.items()}
+    return Batches(len(part["target"]), lambda index, generator: {name: t[index] for name, t in part.items()})
+
+
+def make_problem(name: str, tensors: dict[str, torch.Tensor], **config: object) -> solvers.Problem:
+    card = registry.card(name)
+    train, validation = make_batches(tensors, slice(0, TRAIN)), make_batches(tensors, slice(TRAIN, ROWS))
+    held = validation.make(np.arange(len(validation)), None)
+
+    def score(network: torch.nn.Module) -> float:
+        with torch.no_grad():
+            output = network(*(held[name] for name in card.inputs))
+        if output.shape[1] == 1:
+            return -float((output - held["target"]).square().mean())
+        return -float(torch.nn.functional.cross_entropy(output, held["target"]))
+
+    return solvers.Problem(card, card.resolve_config(None, **config), train, validation, score)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_trees_predict_what_lightgbm_predicts(classes, monkeypatch):
+    boosters = []
+    train = lightgbm.train
+    monkeypatch.setattr(lightgbm, "train", lambda *args, **kwargs: boosters.append(train(*args, **kwargs)) or boosters[-1])
+    monkeypatch.setattr(solvers, "TREE_SETTINGS", solvers.TREE_SETTINGS[:1])
+    tensors = make_table(classes)
+    problem = make_problem("gradient-boosting", tensors, numbers=4, categories=CARDINALITIES, num_classes=classes)
+    solution = solvers.solve(problem)
+    x = torch.cat([tensors["numbers"], tensors["categories"].float()], 1).numpy()
+    expected = boosters[0].predict(x, num_iteration=boosters[0].best_iteration)
+    with torch.no_grad():
+        logits = solution.network(tensors["numbers"], tensors["categories"])
+    ours = logits[:, 0] if classes == 1 else logits.softmax(1) if classes > 2 else logits.softmax(1)[:, 1]
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert solution.network.config.category_splits > 0 and "rounds" in solution.chosen
+    held = make_problem("linear", tensors, numbers=4, categories=CARDINALITIES, num_classes=classes)
+    assert solution.score > solvers.solve(held).score + 0.02  # the product of two numbers is not linear
+
+
+def test_thresholds_are_rounded_down_to_float32():
+    for value in (0.1, 1 / 3, -0.7, 1e-35, 16777217.0):
+        rounded = trees.round_down(value)
+        assert rounded <= value < float(np.nextafter(np.float32(rounded), np.float32(np.inf)))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+@pytest.mark.parametrize("cardinalities", [CARDINALITIES, (9, 2000)], ids=["dense", "sparse"])
+def test_linear_models_equal_scikit_learn(classes, cardinalities):
+    """With the penalty that was chosen; that no other penalty scores better is compared, too."""
+    tensors = make_table(classes)
+    problem = make_problem("linear", tensors, numbers=4, categories=cardinalities, num_classes=classes)
+    solution = solvers.solve(problem)
+    one_hot = [torch.nn.functional.one_hot(c, size) for c, size in zip(tensors["categories"].T, cardinalities)]
+    x = torch.cat([tensors["numbers"], *one_hot], 1).double().numpy()
+    if sum(cardinalities) + 4 <= 1000:  # dense features are standardized
+        mean, std = x[:TRAIN].mean(0), x[:TRAIN].std(0)
+        x = (x - mean) / np.where(std < 1e-6, 1, std)
+    y = tensors["target"].numpy()
+    value = float(solution.chosen.split("=")[1])
+    with torch.no_grad():
+        ours = solution.network(tensors["numbers"], tensors["categories"])[TRAIN:]
+    if classes == 1:
+        expected = Ridge(alpha=value).fit(x[:TRAIN], y[:TRAIN, 0]).predict(x[TRAIN:])
+        np.testing.assert_allclose(ours[:, 0].numpy(), expected, rtol=1e-3, atol=1e-3)
+        return
+    scores = {}
+    for c in solvers.PENALTIES:
+        p = LogisticRegression(C=c, max_iter=2000, tol=1e-8).fit(x[:TRAIN], y[:TRAIN]).predict_proba(x[TRAIN:])
+        scores[c] = np.log(p[np.arange(len(p)), y[TRAIN:]]).mean()
+        if c == value:
+            np.testing.assert_allclose(ours.softmax(1).numpy(), p, atol=5e-3)
+    assert solution.score == pytest.approx(max(scores.values()), abs=2e-3)
+
+
+def test_bag_of_ngrams_equals_tf_idf_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 12, rng.integers(1, 15)).tolist() for _ in range(40)]
+    longest = max(map(len, texts))
+    tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+    mask = torch.tensor([[True] * len(text) + [False] * (longest - len(text)) for text in texts])
+    model = BagOfNgrams.from_inputs(Config(vocab_size=12), [(tokens[:25], mask[:25]), (tokens[25:], mask[25:])])
+    reference = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=r"\d+", analyzer="word")
+    words = [" ".join(map(str, text)) for text in texts]
+    counts = (reference.fit_transform(words) > 0).sum(0).A1
+    names = reference.get_feature_names_out()
+    kept = [i for i, name in enumerate(names) if " " not in name or counts[i] > 1]  # pairs must occur in two texts
+    reference.set_params(vocabulary=[names[i] for i in kept])
+    expected = reference.fit_transform(words).toarray()
+    key = lambda name: sum((int(t) + 1) * 13**i for i, t in enumerate(reversed(name.split())))
+    order = [model.keys.tolist().index(key(names[i])) for i in kept]
+    assert len(kept) == len(model.keys)
+    np.testing.assert_allclose(model.encode(tokens, mask).to_dense().numpy()[:, order], expected, atol=1e-6)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(tokens, mask), model.head(model.encode(tokens, mask).to_dense()), atol=1e-5)
+
+
+def test_a_class_without_training_rows_is_never_predicted():
+    tensors = make_table(3)
+    tensors["target"][:TRAIN][tensors["target"][:TRAIN] == 2] = 0
+    problem = make_problem("linear", tensors, numbers=4, categories=CARDINALITIES, num_classes=3)
+    with torch.no_grad():
+        p = solvers.solve(problem).network(tensors["numbers"], tensors["categories"]).softmax(1)
+    assert (p[:, 2] < 1e-4).all()
