@@ -890,6 +890,7 @@ CASES = {
     "alexnet-2012": Case(inputs=image, peer=equations(pictures.alexnet_2012)),
     "vgg": Case(inputs=image, peer=pictures.peer(pictures.torchvision_vgg, "torchvision"), lr=3e-2),
     "efficientnet": Case(inputs=image, peer=pictures.peer(pictures.timm_efficientnet, "timm")),
+    "efficientnet-lite": Case(inputs=image, peer=pictures.peer(pictures.timm_efficientnet_lite, "timm")),
     "efficientnetv2": Case(inputs=image, peer=pictures.peer(pictures.torchvision_efficientnet_v2, "torchvision")),
     "mobilenetv2": Case(inputs=image, peer=pictures.peer(pictures.torchvision_mobilenet_v2, "torchvision")),
     "mobilenetv3": Case(inputs=image, peer=pictures.peer(pictures.torchvision_mobilenet_v3, "torchvision")),

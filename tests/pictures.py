@@ -128,6 +128,37 @@ def timm_efficientnet(model: nn.Module) -> nn.Module:
     )
 
 
+def timm_efficientnet_lite(model: nn.Module) -> nn.Module:
+    c, builder = model.config, timm.models._efficientnet_builder
+    block_args = builder.decode_arch_def(  # as in timm's _gen_efficientnet_lite, which fixes the widths of stem and top
+        [
+            ["ds_r1_k3_s1_e1_c16"],
+            ["ir_r2_k3_s2_e6_c24"],
+            ["ir_r2_k5_s2_e6_c40"],
+            ["ir_r3_k3_s2_e6_c80"],
+            ["ir_r3_k5_s1_e6_c112"],
+            ["ir_r4_k5_s2_e6_c192"],
+            ["ir_r1_k3_s1_e6_c320"],
+        ],
+        c.depth,
+        fix_first_last=True,
+    )
+    return timm.models.efficientnet.EfficientNet(
+        block_args,
+        c.num_classes,
+        num_features=c.top,
+        in_chans=c.channels,
+        stem_size=c.stem,
+        fix_stem=True,
+        pad_type="same" if c.padding == "same" else "",
+        act_layer=nn.ReLU6,
+        norm_layer=partial(nn.BatchNorm2d, eps=c.eps),
+        round_chs_fn=partial(builder.round_channels, multiplier=c.width),
+        drop_rate=c.dropout,
+        drop_path_rate=c.drop_path,
+    )
+
+
 def huggingface_efficientnet(model: nn.Module) -> nn.Module:
     c = model.config
     return transformers.EfficientNetForImageClassification(

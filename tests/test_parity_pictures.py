@@ -24,6 +24,8 @@ SHAPES = {  # our small networks: size, what differs from it
     "vgg-bn": ("vgg16-bn", {"widths": (4, 6, 8, 10, 12), "hidden": 16}),
     "efficientnet": ("efficientnet-b0", {"width": 0.1, "depth": 0.5}),
     "tf-efficientnet": ("tf-efficientnet-b0", {"width": 0.1, "depth": 0.5}),
+    "efficientnet-lite": ("efficientnet-lite0", {"width": 0.1, "depth": 0.5, "stem": 8, "top": 40}),
+    "tf-efficientnet-lite": ("tf-efficientnet-lite0", {"width": 0.1, "depth": 0.5, "stem": 8, "top": 40}),
     "efficientnetv2": ("efficientnetv2-s", {"widths": (8, 16, 16, 16, 24, 32), "depths": (2, 1, 2, 2, 1, 2), "top": 40}),
     "tf-efficientnetv2": (
         "tf-efficientnetv2-m",
@@ -45,6 +47,8 @@ LIBRARIES = [  # network, origin, their network, how its file comes
     ("efficientnet", "timm", pictures.timm_efficientnet, "safetensors"),
     ("tf-efficientnet", "timm", pictures.timm_efficientnet, "pth"),
     ("tf-efficientnet", "huggingface", pictures.huggingface_efficientnet, "folder"),
+    ("efficientnet-lite", "timm", pictures.timm_efficientnet_lite, "safetensors"),
+    ("tf-efficientnet-lite", "timm", pictures.timm_efficientnet_lite, "pth"),
     ("efficientnetv2", "torchvision", pictures.torchvision_efficientnet_v2, "pth"),
     ("efficientnetv2", "timm", pictures.timm_efficientnet_v2, "safetensors"),
     ("tf-efficientnetv2", "timm", pictures.timm_efficientnet_v2, "pth"),
@@ -194,6 +198,8 @@ def test_training_equals_the_reference(name, build):
 THEIR_NAMES = {
     **{f"tf-efficientnet-b{i}": (timm, f"tf_efficientnet_b{i}") for i in range(8)},
     **{f"efficientnet-b{i}": (torchvision, f"efficientnet_b{i}") for i in range(8)},
+    **{f"tf-efficientnet-lite{i}": (timm, f"tf_efficientnet_lite{i}") for i in range(5)},
+    **{f"efficientnet-lite{i}": (timm, f"efficientnet_lite{i}") for i in range(5)},
     **{f"efficientnetv2-{s}": (torchvision, f"efficientnet_v2_{s}") for s in "sml"},
     **{f"tf-efficientnetv2-{s}": (timm, f"tf_efficientnetv2_{s}") for s in ("s", "m", "l", "xl")},
     **{f"convnext-{s}": (timm, f"convnext_{s}") for s in ("tiny", "small", "base", "large", "xlarge")},
@@ -207,6 +213,7 @@ THEIR_NAMES = {
 QUICK = (
     "efficientnet-b0",
     "tf-efficientnet-b3",
+    "tf-efficientnet-lite2",
     "efficientnetv2-s",
     "tf-efficientnetv2-m",
     "convnext-small",
@@ -248,7 +255,7 @@ def test_published_sizes_equal_the_reference_networks(name):
 
 
 def test_every_published_size_is_compared():
-    mine = {"alexnet", "vgg", "efficientnet", "efficientnetv2", "mobilenetv3", "convnext", "convnextv2"}
+    mine = {"alexnet", "vgg", "efficientnet", "efficientnet-lite", "efficientnetv2", "mobilenetv3", "convnext", "convnextv2"}
     assert set(THEIR_NAMES) == {name for card in mine for name in names() if name in cards()[card].sizes}
 
 

@@ -25,7 +25,7 @@ from fieldguide.automl.time_budget import ENOUGH_STEPS, choose_batch_size, resol
 from fieldguide.checkpoints import load
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
-from fieldguide.core.errors import SettingsError
+from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
@@ -286,6 +286,7 @@ def build_plan(
         dims = {"output_type": kind.output_types, **fitted.model_dims()}
     for note in fitted.notes:
         callback.log(f"note: {note}")
+    choose_metric(fitted, Settings().with_(requested).metric, callback)
     callback.on_phase("choosing a network")
     deterministic = Settings().with_(requested).deterministic
     machine = profile.get_nominal_machine() if deterministic else profile.measure_machine()
@@ -333,6 +334,27 @@ def build_examples(kind: type[Task], source: Data, options: Any, log: Callable[[
         if finding not in source.findings:
             log(f"{finding.severity}: {finding}")
     return built
+
+
+def choose_metric(task: Task, requested: str | None, callback: Any) -> None:
+    """Set the metric of a task to the one that the user asked for, or to one that suits the data.
+
+    Raises `SettingsError` for a metric that the task does not compute.
+    """
+    known = {m.name: m for m in task.metrics if m.better in ("max", "min")}
+    if requested is not None:
+        name = requested.strip().lower().replace(" ", "_").replace("-", "_")
+        by_title = {m.title.lower(): m.name for m in known.values()}
+        task.metric = name if name in known else by_title.get(requested.lower(), "")
+        if not task.metric:
+            raise SettingsError(
+                f"metric={requested!r} is none of the metrics of {task.name}: {', '.join(known)}.{nearest(requested, known)}"
+            )
+        return
+    name, why = task.suggest_metric()
+    if name in known:
+        task.metric = name
+        callback.log(f"metric: {known[task.metric].title}, since {why} (change this with --metric)")
 
 
 def check_splits(kind: type[Task], source: Data, splits: Splits, options: Any) -> None:

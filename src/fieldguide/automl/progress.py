@@ -115,7 +115,7 @@ class Progress:
         from fieldguide.report.pages import format_duration, summarize_result
 
         cost = run.record["cost"]
-        console.print(f"\n[bold]{escape(summarize_result(run.record, run.task.metrics[0]))}[/]")
+        console.print(f"\n[bold]{escape(summarize_result(run.record, run.task.main_metric()))}[/]")
         console.print(
             f"Trained {cost['steps']:,} steps in {format_duration(cost['seconds'])}; peak memory {cost['peak_memory'] / 2**20:,.0f} MiB."
         )

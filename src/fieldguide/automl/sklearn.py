@@ -276,7 +276,7 @@ class FieldguideClassifier(ClassifierMixin, Tabular):
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable class of each row."""
         p = self.predict_proba(X)
-        return self.classes_[p.argmax(1)]
+        return self.classes_[self.task_.decide(p)]
 
 
 class FieldguideRegressor(RegressorMixin, Tabular):

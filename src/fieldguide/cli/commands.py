@@ -98,6 +98,9 @@ def fit(
         Path | None,
         typer.Option(help="A run folder whose training was stopped: test the best weights so far, write the report."),
     ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="The score that selects the best weights and the model; chosen from the data if omitted.")
+    ] = None,
     deterministic: Annotated[
         bool,
         typer.Option("--deterministic", help="Give the same scores again on this machine: nothing depends on measured time."),
@@ -112,6 +115,7 @@ def fit(
     from fieldguide.core.errors import SettingsError
 
     settings = parse_pairs(changes) | ({"deterministic": True} if deterministic else {})
+    settings |= {"metric": metric} if metric is not None else {}
     arguments: dict[str, Any] = {
         "data": data,
         "target": target,

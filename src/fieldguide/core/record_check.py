@@ -24,7 +24,7 @@ RUN: Mapping[str, Any] = {
     "versions?": dict,
     "digests?": dict,
 }
-TASK: Mapping[str, Any] = {"task": str, "columns": list[dict], "options": dict, "state": dict}
+TASK: Mapping[str, Any] = {"task": str, "columns": list[dict], "options": dict, "state": dict, "metric?": str}
 
 
 def check_run(record: Any, place: object) -> None:

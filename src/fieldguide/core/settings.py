@@ -46,6 +46,7 @@ class Settings:
     distillation: str = "hard"  # hard | soft: learn the teacher's predicted class or its probabilities
     precision: str = "auto"  # auto | float32 | bfloat16
     channels_last: bool | None = None  # memory layout of images
+    metric: str | None = None  # score that selects the best weights and the model; None = chosen from task and data
     subgroup: str | None = None  # column whose groups of test rows get scores of their own in the report
     num_workers: int = 0  # processes that prepare batches
     tracker: str = "none"  # none | tensorboard | mlflow | wandb, in addition to metrics.jsonl

@@ -49,7 +49,7 @@ def write_report(
     context.seconds_per_example = test_seconds / max(len(test), 1)
     unknown: dict[str, float] = {}
     record["cost"]["latency"] = attempt("latency", lambda: measure_latency(context), unknown)
-    metrics = [m for m in task.metrics if m.name in record["scores"]["test"]]
+    metrics = [m for m in task.ordered_metrics() if m.name in record["scores"]["test"]]
     column = record["settings"].get("subgroup")
     groups = lambda: build_subgroups(task, metrics, context, column) if column else []
     extras = pages.Extras(

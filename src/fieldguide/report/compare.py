@@ -180,10 +180,10 @@ def compare(runs: Sequence[str | Path | Run], out: str | Path = "compare.html") 
         raise RunError(f"runs of {len(kinds)} tasks cannot be compared ({listed}). Their scores measure different things.")
     if not any(run.scores for run in opened):
         raise RunError("none of the runs is tested yet. Finish one with `fieldguide fit --resume RUN`.")
-    main = opened[0].task.metrics[0]
+    main = opened[0].task.main_metric()
     sign = -1 if main.better == "max" else 1
     opened.sort(key=lambda run: sign * run.scores[main.name] if main.name in run.scores else float("inf"))
-    metrics = [m for m in opened[0].task.metrics if any(m.name in run.scores for run in opened)]
+    metrics = [m for m in opened[0].task.ordered_metrics() if any(m.name in run.scores for run in opened)]
     comparison = Comparison(name_runs(opened), opened, metrics, find_notes(opened), Path(out))
     comparison.write()
     return comparison

@@ -36,7 +36,7 @@ class Extras:
 def write(run: Run, elements: Mapping[str, Sequence[ReportElement]], extras: Extras | None = None) -> None:
     """Write report.html and README.md to the run folder."""
     record, extras = run.record, extras or Extras()
-    metrics = [m for m in run.task.metrics if m.name in record["scores"]["test"]]
+    metrics = [m for m in run.task.ordered_metrics() if m.name in record["scores"]["test"]]
     title = f"{record['model']['size']} on {record['data']['source']}"
     usage = build_usage(str(run.path.resolve()), extras.example, get_data_path(record))
     sections = [

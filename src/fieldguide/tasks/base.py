@@ -94,4 +94,6 @@ class Task(Preprocessor, Evaluator, ReportBuilder):
         values = {"columns": record["columns"], "options": options, "state": record["state"]}
         structure = {"columns": list[Column], "options": kind.Options, "state": kind.state_types()}
         check_structure(values, structure, folder / "task.json")
-        return kind.from_state([Column(**c) for c in record["columns"]], kind.Options(**options), record["state"], folder)
+        loaded = kind.from_state([Column(**c) for c in record["columns"]], kind.Options(**options), record["state"], folder)
+        loaded.metric = record.get("metric", "")
+        return loaded

@@ -43,6 +43,10 @@ class Evaluator:
         """Return reasons why scores on these targets would say little, for example that all targets are equal."""
         return []
 
+    def suggest_metric(self) -> tuple[str, str]:
+        """Return the name of the metric that suits the training data and the reason; empty texts for the task's own choice."""
+        return "", ""
+
     def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         """Fit the parameters of `postprocess` on the trained model's outputs for the validation rows."""
 

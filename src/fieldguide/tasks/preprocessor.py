@@ -277,6 +277,7 @@ class Preprocessor(TaskSpec):
             "columns": [asdict(c) for c in self.columns],
             "options": asdict(self.options),
             "state": self.state(),
+            **({"metric": self.metric} if self.metric else {}),
         }
         (folder / "task.json").write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
 

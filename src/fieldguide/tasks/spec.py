@@ -52,6 +52,7 @@ class TaskSpec:
     further: ClassVar[tuple[str, ...]] = ()  # further column kinds that are read with it
     metrics: ClassVar[tuple[Metric, ...]]  # the first one ranks models
     monitor: ClassVar[str] = ""  # the metric that selects the best checkpoint, if it is not the first one
+    metric: str = ""  # name of the metric that the user chose, or that suits the data; empty for the task's own choice
     recipe: ClassVar[Mapping[str, Any]] = {}  # training settings that override the general defaults
     needs_reference: ClassVar[bool] = False  # the objective takes a frozen copy of the initial model as `reference`
     column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # how the columns of a table are assigned to roles
@@ -92,7 +93,14 @@ class TaskSpec:
         out = lambda c: replace(c, role="ignored", why=f"{cls.name} reads only {' and '.join(read)}")
         return replace(data, columns={n: out(c) if other(c) else c for n, c in data.columns.items()})
 
-    @classmethod
-    def monitored_metric(cls) -> Metric:
-        """Return the metric that selects the best checkpoint."""
-        return next((m for m in cls.metrics if m.name == cls.monitor), cls.metrics[0])
+    def monitored_metric(self) -> Metric:
+        """Return the metric that selects the best weights and the model."""
+        return next((m for m in self.metrics if m.name == (self.metric or self.monitor)), self.metrics[0])
+
+    def main_metric(self) -> Metric:
+        """Return the metric that results are summarized with."""
+        return next((m for m in self.metrics if m.name == self.metric), self.metrics[0])
+
+    def ordered_metrics(self) -> list[Metric]:
+        """Return all metrics, the main one first."""
+        return sorted(self.metrics, key=lambda metric: metric is not self.main_metric())

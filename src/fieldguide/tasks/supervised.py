@@ -99,7 +99,7 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
         return Supervised(model, card.inputs, Classification(settings.label_smoothing, weights))
 
     def preprocessing_state(self) -> dict[str, Any]:
-        return {key: value for key, value in self.state().items() if key not in self.target_state()}
+        return {key: value for key, value in self.state().items() if key not in {*self.target_state(), "threshold"}}
 
     def teacher_inputs(self, other: Any, card: Card) -> Callable[[dict[str, Any]], Sequence[Any]]:
         if self.labels != other.labels:
@@ -109,13 +109,15 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
             )
         return super().teacher_inputs(other, card)
 
-    STATE: ClassVar = {"labels": list[str], "counts": list[float], "temperature": float}
+    STATE: ClassVar = {"labels": list[str], "counts": list[float], "temperature": float, "threshold?": float | None}
 
     def target_state(self) -> dict[str, Any]:
-        return {"labels": self.labels, "counts": self.counts, "temperature": self.temperature}
+        state = {"labels": self.labels, "counts": self.counts, "temperature": self.temperature}
+        return state if self.threshold is None else {**state, "threshold": self.threshold}
 
     def load_target_state(self, state: dict[str, Any]) -> None:
         self.labels, self.counts, self.temperature = state["labels"], state["counts"], state["temperature"]
+        self.threshold = state.get("threshold")
 
     @staticmethod
     def label_state(names: list[str]) -> dict[str, Any]:
@@ -126,11 +128,11 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
         p = outputs["probabilities"]
         return [
             {
-                "label": self.labels[row.argmax()],
-                "probability": float(row.max()),
+                "label": self.labels[code],
+                "probability": float(row[code]),
                 "probabilities": dict(zip(self.labels, map(float, row))),
             }
-            for row in p
+            for code, row in zip(self.decide(p), p)
         ]
 
 

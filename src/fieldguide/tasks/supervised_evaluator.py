@@ -14,6 +14,14 @@ from fieldguide.data.preprocessing import Standardizer
 from fieldguide.tasks.evaluator import Arrays, Baseline, Evaluator
 from fieldguide.tasks.spec import Metric
 
+RARE_CLASS_SHARE = 0.2  # of the rarer of two classes; below it, accuracy says little
+FREQUENT_CLASS_SHARE = 0.7  # of the most frequent of several classes; above it, accuracy says little
+RANKING_METRICS = (
+    "average_precision",
+    "auc",
+    "macro_f1",
+)  # with these, the threshold of two classes is chosen on validation rows
+
 
 class ClassificationEvaluator(Evaluator):
     """Scores probabilities against class codes.
@@ -28,12 +36,41 @@ class ClassificationEvaluator(Evaluator):
         Metric("macro_f1", "max", "F1 averaged over classes", label="macro F1"),
         Metric("log_loss", "min", "nats per example"),
         Metric("auc", "max", "area under the ROC curve, one versus rest", label="AUC"),
+        Metric(
+            "average_precision", "max", "area under the precision-recall curve of the rarer class", label="average precision"
+        ),
         Metric("calibration_error", "min", "mean gap between confidence and accuracy"),
     )
 
     labels: list[str]
     counts: list[int]  # of each class in the training rows
+    metric: str
     temperature: float = 1.0  # divisor of the logits, set by `calibrate`
+    threshold: float | None = None  # of two classes: probability from which on the rarer one is predicted; None = one half
+
+    @property
+    def positive(self) -> int:
+        """Return the rarer of two classes; of equally frequent ones, the second."""
+        return int(np.argmin(self.counts[::-1])) ^ 1 if len(self.labels) == 2 else -1
+
+    def suggest_metric(self) -> tuple[str, str]:
+        share = np.array(self.counts, dtype=float) / max(sum(self.counts), 1)
+        if len(share) == 2 and share.min() < RARE_CLASS_SHARE:
+            name, most = self.labels[self.positive], 100 * share.max()
+            return "average_precision", (
+                f"only {100 * share.min():.1f} % of the training rows are {name!r}, so accuracy says little: always predicting "
+                f"{self.labels[1 - self.positive]!r} is {most:.1f} % correct"
+            )
+        if len(share) > 2 and share.max() > FREQUENT_CLASS_SHARE:
+            name = self.labels[int(share.argmax())]
+            return "macro_f1", f"{100 * share.max():.1f} % of the training rows are {name!r}, so accuracy says little"
+        return "", ""
+
+    def decide(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return the predicted class of each row: the most probable one, or the rarer of two from the threshold on."""
+        if self.threshold is None or len(self.labels) != 2:
+            return probabilities.argmax(1)
+        return np.where(probabilities[:, self.positive] >= self.threshold, self.positive, 1 - self.positive)
 
     def find_doubts(self, targets: Arrays) -> list[str]:
         present = np.unique(targets["label"])
@@ -59,6 +96,10 @@ class ClassificationEvaluator(Evaluator):
             return float((logsumexp(scaled, axis=1) - scaled[rows, y]).sum() + 4 * log_temperature**2)
 
         self.temperature = float(np.exp(minimize_scalar(cost, bounds=(-1.5, 1.5), method="bounded").x))
+        self.threshold = None
+        if len(self.labels) == 2 and self.metric in RANKING_METRICS and len(np.unique(y)) == 2:
+            p = self.postprocess({"probabilities": outputs["probabilities"][known]})["probabilities"][:, self.positive]
+            self.threshold = find_f1_threshold(p, y == self.positive)
 
     def postprocess(self, outputs: Arrays) -> Arrays:
         logits = np.log(np.clip(outputs["probabilities"].astype(np.float64), 1e-30, 1)) / self.temperature
@@ -66,7 +107,7 @@ class ClassificationEvaluator(Evaluator):
 
     def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         p, y = outputs["probabilities"].astype(np.float64), targets["label"]
-        guess = p.argmax(1)
+        guess = self.decide(p)
         right = guess == y
         known, present, f1, recall = y >= 0, np.unique(y), [], []
         for c in present:
@@ -79,11 +120,12 @@ class ClassificationEvaluator(Evaluator):
             "macro_f1": float(np.mean(f1)),
             "log_loss": float(-np.log(np.clip(p[known, y[known]], 1e-12, 1)).mean()) if known.any() else float("nan"),
             "auc": roc_auc(p[known], y[known], present[present >= 0]),
-            "calibration_error": calibration_error(p.max(1), right),
+            "average_precision": average_precision(p[known], y[known], self.positive),
+            "calibration_error": calibration_error(p.max(1), p.argmax(1) == y),
         }
 
     def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
-        right = int((outputs["probabilities"].argmax(1) == targets["label"]).sum())
+        right = int((self.decide(outputs["probabilities"]) == targets["label"]).sum())
         return {**super().intervals(outputs, targets), "accuracy": binomial_interval(right, len(targets["label"]))}
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
@@ -145,6 +187,36 @@ def roc_auc(p: np.ndarray, y: np.ndarray, present: np.ndarray) -> float:
         n = mine.sum()
         areas.append((ranks[mine].sum() - n * (n + 1) / 2) / (n * (len(y) - n)))
     return float(np.mean(areas))
+
+
+def average_precision(p: np.ndarray, y: np.ndarray, positive: int) -> float:
+    """Return the mean precision at each row of a class, in order of probability (equal probabilities count as one step).
+
+    Of two classes, that of the class `positive`; of more, the mean over the classes that occur (`positive` is -1).
+    """
+    classes = [positive] if positive >= 0 else np.unique(y)
+    values = []
+    for c in classes:
+        hit = y == c
+        if not hit.any() or hit.all():
+            continue
+        order = np.argsort(-p[:, c], kind="stable")
+        ends = np.flatnonzero(np.append(np.diff(p[order, c]) != 0, True))
+        found = np.cumsum(hit[order])[ends]
+        values.append(float(np.sum(np.diff(np.append(0, found)) / hit.sum() * found / (ends + 1))))
+    return float(np.mean(values)) if values else float("nan")
+
+
+def find_f1_threshold(p: np.ndarray, positive: np.ndarray) -> float:
+    """Return the threshold with the highest F1: halfway between the last probability that counts and the next one."""
+    order = np.argsort(-p, kind="stable")
+    falling = p[order]
+    ends = np.flatnonzero(np.append(np.diff(falling) != 0, True))
+    hits = np.cumsum(positive[order])[ends]
+    best = int((2 * hits / (ends + 1 + positive.sum())).argmax())
+    last = falling[ends[best]]
+    following = falling[ends[best] + 1] if ends[best] + 1 < len(falling) else 0.0
+    return float((last + following) / 2)
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:

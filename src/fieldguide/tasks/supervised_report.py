@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -45,23 +45,25 @@ class SupervisedReport(ReportBuilder):
     """Builds the importance of the columns."""
 
     metrics: ClassVar[tuple[Metric, ...]]
+    main_metric: Callable[[], Metric]  # of the task
 
     def explain(self, context: ReportContext) -> list[ReportElement]:
         columns = [c for c in self.input_columns() if c.name in context.test.rows.columns]
         has_media = any(c.kind in MEDIA_KINDS for c in columns)
-        return build_importance(cast("Evaluator", self), self.metrics[0], [c.name for c in columns], context, has_media)
+        return build_importance(cast("Evaluator", self), self.main_metric(), [c.name for c in columns], context, has_media)
 
 
 class ClassificationReport(SupervisedReport):
     """Builds the confusion matrix, the scores by class, thresholds, the calibration curve, mistakes, and what they depend on."""
 
     labels: list[str]
+    decide: Callable[[np.ndarray], np.ndarray]  # of the evaluator
 
     def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[ReportElement]]:
         p, y = outputs["probabilities"], targets["label"]
-        guess, classes = p.argmax(1), len(self.labels)
+        guess, classes = self.decide(p), len(self.labels)
         known = y >= 0
         counts = np.bincount(y[known] * classes + guess[known], minlength=classes * classes).reshape(classes, classes)
         rows: list[tuple[Any, ...]] = []
@@ -132,7 +134,12 @@ class ClassificationReport(SupervisedReport):
             predict = lambda data: context.predict(data)["probabilities"]
             weights = weigh_words(predict, context.test, column, row, int(p[row].argmax()))
             quotes.append(
-                Quote(context.test.rows[column][row] or "", self.describe(p, y, row), p[row].argmax() != y[row], weights)
+                Quote(
+                    context.test.rows[column][row] or "",
+                    self.describe(p, y, row),
+                    self.decide(p[row : row + 1])[0] != y[row],
+                    weights,
+                )
             )
         note = (
             "Blue words speak for the predicted class: its probability falls without them. Orange words speak against it. "
@@ -161,7 +168,13 @@ class ClassificationReport(SupervisedReport):
             plain, colored = draw_weights(image, weights)
             caption = self.describe(p, y, row)
             pictures.append(
-                Picture(plain, caption, bool(p[row].argmax() != y[row]), view="image", views={"what matters": colored})
+                Picture(
+                    plain,
+                    caption,
+                    bool(self.decide(p[row : row + 1])[0] != y[row]),
+                    view="image",
+                    views={"what matters": colored},
+                )
             )
         note = (
             "Blue parts speak for the predicted class: its probability falls if they are hidden. Orange parts speak against it. "
@@ -177,18 +190,18 @@ class ClassificationReport(SupervisedReport):
     def describe(self, probabilities: np.ndarray, targets: np.ndarray, row: int) -> str:
         """Return the caption of a row."""
         names = [*self.labels, "a class that is not in the training data"]  # at -1
-        guess = int(probabilities[row].argmax())
-        said = f"{self.labels[guess]} ({100 * probabilities[row].max():.0f} % confident)"
+        guess = int(self.decide(probabilities[row : row + 1])[0])
+        said = f"{self.labels[guess]} ({100 * probabilities[row, guess]:.0f} % confident)"
         return said if guess == targets[row] else f"is {names[targets[row]]}, predicted {said}"
 
     def correct(self, probabilities: np.ndarray, targets: np.ndarray, most: int) -> list[int]:
         """Return random correctly predicted rows."""
-        right = np.flatnonzero(probabilities.argmax(1) == targets)
+        right = np.flatnonzero(self.decide(probabilities) == targets)
         return [int(i) for i in np.random.default_rng(0).permutation(right)[:most]]
 
     def mistakes(self, probabilities: np.ndarray, targets: np.ndarray, most: int) -> list[tuple[int, str]]:
         """Return the wrongly predicted rows, most confident first, each with a caption."""
-        wrong = np.flatnonzero(probabilities.argmax(1) != targets)
+        wrong = np.flatnonzero(self.decide(probabilities) != targets)
         order = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:most]
         return [(int(i), self.describe(probabilities, targets, int(i))) for i in order]
 

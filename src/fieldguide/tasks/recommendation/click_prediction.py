@@ -69,6 +69,9 @@ class ClickPrediction(TabularClassification):
         column = replace(target, kind="category", distinct=2, why=f"yes from {options.positive:g}")
         return replace(data, rows=data.rows.with_columns(yes.alias(target.name)), columns={**data.columns, target.name: column})
 
+    def suggest_metric(self) -> tuple[str, str]:
+        return "", ""  # clicks are rare as a rule, and AUC does not depend on how rare
+
     def inputs(self) -> list[Column]:
         return [*(c for c in self.columns if c.role in ("user", "item")), *super().inputs()]
 
