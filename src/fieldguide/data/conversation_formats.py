@@ -1,8 +1,9 @@
 """The formats in which conversations are stored, converted to one column `messages` of {role, content}.
 
 Read are: `messages` whose content is a text or a list of parts, or that are written as JSON; ShareGPT (`conversations` of {from,
-value}); the columns `prompt` and `completion` or `response`; and the columns `instruction`, `input` or `context`, and `output` or
-`response` of Alpaca and Dolly. A column `system` holds the first message. Pairs of a chosen and a rejected answer are rejected.
+value}); lists of exchanges, such as {human, assistant}; the columns `prompt` and `completion` or `response`; and the columns
+`instruction`, `input` or `context`, and `output` or `response` of Alpaca and Dolly. A column `system` holds the first message.
+Identifiers, sources and the like are left out. Pairs of a chosen and a rejected answer are rejected.
 """
 
 from __future__ import annotations
@@ -43,7 +44,17 @@ SIDE = {
     "language",
     "lang",
 }  # not part of a conversation
-MESSAGE_NAMES = ("messages", "conversations", "conversation")
+MESSAGE_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
+EXCHANGES = (  # fields of a list of exchanges -> their roles, in order
+    {"system": "system", "human": "user", "assistant": "assistant"},
+    {"system": "system", "human": "user", "gpt": "assistant"},
+    {"system": "system", "human": "user", "bot": "assistant"},
+    {"system": "system", "user": "user", "assistant": "assistant"},
+    {"system": "system", "user": "user", "bot": "assistant"},
+    {"system": "system", "input": "user", "output": "assistant"},
+    {"system": "system", "prompt": "user", "response": "assistant"},
+    {"system": "system", "question": "user", "answer": "assistant"},
+)
 SAMPLED_ROWS = 200
 MESSAGE_TYPE = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
@@ -62,7 +73,7 @@ def to_messages(rows: pl.DataFrame) -> Conversations | None:
 
     Raises DataError for pairs of a chosen and a rejected answer.
     """
-    written, rows = rows.schema, parse_written(rows)
+    written, rows = rows.schema, split_exchanges(parse_written(rows))
     names = [name for name in rows.columns if name not in BOOKKEEPING]
     if {"chosen", "rejected"} <= set(names):
         raise DataError(
@@ -74,17 +85,29 @@ def to_messages(rows: pl.DataFrame) -> Conversations | None:
         keys = {f.name for f in inner.fields} if isinstance(inner, pl.Struct) else set()
         with_system = name in MESSAGE_NAMES and rows.schema.get("system") == pl.String
         if {"from", "value"} <= keys or (
-            {"role", "content"} <= keys and (with_system or written[name] == pl.String or not is_plain(rows[name]))
+            {"role", "content"} <= keys and (with_system or written[name] != rows.schema[name] or not is_plain(rows[name]))
         ):
-            return convert_lists(put_system_first(rows, name) if with_system else rows, name)
-    main = [name for name in names if name not in SIDE]
+            return drop_side(convert_lists(put_system_first(rows, name) if with_system else rows, name))
+        if {"role", "content"} <= keys and name in MESSAGE_NAMES and any(map(is_side, names)):
+            return drop_side(Conversations(rows))
+    main = [name for name in names if not is_side(name)]
     if set(main) in PAIRS:
         found = convert_pairs(rows, "completion" if "completion" in main else "response")
     elif {"instruction", "output"} <= (known := {SAME.get(n, n) for n in main}) <= ALPACA and len(known) == len(main):
         found = convert_alpaca(rows.rename({n: SAME[n] for n in main if n in SAME}))
     else:
         return None
-    found.unused = [name for name in names if name in SIDE]
+    return drop_side(found)
+
+
+def is_side(name: str) -> bool:
+    """Return whether a column next to conversations is no part of them, such as an identifier or a source."""
+    return name.lower() in SIDE or name.lower().endswith(("_id", "_uuid"))
+
+
+def drop_side(found: Conversations) -> Conversations:
+    """Return conversations without the columns that are no part of them."""
+    found.unused = [name for name in found.rows.columns if name not in BOOKKEEPING and is_side(name)]
     found.rows = found.rows.drop(found.unused)
     return found
 
@@ -104,6 +127,28 @@ def parse_written(rows: pl.DataFrame) -> pl.DataFrame:
             continue
         if isinstance(inner := getattr(made.dtype, "inner", None), pl.Struct) and len(inner.fields) > 1:
             rows = rows.with_columns(made)
+    return rows
+
+
+def split_exchanges(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows with lists of exchanges, such as {human, assistant}, as lists of messages."""
+    for name in MESSAGE_NAMES:
+        inner = getattr(rows.schema.get(name), "inner", None)
+        fields = {f.name for f in inner.fields} if isinstance(inner, pl.Struct) else set()
+        roles = next((r for r in EXCHANGES if set(r) - {"system"} <= fields <= {*r, *SIDE}), None)
+        if roles is None:
+            continue
+        made = [
+            messages
+            and [
+                {"role": role, "content": one[field]}
+                for one in filter(None, messages)
+                for field, role in roles.items()
+                if field in fields and (one[field] is not None or role != "system")
+            ]
+            for messages in rows[name].to_list()
+        ]
+        rows = rows.with_columns(pl.Series(name, made, dtype=MESSAGE_TYPE, strict=False))
     return rows
 
 
@@ -155,7 +200,7 @@ def convert_lists(rows: pl.DataFrame, name: str) -> Conversations:
             turns.append({"role": ROLE_OF.get(str(role).lower(), role), "content": text})
         converted.append(turns)
     found.rows = rows.with_columns(pl.Series(name, converted, dtype=MESSAGE_TYPE))
-    if name == "conversations":
+    if name in MESSAGE_NAMES and MESSAGES not in found.rows.columns:
         found.rows = found.rows.rename({name: MESSAGES})
     return found
 

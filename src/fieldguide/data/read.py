@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -124,7 +125,9 @@ def split_by_folders(raw: RawTable) -> None:
     if raw.splits is not None or name is None or FILE not in raw.rows.columns or raw.rows.schema[name] != pl.String:
         return
     paths = [PurePosixPath(relative_path(raw.root / v, raw.root)).parts if v else () for v in raw.rows[name].to_list()]
-    splits = [folder_split(parts[0]) if len(parts) > 1 else None for parts in paths]
+    levels = zip(*(parts[:-1] for parts in paths))
+    common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))  # of data/train/1.png and data/test/1.png: 1
+    splits = [folder_split(parts[common]) if len(parts) > common + 1 else None for parts in paths]
     if all(splits) and "train" in splits and len(set(splits)) > 1:
         raw.splits = np.array(splits, dtype=object)
         what = f"the folders in {name!r} are used as the splits"

@@ -49,7 +49,12 @@ def accepts(source: Any, options: Options) -> int:
         return 10 if source.suffix.lower() in SOUND_SUFFIXES else 0
     if not any(True for _ in find_recordings(source)):
         return 0
-    return 9 if table.list_tables(source) or any(p.with_suffix(".txt").is_file() for p in find_recordings(source)) else 7
+    return (
+        9
+        if table.list_tables(table.find_table_folder(source))
+        or any(p.with_suffix(".txt").is_file() for p in find_recordings(source))
+        else 7
+    )
 
 
 def find_recordings(folder: Path) -> Iterable[Path]:
@@ -68,6 +73,7 @@ def load(source: Path, options: Options) -> RawTable:
             if text_file.is_file()
             else load_without_transcripts([source], source.parent)
         )
+    source = table.find_table_folder(source)
     paths = list(find_recordings(source))
     if table.list_tables(source):
         raw = table.load(source, options)

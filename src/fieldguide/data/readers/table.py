@@ -1,9 +1,8 @@
-"""Reader for tables: CSV, TSV, Parquet and JSON Lines; one file, or a folder with one file per split."""
+"""Reader for tables: CSV, TSV, Parquet, JSON Lines and lists of JSON objects; one file, or a folder with one file per split."""
 
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,20 @@ from fieldguide.core.hardware import ram
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, LINE, FileEntry, Finding
 from fieldguide.data.readers import delimited
-from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, list_visible, relative_path, sha256, split_of
+from fieldguide.data.readers.json_tables import is_list_of_objects, read_json_lines, read_json_list
+from fieldguide.data.source import SPLIT_NAMES, Options, RawTable, folder_split, list_visible, relative_path, sha256, split_of
 
 NAME = "table"
 UNDERSTANDS = (
-    "tables (.csv, .tsv, .parquet, .jsonl): one file, a folder with one such file, or with one for each of train, val and test"
+    "tables (.csv, .tsv, .parquet, .jsonl, or .json with a list of objects): one file, a folder with one such file, or with one for "
+    "each of train, val and test"
 )
 DELIMITED, PARQUET, JSON = (".csv", ".tsv", ".tab", ".inter"), (".parquet", ".pq"), (".jsonl", ".ndjson")
 OTHER_DELIMITED = (".data", ".dat")  # of repositories such as UCI's; not searched for in folders
 SUPPORTED_SUFFIXES = DELIMITED + PARQUET + JSON
 CELL_BYTES = 16  # of memory for a cell, at least
+NOTES = (".md", ".txt", ".pdf", "")  # files next to a folder of data, such as a readme or license
+MAX_JSON_FILES = 10  # JSON files of a folder that may be tables
 SPLIT_COLUMNS = ("split", "subset", "partition")
 
 
@@ -34,13 +37,31 @@ def accepts(source: Any, options: Options) -> int:
         return 0
     if source.is_file():
         suffix = source.suffix.lower()
-        return 10 if suffix in SUPPORTED_SUFFIXES else 8 if suffix in OTHER_DELIMITED else 0
-    return 8 if list_tables(source) else 0
+        return (
+            10 if suffix in SUPPORTED_SUFFIXES else 8 if suffix in OTHER_DELIMITED else 3 if is_list_of_objects(source) else 0
+        )
+    tables = list_tables(source)
+    return 0 if not tables else 3 if any(p.suffix.lower() == ".json" for p in tables) else 8
 
 
 def list_tables(folder: Path) -> list[Path]:
-    """Return the table files in a folder."""
-    return [p for p in list_visible(folder)[0] if p.is_file() and p.suffix.lower() in SUPPORTED_SUFFIXES]
+    """Return the table files in a folder; if there are none, JSON files that are lists of objects."""
+    files = [p for p in list_visible(folder)[0] if p.is_file()]
+    found = [p for p in files if p.suffix.lower() in SUPPORTED_SUFFIXES]
+    lists = [p for p in files if p.suffix.lower() == ".json"] if not found else []
+    return found or [p for p in lists[:MAX_JSON_FILES] if is_list_of_objects(p)]
+
+
+def find_table_folder(folder: Path) -> Path:
+    """Return the folder of tables: the folder itself, or one that it contains alone (data/metadata.csv); else the folder."""
+    inner = folder
+    while not list_tables(inner):
+        found = list_visible(inner)[0]
+        folders = [p for p in found if p.is_dir() and not p.is_symlink()]
+        if len(folders) != 1 or any(p.suffix.lower() not in NOTES for p in found if p.is_file()):
+            return folder
+        inner = folders[0]
+    return inner
 
 
 def load(source: Path, options: Options) -> RawTable:
@@ -53,7 +74,7 @@ def load(source: Path, options: Options) -> RawTable:
         raw = split_by_column(load_file(files[0], source, options))
         raw.findings += submissions
         return raw
-    named = {p: split_of(p.name) for p in files}
+    named = {p: split_of(p.name) or folder_split(p.stem) for p in files}
     if None in named.values() or len(set(named.values())) < len(files):
         listed = ", ".join(p.name for p in files)
         raise DataError(
@@ -91,7 +112,7 @@ def load_file(path: Path, root: Path, options: Options) -> RawTable:
         rows = read_parquet(content, name)
     else:
         content, findings = delimited.decode(content, name)
-        rows = read_json_lines(content, name)
+        rows = (read_json_list if suffix == ".json" else read_json_lines)(content, name)
     rows.insert_column(rows.width, pl.repeat(0, rows.height, dtype=pl.Int32, eager=True).alias(FILE))
     return RawTable(rows, [FileEntry(name, *entry, rows=rows.height)], root, findings, delimiter=delimiter)
 
@@ -117,32 +138,6 @@ def check_size(content: bytes, name: str) -> None:
         raise DataError(
             f"{name}: {height:,} rows of {width:,} columns do not fit into the memory of this machine ({ram() >> 30} GiB). Use fewer."
         )
-
-
-def read_json_lines(content: bytes, name: str) -> pl.DataFrame:
-    """Read JSON Lines; nested objects become columns such as a.b. Raises DataError for the first invalid line."""
-    lines = [i for i, l in enumerate(content.split(b"\n"), 1) if l.strip()]
-    try:
-        rows = pl.read_ndjson(io.BytesIO(content), infer_schema_length=None)
-    except (pl.exceptions.PolarsError, RuntimeError):
-        rows = None
-    if rows is None or rows.height != len(lines):
-        for number, line in enumerate(content.split(b"\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                ok = isinstance(json.loads(line), dict)
-            except (ValueError, RecursionError):
-                ok = False
-            if not ok:
-                raise DataError(f"{name}:{number}: not a JSON object. JSON Lines has one {{...}} per line.")
-        raise DataError(f"{name}: could not be read as JSON Lines.")
-    for name, kind in rows.schema.items():
-        if not isinstance(kind, pl.Struct):
-            continue
-        fields = [f"{name}.{field.name}" for field in kind.fields]  # {"a": {"b": 1}} -> a.b
-        rows = rows.with_columns(pl.col(name).struct.rename_fields(fields)).unnest(name)
-    return rows.with_columns(pl.Series(LINE, lines, dtype=pl.Int64))
 
 
 def split_by_column(raw: RawTable) -> RawTable:
