@@ -191,6 +191,33 @@ def test_files_with_0_1_and_with_0_255_hold_the_same_classes(tmp_path, first):
     assert finding(data, "mixed-mask-values").severity == "warning"
 
 
+@pytest.mark.parametrize("factor", [127, 100, 85, 40])
+@pytest.mark.parametrize("first", [0, 1])
+def test_files_with_numbers_and_with_gray_levels_hold_the_same_classes(tmp_path, factor, first):
+    names, classes, data = learned(
+        pairs(tmp_path, lambda mask, i: (mask * (factor if i % 2 == first else 1)).astype(np.uint8), classes=3)
+    )
+    assert names == ["0", "1", "2"] and all((classes[i] == squares(i, classes=3)).all() for i in range(8))
+    assert "are read as the same classes" in finding(data, "mixed-mask-values").what
+
+
+def test_gray_levels_in_different_files_are_reported(tmp_path):
+    names, _, data = learned(pairs(tmp_path, lambda mask, i: (mask * (128 if i % 2 else 255)).astype(np.uint8)))
+    assert names == ["0", "128", "255"]
+    found = finding(data, "mixed-mask-values")
+    assert found.severity == "warning" and "none holds both" in found.what and "same value" in found.remedy
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2, 100], [0, 1, 2, 30, 77], [0, 128, 255]])
+def test_other_values_are_not_the_same_classes(tmp_path, values):
+    def encode(mask, i):
+        if len(values) == 3:
+            return np.array(values, np.uint8)[mask]
+        return np.array([0, *([1, 2] if i % 2 else values[-2:])], np.uint8)[mask]
+
+    assert not any(f.check == "mixed-mask-values" for f in build(pairs(tmp_path, encode, classes=3)).findings)
+
+
 @pytest.mark.parametrize(
     "encode",
     [

@@ -4,7 +4,7 @@ All masks are inspected. The decisions, in this order:
 
 1. Colors: if the names are given by color, or palettes differ between files, masks are matched by color.
 2. Interpolated masks (saved as JPEG, or anti-aliased) with two main values are divided by a threshold; others are rejected.
-3. Files with 0 and 1 next to files with 0 and 255 hold the same two classes.
+3. Files with 0 and 1 next to files with 0 and 255, or with 0, 1, 2 next to 0, 127, 254, hold the same classes.
 4. 255 without a name is void if it is rare or a border around objects, or follows three or more consecutive values; a gray
    level if the other values are gray levels; otherwise the user has to decide.
 """
@@ -104,25 +104,16 @@ def decide(data: Data, paths: Sequence[Mask], known: dict[str, Any], ignore: lis
         )
         totals = count_values(contents, found)
         has_void = False
-    elif set(totals) == {0, 1, VOID} and not any({1, VOID} <= set(values.tolist()) for values in found) and has_void:
-        mixed = [i for i, values in enumerate(found) if 1 in values]
-        if VOID not in ignored and 1 not in ignored:
-            value, other = (1, VOID) if 1 in given else (VOID, 1)
-            aliases = ((other, value),)
+    elif has_void and (same := find_scaled_values(found, totals, given, ignored)):
+        aliases = tuple(same.items())
+        mixed = [i for i, values in enumerate(found) if np.isin(values, list(same)).any()]
+        findings.append(describe_scaled_values(data, same, mixed, len(found)))
+        for other, value in aliases:
             found = [np.where(values == other, value, values) for values in found]
-            findings.append(
-                Finding(
-                    "mixed-mask-values",
-                    "warning",
-                    f"{len(mixed):,} masks hold 0 and 1, and {len(found) - len(mixed):,} hold 0 and 255: 1 and 255 are read as the "
-                    "same class",
-                    tuple(data.locate_row(i) for i in mixed[:5]),
-                    1,
-                    "If they differ, name the classes in classes.txt, or leave 255 out with --set task.ignore=255.",
-                )
-            )
-            totals = count_values(contents, found)
-            has_void = False
+        totals = count_values(contents, found)
+        has_void = False
+    elif not given:
+        findings += find_gray_levels(data, found, totals)
     share = lambda value: totals.get(value, 0) / max(1, sum(totals.values()))
     is_open = has_void and VOID in totals and VOID not in given and VOID not in ignored and len(totals) > 2
     if is_open and is_void(data, paths, coding, totals):
@@ -170,6 +161,65 @@ def decide(data: Data, paths: Sequence[Mask], known: dict[str, Any], ignore: lis
             )
         )
     return MaskClasses(names, values, coding, threshold, aliases, void, present, findings)
+
+
+def find_scaled_values(
+    found: Sequence[np.ndarray], totals: dict[int, int], given: dict[int, str], ignored: set[int]
+) -> dict[int, int]:
+    """Return value -> class value of masks that hold the classes as gray levels next to masks with their numbers, else {}.
+
+    Such are 0 and 255 next to 0 and 1, or 0, 127 and 254 next to 0, 1 and 2. No mask holds both.
+    """
+    small, large = (
+        [v for v in sorted(totals) if low < v <= high] for low, high in ((0, MAX_LISTED_CLASS), (MAX_LISTED_CLASS, VOID))
+    )
+    if not small or not large or len(small) + len(large) + (0 in totals) < len(totals) or ignored & {*small, *large}:
+        return {}
+    if any(np.isin(values, small).any() and np.isin(values, large).any() for values in found):
+        return {}
+    factor = large[-1] / small[-1]
+    pairs = {v: round(v / factor) for v in large}
+    if any(n not in small or abs(v - n * factor) > 1 for v, n in pairs.items()) or len(set(pairs.values())) < len(small):
+        return {}
+    if pairs == {VOID: 1} and 1 not in given:
+        return {1: VOID}
+    return pairs if (len(pairs) > 1 or pairs == {VOID: 1}) and (not given or set(small) <= set(given)) else {}
+
+
+def describe_scaled_values(data: Data, same: dict[int, int], mixed: Sequence[int], count: int) -> Finding:
+    """Return the warning that masks hold the same classes as different values; `same` are those in the masks `mixed`."""
+    one, other = (" and ".join(map(str, [0, *sorted(values)])) for values in (same, same.values()))
+    pairs = ", ".join(f"{a} and {b}" for a, b in sorted((*sorted(p),) for p in same.items()))
+    many = len(same) > 1
+    return Finding(
+        "mixed-mask-values",
+        "warning",
+        f"{len(mixed):,} masks hold {one}, and {count - len(mixed):,} hold {other}: {pairs} are read as the same "
+        f"class{'es' if many else ''}",
+        tuple(data.locate_row(i) for i in mixed[:5]),
+        1,
+        "If they differ, name the classes in classes.txt" + ("." if many else ", or leave 255 out with --set task.ignore=255."),
+    )
+
+
+def find_gray_levels(data: Data, found: Sequence[np.ndarray], totals: dict[int, int]) -> list[Finding]:
+    """Return the warning that each mask holds 0 and one of two other gray levels, such as 128 and 255, if that is so."""
+    levels = [v for v in sorted(totals) if v]
+    rows = [[i for i, values in enumerate(found) if v in values] for v in levels]
+    if len(levels) != 2 or levels[0] < MIN_CONTRAST or levels[1] > VOID or set(rows[0]) & set(rows[1]):
+        return []
+    first, second = levels
+    return [
+        Finding(
+            "mixed-mask-values",
+            "warning",
+            f"{len(rows[0]):,} masks hold 0 and {first}, and {len(rows[1]):,} hold 0 and {second}, but none holds both: they are read as "
+            "two classes",
+            tuple(data.locate_row(i) for i in rows[0][:5]),
+            1,
+            "If they are the same class, export all masks with the same value.",
+        )
+    ]
 
 
 def choose_coding(contents: Sequence[MaskContent], known: dict[str, Any], findings: list[Finding]) -> Coding:
