@@ -36,8 +36,8 @@ def weekdays(days, weeks=20):
     return [dt.date(2021, 1, 4) + dt.timedelta(7 * w + d) for w in range(weeks) for d in days]
 
 
-def series(path, times):
-    return write(path, ["time,value", *(f"{t},{10 + 3 * np.sin(i / 3):.3f}" for i, t in enumerate(times))])
+def series(path, times, name="time"):
+    return write(path, [f"{name},value", *(f"{t},{10 + 3 * np.sin(i / 3):.3f}" for i, t in enumerate(times))])
 
 
 @pytest.mark.parametrize("gaps", [(), (7, 20)])
@@ -107,6 +107,53 @@ def test_months_after_a_short_february(tmp_path, days):
 def test_times_without_a_frequency_are_an_error(tmp_path, times):
     with pytest.raises(DataError, match=r"the times are irregular: with steps of"):
         read(series(tmp_path / "t.csv", times), column_spec=SPEC)
+
+
+@pytest.mark.parametrize(
+    ("hours", "weekdays_only", "words"),
+    [
+        (np.arange(9.5, 16, 0.5), True, "from 09:30 to 15:30 on Monday to Friday"),
+        (np.arange(8, 18), False, "from 08:00 to 17:00 "),
+        (np.arange(9.5, 16, 1 / 12), True, "from 09:30 to 15:55 on Monday to Friday"),
+    ],
+)
+def test_opening_hours_are_named_as_the_cause(tmp_path, hours, weekdays_only, words):
+    days = [dt.datetime(2023, 3, 1) + dt.timedelta(d) for d in range(28)]
+    times = [d + dt.timedelta(minutes=round(60 * h)) for d in days if d.weekday() < 5 or not weekdays_only for h in hours]
+    with pytest.raises(DataError, match=f"because there are rows only {words}") as caught:
+        read(series(tmp_path / "t.csv", times), column_spec=SPEC)
+    assert "--time COLUMN" in str(caught.value)
+    rows = "".join(f"{i},{i % 7}\n" for i in range(len(times)))
+    (tmp_path / "n.csv").write_text("row,value\n" + rows)
+    assert build_panel(read(tmp_path / "n.csv", column_spec=SPEC, time="row")).frequency.unit == "number"  # the remedy
+
+
+def test_gaps_at_random_are_no_opening_hours(tmp_path):
+    times = [
+        dt.datetime(2023, 3, 1) + dt.timedelta(hours=int(h)) for h in np.cumsum(np.random.default_rng(0).integers(1, 9, 99))
+    ]
+    with pytest.raises(DataError) as caught:
+        read(series(tmp_path / "t.csv", times), column_spec=SPEC)
+    assert "there are rows only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("mark", "name"), [("-", "time"), ("/", "period"), (" ", "yearweek")])
+def test_years_and_weeks_without_a_letter(tmp_path, mark, name):
+    weeks = [f"{year}{mark}{week:02d}" for year in (2018, 2019) for week in range(1, 53)]
+    data = read(series(tmp_path / "t.csv", weeks, name=name), column_spec=SPEC)
+    assert build_panel(data).frequency.words == "week" and data.rows[name][4] == dt.datetime(2018, 1, 29)
+    again = read({name: [f"2019{mark}05"], "value": [1.5]}, schema=data.schema(), column_spec=SPEC, labels_optional=True)
+    assert again.rows[name][0] == dt.datetime(2019, 1, 28)  # a week although it could be May
+
+
+def test_months_seasons_and_named_weeks(tmp_path):
+    months = [f"{y}-{m:02d}" for y in range(2015, 2019) for m in range(1, 13)]
+    assert build_panel(read(series(tmp_path / "m.csv", months), column_spec=SPEC)).frequency.words == "month"
+    seasons = [f"{y}-{y % 100 + 1}" for y in range(2013, 2050)]
+    data = read({"time": seasons, "x": [i % 7 / 2 for i in range(37)], "y": ["a", "b"] * 18 + ["a"]}, target="y")
+    assert data.columns["time"].kind != "date"
+    data = read(series(tmp_path / "w.csv", [f"2019-{w:02d}" for w in range(1, 13)], name="week"), column_spec=SPEC)
+    assert build_panel(data).frequency.words == "week"
 
 
 @pytest.mark.parametrize("days", [14, 15, 10, 7])
@@ -201,6 +248,11 @@ def test_forecasts_of_few_rows_continue_the_calendar_of_training(tmp_path):
         ("Date,Time", lambda i: f"{i // 24 + 20:02d}/03/2013,{i % 24:02d}.00.00", "2013-03-20T01:00", "hour"),
         ("dteday,hr", lambda i: f"2013-03-{i // 24 + 1:02d},{i % 24}", "2013-03-01T01:00", "hour"),
         ("date,hour", lambda i: f"2013-03-{i // 24 + 1:02d},{i % 24 + 1}", "2013-03-01T02:00", "hour"),  # 1 to 24
+        ("date,hhmm", lambda i: f"2013-03-{i // 48 + 1:02d},{i // 2 % 24:02d}{i % 2 * 3}0", "2013-03-01T00:30", "30 minutes"),
+        ("date,time", lambda i: f"2013-03-{i // 24 + 1:02d},{i % 24 * 100}", "2013-03-01T01:00", "hour"),
+        ("DATE,HrMn", lambda i: f"201303{i // 24 + 1:02d},{i % 24:02d}00", "2013-03-01T01:00", "hour"),
+        ("yyyymmdd,hhmm", lambda i: f"20130301,{i // 60}{i % 60:02d}", "2013-03-01T00:01", "minute"),
+        ("date,hour_ending", lambda i: f"2013-03-{i // 24 + 1:02d},{i % 24 + 1}00", "2013-03-01T02:00", "hour"),
     ],
 )  # fmt: skip
 def test_timestamps_in_several_columns(tmp_path, names, make, expected, step):
@@ -210,6 +262,20 @@ def test_timestamps_in_several_columns(tmp_path, names, make, expected, step):
     assert build_panel(data).frequency.words == step and finding(data, "timestamp-parts").severity == "note"
     again = write(tmp_path / "again.csv", [f"{names},value", *rows[:3]])
     assert read(again, schema=data.schema(), column_spec=SPEC).rows["timestamp"][1].isoformat(timespec="minutes") == expected
+
+
+def test_the_meaning_of_a_time_without_a_colon_is_stored(tmp_path):
+    rows = [f"2013-03-01,{i // 60}{i % 60:02d},{np.sin(i):.3f}" for i in range(120)]
+    schema = read(write(tmp_path / "t.csv", ["date,time,value", *rows]), target="value", column_spec=SPEC).schema()
+    again = write(tmp_path / "again.csv", ["date,time,value", "2013-03-02,10,1.5", "2013-03-02,11,1.5"])
+    assert read(again, schema=schema, column_spec=SPEC).rows["timestamp"][0] == dt.datetime(2013, 3, 2, 0, 10)
+
+
+@pytest.mark.parametrize("top", [1275, 2500])
+def test_numbers_that_are_no_times_of_day(tmp_path, top):
+    rows = [f"2013-03-{i % 28 + 1:02d},{1200 + i % (top - 1200)},{np.sin(i):.3f}" for i in range(1400)]
+    data = read(write(tmp_path / "t.csv", ["date,time,value", *rows]), target="value")
+    assert data.columns["time"].kind == "number"
 
 
 def test_a_column_of_dates_and_times_needs_no_hour(tmp_path):

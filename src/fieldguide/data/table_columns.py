@@ -45,7 +45,7 @@ class TableColumns:
         self.media = media
         self.lenient, self.why = lenient, dict[int, str]()  # row -> reason why it is unusable
         self.known: dict[str, Column] = {}  # columns of a trained model
-        self.time_parts: dict[str, tuple[str, ...]] = {}  # timestamp -> columns that it was formed from
+        self.time_parts: dict[str, dict[str, Any]] = {}  # timestamp -> fields of its format: the columns that form it
         self.problems: list[CellProblems] = []
         self.name, self.raw, self.options, self.allow_bad, self.column_spec = name, raw, options, allow_bad, column_spec
         self.findings = list(raw.findings)
@@ -119,7 +119,8 @@ class TableColumns:
         other = None if given else column_spec.by_name("time", [n for n in self.names if n not in (*roles, *parts)])
         if not parts or other or len(given) == 1:
             return
-        name = self.replace_parts(parts, next(n for n in ("timestamp", "-".join(parts)) if n not in self.names))
+        hhmm = time_parts.plain_name(parts[0]) in time_parts.DATES and time_parts.is_hhmm(self.raw.rows[parts[1]])
+        name = self.replace_parts(parts, next(n for n in ("timestamp", "-".join(parts)) if n not in self.names), hhmm)
         for part in parts:
             roles.pop(part, None)
         roles[name] = "time"
@@ -131,10 +132,10 @@ class TableColumns:
             1,
         )
 
-    def replace_parts(self, parts: list[str], name: str) -> str:
+    def replace_parts(self, parts: list[str], name: str, hhmm: bool) -> str:
         """Replace columns that are parts of a timestamp by the timestamp, and return its name."""
-        joined = time_parts.join_parts([self.raw.rows[p] for p in parts], name)
-        self.time_parts = {name: tuple(parts)}
+        joined = time_parts.join_parts([self.raw.rows[p] for p in parts], name, hhmm)
+        self.time_parts = {name: {"parts": parts, **({"hhmm": True} if hhmm else {})}}
         self.raw.rows = self.raw.rows.drop(parts).with_columns(joined)
         self.names = [*(n for n in self.names if n not in parts), name]
         return name
@@ -202,7 +203,7 @@ class TableColumns:
             if parts and column.name not in self.names:
                 self.match_names(list(parts))
                 if set(parts) <= set(self.names):
-                    self.replace_parts(list(parts), column.name)
+                    self.replace_parts(list(parts), column.name, bool((column.date_format or {}).get("hhmm")))
         needed = [c.name for c in known if c.role in REQUIRED_ROLES]
         missing = [n for n in needed if n not in self.names]
         if missing:

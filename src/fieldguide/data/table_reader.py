@@ -177,7 +177,7 @@ class TableReader(TableColumns):
             )
             column = typed.column
             if name in self.time_parts:
-                column.date_format = {**(column.date_format or {}), "parts": list(self.time_parts[name])}
+                column.date_format = {**(column.date_format or {}), **self.time_parts[name]}
             column.kind = self.column_spec.media.get(column.kind, column.kind)
             if role != "feature":
                 column.role = role

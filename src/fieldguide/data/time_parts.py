@@ -22,8 +22,12 @@ SECOND_PARTS = {  # columns next to a year -> what is written before them in ISO
     "-W": ("week", "wk", "week_number", "week_of_year", "weekofyear", "iso_week", "isoweek", "weeknum"),
     "-": ("doy", "dayofyear", "day_of_year", "yday", "julian_day"),
 }
-DATES = ("date", "dteday", "datum", "day", "fecha", "data")
-CLOCKS = ("time", "time_of_day", "uhrzeit", "heure", "hora", "hour", "hr", "hh", "hour_ending", "hourending")
+DATES = ("date", "dteday", "datum", "day", "fecha", "data", "yyyymmdd", "ymd")
+HHMM = ("hhmm", "hh_mm", "hrmn", "time_hhmm")
+CLOCKS = (
+    *HHMM,
+    *("time", "time_of_day", "uhrzeit", "heure", "hora", "hour", "hr", "hh", "hour_ending", "hourending"),
+)
 CLOCK = r"^\d{1,2}(?:[:.]\d{2}){1,2}(?:\s*[AaPp][Mm])?$"
 
 
@@ -66,20 +70,29 @@ def holds_clocks(values: pl.Series) -> bool:
     if not text.len():
         return False
     if numbers.null_count() == 0 and bool((numbers == numbers.round()).all()):
-        return bool(numbers.is_between(0, 24).all())
+        return bool(numbers.is_between(0, 24).all()) or is_hhmm(values)
     return bool(text.str.replace_all(r"\.00$", ".00").str.contains(CLOCK).all())
 
 
-def join_parts(columns: list[pl.Series], name: str) -> pl.Series:
+def is_hhmm(values: pl.Series) -> bool:
+    """Return whether a column holds times as integers, such as 30, 930 and 2359."""
+    numbers = whole_numbers(values).drop_nulls()
+    fits = numbers.len() and bool((numbers.is_between(0, 2400) & (numbers % 100 < 60)).all())
+    return bool(fits) and (plain_name(values.name) in HHMM or bool((numbers > 24).any()))
+
+
+def join_parts(columns: list[pl.Series], name: str, hhmm: bool) -> pl.Series:
     """Return the timestamps that columns write together, as text; null where a part is missing.
 
-    Months may be names. Years of two digits have the pivot of other dates.
+    With `hhmm`, a time of day such as 930 is 9:30. Months may be names. Years of two digits have the pivot of other dates.
     """
     kinds = [plain_name(c.name) for c in columns]
     numbers = [whole_numbers(c) for c in columns]
     if len(columns) == 2 and kinds[0] in DATES:
         clock = columns[1].cast(pl.String).str.strip_chars()
         hours = numbers[1].cast(pl.String).str.zfill(2) + ":00"
+        if hhmm:
+            hours = numbers[1].cast(pl.String).str.zfill(4).str.replace(r"^(\d{2})(\d{2})$", "${1}:${2}")
         clock = clock.str.replace_all(".", ":", literal=True).zip_with(numbers[1].is_null(), hours)
         return (columns[0].cast(pl.String).str.strip_chars() + " " + clock).rename(name)
     short = (numbers[0] < 100).fill_null(False)

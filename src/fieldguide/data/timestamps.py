@@ -25,6 +25,8 @@ MIN_DATE_FRACTION = 0.9  # minimum fraction of the values of a column that are d
 YEARS = (1000, 2999)  # plausible years
 COMPACT_YEARS = (1900, 2100)  # plausible years in integers such as 20190101
 SECOND = 1_000_000  # microseconds
+YEAR_NUMBER = r"^(\d{4})\s?[-/ ]\s?(\d{1,2})$"
+MIN_WEEKS = 3  # minimum number of distinct values that cannot be months in a column of years and weeks
 MONTH_WORDS = {
     1: "january jan januar jänner janvier janv enero ene",
     2: "february feb februar février févr fév fevrier fevr febrero",
@@ -94,7 +96,8 @@ class DateFormat:
 
     `order` is the order of 12/05/2023: "dmy", "mdy" or "ymd"; "" if only unambiguous dates are read. `zone` and `region` are
     those of `ZoneChoice`; "" if the values have no time zone. `compact` allows integers such as 20190101; with `weeks`, 201905
-    is a week, not a month. `parts` are the columns that the timestamp is formed from.
+    and 2019-05 are weeks, not months. `parts` are the columns that the timestamp is formed from; with `hhmm`, one of them holds times such
+    as 930.
     """
 
     order: str = ""
@@ -104,12 +107,15 @@ class DateFormat:
     parts: tuple[str, ...] = ()
     region: str = ""
     weeks: bool = False
+    hhmm: bool = False
 
     def parse(self, text: pl.Series) -> pl.Series:
         """Return the dates, microseconds; null where the text is not a date in this format."""
         if self.compact:
             text = split_digits(text, self.weeks)
-        elif not self.zone:
+        if self.weeks:
+            text = mark_weeks(text)
+        elif not self.zone and not self.compact:
             fast = parse_fast(text)
             if fast is not None:
                 return fast
@@ -158,6 +164,11 @@ def infer_dates(
     sample = present.gather_every(max(1, present.len() // SAMPLE_VALUES)).head(SAMPLE_VALUES)
     if not sample.len() or not bool(sample.str.contains(r"\d").any()):
         return None
+    if are_written_weeks(present):
+        weeks = DateFormat(weeks=True)
+        values = weeks.parse(text)
+        is_complete = values.null_count() == text.null_count()
+        return InferredDates(weeks, values, f"years and weeks such as {present[0]}") if is_complete else None
     if not order and (fast := parse_fast(text)) is not None and fast.null_count() == text.null_count():
         return InferredDates(DateFormat(), fast, "dates such as " + str(present[0]))
     tried = parse_local(split_values(sample.unique()), order or "dmy")
@@ -189,6 +200,24 @@ def infer_dates(
         doubt = choice.doubt or "values without an offset are read as UTC, like the others"
         remedy = "Write the offset from UTC in every value, such as 2024-12-31 18:00+01:00."
     return InferredDates(form, values, ", ".join(words), doubt, remedy)
+
+
+def are_written_weeks(present: pl.Series) -> bool:
+    """Return whether values such as 2015-45 are years and weeks: from 1 to 53, which cannot all be months, or named so."""
+    if not present.len() or not bool(present.head(SAMPLE_VALUES).str.contains(YEAR_NUMBER).all()):
+        return False
+    groups = present.unique().str.extract_groups(YEAR_NUMBER).struct.unnest()
+    year, number = (groups[c].cast(pl.Int64) for c in groups.columns)
+    if number.null_count() or not bool(number.is_between(1, 53).all() and year.is_between(*COMPACT_YEARS).all()):
+        return False
+    beyond = int((number > 12).sum())
+    is_named = re.search(r"(?i)week|(^|_)(wk|kw)(_|$)", present.name) is not None
+    return (beyond >= MIN_WEEKS or is_named) and (is_named or not are_seasons(present.unique()))
+
+
+def mark_weeks(text: pl.Series) -> pl.Series:
+    """Return years and weeks such as 2015-05 as 2015-W05."""
+    return text.str.replace(YEAR_NUMBER, "${1}-W${2}")
 
 
 def spread(text: pl.Series, distinct: pl.Series, values: pl.Series) -> pl.Series:

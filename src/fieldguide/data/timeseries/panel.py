@@ -95,6 +95,12 @@ FINDINGS: dict[str, tuple[Severity, str, str]] = {  # name: severity, descriptio
         "the times are irregular: with steps of {step}, most rows lie between steps or more than half of the steps are missing",
         "Resample the data to equal steps first: sum or average by hour, day, ... {hint}",
     ),
+    "opening-hours": (
+        "error",
+        "the times are irregular: with steps of {step}, more than half of the steps are missing, because there are rows only from "
+        "{first} to {last}{days}",
+        "Add a column that numbers the rows of each series, and use it as the time: --time COLUMN. Each row is then one step.",
+    ),
     "mixed-steps": (
         "warning",
         "series whose time step differs from that of the others, {step}: {names}",
@@ -292,6 +298,11 @@ def moments_as_series(data: Data, layout: str, known: Frequency | None = None) -
     placed = place_on_grid(data, frequency, at, row, cuts)
     if placed is None and findings and findings[-1].check == "mixed-steps":
         return None, [*findings[:-1], replace(findings[-1], severity="error")]
+    if placed is None and (hours := find_opening_hours(frequency, at)):
+        return None, [
+            *findings,
+            make_finding(data, "opening-hours", row[:MAX_SHOWN_PLACES], len(row), step=frequency.article, **hours),
+        ]
     if placed is None:
         return None, [
             *findings,
@@ -304,6 +315,20 @@ def moments_as_series(data: Data, layout: str, known: Frequency | None = None) -
     source[where[where >= 0]] = row[where >= 0]
     values[where[where >= 0]] = table[row[where >= 0]]
     return finish_panel(data, layout, frequency, targets, values, source, moments, start, names, [*findings, *more])
+
+
+def find_opening_hours(frequency: Frequency, at: np.ndarray) -> dict[str, str]:
+    """Return the first and last time of day, and the days of the week if some lack rows, of steps within hours of the day; else {}."""
+    if frequency.unit != "clock" or frequency.size >= DAY:
+        return {}
+    clock, counts = np.unique(at % DAY, return_counts=True)
+    if len(clock) < 2 or (np.diff(clock) != frequency.size).any() or np.ptp(clock) + 2 * frequency.size > DAY:
+        return {}
+    if counts.min() < MAX_MISSING_FRACTION * counts.max():
+        return {}
+    first, last = (str(np.int64(t).astype("M8[us]").astype("M8[m]"))[11:] for t in (clock[0], clock[-1]))
+    weekdays = bool(np.is_busday(at.astype("M8[us]").astype("M8[D]")).all()) and np.ptp(at) >= 7 * DAY
+    return {"first": first, "last": last, "days": " on Monday to Friday" if weekdays else ""}
 
 
 def row_series(data: Data) -> pl.Series:
