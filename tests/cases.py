@@ -951,6 +951,9 @@ CASES = {
     ),
     "bag-of-ngrams": Case(inputs=tokens, peer=equations(references.bag_of_ngrams), lr=0.1),
     "hog-linear": Case(inputs=image, peer=lambda model: equations(references.hog_linear(model.config))(model), num_classes=3),
+    "exponential-smoothing": Case(
+        inputs=series, peer=lambda model: equations(references.exponential_smoothing(model.config))(model)
+    ),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),
     "tabm": Case(inputs=table, peer=tabm_package),
     "deepfm": Case(

@@ -239,6 +239,64 @@ def bag_of_ngrams(p: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def exponential_smoothing(config: Any) -> Callable[..., Tensor]:
+    """ETS(A, Ad, A), one window and one set of parameters at a time; chosen by earlier forecasts, or else by AIC."""
+
+    def smooth(y: list[float], alpha: float, beta: float, phi: float, gamma: float, m: int) -> tuple:
+        first = sum(y[:m]) / m
+        level, trend = first, ((sum(y[m : 2 * m]) / m - first) / m if phi else 0.0)
+        season, squared, count = [value - first if m > 1 else 0.0 for value in y[:m]], 0.0, 0
+        for t, value in enumerate(y):
+            error = value - level - phi * trend - season[t % m]
+            level, trend = level + phi * trend + alpha * error, phi * trend + beta * error
+            season[t % m] += gamma * error if m > 1 else 0.0
+            if t >= min(max(2 * m, len(y) // 4), len(y) - 1):
+                squared, count = squared + error**2, count + 1
+        return level, trend, season, squared / count, count
+
+    def extend(level: float, trend: float, season: list[float], phi: float, start: int) -> list[float]:
+        return [
+            level + sum(phi**i for i in range(1, h + 1)) * trend + season[(start + h - 1) % config.season]
+            for h in range(1, config.horizon + 1)
+        ]
+
+    def forecast(y: list[float]) -> list[list[float]]:
+        m, horizon, candidates = config.season, config.horizon, []
+        origins = [len(y) - horizon - i * max(1, horizon // 2) for i in range(3)]
+        origins = [o for o in origins if o >= max(2 * m, 4)]
+        for alpha in (0.0, 0.02, 0.1, 0.3, 0.6, 1.0):
+            for share, phi in ((0.0, 0.0), (0.1, 0.9), (0.03, 1.0)) if alpha else ((0.0, 0.0),):
+                for g in (0.0, 0.05, 0.3, 1.0) if m > 1 else (0.0,):
+                    values = (alpha, alpha * share, phi, g * (1 - alpha))
+                    level, trend, season, variance, count = smooth(y, *values, m)
+                    parameters = 1 + 2 * (phi > 0) + 2 * (g > 0)
+                    cost = count * math.log(variance) + 2 * parameters
+                    if origins:
+                        cost = 0.0
+                        for origin in origins:
+                            early = smooth(y[:origin], *values, m)
+                            ahead = extend(*early[:3], phi, origin)
+                            cost += sum(abs(a - b) for a, b in zip(ahead, y[origin : origin + horizon]))
+                    candidates.append((cost, values, level, trend, season, variance))
+        _, (alpha, beta, phi, gamma), level, trend, season, variance = min(candidates, key=lambda c: c[0])
+        steps, spread = [], 1.0
+        for h in range(1, config.horizon + 1):
+            damped = sum(phi**i for i in range(1, h + 1))
+            mean = extend(level, trend, season, phi, len(y))[h - 1]
+            normal = [
+                math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * q - 1, dtype=torch.float64))) for q in config.quantiles
+            ]
+            steps.append([mean, *(mean + z * math.sqrt(variance * spread) for z in normal)])
+            spread += (alpha + beta * damped + (gamma if m > 1 and h % m == 0 else 0.0)) ** 2
+        return steps
+
+    def function(p: dict[str, Tensor], series: Tensor) -> Tensor:
+        rows = [[forecast(window[:, c].tolist()) for c in range(window.shape[1])] for window in series]
+        return p["scale"] * torch.tensor(rows, dtype=series.dtype).transpose(1, 2)
+
+    return function
+
+
 def hog_linear(config: Any) -> Callable[..., Tensor]:
     """Dalal and Triggs 2005, sections 6.2 to 6.4, pixel by pixel."""
 

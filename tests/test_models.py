@@ -370,6 +370,8 @@ def test_rows_are_independent(name):
 @EVERY
 def test_learns_one_batch(name):
     card, row = case(name)
+    if card.solver == "none":
+        pytest.skip("it has no weights that depend on the data")
     torch.manual_seed(0)
     model = create(card.tiny, **dict(row.overrides)).train()
     inputs = batch(name, 8, torch.float32)

@@ -19,9 +19,11 @@ def clock(monkeypatch):
     """Make passes take time in proportion to the rows, independent of the machine."""
     took = lambda batch: EACH * len(batch["x"])
     monkeypatch.setattr(
-        time_budget, "choose_precision", lambda objective, batch, device, say: ("float32", False, {"float32": took(batch)})
+        time_budget,
+        "choose_precision",
+        lambda objective, batch, device, say, budget: ("float32", False, {"float32": took(batch)}),
     )
-    monkeypatch.setattr(time_budget, "measure_step_seconds", lambda objective, batch, *how: took(batch))
+    monkeypatch.setattr(time_budget, "measure_step_seconds", lambda objective, batch, *how, **limits: took(batch))
 
 
 def resolved(rows=4096, fewest=8, **settings):

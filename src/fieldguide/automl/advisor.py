@@ -206,9 +206,10 @@ def measure_cost(
     try:
         config = build_config(card, size, needs) if config is None else config
         option.parameters = count_parameters(card, config)
-        option.multiply_adds = profile.count_multiply_adds(
-            card.name, config, length=facts.get("tokens", 64), side=facts.get("side", 224)
-        )
+        if not card.solver:  # those are cheap, and their lookups and sums are not counted
+            option.multiply_adds = profile.count_multiply_adds(
+                card.name, config, length=facts.get("tokens", 64), side=facts.get("side", 224)
+            )
     except (DataError, SettingsError, ValueError) as error:  # for example, images too small for its pooling
         option.rejected = str(error)
         return

@@ -83,6 +83,7 @@ PRETRAINING_OBJECTIVES: dict[str, str] = {
 # How a model is fitted without gradient descent -> what is fitted.
 SOLVERS: dict[str, str] = {
     "linear": "`model.head` is fitted to `model.encode(...)` as a logistic or ridge regression",
+    "none": "nothing: the model has no weights that depend on the data",
     "trees": "gradient-boosted trees are grown and stored with `model.set_trees`",
 }
 

@@ -59,7 +59,7 @@ class Solution:
 
 def solve(problem: Problem) -> Solution:
     """Fit the network of a card. Raises `TrainingError` if the fit gives no finite score."""
-    solution = {"linear": fit_linear, "trees": fit_trees}[problem.card.solver](problem)
+    solution = {"linear": fit_linear, "trees": fit_trees, "none": fit_nothing}[problem.card.solver](problem)
     if not math.isfinite(solution.score):
         raise TrainingError(f"{problem.card.name}: the validation score is not finite, so nothing was fitted.")
     return solution
@@ -95,6 +95,13 @@ def keep_best(
     return best, weights
 
 
+def fit_nothing(problem: Problem) -> Solution:
+    """Return a model that has no weights to fit."""
+    network = problem.card.make(problem.config)
+    network.eval()
+    return Solution(network, problem.score(network), "nothing is fitted")
+
+
 # ------------------------------------------------------------------------------------------------- linear
 
 
@@ -110,20 +117,26 @@ def fit_linear(problem: Problem) -> Solution:
     if most < len(problem.train):
         problem.log(f"{problem.card.name}: fitted on {most:,} of {len(problem.train):,} training rows, drawn at random")
     x, y = collect_features(network, iterate_rows(problem, problem.train, most), names)
-    mean, std = (0.0, 1.0) if is_sparse else (x.mean(0), x.std(0))
-    if not is_sparse:
-        std = np.where(std < 1e-6, 1.0, std)  # constant features stay 0
-        x = (x - mean) / std
-    fits = fit_logistic(x, y, network.head.out_features) if y.dtype.kind == "i" else fit_ridge(x, y)
-
-    def candidates() -> Iterator[tuple[str, nn.Module]]:
-        for chosen, weight, bias in fits:
-            set_head(network.head, weight / std, bias - (weight / std) @ np.broadcast_to(mean, weight.shape[1:]))
-            yield chosen, network
-
-    best, weights = keep_best(problem, candidates())
+    candidates = ((chosen, network) for chosen in iterate_heads(network.head, x, y))
+    best, weights = keep_best(problem, candidates)
     network.load_state_dict(weights)
     return best
+
+
+def iterate_heads(head: nn.Linear, x: Any, y: np.ndarray) -> Iterator[str]:
+    """Fit a linear layer to features and targets with one penalty after the other, and yield what was chosen, in words.
+
+    Dense features are standardized for that; sparse ones are not, since they would no longer be sparse.
+    """
+    mean, std = 0.0, 1.0
+    if isinstance(x, np.ndarray):
+        mean, std = x.mean(0), x.std(0)
+        std = np.where(std < 1e-6, 1.0, std)  # constant features stay 0
+        x = (x - mean) / std
+    fits = fit_logistic(x, y, head.out_features) if y.dtype.kind == "i" else fit_ridge(x, y)
+    for chosen, weight, bias in fits:
+        set_head(head, weight / std, bias - (weight / std) @ np.broadcast_to(mean, weight.shape[1:]))
+        yield chosen
 
 
 def build_network(problem: Problem) -> Any:

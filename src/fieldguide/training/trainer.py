@@ -43,6 +43,9 @@ MAX_BATCH_CHANGE_STEP = 80  # last step at which batches may be enlarged
 PACE_CHECK_STEPS = 20  # steps before the time of a step is first measured; then after twice as many steps, and so on
 TARGET_TIME_FRACTION = 0.97  # fraction of its time limit that training should use
 MIN_REPLAN_CHANGE = 0.1  # relative change of the remaining steps below which the plan is kept
+FINAL_CHECKS = (0.75, 0.92)  # of the steps, when their number is reconsidered, so that training ends in time
+MIN_FINAL_CHECK_STEPS = 60  # fewer steps are not reconsidered near the end
+MIN_FINAL_CHANGE = 0.03  # relative change of the remaining steps below which the plan is kept near the end
 MIN_REPORTED_CHANGE = 0.3  # relative change of the remaining steps above which it is logged
 
 
@@ -223,7 +226,7 @@ class Trainer:
                 if scored:
                     self.evaluate_and_keep_best()
                     state.seconds = before + time.monotonic() - started
-                if state.most and self.time_limit and is_pace_check(state.step) and self.replan_steps():
+                if state.most and self.time_limit and self.is_pace_check() and self.replan_steps():
                     stream = self.make_batch_stream()
                 if self.is_true_anywhere(self.stopping):
                     self.save_and_stop()
@@ -253,6 +256,11 @@ class Trainer:
         self.time_limit = seconds
         if self.state.most and seconds:
             self.replan_steps()
+
+    def start_from_scored(self, score: float) -> None:
+        """Take the present weights as the best so far, with this score; training continues from them."""
+        self.state.best, self.state.best_step = score, 0
+        self.best = {k: t.detach().clone() for k, t in self.kept.state_dict().items()}
 
     def attach(self, folder: Path) -> None:
         """Use a run folder from now on, and write the log so far to it."""
@@ -343,7 +351,8 @@ class Trainer:
         total = min(state.most, state.step + max(1, possible // factor))
         before = settings.resolved_steps
         left, planned = total - state.step, before - state.step
-        changes = abs(left - planned) > MIN_REPLAN_CHANGE * planned and planned >= MIN_REPLAN_CHANGE * before
+        tolerance = MIN_REPLAN_CHANGE if is_pace_check(state.step) else MIN_FINAL_CHANGE
+        changes = abs(left - planned) > tolerance * planned and planned >= MIN_FINAL_CHANGE * before
         if goal <= 0 or not (changes or factor > 1):
             return False
         if abs(left - planned) > MIN_REPORTED_CHANGE * planned:
@@ -354,6 +363,12 @@ class Trainer:
             self.pace_start = (state.step, state.seconds)  # steps take longer now
         self.replan()
         return True
+
+    def is_pace_check(self) -> bool:
+        """Return whether the number of steps is reconsidered after this step: at its doublings, and twice near the end."""
+        steps = self.settings.resolved_steps
+        is_final = steps >= MIN_FINAL_CHECK_STEPS and self.state.step in [int(part * steps) for part in FINAL_CHECKS]
+        return is_final or is_pace_check(self.state.step)
 
     def find_batch_factor(self, possible: int) -> int:
         """Return the power of two by which batches can grow, if `possible` more steps of the present size fit into the time."""

@@ -67,6 +67,7 @@ class Forecasting(Task):
         Metric("coverage_80", "near 80 %", "of values inside the 80 % interval", percent=True, label="80 % coverage"),
         Metric("coverage_90", "near 90 %", "of values inside the 90 % interval", percent=True, label="90 % coverage"),
     )
+    baseline_models: ClassVar = ("exponential-smoothing",)
     recipe: ClassVar = {"patience": 10}
     min_batch_size = 32
 
@@ -155,6 +156,8 @@ class Forecasting(Task):
             "length": self.options.length,
             "horizon": self.options.horizon,
             "values": 1 + len(QUANTILES),
+            "quantiles": QUANTILES,
+            "season": self.options.season,
             "channels": 1,
             "past": self.covariates.past,
             "known": self.covariates.known,
