@@ -230,6 +230,19 @@ def test_signs_of_tiff_values(tmp_path, array, form, low, high):
     assert (np.diff(shown) >= 0).all() and shown[0] == 0 and shown[-1] == 255
 
 
+@pytest.mark.parametrize(("dtype", "order"), [(np.uint8, "<"), (np.uint8, ">"), (np.uint16, "<")])
+def test_white_may_be_stored_as_zero(tmp_path, dtype, order):
+    top = np.iinfo(dtype).max
+    values = (np.arange(64) * (1 if dtype == np.uint8 else 1000)).astype(dtype).reshape(8, 8)
+    (tmp_path / "0.tif").write_bytes(encode_tiff(values, 1, order=order))
+    (tmp_path / "1.tif").write_bytes(encode_tiff((top - values).astype(dtype), 0, order=order))
+    data = read(tmp_path)
+    scale = learn_scale(data.rows)
+    assert dtype == np.uint8 or scale == (0, 63_000)
+    black, white = images.load(data.rows["image"].to_list(), 8, 1, scale=scale).numpy()
+    assert (black == white).all() and (np.diff(black.ravel().astype(int)) >= 0).all()
+
+
 DEEP = np.arange(192, dtype=np.uint16).reshape(8, 8, 3)
 
 

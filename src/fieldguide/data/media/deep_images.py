@@ -16,7 +16,8 @@ from PIL import Image
 ARRAY = "array"  # key in `Image.info` of an array H W 3 with colors of more than 8 bits
 MAX_TAG_VALUES = 16  # values of a TIFF tag that are read; images have fewer channels
 FORMAT_NAMES = {1: "", 2: "signed ", 3: "float "}  # sample formats of TIFF
-SAMPLES, BITS, EXTRA, FORMAT, PLANES = 277, 258, 338, 339, 284  # tags of TIFF
+SAMPLES, BITS, EXTRA, FORMAT, PLANES, PHOTOMETRIC = 277, 258, 338, 339, 284, 262  # tags of TIFF
+WHITE_IS_ZERO = 0  # value of PHOTOMETRIC
 
 
 def find_loss(image: Image.Image) -> str | None:
@@ -126,6 +127,23 @@ def read_deep_values(image: Image.Image) -> np.ndarray | None:  # -> H W or H W 
         opacity = np.maximum(values[..., 3:], 1).astype(np.float64)
         return np.minimum(values[..., :3] * 65535.0 / opacity, 65535).round().astype(np.uint16)
     return values[..., :3]
+
+
+def read_light_values(image: Image.Image) -> np.ndarray | None:  # -> H W or H W 3
+    """Return the values of `read_deep_values`, larger for lighter pixels: gray TIFF files may store white as zero.
+
+    Pillow inverts such files of 8 bits only. Masks are read as stored.
+    """
+    values = read_deep_values(image)
+    tags: Any = getattr(image, "tag_v2", {})
+    if (
+        image.format != "TIFF"
+        or tags.get(PHOTOMETRIC) != WHITE_IS_ZERO
+        or image.mode not in ("I;16", "I;16B", "I;16L", "I;16N", "I")
+    ):
+        return values
+    stored = np.asarray(image) if values is None else values
+    return np.iinfo(stored.dtype).max - stored if stored.dtype.kind == "u" else values
 
 
 def decode_again(image: Image.Image, file: Any, raw: str) -> np.ndarray:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.media.deep_images import ARRAY, describe_tiff, find_loss, has_other_channels, read_deep_values
+from fieldguide.data.media.deep_images import ARRAY, describe_tiff, find_loss, has_other_channels, read_light_values
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ def check_one(path: str | Path) -> ImageCheck:
                 return ImageCheck("several-pages", f"{pages} pages", size, sha)
             if named := find_loss(image):
                 return ImageCheck("unsupported-image", named, size, sha)
-            deep = read_deep_values(image)
+            deep = read_light_values(image)
             traits = find_traits(image, suffix, deep is not None)
             image.load()
             width, height, mode = *image.size, image.mode
@@ -403,7 +403,7 @@ def convert_mode(image: Image.Image, mode: str, scale: Scale | None = None) -> I
 
     `scale` holds the values of more than 8 bits that become 0 and 255.
     """
-    deep = read_deep_values(image) if scale is not None else None
+    deep = read_light_values(image) if scale is not None else None
     image.load()
     orientation = image.getexif().get(0x0112, 1)
     if deep is not None:
