@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CODE := src tests benchmarks docs tools
 
-.PHONY: run test test-all lint format catalogue fuzz new-model clean
+.PHONY: run test test-all lint format catalogue fuzz plan-errors new-model clean
 
 run: $(VENV)/ready-to-run          ## train on real data: handwritten digits
 	$(BIN)/fieldguide fit digits
@@ -30,6 +30,9 @@ catalogue: $(VENV)/ready-to-run    ## docs/catalogue.md and the index of the com
 
 fuzz: $(VENV)/ready-to-test          ## mutate a valid file of every format that is read
 	$(BIN)/python tools/fuzz.py
+
+plan-errors: $(VENV)/ready-to-run  ## measure the errors of `fieldguide plan` on an idle machine (hours); ARGS=--all for all anew
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/plan_errors.py $(ARGS)
 
 new-model: $(VENV)/ready-to-run    ## make new-model NAME=my-net FAMILY=convolutional
 	$(BIN)/python tools/new_model.py $(NAME) $(FAMILY)

@@ -26,9 +26,10 @@ MAY = {
     "tasks": {"core", "data", "metrics", "models", "objectives"},
     "checkpoints": {"core", "data", "models"},
     "inference": {"core", "data", "models", "objectives", "training", "tasks", "checkpoints"},
+    "planning": {"core", "models", "objectives", "training"},  # memory and time of steps, without running them
     "report": {"core", "data", "inference", "tasks"},
-    "automl": {"core", "data", "models", "objectives", "training", "tasks", "checkpoints", "inference", "report"},
-    "cli": {"core", "data", "models", "tasks", "checkpoints", "inference", "report", "automl"},
+    "automl": {"core", "data", "models", "objectives", "training", "tasks", "checkpoints", "inference", "planning", "report"},
+    "cli": {"core", "data", "models", "tasks", "checkpoints", "inference", "planning", "report", "automl"},
     "__main__": {"cli"},
 }
 # Oracles, and what only they or a user bring along.

@@ -1,0 +1,289 @@
+"""A typical step of an architecture: its objective and a batch, as the task for its output type builds them.
+
+Floating-point tensors may be on the meta device, where they take no memory. Integer tensors are real, because their values
+decide how much work there is (padding, experts, masked tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.core.card import Card
+from fieldguide.models import registry
+from fieldguide.objectives import (
+    CTC,
+    Adversarial,
+    Classification,
+    Contrastive,
+    Detection,
+    Diffusion,
+    Forecast,
+    MaskedLM,
+    NextToken,
+    Objective,
+    Regression,
+    SpanPrediction,
+    Supervised,
+    TokenClassificationObjective,
+)
+from fieldguide.objectives.next_item import NextItem
+from fieldguide.objectives.segmentation import Segmentation
+
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+BOXES_PER_IMAGE = 8
+MASKED_SHARE = 0.15  # of the tokens in masked language modeling
+SYMBOLS_PER_FRAME = 0.1  # of a transcript
+
+
+@dataclass
+class Workload:
+    """An objective, a batch for it, and how it predicts. `calls` is the number of calls of `predict` for one prediction."""
+
+    objective: Objective
+    batch: dict[str, Tensor]
+    predict: Callable[[Any, dict[str, Tensor]], Any] = lambda objective, batch: objective.outputs(batch)
+    calls: int = 1
+    labels: tuple[str, ...] = field(default=())  # tensors that only training has
+
+
+class MeanSquare(Objective):
+    """Mean square of a network's output: stands for the loss of a network that has no objective of its own."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str]):
+        super().__init__()
+        self.model, self.inputs = model, tuple(inputs)
+
+    def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
+        return {"loss": self.outputs(batch)["values"].square().mean()}
+
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"values": self.model(*(batch[name] for name in self.inputs)).float()}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a batch, for axes that the config leaves open."""
+
+    batch: int = 1
+    length: int = 64
+    side: int = 224
+    device: str = "meta"  # of floating-point tensors
+
+
+def build_network(card: Card, config: Any, device: str = "meta") -> nn.Module:
+    with torch.device(device):
+        return card.make(config)
+
+
+def build_workload(card: Card, config: Any, shape: Shape, network: nn.Module | None = None) -> Workload:
+    """Return the training objective and a batch of an architecture.
+
+    `network` is an existing network of this config; by default one is made on `shape.device`.
+    """
+    network = build_network(card, config, shape.device) if network is None else network
+
+    def get(word: str, default: Any = None) -> Any:
+        return getattr(config, card.names.get(word, word), default)
+
+    inputs = build_inputs(card, config, shape)
+    output: str = get("output_type") if get("output_type") in card.output_types else card.output_types[0]
+    return BUILDERS.get(output, build_mean_square)(card, network, inputs, shape, get)
+
+
+def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
+    """Return the inputs of a network by name. The sizes are those of the config where it has them."""
+
+    def get(word: str, default: Any) -> Any:
+        value = getattr(config, card.names.get(word, word), None)
+        return default if value is None else value
+
+    rows, device = shape.batch, shape.device
+    side, channels = get("image", shape.side), get("channels", 3)
+    length = shape.length if card.endless else min(shape.length, get("length", shape.length))
+    floats = lambda *sizes: torch.randn(rows, *sizes) if device != "meta" else torch.empty(rows, *sizes, device="meta")
+    vocabulary = get("vocab_size", 0) or get("items", 0) or 2
+    whole = lambda width: torch.ones(rows, width, dtype=torch.bool)
+    text = lambda width: torch.randint(1, max(vocabulary, 2), (rows, width))
+    if card.input_type == "image":
+        return {"image": floats(channels, side, side)}
+    if card.input_type == "tokens":
+        return {"tokens": text(length), "mask": whole(length)}
+    if card.input_type == "pair":
+        return {"source": text(length), "source_mask": whole(length), "tokens": text(length), "mask": whole(length)}
+    if card.input_type == "items":
+        return {"items": text(length), "mask": whole(length)}
+    if card.input_type == "table":
+        categories = [torch.randint(1, max(size, 2), (rows,)) for size in get("categories", ())]
+        codes = torch.stack(categories, 1) if categories else torch.zeros(rows, 0, dtype=torch.int64)
+        return {"numbers": floats(get("numbers", 8)), "categories": codes}
+    if card.input_type == "sequence":
+        return {"sequence": floats(shape.length, get("dim", None) or get("d_model", 64))}
+    if card.input_type == "series":
+        return {"series": floats(get("length", shape.length), get("channels", 1))}
+    if card.input_type == "covariates":
+        past, horizon = get("length", shape.length), get("horizon", 1)
+        return {
+            "series": floats(past, get("channels", 1)),
+            "past": floats(past, get("past", 0)),
+            "known": floats(past + horizon, get("known", 0)),
+        }
+    if card.input_type == "speech":
+        return {"features": floats(shape.length, get("features", 80)), "lengths": torch.full((rows,), shape.length)}
+    if card.input_type == "captioned":
+        return {"image": floats(channels, side, side), **build_caption(get, rows, length, text, whole)}
+    if card.input_type in ("noisy", "noisy-video"):
+        label = text(length) if get("vocab_size", 0) else torch.ones(rows, dtype=torch.int64)
+        data = floats(channels, side, side) if card.input_type == "noisy" else floats(get("frames", 16), channels, side, side)
+        name = "image" if card.input_type == "noisy" else "video"
+        return {name: data, "time": torch.ones(rows) if device != "meta" else torch.empty(rows, device="meta"), "label": label}
+    width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.input_type]
+    return {card.input_type: floats(width)}
+
+
+def build_caption(get: Callable[..., Any], rows: int, length: int, text: Any, whole: Any) -> dict[str, Tensor]:
+    """Return the tokens of images' texts. Networks that place the image among the tokens get its tokens too."""
+    tokens = text(length)
+    if (picture := get("picture", None)) is not None:
+        patches = (get("image", 224) // get("patch", 14)) ** 2
+        tokens = torch.where(tokens == picture, 1, tokens)
+        tokens = torch.cat([tokens[:, :1], torch.full((rows, patches), picture), tokens[:, 1:]], 1)
+    elif (end := get("end", None)) is not None:
+        tokens = torch.where(tokens == end, 1, tokens)
+        tokens[:, -1] = end
+    return {"tokens": tokens, "mask": whole(tokens.shape[1])}
+
+
+# By output type: (card, network, inputs, shape, get) -> workload
+
+
+def build_supervised(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    classes = get("num_classes", 2)
+    if classes == 1:
+        inputs["target"] = torch.empty(shape.batch, 1, device=shape.device)
+        return Workload(Supervised(network, card.inputs, Regression()), inputs, labels=("target",))
+    inputs["target"] = torch.randint(classes, (shape.batch,))
+    return Workload(Supervised(network, card.inputs, Classification()), inputs, labels=("target",))
+
+
+def build_next_token(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    inputs["target"] = inputs["tokens"].clone()
+    return Workload(NextToken(network, card.inputs), inputs)
+
+
+def build_masked(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    chosen = torch.rand(inputs["tokens"].shape) < MASKED_SHARE
+    chosen[:, 0] = True
+    inputs["target"] = torch.where(chosen, inputs["tokens"], -1)
+    return Workload(MaskedLM(network, card.inputs), inputs)
+
+
+def build_tags(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    inputs["target"] = torch.randint(max(get("num_classes", 2), 1), inputs["tokens"].shape)
+    return Workload(TokenClassificationObjective(network, card.inputs), inputs, labels=("target",))
+
+
+def build_span(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    inputs["answerable"] = torch.ones_like(inputs["mask"])
+    inputs["first"] = inputs["last"] = torch.zeros(shape.batch, dtype=torch.int64)
+    return Workload(SpanPrediction(network, card.inputs), inputs, labels=("first", "last"))
+
+
+def build_segmentation(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    from fieldguide.objectives.segmentation import find_padding
+
+    classes, (height, width) = get("num_classes", 2), inputs["image"].shape[-2:]
+    inputs["target"] = torch.randint(classes, (shape.batch, height, width))
+    inputs["size"] = inputs["inner"] = torch.tensor([[height, width]] * shape.batch)
+    objective = Segmentation(network, classes)
+    objective.paddings[height, width] = find_padding(network, get("channels", 3), height, width)
+    return Workload(objective, inputs, labels=("target",))
+
+
+def build_detection(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    side = inputs["image"].shape[-1]
+    corner = torch.rand(shape.batch, BOXES_PER_IMAGE, 2) * side / 2
+    boxes = torch.cat([corner, corner + side / 4], -1)
+    inputs["boxes"] = boxes.to(shape.device)
+    inputs["labels"] = torch.randint(get("num_classes", 80), (shape.batch, BOXES_PER_IMAGE))
+    return Workload(Detection(network, card.inputs), inputs, find_candidates, labels=("boxes", "labels"))
+
+
+def find_candidates(objective: Any, batch: dict[str, Tensor]) -> Any:
+    """Return the candidates of a detector, without non-maximum suppression: its loops depend on values, and are small."""
+    boxes, _, logits, *_ = objective.compute_predictions(batch)
+    scores = logits.sigmoid()
+    return boxes, scores, scores.flatten(1).topk(min(objective.candidates, scores[0].numel()))
+
+
+def build_contrastive(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    return Workload(Contrastive(network, card.inputs), inputs)
+
+
+def build_forecast(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    values = get("values", 1)
+    quantiles = QUANTILES[: values - 1]
+    channels = inputs["series"].shape[-1]
+    inputs["target"] = torch.zeros(shape.batch, get("horizon", 1), channels, device=shape.device)
+    return Workload(Forecast(network, card.inputs, quantiles), inputs, labels=("target",))
+
+
+def build_next_item(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    inputs["target"] = inputs["seen"] = inputs["items"].clone()
+    return Workload(NextItem(network, card.inputs), inputs, labels=("target",))
+
+
+def build_ctc(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    symbols = max(1, int(SYMBOLS_PER_FRAME * shape.length))
+    inputs["target"] = torch.randint(1, get("vocab_size", 2), (shape.batch, symbols))
+    inputs["target_lengths"] = torch.full((shape.batch,), symbols)
+    return Workload(CTC(network, card.inputs), inputs, labels=("target", "target_lengths"))
+
+
+def build_image(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    if card.input_type == "noise":
+        return build_adversarial(card, network, shape, get)
+    data = "video" if "video" in inputs else "image"
+    del inputs["time"]
+
+    def predict(objective: Any, batch: dict[str, Tensor]) -> Tensor:
+        time = torch.ones(len(batch[data]))
+        return objective.model(batch[data], time, batch["label"])
+
+    return Workload(Diffusion(network, data=data), inputs, predict, calls=50)
+
+
+def build_adversarial(card: Card, network: nn.Module, shape: Shape, get: Any) -> Workload:
+    side, channels = get("image", 64), get("channels", 3)
+    if "critic" not in card.parts:
+        return build_mean_square(card, network, build_inputs(card, network.config, shape), shape, get)
+    critic_card, size = registry.find(card.parts["critic"])
+    needs = {key: value for key, value in (("image", side), ("channels", channels)) if critic_card.accepts(key)}
+    critic = build_network(critic_card, critic_card.resolve_config(size, **needs), shape.device)
+    batch = {"image": torch.zeros(shape.batch, channels, side, side, device=shape.device)}
+    return Workload(Adversarial(network, critic, noise=get("noise", 100), real="image"), batch)
+
+
+def build_mean_square(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    return Workload(MeanSquare(network, card.inputs), inputs)
+
+
+BUILDERS: dict[str, Callable[..., Workload]] = {
+    "label": build_supervised,
+    "tokens": build_next_token,
+    "words": build_masked,
+    "labels": build_tags,
+    "span": build_span,
+    "mask": build_segmentation,
+    "boxes": build_detection,
+    "embeddings": build_contrastive,
+    "forecast": build_forecast,
+    "items": build_next_item,
+    "ctc": build_ctc,
+    "image": build_image,
+    "video": build_image,
+}
