@@ -329,3 +329,9 @@ def test_full_width_beam_search_is_exhaustive(name):
         after = model(wide, real, others)[:, -1].log_softmax(-1)
         every = torch.cat([start[1:2], (start[others[:, 1], None] + after).flatten()])
         torch.testing.assert_close(scores[row].double(), every.topk(beams).values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("buckets", "far"), [(32, 16), (2, 100), (0, 5)])
+def test_buckets_that_hold_no_distances_are_rejected(buckets, far):
+    with pytest.raises(SettingsError, match=f"buckets={buckets} and far={far}"):
+        create("t5-test", buckets=buckets, far=far)

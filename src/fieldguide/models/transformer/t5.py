@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.kv_cache import Cache, causal_mask
 from fieldguide.models.layers.norm import RMSNorm
 from fieldguide.models.mapping.config_rules import Derived, Expect, ValueMap, WithDefault
@@ -134,11 +135,18 @@ class DecoderBlock(nn.Module):
 
 
 class T5(EncoderDecoder):
-    """An encoder-decoder that returns the logits of the next target token at each position; sequences may have any length."""
+    """An encoder-decoder that returns the logits of the next target token at each position; sequences may have any length.
+
+    Raises `SettingsError` for position buckets that cannot hold the distances.
+    """
 
     def __init__(self, config: Config):
         super().__init__(config)
         c = config
+        if c.buckets < 4 or c.far <= c.buckets // 2:
+            raise SettingsError(
+                f"T5: buckets={c.buckets} and far={c.far}, but at least 4 buckets are needed, and far must be above half of them"
+            )
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.encoder_bias = nn.Embedding(c.buckets, c.heads)
         self.decoder_bias = nn.Embedding(c.buckets, c.heads)
