@@ -49,7 +49,13 @@ class Baseline:
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of run.json."""
-        return {"name": self.name, "validation": self.score, "chosen": self.chosen, "seconds": round(self.seconds, 2)}
+        return {
+            "name": self.name,
+            "network": not self.card.solver,
+            "validation": self.score,
+            "chosen": self.chosen,
+            "seconds": round(self.seconds, 2),
+        }
 
 
 def share_batches(a: Card, b: Card) -> bool:

@@ -46,7 +46,7 @@ def write(run: Run, elements: Mapping[str, Sequence[ReportElement]], extras: Ext
         Section("Subgroups", f"Scores of the groups of {record['settings'].get('subgroup')!r}.", extras.subgroups),
         build_training_section(run, run.task.monitored_metric()),
         Section("Use this model", "", usage),
-        build_choice_section(record),
+        build_choice_section(record, run.task.monitored_metric()),
         build_data_section(record, extras.preview),
         build_settings_section(record),
     ]
@@ -110,10 +110,11 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     return Section("Scores", lead, [bars, Table("All scores", "", header, rows)])
 
 
-def build_choice_section(record: Mapping[str, Any]) -> Section:
+def build_choice_section(record: Mapping[str, Any], metric: Metric) -> Section:
     chosen = record["choice"]
-    rows = [[record["model"]["size"], "chosen", r] for r in chosen["reasons"]]
-    rows += [[record["model"]["size"], "against", r] for r in chosen["against"]]
+    first = chosen.get("first", record["model"]["size"])  # the first choice of the rules
+    rows = [[first, "chosen", r] for r in chosen["reasons"]]
+    rows += [[first, "against", r] for r in chosen["against"]]
     options = chosen["others"]
     others = [
         [
@@ -129,10 +130,54 @@ def build_choice_section(record: Mapping[str, Any]) -> Section:
         "Why this network",
         f"Task: {record['task']} ({chosen['why']}).",
         [
+            *build_comparison(record, metric),
             Table("Reasons", "Each reason names its source.", ("network", "", "reason"), rows),
             Table("Other options", f"The next best ones.{more}", ("network", "parameters", "status", "reasons"), others),
         ],
     )
+
+
+def build_comparison(record: Mapping[str, Any], metric: Metric) -> list[ReportElement]:
+    """Return tables of the race between networks and of the other models, with scores on validation rows."""
+    name = record["model"]["size"]
+    found: list[ReportElement] = []
+    if contest := record.get("race"):
+        rounds = max(len(c["scores"]) for c in contest["contenders"])
+        rows = [
+            (
+                c["name"],
+                *(metric.text(c["scores"][i]) if i < len(c["scores"]) else "" for i in range(rounds)),
+                f"{c['seconds']:.0f} s",
+                f"{c['steps']:,}",
+                c["dropped"] or "went on",
+            )
+            for c in contest["contenders"]
+        ]
+        found.append(
+            Table(
+                "Race",
+                f"Networks trained for equal time on this data, one after another; {metric.heading} on the same validation rows after "
+                "each round. Those that the leader beats with a probability of 95 % or more leave the race, and the winner goes on "
+                "from its weights. With many more minutes or examples, a larger network may win.",
+                ("network", *(f"round {i + 1}" for i in range(rounds)), "time", "steps", "result"),
+                rows,
+            )
+        )
+    if rivals := record["choice"].get("rivals"):
+        own = record["choice"].get("validation")
+        rows = [
+            (name, "model of this run", metric.text(own), ""),
+            *((r["name"], "", metric.text(r["validation"]), r["chosen"]) for r in rivals),
+        ]
+        found.append(
+            Table(
+                "Compared models",
+                f"{metric.heading} on the validation rows. The best one is the model of this run, unless you asked for another.",
+                ("model", "", metric.title, "details"),
+                rows,
+            )
+        )
+    return found
 
 
 def drop_source(reason: str) -> str:

@@ -25,8 +25,19 @@ def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
     advice = (
         f" The network does not beat {' and '.join(better)}: use that, or train with more minutes or data." if better else ""
     )
+    if replaced := find_replaced_network(record):
+        advice = (
+            f" {record['model']['size']} is the model of this run because {replaced} did not score better on the validation rows; "
+            "more minutes, more data or pretrained weights may change that."
+        )
     compared = list_scores(list_baselines(record), metric)
     return f"{result} (95 % interval {low} to {high}).{f' Baselines: {compared}.' if compared else ''}{best}{advice}"
+
+
+def find_replaced_network(record: Mapping[str, Any]) -> str:
+    """Return the name of the network whose place a baseline took; empty if the network is the model of the run."""
+    choice = record.get("choice", {})
+    return next((rival["name"] for rival in choice.get("rivals", ()) if rival.get("network")), "")
 
 
 def judge(record: Mapping[str, Any], metric: Metric) -> Badge | None:
