@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fieldguide.automl import distillation, finetune, profile
+from fieldguide.automl import distillation, finetune, pretrained, profile
 from fieldguide.automl.advisor import Advice, Option, advise, build_config, get_speed
 from fieldguide.automl.baselines import Baseline, share_batches
 from fieldguide.automl.callbacks import NullCallback
@@ -52,6 +52,7 @@ class Plan:
     settings: Settings
     advice: Advice = field(default_factory=lambda: Advice([], []))
     part_networks: dict[str, tuple[Card, str, Any]] = field(default_factory=dict)  # such as a generator's critic
+    weights: str | None = None  # location of the checkpoint that `--weights auto` chose
     fresh: list[str] | None = None  # parameters that the initial checkpoint did not fill; None without a checkpoint
     seconds_per_step: float = 0.0
     training_seconds: float | None = None  # limit of the training, over all sessions; None for the minutes of the settings
@@ -242,9 +243,9 @@ def build_plan(
 ) -> Plan:
     """Choose task, splits, preprocessing, network and settings for data that has been read; nothing is trained.
 
-    `weights` is a checkpoint to start from, which then determines the network. `clock` knows how much of the minutes has passed;
-    without it, training may take all of them. Raises `DataError` and `SettingsError` as
-    `fit` does.
+    `weights` is a checkpoint to start from, which then determines the network, or "auto" (see `pretrained`). `clock` knows how
+    much of the minutes has passed; without it, training may take all of them. Raises `DataError` and `SettingsError` as `fit`
+    does.
     """
     callback = callback or NullCallback()
     requested, model_fields, task_options, *_ = group_settings(settings or {})
@@ -259,9 +260,13 @@ def build_plan(
     left_out = [c.name for c in offered if source.columns[c.name].role == "ignored"]
     callback.on_data(source, kind, why)
     callback.on_phase("checking and splitting the examples")
-    checkpoint = None
-    if weights is not None:
+    checkpoint, location = None, None
+    if weights == pretrained.AUTO:
+        facts = pretrained.read_facts(source, kind.name, Settings().with_(requested), model)
+        location, checkpoint = pretrained.resolve_auto(facts, callback)
+    elif weights is not None:
         checkpoint = load.inspect_checkpoint(weights, None if model == "auto" else model, callback.log)
+    if checkpoint is not None:
         model = checkpoint.size
         task_options = finetune.get_default_options(kind, checkpoint, task_options, callback)
     options = kind.options_from(task_options)
@@ -307,7 +312,7 @@ def build_plan(
         raise SettingsError(f"--set model.FIELD: {error}") from None
     callback.on_plan(advice, config)
     parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
-    plan = Plan(source, fitted, why, splits, card, size, config, Settings(), advice, parts)
+    plan = Plan(source, fitted, why, splits, card, size, config, Settings(), advice, parts, location)
     speed = get_speed(machine)
     plan.complete(
         requested, callback, checkpoint=checkpoint, clock=clock, nominal_seconds=6 * advice.best.multiply_adds / speed

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fieldguide.automl import config_file, profile
+from fieldguide.automl import config_file, frozen_features, pretrained, profile
 from fieldguide.automl.baselines import Baseline, SolverLoop, find_better, fit_baselines, predict
 from fieldguide.automl.build_plan import Plan, build_plan
 from fieldguide.automl.callbacks import NullCallback
@@ -101,7 +101,7 @@ def fit(
     allow_bad : continue although more than 1 % of the examples are unusable.
     settings : training settings by name, fields of the network as `model.FIELD`, options of the task as `task.FIELD`,
         types of columns as `column.NAME`, and roles as `role.ROLE`.
-    weights : a checkpoint to start from (see `fieldguide.load`).
+    weights : a checkpoint to start from (see `fieldguide.load`), or "auto" for a public one that suits the data; it is downloaded.
 
     Raises
     ------
@@ -151,6 +151,12 @@ def fit(
             weights=weights,
             clock=clock,
         )
+        if plan.weights is not None:  # resume uses the same one, whose config determines the network
+            request |= {"weights": plan.weights, "model": "auto"}
+        elif weights is None:
+            limit = chosen.with_({"minutes": minutes or chosen.minutes})
+            if hint := pretrained.suggest(plan.source, plan.task.name, limit, model):
+                callback.log(hint)
         check_writable(Path("runs" if out is None else out), needed=estimate_bytes(plan.objective, plan.settings))
         path = distributed.broadcast(create_folder(out, source) if distributed.rank() == 0 else None)
         with lock_run(path):
@@ -189,9 +195,11 @@ def build_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
         "settings": plan.settings.to_dict(),
         "choice": {
             "why": plan.why,
+            "first": plan.size,
             "reasons": best.reasons,
             "against": best.against,
             "others": [asdict(o) for o in (plan.advice.options[1:] + plan.advice.rejected)][:20],
+            "frozen_features": frozen_features.is_possible(plan),
         },
         "data": {
             **source.manifest.summary(),
@@ -440,6 +448,9 @@ def train_and_test(
 ) -> Run:
     """Train a plan in its run folder, test it, and return the run."""
     baselines = fit_baselines(plan, callback)
+    is_begun = resume and any((path / "checkpoints").glob("step-*.json"))
+    wants_frozen = record["choice"].get("frozen_features", False) and more_steps and not is_begun
+    frozen = frozen_features.fit_frozen(plan, callback) if wants_frozen else None
     if not resume and plan.settings.minutes:
         plan.training_seconds = get_training_seconds(plan.settings.minutes, callback.elapsed, estimate_test_seconds(plan))
         record["cost"]["training_seconds"] = round(plan.training_seconds, 2)
@@ -451,12 +462,16 @@ def train_and_test(
         callback.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
     elif not more_steps and not plan.card.solver:
         raise RunError(f"{path} was stopped before its first checkpoint, so there is nothing to test. Resume it instead.")
+    if frozen is not None and isinstance(loop, Trainer):
+        record["choice"]["frozen"] = frozen.describe()
+        loop.start_from_scored(frozen.score)
     if more_steps:
         callback.on_train_start(loop.settings, loop.state.step)
 
     def save(state: State) -> None:
         record["settings"] = loop.settings.to_dict()  # the number of steps may have been replanned
         record["model"] = plan.describe_model()  # it may be a baseline by now
+        record["choice"]["validation"] = state.best
         record["choice"]["rivals"] = [rival.describe() for rival in baselines]
         record["cost"]["parameters"] = profile.count_parameters(plan.objective.model)
         if distributed.rank() == 0:
@@ -468,6 +483,8 @@ def train_and_test(
         state = train(plan, loop, save, more_steps, baselines if is_free else None, callback.log)
         if state.stopped:
             callback.log(f"stopped at step {state.step}: {state.stopped}")
+        if frozen is not None:
+            callback.log(frozen_features.describe_outcome(plan, frozen, state))
         save(state)  # again, now calibrated
         try:
             evaluate_and_save(path, record, plan, callback, baselines)

@@ -37,6 +37,10 @@ ADAPTER = "adapter_model.safetensors"
 PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only if there are no safetensors
 
 
+class UnreachableError(WeightsError):
+    """The hub cannot be reached, and the model was not downloaded before."""
+
+
 def print_stderr(text: str) -> None:
     """Print a line to stderr."""
     echo(text, file=sys.stderr)
@@ -61,7 +65,7 @@ def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     where: dict[str, Any] = {"repo_id": repository, "cache_dir": cache_folder()}
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        if is_offline():
             raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
         api = HfApi(endpoint=endpoint)
         info = api.model_info(repository, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT_S)
@@ -72,7 +76,7 @@ def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path
         if folder := find_download(revision, where):
             log(f"{problem}\nUsing the files downloaded before, in {folder}")
             return folder
-        raise WeightsError(f"{problem} If the files are on this machine already, pass their folder.") from error
+        raise UnreachableError(f"{problem} If the files are on this machine already, pass their folder.") from error
     files, commit = {file.rfilename: file for file in info.siblings or []}, info.sha or revision
     # Weights last: `find_download` relies on it that a folder with all weights is complete.
     chosen = sorted(choose_files(files), key=lambda path: (path.endswith(WEIGHTS), path))
@@ -99,6 +103,24 @@ def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path
                 verify(file, lfs.sha256, f"hf:{name}: {path}")
     download(chosen[0], revision)  # stores which commit the revision is, for use without a network
     return download(chosen[0], commit).parent
+
+
+def is_offline() -> bool:
+    """Return whether the user forbids contact with the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def is_downloaded(name: str) -> bool:
+    """Return whether all files of `organization/name` are in the cache, without importing huggingface_hub.
+
+    The layout of its cache is public: refs/main holds the commit, and snapshots/COMMIT the files.
+    """
+    try:
+        folder = cache_folder() / f"models--{name.replace('/', '--')}"
+        commit = (folder / "refs/main").read_text(encoding="utf-8").strip()
+        return has_all_weights(folder / "snapshots" / commit)
+    except (OSError, WeightsError, ValueError):  # nothing there, or damaged: downloading repairs it
+        return False
 
 
 def find_model(name: str) -> Path:
@@ -156,12 +178,17 @@ def find_download(revision: str, where: dict[str, Any]) -> Path | None:
         folder = Path(snapshot_download(revision=revision, local_files_only=True, allow_patterns=["config.json"], **where))
     except OSError:
         return None
+    return folder if has_all_weights(folder) else None
+
+
+def has_all_weights(folder: Path) -> bool:
+    """Return whether a folder of the cache has all files of its weights."""
     names = choose_files([path.name for path in folder.iterdir()])
     needed = {name for name in names if name.endswith(WEIGHTS)}
     if "model.safetensors" not in names:
         for name in (name for name in names if name.endswith(".index.json")):
             needed |= set(read_shard_names(folder / name))
-    return folder if needed and needed <= names else None
+    return bool(needed) and needed <= names
 
 
 def verify(path: Path, sha256: str, place: str) -> None:

@@ -84,8 +84,8 @@ def fit(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="A checkpoint to start from: a folder or file of transformers, timm, torchvision or fieldguide, or "
-            "hf:organization/name."
+            help="A checkpoint to start from: a folder or file of transformers, timm, torchvision or fieldguide, "
+            "hf:organization/name, or auto: a public one that suits the data, which is downloaded."
         ),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Training time; 10 by default.")] = None,
