@@ -1,0 +1,217 @@
+"""The clock of a run, baselines that become its model, and the race between networks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import fieldguide
+from fieldguide.automl import clock, race
+from fieldguide.automl.callbacks import NullCallback
+from fieldguide.core.errors import TrainingError
+from fieldguide.tasks.tabular.tables import TabularClassification
+from fieldguide.training.trainer import Trainer
+from test_loop import Clock as FakeTime
+from test_loop import line, regression, settled, trainer, weights
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory):
+    """Return the path of a table whose two classes follow from the product of two numbers, which no linear model can learn."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 3)).round(3)
+    path = tmp_path_factory.mktemp("data") / "product.csv"
+    pl.DataFrame({"a": x[:, 0], "b": x[:, 1], "c": x[:, 2], "y": np.where(x[:, 0] * x[:, 1] > 0, "up", "down")}).write_csv(path)
+    return path
+
+
+class Recorder(NullCallback):
+    def __init__(self):
+        self.lines, self.phases = [], []
+
+    def log(self, text):
+        self.lines.append(text)
+
+    def on_phase(self, name, total=None):
+        self.phases.append(name)
+
+
+# ------------------------------------------------------------------------------------------------- the clock
+
+
+def test_training_gets_what_is_left_after_a_reserve_for_the_test():
+    assert clock.get_training_seconds(0, 100.0, 5.0) == 0  # no limit
+    seconds = clock.get_training_seconds(3, 20.0, 2.0)
+    assert seconds == pytest.approx(180 - 20 - (4 + 0.03 * 180 + 2 * 2))
+    assert clock.get_training_seconds(3, 20.0, 1000.0) == pytest.approx(180 - 20 - 0.3 * 180)  # the reserve has a limit
+    assert clock.get_training_seconds(1, 100.0, 0.0) == pytest.approx(24)  # training has a least share
+
+
+def test_parts_of_a_run_add_up_to_its_time():
+    recorder = Recorder()
+    watch = clock.Clock(recorder)
+    for phase in (
+        "reading data.csv",
+        "fitting the preprocessing",
+        "fitting a baseline (linear)",
+        "measuring the time of a step",
+    ):
+        watch.on_phase(phase)
+        time.sleep(0.02)
+    watch.on_train_start(settled(), 0)
+    watch.on_phase("testing on 5 examples", 5)
+    parts = watch.summarize()
+    assert list(parts) == ["reading", "preparing", "baselines", "planning", "training", "testing"]
+    assert sum(parts.values()) == pytest.approx(watch.elapsed, abs=0.05) and parts["baselines"] >= 0.02
+    assert recorder.phases[0] == "reading data.csv" and "baselines" in watch.describe()
+
+
+def test_batches_grow_if_steps_are_faster_than_planned(monkeypatch):
+    fake = FakeTime(monkeypatch, 0.0)
+    objective = regression()  # one minute holds 6,000 steps of 8 examples
+    objective.register_forward_pre_hook(lambda _, args: setattr(fake, "now", fake.now + 0.01 * len(args[0]["target"]) / 8))
+    lines = Recorder()
+    loop = Trainer(
+        objective,
+        line(),
+        settled(steps=300, minutes=1, batch=8, evaluate=100),
+        device=torch.device("cpu"),
+        callback=lines,
+        max_steps=4000,
+        batch_limit=(64, 1000),
+    )
+    loop.train()
+    assert loop.settings.batch_size == 32  # of 64, fewer than 1,000 steps would fit
+    assert loop.settings.steps <= 4000 / 4 + 20 and any("32 examples per step" in text for text in lines.lines)
+    assert loop.state.batch == 32
+
+
+def test_paused_training_continues_as_if_there_was_no_pause():
+    whole, paused = trainer(regression(), ema=0.9), trainer(regression(), ema=0.9)
+    whole.train()
+    for _ in range(3):
+        paused.train(pause_at=paused.state.seconds)  # after one step each
+    assert paused.state.step == 3
+    paused.train()
+    assert torch.equal(weights(whole.objective), weights(paused.objective))
+
+
+# ------------------------------------------------------------------------------------------------- baselines
+
+
+def test_a_better_baseline_becomes_the_model_of_the_run(product, tmp_path):
+    lines = Recorder()
+    run = fieldguide.fit(product, "y", out=tmp_path / "run", settings={"steps": 2}, callback=lines)
+    assert run.card.name == "gradient-boosting" and run.scores["accuracy"] > 0.9
+    assert any("gradient-boosting becomes the model of this run" in text for text in lines.lines)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    rivals = {r["name"]: r for r in record["choice"]["rivals"]}
+    network = next(r for r in rivals.values() if r["network"])
+    assert set(rivals) == {"linear", network["name"]} and network["validation"] < record["choice"]["validation"]
+    scores = {b["name"]: b["scores"]["accuracy"] for b in record["scores"]["baselines"]}
+    assert set(scores) == {"majority class", *rivals} and scores[network["name"]] < run.scores["accuracy"]
+    again = fieldguide.open_run(tmp_path / "run")
+    rows = pl.read_csv(product)
+    predicted = [p["label"] for p in again.predict(product)]
+    assert np.mean(np.array(predicted) == rows["y"].to_numpy()) > 0.95
+    assert again.evaluate(product)["scores"]["accuracy"] == pytest.approx(run.scores["accuracy"])
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Compared models" in report and "is the model of this run because" in report
+
+
+def test_a_requested_network_stays_and_the_report_says_that_it_lost(product, tmp_path):
+    run = fieldguide.fit(product, "y", model="mlp", out=tmp_path / "run", settings={"steps": 2}, callback=NullCallback())
+    assert run.card.name == "mlp"
+    assert "does not beat" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_baseline_can_be_asked_for_and_a_killed_fit_resumed(product, tmp_path, monkeypatch):
+    from fieldguide.automl import fit as fitting
+
+    def fail(*args):
+        raise TrainingError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "evaluate_and_save", fail)
+        with pytest.raises(TrainingError):
+            fieldguide.fit(product, "y", model="gradient-boosting", out=tmp_path / "run", callback=NullCallback())
+    run = fieldguide.resume(tmp_path / "run", callback=NullCallback())
+    assert run.status == "done" and run.card.name == "gradient-boosting" and run.scores["accuracy"] > 0.9
+
+
+# ------------------------------------------------------------------------------------------------- the race
+
+
+def outputs(codes, classes=2):
+    return {"probabilities": np.eye(classes)[codes] * 0.8 + 0.1}
+
+
+def test_win_probability_compares_the_same_rows():
+    rng = np.random.default_rng(0)
+    task = TabularClassification([], TabularClassification.Options())
+    task.labels, task.counts = ["a", "b"], [50, 50]
+    y = rng.integers(0, 2, 300)
+    good, other = y.copy(), y.copy()
+    good[:30] ^= 1
+    other[:36] ^= 1  # wrong on the same rows and on six more
+    compare = lambda a, b: race.compute_win_probability(task, outputs(a), outputs(b), {"label": y}, "accuracy", 1)
+    assert compare(good, other) > 0.97 and compare(other, good) < 0.03 and compare(good, good) == 0.5
+    independent = y.copy()
+    independent[-32:] ^= 1
+    assert 0.05 < compare(good, independent) < 0.95
+
+
+@pytest.fixture
+def short_race(monkeypatch):
+    monkeypatch.setattr(race, "MIN_SECONDS", 1.0)
+    monkeypatch.setattr(race, "MAX_POINTS_BEHIND", 100.0)
+
+
+def test_race_picks_a_winner_that_goes_on(product, tmp_path, short_race):
+    lines = Recorder()
+    started = time.monotonic()
+    run = fieldguide.fit(product, "y", minutes=0.3, out=tmp_path / "run", callback=lines)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    contenders = {c["name"]: c for c in record["race"]["contenders"]}
+    assert len(contenders) >= 2 and record["race"]["winner"] in contenders
+    assert all(c["scores"] and c["steps"] for c in contenders.values())
+    assert sum(not c["dropped"] for c in contenders.values()) == 1
+    compared = {record["model"]["size"], *(r["name"] for r in record["choice"]["rivals"])}
+    assert record["race"]["winner"] in compared  # the winner, or a baseline that is better
+    steps = [json.loads(text)["step"] for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert "Race" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert any(text.startswith("race, round 1") for text in lines.lines) and run.scores["accuracy"] > 0.5
+    assert time.monotonic() - started < 120
+
+
+def test_interrupted_race_leaves_the_leader_to_resume(product, tmp_path, short_race):
+    class Impatient(Recorder):
+        def on_phase(self, name, total=None):
+            super().on_phase(name, total)
+            if name.startswith("racing"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((KeyboardInterrupt, TrainingError)):
+            fieldguide.fit(product, "y", minutes=0.3, out=tmp_path / "run", callback=Impatient())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "run" / "run.json").exists()
+    run = fieldguide.resume(tmp_path / "run", settings={"minutes": 0.1}, callback=NullCallback())
+    assert run.status == "done"
+
+
+def test_no_race_without_time_or_if_the_network_is_requested(product, tmp_path):
+    lines = Recorder()
+    fieldguide.fit(product, "y", minutes=0.05, out=tmp_path / "a", callback=lines)
+    fieldguide.fit(product, "y", model="mlp", settings={"steps": 3}, out=tmp_path / "b", callback=lines)
+    assert not any("race" in name or "racing" in name for name in lines.phases)
