@@ -244,3 +244,22 @@ def test_only_regular_files_are_opened(tmp_path, kind):
     found = findings_of(table)
     assert "not-a-file" in found, found
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    "header", [b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 8", b"{'descr': '<f4', 'fortran_order': ("]
+)
+def test_arrays_with_damaged_headers_are_found(header, tmp_path):
+    from fieldguide.data.media import images
+
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(256)
+    (tmp_path / "a.npy").write_bytes(content)
+    (tmp_path / "b.npy").write_bytes(
+        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (80000, 80000), }".ljust(117) + b"\n"
+    )
+    for name in ("a.npy", "b.npy"):
+        with (
+            pytest.raises(ValueError, match=r"header is damaged|takes 25,600,000,000 bytes|header"),
+            images.open_image(tmp_path / name),
+        ):
+            pass

@@ -39,7 +39,9 @@ def read_arrays(path: Path, error: type[FieldguideError] = RunError) -> dict[str
 
 
 def read_array(file: IO[bytes], size: int) -> np.ndarray:
-    """Return the array of an .npy file of `size` bytes. Raises `ValueError` if its header does not match its data."""
+    """Return the array of an .npy file of `size` bytes. Raises `ValueError` if its header is damaged or does not match its data."""
+    from tokenize import TokenError
+
     import numpy as np
     from numpy.lib import format as npy
 
@@ -47,7 +49,10 @@ def read_array(file: IO[bytes], size: int) -> np.ndarray:
     header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if header is None:
         raise ValueError(f"version {version} of the array format is not supported")
-    shape, is_fortran, dtype = header(file)
+    try:
+        shape, is_fortran, dtype = header(file)
+    except (TokenError, SyntaxError) as error:  # the header is a dictionary in Python's syntax
+        raise ValueError(f"its header is damaged: {error}") from None
     if dtype.hasobject:
         raise ValueError("it holds pickled Python objects")
     expected = math.prod(shape) * dtype.itemsize

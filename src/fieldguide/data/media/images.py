@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from fieldguide.core.archives import read_array
 from fieldguide.core.errors import DataError
 from fieldguide.data.media.deep_images import ARRAY, describe_tiff, find_loss, has_other_channels, read_light_values
 
@@ -210,13 +211,21 @@ def open_image(source: str | Path | io.BytesIO, suffix: str | None = None) -> It
     """
     if (find_suffix(str(source)) if suffix is None else suffix) == ARRAY_SUFFIX:
         with np.errstate(all="ignore"):
-            yield from_array(np.load(source, allow_pickle=False))
+            yield from_array(load_array(source))
     elif isinstance(source, io.BytesIO):
         with Image.open(source, formats=list_formats()) as image:
             yield image
     else:
         with open(source, "rb") as file, Image.open(file, formats=list_formats()) as image:
             yield image
+
+
+def load_array(source: str | Path | io.BytesIO) -> np.ndarray:
+    """Return the array of an .npy file, or of its content. Raises `ValueError` if it is damaged."""
+    if isinstance(source, io.BytesIO):
+        return read_array(source, source.getbuffer().nbytes)
+    with open(source, "rb") as file:
+        return read_array(file, os.fstat(file.fileno()).st_size)
 
 
 def from_array(array: np.ndarray) -> Image.Image:
