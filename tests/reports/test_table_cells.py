@@ -8,6 +8,7 @@ import pytest
 
 from damage import checks, finding, write
 from fieldguide.data import read
+from fieldguide.tasks import task
 
 N = 60
 VALUES = np.random.default_rng(0).uniform(1, 2000, N).round(2)
@@ -149,3 +150,87 @@ def test_percent_signs_mark_comments(tmp_path):
         write(tmp_path / "t.csv", ["% made by hand", "x,z,y", *(f"{v},{i},{'ab'[i % 2]}" for i, v in enumerate(VALUES))])
     )
     assert len(data) == N and finding(data, "comment-lines").places == ("t.csv:1",)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda i, v: f"{1600 + i}-{1650 + 2 * i}", "ranges or pairs of numbers, such as '1600-1650'"),  # as reported
+        (lambda i, v: f"#{1600 + 3 * i}", "numbers after a sign"),
+        (lambda i, v: ["1 1/2", "2 3/4", "1/2", "3"][i % 4], "fractions"),
+        (lambda i, v: f"{5 + i % 9}±0.{i % 5}", "numbers with a margin of error"),
+        (lambda i, v: f"{i} to {i + 10}", "ranges or pairs of numbers"),  # siblings
+        (lambda i, v: f"{10 + i}x{20 + i}", "ranges or pairs of numbers"),
+        (lambda i, v: f"{5 + i % 2}'{i % 12}\"\"", "feet and inches"),
+        (lambda i, v: f"{10 * (i % 12)}+", "numbers with a plus sign"),
+        (lambda i, v: f"1.{i % 9}x10^{i % 4}", "powers of ten"),
+        (lambda i, v: f"{i % 10}/10", "fractions"),
+        (lambda i, v: f"~{30 + i}", "limits or approximate numbers"),
+        (lambda i, v: f"{i % 5} ½", "fractions"),
+        (lambda i, v: f"No. {i}", "numbers after a sign"),
+        (lambda i, v: f"{v:.1f} +/- 0.2", "numbers with a margin of error"),
+    ],
+)  # fmt: skip
+def test_numbers_in_words_and_symbols_are_a_warning(tmp_path, make, what):
+    found = finding(column(tmp_path, make), "numbers-as-text")
+    assert found.severity == "warning" and what in found.what
+    assert ("column.x=number" in found.remedy) == ("1 1/2" in found.what)  # where some cells are numbers
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda i, v: ["18-25", "26-35", "36-50", "51-99"][i % 4],  # groups
+        lambda i, v: f"0{i:03d}-{9000 + i}",  # codes
+        lambda i, v: f"555-{1000 + 83 * i % 977}"[:8] if i % 2 else f"555-{100 + i}",
+        lambda i, v: f"{i % 3 + 1}st",
+        lambda i, v: f"{i:02d}/20",
+        lambda i, v: f"A-{i}",
+    ],
+)
+def test_groups_and_codes_are_no_numbers(tmp_path, make):
+    assert "numbers-as-text" not in checks(column(tmp_path, make))
+
+
+@pytest.mark.parametrize("sentinel", [-999, 9999, 99999.0, -1e30, -9999, 99, 1e5])
+@pytest.mark.parametrize("target", [False, True])
+def test_numbers_that_stand_for_missing_values_are_a_warning(sentinel, target):
+    values = [sentinel if i % 9 == 4 else float(v) for i, v in enumerate(np.linspace(10, 35, N))]
+    other = [i % 7 / 2 for i in range(N)]
+    data = read({"x": other if target else values, "y": values if target else other}, target="y")
+    found = finding(data, "sentinel")
+    assert found.severity == "warning" and f"holds {sentinel:.15g} in 7 rows, and otherwise 10 to 35" in found.what
+    assert found.places[0] == data.locate_row(4) and "empty" in found.remedy
+
+
+def test_a_negative_number_among_positive_ones_and_in_series(tmp_path):
+    values = [-999.0 if i % 9 == 4 else 90.0 * i for i in range(N)]
+    assert "holds -999" in finding(read({"x": values, "y": ["a", "b"] * 30}, target="y", allow_bad=True), "sentinel").what
+    rows = [f"2024-{1 + i // 28:02d}-{1 + i % 28:02d},{-999 if i == 5 or i > 40 else 10 + i % 7}" for i in range(56)]
+    data = read(write(tmp_path / "t.csv", ["date,value", *rows]), column_spec=task("time-series-forecasting").column_spec)
+    assert finding(data, "sentinel").places[0] == "t.csv:7"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.0 if i % 4 == 0 else 20_000 + 500.0 * i for i in range(N)],  # no income
+        [1000.0 if i == 7 else i / 3 for i in range(N)],  # one large value
+        [float(2 ** (i % 12)) for i in range(N)],
+        [np.exp(5 * np.sin(i)) for i in range(N)],
+        [99.0 if i % 9 == 0 else 40 + 0.9 * i for i in range(N)],  # within reach
+        [1e6 if i % 2 else 1.0 for i in range(N)],  # two values
+        [5.0] * 57 + [1.0, 2.0, 100.0],
+    ],
+)
+def test_usual_values_stand_for_nothing_else(values):
+    data = read({"x": values, "z": [i % 7 / 2 for i in range(N)], "y": ["a", "b"] * (N // 2)}, target="y", allow_bad=True)
+    assert "sentinel" not in checks(data)
+
+
+@pytest.mark.parametrize("name", ["id", "row_id", "customerID", "index", "Key"])
+def test_an_identifier_at_the_end_is_no_target(tmp_path, name):
+    rows = [f"{v},{'ab'[i % 2]},{i + 100}" for i, v in enumerate(VALUES)]
+    data = read(write(tmp_path / "t.csv", [f"x,kind,{name}", *rows]))
+    assert data.target.name == "kind" and data.columns[name].role == "ignored"
+    assert "neither files nor identifiers" in finding(data, "target-chosen").what

@@ -15,8 +15,8 @@ from typing import Any
 import polars as pl
 
 from fieldguide.data.column_spec import CAPTION_NAMES, normalize_name
-from fieldguide.data.column_types import IMAGE_FILE_PATTERN
 from fieldguide.data.dataset import BOOKKEEPING, Finding, Kind
+from fieldguide.data.text_values import IMAGE_FILE_PATTERN
 
 TEXT_FIELDS = ("raw", "caption", "sentence", "text")  # fields of an object that hold its text, most likely first
 LIST_NAMES = (*CAPTION_NAMES, "sentences", "raw", "text", "texts", "description", "descriptions")

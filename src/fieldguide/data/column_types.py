@@ -9,29 +9,25 @@ from typing import Any, cast
 import polars as pl
 
 from fieldguide.data.dataset import Column, Kind
+from fieldguide.data.former_formats import as_dates, as_numbers
 from fieldguide.data.number_formats import NUMBER_LIKE, FileHints, NumberFormat, find_decisive_mark, infer_format
+from fieldguide.data.number_words import describe_number_words
+from fieldguide.data.text_values import (
+    AUDIO_FILE_PATTERN,
+    IDENTIFIER_NAME,
+    IMAGE_FILE_PATTERN,
+    MIN_TYPE_FRACTION,
+    MISSING_MARKERS,
+    VIDEO_FILE_PATTERN,
+    blank_missing,
+    has_sentences,
+    integers_to_text,
+    mean_value,
+    numbers_to_text,
+)
 from fieldguide.data.time_zones import LOCAL, is_local_clock
 from fieldguide.data.timestamps import DateFormat, are_weeks, find_decisive_order, infer_dates, integers_as_dates
 
-# Lower case; the last ones are the errors of spreadsheets.
-MISSING_MARKERS: tuple[str, ...] = (
-    "",
-    "na",
-    "n/a",
-    "nan",
-    "null",
-    "none",
-    "?",
-    "-",
-    "#n/a",
-    "<na>",
-    "\\n",
-    "\u2013",
-    "\u2014",
-    "..",
-    "...",
-)
-MISSING_MARKERS += ("#na", "(null)", "#div/0!", "#value!", "#ref!", "#num!", "#name?", "#null!")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
 FORMATS: dict[str, tuple[str, str]] = {  # option of a type, as in number:decimal-comma -> type, decimal mark or order of dates
     "decimal-point": ("number", "."),
@@ -40,49 +36,10 @@ FORMATS: dict[str, tuple[str, str]] = {  # option of a type, as in number:decima
     "month-first": ("date", "mdy"),
     "year-first": ("date", "ymd"),
 }
-MAX_MARKER_BYTES = max(len(marker.encode()) for marker in MISSING_MARKERS)
-MAX_FILLERS = 3  # maximum number of distinct words, such as unknown, that replace numbers in a column
-MIN_NUMERIC_FRACTION = 0.5  # minimum fraction of numbers in a column whose other values are reported
 MAX_EXACT_INTEGER = 2**53  # larger integers lose digits as numbers
-DURATION = r"^-?\d{1,3}:\d{2}(?::\d{2})?(?:\.\d+)?$"
-MEASURED = r"^[^\p{L}\d]{0,2}[-+]?\d[\d.,' ]*(?:\s*\p{L}[\p{L}\d/²³.%+]{0,9}|[^\p{L}\d\s,.\-/:][^\s,]{0,6})?$"
-GROUPED_NUMBER = r"^[+-]?\d+(?:[.,' ]\d{3})*(?:[.,]\d+)?$"
-NUMBER_WITH_UNIT = r"^[\s+\-(]*\p{Sc}?\s*\d[\d.,'\s]*(?:\p{Sc}|%|[kKMB]|bn|mn)?\)?$"
-UNIT_MARK = r"\p{Sc}|%|\d\s*(?:[kKMB]|bn|mn)$"
 HINT_ROWS = 300  # rows of a file that are inspected for the formats of its other columns
 MIN_LITERAL_FRACTION = 0.05  # minimum fraction of rows with a word such as None for it to be a class
-MIN_TYPE_FRACTION = 0.9  # minimum fraction of values that parse as a type for the column to have it
 MAX_INTEGER_CLASSES = 20  # a target with at most this many distinct integers is a class label, not a quantity
-# Formats that are not read are recognized as well, so that they are named as the problem.
-IMAGE_FILE_PATTERN = r"(?i)\.(png|jpe?g|bmp|gif|webp|tiff?|pp?m|pgm|ico|jp2|avif|dcm|dicom|hei[cf]|dng|svs|nii(\.gz)?)$"
-VIDEO_FILE_PATTERN = r"(?i)\.(mp4|avi|mov|mkv|webm|m4v|mpe?g)$"
-AUDIO_FILE_PATTERN = r"(?i)\.(wave?|flac|og[ga]|opus|mp3|aiff?|au|m4a|aac|wma)$"
-DATE_FORMATS = (
-    "%Y-%m-%d",
-    "%Y-%m-%d %H:%M:%S",
-    "%Y-%m-%d %H:%M",
-    "%Y-%m-%dT%H:%M:%S%.f",
-    "%Y-%m-%d %H:%M:%S%.f",
-    "%Y/%m/%d",
-    "%Y/%m/%d %H:%M:%S",
-    "%Y/%m/%d %H:%M",
-    "%d.%m.%Y",
-    "%d.%m.%Y %H:%M",
-    "%d.%m.%Y %H:%M:%S",
-    "%d/%m/%Y",
-    "%m/%d/%Y",
-    "%d/%m/%Y %H:%M",
-    "%m/%d/%Y %H:%M",
-    "%d/%m/%Y %H:%M:%S",
-    "%m/%d/%Y %H:%M:%S",
-    "%d-%m-%Y",
-    "%d %b %Y",
-    "%d %B %Y",
-    "%b %d, %Y",
-    "%B %d, %Y",
-    "%Y%m%dT%H%M%S",
-)
-TIME_ZONE_PATTERN = r"(Z|[+-]\d\d:?\d\d)$"
 DATE_DTYPE = pl.Datetime("us")
 CHAT_ROLES = ("system", "user", "assistant")  # valid roles in a conversation
 NESTED_TYPES = ("boxes", "messages", "list")  # types whose values are lists
@@ -134,16 +91,6 @@ def split_kind(kind: str | None) -> tuple[Kind | None, str]:
         fitting = ", ".join(f"{k}:{o}" for o, (k, _) in FORMATS.items())
         raise ValueError(f"{kind!r} is no type. Types with an option are {fitting}.")
     return cast(Kind, name), option
-
-
-def blank_missing(series: pl.Series, keep: tuple[str, ...] = ()) -> pl.Series:
-    """Strip whitespace and replace markers of missing values ("", NA, ?, ...) with null, except the words in `keep`."""
-    text = series.str.strip_chars()
-    short = text.str.len_bytes() <= MAX_MARKER_BYTES
-    gone = text.set(~short, "x").str.to_lowercase().is_in(MISSING_MARKERS)
-    if keep:
-        gone = gone & ~text.is_in(list(keep))
-    return text.set(gone.fill_null(False), None)
 
 
 def find_hints(columns: list[pl.Series], delimiter: str | None) -> FileHints:
@@ -338,7 +285,7 @@ def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
         typed = infer_text_type(name, text, present, n, distinct, share, target)
         remedy = (
             "Write all values of the column in one unit and format"
-            + ("" if target else f", or use --set 'column.{name}=number': the others become missing")
+            + ("" if target or not share else f", or use --set 'column.{name}=number': the others become missing")
             + "."
         )
         typed.doubts.append(("numbers-as-text", f"column {name!r} is not read as numbers: {note}", remedy))
@@ -352,38 +299,6 @@ def are_long_integers(present: pl.Series) -> bool:
     if not bool(first.str.contains(r"^\d{16,}$").any()) or not bool(present.str.contains(r"^\d+$").all()):
         return False
     return bool((present.cast(pl.Float64, strict=False).abs() > MAX_EXACT_INTEGER).any())
-
-
-def describe_number_words(present: pl.Series, distinct: int) -> str:
-    """Return why a column of numbers with other marks, words or units is not read as numbers; "" for other text.
-
-    Such are 27k and 1.2M, a mix of 8 % and 0.08, <0.5, 5 ppm, durations, and numbers with a few words, such as unknown.
-    """
-    if distinct < 3:
-        return ""
-    is_number = present.str.contains(GROUPED_NUMBER)
-    known, others = present.filter(is_number), present.filter(~is_number)
-    if 1 > known.len() / present.len() >= MIN_NUMERIC_FRACTION and known.n_unique() > MAX_INTEGER_CLASSES:
-        like = others.filter(others.str.contains(r"^[<>~≤≥≈=±\s]+[+-]?\d|\d\s*[*†‡?+]+$|\d\[\w+\]$"))
-        if others.n_unique() <= MAX_FILLERS or like.len() >= 0.5 * others.len():
-            return f"{others.len():,} of {present.len():,} values are none, such as {others[0]!r}"
-    if known.len() >= MIN_TYPE_FRACTION * present.len() and bool(known.str.contains(r"[.,' ]").any()):
-        marks = [known.filter(known.str.contains(rf"\d{m}\d+$")) for m in (r"\.", ",")]
-        if all(m.len() for m in marks):
-            return f"the decimal mark is not clear, such as in {marks[0][0]!r} and {marks[1][0]!r}"
-    sample = present.gather_every(max(1, present.len() // HINT_ROWS)).head(HINT_ROWS)
-    if mean_value(sample.str.contains(DURATION)) >= MIN_TYPE_FRACTION:
-        return f"the values are times of day or durations, such as {sample[0]!r}"
-    if mean_value(sample.str.contains(NUMBER_WITH_UNIT)) >= MIN_TYPE_FRACTION:
-        units = sample.filter(sample.str.contains(UNIT_MARK))
-        if units.len() >= 0.3 * sample.len():
-            return f"some values have a unit or multiplier that others lack, such as {units[0]!r}"
-    fractions = sample.filter(sample.str.contains(r"\d[.,]\d"))
-    few_marks = mean_value(sample.str.count_matches(r"[.,]")) < 1.5  # addresses and versions have more
-    measured = few_marks and mean_value(sample.str.contains(MEASURED)) >= MIN_TYPE_FRACTION
-    if measured and fractions.len() >= 0.5 * sample.len():
-        return f"they have marks or units that are not known, such as {fractions[0]!r}"
-    return ""
 
 
 def infer_text_type(
@@ -410,28 +325,6 @@ def infer_text_type(
     return make_category(name, text, f"{distinct} distinct values{mixed}")
 
 
-def mean_value(values: pl.Series) -> float:
-    """Return the mean of numbers or truth values; 0 without values."""
-    mean = values.mean()
-    return float(mean) if isinstance(mean, int | float) else 0.0
-
-
-def has_sentences(present: pl.Series) -> bool:
-    """Return whether the values are phrases or sentences, judged by mean length."""
-    length, spaces = mean_value(present.str.len_chars()), mean_value(present.str.count_matches(r"\s"))
-    foreign = mean_value(present.str.len_bytes() > 2 * present.str.len_chars())  # scripts without spaces
-    return bool((length >= 20 and spaces >= 2) or (length >= 8 and foreign > 0.5))
-
-
-def are_media_files(values: pl.Series) -> bool:
-    """Return whether the values are names of image, video or audio files."""
-    present = values.drop_nulls() if values.dtype == pl.String else pl.Series(dtype=pl.String)
-    return any(
-        mean_value(present.str.strip_chars().str.contains(name)) >= MIN_TYPE_FRACTION
-        for name in (IMAGE_FILE_PATTERN, VIDEO_FILE_PATTERN, AUDIO_FILE_PATTERN)
-    )
-
-
 def refine_number(typed: TypedColumn, source: pl.Series, target: bool) -> TypedColumn:
     """Refine a numeric column to boolean, identifier or constant, or to category if it is a target with few values."""
     column, name = typed.column, typed.column.name
@@ -451,7 +344,7 @@ def refine_number(typed: TypedColumn, source: pl.Series, target: bool) -> TypedC
         return replace(typed, column=new, values=typed.values.cast(pl.Boolean))
     elif whole and distinct == n and n >= 20 and n == typed.values.len():
         step = present.diff().drop_nulls()
-        if bool((step == 1).all()) or re.search(r"(?i)(^|[_\s])(id|index|key|uuid|nr|no)$|[a-z]I[Dd]$", name):
+        if bool((step == 1).all()) or re.search(IDENTIFIER_NAME, name):
             column.kind, column.why = "identifier", "a distinct integer in every row"
     return typed
 
@@ -541,14 +434,6 @@ def make_category(name: str, text: pl.Series, why: str) -> TypedColumn:
     return typed
 
 
-def numbers_to_text(series: pl.Series) -> pl.Series:
-    """Return values as text; whole floats without the decimal places that a missing value elsewhere adds: 20, not 20.0."""
-    if not series.dtype.is_float():
-        return series.cast(pl.String)
-    whole = (series.is_finite() & (series == series.round()) & (series.abs() < 2**53)).fill_null(False)
-    return series.cast(pl.String).zip_with(~whole, series.set(~whole, None).cast(pl.Int64).cast(pl.String))
-
-
 def make_number_column(name: str, values: pl.Series, why: str, form: NumberFormat | None = None) -> TypedColumn:
     """Return a numeric column; infinite values become missing and their rows are kept in `infinite`."""
     values = values.fill_nan(None)
@@ -596,61 +481,11 @@ def record_misfits(typed: TypedColumn, text: pl.Series, values: pl.Series, expec
     typed.expected = expected
 
 
-def as_numbers(text: pl.Series) -> pl.Series:
-    """Parse numbers from text. Decimal commas are accepted if the column contains no points; NaN is missing."""
-    values = text.cast(pl.Float64, strict=False)
-    if values.null_count() > text.null_count() and bool(text.str.contains(r"^[+-]?\d+,\d+$").any()):
-        commas = text.str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
-        if not bool(text.str.contains(".", literal=True).any()):
-            values = commas
-    return values.rename(text.name)
-
-
 def as_booleans(text: pl.Series) -> pl.Series:
     """Parse booleans from text; other values become null."""
     low = text.str.to_lowercase().str.strip_suffix(".0")
     values = low.is_in(TRUE_WORDS)
     return values.set((~low.is_in(TRUE_WORDS + FALSE_WORDS)).fill_null(True), None).rename(text.name)
-
-
-def as_dates(text: pl.Series, least: float = MIN_TYPE_FRACTION) -> tuple[pl.Series | None, str, str]:
-    """Parse dates from text.
-
-    Returns the values (or None), the best matching format, and another format that matches equally well (or "").
-    """
-    sample = text.drop_nulls()
-    if not bool(sample.head(200).str.contains(r"\d").any()):
-        return None, "", ""
-    few = sample.gather_every(max(1, sample.len() // 200))
-    if mean_value(few.str.contains(TIME_ZONE_PATTERN)) > 0.5 and mean_value(few.str.contains(r"\d:\d")) > 0.5:
-        values = parse_zoned_dates(text)
-        if values.drop_nulls().len() >= max(1, least * sample.len()):
-            return values, "ISO with a time zone (kept in UTC)", ""
-    fits = {f: parse_dates(few, f).drop_nulls().len() / few.len() for f in DATE_FORMATS}
-    good = [f for f in DATE_FORMATS if fits[f] >= min(max(least, 1e-9), 0.5)]
-    whole = {f: parse_dates(text, f) for f in good}
-    counts = {f: v.drop_nulls().len() for f, v in whole.items()}
-    best = max(counts, key=lambda f: counts[f], default=None)
-    if best is None or counts[best] < max(1, least * sample.len()):
-        return None, "", ""
-    other = next(
-        (f for f in good if f != best and counts[f] == counts[best] and not whole[f].equals(whole[best], check_names=False)), ""
-    )
-    return whole[best], best, other
-
-
-def parse_dates(text: pl.Series, form: str) -> pl.Series:
-    return text.str.to_datetime(form, strict=False, time_unit="us")
-
-
-def parse_zoned_dates(text: pl.Series) -> pl.Series:
-    iso = text.str.replace(r"^(\S+) (\d)", "${1}T${2}").str.replace(r"([+-]\d\d)(\d\d)$", "${1}:${2}")
-    values = iso.str.to_datetime("%+", strict=False, time_unit="us", time_zone="UTC")
-    return values.dt.replace_time_zone(None)
-
-
-def integers_to_text(values: pl.Series) -> pl.Series:
-    return values.cast(pl.Int64).cast(pl.String)
 
 
 def format_percent(share: float) -> str:

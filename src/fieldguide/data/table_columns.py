@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError, nearest
-from fieldguide.data import column_types, time_parts
+from fieldguide.data import column_types, text_values, time_parts
 from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.dataset import (
     BOOKKEEPING,
@@ -176,8 +176,12 @@ class TableColumns:
             by_name = self.column_spec.by_name("target", [n for n in names if n != by_name])
         if by_name is None and (self.options.labels_optional or len(names) < 2 or self.column_spec.target != "last"):
             return None
-        target = by_name or next((n for n in reversed(names) if not column_types.are_media_files(self.raw.rows[n])), names[-1])
-        why = "by its name" if by_name else "because it is the last column"
+        values = [n for n in reversed(names) if not text_values.are_media_files(self.raw.rows[n])]
+        target = by_name or next(
+            (n for n in values if not text_values.is_identifier(n, self.raw.rows[n])), [*values, names[-1]][0]
+        )
+        rest = "" if target == names[-1] else " that holds neither files nor identifiers"
+        why = "by its name" if by_name else f"because it is the last column{rest}"
         self.add_finding(
             "target-chosen",
             "note",

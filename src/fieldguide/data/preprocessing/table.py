@@ -15,10 +15,10 @@ import numpy as np
 import polars as pl
 from scipy.special import ndtri
 
-from fieldguide.data.column_types import numbers_to_text
 from fieldguide.data.dataset import Column
 from fieldguide.data.preprocessing.labels import index_values
 from fieldguide.data.preprocessing.text_features import TextFeatures
+from fieldguide.data.text_values import numbers_to_text
 
 MAX_QUANTILES = 1000
 MIN_PROBABILITY = 1e-7  # minimum distance of probabilities from 0 and 1: limits values to about +-5.2

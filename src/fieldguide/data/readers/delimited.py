@@ -14,15 +14,15 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data.column_types import (
+from fieldguide.data.dataset import BOOKKEEPING, LINE, Finding
+from fieldguide.data.number_formats import infer_format
+from fieldguide.data.text_values import (
     AUDIO_FILE_PATTERN,
     IMAGE_FILE_PATTERN,
     MISSING_MARKERS,
     VIDEO_FILE_PATTERN,
     blank_missing,
 )
-from fieldguide.data.dataset import BOOKKEEPING, LINE, Finding
-from fieldguide.data.number_formats import infer_format
 
 MAX_COLUMNS = 20_000  # of a table; checks and types take some milliseconds for each
 DELIMITERS = ",\t;|"

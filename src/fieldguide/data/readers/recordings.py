@@ -13,12 +13,12 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.column_spec import normalize_name
-from fieldguide.data.column_types import AUDIO_FILE_PATTERN, mean_value
 from fieldguide.data.dataset import BOOKKEEPING, FILE, LINE, FileEntry, Finding, Severity
 from fieldguide.data.media.audio import SUPPORTED_SUFFIXES, UNSUPPORTED_SUFFIXES
 from fieldguide.data.readers import delimited, table
 from fieldguide.data.readers.image_folder import is_hidden
 from fieldguide.data.source import Options, RawTable, folder_split, relative_path, sha256
+from fieldguide.data.text_values import AUDIO_FILE_PATTERN, mean_value
 
 NAME = "recordings"
 UNDERSTANDS = (

@@ -20,13 +20,15 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
-from fieldguide.data import column_types
+from fieldguide.data import column_types, text_values
 from fieldguide.data.dataset import Data, Finding, Severity
+from fieldguide.data.former_formats import as_numbers
 from fieldguide.data.number_formats import infer_format
 from fieldguide.data.time_zones import LOCAL
 from fieldguide.data.timeseries.frequency import DAY, Frequency, continues, infer_frequency
 from fieldguide.data.timestamps import infer_dates
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places
+from fieldguide.data.validation.sentinels import check_sentinels
 
 PLAIN_STEP = Frequency("number", 1.0, "step")
 MIN_DISTINCT_FRACTION = 0.9  # minimum fraction of distinct values in a column that names one series per row
@@ -180,6 +182,7 @@ def forward_fill(values: np.ndarray, start: np.ndarray) -> np.ndarray:
 def check(data: Data) -> Iterator[Finding]:
     """Run the data checks for time series."""
     yield from arrange_series(data)[1]
+    yield from check_sentinels(data)
 
 
 def build_panel(data: Data) -> Panel:
@@ -223,13 +226,13 @@ def series_name_column(data: Data) -> str | None:
 
 def holds_words(values: pl.Series) -> bool:
     """Return whether a column holds words. A step at which all series are 0 or have ended may be read as text without."""
-    return values.dtype == pl.String and column_types.as_numbers(values).null_count() > values.null_count()
+    return values.dtype == pl.String and as_numbers(values).null_count() > values.null_count()
 
 
 def row_values(data: Data, name: str) -> np.ndarray:
     """Return the values, rows x steps, float64: all other columns in order, whatever their type."""
     columns = [data.rows[n] for n in data.columns if n != name]
-    numbers = [column_types.as_numbers(c) if c.dtype == pl.String else c.cast(pl.Float64) for c in columns]
+    numbers = [as_numbers(c) if c.dtype == pl.String else c.cast(pl.Float64) for c in columns]
     return pl.DataFrame(numbers).to_numpy().astype(float)
 
 
@@ -342,7 +345,7 @@ def row_times(data: Data) -> tuple[pl.Series, bool]:
     values = data.rows[data.require_role("time").name]
     if values.dtype == pl.String:
         numbers, dates = infer_format(values).values, infer_dates(values)
-        least = column_types.MIN_TYPE_FRACTION * (len(values) - values.null_count())
+        least = text_values.MIN_TYPE_FRACTION * (len(values) - values.null_count())
         values = numbers if len(values) - numbers.null_count() >= max(least, 1) else values if dates is None else dates.values
     if values.dtype.is_temporal():
         return values.cast(column_types.DATE_DTYPE).cast(pl.Int64), True

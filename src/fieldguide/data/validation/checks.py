@@ -14,10 +14,11 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.column_spec import ColumnSpec
-from fieldguide.data.column_types import mean_value
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding, Kind
+from fieldguide.data.text_values import mean_value
 from fieldguide.data.validation.duplicates import same_inputs
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places, simplify_label
+from fieldguide.data.validation.sentinels import check_sentinels
 
 MAX_LISTED = 8  # problems that an error lists
 MAX_UNUSABLE_FRACTION = 0.01  # maximum fraction of unusable examples
@@ -502,4 +503,5 @@ CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (
     check_events,
     check_series,
     check_duplicate_columns,
+    check_sentinels,
 )

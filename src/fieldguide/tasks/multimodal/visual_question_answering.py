@@ -17,7 +17,7 @@ from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Tab
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
-from fieldguide.data.column_types import IMAGE_FILE_PATTERN
+from fieldguide.data.text_values import IMAGE_FILE_PATTERN
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Labels
