@@ -38,11 +38,26 @@ from fieldguide.training.trainer import Trainer
 TABLE = Path(errors.__file__).with_name("errors.csv")
 FIELDS = [
     *("architecture", "family", "size", "mode", "batch", "length", "side", "precision", "optimizer"),
-    *("base", "measured", "allocated", "resident", "best", "median", "ops", "flops", "moved", "planned", "plan_seconds"),
+    *(
+        "base",
+        "measured",
+        "allocated",
+        "resident",
+        "best",
+        "median",
+        "ops",
+        "flops",
+        "moved",
+        "planned",
+        "plan_seconds",
+        "idle",
+    ),
 ]
 TARGET_BYTES, TARGET_FLOPS = 200 << 20, 20e9  # of a step with the smaller batch
 MOST_PARAMETERS, LARGEST_PARAMETERS = 25e6, 150e6
 STEPS = 3
+BUSY_LOAD = 1.5  # load average above which other work runs, so that the times of a cell are not used
+MOST_FLOPS = 150e9  # of a step; cells that take more are left out
 SMALL = {  # fields of architectures whose published sizes are all too large
     **{"vocab_size": 8192, "length": 256, "dim": 256, "depth": 4, "heads": 4, "kv_heads": 2, "hidden": 768, "experts": 4},
     **{
@@ -231,7 +246,11 @@ def run_cell(card: Card, cell: dict[str, Any]) -> dict[str, Any] | None:
     shape = Shape(cell["batch"], cell["length"], cell["side"])
     config = choose_config(card)[1]
     args = (card, config, shape, cell["mode"], cell["precision"], cell["optimizer"] or "adamw")
-    measured, planned = in_fresh_process(measure, *args), in_fresh_process(plan, *args)
+    planned = in_fresh_process(plan, *args)
+    if planned.get("flops", 0.0) > MOST_FLOPS:
+        print(f"{card.name} {cell['mode']} {cell['precision']} {cell['optimizer']}: left out, it takes too long", flush=True)
+        return None
+    measured = in_fresh_process(measure, *args) if "failed" not in planned else {}
     if failed := measured.get("failed") or planned.get("failed"):
         print(f"{card.name} {cell['mode']} {cell['precision']} {cell['optimizer']}: {failed}", flush=True)
         return None
@@ -308,7 +327,9 @@ def main() -> None:
         cells = [(card, cell) for card, cell in cells if tuple(str(cell[key]) for key in FIELDS[:9]) not in known]
         for row in pool.map(lambda entry: run_cell(*entry), cells):
             if row is not None:
-                old.append(row | {"base": bases[row["mode"]]})
+                old.append(
+                    row | {"base": bases[row["mode"]], "idle": int(options.jobs == 1 and os.getloadavg()[0] < BUSY_LOAD)}
+                )
                 write_table(options.table, old)
     print(errors.describe(options.table))
 

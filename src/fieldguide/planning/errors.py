@@ -11,9 +11,22 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("errors.csv")
-NUMBERS = ("base", "measured", "allocated", "resident", "best", "median", "ops", "flops", "moved", "planned", "plan_seconds")
+NUMBERS = (
+    "base",
+    "measured",
+    "allocated",
+    "resident",
+    "best",
+    "median",
+    "ops",
+    "flops",
+    "moved",
+    "planned",
+    "plan_seconds",
+    "idle",
+)
 UPPER_SHARE = 0.99  # of the measured cells that the upper bound must cover
-UPPER_MARGIN = 1.02
+UPPER_MARGIN, FEW_CELLS_MARGIN = 1.02, 2.0  # the second is divided by the number of cells: few cells may miss the worst
 DEFAULT_UPPER = 1.4  # for a family without measurements
 PROCESS_BYTES = 350 << 20  # of a process that has loaded torch and this library, if nothing was measured
 MIN_CELLS = 8  # below this number, a family takes the corrections of all families
@@ -78,19 +91,20 @@ def learn(rows: list[dict[str, Any]]) -> Correction:
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for i, a in enumerate(points) for b in points[i + 1 :] if b[0] > 1.2 * a[0]]
     memory = min(max(statistics.median(slopes), 0.8), 1.3) if slopes else 1.0
     extra = max(statistics.median(row["measured"] - memory * row["resident"] for row in rows), 0.0)
-    seconds = statistics.median(row["best"] / row["planned"] for row in rows if row["planned"] > 0)
+    timed = [row for row in rows if row["idle"] and row["planned"] > 0]  # times on a busy machine say nothing
+    seconds = statistics.median(row["best"] / row["planned"] for row in timed) if timed else 1.0
     correct: Callable[[dict[str, Any]], float] = lambda row: memory * row["resident"] + extra
     misses = [abs(correct(row) / row["measured"] - 1) for row in rows]
-    late = [abs(seconds * row["planned"] / row["best"] - 1) for row in rows]
+    late = [abs(seconds * row["planned"] / row["best"] - 1) for row in timed]
     return Correction(
         len(rows),
         memory,
         int(extra),
-        max(UPPER_MARGIN * quantile((row["measured"] / correct(row) for row in rows), UPPER_SHARE), 1.0),
+        max((UPPER_MARGIN + FEW_CELLS_MARGIN / len(rows)) * quantile((row["measured"] / correct(row) for row in rows), UPPER_SHARE), 1.0),
         seconds,
         statistics.median(misses),
         quantile(misses, 0.95),
-        statistics.median(late),
+        statistics.median(late) if late else float("nan"),
         quantile(late, 0.95),
     )
 
@@ -130,8 +144,8 @@ def describe(path: Path = TABLE) -> str:
             continue
         cells = []
         for key in ("total", "net", "time"):
-            misses = [abs(row[key]) for row in chosen]
-            cells.append(f"{statistics.median(misses):.1%}, {quantile(misses, 0.95):.1%}")
+            misses = [abs(row[key]) for row in chosen if row["idle"] or key != "time"]
+            cells.append(f"{statistics.median(misses):.1%}, {quantile(misses, 0.95):.1%}" if misses else "not measured")
         over = sum(row["over"] for row in chosen) / len(chosen)
         lines.append(f"| {family} | {mode} | {len(chosen)} | {cells[0]} | {cells[1]} | {over:.1%} | {cells[2]} |")
     return "\n".join(lines)

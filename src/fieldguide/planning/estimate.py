@@ -266,6 +266,8 @@ class Planner:
         notes = list(self.machine.notes)
         if not self.correction.cells:
             notes.append("errors were not measured for this family: the upper bound is a guess")
+        elif self.correction.seconds_median != self.correction.seconds_median:  # not a number
+            notes.append("the time of steps of this family was not measured on an idle machine")
         elif not self.on_cpu:
             notes.append("the measured errors are those of this library on a CPU")
         return tuple(notes)
