@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
 
 import fieldguide
+from fieldguide.automl.check import check_data
 from fieldguide.core.errors import DataError
 from fieldguide.tasks.supervised_evaluator import ClassificationEvaluator
 
@@ -85,6 +88,49 @@ def test_unseen_tags_count_as_wrong(tmp_path):
     baseline = run.record["scores"]["baselines"][0]["scores"]
     assert 0 < run.record["scores"]["tested"] == 30 and baseline["recall"] == 0  # towns of the test rows are new words
     assert run.scores["accuracy"] <= (90 - 10) / 90 and any("B-NEW" in note for note in run.record["data"]["notes"])
+
+
+def write_masks(folder):
+    for part, count in (("train", 8), ("test", 4)):
+        for kind in ("images", "masks"):
+            (folder / part / kind).mkdir(parents=True)
+        for i in range(count):
+            mask = np.zeros((16, 16), np.uint8)
+            mask[2:8, 2:8], mask[9:14, 9:14] = 1, 3 if part == "test" and i < 2 else 2
+            Image.fromarray(mask).save(folder / part / "masks" / f"{i}.png")
+            Image.fromarray(RNG.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / part / "images" / f"{i}.png")
+    return 2, "'3'"
+
+
+def write_boxes(folder):
+    names = ["cat", "dog", "cow"]
+    for part, count in (("train", 8), ("valid", 4), ("test", 4)):
+        (folder / part).mkdir(parents=True)
+        images, boxes = [], []
+        for i in range(count):
+            Image.fromarray(RNG.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / part / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "width": 16, "height": 16})
+            category = 2 if part == "test" and i < 3 else i % 2
+            boxes.append({"id": i, "image_id": i, "category_id": category, "bbox": [2, 2, 6 + i, 9], "area": 81, "iscrowd": 0})
+        categories = [{"id": i, "name": n} for i, n in enumerate(names)]
+        content = {"images": images, "annotations": boxes, "categories": categories}
+        (folder / part / "_annotations.coco.json").write_text(json.dumps(content))
+    return 3, "'cow'"
+
+
+def write_tags(folder):
+    (folder / "train.conll").write_text("".join(f"Ann{i} B-PER\nruns O\n\n" for i in range(20)))
+    (folder / "test.conll").write_text("".join(f"Town{i} B-{'LOC' if i < 4 else 'PER'}\nis O\n\n" for i in range(9)))
+    return 4, "'B-LOC'"
+
+
+@pytest.mark.parametrize("make", [write_masks, write_boxes, write_tags])
+def test_check_reports_classes_of_other_splits(tmp_path, make):
+    count, name = make(tmp_path)
+    checked = check_data(str(tmp_path))
+    lines = [str(f) for f in checked.data.findings if f.check == "class-not-in-train"] + checked.lines
+    (found,) = [line for line in lines if "do not occur in train" in line]
+    assert f"{count} x" in found and f"count as wrong predictions: {name} (" in found
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding, Kind
 from fieldguide.data.text_values import mean_value
+from fieldguide.data.validation.class_names import find_unseen_classes
 from fieldguide.data.validation.duplicates import same_inputs
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places, simplify_label
 from fieldguide.data.validation.sentinels import check_sentinels
@@ -493,6 +494,13 @@ def check_duplicate_columns(data: Data) -> Iterator[Finding]:
         )
 
 
+def check_tags(data: Data) -> Iterator[Finding]:
+    """Report tags of val and test that do not occur in train."""
+    target = data.target
+    if target is not None and target.kind == "list" and data.rows.schema[target.name] == pl.List(pl.String):
+        yield from find_unseen_classes(data, [set(tags or []) for tags in data.rows[target.name].to_list()], "rows")
+
+
 CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (
     check_columns,
     check_target,
@@ -504,4 +512,5 @@ CHECKS: tuple[Callable[[Data], Iterator[Finding]], ...] = (
     check_series,
     check_duplicate_columns,
     check_sentinels,
+    check_tags,
 )

@@ -17,10 +17,10 @@ from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Tab
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
-from fieldguide.data.text_values import IMAGE_FILE_PATTERN
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Labels
+from fieldguide.data.text_values import IMAGE_FILE_PATTERN
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
 from fieldguide.tasks.multimodal.base import ImageAndTextTask

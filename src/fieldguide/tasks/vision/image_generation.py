@@ -23,12 +23,12 @@ from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.data.column_spec import CAPTION_NAMES, ColumnSpec
-from fieldguide.data.text_values import blank_missing, has_sentences
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Kind, Manifest
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import ImageTransform, Labels, TextTokenizer, suggest_side
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.data.preprocessing.tokenizer import suggest_length
+from fieldguide.data.text_values import blank_missing, has_sentences
 from fieldguide.metrics import generative
 from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
 from fieldguide.objectives.diffusion import Sampler

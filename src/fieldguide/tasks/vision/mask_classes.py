@@ -28,7 +28,7 @@ from fieldguide.data.preprocessing.masks import (
     inspect_masks,
     solid_fraction,
 )
-from fieldguide.data.validation.class_names import find_similar_names, list_classes
+from fieldguide.data.validation.class_names import find_similar_names, find_unseen_classes, list_classes
 
 VOID = 255  # conventional value of pixels without a class
 MAX_VOID_FRACTION = 0.05  # maximum fraction of pixels of 255 that is void without further evidence,
@@ -149,6 +149,8 @@ def decide(data: Data, paths: Sequence[Mask], known: dict[str, Any], ignore: lis
         for i, (name, value) in enumerate(zip(names, values))
     }
     findings += [list_classes("classes of masks", counts), *find_similar_names(names)]
+    if len(paths) == len(data):
+        findings += find_unseen_classes(data, [[names[i] for i in sorted(present[path])] for path in paths], "masks")
     if left := [v for v in void if v in totals]:
         findings.append(
             Finding(

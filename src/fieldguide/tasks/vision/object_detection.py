@@ -27,7 +27,7 @@ from fieldguide.data.media.boxes import SIDES
 from fieldguide.data.preprocessing.augmentation import BoxAugmentation
 from fieldguide.data.preprocessing.detection import Boxed, Letterbox, pad_boxes
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
-from fieldguide.data.validation.class_names import find_similar_names, list_classes
+from fieldguide.data.validation.class_names import find_similar_names, find_unseen_classes, list_classes
 from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.objectives import Objective
 from fieldguide.objectives.detection import Detection
@@ -124,7 +124,11 @@ class ObjectDetection(Task):
                 "were the boxes of one image copied to all?"
             )
         counts = list_classes("classes of boxes", {name: seen[name] for name in sorted(order, key=lambda n: -seen[n])})
-        return replace(data, context={"classes": order}, findings=[*data.findings, counts, *find_similar_names(order)])
+        unseen = find_unseen_classes(
+            data, [{o["label"] for o in objects or []}.intersection(order) for objects in every], "images"
+        )
+        findings = [*data.findings, counts, *find_similar_names(order), *unseen]
+        return replace(data, context={"classes": order}, findings=findings)
 
     @classmethod
     def check_split(cls, data: Data, name: str, options: Any) -> None:
