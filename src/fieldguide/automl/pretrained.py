@@ -43,6 +43,7 @@ PASSES = 3  # of fine-tuning
 FORWARDS_PER_STEP = 3  # a backward pass costs two forward passes
 MAX_TUNING_FRACTION, MAX_FEATURES_FRACTION = 0.5, 0.33  # of the minutes
 MIN_MB, MB_PER_MINUTE = 100, 100
+MAX_REASONS = 3  # that an error lists
 # Of the words of English prose, about a third are among these; of related languages, less than a tenth.
 ENGLISH = frozenset(
     "the of and to a in is that for it on with was as be by this are what i you how which from at do does who not have".split()
@@ -159,8 +160,10 @@ def explain_none(facts: Facts) -> str:
     rows = [row for row in list_public_checkpoints() if facts.task in row.tasks]
     if not rows:
         return f"there are none for {facts.task}"
-    reasons = {explain_unfit(row, facts) or "it takes too long for the given minutes": row.name for row in reversed(rows)}
-    return "; ".join(f"{name}: {reason}" for reason, name in list(reasons.items())[:3])
+    reasons: dict[str, str] = {}
+    for row in reversed(rows):  # the best one for each reason
+        reasons.setdefault(explain_unfit(row, facts) or "it takes too long for the given minutes", row.name)
+    return "; ".join(f"{name}: {reason}" for reason, name in list(reasons.items())[:MAX_REASONS])
 
 
 def resolve_auto(facts: Facts, callback: Any) -> tuple[str, load.Checkpoint]:

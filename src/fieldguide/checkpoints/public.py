@@ -9,6 +9,7 @@ import functools
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from fieldguide.checkpoints.names import HUB_PREFIX
 
@@ -57,7 +58,9 @@ class PublicCheckpoint:
 def list_public_checkpoints() -> tuple[PublicCheckpoint, ...]:
     """Return all rows, in the order of the file: within a task, later rows usually score higher."""
     rows = tomllib.loads(files(__package__).joinpath("public.toml").read_text(encoding="utf-8"))["checkpoint"]
-    return tuple(
-        PublicCheckpoint(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
-        for row in rows
-    )
+    return tuple(PublicCheckpoint(**freeze(row)) for row in rows)
+
+
+def freeze(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with tuples in place of lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}

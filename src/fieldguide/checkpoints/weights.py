@@ -63,9 +63,19 @@ WEIGHT_FILE_NAMES = (
 # ------------------------------------------------------------------------------------------------ files
 
 
+# The first bytes: format version, length of the name, and name of the kind of model
+CTRANSLATE2 = re.compile(rb"[\x01-\x0f]\0\0\0.\0([A-Z][A-Za-z0-9]*)Spec\0", re.DOTALL)
+
+
 def _read_pickle(path: Path) -> object:
     """Read a file of torch.save without running any code in it."""
     is_zip = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if kind := CTRANSLATE2.match(file.read(64)):
+            raise WeightsError(
+                f"{path} holds a {kind[1].decode()} of CTranslate2, whose files are not supported. Load the model that it was "
+                "converted from."
+            )
     try:
         _check_pickles(path, is_zip)
         with warnings.catch_warnings():
