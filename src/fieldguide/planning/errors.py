@@ -100,7 +100,11 @@ def learn(rows: list[dict[str, Any]]) -> Correction:
         len(rows),
         memory,
         int(extra),
-        max((UPPER_MARGIN + FEW_CELLS_MARGIN / len(rows)) * quantile((row["measured"] / correct(row) for row in rows), UPPER_SHARE), 1.0),
+        max(
+            (UPPER_MARGIN + FEW_CELLS_MARGIN / len(rows))
+            * quantile((row["measured"] / correct(row) for row in rows), UPPER_SHARE),
+            1.0,
+        ),
         seconds,
         statistics.median(misses),
         quantile(misses, 0.95),

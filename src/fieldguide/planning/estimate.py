@@ -32,6 +32,7 @@ MODES = ("train", "predict")
 MEMORY_SHARE = 0.95  # of a machine's memory that a run may take
 LARGEST_BATCH, LARGEST_LENGTH = 1 << 20, 1 << 20
 MAX_TRIALS = 6  # traces in the search of the largest batch or length
+MOST_GROWTH = 64  # of the batch or length from one trial to the next
 CLOSE_ENOUGH = 0.97  # of the limit, at which the search ends
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -362,7 +363,7 @@ class Planner:
                 (a, at_a), (b, at_b) = points[-2:] if above is None else ((below, tried[below]), (above, tried[above]))
                 slope = max((at_b - at_a) / (b - a), 1.0)
                 guess = int(below + 0.99 * (self.limit - tried[below]) / slope)
-                guess = min(max(guess, below + 1), most, above - 1 if above else 8 * below)
+                guess = min(max(guess, below + 1), most, above - 1 if above else MOST_GROWTH * below)
                 if guess in tried:
                     break
                 upper(guess)

@@ -1,7 +1,7 @@
 """A typical step of an architecture: its objective and a batch, as the task for its output type builds them.
 
-Floating-point tensors may be on the meta device, where they take no memory. Integer tensors are real, because their values
-decide how much work there is (padding, experts, masked tokens).
+Floating-point tensors may be on the meta device, where they take no memory. Integer tensors of ordinary sizes are real,
+because their values decide how much work there is (padding, experts, masked tokens).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fieldguide.objectives import (
 )
 from fieldguide.objectives.next_item import NextItem
 from fieldguide.objectives.segmentation import Segmentation
+from fieldguide.planning.trace import MAX_KNOWN_VALUES
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 BOXES_PER_IMAGE = 8
@@ -107,8 +108,9 @@ def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
     length = shape.length if card.endless else min(shape.length, get("length", shape.length))
     floats = lambda *sizes: torch.randn(rows, *sizes) if device != "meta" else torch.empty(rows, *sizes, device="meta")
     vocabulary = get("vocab_size", 0) or get("items", 0) or 2
-    whole = lambda width: torch.ones(rows, width, dtype=torch.bool)
-    text = lambda width: torch.randint(1, max(vocabulary, 2), (rows, width))
+    place = lambda width: "meta" if device == "meta" and rows * width > MAX_KNOWN_VALUES else "cpu"
+    whole = lambda width: torch.ones(rows, width, dtype=torch.bool, device=place(width))
+    text = lambda width: torch.randint(1, max(vocabulary, 2), (rows, width), device=place(width))
     if card.input_type == "image":
         return {"image": floats(channels, side, side)}
     if card.input_type == "tokens":
@@ -151,7 +153,7 @@ def build_caption(get: Callable[..., Any], rows: int, length: int, text: Any, wh
     if (picture := get("picture", None)) is not None:
         patches = (get("image", 224) // get("patch", 14)) ** 2
         tokens = torch.where(tokens == picture, 1, tokens)
-        tokens = torch.cat([tokens[:, :1], torch.full((rows, patches), picture), tokens[:, 1:]], 1)
+        tokens = torch.cat([tokens[:, :1], torch.full((rows, patches), picture, device=tokens.device), tokens[:, 1:]], 1)
     elif (end := get("end", None)) is not None:
         tokens = torch.where(tokens == end, 1, tokens)
         tokens[:, -1] = end
@@ -176,7 +178,7 @@ def build_next_token(card: Card, network: nn.Module, inputs: dict[str, Tensor], 
 
 
 def build_masked(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
-    chosen = torch.rand(inputs["tokens"].shape) < MASKED_SHARE
+    chosen = torch.rand(inputs["tokens"].shape, device=inputs["tokens"].device) < MASKED_SHARE
     chosen[:, 0] = True
     inputs["target"] = torch.where(chosen, inputs["tokens"], -1)
     return Workload(MaskedLM(network, card.inputs), inputs)
