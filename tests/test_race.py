@@ -215,3 +215,27 @@ def test_no_race_without_time_or_if_the_network_is_requested(product, tmp_path):
     fieldguide.fit(product, "y", minutes=0.05, out=tmp_path / "a", callback=lines)
     fieldguide.fit(product, "y", model="mlp", settings={"steps": 3}, out=tmp_path / "b", callback=lines)
     assert not any("race" in name or "racing" in name for name in lines.phases)
+
+
+# ------------------------------------------------------------------------------------------------- training again
+
+
+@pytest.mark.parametrize("model", ["mlp", "linear", "gradient-boosting"])
+def test_refit_trains_on_training_and_validation_rows(model, product, tmp_path):
+    changes = {"refit": True, **({"steps": 12, "eval_steps": 4} if model == "mlp" else {})}
+    lines = Recorder()
+    run = fieldguide.fit(product, "y", model=model, out=tmp_path / "run", settings=changes, callback=lines)
+    plain = {key: value for key, value in changes.items() if key != "refit"}
+    once = fieldguide.fit(product, "y", model=model, out=tmp_path / "once", settings=plain, callback=NullCallback())
+    split = run.record["data"]["split"]
+    assert run.record["refit"]["rows"] == split["train"] + split["validation"] and "refit" not in once.record
+    assert any(name.startswith("training again on") for name in lines.phases)
+    if model == "mlp":
+        assert run.record["refit"]["steps"] == round(
+            run.record["cost"]["best_step"] * (1 + split["validation"] / split["train"])
+        )
+    if model == "gradient-boosting":
+        assert run.scores["accuracy"] > 0.9
+    ours, theirs = run.objective.state_dict(), once.objective.state_dict()
+    assert any(ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key]) for key in ours)
+    assert fieldguide.open_run(tmp_path / "run").evaluate(product)["scores"] == pytest.approx(run.scores, nan_ok=True)

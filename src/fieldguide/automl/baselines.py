@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,6 +42,7 @@ class Baseline:
     score: float  # monitored metric on the validation rows
     chosen: str  # what the fit chose, such as the penalty
     seconds: float
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # of the fit, to repeat it with other rows
     size: str = ""  # name of a size of the card; the default one if empty
 
     @property
@@ -77,8 +79,10 @@ def make_score(plan: Plan, card: Card, objective: Objective, batches: Batches) -
     return score
 
 
-def solve(plan: Plan, card: Card, config: Any, deadline: float, callback: Any) -> Baseline:
-    """Fit one model without gradient descent, in the first of several processes."""
+def solve(
+    plan: Plan, card: Card, config: Any, deadline: float, callback: Any, fixed: Mapping[str, Any] | None = None
+) -> Baseline:
+    """Fit one model without gradient descent, in the first of several processes. `fixed` are the parameters of an earlier fit."""
     started, task = time.monotonic(), plan.task
     plain = plan.settings.with_({"augmentation": "none", "mixup": 0})
     if share_batches(card, plan.card):
@@ -97,6 +101,7 @@ def solve(plan: Plan, card: Card, config: Any, deadline: float, callback: Any) -
             score=make_score(plan, card, objective, validation),
             deadline=deadline,
             seed=plan.settings.seed,
+            fixed=fixed,
             log=callback.log,
         )
         try:
@@ -115,6 +120,7 @@ def solve(plan: Plan, card: Card, config: Any, deadline: float, callback: Any) -
         objective=objective,
         score=sign * solution.score,
         chosen=solution.chosen,
+        parameters=solution.parameters,
         seconds=time.monotonic() - started,
     )
 
@@ -175,7 +181,7 @@ class SolverLoop:
         self.callback.on_phase(f"fitting {plan.card.name}")
         deadline = math.inf if self.settings.deterministic or not minutes else time.monotonic() + 60 * minutes
         fitted = solve(plan, plan.card, plan.config, deadline, self.callback)
-        plan.config, plan.objective = fitted.config, fitted.objective
+        plan.config, plan.objective, plan.parameters = fitted.config, fitted.objective, fitted.parameters
         self.callback.log(f"{plan.card.name}: {fitted.chosen}")
         self.state = State(step=1, best_step=1, best=fitted.score, seconds=fitted.seconds)
         return self.state

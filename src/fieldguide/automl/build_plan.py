@@ -58,6 +58,7 @@ class Plan:
     training_seconds: float | None = None  # limit of the training, over all sessions; None for the minutes of the settings
     batch_limit: tuple[int, int] = (0, 0)  # largest batch, and steps that must still fit into the time (see `Trainer`)
     max_steps: int = 0  # an upper limit of the steps if they follow from the minutes; else 0
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # of a model that is fitted without gradient descent
     requested: dict[str, Any] = field(default_factory=dict)  # settings that the user gave
     objective: Objective = field(init=False)
     train_batches: Batches = field(init=False)
@@ -193,7 +194,7 @@ class Plan:
             size=self.size,
         )
         self.card, self.size, self.config, self.objective = baseline.card, baseline.name, baseline.config, baseline.objective
-        self.part_networks, self.fresh = {}, None
+        self.part_networks, self.fresh, self.parameters = {}, None, baseline.parameters
         return network
 
     def describe_model(self) -> dict[str, Any]:

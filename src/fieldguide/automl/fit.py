@@ -26,6 +26,7 @@ from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.clock import Clock, get_training_seconds
 from fieldguide.automl.progress import make_default_callback
 from fieldguide.automl.race import Race, is_possible
+from fieldguide.automl.refit import TIME_FRACTION, refit
 from fieldguide.automl.request import get_location, group_settings, read_for, read_request
 from fieldguide.core import distributed
 from fieldguide.core.deprecation import accept_renamed
@@ -452,7 +453,8 @@ def train_and_test(
     wants_frozen = record["choice"].get("frozen_features", False) and more_steps and not is_begun
     frozen = frozen_features.fit_frozen(plan, callback) if wants_frozen else None
     if not resume and plan.settings.minutes:
-        plan.training_seconds = get_training_seconds(plan.settings.minutes, callback.elapsed, estimate_test_seconds(plan))
+        seconds = get_training_seconds(plan.settings.minutes, callback.elapsed, estimate_test_seconds(plan))
+        plan.training_seconds = (1 - TIME_FRACTION) * seconds if plan.settings.refit else seconds
         record["cost"]["training_seconds"] = round(plan.training_seconds, 2)
         if distributed.rank() == 0:
             write_record(path, record)
@@ -485,6 +487,8 @@ def train_and_test(
             callback.log(f"stopped at step {state.step}: {state.stopped}")
         if frozen is not None:
             callback.log(frozen_features.describe_outcome(plan, frozen, state))
+        if plan.settings.refit:
+            record["refit"] = refit(plan, state, record["request"]["weights"], callback)
         save(state)  # again, now calibrated
         try:
             evaluate_and_save(path, record, plan, callback, baselines)

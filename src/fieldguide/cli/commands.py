@@ -101,6 +101,9 @@ def fit(
     metric: Annotated[
         str | None, typer.Option(help="The score that selects the best weights and the model; chosen from the data if omitted.")
     ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Train again on training and validation rows together at the end.")
+    ] = False,
     deterministic: Annotated[
         bool,
         typer.Option("--deterministic", help="Give the same scores again on this machine: nothing depends on measured time."),
@@ -115,7 +118,7 @@ def fit(
     from fieldguide.core.errors import SettingsError
 
     settings = parse_pairs(changes) | ({"deterministic": True} if deterministic else {})
-    settings |= {"metric": metric} if metric is not None else {}
+    settings |= ({"metric": metric} if metric is not None else {}) | ({"refit": True} if refit else {})
     arguments: dict[str, Any] = {
         "data": data,
         "target": target,

@@ -51,6 +51,7 @@ class Settings:
     num_workers: int = 0  # processes that prepare batches
     tracker: str = "none"  # none | tensorboard | mlflow | wandb, in addition to metrics.jsonl
     seed: int = 0  # seed of splits, initial weights, order, augmentation and dropout
+    refit: bool = False  # train again on training and validation rows together at the end, with what was chosen before
     deterministic: bool = False  # give the same result again on this machine: nothing depends on measured time
     threads: int | None = None  # CPU threads; None = as many as torch chooses
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Problem:
     score: Callable[[nn.Module], float]
     deadline: float = math.inf
     seed: int = 0
+    fixed: Mapping[str, Any] | None = None  # `Solution.parameters` to use instead of choosing, with all rows for training
     log: Callable[[str], None] = lambda text: None
 
 
@@ -55,6 +56,7 @@ class Solution:
     network: Any
     score: float
     chosen: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # the same for `Problem.fixed`
 
 
 def solve(problem: Problem) -> Solution:
@@ -75,17 +77,17 @@ def iterate_rows(problem: Problem, batches: Batches, most: int | None = None) ->
 
 
 def keep_best(
-    problem: Problem, candidates: Iterator[tuple[str, nn.Module]], max_worse: int = MAX_WORSE
+    problem: Problem, candidates: Iterator[tuple[str, nn.Module, Mapping[str, Any]]], max_worse: int = MAX_WORSE
 ) -> tuple[Solution, dict[str, Tensor]]:
     """Return the best of several fits of networks, and its weights.
 
     Stops after `max_worse` fits in a row that are worse than the best, and at the deadline.
     """
     best, weights, worse = None, {}, 0
-    for chosen, network in candidates:
+    for chosen, network, parameters in candidates:
         value = problem.score(network)
         if best is None or (math.isfinite(value) and (value > best.score or not math.isfinite(best.score))):
-            best, worse = Solution(network, value, chosen), 0
+            best, worse = Solution(network, value, chosen, parameters), 0
             weights = {name: t.clone() for name, t in network.state_dict().items()}
         else:
             worse += 1
@@ -117,26 +119,30 @@ def fit_linear(problem: Problem) -> Solution:
     if most < len(problem.train):
         problem.log(f"{problem.card.name}: fitted on {most:,} of {len(problem.train):,} training rows, drawn at random")
     x, y = collect_features(network, iterate_rows(problem, problem.train, most), names)
-    candidates = ((chosen, network) for chosen in iterate_heads(network.head, x, y))
+    penalties = PENALTIES if problem.fixed is None else (problem.fixed["penalty"],)
+    candidates = ((chosen, network, {"penalty": c}) for chosen, c in iterate_heads(network.head, x, y, penalties))
     best, weights = keep_best(problem, candidates)
     network.load_state_dict(weights)
     return best
 
 
-def iterate_heads(head: nn.Linear, x: Any, y: np.ndarray) -> Iterator[str]:
-    """Fit a linear layer to features and targets with one penalty after the other, and yield what was chosen, in words.
+def iterate_heads(
+    head: nn.Linear, x: Any, y: np.ndarray, penalties: Sequence[float] = PENALTIES
+) -> Iterator[tuple[str, float]]:
+    """Fit a linear layer to features and targets with one penalty after the other, and yield it in words and as a number.
 
     Dense features are standardized for that; sparse ones are not, since they would no longer be sparse.
     """
-    mean, std = 0.0, 1.0
+    mean: Any = 0.0
+    std: Any = 1.0
     if isinstance(x, np.ndarray):
         mean, std = x.mean(0), x.std(0)
         std = np.where(std < 1e-6, 1.0, std)  # constant features stay 0
         x = (x - mean) / std
-    fits = fit_logistic(x, y, head.out_features) if y.dtype.kind == "i" else fit_ridge(x, y)
-    for chosen, weight, bias in fits:
+    fits = fit_logistic(x, y, head.out_features, penalties) if y.dtype.kind == "i" else fit_ridge(x, y, penalties)
+    for chosen, penalty, weight, bias in fits:
         set_head(head, weight / std, bias - (weight / std) @ np.broadcast_to(mean, weight.shape[1:]))
-        yield chosen
+        yield chosen, penalty
 
 
 def build_network(problem: Problem) -> Any:
@@ -170,18 +176,21 @@ def collect_features(network: Any, batches: Iterator[dict[str, Tensor]], names: 
     return joined, np.concatenate(targets)
 
 
-def fit_logistic(x: Any, y: np.ndarray, classes: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield multinomial logistic regressions (words, weights classes x F, bias), from the strongest penalty on."""
+Fit = tuple[str, float, np.ndarray, np.ndarray]  # words, inverse strength of the penalty, weights classes x F, bias
+
+
+def fit_logistic(x: Any, y: np.ndarray, classes: int, penalties: Sequence[float]) -> Iterator[Fit]:
+    """Yield multinomial logistic regressions, one for each penalty."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     present = np.unique(y)
     if len(present) == 1:
         bias = np.where(np.arange(classes) == present[0], 0.0, UNSEEN_LOGIT)
-        yield "one class", np.zeros((classes, x.shape[1])), bias
+        yield "one class", penalties[0], np.zeros((classes, x.shape[1])), bias
         return
     model = LogisticRegression(max_iter=200, warm_start=True)
-    for c in PENALTIES:
+    for c in penalties:
         model.set_params(C=c)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -191,16 +200,16 @@ def fit_logistic(x: Any, y: np.ndarray, classes: int) -> Iterator[tuple[str, np.
             weight[present[1]], bias[present] = model.coef_[0], (0.0, model.intercept_[0])
         else:
             weight[present], bias[present] = model.coef_, model.intercept_
-        yield f"logistic regression with C={c:g}", weight, bias
+        yield f"logistic regression with C={c:g}", c, weight, bias
 
 
-def fit_ridge(x: Any, y: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield ridge regressions (words, weights D x F, bias), from the strongest penalty on."""
+def fit_ridge(x: Any, y: np.ndarray, penalties: Sequence[float]) -> Iterator[Fit]:
+    """Yield ridge regressions, one for each penalty."""
     from sklearn.linear_model import Ridge
 
-    for c in PENALTIES:
+    for c in penalties:
         model = Ridge(alpha=1 / c).fit(x, y)
-        yield f"ridge regression with alpha={1 / c:g}", np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+        yield f"ridge regression with alpha={1 / c:g}", c, np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
 
 
 @torch.no_grad()
@@ -220,14 +229,14 @@ def fit_trees(problem: Problem) -> Solution:
     known = y_validation >= 0 if y.dtype.kind == "i" else np.ones(len(y_validation), dtype=bool)
     data, held = (x, y), (x_validation[known], y_validation[known])
 
-    def candidates() -> Iterator[tuple[str, nn.Module]]:
+    def candidates() -> Iterator[tuple[str, nn.Module, Mapping[str, Any]]]:
         started = time.monotonic()
-        for number, settings in enumerate(TREE_SETTINGS):
+        for number, settings in enumerate(TREE_SETTINGS if problem.fixed is None else (problem.fixed["settings"],)):
             if number and 2 * (time.monotonic() - started) / number > problem.deadline - time.monotonic():
                 return
             network, rounds = grow(problem, settings, data, held)
             words = ", ".join(f"{key}={value}" for key, value in settings.items())
-            yield f"{rounds:,} rounds with {words}", network
+            yield f"{rounds:,} rounds with {words}", network, {"settings": settings, "rounds": rounds}
 
     return keep_best(problem, candidates(), max_worse=len(TREE_SETTINGS))[0]
 
@@ -245,7 +254,10 @@ def grow(
     train: tuple[np.ndarray, np.ndarray],
     held: tuple[np.ndarray, np.ndarray],
 ) -> tuple[nn.Module, int]:
-    """Return a network with trees grown by LightGBM, and the number of rounds. Growing stops early, or at the deadline."""
+    """Return a network with trees grown by LightGBM, and the number of rounds. Growing stops early, or at the deadline.
+
+    With `problem.fixed`, the number of rounds is given.
+    """
     import lightgbm
 
     config = problem.config
@@ -272,10 +284,13 @@ def grow(
     categorical = list(range(config.numbers, config.numbers + len(config.categories)))
     data = lightgbm.Dataset(*train, categorical_feature=categorical, params=params)
     callbacks: list[Any] = [lightgbm.early_stopping(PATIENCE, verbose=False), stop_at_deadline]
-    booster = lightgbm.train(
-        params, data, MAX_ROUNDS, valid_sets=[lightgbm.Dataset(*held, reference=data)], callbacks=callbacks
-    )
-    dump = booster.dump_model(num_iteration=booster.best_iteration)
+    if problem.fixed is not None:
+        booster = lightgbm.train(params, data, problem.fixed["rounds"])
+        dump = booster.dump_model()
+    else:
+        validation = lightgbm.Dataset(*held, reference=data)
+        booster = lightgbm.train(params, data, MAX_ROUNDS, valid_sets=[validation], callbacks=callbacks)
+        dump = booster.dump_model(num_iteration=booster.best_iteration)
     trees = [read_lightgbm(tree["tree_structure"]) for tree in dump["tree_info"]]
     each = dump["num_tree_per_iteration"]
     # LightGBM has one score for two classes, that of the second one.
