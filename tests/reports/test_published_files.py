@@ -102,6 +102,20 @@ def test_rank_and_alpha_patterns_and_modules_saved_as_a_whole(base, tmp_path):
     assert torch.allclose(logits(tmp_path / "lora"), want, atol=1e-5)
 
 
+def test_biases_that_were_trained_with_an_adapter(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    name, bias = "transformer.h.0.attn.c_proj", torch.rand(16, generator=GENERATOR)
+    updates = adapter(tmp_path / "lora", {name: (16, 16)}, transpose=True, bias="all", base_model_name_or_path="../base")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{name}.base_layer.bias": bias}, file)
+    merged_reference(tmp_path / "base", updates, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    save_file(load_file(weights) | {f"{name}.bias": bias}, weights, {"format": "pt"})
+    assert torch.allclose(logits(tmp_path / "lora"), logits(tmp_path / "m"), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "config, message",
     [

@@ -65,7 +65,8 @@ def add_updates(state: Mapping[str, Tensor], folder: Path, config: Mapping[str, 
         if found := LORA.fullmatch(name):
             factors.setdefault(found[1] + (":embedding" if found[2] else ""), {})[found[3]] = tensor
         else:  # a bias, or a module that was trained as a whole, such as a classification head
-            merged[find_name(name.replace(".modules_to_save.default", ""), merged, path)] = tensor
+            plain = name.replace(".modules_to_save.default", "").replace(".base_layer.", ".")
+            merged[find_name(plain, merged, path)] = tensor
     for module, pair in factors.items():
         plain, _, is_embedding = module.partition(":")
         if pair.keys() != {"A", "B"}:
