@@ -49,6 +49,14 @@ def test_model_by_name(server):
     assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
 
 
+def test_files_in_folders(server):
+    """As of sentence-transformers; only in folders that modules.json makes likely."""
+    server.files.update({"modules.json": b"[]", "1_Pooling/config.json": b"{}", "onnx/config.json": b"{}"})
+    folder = hub.download_model("org/tiny")
+    assert (folder / "config.json").is_file() and (folder / "1_Pooling/config.json").is_file()
+    assert not (folder / "onnx").exists() and hub.find_model("org/tiny") == folder and hub.is_downloaded("org/tiny")
+
+
 def test_cache_is_shared_with_huggingface_hub(server, tmp_path, monkeypatch):
     home = tmp_path / "home/hub"
     huggingface_hub.hf_hub_download("org/tiny", "model.safetensors", cache_dir=home, endpoint=server.address)

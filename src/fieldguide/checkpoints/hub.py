@@ -102,7 +102,7 @@ def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path
             if lfs := files[path].lfs:
                 verify(file, lfs.sha256, f"hf:{name}: {path}")
     download(chosen[0], revision)  # stores which commit the revision is, for use without a network
-    return download(chosen[0], commit).parent
+    return download(chosen[0], commit).parents[chosen[0].count("/")]
 
 
 def is_offline() -> bool:
