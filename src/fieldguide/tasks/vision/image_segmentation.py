@@ -39,8 +39,9 @@ from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision import mask_classes
 from fieldguide.tasks.vision.detection_report import open_image
-from fieldguide.tasks.vision.mask_classes import VOID, MaskContext
+from fieldguide.tasks.vision.mask_classes import MaskContext
 from fieldguide.tasks.vision.mask_overlay import draw_mask
+from fieldguide.tasks.vision.mask_values import VOID
 
 MAX_SIDE_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side by device, if the user sets no size
 CROP_BY_DEVICE = {"cpu": 192, "mps": 320, "cuda": 512}  # side in pixels of the training crop by device
