@@ -35,7 +35,8 @@ def describe_values(data: Data, column: Column) -> str:
         counts = values.cast(pl.String).value_counts(sort=True).sort(["count", column.name], descending=[True, False])
         most = MAX_CLASSES if column.role == "target" else MAX_CLASSES // 3
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.head(most).rows())
-        what = "classes" if column.role == "target" else "values"
+        one, many = ("class", "classes") if column.role == "target" else ("value", "values")
+        what = one if counts.height == 1 else many
         return f"{counts.height:,} {what}: {listed}" + (f", and {counts.height - most:,} more" if counts.height > most else "")
     if column.kind in ("text", "identifier") and values.dtype == pl.String:
         first = str(values[0]).replace("\n", " ")
