@@ -129,6 +129,7 @@ def test_choice_follows_time_memory_and_language(no_cache):
     assert choose(facts("image-classification", rows=3000, minutes=3)).mb < 100
     assert choose(facts(language="other")).languages == ("*",)
     assert choose(facts(minutes=600, speed=2e13, memory=1e12)).gmacs > 5
+    assert choose(facts(minutes=1.2, speed=4e10)).gmacs < 1  # for frozen features
     slow, fast = choose(facts(minutes=3)), choose(facts(minutes=60, speed=1e12))
     assert slow.gmacs < fast.gmacs
     assert choose(facts(memory=1e8)) is None and choose(facts(rows=10**9, minutes=1)) is None
@@ -145,13 +146,13 @@ def test_choices_have_permissive_licences_and_read_the_language(task, no_cache):
             row = choose(facts(task, rows=500, minutes=minutes, language=language, side=300, speed=1e13, memory=1e12))
             assert row is None or (row.licence in ("MIT", "Apache-2.0") and task in row.tasks)
             assert row is None or language == "en" or not row.languages or row.languages == ("*",)
-            assert row is None or row.mb <= 100 + 100 * minutes
+            assert row is None or row.mb <= 200 + 100 * minutes
 
 
 def test_larger_downloads_are_chosen_if_they_are_there_already(no_cache):
     wanted = facts(minutes=1, speed=1e13)
-    row = next(row for row in reversed(ROWS) if "text-classification" in row.tasks and row.mb > 200)
-    assert choose(wanted).mb <= 200
+    row = next(row for row in reversed(ROWS) if "text-classification" in row.tasks and row.mb > 300)
+    assert choose(wanted).mb <= 300
     snapshot = no_cache / f"hub/models--{row.name.replace('/', '--')}"
     (snapshot / "snapshots/abc").mkdir(parents=True)
     (snapshot / "refs").mkdir()
