@@ -44,14 +44,15 @@ class ClassificationEvaluator(Evaluator):
 
     labels: list[str]
     counts: list[int]  # of each class in the training rows
-    metric: str
+    metric: str = ""
     temperature: float = 1.0  # divisor of the logits, set by `calibrate`
     threshold: float | None = None  # of two classes: probability from which on the rarer one is predicted; None = one half
 
     @property
     def positive(self) -> int:
         """Return the rarer of two classes; of equally frequent ones, the second."""
-        return int(np.argmin(self.counts[::-1])) ^ 1 if len(self.labels) == 2 else -1
+        counts = getattr(self, "counts", ())  # an evaluator without training data has none
+        return int(np.argmin(counts[::-1])) ^ 1 if len(counts) == 2 else -1
 
     def suggest_metric(self) -> tuple[str, str]:
         share = np.array(self.counts, dtype=float) / max(sum(self.counts), 1)
@@ -97,7 +98,7 @@ class ClassificationEvaluator(Evaluator):
 
         self.temperature = float(np.exp(minimize_scalar(cost, bounds=(-1.5, 1.5), method="bounded").x))
         self.threshold = None
-        if len(self.labels) == 2 and self.metric in RANKING_METRICS and len(np.unique(y)) == 2:
+        if self.metric in RANKING_METRICS and len(self.labels) == 2 and len(np.unique(y)) == 2:
             p = self.postprocess({"probabilities": outputs["probabilities"][known]})["probabilities"][:, self.positive]
             self.threshold = find_f1_threshold(p, y == self.positive)
 
