@@ -19,6 +19,7 @@ from fieldguide.automl.pretrained import Facts, choose, judge_language
 from fieldguide.automl.profile import count_multiply_adds
 from fieldguide.checkpoints import config_mapping, load, public
 from fieldguide.checkpoints.public import PublicCheckpoint, list_public_checkpoints
+from fieldguide.cli.commands import app
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.data import read
 from fieldguide.models.registry import find
@@ -228,6 +229,22 @@ def test_auto_downloads_what_it_names_and_resume_does_not(server, table, no_cach
     with pytest.raises(WeightsError, match="hf:org/words is not among the downloads on this machine"):
         resume(tmp_path / "again")
     assert not server.requests
+
+
+def test_names_in_config_files_are_not_downloaded(server, table, tmp_path, capsys):
+    """A run writes such a file, and the run may come from somebody else."""
+    config = tmp_path / "fit.yaml"
+    config.write_text(f"data: {table}\nweights: hf:org/words\nsettings: {{steps: 2, precision: float32}}\n")
+    arguments = ["fit", "--config", str(config), "--out", str(tmp_path / "run")]
+    with pytest.raises(WeightsError, match=r"names in files are not downloaded.*--weights hf:org/words"):
+        app(arguments, standalone_mode=False)
+    assert not server.requests
+    app([*arguments, "--weights", "hf:org/words"], standalone_mode=False)
+    server.requests.clear()
+    app([*arguments[:-1], str(tmp_path / "again")], standalone_mode=False)
+    assert not server.requests
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "again"))
+    assert first == second
 
 
 def test_without_weights_one_line_suggests_them_and_nothing_is_contacted(server, table, tmp_path):

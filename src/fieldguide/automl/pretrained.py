@@ -4,16 +4,16 @@ The rule, over the rows of checkpoints/public.toml that can do the task and have
 
 1. The row must suit the data: images of at least a quarter of the side that it was trained with; texts of a language that it was
    trained on, judged by their letters and their most frequent words.
-2. It must fit the machine: its weights take at most a quarter of the memory. (With more than 1/32 they are trained with LoRA,
-   see `finetune.choose_settings`.)
+2. It must fit the machine: its weights take at most a quarter of the memory. (Those that take more than an eighth are trained with
+   LoRA, see `finetune.choose_settings`.)
 3. Its download is at most 200 MB, and 100 MB more for each minute, unless it was downloaded before.
 4. It must fit the time: fine-tuning for three passes over the data, at the speed of this machine, takes at most half of the
    minutes. Of these rows the last one in the file is chosen, since within a task later rows usually score higher.
 5. If there are none, the cheapest row is chosen if one pass without training, for frozen features, takes at most the minutes. A
    sample of the data then has to do: MiniLM gained 6 points on TREC-6 from a third of the rows in one minute.
 
-If the hub cannot be reached, or
-HF_HUB_OFFLINE is set, only rows that were downloaded before are considered. Nothing is downloaded unless the user asks for it.
+If the hub cannot be reached, or HF_HUB_OFFLINE is set, only rows that were downloaded before are considered. Nothing is downloaded
+unless the user asks for it.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def find_model(name: str) -> Path:
     if folder is None:
         raise WeightsError(
             f"hf:{name} is not among the downloads on this machine, and names in files are not downloaded. If you trust it, load it "
-            f"once by its name: `fieldguide predict hf:{name} INPUT`, or fieldguide.load('hf:{name}')."
+            f"once by its name: `fieldguide predict hf:{name} INPUT`, `fit --weights hf:{name}`, or fieldguide.load('hf:{name}')."
         )
     return folder
 

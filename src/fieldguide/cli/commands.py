@@ -140,6 +140,8 @@ def fit(
         given = {key: value for key, value in arguments.items() if key in typed}
         arguments |= read_config(config) | given
         settings = {**arguments.pop("settings"), **settings}
+        if "weights" not in given:
+            arguments["weights"] = find_configured_weights(arguments["weights"])
     if [arguments["data"], resume, finish].count(None) != 2:
         raise SettingsError(
             "pass either data to train on (`fieldguide fit DATA`), or a run to continue (`fieldguide fit --resume RUN`) or to test "
@@ -158,6 +160,20 @@ def fit(
 
     arguments["time_column"] = arguments.pop("time")
     run_fit(arguments.pop("data"), **arguments, callback=callback, settings=settings)
+
+
+def find_configured_weights(weights: str | None) -> str | None:
+    """Return the weights that a config file names; names of the hub are found among earlier downloads only.
+
+    Whoever wrote the file decides on the name, but only the user decides what is downloaded.
+    """
+    from fieldguide.checkpoints.names import HUB_PREFIX
+
+    if not isinstance(weights, str) or not weights.startswith(HUB_PREFIX):
+        return weights
+    from fieldguide.checkpoints.hub import find_model
+
+    return str(find_model(weights.removeprefix(HUB_PREFIX)))
 
 
 def continue_run(folder: Path, arguments: dict[str, Any], settings: dict[str, Any], more_steps: bool) -> None:
