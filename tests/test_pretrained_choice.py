@@ -344,7 +344,11 @@ def test_failing_fit_leaves_the_head_as_it_was(folder, table, monkeypatch):  # n
 
 def test_time_limits_the_rows(folder, table, monkeypatch):  # noqa: F811
     plan = build_plan(read(table), weights=folder, minutes=1, settings={"batch": 8, "precision": "float32"})
-    monkeypatch.setattr(frozen_features, "MAX_TIME_FRACTION", 0.0)
+    monkeypatch.setattr(frozen_features, "FEATURES_FRACTION", 0.0)
     monkeypatch.setattr(frozen_features, "BATCH", 16)
-    found = frozen_features.fit_frozen(plan, Says())
-    assert found.rows == 16  # one batch
+    says = Says()
+    assert frozen_features.fit_frozen(plan, says).rows == 16  # one batch
+    assert f"of 16 of {len(plan.splits.train)} training rows" in says.said[-1]
+    monkeypatch.setattr(frozen_features, "VALIDATION_FRACTION", 0.0)
+    monkeypatch.setattr(frozen_features, "BATCH", 4)
+    assert frozen_features.fit_frozen(plan, says) is None and "takes too long" in says.said[-1]

@@ -33,7 +33,7 @@ HEAD = "head"
 BATCH = 64
 BLOCK = 1024  # rows that are sorted by length together; the blocks are in random order, so any number of them is a sample
 MAX_TIME_FRACTION = 0.3  # of the minutes, for features and fits; more training rows are left out
-FEATURES_FRACTION = 0.7  # of that time, for the features
+VALIDATION_FRACTION, FEATURES_FRACTION = 0.4, 0.7  # of that time, after which the features of validation and training rows end
 MIN_ROWS_PER_CLASS = 2
 NO_LIMIT_PASSES = 3  # without a time limit: a forward pass costs a third of a step, so no more than training itself
 
@@ -105,7 +105,10 @@ def solve(plan: Plan, head: nn.Linear, started: float) -> tuple[float, str, int]
     most = min(total, solvers.MAX_VALUES // head.in_features)
     if not is_limited:
         most = min(most, NO_LIMIT_PASSES * plan.settings.resolved_steps * plan.settings.resolved_batch_size)
-    held, _ = collect_inputs(plan, head, plan.validation, iterate_blocks(np.arange(len(plan.validation))), math.inf)
+    rows = iterate_blocks(np.arange(len(plan.validation)))
+    held, _ = collect_inputs(plan, head, plan.validation, rows, started + VALIDATION_FRACTION * limit)
+    if len(held) < len(plan.validation):
+        raise TrainingError(f"scoring {len(plan.validation):,} validation rows takes too long for the given minutes.")
     order = np.random.default_rng(plan.settings.seed).permutation(total)[:most]
     x, y = collect_inputs(plan, head, plan.train_batches, iterate_blocks(order), started + FEATURES_FRACTION * limit)
     if len(x) < total and len(x) < MIN_ROWS_PER_CLASS * head.out_features:
@@ -157,18 +160,17 @@ def collect_inputs(
     targets: list[np.ndarray] = []
     objective.eval()
     try:
-        for block in blocks:
-            for index, batch in iterate_in_order(batches, BATCH, block):
-                if features and time.monotonic() > deadline:
-                    break
-                with autocast(distributed.device(), plan.settings.precision):
-                    objective.compute_predictions(move_batch(batch, distributed.device()))
-                if len(captured) != 1 or captured[0].ndim != 2:
-                    raise TrainingError("the last layer of this network does not read one vector for each example.")
-                numbers.append(index)
-                features.append(captured.pop().numpy())
-                if "target" in batch:
-                    targets.append(batch["target"].numpy())
+        for index, batch in (each for block in blocks for each in iterate_in_order(batches, BATCH, block)):
+            if features and time.monotonic() > deadline:
+                break
+            with autocast(distributed.device(), plan.settings.precision):
+                objective.compute_predictions(move_batch(batch, distributed.device()))
+            if len(captured) != 1 or captured[0].ndim != 2:
+                raise TrainingError("the last layer of this network does not read one vector for each example.")
+            numbers.append(index)
+            features.append(captured.pop().numpy())
+            if "target" in batch:
+                targets.append(batch["target"].numpy())
     finally:
         handle.remove()
     order = np.argsort(np.concatenate(numbers), kind="stable")
