@@ -31,6 +31,8 @@ VERBS = {
         "--time",
         "--resume",
         "--finish",
+        "--metric",
+        "--refit",
         "--deterministic",
         "--config",
         "--weights",
@@ -41,6 +43,25 @@ VERBS = {
     "evaluate": {"RUN", "DATA", "--json", "--set"},
     "compare": {"RUNS", "--out", "--json"},
     "check": {"DATA", "--target", "--task", "--group", "--time", "--allow-bad", "--set"},
+    "plan": {
+        "SOURCE",
+        "--target",
+        "--task",
+        "--model",
+        "--minutes",
+        "--mode",
+        "--on",
+        "--devices",
+        "--strategy",
+        "--batch",
+        "--length",
+        "--side",
+        "--dtype",
+        "--new-tokens",
+        "--json",
+        "--set",
+    },
+    "probe": {"OUT"},
     "models": {"GLOB", "--family", "--task", "--json"},
     "show": {"NAME", "--json", "--set"},
     "samples": set(),
@@ -367,3 +388,26 @@ def test_a_broken_pipe_is_no_error(arguments):
 def test_no_color_codes_if_output_is_redirected(flowers):
     said = subprocess.run([sys.executable, "-m", "fieldguide", "check", flowers], capture_output=True, text=True).stdout
     assert "\x1b" not in said and "species" in said
+
+
+def test_plan_of_a_network_a_run_and_data(good, tmp_path):
+    network = [json.loads(line) for line in good("plan", "fnn", "--batch", 8, "--json").splitlines()]
+    assert [plan["mode"] for plan in network] == ["train", "predict"] and network[0]["fits"]
+    assert network[0]["parts"]["weights"] == 4 * 269_322 == network[0]["parts"]["gradients"]
+    assert network[0]["parts"]["optimizer"] >= 2 * network[0]["parts"]["weights"]
+    text = good("plan", "fnn", "--mode", "predict", "--on", "t4", "--batch", 8)
+    assert text.startswith("fnn: prediction, float32, batches of 8, on t4") and "peak" in text and "fits into" in text
+    good("fit", "iris", *TINY, "--out", tmp_path / "run")
+    assert good("plan", tmp_path / "run", "--mode", "train").startswith("mlp-s: training")
+    assert good("plan", "iris", "--mode", "predict", *TINY).startswith("mlp-s: prediction")
+
+
+def test_plan_names_what_is_wrong(call, tmp_path):
+    for arguments, words in (
+        (("fn",), "no network, sample, run folder or file"),
+        (("fnn", "--on", "h100"), "unknown machine"),
+        (("fnn", "--mode", "serve"), "mode='serve' is none of train, predict"),
+        ((tmp_path / "gone.csv",), "gone.csv"),
+    ):
+        code, _, err = call("plan", *arguments)
+        assert code == 1 and words in err and "Traceback" not in err and len(err.splitlines()) <= 10

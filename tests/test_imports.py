@@ -201,6 +201,7 @@ EXPORTED = {
     "fit",
     "resume",
     "finish",
+    "plan",
     "open_run",
     "Run",
     "pipeline",

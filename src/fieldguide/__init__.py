@@ -14,6 +14,7 @@ _HOME = {
     "fit": "fieldguide.automl.fit",
     "resume": "fieldguide.automl.fit",
     "finish": "fieldguide.automl.fit",
+    "plan": "fieldguide.automl.plan",
     "open_run": "fieldguide.inference.run",
     "Run": "fieldguide.inference.run",
     "pipeline": "fieldguide.inference.pipeline",

@@ -370,6 +370,72 @@ def check(
     print_checked(checked)
 
 
+@app.command(epilog="Example: fieldguide plan gpt2-medium --on a100-40g --batch 16")
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="DATA|RUN|NAME", help="Data as for fit, a run folder, or a name from `fieldguide models`.")
+    ],
+    target: Target = None,
+    task: TaskName = None,
+    model: Annotated[str, typer.Option(help="For data: a name from `fieldguide models`.")] = "auto",
+    minutes: Annotated[float | None, typer.Option(help="For data: the minutes of the fit.")] = None,
+    mode: Annotated[str | None, typer.Option(help="train or predict; both by default.")] = None,
+    on: Annotated[
+        str, typer.Option(help="cpu for this machine, a name such as h100-80g, or a file of `fieldguide probe`.")
+    ] = "cpu",
+    devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
+    strategy: Annotated[str, typer.Option(help="How several devices share the work: ddp or fsdp.")] = "ddp",
+    batch: Annotated[int | None, typer.Option(help="Rows per device and step.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per row, where the network leaves it open.")] = 128,
+    side: Annotated[int, typer.Option(help="Pixels per side, where the network leaves it open.")] = 224,
+    dtype: Annotated[str, typer.Option(help="Type of stored weights: float32 or bfloat16.")] = "float32",
+    new_tokens: Annotated[int, typer.Option(help="Tokens that a language model writes for each row.")] = 0,
+    as_json: Json = False,
+    changes: Set = None,
+) -> None:
+    """Plan memory and time of training and prediction, without training."""
+    from fieldguide.automl.index import check_names
+    from fieldguide.cli.print_plan import print_plans
+
+    settings = parse_pairs(changes)
+    check_names(task=task, model=model, settings=settings)
+    from fieldguide.automl.plan import plan as make_plans
+
+    plans = make_plans(
+        source,
+        target,
+        mode=mode,
+        on=on,
+        devices=devices,
+        strategy=strategy,
+        batch=batch,
+        length=length,
+        side=side,
+        dtype=dtype,
+        new_tokens=new_tokens,
+        task=task,
+        model=model,
+        minutes=minutes,
+        settings=settings,
+    )
+    print_plans(plans, as_json)
+
+
+@app.command(epilog="Example: fieldguide probe server.json")
+def probe(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The JSON file to write.")] = Path("machine.json"),
+) -> None:
+    """Measure this machine for `fieldguide plan --on FILE`: products, convolutions, memory bandwidth, overheads."""
+    from fieldguide.core.files import check_writable
+    from fieldguide.planning.machines import probe as measure
+
+    check_writable(out.parent)
+    machine = measure(out)
+    echo(
+        f"{machine.title or machine.name}, {machine.memory / 2**30:.0f} GiB: written to {out}. Nothing else should run meanwhile."
+    )
+
+
 @app.command(epilog="Example: fieldguide models 'resnet*'")
 def models(
     glob: Annotated[str, typer.Argument(metavar="GLOB", help="A pattern such as 'resnet*'.")] = "*",

@@ -190,7 +190,7 @@ def estimate(
     largest_length = None
     if search and longest:
         largest_length = plan.search(lambda n: replace(shape, length=n), min(length, longest), longest)
-    steps = steps or settings.steps or 1
+    steps = steps or (settings.steps if mode == "train" else None) or 1
     return Estimate(
         network=name,
         family=family,
