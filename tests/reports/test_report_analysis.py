@@ -136,7 +136,7 @@ def test_thresholds_agree_with_scikit_learn():
     positive = rng.random(500) < 0.3
     p = np.round(np.clip(0.3 * positive + rng.random(500) * 0.7, 0, 1), 2)  # with ties
     roc, curves, table = thresholds.build_thresholds(p, positive, "ill")
-    x, y = roc.lines["this network"]
+    x, y = roc.lines["this model"]
     assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(positive, p), abs=1e-3)
     assert f"{roc_auc_score(positive, p):.3f}" in roc.note and (x[-1], y[-1]) == (1, 1)
     known = roc_curve(positive, p, drop_intermediate=False)

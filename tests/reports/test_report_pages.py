@@ -123,7 +123,7 @@ def test_texts_with_many_lines_are_cut_like_long_ones():
 
 
 def test_this_network_is_highlighted():
-    drawn = render.draw(Bars("b", values={"this network": 3, "baseline": 2}, highlight=("this network",)))
+    drawn = render.draw(Bars("b", values={"this model": 3, "baseline": 2}, highlight=("this model",)))
     assert re.findall(r'<li( class="pale")?>', drawn) == ["", ' class="pale"']
     assert "pale" not in render.draw(Bars("b", values={"a": 3, "b": 2}))
 

@@ -366,7 +366,8 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
             EvalSamples(folder).sample(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
         batch_size, precision = max(64, plan.settings.resolved_batch_size), plan.settings.precision
         outputs = collect(objective, plan.validation, batch=batch_size, device=device, precision=precision)
-        return {**task.score(outputs, targets), **validation_loss.compute(objective)}
+        scores = task.score(outputs, targets)
+        return {metric.name: scores[metric.name], **scores, **validation_loss.compute(objective)}  # the main one first
 
     loop = Trainer(
         plan.objective,
@@ -476,6 +477,8 @@ def train_and_test(
         record["choice"]["validation"] = state.best
         record["choice"]["rivals"] = [rival.describe() for rival in baselines]
         record["cost"]["parameters"] = profile.count_parameters(plan.objective.model)
+        if plan.card.solver:  # its lookups and sums are not counted
+            record["cost"]["multiply_adds"] = 0
         if distributed.rank() == 0:
             save_trained(path, record, plan, state)
 

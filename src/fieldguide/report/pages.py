@@ -75,7 +75,7 @@ def get_data_path(record: Mapping[str, Any]) -> str | None:
 def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
     record = run.record
     scores, main = record["scores"], metrics[0]
-    header = ["metric", "better", "this network", "95 % interval", *(b["name"] for b in scores["baselines"]), "meaning"]
+    header = ["metric", "better", "this model", "95 % interval", *(b["name"] for b in scores["baselines"]), "meaning"]
     rows = [
         [
             m.title,
@@ -92,16 +92,16 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
         f"{main.heading} compared with the baselines",
         f"{'Higher' if main.better == 'max' else 'Lower'} is better. The line shows the 95 % interval.",
         {
-            "this network": factor * scores["test"][main.name],
+            "this model": factor * scores["test"][main.name],
             **{
                 f"{b['name']}: {b['what']}": factor * b["scores"][main.name]
                 for b in scores["baselines"]
                 if main.name in b["scores"]
             },
         },
-        {"this network": tuple(factor * v for v in scores["intervals"][main.name])},
+        {"this model": tuple(factor * v for v in scores["intervals"][main.name])},
         "%" if main.percent else "",
-        highlight=("this network",),
+        highlight=("this model",),
     )
     lead = (
         "Measured on test examples that were not used for training, model selection or early stopping. Intervals are "
@@ -127,7 +127,7 @@ def build_choice_section(record: Mapping[str, Any], metric: Metric) -> Section:
     ]
     more = f" {len(options) - len(others)} more are in run.json." if len(options) > len(others) else ""
     return Section(
-        "Why this network",
+        "Why this model",
         f"Task: {record['task']} ({chosen['why']}).",
         [
             *build_comparison(record, metric),
@@ -224,7 +224,7 @@ def build_model_card(run: Run, title: str, metrics: Sequence[Metric]) -> str:
     scores, d = record["scores"], record["data"]
     table = Table(
         "",
-        header=("metric", "this network", "95 % interval", *(b["name"] for b in scores["baselines"])),
+        header=("metric", "this model", "95 % interval", *(b["name"] for b in scores["baselines"])),
         rows=[
             [
                 m.name,

@@ -85,7 +85,7 @@ def list_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("network", record["model"]["size"]),
         ("parameters", f"{cost['parameters']:,}"),
-        ("multiply-adds", f"{cost['multiply_adds']:,}"),
+        *([("multiply-adds", f"{cost['multiply_adds']:,}")] if cost["multiply_adds"] else []),
         ("trained on", f"{split['train']:,} examples"),
         ("tested on", f"{tested:,} examples"),
         ("training", f"{format_duration(cost['seconds'])}, {record['settings']['precision']}"),

@@ -96,7 +96,7 @@ class ClassificationEvaluator(Evaluator):
             scaled = logits / np.exp(log_temperature)
             return float((logsumexp(scaled, axis=1) - scaled[rows, y]).sum() + 4 * log_temperature**2)
 
-        self.temperature = float(np.exp(minimize_scalar(cost, bounds=(-1.5, 1.5), method="bounded").x))
+        self.temperature = float(np.exp(minimize_scalar(cost, bounds=(-4, 4), method="bounded").x))
         self.threshold = None
         if self.metric in RANKING_METRICS and len(self.labels) == 2 and len(np.unique(y)) == 2:
             p = self.postprocess({"probabilities": outputs["probabilities"][known]})["probabilities"][:, self.positive]

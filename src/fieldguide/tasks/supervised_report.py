@@ -34,6 +34,7 @@ from fieldguide.tasks.spec import Metric
 if TYPE_CHECKING:
     from fieldguide.tasks.evaluator import Evaluator
     from fieldguide.tasks.preprocessor import Preprocessor
+    from fieldguide.tasks.supervised_evaluator import ClassificationEvaluator
 
 
 MEDIA_KINDS = ("image", "audio", "video")
@@ -57,6 +58,7 @@ class ClassificationReport(SupervisedReport):
     """Builds the confusion matrix, the scores by class, thresholds, the calibration curve, mistakes, and what they depend on."""
 
     labels: list[str]
+    threshold: float | None
     decide: Callable[[np.ndarray], np.ndarray]  # of the evaluator
 
     def report_elements(
@@ -84,9 +86,10 @@ class ClassificationReport(SupervisedReport):
             x="confidence",
             y="fraction correct",
             diagonal=True,
-            lines={"this network": ([float(confidence[g].mean()) for g in groups], [float(right[g].mean()) for g in groups])},
+            lines={"this model": ([float(confidence[g].mean()) for g in groups], [float(right[g].mean()) for g in groups])},
         )
-        thresholds = build_thresholds(p[known, 1], y[known] == 1, self.labels[1]) if classes == 2 else []
+        c = cast("ClassificationEvaluator", self).positive
+        thresholds = build_thresholds(p[known, c], y[known] == c, self.labels[c], self.threshold) if classes == 2 else []
         return {
             "Errors": [
                 Matrix("Confusion", "Rows are the true classes, columns the predicted classes.", self.labels, counts.tolist()),

@@ -10,8 +10,13 @@ MAX_CURVE_POINTS = 400
 LISTED_THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
-def build_thresholds(probability: np.ndarray, positive: np.ndarray, name: str) -> list[ReportElement]:
-    """Return the ROC curve and the scores by threshold of the class `name`; nothing if only one class occurs."""
+def build_thresholds(
+    probability: np.ndarray, positive: np.ndarray, name: str, used: float | None = None
+) -> list[ReportElement]:
+    """Return the ROC curve and the scores by threshold of the class `name`; nothing if only one class occurs.
+
+    `used` is the threshold of predictions, if it is not one half.
+    """
     total, others = int(positive.sum()), int((~positive).sum())
     if not total or not others:
         return []
@@ -26,7 +31,9 @@ def build_thresholds(probability: np.ndarray, positive: np.ndarray, name: str) -
     best = int(f1.argmax())
     at = falling[ends][keep]
     rows = []
-    for threshold, note in [*((t, "") for t in LISTED_THRESHOLDS), (float(falling[ends][best]), "highest F1")]:
+    listed = [*((t, "") for t in LISTED_THRESHOLDS), (float(falling[ends][best]), "highest F1")]
+    listed += [(used, "used for predictions")] if used is not None else []
+    for threshold, note in listed:
         said = probability >= threshold
         right, count = int((said & positive).sum()), int(said.sum())
         rows.append(
@@ -48,7 +55,7 @@ def build_thresholds(probability: np.ndarray, positive: np.ndarray, name: str) -
             f"over all thresholds. The area is {area:.3f}; the diagonal is chance.",
             x="false positive rate",
             y="true positive rate",
-            lines={"this network": (np.append(0, false_rate[keep]), np.append(0, recall[keep]))},
+            lines={"this model": (np.append(0, false_rate[keep]), np.append(0, recall[keep]))},
             diagonal=True,
         ),
         Lines(
@@ -56,12 +63,16 @@ def build_thresholds(probability: np.ndarray, positive: np.ndarray, name: str) -
             f"An example counts as {name!r} from this probability on.",
             x="threshold",
             lines={"precision": (at, precision[keep]), "recall": (at, recall[keep]), "F1": (at, f1[keep])},
-            marks={"0.5": 0.5, "highest F1": float(falling[ends][best])},
+            marks={
+                "used" if used is not None else "0.5": 0.5 if used is None else used,
+                "highest F1": float(falling[ends][best]),
+            },
         ),
         Table(
             "Thresholds",
             f"Choose a high threshold if false {name!r} cost more than missed ones, and a low one otherwise. The threshold with the "
-            "highest F1 is chosen on these test rows, so its scores are slightly too high.",
+            "highest F1 is chosen on these test rows, so its scores are slightly too high."
+            + (" The one that is used was chosen on validation rows." if used is not None else ""),
             ("threshold", "predicted", "precision", "recall", "false positive rate", "F1", ""),
             rows,
             heat=("F1",),

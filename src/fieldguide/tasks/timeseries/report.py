@@ -28,12 +28,12 @@ def build_elements(
     windows: Windows = test.context
     future = (targets["future"] - targets["mean"][:, None]) / targets["std"][:, None]
     series = test.rows[SERIES].to_numpy()
-    points = {"this network": values[..., 0], **simple}
+    points = {"this model": values[..., 0], **simple}
     scaled = {name: abs(x - future) * (targets["std"] / targets["naive"])[:, None] for name, x in points.items()}
-    each = nan_mean(scaled["this network"], 1)
+    each = nan_mean(scaled["this model"], 1)
     numbers = np.unique(series)
     mean = {name: np.array([nan_mean(nan_mean(x[series == s], 1), 0) for s in numbers]) for name, x in scaled.items()}
-    order = np.argsort(-np.nan_to_num(mean["this network"], nan=-1.0), kind="stable")
+    order = np.argsort(-np.nan_to_num(mean["this model"], nan=-1.0), kind="stable")
     drawn: list[ReportElement] = []
     for s in numbers[order[np.linspace(0, len(order) - 1, min(SHOWN_SERIES, len(order))).round().astype(int)]]:
         mine = np.flatnonzero(series == s)
@@ -74,7 +74,7 @@ def worst_series(
         "Mean MASE over the test windows of each series.",
         ("series", "windows", *mean),
         rows,
-        heat=("this network",),
+        heat=("this model",),
     )
 
 
