@@ -275,7 +275,8 @@ def test_clicks_depend_on_user_and_item(tmp_path):
         settings={"task.positive": 4, "steps": 400, "batch": 128, "precision": "float32", "evaluate": 50, "lr": 3e-3},
     )
     others = {b["name"]: b["scores"]["auc"] for b in run.record["scores"]["baselines"]}
-    assert run.scores["auc"] > 0.8 and max(others.values()) < 0.65  # neither users nor items alone tell
+    trees = others.pop("gradient-boosting")  # they can learn which pairs match
+    assert run.scores["auc"] > 0.8 > trees and max(others.values()) < 0.65  # neither users nor items alone tell
     pairs = [(u, i) for u in range(12) for i in range(12)]
     rows = pl.DataFrame({"user_id": [f"u{u}" for u, _ in pairs], "item_id": [f"i{i}" for _, i in pairs], "hour": 3})
     yes = np.array([a["probabilities"]["yes"] for a in run.predict(rows)])

@@ -150,7 +150,7 @@ class Plan:
             self.settings = self.settings.with_(fixed)
             return
         callback.on_phase("measuring the time of a step")
-        minutes = self.settings.minutes
+        minutes = 0.0 if self.settings.deterministic else self.settings.minutes  # nothing may depend on the time so far
         self.settings, self.seconds_per_step, self.max_steps = distributed.broadcast(
             resolve_settings(
                 self.settings,
