@@ -133,13 +133,13 @@ def test_a_requested_network_stays_and_the_report_says_that_it_lost(product, tmp
 
 
 def test_a_baseline_can_be_asked_for_and_a_killed_fit_resumed(product, tmp_path, monkeypatch):
-    from fieldguide.automl import fit as fitting
+    from fieldguide.automl import training
 
     def fail(*args):
         raise TrainingError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "evaluate_and_save", fail)
+        patch.setattr(training, "evaluate_and_save", fail)
         with pytest.raises(TrainingError):
             fieldguide.fit(product, "y", model="gradient-boosting", out=tmp_path / "run", callback=NullCallback())
     run = fieldguide.resume(tmp_path / "run", callback=NullCallback())

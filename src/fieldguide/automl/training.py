@@ -1,0 +1,194 @@
+"""From a plan to a tested run: baselines, race, training, calibration, training again, and the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fieldguide.automl import frozen_features, profile
+from fieldguide.automl.baselines import Baseline, SolverLoop, find_better, fit_baselines
+from fieldguide.automl.build_plan import Plan
+from fieldguide.automl.callbacks import NullCallback
+from fieldguide.automl.clock import Clock, get_training_seconds
+from fieldguide.automl.race import Race, is_possible
+from fieldguide.automl.refit import TIME_FRACTION, refit
+from fieldguide.automl.run_writer import evaluate_and_save, save_trained
+from fieldguide.core import distributed
+from fieldguide.core.errors import RunError
+from fieldguide.core.run_files import update_run
+from fieldguide.core.run_record import write_record
+from fieldguide.inference.run import Run, open_run
+from fieldguide.objectives import Objective
+from fieldguide.training import peft
+from fieldguide.training.inference_loop import collect
+from fieldguide.training.trainer import Interrupted, State, Trainer
+from fieldguide.training.validation_loss import ValidationLoss
+
+
+def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None) -> Trainer | SolverLoop:
+    """Return the training loop of a plan, which scores its validation rows."""
+    if plan.card.solver:
+        return SolverLoop(plan, callback)
+    task, metric, device = plan.task, plan.task.monitored_metric(), distributed.device()
+    targets = task.targets(plan.source.take(plan.validation_rows))
+    examples, plain = plan.settings.resolved_batch_size, plan.settings.with_({"augmentation": "none", "mixup": 0})
+    validation_loss = ValidationLoss(
+        lambda: task.loss_batches(plan.source.take(plan.validation_rows[:examples]), plan.card, plain),
+        batch=examples,
+        device=device,
+        precision=plan.settings.precision,
+        log=callback.log,
+    )
+
+    def evaluate(objective: Objective) -> dict[str, float]:
+        if folder and distributed.rank() == 0:
+            from fieldguide.report.eval_samples import EvalSamples
+
+            EvalSamples(folder).sample(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
+        batch_size, precision = max(64, plan.settings.resolved_batch_size), plan.settings.precision
+        outputs = collect(objective, plan.validation, batch=batch_size, device=device, precision=precision)
+        scores = task.score(outputs, targets)
+        return {metric.name: scores[metric.name], **scores, **validation_loss.compute(objective)}  # the main one first
+
+    loop = Trainer(
+        plan.objective,
+        plan.train_batches,
+        plan.settings,
+        device=device,
+        callback=callback,
+        folder=folder,
+        evaluate=evaluate,
+        metric=(metric.name, metric.better),
+        max_steps=plan.max_steps,
+        time_limit=plan.training_seconds,
+        batch_limit=plan.batch_limit,
+    )
+    return loop
+
+
+def race(path: Path, record: dict[str, Any], plan: Plan, callback: Clock) -> Trainer | None:
+    """Let networks race, and return the training loop of the winner, which is then in the plan; None without a race."""
+    contest = Race(plan, build_trainer, callback)
+    is_interrupted = False
+    try:
+        if not contest.run():
+            return None
+    except Interrupted:
+        is_interrupted = True
+    loop = contest.winner.loop
+    loop.attach(path)
+    record["model"], record["settings"] = plan.describe_model(), loop.settings.to_dict()
+    record["cost"] |= {"training_seconds": plan.training_seconds, "max_steps": plan.max_steps}
+    record["race"] = contest.to_record()
+    with update_run(path, record):
+        pass
+    if is_interrupted:
+        loop.save_and_stop()
+    return loop
+
+
+def estimate_test_seconds(plan: Plan) -> float:
+    """Return the seconds of a forward pass over the test rows: a third of the time of a training step for each batch."""
+    rows = min(len(plan.splits.test), plan.task.max_test_examples or len(plan.splits.test))
+    seconds = plan.seconds_per_step if plan.seconds_per_step == plan.seconds_per_step else 0.0  # NaN if it was not measured
+    return rows / plan.settings.resolved_batch_size * seconds / 3
+
+
+def train(
+    plan: Plan,
+    loop: Trainer | SolverLoop,
+    save: Callable[[State], None] | None = None,
+    more_steps: bool = True,
+    rivals: list[Baseline] | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> State:
+    """Train, unless `more_steps` is False, then calibrate on the validation rows. `save` is called in between.
+
+    If one of the fitted `rivals` has a better validation score, it changes places with the network.
+    """
+    state = loop.train() if more_steps else loop.finish()
+    peft.merge(plan.objective)
+    if rivals and (better := find_better(plan, rivals, state.best)) is not None:
+        metric = plan.task.monitored_metric()
+        log(
+            f"{better.name} becomes the model of this run: {metric.heading} {metric.text(better.score)} on the validation rows, "
+            f"{plan.size} {metric.text(state.best)}"
+        )
+        rivals[rivals.index(better)] = plan.adopt(better, state.best)
+        state.best = better.score
+    if save is not None:
+        save(state)
+    rows = plan.source.take(plan.validation_rows)
+    batches = plan.task.batches(rows, plan.card)
+    # In float32, whatever the precision of training: the same on every machine.
+    outputs = collect(plan.objective, batches, batch=max(64, plan.settings.resolved_batch_size), device=distributed.device())
+    plan.task.calibrate(outputs, plan.task.targets(rows))
+    return state
+
+
+def train_and_test(
+    path: Path, record: dict[str, Any], plan: Plan, callback: Clock, resume: bool = False, more_steps: bool = True
+) -> Run:
+    """Train a plan in its run folder, test it, and return the run."""
+    baselines = fit_baselines(plan, callback)
+    is_begun = resume and any((path / "checkpoints").glob("step-*.json"))
+    wants_frozen = record["choice"].get("frozen_features", False) and more_steps and not is_begun
+    frozen = frozen_features.fit_frozen(plan, callback) if wants_frozen else None
+    if not resume and plan.settings.minutes:
+        seconds = get_training_seconds(plan.settings.minutes, callback.elapsed, estimate_test_seconds(plan))
+        plan.training_seconds = (1 - TIME_FRACTION) * seconds if plan.settings.refit else seconds
+        record["cost"]["training_seconds"] = round(plan.training_seconds, 2)
+        if distributed.rank() == 0:
+            write_record(path, record)
+    raced = race(path, record, plan, callback) if not resume and is_possible(plan, record["request"]) else None
+    loop = raced or build_trainer(plan, callback, path)
+    if resume and loop.resume():
+        callback.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
+    elif not more_steps and not plan.card.solver:
+        raise RunError(f"{path} was stopped before its first checkpoint, so there is nothing to test. Resume it instead.")
+    if frozen is not None and isinstance(loop, Trainer):
+        record["choice"]["frozen"] = frozen.describe()
+        loop.start_from_scored(frozen.score)
+    if more_steps:
+        callback.on_train_start(loop.settings, loop.state.step)
+
+    def save(state: State) -> None:
+        record["settings"] = loop.settings.to_dict()  # the number of steps may have been replanned
+        record["model"] = plan.describe_model()  # it may be a baseline by now
+        record["choice"]["validation"] = state.best
+        record["choice"]["rivals"] = [rival.describe() for rival in baselines]
+        record["cost"]["parameters"] = profile.count_parameters(plan.objective.model)
+        if plan.card.solver:  # its lookups and sums are not counted
+            record["cost"]["multiply_adds"] = 0
+        if distributed.rank() == 0:
+            save_trained(path, record, plan, state)
+
+    finished = False
+    try:
+        is_free = record["request"]["model"] == "auto" and record["request"]["weights"] is None
+        state = train(plan, loop, save, more_steps, baselines if is_free else None, callback.log)
+        if state.stopped:
+            callback.log(f"stopped at step {state.step}: {state.stopped}")
+        if frozen is not None:
+            callback.log(frozen_features.describe_outcome(plan, frozen, state))
+        if plan.settings.refit:
+            record["refit"] = refit(plan, state, record["request"]["weights"], callback)
+        save(state)  # again, now calibrated
+        try:
+            evaluate_and_save(path, record, plan, callback, baselines)
+        except Exception:
+            callback.log(
+                f"the test failed, but the trained network is saved: `fieldguide predict {path}` works, and "
+                f"`fieldguide fit --resume {path}` repeats the test"
+            )
+            raise
+        if loop.tracker:
+            loop.tracker.log_metrics({"step": state.step, "test": record["scores"]["test"]})
+        finished = True
+    finally:
+        if loop.tracker:
+            loop.tracker.close(finished)
+    run = open_run(path)
+    callback.on_end(run)
+    return run
