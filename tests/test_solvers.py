@@ -134,3 +134,28 @@ def test_a_class_without_training_rows_is_never_predicted():
     with torch.no_grad():
         p = solvers.solve(problem).network(tensors["numbers"], tensors["categories"]).softmax(1)
     assert (p[:, 2] < 1e-4).all()
+
+
+def test_hostile_trees_and_sizes_are_rejected(tmp_path):
+    import fieldguide
+    from fieldguide.core.errors import SettingsError
+
+    sizes = {"numbers": 3, "categories": (3, 5), "num_classes": 2, "trees": 2, "nodes": 3, "depth": 1, "category_splits": 1}
+    network = fieldguide.create("gradient-boosting", **sizes)
+    for name, value in (("feature", 5), ("child_nodes", 6), ("tree_class", 2), ("split", 1), ("feature", -1)):
+        state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        state[name].view(-1)[0] = value
+        with pytest.raises(SettingsError, match=f"{name} of the trees holds a number outside"):
+            fieldguide.create("gradient-boosting", **sizes).load_state_dict(state)
+    network.load_state_dict(network.state_dict())
+    with pytest.raises(SettingsError, match="depth=1000000000"):
+        fieldguide.create("gradient-boosting", **(sizes | {"depth": 10**9}))
+    for changes in (
+        {"horizon": 10**9},
+        {"values": 10**9},
+        {"quantiles": (0.0,)},
+        {"quantiles": (float("nan"),)},
+        {"length": 0},
+    ):
+        with pytest.raises(SettingsError):
+            fieldguide.create("exponential-smoothing", **changes)

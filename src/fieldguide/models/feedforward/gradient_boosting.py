@@ -37,7 +37,8 @@ class GradientBoosting(nn.Module):
 
     Each node has a feature (its place among numbers, then categories), two children, and a threshold: rows with a value of at
     most the threshold go left. A node with a category split sends the rows whose category is in its set left. A leaf is its own
-    child and has a value. `value` is T V. Raises `SettingsError` for a table without columns.
+    child and has a value. `value` is T V. Raises `SettingsError` for a table without columns, for trees deeper than their nodes
+    allow, and on loading nodes that lead out of their tree.
     """
 
     feature: Tensor  # T V int64
@@ -52,6 +53,8 @@ class GradientBoosting(nn.Module):
         super().__init__()
         if not config.numbers and not config.categories:
             raise SettingsError("the table has no columns: numbers=0 and categories=()")
+        if not 0 <= config.depth <= max(config.nodes - 1, 0):
+            raise SettingsError(f"depth={config.depth} is not possible with nodes={config.nodes}.")
         self.config = config
         shape, widest = (config.trees, config.nodes), max(config.categories, default=1)
         self.register_buffer("feature", torch.zeros(shape, dtype=torch.int64))
@@ -63,6 +66,24 @@ class GradientBoosting(nn.Module):
         self.register_buffer("tree_class", torch.zeros(config.trees, dtype=torch.int64))
         self.register_buffer("base", torch.zeros(config.num_classes))
         self.reset_parameters()
+        self.register_load_state_dict_post_hook(lambda module, keys: module.check_nodes())
+
+    def check_nodes(self) -> None:
+        """Raise `SettingsError` if a node has a feature, child, class or set of categories that does not exist."""
+        c = self.config
+        limits = {
+            "feature": c.numbers + len(c.categories),
+            "child_nodes": c.trees * c.nodes,
+            "tree_class": c.num_classes,
+            "split": c.category_splits,
+        }
+        for name, limit in limits.items():
+            values = getattr(self, name)
+            least = -1 if name == "split" else 0
+            if values.numel() and not values.is_meta and not (least <= int(values.min()) and int(values.max()) < limit):
+                raise SettingsError(
+                    f"{name} of the trees holds a number outside of {least} to {limit - 1}: the weights are damaged."
+                )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

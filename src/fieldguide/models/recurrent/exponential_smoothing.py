@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.core.errors import DataError
+from fieldguide.core.errors import DataError, SettingsError
 
 ALPHAS = (0.0, 0.02, 0.1, 0.3, 0.6, 1.0)  # of the level
 TRENDS = ((0.0, 0.0), (0.1, 0.9), (0.03, 1.0))  # share of alpha, and damping; without damping there is no trend
 GAMMAS = (0.0, 0.05, 0.3, 1.0)  # of the season, times 1 - alpha; 0 keeps the first season
 MAX_ORIGINS = 3  # earlier steps from which all parameters forecast
 MAX_STEPS = 400  # the last steps of the past that are read
+MAX_HORIZON, MAX_VALUES = 100_000, 1000  # no weights bound them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,18 @@ class Config:
 class ExponentialSmoothing(nn.Module):
     """Past values -> forecasts: the mean, then the quantiles of a normal distribution.
 
-    Raises `DataError` for a past of another length.
+    Raises `DataError` for a past of another length, and `SettingsError` for a horizon, a season or quantiles that are not possible.
     """
 
     def __init__(self, config: Config):
         super().__init__()
+        if not (1 <= config.horizon <= MAX_HORIZON and 1 <= config.values <= MAX_VALUES and config.length >= 1):
+            raise SettingsError(
+                f"horizon={config.horizon}, values={config.values}, length={config.length}: they must be at least 1, the horizon at "
+                f"most {MAX_HORIZON:,} and the values at most {MAX_VALUES:,}."
+            )
+        if not all(0 < q < 1 for q in config.quantiles):
+            raise SettingsError(f"quantiles={config.quantiles} must lie between 0 and 1.")
         self.config = config
         self.season = config.season if 1 < config.season <= min(config.length, MAX_STEPS) // 2 else 1
         gammas = GAMMAS if self.season > 1 else (0.0,)
