@@ -8,9 +8,17 @@ import torch
 from PIL import Image
 
 import fieldguide
+from fieldguide.training import solvers
 
 # The networks of tests are small: a second thread costs more than it brings, and the tests run side by side.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def quick_baselines(monkeypatch):
+    """Try fewer penalties and settings of trees: most tests fit baselines only because every fit does."""
+    monkeypatch.setattr(solvers, "PENALTIES", (1e-2, 1.0, 100.0))
+    monkeypatch.setattr(solvers, "TREE_SETTINGS", solvers.TREE_SETTINGS[:1])
 
 
 @pytest.fixture(scope="session")

@@ -124,6 +124,7 @@ def check_balance(trace: Trace, workload: Workload) -> None:
     assert sum(work.flops for work in trace.work) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_prediction_of_every_architecture_is_traced(name):
     workload = tiny(name)

@@ -177,7 +177,7 @@ def short_race(monkeypatch):
 def test_race_picks_a_winner_that_goes_on(product, tmp_path, short_race):
     lines = Recorder()
     started = time.monotonic()
-    run = fieldguide.fit(product, "y", minutes=0.3, out=tmp_path / "run", callback=lines)
+    run = fieldguide.fit(product, "y", minutes=0.15, out=tmp_path / "run", callback=lines)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     contenders = {c["name"]: c for c in record["race"]["contenders"]}
     assert len(contenders) >= 2 and record["race"]["winner"] in contenders
@@ -212,7 +212,7 @@ def test_interrupted_race_leaves_the_leader_to_resume(product, tmp_path, short_r
 
 def test_no_race_without_time_or_if_the_network_is_requested(product, tmp_path):
     lines = Recorder()
-    fieldguide.fit(product, "y", minutes=0.05, out=tmp_path / "a", callback=lines)
+    fieldguide.fit(product, "y", minutes=0.02, out=tmp_path / "a", callback=lines)
     fieldguide.fit(product, "y", model="mlp", settings={"steps": 3}, out=tmp_path / "b", callback=lines)
     assert not any("race" in name or "racing" in name for name in lines.phases)
 

@@ -31,6 +31,7 @@ TREE_SETTINGS: tuple[dict[str, Any], ...] = (
     {"learning_rate": 0.05, "num_leaves": 15, "feature_fraction": 0.6},
     {"learning_rate": 0.05, "num_leaves": 63, "feature_fraction": 0.6, "min_data_in_leaf": 40},
 )
+MIN_VALUES_FOR_THREADS = 200_000  # of a table; for fewer, threads of LightGBM wait for each other more than they work
 MAX_ROUNDS, PATIENCE = 3000, 50  # trees per class; rounds without improvement after which growing stops
 
 
@@ -270,7 +271,7 @@ def grow(
         "seed": problem.seed,
         "deterministic": True,
         "force_row_wise": True,
-        "num_threads": torch.get_num_threads(),
+        "num_threads": torch.get_num_threads() if train[0].size > MIN_VALUES_FOR_THREADS else 1,
         "use_missing": False,
         "min_data_in_leaf": min(20, max(1, len(train[0]) // 20)),
         **objective,
