@@ -125,6 +125,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path):
     assert (stopped / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     run = tmp_path / "run"
     process = start(begin("tabular-classification", run))
@@ -146,6 +147,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     complete(["--resume", str(run)])
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     complete(begin("tabular-classification", whole))
@@ -163,6 +165,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path):
     assert losses(run) == losses(whole)
 
 
+@pytest.mark.slow
 def test_changed_settings_on_resume(tmp_path):
     run = tmp_path / "run"
     process = start(begin("tabular-classification", run))

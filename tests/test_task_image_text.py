@@ -331,6 +331,7 @@ def test_questions_end_to_end(tmp_path):
     assert "Attention" in page and "By question type" in page
 
 
+@pytest.mark.slow
 def test_questions_after_training_on_captions(tmp_path):
     """The encoders start from the run, the answer head is new."""
     settings = {**SETTINGS, "steps": 160, "evaluate": 40, "batch": 64, "lr": 1e-2, "augment": "none"}

@@ -146,6 +146,7 @@ def test_accepted_data(tmp_path):
     assert [f.places[0].split(" ")[0] for f in found] == ["a/1.png"]
 
 
+@pytest.mark.slow
 def test_diffusion_network_learns_to_generate(tmp_path):
     run = fit(
         folder(tmp_path / "two"),

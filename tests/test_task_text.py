@@ -298,6 +298,7 @@ def test_network_learns_to_generate_text(tmp_path):
     assert again["scores"] == pytest.approx(run.scores)
 
 
+@pytest.mark.slow
 def test_network_learns_to_translate(tmp_path):
     run = fit(
         "phrases",

@@ -176,6 +176,7 @@ def test_intervals_of_gaps_and_decibels():
     assert decibels(x, y) == pytest.approx([psnr(p, q) for p, q in zip(x, y)])
 
 
+@pytest.mark.slow
 def test_network_learns_to_generate_videos(tmp_path):
     run = fit(
         folder(tmp_path / "films", 40),

@@ -57,7 +57,7 @@ def fit(
     target : the column to predict; inferred if omitted.
     task : a name from `fieldguide tasks`; inferred from the data if omitted.
     model : a name from `fieldguide models`, or "auto".
-    minutes : training time; 10 by default.
+    minutes : time for everything, from reading the data to the report; 10 by default.
     out : the new run folder; `runs/NAME-N` by default.
     seed : determines the splits, the initial weights and every batch.
     group : a column whose rows must not be split between training and test.

@@ -16,7 +16,7 @@ from fieldguide.core.options import option_types, parse_value, rename_aliases
 class Settings:
     steps: int | None = None  # number of optimizer steps
     epochs: float | None = None  # passes over the training rows, if `steps` is not set
-    minutes: float = 10.0  # time limit of training; 0 = no limit
+    minutes: float = 10.0  # time for everything, from reading the data to the report; 0 = no limit
     batch_size: int | None = None  # examples per optimizer step, over all processes and accumulation steps
     grad_accum_steps: int = 1  # micro-batches per optimizer step, to save memory
     optimizer: str = "adamw"  # adamw | sgd | muon
