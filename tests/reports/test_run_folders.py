@@ -231,8 +231,8 @@ def test_second_thread_is_rejected(done, tmp_path):
     ("setting", "words"),
     [
         ({"num_workers": 100_000}, "num_workers=100000 must be at most"),
-        ({"batch_size": "many"}, "batch_size='many' is not an integer"),
-        ({"lr": float("inf")}, "finite number"),
+        ({"batch_size": "many"}, r"settings\.batch_size must be an integer"),
+        ({"lr": float("inf")}, r"settings\.lr must be a number, but is inf"),
         ({"threads": -1}, "at least 1"),
         ({"nothing": 3}, "nothing"),
     ],

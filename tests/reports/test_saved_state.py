@@ -105,3 +105,20 @@ def test_features_fit_the_columns_and_the_network(tmp_path, name):
     file.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(FieldguideError, match=words):
         _ = fieldguide.open_run(tmp_path / "run").objective
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("batch_size", 16.5), ("steps", "many"), ("precision", 3), ("minutes", None), ("refit", "yes")]
+)
+def test_settings_of_another_type_are_named(key, value, iris_run, tmp_path):
+    import shutil
+
+    import fieldguide
+    from fieldguide.core.errors import RunError
+
+    shutil.copytree(iris_run.path, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    record["settings"][key] = value
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(RunError, match=rf"run\.json is damaged: .*{key}"):
+        fieldguide.open_run(tmp_path / "run").predict("iris")

@@ -26,6 +26,7 @@ from fieldguide.core import distributed
 from fieldguide.core.archives import read_arrays
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, RunError, SettingsError
+from fieldguide.core.record_check import check_structure
 from fieldguide.core.run_files import check_file, check_folder
 from fieldguide.core.run_record import USABLE_STATUSES, read_record, write_record
 from fieldguide.core.settings import Settings
@@ -175,11 +176,13 @@ class Run(TaskPredictor):
     @property
     def settings(self) -> Settings:
         try:
-            return Settings(**self.record["settings"])
+            settings = Settings(**self.record["settings"])
         except TypeError as error:
             raise RunError(
                 f"{self.path / 'run.json'}: {error}. The run may be of a newer version; update fieldguide."
             ) from None
+        check_structure({"settings": settings.to_dict()}, {"settings": Settings}, self.path / "run.json")
+        return settings
 
     def read_splits(self) -> Splits:
         """Return the rows of training, validation and test. Raises `RunError` if their file is missing or damaged."""
