@@ -88,7 +88,9 @@ def fit(
             "hf:organization/name, or auto: a public one that suits the data, which is downloaded."
         ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time for everything, from reading to the report; 10 by default.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time for everything, from reading to the report; 10 by default.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME-N by default.")] = None,
     seed: Annotated[int, typer.Option(help="Determines the splits, the initial weights and every batch.")] = 0,
     group: Group = None,
