@@ -18,7 +18,7 @@ PARTS = {
     "choosing": "planning",
     "preparing": "preparing",
     "measuring": "planning",
-    "baseline": "baselines",
+    "racing": "race",
     "training": "training",
     "testing": "testing",
     "computing": "testing",

@@ -45,7 +45,7 @@ class Contender:
     dropped: str = ""  # why it left the race
 
     def describe(self) -> dict[str, Any]:
-        """Return the entry of race.json."""
+        """Return the entry of run.json."""
         return {
             "name": self.plan.size,
             "scores": self.scores,
@@ -144,7 +144,7 @@ class Race:
         except Interrupted:
             raise
         except FieldguideError as error:
-            contender.dropped = str(error).splitlines()[0]
+            contender.dropped, contender.outputs = str(error).splitlines()[0], None
         contender.seconds += time.monotonic() - started
         if not contender.dropped:
             contender.outputs = self.predict(contender)
@@ -169,7 +169,7 @@ class Race:
 
     def find_leader(self) -> Contender:
         """Return the contender with the best last score; the first choice of the rules if there is none."""
-        scored = [c for c in self.contenders if c.scores and np.isfinite(c.scores[-1])]
+        scored = [c for c in self.contenders if c.outputs is not None and np.isfinite(c.scores[-1])]  # none that failed
         return max(scored, key=lambda c: self.sign * max(self.sign * s for s in c.scores), default=self.contenders[0])
 
     def drop(self, alive: list[Contender]) -> list[Contender]:
@@ -198,7 +198,7 @@ class Race:
         return f"{contender.plan.size} {score}{' (out)' if contender.dropped else ''}"
 
     def to_record(self) -> dict[str, Any]:
-        """Return what race.json holds."""
+        """Return what run.json holds about the race."""
         return {
             "metric": self.metric.name,
             "winner": self.winner.plan.size,

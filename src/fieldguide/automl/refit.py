@@ -16,6 +16,7 @@ from fieldguide.automl import baselines
 from fieldguide.automl.build_plan import Plan
 from fieldguide.checkpoints import load
 from fieldguide.core import distributed
+from fieldguide.core.settings import Settings
 from fieldguide.data.splits import Splits
 from fieldguide.training import peft
 from fieldguide.training.trainer import State, Trainer
@@ -23,10 +24,11 @@ from fieldguide.training.trainer import State, Trainer
 TIME_FRACTION = 0.45  # of the training time that is kept for training again
 
 
-def refit(plan: Plan, state: State, weights: str | None, callback: Any) -> dict[str, Any]:
+def refit(plan: Plan, settings: Settings, state: State, weights: str | None, callback: Any) -> dict[str, Any]:
     """Put a model into the plan that is trained on all rows outside of the test; return what run.json says about it.
 
-    `weights` is the checkpoint that the run started from, if any.
+    `settings` are those that training ended with, since steps and batches may have been replanned. `weights` is the checkpoint that
+    the run started from, if any.
     """
     splits = plan.splits
     rows = np.concatenate([splits.train, splits.validation])
@@ -44,7 +46,7 @@ def refit(plan: Plan, state: State, weights: str | None, callback: Any) -> dict[
         plan.config, plan.objective = fitted.config, fitted.objective
         return {"rows": len(rows), "chosen": fitted.chosen}
     steps = max(1, round(state.best_step * factor))
-    settings = plan.settings.with_({"steps": steps, "eval_steps": steps, "patience": 0})
+    settings = settings.with_({"steps": steps, "eval_steps": steps, "patience": 0})
     whole.settings = settings
     whole.train_batches = plan.task.train_batches(plan.source.take(rows), plan.card, settings)
     checkpoint = None

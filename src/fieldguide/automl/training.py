@@ -42,10 +42,10 @@ def build_trainer(plan: Plan, callback: NullCallback, folder: Path | None = None
     )
 
     def evaluate(objective: Objective) -> dict[str, float]:
-        if folder and distributed.rank() == 0:
+        if loop.folder and distributed.rank() == 0:  # not `folder`: the winner of a race gets its folder later
             from fieldguide.report.eval_samples import EvalSamples
 
-            EvalSamples(folder).sample(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
+            EvalSamples(loop.folder).sample(loop.state.step, loop.settings, lambda: task.log_eval_samples(objective))
         batch_size, precision = max(64, plan.settings.resolved_batch_size), plan.settings.precision
         outputs = collect(objective, plan.validation, batch=batch_size, device=device, precision=precision)
         scores = task.score(outputs, targets)
@@ -173,7 +173,7 @@ def train_and_test(
         if frozen is not None:
             callback.log(frozen_features.describe_outcome(plan, frozen, state))
         if plan.settings.refit:
-            record["refit"] = refit(plan, state, record["request"]["weights"], callback)
+            record["refit"] = refit(plan, loop.settings, state, record["request"]["weights"], callback)
         save(state)  # again, now calibrated
         try:
             evaluate_and_save(path, record, plan, callback, baselines)
