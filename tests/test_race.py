@@ -187,6 +187,7 @@ def test_race_picks_a_winner_that_goes_on(product, tmp_path, short_race):
     assert record["race"]["winner"] in compared  # the winner, or a baseline that is better
     steps = [json.loads(text)["step"] for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+    assert record["cost"]["parts"]["race"] > 0
     assert "Race" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert any(text.startswith("race, round 1") for text in lines.lines) and run.scores["accuracy"] > 0.5
     assert time.monotonic() - started < 120
@@ -239,3 +240,32 @@ def test_refit_trains_on_training_and_validation_rows(model, product, tmp_path):
     ours, theirs = run.objective.state_dict(), once.objective.state_dict()
     assert any(ours[key].shape != theirs[key].shape or not torch.equal(ours[key], theirs[key]) for key in ours)
     assert fieldguide.open_run(tmp_path / "run").evaluate(product)["scores"] == pytest.approx(run.scores, nan_ok=True)
+
+
+def test_refit_uses_the_batches_that_training_ended_with(product, monkeypatch):
+    """They may have grown since the plan."""
+    from fieldguide.automl import refit
+    from fieldguide.automl.build_plan import build_plan
+    from fieldguide.training.trainer import State
+
+    plan = build_plan(fieldguide.read(product, target="y"), model="mlp-test", settings={"steps": 4, "batch_size": 8})
+    used, make = [], refit.Trainer
+    monkeypatch.setattr(
+        refit,
+        "Trainer",
+        lambda objective, batches, settings, **rest: used.append(settings) or make(objective, batches, settings, **rest),
+    )
+    ended = plan.settings.with_({"batch_size": 32})
+    found = refit.refit(plan, ended, State(step=4, best_step=4), None, NullCallback())
+    assert used[0].batch_size == 32 and used[0].steps == found["steps"] > 4
+
+
+def test_a_network_that_failed_does_not_win():
+    from types import SimpleNamespace
+
+    contest = race.Race.__new__(race.Race)
+    contest.sign = 1
+    failed = SimpleNamespace(scores=[0.9], outputs=None)
+    other = SimpleNamespace(scores=[0.6], outputs={})
+    contest.contenders = [other, failed]
+    assert contest.find_leader() is other
