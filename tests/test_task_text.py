@@ -338,3 +338,12 @@ def test_bleu_counts_characters_without_word_separators(right, said, signature):
     bleu, _ = build_bleu_and_chrf([right])
     assert 20 < bleu.corpus_score([said], [[right]]).score < 95
     assert signature in str(bleu.get_signature())
+
+
+def test_truncated_texts_are_noted_once():
+    task = Translation([], Translation.Options())
+    task.note_truncated(0, 10, 48)
+    assert task.notes == []
+    task.note_truncated(1, 10, 48)
+    task.note_truncated(3, 20, 48)  # of another part of the data
+    assert task.notes == ["10.0 % of the texts are longer than 48 tokens and are truncated (change this with task.length=...)"]

@@ -46,6 +46,7 @@ def record(value, interval, *baselines, metric=ACCURACY):
     [
         (record(0.9, (0.85, 0.95), 0.5, 0.7), ACCURACY, None, None),
         (record(0.9, (0.85, 0.95), 0.5, 0.87), ACCURACY, "not clearly above the baseline", "neutral"),
+        (record(0.0, (0.0, 0.0), 0.0), ACCURACY, "no better than the baseline", "warning"),
         (record(0.9, (0.85, 0.95), 0.5, 0.92), ACCURACY, "below the baseline", "warning"),
         (record(0.9, (0.85, 0.95), 0.5, 0.97), ACCURACY, "below the baseline", "bad"),
         (record(3.0, (2.5, 3.5), 5.0, metric=ERROR), ERROR, None, None),

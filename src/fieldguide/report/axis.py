@@ -92,8 +92,8 @@ def _make_log_axis(values: np.ndarray, count: int, pad: float) -> Axis:
 def _make_linear_axis(values: np.ndarray, count: int, pad: float) -> Axis:
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
-        reach = abs(low) * 0.1 or 0.5
-        low, high, whole = low - reach, high + reach, False
+        reach = abs(low) * 0.1
+        low, high, whole = (low - reach, high + reach, False) if reach else (0.0, 1.0, False)  # all zero: as for scores
     else:
         whole = bool((values == np.round(values)).all())
         floor, ceiling, margin = low, high, (high - low) * pad

@@ -43,7 +43,8 @@ def find_replaced_network(record: Mapping[str, Any]) -> str:
 def judge(record: Mapping[str, Any], metric: Metric) -> Badge | None:
     """Return a badge if the network is not clearly better than every baseline.
 
-    If a baseline is better, the badge is red if its score is outside the network's 95 % interval, else amber.
+    If a baseline is better, the badge is red if its score is outside the network's 95 % interval, else amber; it is amber too
+    if a baseline is equally good.
     """
     scores = record["scores"]
     known = [b["scores"][metric.name] for b in list_baselines(record) if b["scores"].get(metric.name) is not None]
@@ -55,6 +56,8 @@ def judge(record: Mapping[str, Any], metric: Metric) -> Badge | None:
     low, high = sorted(sign * value for value in interval)
     if best > sign * own:
         return Badge("below the baseline", "bad" if best > high else "warning")
+    if best == sign * own:
+        return Badge("no better than the baseline", "warning")
     return Badge("not clearly above the baseline", "neutral") if best >= low else None
 
 

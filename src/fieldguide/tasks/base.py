@@ -1,9 +1,10 @@
-"""A task: a specification, a preprocessor, an evaluator and a report builder, joined by the training objective.
+"""A task: a specification, a preprocessor, an evaluator, a report builder and a signature builder, joined by the objective.
 
     TaskSpec        what is read, which models are accepted, metrics, options       spec.py
     Preprocessor    fitted on training rows: rows -> batches, state, reading        preprocessor.py
     Evaluator       outputs and targets -> scores, intervals, baselines             evaluator.py
     ReportBuilder   outputs and targets -> tables, charts, samples                  report_builder.py
+    SignatureBuilder  raw inputs, tensors, steps, records: how the model is called  signature_builder.py
 
 Code that needs one of these is written against that class. `Task` adds what connects data and model: the objective, the
 prediction step and the format of predictions.
@@ -28,6 +29,7 @@ from fieldguide.objectives import Objective
 from fieldguide.tasks.evaluator import Arrays, Baseline, Evaluator, bootstrap_intervals
 from fieldguide.tasks.preprocessor import CheckpointAssets, Preprocessor
 from fieldguide.tasks.report_builder import ReportBuilder
+from fieldguide.tasks.signature_builder import SignatureBuilder
 from fieldguide.tasks.spec import OPTION_ALIASES, Metric, TaskSpec
 
 __all__ = [
@@ -40,13 +42,14 @@ __all__ = [
     "Metric",
     "Preprocessor",
     "ReportBuilder",
+    "SignatureBuilder",
     "Task",
     "TaskSpec",
     "bootstrap_intervals",
 ]
 
 
-class Task(Preprocessor, Evaluator, ReportBuilder):
+class Task(Preprocessor, Evaluator, ReportBuilder, SignatureBuilder):
     """A task with fitted preprocessing. Create one with `fit` from training rows, or with `load` from a run folder."""
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:

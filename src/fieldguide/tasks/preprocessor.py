@@ -82,6 +82,12 @@ class Preprocessor(TaskSpec):
         if note not in self.notes:
             self.notes.append(note)
 
+    def note_truncated(self, cut: int, texts: int, length: int, what: str = "texts") -> None:
+        """Tell the user that texts were truncated; only the first part of the data that has such texts is told."""
+        rest = f" % of the {what} are longer than {length} tokens and are truncated (change this with task.length=...)"
+        if cut and not any(note.endswith(rest) for note in self.notes):
+            self.notes.append(f"{100 * cut / texts:.1f}{rest}")
+
     @property
     def max_batch_size(self) -> int:
         """Return the maximum number of examples per step, if the user sets no batch size."""

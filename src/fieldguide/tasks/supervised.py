@@ -20,6 +20,7 @@ from fieldguide.objectives import Classification, Objective, Regression, Supervi
 from fieldguide.tasks.base import Arrays, Task
 from fieldguide.tasks.supervised_evaluator import ClassificationEvaluator, RegressionEvaluator
 from fieldguide.tasks.supervised_report import ClassificationReport, RegressionReport
+from fieldguide.tasks.supervised_signature import ClassificationSignature, RegressionSignature
 
 
 def is_discrete(column: Column) -> bool:
@@ -54,7 +55,7 @@ class SupervisedTask(Task):
         raise NotImplementedError
 
 
-class ClassificationTask(SupervisedTask, ClassificationEvaluator, ClassificationReport):
+class ClassificationTask(SupervisedTask, ClassificationEvaluator, ClassificationReport, ClassificationSignature):
     """A classification task."""
 
     def fit_labels(self, data: Data) -> None:
@@ -136,7 +137,7 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
         ]
 
 
-class RegressionTask(SupervisedTask, RegressionEvaluator, RegressionReport):
+class RegressionTask(SupervisedTask, RegressionEvaluator, RegressionReport, RegressionSignature):
     """A regression task. Targets are standardized for training; scores and predictions are in the target's unit."""
 
     def fit_scale(self, data: Data) -> None:

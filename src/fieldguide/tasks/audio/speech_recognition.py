@@ -29,6 +29,7 @@ from fieldguide.objectives import Objective
 from fieldguide.objectives.ctc import CTC, compute_log_probabilities, compute_losses, min_frames
 from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, compute_logits_in_chunks
 from fieldguide.tasks.audio import report
+from fieldguide.tasks.audio.signature import SpeechSignature
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 
@@ -42,7 +43,7 @@ SAMPLED_RECORDINGS = 2000  # recordings that the scale of the spectrogram is fit
 MASKS = SpecAugment(band_masks=2, band_share=0.15, time_masks=2, time_share=0.05)
 
 
-class SpeechRecognition(Task):
+class SpeechRecognition(SpeechSignature, Task):
     name = "automatic-speech-recognition"
     reads = (
         "recordings with transcripts: a folder of .wav, .flac, .ogg or .mp3 files with a table of file "

@@ -24,6 +24,7 @@ from fieldguide.data.preprocessing.augmentation import augment_images
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.tasks.base import Task
+from fieldguide.tasks.multimodal.signature import ImageAndTextSignature
 from fieldguide.tasks.supervised import fill_options
 
 IMAGE_SIDES = (16, 24, 32, 48, 64, 96, 192)  # image sizes that the patches of the small models divide
@@ -35,7 +36,7 @@ THUMBNAIL_SIDE = 128  # pixels per side in the report
 IMAGE_GROUP_COLUMN = "picture"  # the column that keeps rows with the same image in one split
 
 
-class ImageAndTextTask(Task):
+class ImageAndTextTask(ImageAndTextSignature, Task):
     """A task with one image column and one text column."""
 
     feature = ("image",)
@@ -76,7 +77,7 @@ class ImageAndTextTask(Task):
         self.options = fill_options(
             o, side=side, channels=channels, vocab_size=self.text.size, length=suggest_length(sizes, MAX_TEXT_TOKENS)
         )
-        self.note_cut(sum(s > self.options.length for s in sizes), len(sizes))
+        self.note_truncated(sum(s > self.options.length for s in sizes), len(sizes), self.options.length)
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """Return all token ids of each text, including special tokens."""
@@ -91,13 +92,6 @@ class ImageAndTextTask(Task):
         rows, most = self.encode_all(texts), self.options.length
         kept = [[*row[: most - 1], row[-1]] if len(row) > most and self.ends_with_special(row) else row[:most] for row in rows]
         return [np.array(row, dtype=np.int64) for row in kept], sum(len(row) > most for row in rows)
-
-    def note_cut(self, cut: int, texts: int) -> None:
-        if cut:
-            self.notes.append(
-                f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
-                "truncated (change this with task.length=...)"
-            )
 
     @property
     def image_scale(self) -> images.Scale | None:

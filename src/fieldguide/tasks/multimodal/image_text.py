@@ -29,6 +29,7 @@ from fieldguide.data.validation.findings import places as first_places
 from fieldguide.objectives import Contrastive, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.multimodal.base import ImageAndTextTask
+from fieldguide.tasks.multimodal.signature import ImageTextSignature
 from fieldguide.tasks.supervised_evaluator import binomial_interval
 
 RECALL_AT = (1, 5, 10)  # k of recall at k
@@ -73,7 +74,7 @@ def normalize_captions(captions: pl.Series) -> pl.Series:
     return captions.fill_null("").str.normalize("NFC").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars(" .")
 
 
-class ImageText(ImageAndTextTask):
+class ImageText(ImageTextSignature, ImageAndTextTask):
     """Contrastive image-text learning.
 
     `predict RUN photo.jpg --set classes="a cat,a dog"` returns each text's probability and its cosine `similarity`,
@@ -205,7 +206,7 @@ class ImageText(ImageAndTextTask):
         there = self.target.name in data.rows.columns and data.rows[self.target.name].null_count() < len(data)
         ids, cut = self.tokens(self.captions(data)) if there else ([], 0)
         if not settings:  # for training texts `fit` has added the note
-            self.note_cut(cut, len(ids))
+            self.note_truncated(cut, len(ids), self.options.length)
         same = (
             {
                 name: torch.from_numpy(number_rows(pl.DataFrame([values])))

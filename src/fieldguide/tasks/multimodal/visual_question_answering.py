@@ -24,6 +24,7 @@ from fieldguide.data.text_values import IMAGE_FILE_PATTERN
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
 from fieldguide.tasks.multimodal.base import ImageAndTextTask
+from fieldguide.tasks.multimodal.signature import VisualQuestionSignature
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import ClassificationTask, fill_options
 from fieldguide.tasks.supervised_evaluator import calibration_error
@@ -34,7 +35,7 @@ MAX_CONFUSION_ANSWERS = 30  # maximum answers for which the report shows the con
 SHOWN_QUESTION_TYPES = 25  # question types in the report
 
 
-class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
+class VisualQuestionAnswering(VisualQuestionSignature, ImageAndTextTask, ClassificationTask):
     """Visual question answering.
 
     `predict RUN table.csv` answers a table of images and questions; `predict RUN photo.jpg --set question="how
@@ -179,7 +180,7 @@ class VisualQuestionAnswering(ImageAndTextTask, ClassificationTask):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         ids, cut = self.tokens(self.questions_of(data))
         if cut and not settings:
-            self.note_cut(cut, len(ids))
+            self.note_truncated(cut, len(ids), self.options.length)
         pixels = self.pixels(data, settings) if "image" in card.inputs else None
         target = torch.from_numpy(self.answer_codes(data)) if settings else None
 

@@ -23,6 +23,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.objectives import Objective
 from fieldguide.objectives.next_item import DEFAULT_TOP_K, NextItem, rank_items
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
+from fieldguide.tasks.recommendation.signature import RecommendationSignature
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
@@ -34,7 +35,7 @@ SAMPLED_NEGATIVES = 4096
 USER_CHUNK = 512  # users whose baselines are scored together
 
 
-class Recommendation(Task):
+class Recommendation(RecommendationSignature, Task):
     name = "recommendation"
     has_own_rows = False
     reads = "a table of events: a user column, an item column and a time column"

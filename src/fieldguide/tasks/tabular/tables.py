@@ -18,12 +18,13 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TablePreparer
 from fieldguide.data.validation.findings import MAX_PROBLEM_EXAMPLES, describe_problems
 from fieldguide.tasks.supervised import ClassificationTask, RegressionTask, SupervisedTask, is_discrete, mix_pairs
+from fieldguide.tasks.tabular.signature import TabularSignature
 
 TABLE_KINDS: tuple[Kind, ...] = ("number", "category", "boolean", "date")
 USABLE_KINDS: tuple[Kind, ...] = (*TABLE_KINDS, "text")
 
 
-class Tabular(SupervisedTask):
+class Tabular(TabularSignature, SupervisedTask):
     """Base class of the tabular tasks, with the preprocessing of rows."""
 
     input_types: ClassVar[tuple[str, ...]] = ("table", "vector")

@@ -16,9 +16,10 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing.tokenizer import TextTokenizer
 from fieldguide.data.samples import SAMPLES
 from fieldguide.tasks.base import Task
+from fieldguide.tasks.text.signature import TextSignature
 
 
-class TextTask(Task):
+class TextTask(TextSignature, Task):
     """A task whose input is one text column; the input may also be given as the text itself."""
 
     feature: ClassVar[tuple[str, ...]] = ("text",)

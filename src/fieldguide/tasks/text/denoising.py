@@ -26,6 +26,7 @@ from fieldguide.objectives import denoising as damage
 from fieldguide.tasks.base import Arrays
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.packing import PackedTextTask
+from fieldguide.tasks.text.signature import DenoisingSignature
 from fieldguide.tasks.text.translation import generate_targets
 
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # sentinels that replace the removed spans, in this order
@@ -33,7 +34,7 @@ DEFAULT_CORRUPTION = {"spans": (damage.T5_CORRUPTED_FRACTION, damage.T5_MEAN_SPA
 SHOWN = 12  # test rows in the report
 
 
-class Denoising(PackedTextTask):
+class Denoising(DenoisingSignature, PackedTextTask):
     """Packed rows are corrupted by the card's `pretraining_objective`, and the model writes the original.
 
     The loss covers all target tokens; the scores cover the removed tokens alone.

@@ -23,12 +23,13 @@ from fieldguide.objectives import MaskedLM, Objective
 from fieldguide.objectives.masked_lm import mask_tokens
 from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.packing import PackedTextTask
+from fieldguide.tasks.text.signature import FillMaskSignature
 
 SHOWN = 12  # texts in the report
 ROWS = 64  # test rows whose single predictions are shown
 
 
-class FillMask(PackedTextTask):
+class FillMask(FillMaskSignature, PackedTextTask):
     """Some tokens of each row are masked, and the model predicts them."""
 
     name = "fill-mask"
@@ -126,17 +127,17 @@ class FillMask(PackedTextTask):
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             tokens, mask = self.text.batch([np.array(rows[i]) for i in index])
-            return {"ids": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+            return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
 
         return Batches(len(rows), make, np.array([len(r) for r in rows]))
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            if "ids" not in batch:
+            if "target" in batch:
                 return objective.outputs(batch)
-            logits = objective.model(batch["ids"], batch["mask"]).float()
+            logits = objective.model(batch["tokens"], batch["mask"]).float()
             best = logits.softmax(-1).topk(min(self.predict_options.top, logits.shape[-1]), -1)
-            ids = batch["ids"].masked_fill(~batch["mask"], -1)
+            ids = batch["tokens"].masked_fill(~batch["mask"], -1)
             return {"ids": ids, "guess": best.indices, "probability": best.values}
 
         return answer

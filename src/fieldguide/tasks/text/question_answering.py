@@ -33,6 +33,7 @@ from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Ta
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
+from fieldguide.tasks.text.signature import QuestionAnsweringSignature
 from fieldguide.tasks.text.windows import (
     PairTemplate,
     Windows,
@@ -55,7 +56,7 @@ MIN_WHOLE_WORD_FRACTION = 0.97
 SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
 
 
-class QuestionAnswering(Task):
+class QuestionAnswering(QuestionAnsweringSignature, Task):
     """Extractive question answering. Examples are questions; training rows are windows: [CLS] question [SEP] context
     piece [SEP].
 

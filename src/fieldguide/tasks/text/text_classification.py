@@ -22,6 +22,7 @@ from fieldguide.objectives import Objective
 from fieldguide.tasks.base import CheckpointAssets
 from fieldguide.tasks.supervised import ClassificationTask, fill_options, is_discrete
 from fieldguide.tasks.text.base import TextTask, path_like
+from fieldguide.tasks.text.signature import PairSignature
 from fieldguide.tasks.text.windows import PairTemplate, pair_template
 
 SAMPLED_TEXTS = 5000  # texts sampled to choose the maximum number of tokens
@@ -30,7 +31,7 @@ MAX_TOKENS_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens b
 TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
 
 
-class TextClassification(TextTask, ClassificationTask):
+class TextClassification(PairSignature, TextTask, ClassificationTask):
     name = "text-classification"
     reads = (
         "a table (CSV, JSON Lines) with one text column or two (text pairs) and a label column; or a "
@@ -84,7 +85,7 @@ class TextClassification(TextTask, ClassificationTask):
         task.options = fill_options(
             options, length=suggest_length(sizes, MAX_TOKENS_BY_DEVICE[device().type]), vocab_size=task.text.size
         )
-        task.note_cut(sum(s > task.options.length for s in sizes), len(sizes))
+        task.note_truncated(sum(s > task.options.length for s in sizes), len(sizes), task.options.length)
         return task
 
     @property
@@ -146,13 +147,6 @@ class TextClassification(TextTask, ClassificationTask):
         """Return the maximum examples per step: fewer if texts are long."""
         return int(np.clip(2 ** int(np.log2(TOKENS_PER_STEP / max(self.median, 1))), 16, 256))
 
-    def note_cut(self, cut: int, texts: int) -> None:
-        if cut:
-            self.notes.append(
-                f"{100 * cut / texts:.1f} % of the texts are longer than {self.options.length} tokens and are "
-                "truncated (change this with task.length=...)"
-            )
-
     def model_dims(self) -> dict[str, Any]:
         return {"num_classes": len(self.labels), "vocab_size": self.text.size, "length": self.options.length}
 
@@ -167,7 +161,7 @@ class TextClassification(TextTask, ClassificationTask):
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         tokens, segments, cut = self.encode_rows(data, bool(card) and card.has_class_token)
         if not settings:  # for training texts `fit` has added the note
-            self.note_cut(cut, len(tokens))
+            self.note_truncated(cut, len(tokens), self.options.length)
         lengths = np.array([len(t) for t in tokens])
         target = torch.from_numpy(self.targets(data)["label"]) if settings else None
 

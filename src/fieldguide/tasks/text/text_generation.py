@@ -37,6 +37,7 @@ from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import TextTask
+from fieldguide.tasks.text.signature import TextGenerationSignature
 
 PASSAGE_CHARACTERS = 2000  # approximate characters of the passages that long texts are split into, at line ends
 MIN_LONG_TEXT_PASSAGES = 20  # a text of at least this many passages is split by position: its end is the test set
@@ -49,7 +50,7 @@ PROMPT_WORDS = 8  # of a text that is shown as an example of a prompt
 SAMPLE_TOKENS = 160  # tokens of a sample in the report
 
 
-class TextGeneration(TextTask):
+class TextGeneration(TextGenerationSignature, TextTask):
     name = "text-generation"
     reads = (
         "text files, or a table (CSV, JSON Lines) with a text column, or JSON Lines with conversations "

@@ -29,6 +29,7 @@ from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric, Ta
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
+from fieldguide.tasks.text.signature import TokenClassificationSignature
 
 MAX_TOKENS_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 512}  # maximum tokens by device, if the user sets no length
 TOKENS_PER_STEP = 8192  # approximate tokens per step, if the user sets no batch size
@@ -38,7 +39,7 @@ SHOWN, SHOWN_CORRECT = 20, 8  # sentences in the report: the worst ones, and cor
 EXAMPLE_WORDS = 20  # of a sentence that is shown as an example of an input
 
 
-class TokenClassification(Task):
+class TokenClassification(TokenClassificationSignature, Task):
     name = "token-classification"
     reads = "CoNLL columns (a word and its tag per line), or JSON Lines with lists `tokens` and `tags`"
     input_types = ("tokens",)

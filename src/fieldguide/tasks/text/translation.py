@@ -30,6 +30,7 @@ from fieldguide.objectives import NextToken, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import TextTask
+from fieldguide.tasks.text.signature import EncoderDecoderSignature
 
 MAX_VOCAB_SIZE = 8192  # maximum tokens of the vocabulary of both languages, if the user sets no size
 MAX_SENTENCE_TOKENS = 200  # maximum tokens of a sentence, if the user sets no length
@@ -37,7 +38,7 @@ TOKENS_PER_STEP = 4096  # approximate target tokens per step, if the user sets n
 SHOWN_SENTENCES = 40  # sentences in the report
 
 
-class Translation(TextTask):
+class Translation(EncoderDecoderSignature, TextTask):
     name = "translation"
     reads = (
         "a table with a text column and a translation column (--target), or two files of parallel lines (train.de, train.en)"
@@ -104,11 +105,7 @@ class Translation(TextTask):
         task.options = fill_options(
             options, vocab_size=task.text.size, length=min(cls.longest, int(1.5 * suggest_length(sizes, 10_000)))
         )
-        if cut := sum(s > task.options.length for s in sizes):
-            task.notes.append(
-                f"{100 * cut / len(sizes):.1f} % of the texts are longer than {task.options.length} tokens and "
-                "are truncated (change this with task.length=...)"
-            )
+        task.note_truncated(sum(s > task.options.length for s in sizes), len(sizes), task.options.length)
         return task
 
     def translations(self, data: Data) -> list[str]:

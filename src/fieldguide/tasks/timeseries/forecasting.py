@@ -28,13 +28,14 @@ from fieldguide.metrics.forecasts import compute_interval_widening, pinball_loss
 from fieldguide.objectives import Forecast, Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.timeseries import report
+from fieldguide.tasks.timeseries.signature import ForecastSignature
 
 QUANTILES = (0.05, 0.1, 0.5, 0.9, 0.95)
 LEVELS = {0.8: (1, 3), 0.9: (0, 4)}  # coverage of an interval -> indices of its ends in QUANTILES
 MIN_STEP_CALIBRATION_WINDOWS = 50  # with fewer validation windows, all steps share one interval width
 
 
-class Forecasting(Task):
+class Forecasting(ForecastSignature, Task):
     name = "time-series-forecasting"
     has_own_rows = False
     reads = (

@@ -27,6 +27,7 @@ from fieldguide.data.preprocessing.augmentation import augment_images
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.tasks.base import CheckpointAssets
 from fieldguide.tasks.supervised import ClassificationTask, fill_options, is_discrete, mix_pairs
+from fieldguide.tasks.vision.signature import ImageSignature
 
 LINEAR_SIDE = 16  # image size of the linear baseline
 SAMPLED_IMAGES = 5000  # images that mean and standard deviation are computed from
@@ -34,7 +35,7 @@ MAX_SIDE_BY_DEVICE = {"cpu": 96, "mps": 160, "cuda": 224}  # maximum pixels per 
 MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images; beyond it they are decoded batch by batch
 
 
-class ImageClassification(ClassificationTask):
+class ImageClassification(ImageSignature, ClassificationTask):
     name = "image-classification"
     reads = "a folder of images per class, or a table of image paths and labels"
     input_types = ("image", "vector")

@@ -36,6 +36,7 @@ from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options, is_discrete
 from fieldguide.tasks.supervised_evaluator import binomial_interval
+from fieldguide.tasks.vision.signature import GenerationSignature
 
 IMAGE_SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
@@ -55,7 +56,7 @@ def infer_target_kind(values: pl.Series) -> Kind | None:
     return "text" if len(present) and present.n_unique() > MAX_CLASS_TEXTS and has_sentences(present) else None
 
 
-class ImageGeneration(Task):
+class ImageGeneration(GenerationSignature, Task):
     name = "image-generation"
     reads = (
         "a folder of images, optionally one folder per class or a .txt caption next to each; or a table "
@@ -158,11 +159,7 @@ class ImageGeneration(Task):
         self.text = TextTokenizer.fit(texts, size=self.options.vocab_size)
         sizes = [len(ids) for ids in self.text.encode(texts[:MAX_EVALUATION_IMAGES], 100_000)[0]]
         self.options = fill_options(self.options, vocab_size=self.text.size, length=suggest_length(sizes, MAX_CAPTION_TOKENS))
-        if cut := sum(size > self.options.length for size in sizes):
-            self.notes.append(
-                f"{100 * cut / len(sizes):.1f} % of the captions are longer than {self.options.length} tokens and "
-                "are truncated (change this with task.length=...)"
-            )
+        self.note_truncated(sum(size > self.options.length for size in sizes), len(sizes), self.options.length, "captions")
         different = list(dict.fromkeys(texts))
         self.captions = [different[i] for i in np.random.default_rng(0).permutation(len(different))[:MAX_KNOWN_CAPTIONS]]
 

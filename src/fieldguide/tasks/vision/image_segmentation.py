@@ -42,6 +42,7 @@ from fieldguide.tasks.vision.detection_report import open_image
 from fieldguide.tasks.vision.mask_classes import MaskContext
 from fieldguide.tasks.vision.mask_overlay import draw_mask
 from fieldguide.tasks.vision.mask_values import VOID
+from fieldguide.tasks.vision.signature import SegmentationSignature
 
 MAX_SIDE_BY_DEVICE = {"cpu": 256, "mps": 512, "cuda": 1024}  # pixels of the longer side by device, if the user sets no size
 CROP_BY_DEVICE = {"cpu": 192, "mps": 320, "cuda": 512}  # side in pixels of the training crop by device
@@ -80,7 +81,7 @@ def check_outlines(data: Data) -> Iterator[Finding]:
             yield Finding(check, severity, what, places, len(some), remedy)
 
 
-class ImageSegmentation(Task):
+class ImageSegmentation(SegmentationSignature, Task):
     name = "image-segmentation"
     checks_splits = True
     reads = (

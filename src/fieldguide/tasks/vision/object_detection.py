@@ -34,6 +34,7 @@ from fieldguide.objectives.detection import Detection
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.detection_report import build_elements, draw_boxes, match_boxes, open_image
+from fieldguide.tasks.vision.signature import DetectionSignature
 
 MAX_SIDE_BY_DEVICE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side by device, if the user sets no size
 STRIDE = 32  # image sizes are multiples of the coarsest grid's stride
@@ -52,7 +53,7 @@ class LetterboxedDetection(Detection):
         return {**found, "boxes": boxes}
 
 
-class ObjectDetection(Task):
+class ObjectDetection(DetectionSignature, Task):
     name = "object-detection"
     checks_splits = True
     reads = "images with boxes: COCO JSON, YOLO (data.yaml, images, labels) or Pascal VOC (Annotations, JPEGImages)"

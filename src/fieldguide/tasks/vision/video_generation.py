@@ -31,6 +31,7 @@ from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
 from fieldguide.tasks.supervised import fill_options, is_discrete
 from fieldguide.tasks.supervised_evaluator import binomial_interval
 from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, encode_png
+from fieldguide.tasks.vision.signature import VideoGenerationSignature
 
 VIDEO_SIDES = (16, 32, 64)
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
@@ -40,7 +41,7 @@ SHOWN_PER_CLASS = 3  # videos of each class in the report
 FRAME_MILLISECONDS = 120  # milliseconds per frame
 
 
-class VideoGeneration(ImageGeneration):
+class VideoGeneration(VideoGenerationSignature, ImageGeneration):
     name = "video-generation"
     reads = (
         "a folder of videos, optionally one folder per class: MP4 and similar, GIF or WebP, or strips of "

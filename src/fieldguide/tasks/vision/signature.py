@@ -1,0 +1,247 @@
+"""Signatures of the vision tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from fieldguide.core.card import Card
+from fieldguide.core.signature import Axis, ImageFormat, InputField, Limits, Loop, RecordField, Step, TensorSpec, list_values
+from fieldguide.data.media import images, video
+from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
+from fieldguide.data.preprocessing.masks import Canvas
+from fieldguide.objectives.segmentation import find_padding
+from fieldguide.tasks.signature_builder import SignatureBuilder
+from fieldguide.tasks.signature_parts import (
+    describe_column,
+    describe_decoding,
+    describe_image_format,
+    describe_normalization,
+    describe_tokenization,
+    fix_axes,
+    list_image_steps,
+    request_tensor,
+    set_image,
+)
+
+PROBE_SIDE = 256  # pixels per side of the image that shows whether a network keeps its size
+MIN_SEGMENTED_SIDE = 32  # pixels per side of the smallest example of an image to segment
+
+
+class ImageSignature(SignatureBuilder):
+    """The signature of a task that reads images of one size."""
+
+    pictures: ImageTransform
+
+    def describe_inputs(self) -> Sequence[InputField]:
+        size = describe_image_format(self.pictures)
+        return [describe_column(c, image=size if c.kind == "image" else None) for c in self.input_columns()]
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        steps = list_image_steps(self.pictures)
+        return [*steps, Step("flatten", "one vector for each image", True)] if card.input_type == "vector" else steps
+
+    def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        return set_image(tensors, "image", self.pictures)
+
+    def describe_limits(self) -> Limits:
+        return replace(super().describe_limits(), pixels=images.MAX_PIXELS)
+
+
+class DetectionSignature(SignatureBuilder):
+    """The signature of object detection. Images are letterboxed: scaled to fit a square and padded."""
+
+    options: Any
+    names: list[str]
+    scale: images.Scale | None
+    threshold: float
+    max_detections: ClassVar[int]
+
+    def describe_inputs(self) -> Sequence[InputField]:
+        side = self.options.side
+        size = ImageFormat(side, side, self.options.channels, "pad")
+        return [describe_column(c, image=size) for c in self.input_columns()]
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        side = self.options.side
+        about = f"scale to fit {side} x {side} pixels, center, pad; keep scale and corner"
+        return [
+            describe_decoding(self.options.channels, self.scale),
+            Step("letterbox", about, True, {"side": side, "fit": "pad", "antialias": True}),
+            Step("scale_pixels", "pixels / 255", True),
+        ]
+
+    def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        sizes = {"height": self.options.side, "width": self.options.side, "channels": self.options.channels}
+        return [replace(spec, axes=fix_axes(spec.axes, sizes), about="pixels / 255", low=0, high=1) for spec in tensors]
+
+    def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
+        pair = Axis("xy", 2)
+        return [
+            request_tensor("scale", "float32", pair, about="input pixels for each pixel of the image, x and y", low=0),
+            request_tensor("corner", "float32", pair, about="left and top of the image in the input", low=0),
+            request_tensor("size", "float32", pair, about="width and height of the image", low=1),
+        ]
+
+    def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> Sequence[TensorSpec]:
+        points = sum((-(-self.options.side // stride)) ** 2 for stride in network.strides)
+        return [replace(spec, axes=fix_axes(spec.axes, {"points": points})) for spec in outputs]
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        return [
+            Step("decode_boxes", "expected distances to the sides times the stride, around each point", True),
+            Step("sigmoid", "scores of the classes", True),
+            Step("nms", "drop boxes that overlap one of a higher score of their class", True, {"most": self.max_detections}),
+            Step("undo_letterbox", "boxes in pixels of the image, clipped to it", True),
+            Step("threshold", "keep boxes from a score on", True, {"threshold": self.threshold}),
+            Step("draw", "the image with the boxes", False),
+        ]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        sides = "left, top, right, bottom in pixels of the image, from its top left corner"
+        found = (
+            RecordField("label", "string", "the class", **list_values(self.names)),
+            RecordField("score", "number", "how certain the box is", low=0, high=1),
+            RecordField("box", "array", sides, size=4, items=RecordField("", "number")),
+        )
+        items = RecordField("", "object", fields=found)
+        return [
+            RecordField("found", "string", "how many of each class, as text"),
+            RecordField("objects", "array", "the objects, most certain first", items=items),
+            RecordField("picture", "string", "the image with the boxes", required=False, media_types=("image/jpeg",)),
+        ]
+
+    def describe_limits(self) -> Limits:
+        return replace(super().describe_limits(), pixels=images.MAX_PIXELS)
+
+
+class SegmentationSignature(SignatureBuilder):
+    """The signature of semantic segmentation. Images keep their aspect ratio; a batch is a canvas that holds all of them."""
+
+    options: Any
+    canvas: Canvas
+    names: list[str]
+
+    def describe_inputs(self) -> Sequence[InputField]:
+        size = ImageFormat(self.canvas.side, self.canvas.side, self.canvas.channels, "shrink")
+        return [describe_column(c, image=size) for c in self.input_columns()]
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        about = f"shrink images longer than {self.canvas.side} pixels, place them at the top left of a canvas"
+        return [
+            describe_decoding(self.canvas.channels, self.canvas.scale),
+            Step("resize", about, True, {"side": self.canvas.side, "fit": "shrink"}),
+            describe_normalization(self.canvas.mean, self.canvas.std),
+            Step("tile", "split larger canvases into overlapping tiles (option tile)", False),
+            Step("pad", "extend by reflection if the network returns only the center", True),
+        ]
+
+    def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        sides = tuple(Axis(name, least=MIN_SEGMENTED_SIDE) for name in ("height", "width"))
+        axes = lambda spec: (*fix_axes(spec.axes[:2], {"channels": self.canvas.channels}), *sides)
+        return [replace(spec, axes=axes(spec), mean=self.canvas.mean, std=self.canvas.std) for spec in tensors]
+
+    def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
+        pair = Axis("yx", 2)
+        return [
+            request_tensor("inner", "int64", pair, about="height and width of the image on the canvas", low=1),
+            request_tensor("size", "int64", pair, about="height and width of the image file", low=1),
+        ]
+
+    def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> Sequence[TensorSpec]:
+        if any(find_padding(network, self.canvas.channels, PROBE_SIDE, PROBE_SIDE)):
+            return outputs  # smaller than the input
+        sides = tuple(Axis(name, least=MIN_SEGMENTED_SIDE) for name in ("height", "width"))
+        return [replace(spec, axes=(*spec.axes[:2], *sides)) for spec in outputs]
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        return [
+            Step("join_tiles", "weighted mean of the logits of overlapping tiles", False),
+            Step("resize", "resize the logits to the size of the image (bilinear)", True),
+            Step("argmax", "the most probable class of each pixel", True),
+            Step("encode_mask", "a PNG with a palette", False),
+            Step("draw", "the image under the colors of the classes", False),
+        ]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        known = list_values(self.names)
+        share = RecordField("", "number", low=0, high=1)
+        return [
+            RecordField("classes", "string", "the largest classes and their shares, as text"),
+            RecordField("mask", "string", "index of the class of each pixel", media_types=("image/png",)),
+            RecordField("shares", "map", "share of the pixels of each class that occurs", items=share, **known),
+            RecordField("overlay", "string", "the image and the mask", required=False, media_types=("image/jpeg",)),
+        ]
+
+    def describe_limits(self) -> Limits:
+        return replace(super().describe_limits(), pixels=images.MAX_PIXELS)
+
+
+class GenerationSignature(SignatureBuilder):
+    """The signature of image generation: a class, a caption or nothing becomes images."""
+
+    row_form: ClassVar[Literal["table", "value"]] = "value"
+    record_for: ClassVar[Literal["row", "step", "user", "sample"]] = "sample"
+    max_request_rows: ClassVar[int] = 64
+    output_media: ClassVar[tuple[str, str]] = ("image", "image/png")
+    options: Any
+    pictures: ImageTransform
+    labels: list[str]
+    text: TextTokenizer | None
+
+    def describe_inputs(self) -> Sequence[InputField]:
+        if self.text is not None:
+            about = "what to generate; by default captions of the training data"
+            return [InputField("caption", "text", required=False, about=about)]
+        if self.labels:
+            about, known = "the class to generate; all in turn by default", list_values(self.labels)
+            return [InputField("class", "category", required=False, closed=True, about=about, **known)]
+        return []
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        steps = []
+        if self.text is not None:
+            steps.append(describe_tokenization(self.text, self.options.length))
+        elif self.labels:
+            steps.append(Step("look_up_classes", "number of the class, from 1; 0 is none", True, {"count": len(self.labels)}))
+        if card.input_type == "noise":
+            return [*steps, Step("draw_noise", "standard normal noise, with the class one-hot at its end", False)]
+        return [*steps, Step("draw_noise", "standard normal noise by seed and number of the sample", False)]
+
+    def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
+        row = request_tensor("row", "int64", about="number of the sample, which seeds its noise", low=0)
+        if "label" in card.inputs:
+            return [row]
+        return [request_tensor("label", "int64", about="class; 0 is none", low=0, high=len(self.labels)), row]
+
+    def describe_loop(self, loop: Loop | None) -> Loop | None:
+        guided = bool(self.labels or self.text)
+        return loop and replace(loop, schedule=self.options.schedule, predicts=self.options.predicts, guidance=guided)
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        name, kind = self.output_media
+        return [
+            Step("scale_pixels", "clamp to -1 .. 1, then (value + 1) * 127.5", True),
+            Step(f"encode_{name}", f"encode as {kind.partition('/')[2].upper()}", False),
+        ]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        name, kind = self.output_media
+        made = RecordField(name, "string", f"the generated {name}", media_types=(kind,))
+        if self.text is not None:
+            return [RecordField("caption", "string", "the caption as the model reads it"), made]
+        return [RecordField("class", "string", "the class", **list_values(self.labels)), made] if self.labels else [made]
+
+    def describe_limits(self) -> Limits:
+        return replace(super().describe_limits(), tokens=self.options.length if self.text is not None else None)
+
+
+class VideoGenerationSignature(GenerationSignature):
+    """The signature of video generation."""
+
+    max_request_rows: ClassVar[int] = 16
+    output_media: ClassVar[tuple[str, str]] = ("video", "image/webp")
+
+    def describe_limits(self) -> Limits:
+        return replace(super().describe_limits(), frames=video.MAX_FRAMES)
