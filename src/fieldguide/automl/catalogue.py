@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import io
-import tokenize
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from fieldguide.automl import profile
 from fieldguide.automl.description import Description, Layer
 from fieldguide.automl.index import compute_source_digest
 from fieldguide.core.card import Closed
+from fieldguide.core.option_docs import describe_fields
 from fieldguide.core.options import PREDICT_ALIASES
 from fieldguide.core.settings import ALIASES, Settings
 from fieldguide.models import registry
@@ -164,25 +162,3 @@ def describe_task(kind: Any) -> dict[str, Any]:
         "options": describe_fields(kind.Options),
         "predict_options": describe_fields(kind.PredictOptions),
     }
-
-
-def describe_fields(kind: type) -> list[dict[str, Any]]:
-    """Return key, default and meaning of a dataclass's fields. The meaning is the comment behind the field."""
-    meanings: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if base.__module__.startswith("fieldguide"):
-            meanings |= read_field_comments(inspect.getsource(base))
-    return [{"key": f.name, "default": f.default, "meaning": meanings.get(f.name, "")} for f in fields(kind)]
-
-
-def read_field_comments(source: str) -> dict[str, str]:
-    """Return the comment at the end of each line `name: type = default  # comment`, and of comment lines that follow it."""
-    comments: dict[str, str] = {}
-    name, last = "", 0
-    for token in tokenize.generate_tokens(io.StringIO(inspect.cleandoc(source)).readline):
-        if token.type == tokenize.NAME and token.line.strip().startswith(f"{token.string}:"):
-            name, last = token.string, token.start[0]
-        elif token.type == tokenize.COMMENT and name and token.start[0] in (last, last + 1):
-            comments[name] = f"{comments.get(name, '')} {token.string.lstrip('# ')}".strip()
-            last = token.start[0]
-    return comments

@@ -42,6 +42,7 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.core.files import make_folder, write_atomically
+from fieldguide.core.network_tensors import describe_network
 from fieldguide.core.validation import guard
 from fieldguide.data.preprocessing import ImageTransform, tokenizer_files
 from fieldguide.models.registry import card_of, cards, find
@@ -281,7 +282,7 @@ def load(source: str | Path, *, name: str | None = None, head: Literal["load", "
     or the authors; or `hf:organization/name`, which is downloaded first. `name` is the size if it cannot be
     identified. `overrides` replace fields of the implied config, such as `output_type="vector"` or another
     `image`. `head="skip"` leaves a head that the file lacks, or has for other classes, randomly initialized
-    (see `fieldguide.checkpoints.weights.load`).
+    (see `fieldguide.checkpoints.weights.load`). The network's `signature` describes its tensors.
 
     Raises `WeightsError` that lists the closest models if none matches.
     """
@@ -309,6 +310,7 @@ def build_network(
         weights.load(model, state, origin, head)
     except WeightsError as error:
         raise WeightsError(str(error).replace("the checkpoint", where, 1)) from None
+    model.signature = describe_network(card, config, model)
     return model.eval()
 
 

@@ -453,14 +453,27 @@ def models(
 
 @app.command(epilog="Example: fieldguide show resnet50")
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `fieldguide models`.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|RUN", help="A name from `fieldguide models`, or a run folder or pretrained model as for predict."
+        ),
+    ],
     as_json: Json = False,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Another value for a field of the model's config. Repeatable."),
     ] = None,
 ) -> None:
-    """Describe a model: what is new in it, sizes, parameters, layers."""
+    """Describe a model: what is new in it, sizes, parameters, layers. For a run: how it is called."""
+    from fieldguide.inference.source_kind import detect_kind
+
+    if detect_kind(name) in ("run", "checkpoint"):
+        from fieldguide.cli.print_signature import print_signature
+        from fieldguide.inference.pipeline import pipeline
+
+        print_signature(name, pipeline(name, **parse_pairs(changes)).signature, as_json)
+        return
     from fieldguide.automl.index import describe, parse_literal
     from fieldguide.cli.console import print_description
 

@@ -17,10 +17,13 @@ from fieldguide.core.deprecation import rename_keys
 if TYPE_CHECKING:
     from torch import nn
 
+    from fieldguide.core.signature import Signature
+
     class Network(nn.Module):
         """The type of the networks that cards create. It exists for type checkers only."""
 
         config: Any  # an instance of `Card.config`
+        signature: Signature  # set when it is loaded from a checkpoint
 
 
 # Input type -> names of the batch tensors passed to `forward`, in order.

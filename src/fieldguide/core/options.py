@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.structure import Limits
 
 # Other names of prediction options -> their names.
 PREDICT_ALIASES = {
@@ -47,6 +48,29 @@ def option_types(schema: type | Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(schema)}
 
 
+def option_limits(schema: type | Mapping[str, Any]) -> dict[str, Limits]:
+    """Return the limits of the options that are declared as `Annotated[TYPE, Limits(least, most)]`, by name."""
+    if isinstance(schema, Mapping):
+        return {}
+    hints = get_type_hints(schema, include_extras=True)
+    return {
+        name: limits
+        for name, hint in hints.items()
+        for limits in getattr(hint, "__metadata__", ())
+        if isinstance(limits, Limits)
+    }
+
+
+def check_limits(label: str, value: Any, limits: Limits | None) -> None:
+    """Raise `SettingsError` if a number is out of its limits; None and NaN are left to others."""
+    if value is None or limits is None:
+        return
+    if value < limits.least:
+        raise SettingsError(f"{label}={value} must be at least {limits.least:,}.")
+    if value > limits.most:
+        raise SettingsError(f"{label}={value} must be at most {limits.most:,}.")
+
+
 def parse_options(
     schema: type | Mapping[str, Any],
     changes: Mapping[str, Any],
@@ -64,9 +88,10 @@ def parse_options(
         prefix: what the user writes before the name: "task.".
         aliases: other names -> names.
 
-    Raises `SettingsError` for an unknown option, an option set under two names, and a value of another type.
+    Raises `SettingsError` for an unknown option, an option set under two names, a value of another type, and a number out of
+    its limits.
     """
-    types, aliases = option_types(schema), aliases or {}
+    types, limits, aliases = option_types(schema), option_limits(schema), aliases or {}
     named = rename_aliases(changes, {alias: name for alias, name in aliases.items() if name in types and alias not in types})
     for key in named:
         if key not in types:
@@ -75,7 +100,10 @@ def parse_options(
                 f"{owner} has no option {prefix}{key}.{nearest(key, (*types, *known))} Options are: "
                 f"{', '.join(f'{prefix}{name}' for name in sorted(types)) or 'none'}."
             )
-    return {key: parse_value(f"{prefix}{key}", value, types[key]) for key, value in named.items()}
+    values = {key: parse_value(f"{prefix}{key}", value, types[key]) for key, value in named.items()}
+    for key, value in values.items():
+        check_limits(f"{prefix}{key}", value, limits.get(key))
+    return values
 
 
 def parse_value(label: str, value: Any, kind: Any) -> Any:

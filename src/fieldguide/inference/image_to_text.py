@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.core.options import PREDICT_ALIASES, parse_options
+from fieldguide.core.signature import Signature
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles
 from fieldguide.inference.predictor import Predictions, Predictor, as_list, join_skipped
+from fieldguide.inference.signature import describe_image_to_text
 from fieldguide.inference.text_generation import build_chat_template, find_end_tokens, read_tokenizer
 from fieldguide.inference.zero_shot import build_task, build_transform
 from fieldguide.models.generation import Greedy, generate_batch
@@ -43,6 +46,7 @@ class ImageToText(Predictor):
     """A vision-language model that answers the same prompt for each image. `image_token` stands for the image in prompts."""
 
     LOAD_OPTIONS: ClassVar[dict[str, type]] = {}
+    config_type: ClassVar[type] = Greedy
 
     def __init__(
         self,
@@ -95,6 +99,10 @@ class ImageToText(Predictor):
     @property
     def model(self) -> VisionLanguageNetwork:
         return self.network
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        return describe_image_to_text(self)
 
     def format_prompt(self, prompt: str) -> str:
         """Return the text that the network reads.

@@ -7,6 +7,7 @@ so that one predictor serves many threads at once.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ import numpy as np
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError
+from fieldguide.core.signature import Signature
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.readers.memory import as_table
 from fieldguide.inference.predictions import Predictions
+from fieldguide.inference.signature import describe_task_predictor
 from fieldguide.objectives import EmbeddingObjective, Objective
 from fieldguide.objectives.embedding import Pooling
 from fieldguide.tasks import Task
@@ -43,6 +46,11 @@ class Predictor:
     def name(self) -> str:
         """Name of the architecture, for messages."""
         return self.card.name if self.card else type(self.model).__name__
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        """How the model is called: raw inputs, tensors, outputs, options and limits."""
+        raise NotImplementedError
 
     def get_notes(self) -> list[str]:
         """Return what the user should know about the network, such as that its training was stopped early."""
@@ -92,6 +100,10 @@ class TaskPredictor(Predictor):
     @property
     def model(self) -> Network:
         return self.objective.model
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        return describe_task_predictor(self, getattr(self, "config", None) or self.model.config)
 
     def outputs(self, data: Data) -> dict[str, np.ndarray]:
         """Return the network's outputs for examples as `Task.score` takes them, with default prediction options."""

@@ -6,6 +6,7 @@ It performs the task of its head, with the same options as a run of that task. A
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,7 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.core.settings import Settings
+from fieldguide.core.signature import Axis, RecordField, Step, TensorSpec
 from fieldguide.core.validation import get_checked, guard
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
@@ -175,6 +177,12 @@ class EmbeddingTask(Task):
     def postprocess(self, outputs: Arrays) -> Arrays:
         return outputs
 
+    def describe_postprocessing(self, members: int) -> list[Step]:
+        return [Step("normalize", "divide by the length of the vector", True)]
+
+    def describe_record(self) -> list[RecordField]:
+        return [RecordField("vector", "array", "the embedding, of length 1", items=RecordField("", "number"))]
+
     def targets(self, data: Data) -> Arrays:
         raise DataError(f"{data.source}: embeddings have no targets, so they cannot be scored.")
 
@@ -183,8 +191,13 @@ class TextVectors(EmbeddingTask, TextTask):
     name = "text-vectors"
     reads = "a text, or a table with a column `text`"
     input_types = ("tokens",)
+    method = "features"
     length: int  # number of tokens the network reads
     pooled: Pooling
+
+    @property
+    def max_tokens(self) -> int:
+        return self.length
 
     @classmethod
     def published(cls, assets: CheckpointAssets) -> TextVectors:
@@ -200,6 +213,18 @@ class TextVectors(EmbeddingTask, TextTask):
                 "and are truncated"
             )
         return self.encode_texts(texts, self.length)
+
+    def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> list[TensorSpec]:
+        """Return the vectors of the tokens, which the pooling joins."""
+        axes = lambda spec: (spec.axes[0], Axis("tokens", most=self.length), *spec.axes[1:])
+        return [replace(spec, axes=axes(spec), about="vectors of the tokens") for spec in outputs]
+
+    def describe_postprocessing(self, members: int) -> list[Step]:
+        settings = {"modes": list(self.pooled.modes), "skip": self.pooled.skip}
+        steps = [Step("pool", "join the vectors of the real tokens", True, settings)]
+        if self.pooled.head is not None:
+            steps.append(Step("project", "the layers after the pooling", True))
+        return [*steps, *super().describe_postprocessing(members)]
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return EmbeddingObjective(model, self.pooled)

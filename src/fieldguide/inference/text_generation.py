@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_check
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.core.options import PREDICT_ALIASES, parse_options, parse_value, rename_aliases
+from fieldguide.core.signature import Signature
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.chat_template import ChatTemplate
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers, resolve_markers
 from fieldguide.data.preprocessing.tokenizer import LOCK
 from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles, read, read_eos_token_ids
 from fieldguide.inference.predictor import Predictions, Predictor, as_list
+from fieldguide.inference.signature import describe_text_generator
 from fieldguide.models.generation import EncoderDecoderState, GenerationConfig, Greedy, generate_batch, stream_text
 from fieldguide.models.generation.engine import group_by_length
 from fieldguide.models.generation.quantization import quantize_int8
@@ -118,6 +121,10 @@ class TextGenerator(Predictor):
     @property
     def model(self) -> Network:
         return self.network
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        return describe_text_generator(self)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Return the token ids that the network reads. Raises `DataError` for messages if there is no chat template."""

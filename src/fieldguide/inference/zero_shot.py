@@ -5,6 +5,7 @@ It is the task `image-text` with the preprocessing of the pretrained network in 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,11 +16,13 @@ from fieldguide.checkpoints.preprocessor_config import get_image_options
 from fieldguide.core import distributed
 from fieldguide.core.card import OPENAI, Card, Scale
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, nearest
+from fieldguide.core.signature import Signature
 from fieldguide.data import read
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.preprocessing import ImageTransform, Labels, TextTokenizer
 from fieldguide.inference.predictor import Predictions, TaskPredictor, as_list, join_skipped
 from fieldguide.inference.run import open_run
+from fieldguide.inference.signature import describe_zero_shot
 from fieldguide.objectives import Contrastive
 from fieldguide.tasks.multimodal.image_text import ImageText
 
@@ -52,6 +55,10 @@ class ZeroShotClassifier(TaskPredictor):
         objective = Contrastive(network, card.inputs).to(distributed.device()).eval()
         super().__init__(task, card, objective, batch_size=BATCH_SIZE)
         self.templates = tuple(templates)
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        return describe_zero_shot(self)
 
     @classmethod
     def load(

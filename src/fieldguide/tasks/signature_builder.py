@@ -37,21 +37,24 @@ class SignatureBuilder(TaskSpec):
     row_form: ClassVar[Literal["table", "value"]] = "table"
     record_for: ClassVar[Literal["row", "step", "user", "sample"]] = "row"
     max_request_rows: ClassVar[int] = 10_000
+    method: ClassVar[str] = "forward"  # of the network
     columns: list[Column]
 
     def build_signature(self, card: Card, config: Any, network: Any) -> Signature:
         """Return how this task calls a network of a card."""
         known = describe_network(card, config, network)
+        tensors = self.describe_tensors(known.tensors)
         return replace(
             known,
             task=self.name,
+            method=self.method,
             row_form=self.row_form,
             record_for=self.record_for,
             inputs=tuple(self.describe_inputs()),
             series=self.describe_series(),
             preprocessing=tuple(self.describe_preprocessing(card)),
-            tensors=(*self.describe_tensors(known.tensors), *self.describe_request_tensors(card)),
-            outputs=tuple(self.describe_outputs(known.outputs, network)),
+            tensors=(*tensors, *self.describe_request_tensors(card)),
+            outputs=tuple(match_axes(self.describe_outputs(known.outputs, network), tensors)),
             postprocessing=tuple(self.describe_postprocessing(make_getter(card, config)("members", 0))),
             record=tuple(self.describe_record()),
             options=self.describe_options(),
@@ -106,3 +109,12 @@ class SignatureBuilder(TaskSpec):
     def describe_limits(self) -> Limits:
         """Return the largest inputs."""
         return Limits(rows=self.max_request_rows)
+
+
+def match_axes(outputs: Sequence[TensorSpec], tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Return the outputs with the sizes and limits that the axes of the same name have in the inputs."""
+    known = {axis.name: axis for tensor in tensors for axis in tensor.axes}
+    return [
+        replace(out, axes=tuple(known.get(axis.name, axis) if axis.size is None else axis for axis in out.axes))
+        for out in outputs
+    ]

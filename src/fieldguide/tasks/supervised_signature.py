@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from fieldguide.core.signature import RecordField, Step
+from fieldguide.core.signature import Axis, RecordField, Step, TensorSpec
 from fieldguide.data.dataset import Column
 from fieldguide.data.preprocessing import Standardizer
 from fieldguide.tasks.signature_builder import SignatureBuilder
@@ -50,6 +52,11 @@ class RegressionSignature(SignatureBuilder):
     @property
     def target(self) -> Column:
         raise NotImplementedError
+
+    def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> Sequence[TensorSpec]:
+        rename = lambda axis: Axis("values", axis.size) if axis.name == "classes" else axis
+        about = "the standardized value"
+        return [replace(out, name="value", about=about, axes=tuple(rename(axis) for axis in out.axes)) for out in outputs]
 
     def describe_postprocessing(self, members: int) -> Sequence[Step]:
         scaling = self.standard.to_json()

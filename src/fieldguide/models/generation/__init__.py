@@ -3,6 +3,7 @@
 from fieldguide.models.generation.beam_search import beam_search
 from fieldguide.models.generation.encoder_decoder import EncoderDecoderState
 from fieldguide.models.generation.engine import (
+    MAX_NEW_TOKENS,
     SAMPLING_OPTIONS,
     BeamSearch,
     GenerationConfig,
@@ -14,6 +15,7 @@ from fieldguide.models.generation.sampling import Sampling, generate
 from fieldguide.models.generation.token_rules import TokenRules
 
 __all__ = [
+    "MAX_NEW_TOKENS",
     "SAMPLING_OPTIONS",
     "BeamSearch",
     "EncoderDecoderState",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.core.structure import Limits
 from fieldguide.models.generation.beam_search import beam_search
 from fieldguide.models.generation.encoder_decoder import EncoderDecoderState
 from fieldguide.models.generation.sampling import GenerativeModel, Sampling, generate, left_pad
@@ -19,6 +20,7 @@ from fieldguide.models.generation.token_rules import TokenRules
 
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 BATCH_PROMPTS = 32  # prompts per batch
+MAX_NEW_TOKENS = 1 << 30  # tokens that a request may ask for
 Decode = Callable[[list[int]], str]
 
 
@@ -30,16 +32,16 @@ class GenerationConfig:
     Raises `SettingsError` if both are set, and for values out of range.
     """
 
-    max_new_tokens: int = 200  # maximum number of generated tokens
-    num_beams: int | None = None  # number of beams; 1 = no beam search
+    max_new_tokens: Annotated[int, Limits(1, MAX_NEW_TOKENS)] = 200  # maximum number of generated tokens
+    num_beams: Annotated[int | None, Limits(1, 1000)] = None  # number of beams; 1 = no beam search
     length_penalty: float = 1.0  # exponent of the length in beam search: 0 = no penalty, 1 = mean log-probability
-    temperature: float | None = None  # 0 = greedy: always the most likely token
-    top_k: int | None = None  # keep only the k most likely tokens; 0 = off
-    top_p: float | None = None  # keep the most likely tokens with this total probability; 1 = off
-    min_p: float | None = None  # keep tokens with this fraction of the highest probability; 0 = off
-    repetition_penalty: float = 1.0  # above 1: tokens that occurred before become less likely
-    no_repeat_ngram_size: int = 0  # no sequence of this many tokens occurs twice; 0 = off
-    min_new_tokens: int = 0  # minimum number of generated tokens
+    temperature: Annotated[float | None, Limits(0, 1_000_000)] = None  # 0 = greedy: always the most likely token
+    top_k: Annotated[int | None, Limits(0, MAX_NEW_TOKENS)] = None  # keep only the k most likely tokens; 0 = off
+    top_p: Annotated[float | None, Limits(0, 1)] = None  # keep the most likely tokens with this total probability; 1 = off
+    min_p: Annotated[float | None, Limits(0, 1)] = None  # keep tokens with this fraction of the highest probability; 0 = off
+    repetition_penalty: Annotated[float, Limits(0, 1_000_000)] = 1.0  # above 1: tokens that occurred before become less likely
+    no_repeat_ngram_size: Annotated[int, Limits(0, MAX_NEW_TOKENS)] = 0  # no sequence of this many tokens occurs twice; 0 = off
+    min_new_tokens: Annotated[int, Limits(0, MAX_NEW_TOKENS)] = 0  # minimum number of generated tokens
     early_stopping: bool = False  # beam search ends as soon as num_beams outputs have ended
     stop_strings: str = ""  # stop string, not part of the output; several as JSON: ["one", "two"]
     seed: int = 0  # seed of sampling

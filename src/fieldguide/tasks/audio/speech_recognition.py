@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from fieldguide.core.errors import DataError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Quote, Quotes, ReportElement
 from fieldguide.core.settings import Settings
+from fieldguide.core.structure import Limits
 from fieldguide.data.column_spec import ColumnSpec, normalize_name
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data
 from fieldguide.data.loader import Batches
@@ -74,8 +75,8 @@ class SpeechRecognition(SpeechSignature, Task):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        num_beams: int = 1  # beam width; 1 takes the most probable symbol of each frame
-        chunk: float | None = None  # maximum seconds processed at once; longer recordings are split into chunks
+        num_beams: Annotated[int, Limits(1, 1000)] = 1  # beam width; 1 takes the most probable symbol of each frame
+        chunk: Annotated[float | None, Limits(0.1, 3600)] = None  # maximum seconds processed at once; longer ones are split
 
     transcripts: Transcripts
     mel: LogMel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import polars as pl
@@ -16,6 +16,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Bars, ReportElement, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.structure import Limits
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, LINE, Column, Data, Finding
@@ -66,7 +67,7 @@ class Recommendation(RecommendationSignature, Task):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        count: int = 10  # items recommended to each user
+        count: Annotated[int, Limits(1, 10_000)] = 10  # items recommended to each user
 
     items: list[str]  # names of items 1, 2, ...
     counts: np.ndarray  # frequency of each item in training, with 0 first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from fieldguide.core.card import PRETRAINING_OBJECTIVES, Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.report_elements import Quote, Quotes, ReportElement
 from fieldguide.core.settings import Settings
+from fieldguide.core.structure import Limits
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TextTokenizer
@@ -57,9 +58,9 @@ class Denoising(DenoisingSignature, PackedTextTask):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        num_beams: int = 4  # number of beams; 1 = greedy decoding
+        num_beams: Annotated[int, Limits(1, 1000)] = 4  # number of beams; 1 = greedy decoding
         length_penalty: float = 1.0  # exponent of the length in the beam score: 0 = none, 1 = mean log-probability
-        max_new_tokens: int = 12  # maximum tokens per gap, on average
+        max_new_tokens: Annotated[int, Limits(1, 1000)] = 12  # maximum tokens per gap, on average
 
     frame: SequenceMarkers
     sentinels: np.ndarray  # their token ids, in the order of use

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Quote, Quotes, ReportElement, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.structure import Limits
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.loader import make_generator as seeded
@@ -45,7 +46,7 @@ class FillMask(FillMaskSignature, PackedTextTask):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        top: int = 5  # predictions per missing word
+        top: Annotated[int, Limits(1, 1000)] = 5  # predictions per missing word
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from fieldguide.core.report_elements import Bars, ReportElement, Table
+from fieldguide.core.structure import Limits
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Data
 from fieldguide.metrics import rouge
-from fieldguide.models.generation import BeamSearch
+from fieldguide.models.generation import MAX_NEW_TOKENS, BeamSearch
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
 from fieldguide.tasks.text.translation import SHOWN_SENTENCES, Translation
@@ -43,7 +44,7 @@ class Summarization(Translation):
 
     @dataclass(frozen=True)
     class PredictOptions(BeamSearch):
-        max_new_tokens: int = 128  # maximum tokens of a summary
+        max_new_tokens: Annotated[int, Limits(1, MAX_NEW_TOKENS)] = 128  # maximum tokens of a summary
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:

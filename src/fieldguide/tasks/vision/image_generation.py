@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import polars as pl
@@ -22,6 +22,7 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.structure import Limits
 from fieldguide.data.column_spec import CAPTION_NAMES, ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Kind, Manifest
 from fieldguide.data.loader import Batches
@@ -101,11 +102,11 @@ class ImageGeneration(GenerationSignature, Task):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        count: int = 16  # images in total, or per given class or caption
-        steps: int = 20  # sampler steps
+        count: Annotated[int, Limits(1, 10_000)] = 16  # images in total, or per given class or caption
+        steps: Annotated[int, Limits(1, 1000)] = 20  # sampler steps
         sampler: str = "ddim"  # ddim | ddpm
-        eta: float = 0.0  # noise that ddim adds at each step; 1 = as much as ddpm
-        guidance: float = 1.5  # classifier-free guidance scale; 1 = none
+        eta: Annotated[float, Limits(0, 1)] = 0.0  # noise that ddim adds at each step; 1 = as much as ddpm
+        guidance: Annotated[float, Limits(0, 100)] = 1.5  # classifier-free guidance scale; 1 = none
         seed: int = 0  # seed of the noise
 
     pictures: ImageTransform

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import polars as pl
@@ -21,6 +21,7 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Gallery, Legend, Matrix, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.structure import Limits
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Finding, Severity
@@ -113,7 +114,7 @@ class ImageSegmentation(SegmentationSignature, Task):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        tile: int = 512  # larger images are predicted in overlapping tiles of this many pixels
+        tile: Annotated[int, Limits(1, 1 << 14)] = 512  # larger images are predicted in overlapping tiles of this many pixels
 
     canvas: Canvas
     names: list[str]

@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import polars as pl
@@ -19,6 +19,7 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import ReportElement
 from fieldguide.core.settings import Settings
+from fieldguide.core.structure import Limits
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
@@ -68,6 +69,7 @@ class ObjectDetection(DetectionSignature, Task):
     monitor = "map50"
     recipe: ClassVar = {"augmentation": "light"}  # mosaics do not pay off in short CPU runs: docs/log.md
     max_batch_size, min_batch_size = 32, 8
+    max_detections = MAX_DETECTIONS
 
     @dataclass(frozen=True)
     class Options:
@@ -81,8 +83,10 @@ class ObjectDetection(DetectionSignature, Task):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        threshold: float | None = None  # minimum score of a prediction; None: the one with the best F1 on validation images
-        overlap: float = 0.7  # IoU above which the lower-scored of two boxes of a class is dropped
+        threshold: Annotated[float | None, Limits(0, 1)] = (
+            None  # minimum score; None: the one with the best F1 on validation images
+        )
+        overlap: Annotated[float, Limits(0, 1)] = 0.7  # IoU above which the lower-scored of two boxes of a class is dropped
 
     names: list[str]
     threshold = 0.25

@@ -7,7 +7,18 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from fieldguide.core.card import Card
-from fieldguide.core.signature import Axis, ImageFormat, InputField, Limits, Loop, RecordField, Step, TensorSpec, list_values
+from fieldguide.core.signature import (
+    Axis,
+    ImageFormat,
+    InputField,
+    Limits,
+    Loop,
+    OptionSpec,
+    RecordField,
+    Step,
+    TensorSpec,
+    list_values,
+)
 from fieldguide.data.media import images, video
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.data.preprocessing.masks import Canvas
@@ -25,6 +36,7 @@ from fieldguide.tasks.signature_parts import (
     set_image,
 )
 
+SAMPLERS = ("ddim", "ddpm")
 PROBE_SIDE = 256  # pixels per side of the image that shows whether a network keeps its size
 MIN_SEGMENTED_SIDE = 32  # pixels per side of the smallest example of an image to segment
 
@@ -214,6 +226,9 @@ class GenerationSignature(SignatureBuilder):
         if "label" in card.inputs:
             return [row]
         return [request_tensor("label", "int64", about="class; 0 is none", low=0, high=len(self.labels)), row]
+
+    def describe_options(self) -> tuple[OptionSpec, ...]:
+        return tuple(replace(o, choices=SAMPLERS) if o.name == "sampler" else o for o in super().describe_options())
 
     def describe_loop(self, loop: Loop | None) -> Loop | None:
         guided = bool(self.labels or self.text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import polars as pl
@@ -18,6 +18,7 @@ from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError
 from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
+from fieldguide.core.structure import Limits
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Data
 from fieldguide.data.loader import Batches
@@ -79,7 +80,7 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
 
     @dataclass(frozen=True)
     class PredictOptions(ImageGeneration.PredictOptions):
-        guidance: float = 3.0  # classifier-free guidance scale; after short training 3 shows the class better than 1.5
+        guidance: Annotated[float, Limits(0, 100)] = 3.0  # classifier-free guidance scale; 3 shows the class better than 1.5
 
     # Videos as tensors
 

@@ -1,0 +1,274 @@
+"""The tensors that a network takes and returns, from its card and its config: what is known without a task.
+
+A dynamic axis may have any size from its least on, up to the limit of the config. Tasks narrow these descriptions: their
+preprocessing fixes the size of images, for example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fieldguide.core.card import OPTIONAL_INPUTS, Card
+from fieldguide.core.signature import Axis, Loop, Signature, TensorSpec, TokenRule
+
+BATCH = Axis("batch")
+MIN_IMAGE_SIDE = 64  # pixels per side that every convolutional network accepts
+TIMESTEPS = 1000  # of the noise processes that denoising networks are trained with
+Get = Callable[..., Any]  # (word of the common vocabulary, default) -> value of the config
+
+
+def make_getter(card: Card, config: Any) -> Get:
+    """Return a function that looks up a word of the common vocabulary in a config."""
+
+    def get(word: str, default: Any = None) -> Any:
+        value = getattr(config, card.names.get(word, word), None)
+        return default if value is None else value
+
+    return get
+
+
+def fix(name: str, size: int | None) -> Axis:
+    """Return an axis of a fixed size."""
+    return Axis(name, int(size)) if size is not None else Axis(name)
+
+
+def describe_network(card: Card, config: Any, network: Any) -> Signature:
+    """Return the signature of a network without preprocessing: its tensors and its loop."""
+    return Signature(
+        architecture=card.name,
+        tensors=describe_network_inputs(card, config),
+        outputs=describe_network_outputs(card, config, network),
+        loop=describe_network_loop(card, config),
+    )
+
+
+def describe_network_inputs(card: Card, config: Any) -> tuple[TensorSpec, ...]:
+    """Return the arguments of `forward`, in order; optional ones last."""
+    get = make_getter(card, config)
+    found = INPUTS[card.input_type](get, card)
+    optional = [describe_optional_input(name, found) for name in card.optional_inputs]
+    return (*found, *optional)
+
+
+def describe_optional_input(name: str, others: list[TensorSpec]) -> TensorSpec:
+    """Return an optional argument, which has the axes of the tokens."""
+    tokens = next(spec for spec in others if spec.name == "tokens")
+    return TensorSpec(name, "int64", tokens.axes, OPTIONAL_INPUTS[name], required=False, low=0, high=1)
+
+
+def describe_text(get: Get, card: Card, tokens: str = "tokens", mask: str = "mask", *, masked: bool = True) -> list[TensorSpec]:
+    """Return token ids and the mask of real tokens."""
+    axis = Axis(tokens, most=None if card.endless else get("length"))
+    about = "True for real tokens, False for padding"
+    return [
+        TensorSpec(tokens, "int64", (BATCH, axis), "token ids", low=0, high=get("vocab_size", 2) - 1),
+        TensorSpec(mask, "bool", (BATCH, axis), about, required=masked, counts=tokens),
+    ]
+
+
+def describe_tokens(get: Get, card: Card) -> list[TensorSpec]:
+    return describe_text(get, card, masked="tokens" not in card.output_types)
+
+
+def describe_pair(get: Get, card: Card) -> list[TensorSpec]:
+    return [
+        *describe_text(get, card, "source", "source_mask"),
+        *describe_text(get, card, masked=False),
+    ]
+
+
+def describe_image(get: Get, card: Card) -> list[TensorSpec]:
+    side = get("image")
+    axes = [Axis(name, side, least=MIN_IMAGE_SIDE if side is None else 1) for name in ("height", "width")]
+    return [TensorSpec("image", "float32", (BATCH, fix("channels", get("channels", 3)), *axes), "standardized pixels")]
+
+
+def describe_captioned(get: Get, card: Card) -> list[TensorSpec]:
+    """Return an image and a text. Tokens that stand for the image, or end the text, are rules of the tokens."""
+    tokens, mask = describe_text(get, card)
+    rules: tuple[TokenRule, ...] = ()
+    most = get("length")
+    if (picture := get("picture")) is not None:
+        patches = (get("image", 224) // get("patch", 14)) ** 2
+        rules = (TokenRule(picture, patches, "inside"),)
+        axis = Axis("tokens", least=patches + 1, most=most)
+    else:
+        axis = Axis("tokens", least=2, most=most)
+        rules = (TokenRule(get("end")),) if get("end") is not None else ()
+    replaced = [
+        TensorSpec(spec.name, spec.dtype, (BATCH, axis), spec.about, low=spec.low, high=spec.high, counts=spec.counts)
+        for spec in (tokens, mask)
+    ]
+    words = TensorSpec("tokens", "int64", (BATCH, axis), "token ids", low=0, high=replaced[0].high, tokens=rules)
+    return [*describe_image(get, card), words, replaced[1]]
+
+
+def describe_table(get: Get, card: Card) -> list[TensorSpec]:
+    sizes = tuple(int(size) for size in get("categories", ()))
+    columns, about = fix("columns", len(sizes)), "codes of categories; 0 was not seen in training"
+    return [
+        TensorSpec("numbers", "float32", (BATCH, fix("numbers", get("numbers", 0))), "standardized numbers"),
+        TensorSpec("categories", "int64", (BATCH, columns), about, codes=sizes),
+    ]
+
+
+def describe_vector(get: Get, card: Card) -> list[TensorSpec]:
+    return [TensorSpec("vector", "float32", (BATCH, fix("features", get("features"))), "features")]
+
+
+def describe_sequence(get: Get, card: Card) -> list[TensorSpec]:
+    return [TensorSpec("sequence", "float32", (BATCH, Axis("time"), fix("features", get("dim") or get("d_model"))), "vectors")]
+
+
+def describe_noise(get: Get, card: Card) -> list[TensorSpec]:
+    return [TensorSpec("noise", "float32", (BATCH, fix("noise", get("noise"))), "standard normal noise")]
+
+
+def describe_series(get: Get, card: Card) -> list[TensorSpec]:
+    axes = BATCH, fix("time", get("length")), fix("channels", get("channels", 1))
+    return [TensorSpec("series", "float32", axes, "the last steps of series")]
+
+
+def describe_covariates(get: Get, card: Card) -> list[TensorSpec]:
+    length, horizon = get("length"), get("horizon", 1)
+    ahead = BATCH, fix("time_and_horizon", length + horizon), fix("known_features", get("known", 0))
+    past = BATCH, fix("time", length), fix("past_features", get("past", 0))
+    return [
+        *describe_series(get, card),
+        TensorSpec("past", "float32", past, "covariates known for the past"),
+        TensorSpec("known", "float32", ahead, "covariates known for the past and the future"),
+    ]
+
+
+def describe_noisy(get: Get, card: Card) -> list[TensorSpec]:
+    """Return noisy images or videos, the noise level, and a class or caption."""
+    video = card.input_type == "noisy-video"
+    frames = (fix("frames", get("frames", 16)),) if video else ()
+    sides = (fix(name, get("image", 32)) for name in ("height", "width"))
+    axes = (BATCH, *frames, fix("channels", get("channels", 3)), *sides)
+    if get("vocab_size", 0):
+        words = BATCH, fix("tokens", get("length"))
+        label = TensorSpec("label", "int64", words, "caption tokens; 0 is none", low=0, high=get("vocab_size") - 1)
+    else:
+        label = TensorSpec("label", "int64", (BATCH,), "class; 0 is unconditional", low=0, high=get("num_classes", 0))
+    return [
+        TensorSpec("video" if video else "image", "float32", axes, "noisy data, -1 to 1 without noise"),
+        TensorSpec("time", "float32", (BATCH,), "noise level", low=0, high=TIMESTEPS - 1),
+        label,
+    ]
+
+
+def describe_items(get: Get, card: Card) -> list[TensorSpec]:
+    axes = BATCH, Axis("time", most=get("length"))
+    return [
+        TensorSpec("items", "int64", axes, "items of a user in order of time; 0 is none", low=0, high=get("items", 2) - 1),
+        TensorSpec("mask", "bool", axes, "True for items", counts="time"),
+    ]
+
+
+def describe_speech(get: Get, card: Card) -> list[TensorSpec]:
+    return [
+        TensorSpec("features", "float32", (BATCH, Axis("frames"), fix("bands", get("features"))), "log-mel features"),
+        TensorSpec("lengths", "int64", (BATCH,), "number of real frames", counts="frames"),
+    ]
+
+
+INPUTS: dict[str, Callable[[Get, Card], list[TensorSpec]]] = {
+    "image": describe_image,
+    "tokens": describe_tokens,
+    "table": describe_table,
+    "vector": describe_vector,
+    "sequence": describe_sequence,
+    "noise": describe_noise,
+    "pair": describe_pair,
+    "series": describe_series,
+    "covariates": describe_covariates,
+    "noisy": describe_noisy,
+    "noisy-video": describe_noisy,
+    "captioned": describe_captioned,
+    "items": describe_items,
+    "speech": describe_speech,
+}
+
+
+def describe_network_outputs(card: Card, config: Any, network: Any) -> tuple[TensorSpec, ...]:
+    """Return what `forward` returns: one tensor."""
+    get = make_getter(card, config)
+    output = get("output_type", card.output_types[0])
+    inputs = {spec.name: spec for spec in describe_network_inputs(card, config)}
+    axes, about = describe_output_axes(output, get, network, inputs, card)
+    return (TensorSpec(OUTPUT_NAMES.get(output, "logits"), "float32", (BATCH, *axes), about),)
+
+
+OUTPUT_NAMES = {
+    "vector": "vector",
+    "sequence": "sequence",
+    "score": "score",
+    "image": "image",
+    "video": "video",
+    "embeddings": "embeddings",
+    "forecast": "forecast",
+    "boxes": "grid",
+}
+
+
+def describe_output_axes(
+    output: str, get: Get, network: Any, inputs: dict[str, TensorSpec], card: Card
+) -> tuple[tuple[Axis, ...], str]:
+    """Return the axes of a network's output after the batch, and what it means."""
+    classes, vocabulary = fix("classes", get("num_classes")), fix("vocabulary", get("vocab_size"))
+    tokens = inputs["tokens"].axes[1] if "tokens" in inputs else Axis("tokens")
+    if output == "label":
+        members = (fix("members", get("members")),) if get("members") else ()
+        return (*members, classes), "logits of the classes, or a standardized value"
+    if output == "words":
+        return (tokens, vocabulary), "logits of the token at each position"
+    if output == "tokens":
+        return (tokens, vocabulary), "logits of the next token at each position"
+    if output == "labels":
+        return (tokens, classes), "logits of the classes of each token"
+    if output == "span":
+        return (tokens, fix("ends", 2)), "logits of each token as first and as last token of the answer"
+    if output == "mask":
+        return (classes, Axis("output_height"), Axis("output_width")), "logits of the classes of each pixel"
+    if output == "boxes":
+        values = 4 * network.bins.numel() + get("num_classes", 80)
+        return (Axis("points"), fix("values", values)), "logits of distances to four sides, then of classes, for each point"
+    if output == "embeddings":
+        return (fix("sides", 2), fix("embedding", get("embed"))), "an image and a text embedding of length 1"
+    if output == "forecast":
+        ahead = fix("horizon", get("horizon", 1)), fix("channels", get("channels", 1)), fix("values", get("values", 1))
+        return ahead, "a point forecast and quantiles of each step, standardized"
+    if output == "items":
+        return (inputs["items"].axes[1], fix("vocabulary", get("items"))), "logits of the next item"
+    if output == "ctc":
+        return (Axis("output_frames"), vocabulary), "logits of the symbol of each frame; 0 is blank"
+    if output == "score":
+        return (fix("score", 1),), "how realistic the input is"
+    if output == "vector":
+        return (fix("features", get_vector_width(get, network, card)),), "features"
+    if output == "image" and card.input_type == "noise":
+        return (fix("channels", get("channels", 3)), *(fix(n, get("image")) for n in ("height", "width"))), "pixels, -1 to 1"
+    data = next(inputs[name] for name in ("video", "image", "sequence") if name in inputs)
+    return data.axes[1:], "predicted noise, or velocity" if output in ("image", "video") else "vectors"
+
+
+def get_vector_width(get: Get, network: Any, card: Card) -> int | None:
+    """Return the number of features that a network without a head returns."""
+    levels = getattr(network, "levels", None)  # of image networks: name -> (channels, stride)
+    if card.input_type == "image" and levels and get("widths", get("dim")) is not None:
+        return list(levels.values())[-1][0]
+    return get("features") or get("dim")
+
+
+def describe_network_loop(card: Card, config: Any) -> Loop | None:
+    """Return the loop in which a network is called."""
+    get = make_getter(card, config)
+    if card.input_type in ("noisy", "noisy-video"):
+        latent = describe_network_inputs(card, config)[0].axes[1:]
+        return Loop("diffusion", latent=latent, timesteps=TIMESTEPS, guidance=bool(get("num_classes") or get("vocab_size")))
+    if "tokens" not in card.output_types:
+        return None
+    kind: Any = "encoder-decoder" if card.input_type == "pair" else "autoregressive"
+    return Loop(kind, max_length=None if card.endless else get("length"), cache=True)
