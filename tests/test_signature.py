@@ -109,7 +109,7 @@ def variant_ensemble(folder):
 
 def variant_vector(folder):
     path, rows = fit_tables(folder)
-    return fit_task(path, "tabular-classification", "fnn", target="colour"), [dict(rows[0], colour=None)], {}
+    return fit_task(path, "tabular-classification", "fnn", target="colour"), [dict(rows[1], colour=None)], {}
 
 
 def variant_pairs(folder, architecture="bert"):
@@ -375,6 +375,25 @@ def test_rows_fit_the_schema(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_rows_that_fit_the_schema_are_predicted(name):
+    """A row of JSON values is predicted, also with null in every field that may be null."""
+    predictor, inputs, options = get_case(name)
+    signature = predictor.signature
+    if signature.row_form == "value" or signature.record_for != "row":
+        pytest.skip("a request is more than independent rows")
+    if any(field.kind in ("list", "messages") for field in signature.inputs):
+        pytest.skip("lists in rows are passed as a data frame")
+    row = next(row for row in read_rows(signature, predictor, inputs) if None not in row.values())
+    row |= {f.name: str(GOLDEN / name / row[f.name]) for f in signature.inputs if f.kind == "image"}  # absolute ones stay
+    empty = {field.name: None if field.nullable else row[field.name] for field in signature.inputs}
+    assert Draft202012Validator(signature.input_schema()).is_valid(empty)
+    valid = Draft202012Validator(signature.output_schema())
+    for one in (row, empty):
+        for record in predictor.predict([one], **options).save_media(tempfile.mkdtemp()):
+            assert "error" not in record and valid.is_valid(json.loads(json.dumps(record))), (one, record)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_options_are_those_of_prediction(name):
     predictor = get_case(name)[0]
     valid = Draft202012Validator(predictor.signature.options_schema())
@@ -398,6 +417,71 @@ def test_steps_and_details(name):
     assert all(spec.about for spec in (*signature.tensors, *signature.outputs))
     for field in signature.inputs:
         assert field.count >= len(field.values) and (field.kind != "image" or (field.image and field.media_types))
+
+
+def apply_step(step, values: np.ndarray, labels: tuple[str, ...]):
+    """Apply a declared step to an array, with nothing but its settings."""
+    s = step.settings
+    if step.name == "softmax":
+        return (p := np.exp(values - values.max(-1, keepdims=True))) / p.sum(-1, keepdims=True)
+    if step.name == "average":
+        return values.mean(s["axis"])
+    if step.name == "temperature":
+        scaled = np.log(np.clip(values, 1e-30, 1)) / s["temperature"]
+        return (p := np.exp(scaled - scaled.max(-1, keepdims=True))) / p.sum(-1, keepdims=True)
+    if step.name == "rescale":
+        return values * s["std"] + s["mean"]
+    assert step.name in ("argmax", "name_classes"), step.name
+    return values
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("v2-tabular-classification", "v2-tabular-regression", "v2-image-classification", "v2-text-classification"),
+        *("v1-click-prediction", "ensemble", "vector", "pairs", "flat-images"),
+    ],
+)
+def test_declared_steps_turn_outputs_into_predictions(name):
+    """Whoever runs an exported graph has only the signature: its steps give what `predict` gives."""
+    predictor, inputs, _ = get_case(name)
+    task = predictor.task.for_request(predictor.task.PredictOptions())
+    source = [pl.DataFrame(inputs)] if isinstance(inputs[0], dict) else list(inputs)
+    batches = task.predict_batches(task.read(source), predictor.card)
+    rows = np.arange(len(batches))
+    batch = batches.make(rows, None)
+    with torch.inference_mode():
+        values = predictor.model(*(batch[spec.name] for spec in predictor.signature.forward_tensors if spec.required))
+    values = values.double().numpy()
+    field = predictor.signature.record[0]
+    for step in predictor.signature.postprocessing:
+        values = apply_step(step, values, field.values)
+    for row, record in zip(values, predict(name)):
+        if field.type == "number":
+            assert record[field.name] == pytest.approx(row[0], rel=1e-5)
+        else:
+            assert record[field.name] == field.values[row.argmax()]
+            assert record["probabilities"] == pytest.approx(dict(zip(field.values, row)), abs=1e-5)
+
+
+def test_declared_steps_turn_files_into_pixels():
+    """Decode, resize and normalize as declared, with Pillow alone: equal to the tensors of the task but for rounding."""
+    for name in ("v2-image-classification", "v1-image-text", "v1-visual-question-answering"):
+        predictor = golden(name)[0]
+        task, paths = predictor.task, sorted((GOLDEN / name).glob("*.png"))
+        spec = next(spec for spec in predictor.signature.tensors if spec.name == "image")
+        steps = {step.name: step.settings for step in predictor.signature.preprocessing}
+        channels, height, width = (axis.size for axis in spec.axes[1:])
+        assert steps["resize"]["side"] == height == width and steps["decode_image"]["channels"] == channels
+        assert paths
+        for path in paths:
+            image = Image.open(path).convert("L" if channels == 1 else "RGB")
+            assert image.width == image.height  # so that cropping and padding are the same
+            pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
+            pixels = pixels.reshape(height, width, channels).transpose(2, 0, 1) / 255
+            mean, std = (np.array(steps["normalize"][key]).reshape(-1, 1, 1) for key in ("mean", "std"))
+            found = task.pictures.apply(task.pictures.load([str(path)]))[0].numpy()
+            assert np.abs(found - (pixels - mean) / std).max() < 3 / 255 / np.min(std), path
 
 
 def test_values_seen_in_training_are_described():
@@ -490,7 +574,13 @@ def test_loops_name_their_tokens():
         fieldguide.pipeline(publish(kind)).signature for kind in ("causal language model", "sequence to sequence")
     )
     assert language.loop.kind == "autoregressive" and language.loop.eos_tokens and language.loop.max_length == 12
-    assert pairs.loop.kind == "encoder-decoder" and pairs.loop.start_tokens and pairs.loop.cache
+    assert pairs.loop.kind == "encoder-decoder" and pairs.loop.start_tokens
+    for signature, kind in ((language, "causal language model"), (pairs, "sequence to sequence")):
+        cache, network = signature.loop.cache, fieldguide.load(publish(kind))
+        with torch.inference_mode():
+            real = network.new_cache(2, 5)
+        assert {tuple(x.shape) for x in (*real.keys, *real.values)} == {(2, cache.heads, 5, cache.dim)}
+        assert len(real.keys) == cache.layers
     images = golden("v1-image-generation")[0].signature.loop
     assert (images.kind, images.predicts, images.guidance) == ("diffusion", "v", True)
     assert [axis.size for axis in images.latent] == [1, 8, 8]

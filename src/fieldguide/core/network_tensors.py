@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fieldguide.core.card import OPTIONAL_INPUTS, Card
-from fieldguide.core.signature import Axis, Loop, Signature, TensorSpec, TokenRule
+from fieldguide.core.signature import Axis, CacheFormat, Loop, Signature, TensorSpec, TokenRule
 
 BATCH = Axis("batch")
 MIN_IMAGE_SIDE = 64  # pixels per side that every convolutional network accepts
@@ -39,7 +39,7 @@ def describe_network(card: Card, config: Any, network: Any) -> Signature:
         architecture=card.name,
         tensors=describe_network_inputs(card, config),
         outputs=describe_network_outputs(card, config, network),
-        loop=describe_network_loop(card, config),
+        loop=describe_network_loop(card, config, network),
     )
 
 
@@ -262,7 +262,7 @@ def get_vector_width(get: Get, network: Any, card: Card) -> int | None:
     return get("features") or get("dim")
 
 
-def describe_network_loop(card: Card, config: Any) -> Loop | None:
+def describe_network_loop(card: Card, config: Any, network: Any) -> Loop | None:
     """Return the loop in which a network is called."""
     get = make_getter(card, config)
     if card.input_type in ("noisy", "noisy-video"):
@@ -271,4 +271,13 @@ def describe_network_loop(card: Card, config: Any) -> Loop | None:
     if "tokens" not in card.output_types:
         return None
     kind: Any = "encoder-decoder" if card.input_type == "pair" else "autoregressive"
-    return Loop(kind, max_length=None if card.endless else get("length"), cache=True)
+    return Loop(kind, max_length=None if card.endless else get("length"), cache=describe_cache(network))
+
+
+def describe_cache(network: Any) -> CacheFormat | None:
+    """Return the shape of a decoder's cache, seen from a cache of one token; None if the network has none."""
+    decoder = getattr(network, "language", network)  # of a vision-language model
+    if not hasattr(decoder, "new_cache"):
+        return None
+    keys = decoder.new_cache(1, 1).keys
+    return CacheFormat(len(keys), keys[0].shape[1], keys[0].shape[3])

@@ -8,12 +8,12 @@ of a server, a form, an example batch. This module does not import torch.
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 from fieldguide.core.errors import RunError
+from fieldguide.core.plain_data import construct, to_json
 from fieldguide.core.structure import check_value
 
 if TYPE_CHECKING:
@@ -210,6 +210,15 @@ class OptionSpec:
 
 
 @dataclass(frozen=True)
+class CacheFormat:
+    """The key/value cache of a decoder: for each layer, keys and values of the axes batch, heads, tokens, dim."""
+
+    layers: int
+    heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
 class Loop:
     """How the network is called several times for one prediction.
 
@@ -223,7 +232,7 @@ class Loop:
     eos_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
     max_length: int | None = None  # tokens of prompt and answer together; of the target for an encoder-decoder
-    cache: bool = False
+    cache: CacheFormat | None = None
     latent: tuple[Axis, ...] = ()
     timesteps: int = 0
     schedule: str = ""
@@ -326,35 +335,3 @@ class Signature:
 def list_values(values: Sequence[str]) -> dict[str, Any]:
     """Return the fields `values` and `count` for possible values, at most `MAX_LISTED_VALUES` of them."""
     return {"values": tuple(values[:MAX_LISTED_VALUES]), "count": len(values)}
-
-
-def to_json(value: Any) -> Any:
-    """Return a dataclass as JSON values, without fields that have their default."""
-    if dataclasses.is_dataclass(value):
-        return {
-            field.name: to_json(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if getattr(value, field.name) != get_default(field)
-        }
-    if isinstance(value, Mapping):
-        return {key: to_json(item) for key, item in value.items()}
-    return [to_json(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def get_default(field: dataclasses.Field[Any]) -> Any:
-    """Return the default of a field; a value that equals nothing if it has none."""
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def construct(kind: Any, value: Any) -> Any:
-    """Return the value of a type from JSON that `check_value` has accepted."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        inner = next((one for one in arguments if dataclasses.is_dataclass(one)), None)
-        return value if inner is None or value is None else construct(inner, value)
-    if origin is tuple:
-        return tuple(construct(arguments[0], item) for item in value)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        return kind(**{name: construct(hints[name], item) for name, item in value.items()})
-    return value

@@ -15,6 +15,7 @@ IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"
 AUDIO_TYPES = ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg")
 VIDEO_TYPES = ("video/mp4", "video/webm", "video/quicktime", "video/x-msvideo", "video/x-matroska", "image/gif", "image/webp")
 MEDIA_TYPES = {"image": IMAGE_TYPES, "audio": AUDIO_TYPES, "video": VIDEO_TYPES, "mask": ("image/png",)}
+KEY_ROLES = ("user", "item", "series", "time")  # roles without which a row means nothing
 SINGLE_INPUTS = ("text", "image", "audio", "video", "list", "messages")  # kinds that a network cannot do without
 
 
@@ -25,7 +26,7 @@ def describe_column(column: Column, values: Sequence[str] = (), **changes: Any) 
         InputField(
             column.name,
             column.kind,
-            nullable=column.kind not in SINGLE_INPUTS,
+            nullable=column.kind not in SINGLE_INPUTS and column.role not in KEY_ROLES,
             was_missing=column.missing > 0,
             role=column.role,
             low=low,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fieldguide.core.card import Card
 from fieldguide.core.signature import InputField, Step
@@ -25,11 +26,13 @@ class TabularSignature(SignatureBuilder):
 
     def describe_feature(self, column: Column, values: Sequence[str]) -> InputField:
         """Return a column. Ranges that old runs do not have are those of the quantiles."""
-        field = describe_column(column, values, nullable=True)
+        field = describe_column(column, values)
+        if column.role == "feature":  # texts may be missing too
+            field = replace(field, nullable=True)
         if column.range is None and column.kind == "number":
             quantiles = next((n.quantiles for n in self.preparer.numbers if n.column == column.name and n.quantiles), ())
             if quantiles:
-                return describe_column(column, values, nullable=True, low=quantiles[0], high=quantiles[-1])
+                return replace(field, low=quantiles[0], high=quantiles[-1])
         return field
 
     def describe_preprocessing(self, card: Card) -> Sequence[Step]:
