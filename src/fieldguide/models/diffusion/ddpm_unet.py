@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, WeightsError
 from fieldguide.models.diffusion._shared.caption_encoder import CaptionEncoder
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.mapping.config_rules import Constant, Derived, Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Fused, Row
 
@@ -77,7 +78,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D H W
         q, k, v = self.qkv(self.norm(x).flatten(2).mT).chunk(3, -1)  # each B H*W D
-        y = self.proj(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+        y = self.proj(dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
         return x + y.mT.unflatten(2, x.shape[2:])
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 
 
 class Attention(nn.Module):
@@ -37,5 +38,5 @@ class Attention(nn.Module):
             k, v = F.linear(x, weights[1], biases[1]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if mask is not None:
             mask = mask[:, None, None, :]  # the key mask is the same for all queries and heads
-        x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        x = dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).flatten(2))

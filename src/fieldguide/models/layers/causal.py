@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.kv_cache import Cache
 
 
@@ -29,7 +29,7 @@ class CausalAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T d
         if cache is not None:
             k, v = cache.update(layer, k, v)  # B heads K d
-        x = F.scaled_dot_product_attention(
+        x = dot_product_attention(
             q, k, v, seen, self.dropout if self.training else 0.0, is_causal=seen is None and q.shape[2] == k.shape[2]
         )
         return self.proj(x.transpose(1, 2).flatten(2))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.kv_cache import Cache
 from fieldguide.models.layers.rope import rotate
 
@@ -69,9 +70,7 @@ class GroupedAttention(nn.Module):
             # head.
             x = F.scaled_dot_product_attention(q.view(len(q), self.kv_heads, -1, self.width), k, v, seen, scale=self.scale)
             return x.reshape(len(x), 1, -1)
-        x = F.scaled_dot_product_attention(
-            q, k, v, seen, is_causal=whole, scale=self.scale, enable_gqa=self.heads > self.kv_heads
-        )
+        x = dot_product_attention(q, k, v, seen, is_causal=whole, scale=self.scale, enable_gqa=self.heads > self.kv_heads)
         return x.transpose(1, 2).flatten(2)
 
 

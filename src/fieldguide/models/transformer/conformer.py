@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.padding import ensure_nonempty
 from fieldguide.models.mapping.key_rules import Fused
 
@@ -101,7 +102,7 @@ class RelativeAttention(nn.Module):
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
         q = q + self.u[:, None]
-        y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
+        y = dot_product_attention(q, k, v, bias.to(q.dtype))
         return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
 
 

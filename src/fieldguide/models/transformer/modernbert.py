@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.padding import ensure_nonempty
 from fieldguide.models.layers.rope import cos_sin_table, rotate
 from fieldguide.models.mapping.config_rules import Expect, WithDefault
@@ -67,7 +68,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:  # B T D, mask, T d -> B T D
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T d
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        x = dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

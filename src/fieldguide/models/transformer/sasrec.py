@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.kv_cache import causal_mask
 
 
@@ -51,7 +52,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:  # B T D -> B T D
         y = self.norm1(x)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(y), self.key(x), self.value(x)))
-        z = F.scaled_dot_product_attention(q, k, v, seen, self.rate if self.training else 0.0, is_causal=seen is None)
+        z = dot_product_attention(q, k, v, seen, self.rate if self.training else 0.0, is_causal=seen is None)
         y = self.norm2(y + z.transpose(1, 2).flatten(2))
         return y + self.dropout(self.down(self.dropout(F.relu(self.up(y)))))
 

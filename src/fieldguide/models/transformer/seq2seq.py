@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.layers.causal import CausalAttention
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
 from fieldguide.models.transformer._shared.encoder_decoder import EncoderDecoder, FeedForward, Memory
 from fieldguide.models.transformer.encoder_classifier import sinusoids
@@ -58,7 +59,7 @@ class CrossAttention(nn.Module):
         dim = x.shape[-1]
         q = F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]).reshape(memory[0].shape[0], -1, dim)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, *memory, None if mask is None else mask[:, None, None])
+        y = dot_product_attention(q, *memory, None if mask is None else mask[:, None, None])
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.mlp import Mlp
 from fieldguide.models.layers.patches import Patches
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
@@ -107,7 +108,7 @@ class WindowAttention(nn.Module):
         bias = self.bias(offsets).permute(2, 0, 1)[None].to(q.dtype)  # 1 heads M M
         if mask is not None:
             bias = (bias + mask.to(q.dtype)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        return self.proj(dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
     def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a bias table of another window size, interpolated to this one (bicubic, as in the authors' code); None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.kv_cache import Cache, causal_mask
 from fieldguide.models.layers.norm import RMSNorm
 from fieldguide.models.mapping.config_rules import Derived, Expect, ValueMap, WithDefault
@@ -79,7 +80,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B H T d
         if cache is not None:
             k, v = cache.update(layer, k, v)  # B H K d
-        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), self.dropout if self.training else 0.0, scale=1.0)
+        x = dot_product_attention(q, k, v, bias.to(q.dtype), self.dropout if self.training else 0.0, scale=1.0)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

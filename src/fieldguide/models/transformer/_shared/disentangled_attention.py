@@ -12,8 +12,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 
 
 def relative_shift(x: Tensor) -> Tensor:  # ... T R -> ... T T
@@ -40,7 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_q: Tensor, mask: 
     added = ahead + back  # B heads T T
     if mask is not None:
         added = added.masked_fill_(~mask[:, None, None, :], -torch.inf)
-    x = F.scaled_dot_product_attention(q, k, v, added, dropout, scale=scale)
+    x = dot_product_attention(q, k, v, added, dropout, scale=scale)
     return x.transpose(1, 2).flatten(2)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.errors import DataError
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.kv_cache import Cache
 from fieldguide.models.layers.padding import ensure_nonempty
 
@@ -52,7 +52,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, memory: Memory, mask: Tensor | None) -> Tensor:  # B T D, B S -> B T D
         q = self.q(x)
         q = q.reshape(memory[0].shape[0], -1, q.shape[-1]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(
+        y = dot_product_attention(
             q, *memory, None if mask is None else mask[:, None, None], self.dropout if self.training else 0.0, scale=self.scale
         )
         return self.proj(y.transpose(1, 2).flatten(2).reshape(*x.shape[:2], -1))

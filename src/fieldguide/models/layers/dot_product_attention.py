@@ -1,0 +1,60 @@
+"""Scaled dot-product attention, by the kernel that is faster: torch's fused one, or matrix products and a softmax.
+
+The backward pass of torch's fused kernel for bfloat16 on CPUs takes three to eight times as long as plain matrix products
+(docs/log.md, 2026-11-29). In float32 both are equal, and the fused kernel needs less memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SCORES = 2**24  # scores of a layer (batch x heads x queries x keys) that are kept for the backward pass
+
+
+def dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return what `F.scaled_dot_product_attention` does, and by it unless bfloat16 is trained on a CPU.
+
+    `mask` is True where a query attends to a key, or is added to the scores.
+    """
+    if is_unfused_faster(q, k):
+        return attend_unfused(q, k, v, mask, dropout, is_causal, scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def is_unfused_faster(q: Tensor, k: Tensor) -> bool:
+    """Return whether matrix products are faster, and their scores fit into memory."""
+    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    return dtype == torch.bfloat16 and q.shape[:-1].numel() * k.shape[-2] <= MAX_SCORES
+
+
+def attend_unfused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Return the attention output in bfloat16, by two matrix products and a softmax that accumulates in float32."""
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+        if (copies := q.shape[1] // k.shape[1]) > 1:  # a head of keys serves several heads of queries
+            k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+        if is_causal:
+            scores += torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu_(1)
+        if mask is not None and mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, -torch.inf)
+        elif mask is not None:
+            scores += mask
+        # A query that attends to no key gets zeros, as from the fused kernel.
+        weights = torch._safe_softmax(scores, -1) if mask is not None else scores.softmax(-1)
+        return F.dropout(weights, dropout) @ v if dropout else weights @ v
