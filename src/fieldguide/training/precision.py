@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,12 @@ from torch import Tensor
 from fieldguide.objectives.base import Objective
 
 MIN_SPEEDUP = 1.1  # factor by which a choice must be faster than float32
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions that multiply bfloat16; others do it by conversion, slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # false on other processors
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
