@@ -29,6 +29,7 @@ from fieldguide.inference.predictor import TaskPredictor
 from fieldguide.models import registry
 from fieldguide.tasks import task as task_named
 from fieldguide.tasks import tasks
+from fieldguide.tasks.timeseries.forecasting import LEVELS
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = sorted(p.parent.name for p in GOLDEN.glob("v*/run.json"))
@@ -402,6 +403,8 @@ def test_options_are_those_of_prediction(name):
     assert not valid.is_valid({"surprise": 1})
     for option in predictor.signature.options:
         assert option.about, option
+        assert all(valid.is_valid({option.name: choice}) for choice in option.choices)
+        assert not option.choices or not valid.is_valid({option.name: "another"})
         for limit, step in ((option.low, -1), (option.high, 1)):
             if limit is not None:
                 assert not valid.is_valid({option.name: limit + step})
@@ -497,6 +500,7 @@ def test_series_are_described():
     signature = golden("v1-time-series-forecasting")[0].signature
     assert (signature.series.history, signature.series.horizon, signature.series.frequency) == (24, 4, "one hour")
     assert {f.name: f.about for f in signature.inputs}["temperature"] == "known for the past"
+    assert signature.options[0].choices == tuple(LEVELS)
 
 
 # Networks and published models

@@ -206,7 +206,7 @@ class OptionSpec:
     about: str = ""
     low: float | None = None
     high: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | float, ...] = ()
 
 
 @dataclass(frozen=True)

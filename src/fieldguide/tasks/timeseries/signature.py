@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from fieldguide.core.card import Card
-from fieldguide.core.signature import Axis, InputField, RecordField, SeriesFormat, Step, TensorSpec
+from fieldguide.core.signature import Axis, InputField, OptionSpec, RecordField, SeriesFormat, Step, TensorSpec
 from fieldguide.data.preprocessing.covariates import Covariates
 from fieldguide.data.timeseries.frequency import Frequency
 from fieldguide.tasks.signature_builder import INPUT_ROLES, SignatureBuilder
 from fieldguide.tasks.signature_parts import describe_column, request_tensor
 
+INTERVALS = (0.8, 0.9)  # nominal coverages for which widths are calibrated
 LAYOUT_OF_ROWS = "rows"  # one series per row; its columns are the steps
 
 
@@ -77,6 +79,9 @@ class ForecastSignature(SignatureBuilder):
             Step("rescale", "times the deviation plus the mean of the series", True, state="standards"),
             Step("label_times", "times of the forecast steps", False, {"frequency": self.frequency.article}),
         ]
+
+    def describe_options(self) -> tuple[OptionSpec, ...]:
+        return tuple(replace(o, choices=INTERVALS) if o.name == "interval" else o for o in super().describe_options())
 
     def describe_record(self) -> Sequence[RecordField]:
         return [
