@@ -24,6 +24,8 @@ from fieldguide.training.trees import read_lightgbm
 BATCH = 256  # rows whose features are computed at a time
 MAX_VALUES = 100_000_000  # features times rows of a dense linear fit; more rows are left out at random
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # inverse strengths, from the strongest penalty on
+MANY_CLASSES = 50  # above, an iteration of a logistic regression takes long, and scores hardly change after 30 (docs/log.md)
+MAX_ITERATIONS, MAX_ITERATIONS_OF_MANY = 200, 40
 MAX_WORSE = 2  # penalties without improvement after which weaker ones are not tried
 UNSEEN_LOGIT = -20.0  # bias of a class that the fitted rows lack
 TREE_SETTINGS: tuple[dict[str, Any], ...] = (
@@ -190,7 +192,8 @@ def fit_logistic(x: Any, y: np.ndarray, classes: int, penalties: Sequence[float]
         bias = np.where(np.arange(classes) == present[0], 0.0, UNSEEN_LOGIT)
         yield "one class", penalties[0], np.zeros((classes, x.shape[1])), bias
         return
-    model = LogisticRegression(max_iter=200, warm_start=True)
+    most = MAX_ITERATIONS if len(present) <= MANY_CLASSES else MAX_ITERATIONS_OF_MANY
+    model = LogisticRegression(max_iter=most, warm_start=True)
     for c in penalties:
         model.set_params(C=c)
         with warnings.catch_warnings():
