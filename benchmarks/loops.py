@@ -11,11 +11,13 @@ from common import Run
 from torch import Tensor, nn
 
 from fieldguide.automl.fit import NullCallback
+from fieldguide.automl.time_budget import is_update_too_slow
 from fieldguide.core import distributed
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches
 from fieldguide.models.registry import find
 from fieldguide.objectives import Classification, Objective, Supervised
+from fieldguide.training.optim import measure_orthogonalization_seconds
 from fieldguide.training.precision import choose_precision
 from fieldguide.training.trainer import Trainer
 
@@ -25,13 +27,17 @@ LIKE = {"lr": 1e-3, "clip": 1.0}  # of the runs like for like; both sides have f
 def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any) -> Run:
     """Runs so many steps of our loop, all of it: batching, schedule, clipping, checks of finiteness.
 
-    precision="auto" chooses precision and layout by timing, as `fit` does.
+    precision="auto" chooses precision, layout and whether Muon's update is too slow by timing, as `fit` does.
     """
     chosen = Settings().with_({"minutes": 0, "batch": batch, "channels_last": False, **settings})
     if chosen.precision == "auto":
         first = batches.make(torch.arange(batch).numpy(), None)
-        precision, last, _ = choose_precision(objective, first, distributed.device(), print)
+        precision, last, times = choose_precision(objective, first, distributed.device(), print)
         chosen = chosen.with_({"precision": precision, "channels_last": last})
+        if chosen.optimizer == "muon":
+            update = measure_orthogonalization_seconds(objective, distributed.device())
+            if is_update_too_slow(update, times[f"{precision}{' channels-last' if last else ''}"]):
+                chosen = chosen.override({"optimizer": "adamw"})
     print("our settings:", chosen.optimizer, chosen.precision, "channels-last" if chosen.channels_last else "contiguous")
     trainers: dict[int, Trainer] = {}
 

@@ -26,13 +26,13 @@ def clock(monkeypatch):
     monkeypatch.setattr(time_budget, "measure_step_seconds", lambda objective, batch, *how, **limits: took(batch))
 
 
-def resolved(rows=4096, fewest=8, **settings):
+def resolved(rows=4096, fewest=8, keep_optimizer=True, **settings):
     table = torch.randn(rows, 4)
     batches = Batches(rows, lambda index, generator=None: {"x": table[index], "target": table[index, :1]})
     chosen = choose_batch_size(Settings(**settings), rows, fewest, 64)
-    return resolve_settings(
-        chosen, Supervised(nn.Linear(4, 1), ("x",), Regression()), batches, 100, NullCallback(), min_batch_size=fewest
-    )
+    objective = Supervised(nn.Linear(4, 1), ("x",), Regression())
+    limits = {"min_batch_size": fewest, "keep_optimizer": keep_optimizer}
+    return resolve_settings(chosen, objective, batches, 100, NullCallback(), **limits)
 
 
 def test_minutes_determine_the_steps():
@@ -55,6 +55,17 @@ def test_batches_are_not_reduced_if_the_optimizer_dominates(monkeypatch):
     chosen, seconds, _ = resolved(minutes=0.1, optimizer="muon")
     assert chosen.batch_size == 64 and seconds == pytest.approx(0.064 * 1.1 + 0.1, rel=0.1)
     assert resolved(minutes=0.1)[0].batch_size == 8  # AdamW makes nothing orthogonal
+
+
+@pytest.mark.parametrize(("update", "expected"), [(0.1, "adamw"), (0.01, "muon")])
+def test_muon_is_replaced_if_its_update_dominates(update, expected, monkeypatch):
+    """A step of 64 rows takes 64 ms. AdamW brings its own learning rate, and its steps take less time."""
+    monkeypatch.setattr(time_budget, "measure_orthogonalization_seconds", lambda objective, device: update)
+    chosen, seconds, _ = resolved(fewest=64, minutes=0.1, optimizer="muon", lr=0.02, keep_optimizer=False)
+    assert chosen.optimizer == expected
+    assert chosen.lr == (1e-3 if expected == "adamw" else 0.02)
+    assert seconds == pytest.approx(0.064 * 1.1 + (0.01 if expected == "muon" else 0), rel=0.1)
+    assert resolved(fewest=64, minutes=0.1, optimizer="muon")[0].optimizer == "muon"  # a user's choice
 
 
 def test_more_rows_give_larger_batches():

@@ -24,6 +24,7 @@ MAX_EVALUATIONS = 40  # evaluations during a run
 MAX_EVALUATION_TIME_FRACTION = 0.2  # fraction of the planned time spent on evaluations
 MIN_MEASURING_SECONDS, MAX_MEASURING_FRACTION = 2.0, 0.03  # of the limit, for timing steps before training
 NOMINAL_STEP_SECONDS = 0.005  # of a deterministic run: the part of a step that does not depend on its examples
+MAX_UPDATE_FRACTION = 0.5  # seconds of an update of Muon, relative to those of the passes of its batch, that it earns
 ENOUGH_STEPS = 1000  # below this number of steps, batches are made smaller to fit more steps into the minutes
 
 
@@ -54,13 +55,14 @@ def resolve_settings(
     enough_steps: int = ENOUGH_STEPS,
     nominal_seconds: float = 0.0,
     time_limit: float | None = None,
+    keep_optimizer: bool = True,
 ) -> tuple[Settings, float, int]:
     """Return the settings with precision, memory layout, steps and evaluation interval, from timing real batches.
 
     In a deterministic run, precision is float32 unless it is set, an example takes `nominal_seconds`, and the minutes only
     determine the number of steps: they do not limit the time. If fewer than `enough_steps` steps fit into the minutes, the
     batch is halved down to `min_batch_size`, unless the optimizer update takes most of the time. `time_limit` is the seconds of
-    training; None for the minutes of the settings.
+    training; None for the minutes of the settings. Unless `keep_optimizer`, AdamW replaces Muon where that does not earn its time.
 
     Returns:
         The settings, the seconds per step, and the maximum number of steps if the minutes determine the number (the steps
@@ -108,6 +110,12 @@ def resolve_settings(
         )
         if settings.optimizer == "muon":
             update = measure_orthogonalization_seconds(objective, distributed.device())
+            if not keep_optimizer and is_update_too_slow(update, step * settings.grad_accum_steps):
+                callback.log(
+                    f"optimizer: adamw, since an update of muon would take {update:.2g} s of a step, and the passes only "
+                    f"{step * settings.grad_accum_steps:.2g} s (change this with --set optimizer=muon)"
+                )
+                settings, update = settings.override({"optimizer": "adamw"}), 0.0
 
     def seconds_per_step() -> float:
         return (step + (0 if settings.num_workers else batch_seconds)) * settings.grad_accum_steps * 1.1 + update
@@ -135,6 +143,11 @@ def resolve_settings(
         settings, max_steps = settings.with_({"minutes": 0}), 0
     changes = {"precision": precision, "channels_last": channels_last, "steps": steps, "eval_steps": interval}
     return settings.with_(changes), seconds_per_step(), max_steps
+
+
+def is_update_too_slow(update: float, passes: float) -> bool:
+    """Return whether Muon's update takes more of a step, relative to the passes, than it saves in steps."""
+    return update > MAX_UPDATE_FRACTION * passes
 
 
 def time_batch(batches: Batches, rows: int) -> tuple[dict[str, torch.Tensor], float]:
