@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.core.report_elements import ReportElement
 from fieldguide.core.settings import Settings
-from fieldguide.core.structure import Limits
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
@@ -90,7 +89,7 @@ class Forecasting(ForecastSignature, Task):
 
     @dataclass(frozen=True)
     class PredictOptions:
-        interval: Annotated[float, Limits(0.8, 0.9)] = 0.9  # 0.8 or 0.9: the nominal coverage of the intervals
+        interval: float = 0.9  # 0.8 or 0.9: the nominal coverage of the intervals
 
     covariates: Covariates
     standards: dict[str, tuple[float, float]]  # series -> mean and standard deviation of its training part
