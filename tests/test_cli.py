@@ -19,6 +19,19 @@ from fieldguide.data import samples
 
 # Verb -> its arguments and options. What is here stays: scripts of users call it.
 VERBS = {
+    "advise": {
+        "DATA",
+        "--target",
+        "--task",
+        "--model",
+        "--minutes",
+        "--seed",
+        "--group",
+        "--time",
+        "--allow-bad",
+        "--json",
+        "--set",
+    },
     "fit": {
         "DATA",
         "--target",
@@ -34,6 +47,7 @@ VERBS = {
         "--metric",
         "--refit",
         "--deterministic",
+        "--dry-run",
         "--config",
         "--weights",
         "--allow-bad",

@@ -520,18 +520,23 @@ def test_targets_without_a_known_class_are_rejected(iris_run):
 
 
 def test_size_of_a_requested_architecture_follows_data_and_time():
-    from fieldguide.automl.advisor import advise
+    from fieldguide.automl.advisor import Variant, rank_networks
     from fieldguide.tasks import task
 
     kind = task("image-classification")
     machine = {"device": "cpu", "memory": 24e9, "flops": {"float32": 1.5e11, "bfloat16": 4e10}}
 
     def advice(model: str, rows: int, minutes: float):
-        return advise(
-            facts={"task": kind.name, "rows": rows, "side": 32, "num_classes": 10},
+        return rank_networks(
+            variants=[
+                Variant(
+                    0,
+                    {"task": kind.name, "rows": rows, "side": 32, "num_classes": 10},
+                    {"num_classes": 10, "image": 32, "channels": 3},
+                )
+            ],
             minutes=minutes,
             machine=machine,
-            needs={"num_classes": 10, "image": 32, "channels": 3},
             input_types=kind.input_types,
             output_types=kind.output_types,
             model=model,
@@ -547,18 +552,19 @@ def test_size_of_a_requested_architecture_follows_data_and_time():
 
 def test_short_time_prefers_a_good_network_partly_trained():
     """Every network is too slow for eight passes, and the encoder is still ranked first."""
-    from fieldguide.automl.advisor import advise
+    from fieldguide.automl.advisor import Variant, rank_networks
     from fieldguide.tasks import task
 
     kind = task("text-classification")
     machine = {"device": "cpu", "memory": 24e9, "flops": {"float32": 1.5e11, "bfloat16": 4e10}}
 
     def best(minutes: float):
-        return advise(
-            facts={"task": kind.name, "rows": 20_000, "tokens": 220},
+        return rank_networks(
+            variants=[
+                Variant(0, {"task": kind.name, "rows": 20_000, "tokens": 220}, {"classes": 2, "vocab": 16_000, "length": 256})
+            ],
             minutes=minutes,
             machine=machine,
-            needs={"classes": 2, "vocab": 16_000, "length": 256},
             input_types=kind.input_types,
             output_types=kind.output_types,
         ).best
@@ -569,12 +575,17 @@ def test_short_time_prefers_a_good_network_partly_trained():
 
 
 def advice_on_pictures(rows: int, minutes: float = 20):
-    from fieldguide.automl.advisor import advise
+    from fieldguide.automl.advisor import Variant, rank_networks
 
-    return advise(
-        facts={"task": "image-classification", "rows": rows, "side": 64, "classes": 10},
+    return rank_networks(
+        variants=[
+            Variant(
+                0,
+                {"task": "image-classification", "rows": rows, "side": 64, "classes": 10},
+                {"classes": 10, "image": 64, "channels": 3},
+            )
+        ],
         minutes=minutes,
-        needs={"classes": 10, "image": 64, "channels": 3},
         input_types=("image",),
         output_types=("label",),
         machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e13, "bfloat16": 4e10}},
@@ -607,14 +618,19 @@ def test_larger_networks_for_more_data(monkeypatch):
 def test_only_promising_networks_are_measured(monkeypatch):
     """A few of a hundred sizes are measured, each architecture is considered, and slow sizes exclude larger ones."""
     from fieldguide.automl import profile
-    from fieldguide.automl.advisor import advise
+    from fieldguide.automl.advisor import Variant, rank_networks
 
     made, count = [], profile.count_multiply_adds
     monkeypatch.setattr(profile, "count_multiply_adds", lambda name, config, **k: made.append(name) or count(name, config, **k))
-    advice = advise(
-        facts={"task": "image-classification", "rows": 2000, "side": 32, "classes": 10},
+    advice = rank_networks(
+        variants=[
+            Variant(
+                0,
+                {"task": "image-classification", "rows": 2000, "side": 32, "classes": 10},
+                {"classes": 10, "image": 32, "channels": 3},
+            )
+        ],
         minutes=5,
-        needs={"classes": 10, "image": 32, "channels": 3},
         input_types=("image",),
         output_types=("label",),
         machine={"device": "cpu", "memory": 24e9, "flops": {"float32": 1e11, "bfloat16": 4e10}},

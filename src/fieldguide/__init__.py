@@ -6,9 +6,16 @@ Everything here is imported when first used, so that `import fieldguide` costs n
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from fieldguide.core.version import __version__
+
+# Threads of libgomp wait for each other by spinning for a millisecond. If another program uses one of the cores, every operation
+# then takes that long: a training step of a small network took 5 s instead of 0.06 s. libgomp reads this when torch is loaded.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOME = {
     "fit": "fieldguide.automl.fit",
@@ -27,7 +34,7 @@ _HOME = {
     "save": "fieldguide.checkpoints.load",
     "fill": "fieldguide.checkpoints.weights:load",
     "read": "fieldguide.data",
-    "advise": "fieldguide.automl.advisor",
+    "advise": "fieldguide.automl.advise",
     "FieldguideClassifier": "fieldguide.automl.sklearn",
     "FieldguideRegressor": "fieldguide.automl.sklearn",
     "FieldguideError": "fieldguide.core.errors",

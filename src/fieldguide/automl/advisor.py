@@ -1,4 +1,10 @@
-"""The advisor: ranks architectures by rules (rules.toml) about data and machine, with reasons for each option."""
+"""The advisor: ranks networks by rules (rules.toml) about data and machine, and by their cost, with reasons for each option.
+
+An option is a size of an architecture together with an input size, such as the side of its images. Its points are a weighted sum: the
+rules that match, minus the time that it lacks, minus its distance from a size in proportion to the data. The weights are in
+rules.toml. Time counts twice, on this machine as measured and three times slower, so that an option that only just fits into the
+time loses to one with a margin: another program may start while the network trains.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,10 @@ import fnmatch
 import functools
 import math
 import operator
+import statistics
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
@@ -27,26 +34,45 @@ EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
 BYTES_PER_PARAMETER = 16  # in training: weight, gradient and two moments in float32
 PARAMETERS_PER_EXAMPLE = 200  # rough target for a network trained from random weights
 MIN_EPOCHS = 0.2  # options that cannot make this fraction of a pass in the given time are rejected
+SLOWDOWNS = (1, 3)  # factors by which the machine may be slower than measured; the points for time are the mean over them
+MAX_ESTIMATE_ERROR = 20  # options with this many times as much time as they need are not measured
 MAX_SLOWDOWN = 4  # if time is short for all options, those up to this many times slower than the fastest are considered
 COMPARE = {"<": operator.lt, ">": operator.gt, "=": operator.eq}
 
 
+@dataclass(frozen=True)
+class Variant:
+    """The data as a network gets it: the input size (0 for the one that the data suggests), facts for the rules, dimensions."""
+
+    input_size: int
+    facts: Mapping[str, Any]
+    needs: Mapping[str, Any]
+    shrinkage: float = 1.0  # factor from the input size that the data suggests to this one
+
+
 @dataclass
 class Option:
-    """One size of one architecture: its points, the reasons for and against it, and why it was rejected (empty if
-    not).
+    """One size of one architecture for one input size: its points, the reasons for and against it, and why it was rejected
+    (empty if not).
     """
 
     name: str
     architecture: str
     parameters: int = 0
-    multiply_adds: int = 0
+    multiply_adds: int = 0  # of one example
     points: float = 0.0
+    input_size: int = 0  # for example pixels per side; 0 for the one that the data suggests
+    features: dict[str, float] = field(default_factory=dict)  # that the points are a weighted sum of
+    example_seconds: float = math.inf  # of training with one example; estimated, or measured on this machine
+    is_measured: bool = False  # whether `example_seconds` was measured
     reasons: list[str] = field(default_factory=list)
     against: list[str] = field(default_factory=list)
     rejected: str = ""
     slow: bool = False  # rejected for time or memory; larger sizes of the architecture are then rejected too
     seconds: float = math.inf  # estimated time of `TARGET_EPOCHS` passes over the data; infinite if impossible
+
+
+Measure = Callable[[Option, Variant], float | None]
 
 
 @dataclass
@@ -65,8 +91,17 @@ class Advice:
 
 
 @functools.cache
+def read_rules() -> dict[str, Any]:
+    return tomllib.loads(files(__package__).joinpath("rules.toml").read_text(encoding="utf-8"))
+
+
 def load_rules() -> list[dict[str, Any]]:
-    return tomllib.loads(files(__package__).joinpath("rules.toml").read_text(encoding="utf-8"))["rule"]
+    return read_rules()["rule"]
+
+
+def get_cost_weights() -> dict[str, float]:
+    """Return the points for each unit of the features "shortage", "size" and "input_size"."""
+    return read_rules()["cost"]
 
 
 def match_facts(when: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
@@ -105,59 +140,51 @@ def build_config(card: Card, size: str, needs: Mapping[str, Any], changes: Mappi
     return card.resolve_config(size, **needs | dict(adapted) | dict(changes))
 
 
-def advise(
+def rank_networks(
     *,
-    facts: Mapping[str, Any],
-    needs: Mapping[str, Any],
+    variants: Sequence[Variant],
     input_types: tuple[str, ...],
     output_types: tuple[str, ...],
     minutes: float,
     machine: Mapping[str, Any] | None = None,
     model: str = "auto",
     config: Any = None,
+    measure: Measure | None = None,
 ) -> Advice:
     """Rank every size of every architecture that takes one of the input types and gives one of the output types.
 
-    `facts` are compared by the rules: task, rows, and the task's data facts. `needs` are the dimensions of the
-    data. `model` other than "auto" is the name of a size, which is then only rejected if it is impossible, or of an
-    architecture, whose sizes are then ranked. `config` is that of an existing network of this name.
+    Args:
+        variants: the data for each input size, the one that the data suggests first. Smaller ones are only considered for networks
+            that are short of time.
+        minutes: of training.
+        model: "auto", or the name of a size, which is then only rejected if it is impossible, or of an architecture, whose sizes
+            are then ranked.
+        config: that of an existing network of this name.
+        measure: returns the seconds of training with one example of the best options, on this machine; None to estimate them from
+            multiply-adds.
     """
     machine = machine or profile.measure_machine()
-    speed = get_speed(machine)
     able = [
         n
         for n in registry.names()
         if registry.card(n).input_type in input_types and set(registry.card(n).output_types) & set(output_types)
     ]
-    needs = {"output_type": output_types, **needs}
+    variants = [replace(v, needs={"output_type": output_types, **v.needs}) for v in variants]
+    first = variants[0]
+    judge = Judge(variants, get_speed(machine), minutes, machine)
     if config is None and registry.is_architecture(model):
         resolve_size(model, able)
         able = [name for name in able if registry.card(name).name == model]
     elif model == "auto":
         able = [name for name in able if not registry.card(name).solver]  # baselines are compared with the choice later
     elif model != "auto":
-        option = rate_by_rules(resolve_size(model, able), facts, needs)
+        option = judge.rate(resolve_size(model, able), first, config)
         if config is not None and option.name != model:
             option.name = model  # the existing network has no published size
-        measure_cost(option, facts, needs, speed, minutes, machine, config)
         return advise_requested(option)
-    # Measuring the cost of a network is slow. Options are therefore measured in the order of the points that they can
-    # reach, and measuring stops when the remaining ones cannot be ranked before those measured.
-    options = [rate_by_rules(name, facts, needs) for name in able]
-    most = [o.points - compute_size_penalty(o.parameters, facts["rows"]) for o in options]  # upper bound for each option
-    seen: list[Option] = []
-    for option, points in sorted(zip(options, most), key=lambda pair: -pair[1]):
-        best = sorted((o.points for o in seen if not o.rejected), reverse=True)
-        if len(best) >= MIN_MEASURED_OPTIONS and points <= best[MIN_MEASURED_OPTIONS - 1]:
-            break
-        if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= MAX_SIZES_PER_ARCHITECTURE:
-            continue  # better sizes of the architecture are accepted already
-        smaller = [o for o in seen if o.architecture == option.architecture and o.slow and o.parameters <= option.parameters]
-        if smaller:
-            option.rejected, option.slow = f"larger than {smaller[0].name}: {smaller[0].rejected}", True
-        elif not option.rejected:
-            measure_cost(option, facts, needs, speed, minutes, machine)
-        seen.append(option)
+    seen = judge.rank(able)
+    if measure is not None and minutes < math.inf:
+        seen = judge.measure(seen, measure)
     if seen and all(o.rejected for o in seen):
         accept_fastest(seen, minutes)
     if model != "auto":
@@ -172,48 +199,154 @@ def get_speed(machine: Mapping[str, Any]) -> float:
     return max(EFFICIENCY[precision] * flops for precision, flops in machine["flops"].items())
 
 
-def rate_by_rules(name: str, facts: Mapping[str, Any], needs: Mapping[str, Any]) -> Option:
-    """Return an option with the points of the rules and its published parameter count, without measuring its cost."""
+class Judge:
+    """Rates options for some data, machine and time.
+
+    `factors` are how much slower than estimated a network trains, by name; `factor` holds for all others.
+    """
+
+    def __init__(self, variants: Sequence[Variant], speed: float, minutes: float, machine: Mapping[str, Any]):
+        self.variants, self.speed, self.minutes, self.machine = variants, speed, minutes, machine
+        self.factors: dict[str, float] = {}
+        self.factor = 1.0
+
+    def rank(self, names: Sequence[str]) -> list[Option]:
+        """Return the options that may be among the best, with their costs.
+
+        Counting the cost of a network is slow. Options are therefore counted in the order of the points that they can reach, and
+        counting stops when the remaining ones cannot be ranked before those counted.
+        """
+        options = [rate_by_rules(name, self.variants[0]) for name in names]
+        rows = self.variants[0].facts["rows"]
+        most = [o.points - compute_size_penalty(o.parameters, rows) for o in options]  # upper bound for each option
+        seen: list[Option] = []
+        for option, points in sorted(zip(options, most), key=lambda pair: -pair[1]):
+            best = sorted((o.points for o in seen if not o.rejected), reverse=True)
+            if len(best) >= MIN_MEASURED_OPTIONS and points <= best[MIN_MEASURED_OPTIONS - 1]:
+                break
+            if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= MAX_SIZES_PER_ARCHITECTURE:
+                continue  # better sizes of the architecture are accepted already
+            smaller = [
+                o for o in seen if o.architecture == option.architecture and o.slow and o.parameters <= option.parameters
+            ]
+            if smaller:
+                option.rejected, option.slow = f"larger than {smaller[0].name}: {smaller[0].rejected}", True
+            elif not option.rejected:
+                option = self.choose_input(option.name)
+            seen.append(option)
+        return seen
+
+    def measure(self, seen: list[Option], measure: Measure) -> list[Option]:
+        """Return the options with costs as measured for the best of them; the others get the median factor."""
+        able = [o for o in seen if o.multiply_adds and (not o.rejected or o.slow)]
+        able = sorted(able, key=lambda o: (bool(o.rejected), -o.points))[:MIN_MEASURED_OPTIONS]
+        if all(self.is_certain(option) for option in able):
+            return seen
+        for option in able:
+            variant = next(v for v in self.variants if v.input_size == option.input_size)
+            if (seconds := measure(option, variant)) is not None:
+                self.factors[option.name] = seconds / self.estimate_seconds(option)
+        if not self.factors:
+            return seen
+        self.factor = statistics.median(self.factors.values())
+        costly = {o.name for o in seen if o.multiply_adds}
+        return [self.choose_input(o.name) if o.name in costly else o for o in seen]
+
+    def is_certain(self, option: Option) -> bool:
+        """Return whether an option has plenty of time, so that its time need not be measured."""
+        return option.seconds * MAX_ESTIMATE_ERROR < 60 * self.minutes
+
+    def choose_input(self, name: str) -> Option:
+        """Return a network with the input size that gives it the most points: a smaller one only if time is short."""
+        found: list[Option] = []
+        for variant in self.variants:
+            found.append(self.rate(name, variant))
+            if not found[-1].features.get("shortage"):
+                break
+        return max(found, key=lambda o: (not o.rejected, o.points))
+
+    def rate(self, name: str, variant: Variant, config: Any = None) -> Option:
+        """Return an option with the parameters and multiply-adds of the network as it is (`config`), or as built for this data,
+        and the points for its size and cost.
+        """
+        option, facts = rate_by_rules(name, variant), variant.facts
+        card, size = registry.find(name)
+        option.parameters, option.rejected = 0, ""
+        try:
+            config = build_config(card, size, variant.needs) if config is None else config
+            option.parameters = count_parameters(card, config)
+            if not card.solver:  # those are cheap, and their lookups and sums are not counted
+                option.multiply_adds = profile.count_multiply_adds(
+                    card.name, config, length=facts.get("tokens", 64), side=facts.get("side", 224)
+                )
+        except (DataError, SettingsError, ValueError) as error:  # for example, images too small for its pooling
+            option.rejected = str(error)
+            return option
+        option.is_measured = name in self.factors
+        option.example_seconds = self.estimate_seconds(option) * self.factors.get(name, self.factor)
+        self.rate_cost(option, facts)
+        return option
+
+    def estimate_seconds(self, option: Option) -> float:
+        """Return the seconds of training with one example, from its multiply-adds; a backward pass is two forward passes."""
+        return 6 * option.multiply_adds / self.speed
+
+    def rate_cost(self, option: Option, facts: Mapping[str, Any]) -> None:
+        """Reject what cannot fit or finish, and prefer sizes in proportion to the data."""
+        minutes, memory = self.minutes, self.machine["memory"]
+        epoch = facts["rows"] * option.example_seconds
+        option.seconds = seconds = TARGET_EPOCHS * epoch
+        shortage = compute_shortage(seconds, 60 * minutes)
+        if option.parameters * BYTES_PER_PARAMETER > 0.8 * memory:
+            option.seconds, option.slow = math.inf, True
+            option.rejected = (
+                f"training needs {option.parameters * BYTES_PER_PARAMETER / 2**30:.1f} GiB for weights and optimizer, the "
+                f"machine has {memory / 2**30:.1f} GiB"
+            )
+        elif epoch > 60 * minutes / MIN_EPOCHS:
+            option.slow = True
+            option.rejected = f"one pass over the data would take about {epoch / 60:.2g} minutes of the {minutes:g} given"
+        elif seconds > 60 * minutes:
+            option.against.append(f"{minutes:g} minutes allow only about {60 * minutes / epoch:.1f} passes over the data")
+        elif shortage:
+            option.against.append(
+                f"{60 * minutes / epoch:.0f} passes over the data fit into the time, but only {20 * minutes / epoch:.1f} if the "
+                "machine is three times slower than measured"
+            )
+        add_points(option, "shortage", shortage)
+        add_points(option, "size", compute_size_distance(option.parameters, facts["rows"]))
+        if option.parameters > 10 * get_target_parameters(facts["rows"]):
+            option.against.append(
+                f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
+                "[guide, FAQ 'How do I choose the right model size': start small]"
+            )
+
+
+def rate_by_rules(name: str, variant: Variant) -> Option:
+    """Return an option with the points of the rules and its published parameter count, without counting its cost."""
     card, size = registry.find(name)
-    option = Option(name, card.name)
+    option = Option(name, card.name, input_size=variant.input_size)
     try:
-        config = build_config(card, size, needs)
+        config = build_config(card, size, variant.needs)
         option.parameters = card.sizes[size].params or count_parameters(card, config)
     except (DataError, SettingsError, TypeError, ValueError) as error:  # for example, a network that reads no text
         option.rejected = str(error)
         return option
     for rule in load_rules():
-        if match_facts(rule["when"], facts) and match_card(rule, card):
+        if match_facts(rule["when"], variant.facts) and match_card(rule, card):
             option.points += rule["points"]
+            option.features[rule["id"]] = 1.0
             (option.reasons if rule["points"] > 0 else option.against).append(f"{rule['because']} [{rule['source']}]")
+    if variant.shrinkage < 1:
+        add_points(option, "input_size", -math.log2(variant.shrinkage))
+        option.reasons.append(f"a smaller input ({variant.input_size}) leaves time for more passes over the data")
     return option
 
 
-def measure_cost(
-    option: Option,
-    facts: Mapping[str, Any],
-    needs: Mapping[str, Any],
-    speed: float,
-    minutes: float,
-    machine: Mapping[str, Any],
-    config: Any = None,
-) -> None:
-    """Count parameters and multiply-adds of the network as it is (`config`), or as built for this data, and
-    add points for its size and cost.
-    """
-    card, size = registry.find(option.name)
-    option.parameters, option.rejected = 0, ""
-    try:
-        config = build_config(card, size, needs) if config is None else config
-        option.parameters = count_parameters(card, config)
-        if not card.solver:  # those are cheap, and their lookups and sums are not counted
-            option.multiply_adds = profile.count_multiply_adds(
-                card.name, config, length=facts.get("tokens", 64), side=facts.get("side", 224)
-            )
-    except (DataError, SettingsError, ValueError) as error:  # for example, images too small for its pooling
-        option.rejected = str(error)
-        return
-    rate_cost(option, facts, speed, minutes, machine)
+def add_points(option: Option, feature: str, value: float) -> None:
+    """Add a feature of the cost to an option, with its weight."""
+    option.features[feature] = value
+    option.points += get_cost_weights()[feature] * value
 
 
 def count_parameters(card: Card, config: Any) -> int:
@@ -221,41 +354,26 @@ def count_parameters(card: Card, config: Any) -> int:
         return profile.count_parameters(card.make(config))
 
 
+def compute_shortage(seconds: float, limit: float) -> float:
+    """Return how often the time must be doubled for `TARGET_EPOCHS` passes, the mean over `SLOWDOWNS`."""
+    if limit == math.inf:
+        return 0.0
+    return statistics.mean(max(0.0, math.log2(slowdown * max(seconds, 1e-9) / limit)) for slowdown in SLOWDOWNS)
+
+
+def compute_size_distance(parameters: int, rows: int) -> float:
+    """Return the factors of ten between the size of the network and the size in proportion to the data."""
+    return abs(math.log10(max(parameters, 1) / get_target_parameters(rows)))
+
+
 def compute_size_penalty(parameters: int, rows: int) -> float:
-    """Return the points lost for the size of the network: half a point for each factor of ten from the target."""
-    return 0.5 * abs(math.log10(max(parameters, 1) / get_target_parameters(rows)))
+    """Return the points lost for the size of the network."""
+    return -get_cost_weights()["size"] * compute_size_distance(parameters, rows)
 
 
 def get_target_parameters(rows: int) -> float:
     """Return the number of parameters in proportion to the data."""
     return min(max(PARAMETERS_PER_EXAMPLE * rows, 1e5), 1e8)
-
-
-def rate_cost(option: Option, facts: Mapping[str, Any], speed: float, minutes: float, machine: Mapping[str, Any]) -> None:
-    """Reject what cannot fit or finish, and prefer sizes in proportion to the data."""
-    option.seconds = seconds = facts["rows"] * TARGET_EPOCHS * 6 * option.multiply_adds / speed  # backward is twice forward
-    if option.parameters * BYTES_PER_PARAMETER > 0.8 * machine["memory"]:
-        option.seconds, option.slow = math.inf, True
-        option.rejected = (
-            f"training needs {option.parameters * BYTES_PER_PARAMETER / 2**30:.1f} GiB for weights and optimizer, the "
-            f"machine has {machine['memory'] / 2**30:.1f} GiB"
-        )
-    elif seconds > TARGET_EPOCHS * 60 * minutes / MIN_EPOCHS:
-        option.slow = True
-        option.rejected = (
-            f"one pass over the data would take about {seconds / TARGET_EPOCHS / 60:.2g} minutes of the {minutes:g} given"
-        )
-    elif seconds > 60 * minutes:
-        option.points -= math.log2(seconds / (60 * minutes))
-        option.against.append(
-            f"{minutes:g} minutes allow only about {60 * minutes * TARGET_EPOCHS / seconds:.1f} passes over the data"
-        )
-    option.points -= compute_size_penalty(option.parameters, facts["rows"])
-    if option.parameters > 10 * get_target_parameters(facts["rows"]):
-        option.against.append(
-            f"{option.parameters:,} parameters are many for {facts['rows']:,} examples "
-            "[guide, FAQ 'How do I choose the right model size': start small]"
-        )
 
 
 def accept_fastest(options: list[Option], minutes: float) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from fieldguide.automl import distillation, finetune, pretrained, profile
-from fieldguide.automl.advisor import Advice, Option, advise, build_config, get_speed
+from fieldguide.automl.advisor import Advice, Option, Variant, build_config, get_speed, rank_networks
 from fieldguide.automl.baselines import Baseline, share_batches
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.clock import Clock, get_training_seconds
 from fieldguide.automl.request import group_settings
+from fieldguide.automl.step_times import StepTimer
 from fieldguide.automl.time_budget import ENOUGH_STEPS, choose_batch_size, resolve_settings
 from fieldguide.checkpoints import load
 from fieldguide.core import distributed
@@ -229,7 +230,25 @@ class Plan:
         self.objective = distillation.add_teacher(objective, self.task, self.settings, self.source, self.splits)
 
 
-def build_plan(
+@dataclass
+class Choice:
+    """What is decided about some data before a network is built: task, splits, preprocessing, machine, and ranked networks."""
+
+    source: Data
+    task: Task
+    why: str
+    splits: Splits
+    requested: dict[str, Any]
+    model_fields: dict[str, Any]
+    machine: dict[str, Any]
+    minutes: float  # of training, as far as they are known yet; infinite without a limit
+    advice: Advice
+    checkpoint: load.Checkpoint | None = None
+    location: str | None = None
+    config: Any = None
+
+
+def choose_network(
     source: Data,
     *,
     task: str | None = None,
@@ -241,12 +260,9 @@ def build_plan(
     callback: Any = None,
     weights: str | Path | None = None,
     clock: Clock | None = None,
-) -> Plan:
-    """Choose task, splits, preprocessing, network and settings for data that has been read; nothing is trained.
-
-    `weights` is a checkpoint to start from, which then determines the network, or "auto" (see `pretrained`). `clock` knows how
-    much of the minutes has passed; without it, training may take all of them. Raises `DataError` and `SettingsError` as `fit`
-    does.
+) -> Choice:
+    """Choose task, splits and preprocessing for data that has been read, and rank the networks. The parameters are those of
+    `build_plan`.
     """
     callback = callback or NullCallback()
     requested, model_fields, task_options, *_ = group_settings(settings or {})
@@ -283,42 +299,108 @@ def build_plan(
     if left_out:
         reads = " and ".join((*kind.feature, *kind.further))
         fitted.add_note(f"columns not used, since {kind.name} reads only {reads}: {', '.join(left_out)}")
-    dims = {"output_type": kind.output_types, **fitted.model_dims()}
     config = None
     if checkpoint is not None:
+        dims = {"output_type": kind.output_types, **fitted.model_dims()}
         if set(checkpoint.card.output_types) & set(kind.output_types):
             config = checkpoint.build_config(dims, model_fields)
         fitted = finetune.limit_length(fitted, train_rows, config, checkpoint, task_options, callback)
-        dims = {"output_type": kind.output_types, **fitted.model_dims()}
     for note in fitted.notes:
         callback.log(f"note: {note}")
     choose_metric(fitted, Settings().with_(requested).metric, callback)
     callback.on_phase("choosing a network")
-    deterministic = Settings().with_(requested).deterministic
-    machine = profile.get_nominal_machine() if deterministic else profile.measure_machine()
-    advice = advise(
-        facts={"task": kind.name, "rows": len(splits.train), **fitted.data_facts()},
-        needs=fitted.model_dims(),
+    chosen = Settings().with_(requested)
+    machine = distributed.broadcast(profile.get_nominal_machine() if chosen.deterministic else profile.measure_machine())
+    limit = chosen.minutes or float("inf")
+    if clock is not None and limit < float("inf") and not chosen.deterministic:
+        limit = get_training_seconds(limit, clock.elapsed, 0.0) / 60
+    advice = rank_networks(
+        variants=list_variants(fitted, len(splits.train), allow_smaller=checkpoint is None),
         input_types=kind.input_types,
         output_types=kind.output_types,
-        minutes=Settings().with_(requested).minutes or float("inf"),
-        machine=distributed.broadcast(machine),
+        minutes=limit,
+        machine=machine,
         model=model,
         config=config,
+        measure=None if chosen.deterministic else StepTimer(machine, get_speed(machine), limit),
     )
-    card, size = (checkpoint.card, model) if checkpoint else registry.find(advice.best.name)
+    return Choice(
+        source,
+        fitted,
+        why,
+        splits,
+        requested,
+        model_fields,
+        machine,
+        limit,
+        distributed.broadcast(advice),
+        checkpoint,
+        location,
+        config,
+    )
+
+
+def list_variants(task: Task, rows: int, allow_smaller: bool = True) -> list[Variant]:
+    """Return the input sizes that a network may get, with the facts and dimensions that follow, the task's own one first."""
+    describe = lambda task: {"task": task.name, "rows": rows, **task.data_facts()}
+    found = [Variant(0, describe(task), task.model_dims())]
+    for size, shrinkage in task.smaller_inputs() if allow_smaller else ():
+        smaller = task.with_input_size(size)
+        found.append(Variant(size, describe(smaller), smaller.model_dims(), shrinkage))
+    return found
+
+
+def build_plan(
+    source: Data,
+    *,
+    task: str | None = None,
+    model: str = "auto",
+    minutes: float | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    splits: Splits | None = None,
+    callback: Any = None,
+    weights: str | Path | None = None,
+    clock: Clock | None = None,
+) -> Plan:
+    """Choose task, splits, preprocessing, network and settings for data that has been read; nothing is trained.
+
+    `weights` is a checkpoint to start from, which then determines the network, or "auto" (see `pretrained`). `clock` knows how
+    much of the minutes has passed; without it, training may take all of them. Raises `DataError` and `SettingsError` as `fit`
+    does.
+    """
+    callback = callback or NullCallback()
+    choice = choose_network(
+        source,
+        task=task,
+        model=model,
+        minutes=minutes,
+        seed=seed,
+        settings=settings,
+        splits=splits,
+        callback=callback,
+        weights=weights,
+        clock=clock,
+    )
+    best, checkpoint, fitted = choice.advice.best, choice.checkpoint, choice.task
+    if best.input_size:
+        fitted = fitted.with_input_size(best.input_size)
+        callback.log(
+            f"note: inputs are reduced to {best.input_size}, since a pass over larger ones takes too long for the minutes"
+        )
+    dims = {"output_type": fitted.output_types, **fitted.model_dims()}
+    card, size = (checkpoint.card, checkpoint.size) if checkpoint else registry.find(best.name)
     try:
-        config = config or build_config(card, size, dims, model_fields)
+        config = choice.config or build_config(card, size, dims, choice.model_fields)
     except TypeError as error:
         raise SettingsError(f"--set model.FIELD: {error}") from None
-    callback.on_plan(advice, config)
+    callback.on_plan(choice.advice, config)
     parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
-    plan = Plan(source, fitted, why, splits, card, size, config, Settings(), advice, parts, location)
-    speed = get_speed(machine)
-    plan.complete(
-        requested, callback, checkpoint=checkpoint, clock=clock, nominal_seconds=6 * advice.best.multiply_adds / speed
+    plan = Plan(
+        choice.source, fitted, choice.why, choice.splits, card, size, config, Settings(), choice.advice, parts, choice.location
     )
-    if deterministic:
+    plan.complete(choice.requested, callback, checkpoint=checkpoint, clock=clock, nominal_seconds=best.example_seconds)
+    if plan.settings.deterministic:
         callback.log(describe_determinism(plan.settings))
     return plan
 

@@ -7,6 +7,7 @@ that are worse than the leader with high probability (paired bootstrap over rows
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from fieldguide.automl.advisor import Advice, Option
 from fieldguide.automl.build_plan import Plan
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.core import distributed
 from fieldguide.core.errors import FieldguideError
+from fieldguide.core.hardware import ram
 from fieldguide.tasks.evaluator import Arrays, Evaluator
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import Interrupted, Trainer
@@ -64,18 +67,21 @@ def is_possible(plan: Plan, request: Mapping[str, Any]) -> bool:
         and not plan.card.solver
         and not plan.settings.deterministic
         and plan.max_steps > 0
-        and (plan.training_seconds or 0.0) >= MIN_SECONDS
+        and has_time(plan.training_seconds or 0.0)
         and distributed.get_world_size() == 1
     )
 
 
-def choose_options(plan: Plan) -> list[Any]:
-    """Return the options that race against the first choice: the best of other architectures that are not far behind."""
-    from fieldguide.core.hardware import ram
+def has_time(seconds: float) -> bool:
+    """Return whether there is enough time of training for a race."""
+    return MIN_SECONDS <= seconds < math.inf
 
-    first, found = plan.advice.best, {plan.card.name}
-    chosen: list[Any] = []
-    for option in plan.advice.options[1:]:
+
+def choose_options(advice: Advice) -> list[Option]:
+    """Return the options that race against the first choice: the best of other architectures that are not far behind."""
+    first, found = advice.best, {advice.best.architecture}
+    chosen: list[Option] = []
+    for option in advice.options[1:]:
         is_near = option.points >= first.points - MAX_POINTS_BEHIND
         fits = option.parameters * BYTES_PER_PARAMETER < MAX_MEMORY_FRACTION * ram()
         if is_near and fits and option.architecture not in found and len(chosen) < MAX_CONTENDERS - 1:
@@ -93,7 +99,7 @@ class Race:
         self.sign = 1 if self.metric.better == "max" else -1
         self.left = float(plan.training_seconds or 0.0)
         started = time.monotonic()
-        options = choose_options(plan)
+        options = choose_options(plan.advice)
         self.contenders: list[Contender] = []
         if options:
             callback.on_phase(f"preparing a race of {1 + len(options)} networks")

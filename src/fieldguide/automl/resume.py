@@ -80,7 +80,7 @@ def continue_run(path: str | Path, data: Any, callback: NullCallback, settings: 
             remove_leftovers(run.path)
             check_writable(run.path)
         chosen = change_settings(check_settings(run, settings), settings, callback)
-        with use_threads(chosen.threads), deterministic_kernels(chosen.deterministic):
+        with use_threads(chosen.threads if chosen.deterministic else None), deterministic_kernels(chosen.deterministic):
             note_differences(run.record, callback)
             if run.record["request"]["data"] is None and data is None:
                 raise RunError(f"{path} was trained from data in memory; pass the same data to resume(data=...).")

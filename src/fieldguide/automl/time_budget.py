@@ -1,4 +1,4 @@
-"""The time budget of a run: precision, batch size and number of steps, from timing real batches.
+"""The time budget of a run: precision, threads, batch size and number of steps, from timing real batches.
 
 With `deterministic=true` nothing is timed: steps take the time that they would take at a nominal speed.
 """
@@ -17,7 +17,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches, representative_rows, steps_per_epoch
 from fieldguide.objectives import Objective
 from fieldguide.training.optim import measure_orthogonalization_seconds
-from fieldguide.training.precision import choose_precision, measure_step_seconds
+from fieldguide.training.precision import choose_precision, choose_threads, measure_step_seconds, use_threads
 
 PLANNED_TIME_FRACTION = 0.9  # fraction of the minutes that steps and evaluations are planned for
 MAX_EVALUATIONS = 40  # evaluations during a run
@@ -91,7 +91,8 @@ def resolve_settings(
         if nominal:
             return NOMINAL_STEP_SECONDS + rows * nominal_seconds, 0.0
         batch, batch_seconds = time_batch(batches, rows)
-        seconds = measure_step_seconds(objective, batch, precision, channels_last, distributed.device(), budget=budget / 2)
+        with use_threads(settings.threads):
+            seconds = measure_step_seconds(objective, batch, precision, channels_last, distributed.device(), budget=budget / 2)
         return seconds, batch_seconds
 
     if nominal:
@@ -103,6 +104,15 @@ def resolve_settings(
             precision = best
             channels_last = best_channels_last if settings.channels_last is None else channels_last
         step = times.get(f"{precision}{' channels-last' if channels_last else ''}", min(times.values()))
+        if settings.threads is None and distributed.device().type == "cpu" and distributed.get_world_size() == 1:
+            threads, by_threads = choose_threads(objective, batch, precision, channels_last, step, budget)
+            if threads != torch.get_num_threads():
+                callback.log(
+                    "a step with "
+                    + ", ".join(f"{count} threads {1000 * t:.1f} ms" for count, t in by_threads.items())
+                    + f": {threads} thread{'s' if threads > 1 else ''}"
+                )
+                settings, step = settings.with_({"threads": threads}), by_threads[threads]
         callback.log(
             "a step in "
             + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())

@@ -114,6 +114,9 @@ def fit(
         Path | None, typer.Option(help="A YAML file of these arguments; those given here take precedence.")
     ] = None,
     allow_bad: AllowBad = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Choose, and say what would be trained, at what cost; as `fieldguide advise`.")
+    ] = False,
     changes: Set = None,
 ) -> None:
     """Read data, choose a network, train and test it, and write a run folder."""
@@ -157,11 +160,68 @@ def fit(
         return
     check_names(task=arguments["task"], model=arguments["model"], settings=settings)
     check_exists(arguments["data"])
+    if dry_run:
+        del arguments["out"]
+        print_data_advice(arguments | {"settings": settings}, as_json=False)
+        return
     callback = build_callback()
     from fieldguide.automl.fit import fit as run_fit
 
     arguments["time_column"] = arguments.pop("time")
     run_fit(arguments.pop("data"), **arguments, callback=callback, settings=settings)
+
+
+def print_data_advice(arguments: dict[str, Any], as_json: bool) -> None:
+    """Print which networks suit some data. The arguments are those of `fieldguide.advise`, with `time` for `time_column`."""
+    arguments["time_column"] = arguments.pop("time")
+    data = arguments.pop("data")
+    with show_phases(f"reading {data}") as phases:
+        from fieldguide.automl.advise import advise as give_advice
+        from fieldguide.automl.callbacks import NullCallback
+
+        class Shown(NullCallback):
+            def on_phase(self, name: str, total: int | None = None) -> None:
+                phases.start(name)
+
+        advice = give_advice(data, **arguments, callback=Shown())
+    from fieldguide.cli.print_advice import print_advice
+
+    print_advice(advice, as_json)
+
+
+@app.command(epilog="Example: fieldguide advise sales.csv --target price --minutes 5")
+def advise(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A path, or the name of a sample.")],
+    target: Target = None,
+    task: TaskName = None,
+    model: Annotated[str, typer.Option(help="A name from `fieldguide models`, or auto.")] = "auto",
+    minutes: Annotated[float | None, typer.Option(help="The minutes that `fit` would get; 10 by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Determines the splits.")] = 0,
+    group: Group = None,
+    time: Time = None,
+    allow_bad: AllowBad = False,
+    as_json: Json = False,
+    changes: Set = None,
+) -> None:
+    """Advise which network suits some data and this machine: why, what it costs, which score to expect. Nothing is trained."""
+    from fieldguide.automl.index import check_names
+
+    settings = parse_pairs(changes)
+    check_names(task=task, model=model, settings=settings)
+    check_exists(data)
+    arguments: dict[str, Any] = {
+        "data": data,
+        "target": target,
+        "task": task,
+        "model": model,
+        "minutes": minutes,
+        "seed": seed,
+        "group": group,
+        "time": time,
+        "allow_bad": allow_bad,
+        "settings": settings,
+    }
+    print_data_advice(arguments, as_json)
 
 
 def find_configured_weights(weights: str | None) -> str | None:

@@ -136,6 +136,17 @@ class Preprocessor(TaskSpec):
         """Return facts about the data that the advisor's rules compare."""
         return {}
 
+    def smaller_inputs(self) -> list[tuple[int, float]]:
+        """Return smaller input sizes that a network may get if time is short, and how much smaller they are.
+
+        None by default, and if the user has set the size. For images, the size is the pixels per side.
+        """
+        return []
+
+    def with_input_size(self, size: int) -> Self:
+        """Return a copy of the task whose networks get inputs of one of the `smaller_inputs`."""
+        raise NotImplementedError
+
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         """Return the preprocessed examples. With `settings`, they are augmented if `make` gets a generator."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Choice of precision and memory layout by timing training steps on this machine."""
+"""Choice of precision, memory layout and threads by timing training steps on this machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from fieldguide.objectives.base import Objective
 
 MIN_SPEEDUP = 1.1  # factor by which a choice must be faster than float32
+MIN_THREAD_SPEEDUP = 1.15  # factor by which twice as many threads must be faster
 
 
 @functools.cache
@@ -156,3 +157,32 @@ def choose_precision(
     if timed[("float32", False)] < MIN_SPEEDUP * timed[best]:
         best = ("float32", False)
     return *best, {f"{p}{' channels-last' if c else ''}": t for (p, c), t in timed.items()}
+
+
+def choose_threads(
+    objective: Objective,
+    batch: dict[str, Tensor],
+    precision: str,
+    channels_last: bool,
+    seconds: float,
+    budget: float = float("inf"),
+) -> tuple[int, dict[int, float]]:
+    """Return the number of CPU threads for training, and the seconds of a step for each number that was timed.
+
+    Half as many threads are chosen as long as twice as many are not clearly faster. Small networks are slower with several threads,
+    which wait for each other after every operation; and on a busy machine, they wait for one that does not run.
+
+    Args:
+        seconds: of a step with the present number of threads.
+    """
+    threads, timed, end = torch.get_num_threads(), {torch.get_num_threads(): seconds}, time.perf_counter() + budget
+    while threads > 1 and time.perf_counter() < end:
+        half = threads // 2
+        with use_threads(half), torch.random.fork_rng():
+            timed[half] = measure_step_seconds(
+                objective, batch, precision, channels_last, torch.device("cpu"), limit=2 * timed[threads], budget=budget / 2
+            )
+        if timed[half] > MIN_THREAD_SPEEDUP * timed[threads]:
+            break
+        threads = half
+    return threads, timed

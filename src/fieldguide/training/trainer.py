@@ -34,7 +34,7 @@ from fieldguide.training import checkpoint
 from fieldguide.training.ema import ExponentialMovingAverage
 from fieldguide.training.optim import build_optimizers, get_lr_factor
 from fieldguide.training.peft import get_frozen_modules, get_layer_depths, get_lowest_trainable_depth, get_tower_prefixes
-from fieldguide.training.precision import autocast, deterministic_kernels, move_batch, to_channels_last
+from fieldguide.training.precision import autocast, deterministic_kernels, move_batch, to_channels_last, use_threads
 from fieldguide.training.tracking import Tracker, open_tracker
 
 MAX_LOG_LINES = 400  # approximate number of loss lines that a run writes to metrics.jsonl
@@ -214,7 +214,8 @@ class Trainer:
         before, saved = state.seconds, time.monotonic()
         started = time.monotonic()
         self.pace_start = (state.step, state.seconds)
-        with self.handle_signals(), deterministic_kernels(settings.deterministic), explain_errors():
+        kernels = deterministic_kernels(settings.deterministic)
+        with self.handle_signals(), kernels, use_threads(settings.threads), explain_errors():
             while state.step < self.settings.resolved_steps and not state.stopped:
                 losses = self.train_step(stream)
                 state.step += 1

@@ -20,6 +20,7 @@ from fieldguide.data.media import images
 if TYPE_CHECKING:
     import torch
 
+REDUCED_SIDES = (2 / 3, 1 / 2, 1 / 3)  # fractions of a side that networks may get if time is short
 USUAL_SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
 Side = Annotated[int, Limits(1, 10_000)]  # pixels
 Channels = Annotated[int, Limits(1, 64)]
@@ -30,6 +31,12 @@ def suggest_side(widths: ArrayLike, heights: ArrayLike) -> int:
     """Return the largest usual side, 8 to 224 pixels, that at least half of the images reach."""
     median = float(np.median(np.minimum(np.asarray(widths), np.asarray(heights))))
     return max((s for s in USUAL_SIDES if s <= median), default=USUAL_SIDES[0])
+
+
+def list_smaller_sides(side: int, least: int, step: int = 8) -> list[tuple[int, float]]:
+    """Return smaller sides, largest first, and their fractions of `side`: multiples of `step`, at least `least`."""
+    sides = {int(side * fraction) // step * step for fraction in REDUCED_SIDES}
+    return [(each, each / side) for each in sorted(sides, reverse=True) if least <= each < side]
 
 
 def learn_scale(rows: pl.DataFrame) -> images.Scale | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,13 +23,14 @@ from fieldguide.data.column_spec import CAPTION_NAMES, normalize_name
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
-from fieldguide.data.preprocessing import ImageTransform, suggest_side
+from fieldguide.data.preprocessing import ImageTransform, list_smaller_sides, suggest_side
 from fieldguide.data.preprocessing.augmentation import augment_images
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.tasks.base import CheckpointAssets
 from fieldguide.tasks.supervised import ClassificationTask, fill_options, is_discrete, mix_pairs
 from fieldguide.tasks.vision.signature import ImageSignature
 
+MIN_REDUCED_SIDE = 32  # images are not reduced below this side to save time
 LINEAR_SIDE = 16  # image size of the linear baseline
 SAMPLED_IMAGES = 5000  # images that mean and standard deviation are computed from
 MAX_SIDE_BY_DEVICE = {"cpu": 96, "mps": 160, "cuda": 224}  # maximum pixels per side by device, if the user sets no size
@@ -53,6 +55,7 @@ class ImageClassification(ImageSignature, ClassificationTask):
         pixels: str | None = None  # mean and standard deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
 
     pictures: ImageTransform
+    has_free_side = False  # whether the side may still be reduced, since the user has set none
 
     @classmethod
     def match(cls, data: Data) -> str | None:
@@ -81,6 +84,7 @@ class ImageClassification(ImageSignature, ClassificationTask):
             task.pictures = task.pictures.with_normalization(options.pixels)
         task.fit_labels(data)
         flip = options.flip if options.flip is not None else task.is_mirror_invariant(data)
+        task.has_free_side = options.side is None
         task.options = fill_options(options, side=task.pictures.side, channels=task.pictures.channels, flip=flip)
         return task
 
@@ -113,6 +117,14 @@ class ImageClassification(ImageSignature, ClassificationTask):
 
     def data_facts(self) -> dict[str, Any]:
         return {"side": self.pictures.side, "channels": self.pictures.channels, "num_classes": len(self.labels)}
+
+    def smaller_inputs(self) -> list[tuple[int, float]]:
+        return list_smaller_sides(self.pictures.side, MIN_REDUCED_SIDE) if self.has_free_side else []
+
+    def with_input_size(self, size: int) -> Self:
+        task = copy.copy(self)
+        task.pictures, task.options = replace(self.pictures, side=size), replace(self.options, side=size)
+        return task
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths = data.rows[self.column].to_list()

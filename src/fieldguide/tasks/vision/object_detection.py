@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -25,6 +27,7 @@ from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.media.boxes import SIDES
+from fieldguide.data.preprocessing import list_smaller_sides
 from fieldguide.data.preprocessing.augmentation import BoxAugmentation
 from fieldguide.data.preprocessing.detection import Boxed, Letterbox, pad_boxes
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
@@ -39,6 +42,7 @@ from fieldguide.tasks.vision.signature import DetectionSignature
 
 MAX_SIDE_BY_DEVICE = {"cpu": 320, "mps": 640, "cuda": 640}  # pixels of the longer side by device, if the user sets no size
 STRIDE = 32  # image sizes are multiples of the coarsest grid's stride
+MIN_REDUCED_BOX = 12  # pixels of the shorter side of nine in ten boxes, below which images are not reduced to save time
 MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
 MAX_DETECTIONS = 100  # maximum boxes per image, as in COCO evaluation
 BOOTSTRAP_REPEATS, MAX_BOOTSTRAP_IMAGES = 30, 2000  # bootstrap repeats, and the maximum images they are drawn from
@@ -70,6 +74,7 @@ class ObjectDetection(DetectionSignature, Task):
     recipe: ClassVar = {"augmentation": "light"}  # mosaics do not pay off in short CPU runs: docs/log.md
     max_batch_size, min_batch_size = 32, 8
     max_detections = MAX_DETECTIONS
+    smaller_sides: Sequence[tuple[int, float]] = ()  # to which images may be reduced, since the user has set no side
 
     @dataclass(frozen=True)
     class Options:
@@ -176,12 +181,23 @@ class ObjectDetection(DetectionSignature, Task):
             raise DataError(f"{data.source}: no training image has a box of {', '.join(task.names[:10])}.")
         if lacking := [n for i, n in enumerate(task.names) if not any((some == i).any() for some in labels)]:
             task.notes.append(f"classes without training images: {', '.join(lacking)}; they cannot be predicted")
-        small = float(np.mean([(b[2:] - b[:2]).min() * min(1, side / longest) < 8 for some in boxes for b in some]))
+        sides = np.array([(b[2:] - b[:2]).min() * min(1, side / longest) for some in boxes for b in some])
+        least = int(side * MIN_REDUCED_BOX / max(float(np.quantile(sides, 0.1)), 1))
+        task.smaller_sides = [] if options.side else list_smaller_sides(side, max(least, 2 * STRIDE), STRIDE)
+        small = float((sides < 8).mean())
         if small > 0.2:
             task.notes.append(
                 f"{100 * small:.0f} % of the boxes have a side of fewer than 8 of the {side} input pixels. A "
                 "larger task.side finds more of them but is slower"
             )
+        return task
+
+    def smaller_inputs(self) -> list[tuple[int, float]]:
+        return list(self.smaller_sides)
+
+    def with_input_size(self, size: int) -> Self:
+        task = copy.copy(self)
+        task.options = replace(self.options, side=size)
         return task
 
     # Images and boxes as tensors
