@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fieldguide.models.layers.dot_product_attention import MAX_SCORES, attend_unfused, dot_product_attention, is_unfused_faster
+from fieldguide.models.layers.dot_product_attention import (
+    MAX_SCORES,
+    attend_unfused,
+    dot_product_attention,
+    is_unfused_faster,
+    use_fused_kernels,
+)
 
 PADDING = torch.ones(2, 1, 1, 7, dtype=torch.bool)
 PADDING[0, ..., 4:] = False
@@ -67,6 +73,8 @@ def test_the_fused_kernel_is_kept_in_float32_for_prediction_and_for_long_texts()
     assert not is_unfused_faster(q, k)
     with torch.autocast("cpu", torch.bfloat16):
         assert is_unfused_faster(q, k)
+        with use_fused_kernels():
+            assert not is_unfused_faster(q, k)
         with torch.inference_mode():
             assert not is_unfused_faster(q, k)
         long = torch.empty(1, 1, 1, 1, requires_grad=True).expand(1, 1, MAX_SCORES, 1)

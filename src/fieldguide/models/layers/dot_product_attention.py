@@ -6,11 +6,27 @@ The backward pass of torch's fused kernel for bfloat16 on CPUs takes three to ei
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 MAX_SCORES = 2**24  # scores of a layer (batch x heads x queries x keys) that are kept for the backward pass
+
+FUSED_ONLY: ContextVar[bool] = ContextVar("fused_only", default=False)
+
+
+@contextmanager
+def use_fused_kernels() -> Iterator[None]:
+    """Use torch's fused kernel for everything inside, as on GPUs: for tracing on a CPU what a GPU would do."""
+    before = FUSED_ONLY.set(True)
+    try:
+        yield
+    finally:
+        FUSED_ONLY.reset(before)
 
 
 def dot_product_attention(
@@ -34,7 +50,7 @@ def dot_product_attention(
 
 def is_unfused_faster(q: Tensor, k: Tensor) -> bool:
     """Return whether matrix products are faster, and their scores fit into memory."""
-    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+    if q.device.type != "cpu" or FUSED_ONLY.get() or not (torch.is_grad_enabled() and q.requires_grad):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     return dtype == torch.bfloat16 and q.shape[:-1].numel() * k.shape[-2] <= MAX_SCORES

@@ -370,6 +370,9 @@ SIZES = {
     "llama-micro": Size(
         vocab_size=4096, length=256, dim=256, depth=4, heads=4, kv_heads=2, hidden=704, eps=1e-5, tie_embeddings=True
     ),
+    "llama-nano": Size(
+        vocab_size=256, length=128, dim=128, depth=4, heads=4, kv_heads=4, hidden=344, eps=1e-5, tie_embeddings=True
+    ),
     "llama-test": Size(
         vocab_size=30, length=12, dim=16, depth=2, heads=4, kv_heads=2, hidden=12, rope_scaling=(4.0, 1.0, 4.0, 8.0)
     ),
