@@ -305,9 +305,9 @@ class Judge:
             )
         elif epoch > 60 * minutes / MIN_EPOCHS:
             option.slow = True
-            option.rejected = f"one pass over the data would take about {epoch / 60:.2g} minutes of the {minutes:g} given"
+            option.rejected = f"one pass over the data would take about {epoch / 60:.2g} minutes of the {minutes:.2g} given"
         elif seconds > 60 * minutes:
-            option.against.append(f"{minutes:g} minutes allow only about {60 * minutes / epoch:.1f} passes over the data")
+            option.against.append(f"{minutes:.2g} minutes allow only about {60 * minutes / epoch:.1f} passes over the data")
         elif shortage:
             option.against.append(
                 f"{60 * minutes / epoch:.0f} passes over the data fit into the time, but only {20 * minutes / epoch:.1f} if the "
@@ -382,7 +382,7 @@ def accept_fastest(options: list[Option], minutes: float) -> None:
     if quickest < math.inf:
         best = max((o for o in options if o.seconds <= MAX_SLOWDOWN * quickest), key=lambda o: o.points)
         best.against.insert(
-            0, f"{minutes:g} minutes are too few for this much data: {best.rejected}. A larger --minutes gives better scores"
+            0, f"{minutes:.2g} minutes are too few for this much data: {best.rejected}. A larger --minutes gives better scores"
         )
         best.rejected = ""
 
