@@ -161,7 +161,9 @@ def trainings(task: str = "image-classification") -> list[Training]:
 
 
 def test_expected_skills_grow_with_the_examples_seen():
-    skills = [evidence.expect("image-classification", "resnet20", "resnet", 2000, n, trainings()).median for n in (1e4, 1e5, 1e6)]
+    skills = [
+        evidence.expect("image-classification", "resnet20", "resnet", 2000, n, trainings()).median for n in (1e4, 1e5, 1e6)
+    ]
     assert skills == sorted(skills) and skills[0] < 0.7 < skills[-1]
     found = evidence.expect("image-classification", "resnet20", "resnet", 1000, 1e5, trainings())
     assert found.low <= found.median <= found.high and found.data[0] == "a"
@@ -173,7 +175,8 @@ def test_nothing_is_expected_without_evidence():
 
 
 @pytest.mark.parametrize(
-    "score, trivial, better, skill", [(0.9, 0.5, "max", 0.8), (0.1, 0.5, "min", 0.8), (60, 20, "max", 0.5), (0.4, 0.5, "max", -0.2)]
+    "score, trivial, better, skill",
+    [(0.9, 0.5, "max", 0.8), (0.1, 0.5, "min", 0.8), (60, 20, "max", 0.5), (0.4, 0.5, "max", -0.2)],
 )
 def test_skills_and_scores_are_inverse(score, trivial, better, skill):
     assert evidence.to_skill(score, trivial, better) == pytest.approx(skill)

@@ -352,3 +352,25 @@ def test_time_limits_the_rows(folder, table, monkeypatch):  # noqa: F811
     monkeypatch.setattr(frozen_features, "VALIDATION_FRACTION", 0.0)
     monkeypatch.setattr(frozen_features, "BATCH", 4)
     assert frozen_features.fit_frozen(plan, says) is None and "takes too long" in says.said[-1]
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_downloaded_weights_take_part_in_the_race(server, table, tmp_path, monkeypatch, wins):
+    from fieldguide.automl import race
+    from fieldguide.tasks.text.text_classification import TextClassification
+
+    fit(table, weights="auto", out=tmp_path / "first", callback=Says(), settings=FAST)
+    server.requests.clear()
+    monkeypatch.setattr(race, "MIN_SECONDS", 1.0)
+    monkeypatch.setattr(TextClassification, "baseline_models", ())
+    pick = lambda self: next(c for c in self.contenders if bool(c.plan.weights) == wins)
+    monkeypatch.setattr(race.Race, "find_leader", pick)
+    run = fit(table, minutes=0.15, out=tmp_path / "run", callback=Says())
+    entries = {c["name"]: c for c in run.record["race"]["contenders"]}
+    tuned = next(c for c in entries.values() if "weights" in c)
+    assert tuned["weights"] == "hf:org/words" and tuned["frozen"]["rows"] > 0 and len(entries) >= 2
+    assert (run.record["model"]["architecture"] == "bert") == wins
+    assert run.record["request"]["weights"] == ("hf:org/words" if wins else None)
+    assert not server.downloads()
+    again = fieldguide.open_run(run.path)
+    assert again.predict(["the sea is calm"])[0]["label"]

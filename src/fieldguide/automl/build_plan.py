@@ -61,6 +61,7 @@ class Plan:
     max_steps: int = 0  # an upper limit of the steps if they follow from the minutes; else 0
     parameters: Mapping[str, Any] = field(default_factory=dict)  # of a model that is fitted without gradient descent
     requested: dict[str, Any] = field(default_factory=dict)  # settings that the user gave
+    task_options: dict[str, Any] = field(default_factory=dict)  # options of the task that the user gave
     objective: Objective = field(init=False)
     train_batches: Batches = field(init=False)
     validation: Batches = field(init=False)
@@ -177,11 +178,40 @@ class Plan:
         plan.training_seconds = self.training_seconds
         return plan
 
+    def build_pretrained(self, location: str, callback: Any) -> Plan:
+        """Return a plan that fine-tunes a checkpoint on the same examples, with the preprocessing that belongs to it."""
+        kind, train_rows = type(self.task), self.source.take(self.splits.train)
+        checkpoint = load.inspect_checkpoint(location, None, callback.log, download=False)
+        options = finetune.get_default_options(kind, checkpoint, self.task_options, callback)
+        task = kind.fit(train_rows, kind.options_from(options))
+        task, config = adapt_to_checkpoint(task, train_rows, checkpoint, options, {}, callback)
+        task.metric = self.task.metric
+        dims = {"output_type": task.output_types, **task.model_dims()}
+        config = config or build_config(checkpoint.card, checkpoint.size, dims)
+        parts = {name: configure_part(part, task.model_dims()) for name, part in checkpoint.card.parts.items()}
+        plan = Plan(
+            self.source,
+            task,
+            self.why,
+            self.splits,
+            checkpoint.card,
+            checkpoint.size,
+            config,
+            Settings(),
+            self.advice,
+            parts,
+            location,
+        )
+        plan.complete(self.requested, callback, checkpoint=checkpoint)
+        plan.training_seconds = self.training_seconds
+        return plan
+
     def become(self, other: Plan) -> None:
-        """Take over network, settings and batches of another plan of the same examples."""
-        for name in ("card", "size", "config", "settings", "part_networks", "objective", "train_batches", "validation"):
+        """Take over network, settings, preprocessing and batches of another plan of the same examples."""
+        for name in ("task", "card", "size", "config", "settings", "part_networks", "objective", "train_batches", "validation"):
             setattr(self, name, getattr(other, name))
         self.seconds_per_step, self.max_steps, self.batch_limit = other.seconds_per_step, other.max_steps, other.batch_limit
+        self.weights, self.fresh = other.weights, other.fresh
 
     def adopt(self, baseline: Baseline, own: float | None) -> Baseline:
         """Make a fitted baseline the model of the run, and return the network that it replaces, with its score `own`."""
@@ -239,6 +269,7 @@ class Choice:
     why: str
     splits: Splits
     requested: dict[str, Any]
+    task_options: dict[str, Any]
     model_fields: dict[str, Any]
     machine: dict[str, Any]
     minutes: float  # of training, as far as they are known yet; infinite without a limit
@@ -265,7 +296,8 @@ def choose_network(
     `build_plan`.
     """
     callback = callback or NullCallback()
-    requested, model_fields, task_options, *_ = group_settings(settings or {})
+    requested, model_fields, user_options, *_ = group_settings(settings or {})
+    task_options = user_options
     if minutes is not None:
         requested["minutes"] = minutes
     elif "steps" in requested:
@@ -301,10 +333,7 @@ def choose_network(
         fitted.add_note(f"columns not used, since {kind.name} reads only {reads}: {', '.join(left_out)}")
     config = None
     if checkpoint is not None:
-        dims = {"output_type": kind.output_types, **fitted.model_dims()}
-        if set(checkpoint.card.output_types) & set(kind.output_types):
-            config = checkpoint.build_config(dims, model_fields)
-        fitted = finetune.limit_length(fitted, train_rows, config, checkpoint, task_options, callback)
+        fitted, config = adapt_to_checkpoint(fitted, train_rows, checkpoint, task_options, model_fields, callback)
     for note in fitted.notes:
         callback.log(f"note: {note}")
     choose_metric(fitted, Settings().with_(requested).metric, callback)
@@ -330,6 +359,7 @@ def choose_network(
         why,
         splits,
         requested,
+        user_options,
         model_fields,
         machine,
         limit,
@@ -338,6 +368,24 @@ def choose_network(
         location,
         config,
     )
+
+
+def adapt_to_checkpoint(
+    task: Task,
+    rows: Data,
+    checkpoint: load.Checkpoint,
+    task_options: Mapping[str, Any],
+    model_fields: Mapping[str, Any],
+    callback: Any,
+) -> tuple[Task, Any]:
+    """Return a fitted task whose rows are short enough for a checkpoint, and the config of its network; None if the network has no
+    head for the task.
+    """
+    dims = {"output_type": task.output_types, **task.model_dims()}
+    config = None
+    if set(checkpoint.card.output_types) & set(task.output_types):
+        config = checkpoint.build_config(dims, model_fields)
+    return finetune.limit_length(task, rows, config, checkpoint, task_options, callback), config
 
 
 def list_variants(task: Task, rows: int, allow_smaller: bool = True) -> list[Variant]:
@@ -399,6 +447,7 @@ def build_plan(
     plan = Plan(
         choice.source, fitted, choice.why, choice.splits, card, size, config, Settings(), choice.advice, parts, choice.location
     )
+    plan.task_options = choice.task_options
     plan.complete(choice.requested, callback, checkpoint=checkpoint, clock=clock, nominal_seconds=best.example_seconds)
     if plan.settings.deterministic:
         callback.log(describe_determinism(plan.settings))

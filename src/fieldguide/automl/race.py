@@ -1,6 +1,7 @@
 """The race: several networks train for equal time on the user's data, and the best one goes on.
 
-Contenders are the first choice of the rules and the next best architectures. Each is planned for the whole training time, so its
+Contenders are the first choice of the rules, the next best architectures, and a public checkpoint if one that suits the data was
+downloaded before; its linear head on frozen features is fitted first, and fine-tuning goes on from there. Each is planned for the whole training time, so its
 learning rate hardly falls during the race; its averaged weights are scored on the same validation rows. After each round, those
 that are worse than the leader with high probability (paired bootstrap over rows) are dropped. The winner goes on from its weights.
 """
@@ -15,11 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from fieldguide.automl import frozen_features, pretrained
 from fieldguide.automl.advisor import Advice, Option
 from fieldguide.automl.build_plan import Plan
 from fieldguide.automl.callbacks import NullCallback
+from fieldguide.automl.frozen_features import FrozenFit
+from fieldguide.checkpoints import hub
 from fieldguide.core import distributed
-from fieldguide.core.errors import FieldguideError
+from fieldguide.core.errors import FieldguideError, SettingsError
 from fieldguide.core.hardware import ram
 from fieldguide.tasks.evaluator import Arrays, Evaluator
 from fieldguide.training.inference_loop import collect
@@ -46,6 +50,7 @@ class Contender:
     scores: list[float] = field(default_factory=list)  # monitored metric after each round
     outputs: Arrays | None = None  # on the validation rows
     dropped: str = ""  # why it left the race
+    frozen: FrozenFit | None = None  # of a pretrained network: its linear head on frozen features
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of run.json."""
@@ -55,6 +60,8 @@ class Contender:
             "seconds": round(self.seconds, 2),
             "steps": self.loop.state.step,
             "dropped": self.dropped,
+            **({"weights": self.plan.weights} if self.plan.weights else {}),
+            **({"frozen": self.frozen.describe()} if self.frozen else {}),
         }
 
 
@@ -110,7 +117,29 @@ class Race:
                 except FieldguideError as error:
                     callback.log(f"{option.name} does not race: {error}")
             self.contenders = [Contender(each, build(each, NullCallback())) for each in plans]
+        if (contender := self.build_pretrained()) is not None:
+            self.contenders = [*(self.contenders or [Contender(plan, build(plan, NullCallback()))]), contender]
         self.left -= time.monotonic() - started
+
+    def build_pretrained(self) -> Contender | None:
+        """Return the contender that starts from a public checkpoint; None if none suits that was downloaded before."""
+        plan = self.plan
+        facts = pretrained.read_facts(plan.source, plan.task.name, plan.settings)
+        if (row := pretrained.choose(facts, lambda row: hub.is_downloaded(row.name))) is None:
+            return None
+        self.callback.on_phase(f"preparing {row.name} for the race")
+        try:
+            tuned = plan.build_pretrained(row.location, NullCallback())
+            if not has_same_targets(plan, tuned):
+                raise SettingsError("its targets are not comparable with those of the other networks.")
+            frozen = frozen_features.fit_frozen(tuned, self.callback) if frozen_features.is_possible(tuned) else None
+            loop = self.build(tuned, NullCallback())
+        except FieldguideError as error:
+            self.callback.log(f"{row.name} does not race: {error}")
+            return None
+        if frozen is not None:
+            loop.start_from_scored(frozen.score)
+        return Contender(tuned, loop, frozen=frozen)
 
     def run(self) -> bool:
         """Run the race and put the winner into the plan; return False if there is only one network.
@@ -214,6 +243,12 @@ class Race:
 
     def names(self) -> set[str]:
         return {contender.plan.size for contender in self.contenders}
+
+
+def has_same_targets(a: Plan, b: Plan) -> bool:
+    """Return whether two plans are scored against the same targets, so that their outputs can be compared row by row."""
+    found = [plan.task.targets(plan.source.take(plan.validation_rows[:100])) for plan in (a, b)]
+    return found[0].keys() == found[1].keys() and all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def compute_win_probability(

@@ -67,6 +67,7 @@ def build_record(plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
             "reasons": best.reasons,
             "against": best.against,
             "others": [asdict(o) for o in (plan.advice.options[1:] + plan.advice.rejected)][:20],
+            "is_open": request["model"] == "auto" and request["weights"] is None,
             "frozen_features": frozen_features.is_possible(plan),
         },
         "data": {

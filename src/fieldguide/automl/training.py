@@ -81,8 +81,12 @@ def race(path: Path, record: dict[str, Any], plan: Plan, callback: Clock) -> Tra
     record["model"], record["settings"] = plan.describe_model(), loop.settings.to_dict()
     record["cost"] |= {"training_seconds": plan.training_seconds, "max_steps": plan.max_steps}
     record["race"] = contest.to_record()
-    with update_run(path, record):
-        pass
+    if plan.weights is not None:  # resume starts from them too
+        record["request"]["weights"] = plan.weights
+    if (frozen := contest.winner.frozen) is not None:
+        record["choice"]["frozen"] = frozen.describe()
+    with update_run(path, record) as staging:
+        plan.task.save(staging / "preprocess")
     if is_interrupted:
         loop.save_and_stop()
     return loop
@@ -131,6 +135,7 @@ def train_and_test(
     path: Path, record: dict[str, Any], plan: Plan, callback: Clock, resume: bool = False, more_steps: bool = True
 ) -> Run:
     """Train a plan in its run folder, test it, and return the run."""
+    is_open = record["choice"].get("is_open", False)  # whether the user left the model open
     baselines = fit_baselines(plan, callback)
     is_begun = resume and any((path / "checkpoints").glob("step-*.json"))
     wants_frozen = record["choice"].get("frozen_features", False) and more_steps and not is_begun
@@ -166,8 +171,7 @@ def train_and_test(
 
     finished = False
     try:
-        is_free = record["request"]["model"] == "auto" and record["request"]["weights"] is None
-        state = train(plan, loop, save, more_steps, baselines if is_free else None, callback.log)
+        state = train(plan, loop, save, more_steps, baselines if is_open else None, callback.log)
         if state.stopped:
             callback.log(f"stopped at step {state.step}: {state.stopped}")
         if frozen is not None:
