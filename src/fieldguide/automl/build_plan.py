@@ -164,6 +164,7 @@ class Plan:
                 enough_steps=enough,
                 nominal_seconds=nominal_seconds,
                 time_limit=get_training_seconds(minutes, clock.elapsed, 0.0) if clock and minutes else None,
+                keep_optimizer="optimizer" in requested or "lr" in requested,
             )
         )
 
