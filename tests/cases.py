@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import boxes
 import clips
+import detectors
 import guide
 import pictures
 import references
@@ -898,6 +899,7 @@ CASES = {
     "convnextv2": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),
     "unet": Case(inputs=image, peer=equations(references.unet("valid"))),
     "yolov8": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
+    "detr": Case(inputs=image, peer=detectors.detr, slack=10.0),
     "unet-resnet": Case(inputs=coarse, peer=smp_unet),
     "lstm-classifier": Case(inputs=tokens, peer=last_real, lr=3e-2),
     "rnn": Case(inputs=tokens, peer=packed(nn.RNN)),

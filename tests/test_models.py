@@ -113,6 +113,12 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
     if gives == "boxes":  # the same answer at every point
         wanted = torch.arange(output.shape[-1]) % 2
         return nn.functional.binary_cross_entropy_with_logits(output, wanted.to(output.dtype).expand_as(output))
+    if gives == "queries":  # the same box and the same classes for all
+        wanted = torch.arange(output.shape[-1] - 4) % 2
+        classes = nn.functional.binary_cross_entropy_with_logits(
+            output[..., 4:], wanted.to(output.dtype).expand_as(output[..., 4:])
+        )
+        return classes + (output[..., :4] - 0.2).abs().mean()
     if gives == "embeddings":  # which belongs to which
         logits, target = output[:, 0] @ output[:, 1].T, torch.arange(len(output))
         return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
@@ -202,6 +208,7 @@ def test_output_has_the_declared_shape(name):
         "mask": output.ndim == 4 and output.shape[1] == width,
         "image": output.ndim == 4 and output.shape[1] == width,
         "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "num_classes", 0),
+        "queries": output.shape == (3, getattr(config, "queries", 0), 4 + getattr(config, "num_classes", 0) + 1),
         "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1],
     }[gives]
 

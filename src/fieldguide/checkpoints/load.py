@@ -135,7 +135,9 @@ class Checkpoint:
         if self.card.input_type == "image":
             offered["pixels"] = format_pixels(read_preprocessor(folder)[1], self.card.scale, self.channels)
             if (folder / "run.json").is_file():
-                state, _ = run_folder.read_preprocessing(folder)
+                state, options = run_folder.read_preprocessing(folder)
+                if "pixels" in options and "pictures" not in state:  # a task that does not fit a normalization
+                    offered["pixels"] = options["pixels"]
                 if "pictures" in state:
                     transform = ImageTransform.from_json(state["pictures"])
                     offered["pixels"] = format_pixels({}, (transform.mean, transform.std), self.channels)

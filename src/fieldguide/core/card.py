@@ -67,6 +67,9 @@ OUTPUT_TYPES: dict[str, str] = {
     "boxes": "B A 4R+classes: for each of A points at the centers of grid cells (finest grid first, row by row), R logits "
     "each for the distance to the left, top, right and bottom side (0 to R - 1 strides), then one independent logit "
     "per class; `model.strides` are the cell sizes in pixels, `model.bins` the R distances",
+    "queries": "B Q 4+classes+1: for each of Q queries a box (center x, center y, width, height, as fractions of the image's "
+    'sides), then logits of the classes and of "no object". `model.predict_layers(...)` returns the same for each of the L layers '
+    "of the decoder, L B Q 4+classes+1",
     "video": "B F C H W float: F frames",
     "embeddings": "B 2 E: an image and a text embedding; the products of all image with all text embeddings are logits",
     "forecast": "B H C Q float: H future steps of C series, Q values each (a point, or quantiles)",
@@ -126,6 +129,7 @@ class Closed:
 Scale = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of red, green and blue in 0 .. 1
 IMAGENET: Scale = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI: Scale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # from CLIP's code
+UNIT: Scale = ((0.0,) * 3, (1.0,) * 3)  # pixels / 255
 HALF: Scale = ((0.5,) * 3, (0.5,) * 3)
 
 

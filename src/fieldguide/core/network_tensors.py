@@ -210,6 +210,7 @@ OUTPUT_NAMES = {
     "embeddings": "embeddings",
     "forecast": "forecast",
     "boxes": "grid",
+    "queries": "queries",
 }
 
 
@@ -235,6 +236,9 @@ def describe_output_axes(
     if output == "boxes":
         values = 4 * network.bins.numel() + get("num_classes", 80)
         return (Axis("points"), fix("values", values)), "logits of distances to four sides, then of classes, for each point"
+    if output == "queries":
+        values = 4 + get("num_classes", 80) + 1
+        return (fix("queries", get("queries")), fix("values", values)), "a box, then logits of classes and of no object"
     if output == "embeddings":
         return (fix("sides", 2), fix("embedding", get("embed"))), "an image and a text embedding of length 1"
     if output == "forecast":

@@ -1,4 +1,4 @@
-"""Bounding boxes: intersection over union, complete IoU and non-maximum suppression.
+"""Bounding boxes: intersection over union, generalized and complete IoU, non-maximum suppression.
 
 A box is (left, top, right, bottom) in pixels; right and bottom are exclusive, so its area is (right - left)(bottom -
 top).
@@ -33,6 +33,31 @@ def iou(a: Tensor, b: Tensor) -> Tensor:  # ... 4, ... 4 -> ...
     shared = intersection_area(a, b)
     joint = area(a) + area(b) - shared
     return torch.where(joint > 0, shared / torch.where(joint > 0, joint, 1), 0)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:  # ... 4, ... 4 -> ...
+    """Return the generalized IoU (Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1), -1 to 1.
+
+    It is the IoU minus the fraction of the smallest enclosing box that neither `a` nor `b` covers, and 0 for two empty boxes at
+    one place.
+    """
+    shared = intersection_area(a, b)
+    joint = area(a) + area(b) - shared
+    enclosing = area(torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1))
+    overlap = torch.where(joint > 0, shared / torch.where(joint > 0, joint, 1), 0)
+    return overlap - torch.where(enclosing > 0, (enclosing - joint) / torch.where(enclosing > 0, enclosing, 1), 0)
+
+
+def to_corners(boxes: Tensor) -> Tensor:  # ... 4 -> ... 4
+    """Return boxes (center x, center y, width, height) as (left, top, right, bottom)."""
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([center - half, center + half], -1)
+
+
+def to_centers(boxes: Tensor) -> Tensor:  # ... 4 -> ... 4
+    """Return boxes (left, top, right, bottom) as (center x, center y, width, height)."""
+    first, last = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(first + last) / 2, last - first], -1)
 
 
 def ciou(a: Tensor, b: Tensor) -> Tensor:  # ... 4, ... 4 -> ...

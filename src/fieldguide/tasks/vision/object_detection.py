@@ -27,14 +27,14 @@ from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.media.boxes import SIDES
-from fieldguide.data.preprocessing import list_smaller_sides
+from fieldguide.data.preprocessing import ImageTransform, list_smaller_sides
 from fieldguide.data.preprocessing.augmentation import BoxAugmentation
 from fieldguide.data.preprocessing.detection import Boxed, Letterbox, pad_boxes
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.data.validation.class_names import find_similar_names, find_unseen_classes, list_classes
 from fieldguide.metrics.detection import average_precision, bootstrap
 from fieldguide.objectives import Objective
-from fieldguide.objectives.detection import Detection
+from fieldguide.objectives.detectors import DETECTORS
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.detection_report import build_elements, draw_boxes, match_boxes, open_image
@@ -48,8 +48,8 @@ MAX_DETECTIONS = 100  # maximum boxes per image, as in COCO evaluation
 BOOTSTRAP_REPEATS, MAX_BOOTSTRAP_IMAGES = 30, 2000  # bootstrap repeats, and the maximum images they are drawn from
 
 
-class LetterboxedDetection(Detection):
-    """A detection objective whose predictions are in image pixels: the batch holds the letterbox of each image."""
+class Letterboxed(Objective):
+    """A mixin for detection objectives whose predictions are in image pixels: the batch holds the letterbox of each image."""
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         found = super().outputs(batch)
@@ -58,13 +58,16 @@ class LetterboxedDetection(Detection):
         return {**found, "boxes": boxes}
 
 
+LETTERBOXED = {output: type(f"Letterboxed{kind.__name__}", (Letterboxed, kind), {}) for output, kind in DETECTORS.items()}
+
+
 class ObjectDetection(DetectionSignature, Task):
     name = "object-detection"
     checks_splits = True
     reads = "images with boxes: COCO JSON, YOLO (data.yaml, images, labels) or Pascal VOC (Annotations, JPEGImages)"
     input_types = ("image",)
     feature = ("image",)
-    output_types = ("boxes",)
+    output_types = tuple(DETECTORS)
     column_spec = ColumnSpec("named", names=("objects", "boxes"), kinds={"target": "boxes"})
     metrics = (
         Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True, label="mAP"),
@@ -85,6 +88,7 @@ class ObjectDetection(DetectionSignature, Task):
             None  # fraction of training images made of four (mosaic); None: half if augment=standard, else none
         )
         flip: float = 0.5  # fraction of training images mirrored; 0 if left and right differ, as in text
+        pixels: str | None = None  # mean and standard deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
 
     @dataclass(frozen=True)
     class PredictOptions:
@@ -169,6 +173,7 @@ class ObjectDetection(DetectionSignature, Task):
         if not all(0 <= share <= 1 for share in (options.mosaic or 0, options.flip)):
             raise SettingsError("task.mosaic and task.flip must be between 0 and 1.")
         task.options = fill_options(options, side=side, channels=channels)
+        task.transform  # noqa: B018 - raises for an invalid normalization
         task.scale = learn_scale(data.rows)
         task.notes += describe_scale(task.scale)
         if side < longest:
@@ -213,6 +218,13 @@ class ObjectDetection(DetectionSignature, Task):
         return boxes, labels, crowd
 
     @property
+    def transform(self) -> ImageTransform:
+        """Return the conversion of pixels to the input of the network: division by 255, then by default nothing."""
+        channels = self.options.channels
+        plain = ImageTransform(self.options.side, channels, (0.0,) * channels, (1.0,) * channels)
+        return plain.with_normalization(self.options.pixels) if self.options.pixels else plain
+
+    @property
     def image_scale(self) -> images.Scale | None:
         return self.scale
 
@@ -223,7 +235,8 @@ class ObjectDetection(DetectionSignature, Task):
         return {"side": self.options.side, "num_classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return LetterboxedDetection(model, overlap=self.predict_options.overlap, max_detections=MAX_DETECTIONS)
+        kind = LETTERBOXED[card.output_types[0]]
+        return kind(model, card.inputs, overlap=self.predict_options.overlap, max_detections=MAX_DETECTIONS)
 
     def predict_step(self, objective: Objective) -> Any:
         objective.overlap = self.predict_options.overlap
@@ -262,18 +275,18 @@ class ObjectDetection(DetectionSignature, Task):
             assert targets is not None  # pictures with boxes are fetched only in training
             return pictures, targets[0][index], targets[1][index]
 
-        augment = self.augment(settings)
+        augment, normalize = self.augment(settings), self.transform.apply
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             if generator is not None and augment is not None:
                 pictures, boxes, labels = augment(fetch, index, len(paths), generator)
-                return {"image": pictures / 255, "boxes": boxes, "labels": labels}
+                return {"image": normalize(pictures), "boxes": boxes, "labels": labels}
             if targets is not None and generator is not None:
                 pictures, boxes, labels = fetch(index)
-                return {"image": pictures / 255, "boxes": boxes, "labels": labels}
+                return {"image": normalize(pictures), "boxes": boxes, "labels": labels}
             pictures = load(index)
             batch = {
-                "image": pictures / 255,
+                "image": normalize(pictures),
                 "scale": frame.scale[index],
                 "corner": frame.corner[index],
                 "size": frame.size[index],

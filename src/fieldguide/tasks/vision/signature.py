@@ -15,6 +15,7 @@ from fieldguide.core.signature import (
     Loop,
     OptionSpec,
     RecordField,
+    Signature,
     Step,
     TensorSpec,
     list_values,
@@ -70,6 +71,11 @@ class DetectionSignature(SignatureBuilder):
     threshold: float
     max_detections: ClassVar[int]
 
+    @property
+    def transform(self) -> ImageTransform:
+        """Return the conversion of pixels to the input of the network."""
+        raise NotImplementedError
+
     def describe_inputs(self) -> Sequence[InputField]:
         side = self.options.side
         size = ImageFormat(side, side, self.options.channels, "pad")
@@ -78,13 +84,16 @@ class DetectionSignature(SignatureBuilder):
     def describe_preprocessing(self, card: Card) -> Sequence[Step]:
         side = self.options.side
         about = f"scale to fit {side} x {side} pixels, center, pad; keep scale and corner"
+        normalize = describe_normalization(self.transform.mean, self.transform.std)
         return [
             describe_decoding(self.options.channels, self.scale),
             Step("letterbox", about, True, {"side": side, "fit": "pad", "antialias": True}),
-            Step("scale_pixels", "pixels / 255", True),
+            normalize if self.options.pixels else Step("scale_pixels", "pixels / 255", True),
         ]
 
     def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        if self.options.pixels:
+            return set_image(tensors, "image", self.transform)
         sizes = {"height": self.options.side, "width": self.options.side, "channels": self.options.channels}
         return [replace(spec, axes=fix_axes(spec.axes, sizes), about="pixels / 255", low=0, high=1) for spec in tensors]
 
@@ -97,14 +106,32 @@ class DetectionSignature(SignatureBuilder):
         ]
 
     def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> Sequence[TensorSpec]:
+        if not hasattr(network, "strides"):  # the network has a fixed number of queries
+            return outputs
         points = sum((-(-self.options.side // stride)) ** 2 for stride in network.strides)
         return [replace(spec, axes=fix_axes(spec.axes, {"points": points})) for spec in outputs]
 
-    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+    def build_signature(self, card: Card, config: Any, network: Any) -> Signature:
+        signature = super().build_signature(card, config, network)
+        return replace(signature, postprocessing=(*self.describe_decoding(card), *signature.postprocessing))
+
+    def describe_decoding(self, card: Card) -> Sequence[Step]:
+        """Return the steps from the output of the network to boxes in pixels of the input, scores and classes."""
+        most = {"most": self.max_detections}
+        if card.output_types[0] == "queries":
+            return [
+                Step("decode_boxes", "center and size times the side of the input -> left, top, right, bottom", True),
+                Step("softmax", "scores of the classes; the last, no object, is left out", True),
+                Step("best_class", "the class of the highest score of each query, queries by descending score", True, most),
+            ]
         return [
             Step("decode_boxes", "expected distances to the sides times the stride, around each point", True),
             Step("sigmoid", "scores of the classes", True),
-            Step("nms", "drop boxes that overlap one of a higher score of their class", True, {"most": self.max_detections}),
+            Step("nms", "drop boxes that overlap one of a higher score of their class", True, most),
+        ]
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        return [
             Step("undo_letterbox", "boxes in pixels of the image, clipped to it", True),
             Step("threshold", "keep boxes from a score on", True, {"threshold": self.threshold}),
             Step("draw", "the image with the boxes", False),

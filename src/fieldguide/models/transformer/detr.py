@@ -1,0 +1,398 @@
+"""DETR: object detection as prediction of a set by a Transformer (Carion et al. 2020, arXiv:2005.12872).
+
+New here: a fixed number of learned queries, decoded in parallel, each predicts one box or "no object". In training,
+predictions and objects are matched one to one at the least total cost, so that no object is predicted twice: there are no
+anchors and no non-maximum suppression. The image is a sequence of positions of a ResNet's last map.
+
+Positions are added to queries and keys, not to values, in every layer. Normalization follows each addition. All layers of the
+decoder share the heads and the last norm, so that each of them can be trained to predict (section 3.2).
+
+The ResNet's batch norms are constants (`frozen_norm`), which needs a checkpoint; a network that is trained from the start
+needs `frozen_norm=False`. The authors also keep the stem and the first level of the ResNet fixed; here all of it is trained.
+
+Initialization: matrices of the Transformer Glorot uniform, its biases zero, queries standard normal; the ResNet as for
+classification.
+Shapes: B batch, C channels, H W height and width, D width, S positions of the last map (H/32 W/32), Q queries, L layers of the
+decoder, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.core.card import Card, Size
+from fieldguide.core.errors import SettingsError
+from fieldguide.models.convolutional import resnet
+from fieldguide.models.layers.dot_product_attention import dot_product_attention
+from fieldguide.models.layers.frozen_norm import freeze_norms
+from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, LabelCount
+from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, strip_prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    num_classes: int = 91  # K; COCO's 80 classes have the numbers 1 to 90
+    channels: int = 3  # C
+    block: str = "bottleneck"  # of the ResNet, or "basic"
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks per level of the ResNet
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # inner width per level of the ResNet
+    frozen_norm: bool = True  # the batch norms of the ResNet are constants
+    dim: int = 256  # D, divisible by 4 and by heads
+    heads: int = 8
+    depth: int = 6  # layers of the encoder
+    decoder_depth: int = 6  # L
+    hidden: int = 2048  # width of the feed-forward layers
+    queries: int = 100  # Q: the maximum number of objects in an image
+    dropout: float = 0.1
+
+
+def build_sine_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:  # -> S D
+    """Return the fixed positions of a map, row by row: D/2 values for y, then D/2 for x (arXiv:2005.12872, A.4).
+
+    Each coordinate runs from 1/n to 1 of 2 pi; sines and cosines of the frequencies 10000^(-2i / (D/2)) alternate.
+    """
+    half = dim // 2
+    frequencies = 10000.0 ** (-2 * torch.arange(half // 2, device=device, dtype=dtype) / half)
+
+    def embed(size: int) -> Tensor:  # -> size D/2
+        place = torch.arange(1, size + 1, device=device, dtype=dtype) / (size + 1e-6) * 2 * math.pi
+        angles = place[:, None] * frequencies
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+
+    y, x = embed(height)[:, None].expand(-1, width, -1), embed(width)[None].expand(height, -1, -1)
+    return torch.cat([y, x], -1).flatten(0, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate inputs for queries, keys and values, projected by the three parts of `qkv`."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # B Q D, B S D, B S D -> B Q D
+        parts = zip((query, key, value), self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, w, b in parts)
+        x = dot_product_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    """Linear, ReLU, dropout, linear."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float):
+        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over positions, then a feed-forward network."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
+        super().__init__()
+        self.attention = Attention(dim, heads, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = FeedForward(dim, hidden, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # B S D, S D -> B S D
+        placed = x + positions
+        x = self.norm1(x + self.drop(self.attention(placed, placed, x)))
+        return self.norm2(x + self.drop(self.mlp(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, attention to the image, then a feed-forward network."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
+        super().__init__()
+        self.attention = Attention(dim, heads, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross = Attention(dim, heads, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = FeedForward(dim, hidden, dropout)
+        self.norm3 = nn.LayerNorm(dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:  # B Q D, Q D, B S D, B S D -> B Q D
+        placed = x + queries
+        x = self.norm1(x + self.drop(self.attention(placed, placed, x)))
+        x = self.norm2(x + self.drop(self.cross(x + queries, key, value)))
+        return self.norm3(x + self.drop(self.mlp(x)))
+
+
+class BoxHead(nn.Sequential):
+    """Three linear layers with ReLU between them, the last one of 4 values."""
+
+    def __init__(self, dim: int):
+        super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
+
+
+class DETR(nn.Module):
+    """DETR detector: images of any size -> B Q 4+K+1 (see `OUTPUT_TYPES["queries"]`); the last logit is "no object".
+
+    `predict_layers` returns the predictions of all layers of the decoder. Raises `SettingsError` if `dim` is not divisible
+    by 4 and by `heads`.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ("label",)  # layers that a checkpoint may have for other classes
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if config.dim % 4 or config.dim % config.heads:
+            raise SettingsError(f"dim={config.dim} must be divisible by 4 and by heads={config.heads}.")
+        self.config = config
+        self.backbone = resnet.ResNet(
+            resnet.Config(channels=config.channels, block=config.block, depths=config.depths, widths=config.widths)
+        )
+        self.backbone.head = nn.Identity()  # only `features` of the ResNet is used
+        if config.frozen_norm:
+            freeze_norms(self.backbone)
+        dim, layer = config.dim, (config.dim, config.heads, config.hidden, config.dropout)
+        *_, (width, _) = self.backbone.levels.values()
+        self.reduce = nn.Conv2d(width, dim, 1)
+        self.encoder = nn.ModuleList(EncoderLayer(*layer) for _ in range(config.depth))
+        self.queries = nn.Parameter(torch.empty(config.queries, dim))
+        self.decoder = nn.ModuleList(DecoderLayer(*layer) for _ in range(config.decoder_depth))
+        self.norm = nn.LayerNorm(dim)
+        self.box = BoxHead(dim)
+        self.label = nn.Linear(dim, config.num_classes + 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for stack in (self.encoder, self.decoder):
+            for module in stack.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.queries)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:  # B C H W -> B S D, S D
+        """Return the encoded positions of the image, and the fixed embedding of each position."""
+        *_, x = self.backbone.features(x).values()
+        x = self.reduce(x)
+        height, width = x.shape[-2:]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        positions = build_sine_positions(height, width, self.config.dim, x.device, dtype).to(x.dtype)
+        x = x.flatten(2).mT
+        for layer in self.encoder:
+            x = layer(x, positions)
+        return x, positions
+
+    def decode(self, x: Tensor, positions: Tensor) -> list[Tensor]:  # B S D, S D -> L times B Q D
+        """Return the normalized queries after each layer."""
+        state, states = torch.zeros_like(self.queries).expand(x.shape[0], -1, -1), []
+        placed = x + positions
+        for layer in self.decoder:
+            state = layer(state, self.queries, placed, x)
+            states.append(self.norm(state))
+        return states
+
+    def predict(self, x: Tensor) -> Tensor:  # ... Q D -> ... Q 4+K+1
+        """Return box and class logits of queries."""
+        return torch.cat([self.box(x).sigmoid(), self.label(x)], -1)
+
+    def predict_layers(self, x: Tensor) -> Tensor:  # B C H W -> L B Q 4+K+1
+        return self.predict(torch.stack(self.decode(*self.encode(x))))
+
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B Q 4+K+1
+        return self.predict(self.decode(*self.encode(x))[-1])
+
+
+def place_backbone(table: Mapping[str, Row], prefix: str, ours: str = "backbone.") -> dict[str, Row]:
+    """Return the rows of a ResNet's table for a ResNet inside of a detector, without its classifier.
+
+    Batch counters, which frozen norms do not have, are dropped.
+    """
+    rows: dict[str, Row] = {}
+    for theirs, here in table.items():
+        if isinstance(here, str) and not here.startswith("head"):
+            if theirs.endswith(".*"):
+                rows[f"{prefix}{theirs[:-1]}num_batches_tracked"] = Dropped("frozen norms count no batches")
+            rows[f"{prefix}{theirs}"] = f"{ours}{here}"
+    return rows
+
+
+def name_layers(stack: str, theirs: str, names: Mapping[str, str]) -> dict[str, Row]:
+    """Return the rows of one stack of layers: `names` maps the parts of their layers to the parts of ours."""
+    return {f"{theirs}.{{i}}.{part}.*": f"{stack}.{{i}}.{ours}.*" for part, ours in names.items()}
+
+
+def fuse_attention(stack: str, theirs: str, names: Mapping[str, str], parts: tuple[str, ...]) -> dict[str, Row]:
+    """Return the rows of attention whose three projections are separate tensors in the file."""
+    return {
+        f"{theirs}.{{i}}.{attention}.{part}.{kind}": Fused(f"{stack}.{{i}}.{ours}.qkv.{kind}", number, 3)
+        for attention, ours in names.items()
+        for number, part in enumerate(parts)
+        for kind in ("weight", "bias")
+    }
+
+
+AUTHORS = {  # of github.com/facebookresearch/detr
+    **place_backbone(resnet.TORCHVISION, "backbone.0.body."),
+    "input_proj.*": "reduce.*",
+    "query_embed.weight": "queries",
+    **{
+        f"transformer.{stack}.layers.{{i}}.{theirs}.in_proj_{kind}": f"{stack}.{{i}}.{ours}.qkv.{kind}"
+        for stack, theirs, ours in (
+            ("encoder", "self_attn", "attention"),
+            ("decoder", "self_attn", "attention"),
+            ("decoder", "multihead_attn", "cross"),
+        )
+        for kind in ("weight", "bias")
+    },
+    **{
+        row: ours
+        for stack, names in (
+            ("encoder", {"self_attn.out_proj": "attention.proj", "norm1": "norm1", "norm2": "norm2"}),
+            (
+                "decoder",
+                {
+                    "self_attn.out_proj": "attention.proj",
+                    "multihead_attn.out_proj": "cross.proj",
+                    "norm1": "norm1",
+                    "norm2": "norm2",
+                    "norm3": "norm3",
+                },
+            ),
+        )
+        for row, ours in name_layers(
+            stack, f"transformer.{stack}.layers", {**names, "linear1": "mlp.0", "linear2": "mlp.3"}
+        ).items()
+    },
+    "transformer.decoder.norm.*": "norm.*",
+    "bbox_embed.layers.0.*": "box.0.*",
+    "bbox_embed.layers.1.*": "box.2.*",
+    "bbox_embed.layers.2.*": "box.4.*",
+    "class_embed.*": "label.*",
+}
+
+
+def huggingface_keys(backbone: Mapping[str, Row]) -> dict[str, Row]:
+    """Return the key table of files of transformers, which begin with the ResNet of transformers or of timm.
+
+    Since version 5 the names in files (`out_proj`, `fc1`) differ from those of the live network (`o_proj`, `mlp.fc1`).
+    """
+    heads = ("q_proj", "k_proj", "v_proj")
+    mlp = {"fc1": "mlp.0", "fc2": "mlp.3", "self_attn.out_proj": "attention.proj", "self_attn_layer_norm": "norm1"}
+    cross = {"encoder_attn.out_proj": "cross.proj", "encoder_attn_layer_norm": "norm2"}
+    return {
+        **place_backbone(backbone, "model.backbone.conv_encoder.model."),
+        "model.input_projection.*": "reduce.*",
+        "model.query_position_embeddings.weight": "queries",
+        **fuse_attention("encoder", "model.encoder.layers", {"self_attn": "attention"}, heads),
+        **name_layers("encoder", "model.encoder.layers", {**mlp, "final_layer_norm": "norm2"}),
+        **fuse_attention("decoder", "model.decoder.layers", {"self_attn": "attention", "encoder_attn": "cross"}, heads),
+        **name_layers("decoder", "model.decoder.layers", {**mlp, **cross, "final_layer_norm": "norm3"}),
+        "model.decoder.layernorm.*": "norm.*",
+        "bbox_predictor.layers.0.*": "box.0.*",
+        "bbox_predictor.layers.1.*": "box.2.*",
+        "bbox_predictor.layers.2.*": "box.4.*",
+        "class_labels_classifier.*": "label.*",
+    }
+
+
+def read_backbone(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the ResNet in a configuration, which may name it ("resnet50", of timm) or describe it."""
+    inner = raw.get("backbone_config") or {}
+    if inner.get("model_type") == "resnet":
+        block = inner.get("layer_type", "bottleneck")
+        growth = resnet.get_growth(block)
+        widths = tuple(width // growth for width in inner.get("hidden_sizes", (256, 512, 1024, 2048)))
+        return {"block": block, "depths": tuple(inner.get("depths", (3, 4, 6, 3))), "widths": widths}
+    name = inner.get("backbone") or raw.get("backbone") or "resnet50"
+    made = resnet.CARD.resolve_config(name)
+    return {"block": made.block, "depths": made.depths, "widths": made.widths}
+
+
+def write_backbone(config: Config) -> dict[str, Any]:
+    growth = resnet.get_growth(config.block)
+    return {
+        "model_type": "resnet",
+        "num_channels": config.channels,
+        "layer_type": config.block,
+        "depths": list(config.depths),
+        "hidden_sizes": [growth * width for width in config.widths],
+        "embedding_size": config.widths[0],
+        "out_features": [f"stage{len(config.depths)}"],
+    }
+
+
+CONFIG: dict[str, ConfigRow] = {  # of transformers
+    "model_type": Expect("detr"),
+    "architectures": Expect(["DetrForObjectDetection"]),
+    "id2label": LabelCount("num_classes"),
+    "num_channels": "channels",
+    "backbone_config": Derived(read_backbone, write_backbone),
+    "use_timm_backbone": Derived(lambda raw: {}, lambda config: False),
+    "d_model": "dim",
+    "encoder_attention_heads": "heads",
+    "decoder_attention_heads": Expect(lambda config: config.heads),
+    "encoder_layers": "depth",
+    "decoder_layers": "decoder_depth",
+    "encoder_ffn_dim": "hidden",
+    "decoder_ffn_dim": Expect(lambda config: config.hidden),
+    "num_queries": "queries",
+    "dropout": "dropout",
+    "activation_function": Expect("relu"),
+    "position_embedding_type": Expect("sine"),
+    "dilation": Expect(False),  # True is the variant DC5, whose last level is not downsampled
+}
+
+SOURCE = "github.com/facebookresearch/detr; 222,400 fewer without the stem and the first level, which the authors keep fixed"
+
+CARD = Card(
+    name="detr",
+    model=DETR,
+    config=Config,
+    paper="arXiv:2005.12872",
+    year=2020,
+    input_type="image",
+    output_type="queries",
+    sizes={
+        "detr-resnet50": Size(params=41_524_768, source=SOURCE),
+        "detr-resnet101": Size(depths=(3, 4, 23, 3), params=60_464_672, source=SOURCE),
+        # Not published; for CPUs and for training from the start: ResNet-18 of half the width, three layers each.
+        "detr-mini": Size(
+            block="basic",
+            depths=(2, 2, 2, 2),
+            widths=(32, 64, 128, 256),
+            frozen_norm=False,
+            dim=128,
+            heads=4,
+            depth=3,
+            decoder_depth=3,
+            hidden=512,
+            queries=50,
+            dropout=0.0,
+        ),
+        "detr-test": Size(
+            num_classes=3,
+            block="basic",
+            depths=(1, 1),
+            widths=(8, 12),
+            dim=16,
+            heads=2,
+            depth=1,
+            decoder_depth=2,
+            hidden=24,
+            queries=5,
+            dropout=0.0,
+        ),
+    },
+    weights={
+        "huggingface": huggingface_keys(strip_prefix(resnet.HUGGINGFACE, "resnet.")),
+        "huggingface-timm": huggingface_keys(resnet.TORCHVISION),
+        "facebookresearch": AUTHORS,
+    },
+    configs={"huggingface": CONFIG},
+    recipe={"optimizer": "adamw", "lr": 2e-4, "weight_decay": 1e-4, "warmup": 0.05, "grad_clip": 0.1},
+)

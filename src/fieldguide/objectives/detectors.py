@@ -1,0 +1,12 @@
+"""The objective that trains a detector, by the output type of its card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fieldguide.objectives.detection import Detection
+from fieldguide.objectives.set_detection import SetDetection
+
+# Each is made from (model, inputs, max_detections=..., overlap=...) and returns `boxes`, `scores` and `labels` as `Detection` does.
+DETECTORS: Mapping[str, type[Any]] = {"boxes": Detection, "queries": SetDetection}

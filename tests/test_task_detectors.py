@@ -1,0 +1,99 @@
+"""Every detector trains, predicts and is described by the same task, whatever its network returns."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from fieldguide import load, save
+from fieldguide.automl.fit import fit
+from fieldguide.checkpoints.load import inspect_checkpoint
+from fieldguide.core.errors import SettingsError
+from fieldguide.core.settings import Settings
+from fieldguide.data import read
+from fieldguide.data.samples import path as sample
+from fieldguide.models.registry import card, cards, create
+from fieldguide.objectives.detectors import DETECTORS
+from fieldguide.tasks.vision.object_detection import ObjectDetection
+
+NAMES = [name for name, known in cards().items() if known.output_types[0] in DETECTORS]
+SETTINGS = {"steps": 4, "batch": 4, "evaluate": 4, "precision": "float32", "channels_last": False, "augment": "none"}
+SMALL = {"task.side": 64, "task.classes": "0,1,6"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Return a folder with 60 images of the sample `scattered`."""
+    source, root = sample("scattered"), tmp_path_factory.mktemp("images")
+    shutil.copy(source / "data.yaml", root)
+    for kind in ("images", "labels"):
+        (root / kind).mkdir()
+        for file in sorted((source / kind).iterdir())[:60]:
+            shutil.copy(file, root / kind)
+    return root
+
+
+def some_images(images, count: int, **options):
+    options = ObjectDetection.options_from({"side": 64, "classes": "0,1,6", **options})
+    data = ObjectDetection.build_examples(read(images), options).take(np.arange(count))
+    return ObjectDetection.fit(data, options), data
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_detector_trains_and_predicts(name, images, tmp_path):
+    run = fit(str(images), model=f"{name}-test", minutes=2, out=tmp_path / "run", settings={**SETTINGS, **SMALL})
+    assert set(run.scores) >= {"map", "map50"}
+    picture = sample("scattered") / "images" / "0001.png"
+    (answer,) = run.predict([str(picture)], threshold=0.0)
+    assert all(set(o) == {"label", "score", "box"} and 0 <= o["score"] <= 1 for o in answer["objects"])
+    assert all(0 <= v <= 96 for o in answer["objects"] for v in o["box"])
+    steps = [step.name for step in run.signature.postprocessing]
+    assert steps[0] == "decode_boxes" and steps[-3:] == ["undo_letterbox", "threshold", "draw"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_falls_on_one_batch(name, images):
+    """The loss of the objective that the card gets, with boxes of real images."""
+    task, data = some_images(images, 8)
+    torch.manual_seed(0)
+    model = create(f"{name}-test", **{k: v for k, v in task.model_dims().items() if card(name).accepts(k)})
+    objective = task.objective(model, card(name), Settings()).train()
+    batch = task.batches(data, card(name), Settings()).make(np.arange(8), torch.Generator())
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        parts = objective(batch)
+        parts["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(parts["loss"].item())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
+
+
+def test_checkpoints_bring_their_normalization(images, tmp_path):
+    """Networks with public weights read standardized pixels; runs keep what they were trained with."""
+    torch.manual_seed(0)
+    save(create("detr-test", num_classes=4), tmp_path / "public", "huggingface")
+    settings = {**SETTINGS, **SMALL, "finetune": "whole"}
+    run = fit(str(images), weights=str(tmp_path / "public"), minutes=2, out=tmp_path / "run", settings=settings)
+    assert run.task.options.pixels.startswith("0.485,")
+    assert [step.name for step in run.signature.preprocessing] == ["decode_image", "letterbox", "normalize"]
+    assert inspect_checkpoint(run.path).preprocessing_defaults()["pixels"] == run.task.options.pixels
+    assert load(run.path).config.num_classes == 3
+    task, data = some_images(images, 2, pixels="0.5,0.5,0.5/0.25,0.25,0.25", channels=3)
+    plain, _ = some_images(images, 2, channels=3)
+    got, raw = (one.predict_batches(data, card("detr")).make(np.arange(2), None)["image"] for one in (task, plain))
+    torch.testing.assert_close(got, (raw - 0.5) / 0.25)
+    with pytest.raises(SettingsError, match="not a mean and standard deviation for 3 channels"):
+        some_images(images, 2, pixels="0.5/0.25", channels=3)
+
+
+def test_yolo_reads_unscaled_pixels(tmp_path):
+    """Its public weights were trained with pixels / 255."""
+    model = create("yolov8-test")
+    offered = inspect_checkpoint(save(model, tmp_path / "model.safetensors", "ultralytics")).preprocessing_defaults()
+    assert offered["pixels"] == "0.0,0.0,0.0/1.0,1.0,1.0"
