@@ -24,7 +24,7 @@ MAX_EVALUATIONS = 40  # evaluations during a run
 MAX_EVALUATION_TIME_FRACTION = 0.2  # fraction of the planned time spent on evaluations
 MIN_MEASURING_SECONDS, MAX_MEASURING_FRACTION = 2.0, 0.03  # of the limit, for timing steps before training
 NOMINAL_STEP_SECONDS = 0.005  # of a deterministic run: the part of a step that does not depend on its examples
-MAX_UPDATE_FRACTION = 1.0  # seconds of an update of Muon, relative to those of the passes, that it earns (benchmarks/defaults.py)
+MAX_UPDATE_FRACTION = 1.0  # time of an update of Muon, relative to the passes, that it earns (benchmarks/defaults.py)
 ENOUGH_STEPS = 1000  # below this number of steps, batches are made smaller to fit more steps into the minutes
 
 
