@@ -53,7 +53,14 @@ def load_curves(path: Path) -> list[dict[str, Any]]:
         line["skill_error"] = max(abs(line["error"] / (perfect - trivial)), MIN_ERROR)
         line["architecture"] = registry.find(line["model"])[0].name
         found.append(line)
+    for line in found:
+        solved = [other["skill"] for other in found if other["solver"] and key_of(other) == key_of(line)]
+        line["baseline"] = round(max(solved), 4) if solved else None
     return found
+
+
+def key_of(line: dict[str, Any]) -> tuple[str, int]:
+    return line["data"], line["rows"]
 
 
 def compute_features(line: dict[str, Any]) -> dict[str, float]:
@@ -124,11 +131,11 @@ def measure_regret(groups: dict[tuple, list], names: list[str], weights: Any) ->
 
 def measure_expectations(curves: list[dict[str, Any]]) -> tuple[float, float, int]:
     """Return the median error of expected skills for data sets left out, the coverage of the 80 % range, and their number."""
-    trainings = [to_training(line) for line in curves]
+    trainings = [to_training(line) for line in curves if not line["solver"]]
     errors, inside = [], []
     for own in trainings:
         others = [t for t in trainings if t.data != own.data]
-        found = evidence.expect(own.task, own.model, own.architecture, own.rows, own.examples, others)
+        found = evidence.expect(own.task, own.model, own.architecture, own.rows, own.examples, own.baseline, others)
         if found:
             errors.append(abs(found.median - own.skill))
             inside.append(found.low <= own.skill <= found.high)
@@ -138,7 +145,14 @@ def measure_expectations(curves: list[dict[str, Any]]) -> tuple[float, float, in
 def to_training(line: dict[str, Any]) -> evidence.Training:
     examples = max(line["steps"] * line["batch"], line["rows"] if line["solver"] else 1)
     return evidence.Training(
-        line["data"], line["task"], line["model"], line["architecture"], line["rows"], examples, round(line["skill"], 4)
+        line["data"],
+        line["task"],
+        line["model"],
+        line["architecture"],
+        line["rows"],
+        examples,
+        round(line["skill"], 4),
+        line["baseline"],
     )
 
 
@@ -159,10 +173,9 @@ def write_rules(names: list[str], weights: np.ndarray) -> None:
 def write_evidence(curves: list[dict[str, Any]]) -> None:
     with open(EVIDENCE, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("data", "task", "model", "architecture", "rows", "examples", "skill"))
-        for line in curves:
-            t = to_training(line)
-            writer.writerow((t.data, t.task, t.model, t.architecture, t.rows, int(t.examples), t.skill))
+        writer.writerow(("data", "task", "model", "architecture", "rows", "examples", "skill", "baseline"))
+        for t in (to_training(line) for line in curves if not line["solver"]):
+            writer.writerow((t.data, t.task, t.model, t.architecture, t.rows, int(t.examples), t.skill, t.baseline))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import time  # noqa: E402
 time.monotonic = time.perf_counter = time.process_time  # before anything else can take a reference
 
 import argparse  # noqa: E402
+import functools  # noqa: E402
 import json  # noqa: E402
 import zlib  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
@@ -49,7 +50,6 @@ MAX_CANDIDATES = 5  # networks for each data set, of different architectures but
 MIN_STEPS = 3  # networks that make fewer steps in a budget are too slow for it
 MIN_ROWS = 200  # training rows of a subset
 SUBSETS = (1.0, 0.25)  # fractions of the training rows
-EVALUATIONS = 12  # scores within a training
 
 
 @dataclass
@@ -89,31 +89,39 @@ def list_sources(folder: Path) -> list[Source]:
     return [source for pair in zip_longest(found, named) for source in pair if source]  # so that a part covers both
 
 
-def plan_for(source: Source, folder: Path, fraction: float, **more: Any) -> Plan:
-    """Return the plan of a network for a fraction of the training rows of a data set."""
-    settings = dict(source.settings) | more.pop("settings", {})
+@functools.lru_cache(maxsize=2)
+def read_source(name: str, path: str, target: str | None, task: str | None) -> tuple[Any, str | None]:
+    """Return the data of a source, and its task if that is set."""
     request: dict[str, Any] = {
-        "data": str(folder / source.path) if source.path else source.name,
-        "target": source.target,
+        "data": path or name,
+        "target": target,
         "group": None,
         "time": None,
         "allow_bad": True,
         "kinds": {},
         "roles": {},
-        "task": source.task,
+        "task": task,
         "settings": {},
         "weights": None,
         "model": "auto",
     }
     data, _, _ = read_for(request, request["data"])
-    first = build_plan(data, task=request["task"], settings={**settings, "steps": 1, "precision": "float32"}, **more)
-    rows = len(first.splits.train)
+    return data, request["task"]
+
+
+def plan_for(source: Source, folder: Path, splits: Splits | None = None, **more: Any) -> Plan:
+    """Return the plan of a network for a data set."""
+    path = str(folder / source.path) if source.path else ""
+    data, task = read_source(source.name, path, source.target, source.task)
+    return build_plan(data, task=task, settings=dict(source.settings), splits=splits, **more)
+
+
+def take_fraction(source: Source, splits: Splits, fraction: float) -> Splits:
+    """Return splits with a fraction of the training rows, at most `max_rows` of them."""
+    rows = len(splits.train)
     keep = min(int(fraction * rows), source.max_rows)
-    splits = first.splits
-    if keep < rows:
-        kept = np.sort(np.random.default_rng(0).permutation(splits.train)[:keep])
-        splits = Splits(**{**vars(splits), "train": kept})
-    return build_plan(data, task=request["task"], settings=settings, splits=splits, **more)
+    kept = np.sort(np.random.default_rng(0).permutation(splits.train)[:keep])
+    return splits if keep >= rows else Splits(**{**vars(splits), "train": kept})
 
 
 def choose_candidates(plan: Plan) -> list[str]:
@@ -158,10 +166,14 @@ def train(plan: Plan, budget: float) -> dict[str, Any]:
     }
 
 
-def record(source: Source, folder: Path, budgets: list[float], known: set[tuple]) -> Iterator[dict[str, Any]]:
+def record(
+    source: Source, folder: Path, budgets: list[float], fractions: list[float], known: set[tuple]
+) -> Iterator[dict[str, Any]]:
     """Yield the lines of a data set that are not known yet."""
-    for fraction in SUBSETS:
-        base = plan_for(source, folder, fraction, minutes=2)
+    whole = plan_for(source, folder, minutes=2)
+    for fraction in fractions:
+        splits = take_fraction(source, whole.splits, fraction)
+        base = plan_for(source, folder, splits, minutes=2)
         rows = len(base.splits.train)
         if fraction < 1 and rows < MIN_ROWS:
             continue
@@ -183,7 +195,7 @@ def record(source: Source, folder: Path, budgets: list[float], known: set[tuple]
                 if trivial is None:
                     trivial = measure_trivial(base)
                 try:
-                    plan = plan_for(source, folder, fraction, model=name, minutes=budget / 60)
+                    plan = plan_for(source, folder, splits, model=name, minutes=budget / 60)
                     line = train(plan, budget)
                 except Interrupted:
                     raise
@@ -209,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="")
+    parser.add_argument("--fractions", default=",".join(f"{f:g}" for f in SUBSETS), help="of the training rows")
     parser.add_argument("--part", default="0/1", help="K/N: only every Nth data set from the Kth on, for N processes")
     parser.add_argument("--budgets", default=",".join(f"{b:g}" for b in BUDGETS))
     arguments = parser.parse_args()
@@ -222,7 +235,8 @@ def main() -> None:
         if (wanted and source.name not in wanted) or (not wanted and zlib.crc32(source.name.encode()) % parts != part):
             continue
         try:
-            for line in record(source, folder, [float(b) for b in arguments.budgets.split(",")], known):
+            budgets, fractions = ([float(v) for v in text.split(",")] for text in (arguments.budgets, arguments.fractions))
+            for line in record(source, folder, budgets, fractions, known):
                 with open(arguments.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print(

@@ -162,16 +162,28 @@ def trainings(task: str = "image-classification") -> list[Training]:
 
 def test_expected_skills_grow_with_the_examples_seen():
     skills = [
-        evidence.expect("image-classification", "resnet20", "resnet", 2000, n, trainings()).median for n in (1e4, 1e5, 1e6)
+        evidence.expect("image-classification", "resnet20", "resnet", 2000, n, None, trainings()).median
+        for n in (1e4, 1e5, 1e6)
     ]
     assert skills == sorted(skills) and skills[0] < 0.7 < skills[-1]
-    found = evidence.expect("image-classification", "resnet20", "resnet", 1000, 1e5, trainings())
+    found = evidence.expect("image-classification", "resnet20", "resnet", 1000, 1e5, None, trainings())
     assert found.low <= found.median <= found.high and found.data[0] == "a"
 
 
+def test_a_baseline_shows_how_hard_the_data_is():
+    """The network halves the error of the baseline on both recorded data sets."""
+    known = [
+        Training("easy", "t", "m", "a", 1000, 1e5, skill=0.9, baseline=0.8),
+        Training("hard", "t", "m", "a", 1000, 1e5, skill=0.5, baseline=0.0),
+    ]
+    found = evidence.expect("t", "m", "a", 1000, 1e5, 0.6, known)
+    assert found.median == pytest.approx(0.8, abs=0.02) and found.low <= 0.8 <= found.high
+    assert evidence.expect("t", "m", "a", 1000, 1e5, None, known).median == pytest.approx(0.7, abs=0.1)
+
+
 def test_nothing_is_expected_without_evidence():
-    assert evidence.expect("translation", "transformer-s", "transformer", 1000, 1e5, trainings()) is None
-    assert evidence.expect("image-classification", "resnet20", "resnet", 10**9, 1e12, trainings()) is None
+    assert evidence.expect("translation", "transformer-s", "transformer", 1000, 1e5, None, trainings()) is None
+    assert evidence.expect("image-classification", "resnet20", "resnet", 10**9, 1e12, None, trainings()) is None
 
 
 @pytest.mark.parametrize(
@@ -186,5 +198,5 @@ def test_skills_and_scores_are_inverse(score, trivial, better, skill):
 def test_the_recorded_evidence_is_complete():
     """Networks exist under their names, and skills are finite."""
     for training in evidence.load_trainings():
-        card, size = registry.find(training.model)
+        card, _ = registry.find(training.model)
         assert card.name == training.architecture and math.isfinite(training.skill) and training.examples > 0

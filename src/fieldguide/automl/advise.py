@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from fieldguide.automl import evidence, pretrained, race
 from fieldguide.automl.advisor import TARGET_EPOCHS, Option
-from fieldguide.automl.build_plan import Choice, choose_network
+from fieldguide.automl.build_plan import Choice, Plan, choose_network
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.clock import Clock
 from fieldguide.automl.request import get_location, group_settings, read_for
@@ -21,6 +22,7 @@ from fieldguide.tasks.spec import Metric
 
 MAX_CANDIDATES = 6
 TRIVIAL_ROWS = 2000  # validation rows that the trivial score is computed from
+BASELINE_SECONDS = 5.0  # that fitting one baseline may take
 BATCH = 32  # examples per step, for the planned memory
 
 
@@ -66,7 +68,8 @@ class DataAdvice:
         metric: the score that selects the model.
         candidates: networks, the first choice first.
         rejected: networks that were ruled out, with the reason.
-        baselines: models that are fitted in seconds and compared with the network.
+        baselines: models that are fitted in seconds and compared with the network, with their validation scores; None for those
+            that take longer.
         racing: candidates that would train against each other; one if there is no race.
         pretrained: the line about public weights; empty if none suit.
         notes: of the task about the data.
@@ -83,7 +86,7 @@ class DataAdvice:
     metric: Metric
     candidates: list[Candidate]
     rejected: list[tuple[str, str]]
-    baselines: tuple[str, ...]
+    baselines: dict[str, float | None]
     racing: tuple[str, ...]
     pretrained: str
     notes: list[str] = field(default_factory=list)
@@ -112,10 +115,13 @@ def advise(
     weights: str | Path | None = None,
     callback: NullCallback | None = None,
     memory: bool = True,
+    baselines: bool = True,
 ) -> DataAdvice:
-    """Return which networks suit some data and this machine, and what `fit` would do. Nothing is trained or downloaded.
+    """Return which networks suit some data and this machine, and what `fit` would do. No network is trained, and nothing is
+    downloaded.
 
-    The parameters are those of `fit`. `memory` also plans the memory of each candidate, which takes a second or two for each.
+    The parameters are those of `fit`. `memory` plans the memory of each candidate, which takes a second or two for each. `baselines`
+    fits those that take seconds: their scores show how hard the data is.
 
     Raises
     ------
@@ -155,7 +161,12 @@ def advise(
         clock=clock,
     )
     clock.on_phase("planning time and memory")
-    trivial = measure_trivial(choice)
+    trivial, metric = measure_trivial(choice), choice.task.monitored_metric()
+    clock.on_phase("fitting baselines")
+    baselines = fit_baselines(choice) if baselines else dict.fromkeys(choice.task.baseline_models)
+    sign = 1 if metric.better == "max" else -1
+    best = max((s for s in baselines.values() if s is not None and s == s), key=lambda s: sign * s, default=None)
+    skill = evidence.to_skill(best, trivial, metric.better) if best is not None and trivial is not None else None
     found = choice.advice
     _ = found.best  # raises if there is none
     kind = choice.task
@@ -169,22 +180,22 @@ def advise(
         machine=choice.machine,
         minutes=chosen.minutes,
         training_minutes=choice.minutes,
-        metric=kind.monitored_metric(),
-        candidates=[describe_option(o, choice, trivial, memory) for o in found.options[:MAX_CANDIDATES]],
+        metric=metric,
+        candidates=[describe_option(o, choice, trivial, skill, memory) for o in found.options[:MAX_CANDIDATES]],
         rejected=[(o.name, o.rejected) for o in {o.architecture: o for o in found.rejected if o.rejected}.values()],
-        baselines=tuple(kind.baseline_models),
+        baselines=baselines,
         racing=tuple(list_racing(choice)),
         pretrained=pretrained.suggest(choice.source, kind.name, chosen, model) if weights is None else f"weights: {weights}",
         notes=list(kind.notes),
     )
 
 
-def describe_option(option: Option, choice: Choice, trivial: float | None, memory: bool) -> Candidate:
-    """Return an option with its cost and the score to expect."""
+def describe_option(option: Option, choice: Choice, trivial: float | None, baseline: float | None, memory: bool) -> Candidate:
+    """Return an option with its cost and the score to expect. `baseline` is the skill of the best baseline."""
     rows, metric = len(choice.splits.train), choice.task.monitored_metric()
     epoch = option.seconds / TARGET_EPOCHS
     epochs = 60 * choice.minutes / epoch if epoch > 0 else math.inf
-    found = evidence.expect(choice.task.name, option.name, option.architecture, rows, rows * min(epochs, 1e6))
+    found = evidence.expect(choice.task.name, option.name, option.architecture, rows, rows * min(epochs, 1e6), baseline)
     expected = None
     if found and trivial is not None:
         low, median, high = (evidence.to_score(s, trivial, metric.better) for s in (found.low, found.median, found.high))
@@ -252,6 +263,25 @@ def measure_trivial(choice: Choice) -> float | None:
     except (FieldguideError, NotImplementedError, KeyError):
         return None
     return max((float(s) for s in scores if s == s), key=lambda s: sign * s, default=None)
+
+
+def fit_baselines(choice: Choice) -> dict[str, float | None]:
+    """Return the validation scores of the baselines of a task, each fitted within `BASELINE_SECONDS`; None if one fails."""
+    from fieldguide.automl.advisor import build_config
+    from fieldguide.automl.baselines import solve
+    from fieldguide.models import registry
+
+    task, found = choice.task, dict[str, float | None]()
+    for name in task.baseline_models:
+        card = registry.card(name)
+        try:
+            config = build_config(card, card.default, {"output_type": task.output_types, **task.model_dims()})
+            plan = Plan(choice.source, task, choice.why, choice.splits, card, card.default, config, Settings(), choice.advice)
+            plan.complete(choice.requested, NullCallback())
+            found[name] = solve(plan, card, config, time.monotonic() + BASELINE_SECONDS, NullCallback()).score
+        except (FieldguideError, MemoryError):
+            found[name] = None
+    return found
 
 
 def list_racing(choice: Choice) -> list[str]:

@@ -2,8 +2,12 @@
 
 A score is compared across data sets as a skill: 0 for the best reference that is no model, such as the most frequent class, 1 for a
 perfect score. The skill of a planned training is expected to be like that of recorded ones which are near it: the same task and
-network, as many training rows, as many examples seen. `benchmarks/learning_curves.py` records trainings, and
-`benchmarks/fit_rules.py` writes the table and measures how well scores are predicted for data sets that are left out.
+network, as many training rows, as many examples seen. Where a baseline was fitted, such as a linear model, its skill shows how hard
+the data is, and what is expected is the factor between the errors (1 - skill) of network and baseline.
+
+Data sets differ more than trainings on one of them, so each counts once, and one imagined data set with any result is added.
+`benchmarks/learning_curves.py` records trainings, and `benchmarks/fit_rules.py` writes the table and measures how well scores are
+predicted for data sets that are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ OTHER_MODEL, OTHER_ARCHITECTURE = 0.5, 2.0  # distances to a training of another
 DOUBLINGS_PER_DISTANCE = 3.0  # doublings of the rows or the examples seen that count as a distance of 1
 MAX_DISTANCE = 4.0  # of trainings that are considered
 QUANTILES = (0.1, 0.5, 0.9)
+PRIOR_WEIGHT = 0.3  # of the imagined data set, where a recorded one at distance 0 has 1
+PRIOR_SKILLS = (0.02, 0.2, 0.4, 0.6, 0.8, 0.98)
+PRIOR_FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the error of the baseline
+MIN_ERROR = 1e-3  # 1 - skill at least, for factors
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Training:
     rows: int  # training rows
     examples: float  # seen in training: steps times batch
     skill: float
+    baseline: float | None = None  # skill of the best baseline on the same rows
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ def load_trainings() -> tuple[Training, ...]:
             int(row["rows"]),
             float(row["examples"]),
             float(row["skill"]),
+            float(row["baseline"]) if row["baseline"] else None,
         )
         for row in csv.DictReader(text.splitlines())
     )
@@ -80,20 +90,52 @@ def to_score(skill: float, trivial: float, better: str, scale: float = 0.0) -> f
 
 
 def expect(
-    task: str, model: str, architecture: str, rows: int, examples: float, trainings: Sequence[Training] | None = None
+    task: str,
+    model: str,
+    architecture: str,
+    rows: int,
+    examples: float,
+    baseline: float | None = None,
+    trainings: Sequence[Training] | None = None,
 ) -> Expectation | None:
-    """Return the expected skill of a training; None if nothing near it was recorded."""
+    """Return the expected skill of a training; None if nothing near it was recorded.
+
+    `baseline` is the skill of the best baseline on this data.
+    """
     near = [t for t in (load_trainings() if trainings is None else trainings) if t.task == task]
-    distances = np.array([compute_distance(t, model, architecture, rows, examples) for t in near])
-    if not len(near) or distances.min() > MAX_DISTANCE:
+    if baseline is not None:
+        near = [t for t in near if t.baseline is not None]
+    weights = np.array([math.exp(-compute_distance(t, model, architecture, rows, examples)) for t in near])
+    kept = weights >= math.exp(-MAX_DISTANCE)
+    if not kept.any():
         return None
-    weights = np.where(distances <= MAX_DISTANCE, np.exp(-distances), 0.0)
-    order = np.argsort([t.skill for t in near])
-    skills, weights = np.array([t.skill for t in near])[order], weights[order]
-    reached = (np.cumsum(weights) - weights / 2) / weights.sum()
-    low, median, high = np.interp(QUANTILES, reached, skills)
-    named = tuple(dict.fromkeys(t.data for t, d in sorted(zip(near, distances), key=lambda p: p[1]) if d <= MAX_DISTANCE))
-    return Expectation(float(low), float(median), float(high), named)
+    near, weights = [t for t, k in zip(near, kept) if k], weights[kept]
+    order = [near[i].data for i in np.argsort(-weights)]
+    for name in set(order):  # a data set counts as much as its nearest training
+        own = np.array([t.data == name for t in near])
+        weights[own] *= weights[own].max() / weights[own].sum()
+    if baseline is None:
+        values, prior = [t.skill for t in near], PRIOR_SKILLS
+    else:
+        values, prior = [get_factor(t.skill, t.baseline or 0.0) for t in near], PRIOR_FACTORS
+    found = compute_quantiles([*values, *prior], [*weights, *[PRIOR_WEIGHT / len(prior)] * len(prior)])
+    if baseline is not None:
+        found = sorted(1 - factor * max(1 - baseline, MIN_ERROR) for factor in found)
+    low, median, high = found
+    return Expectation(low, median, high, tuple(dict.fromkeys(order)))
+
+
+def get_factor(skill: float, baseline: float) -> float:
+    """Return the error of a network as a fraction of that of the baseline."""
+    return max(1 - skill, MIN_ERROR) / max(1 - baseline, MIN_ERROR)
+
+
+def compute_quantiles(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Return the quantiles of weighted values."""
+    order = np.argsort(values)
+    sorted_values, sorted_weights = np.asarray(values)[order], np.asarray(weights)[order]
+    reached = (np.cumsum(sorted_weights) - sorted_weights / 2) / sorted_weights.sum()
+    return np.interp(QUANTILES, reached, sorted_values).tolist()
 
 
 def compute_distance(training: Training, model: str, architecture: str, rows: int, examples: float) -> float:

@@ -42,7 +42,10 @@ def print_advice(advice: Any, as_json: bool) -> None:
     if len(advice.racing) > 1:
         print_line("race", f"{', '.join(advice.racing)} train for equal time first; the best goes on")
     if advice.baselines:
-        print_line("baselines", f"{', '.join(advice.baselines)}: fitted in seconds; the best model by validation is kept")
+        scores = ", ".join(
+            name if score is None else f"{name} {advice.metric.text(score)}" for name, score in advice.baselines.items()
+        )
+        print_line("baselines", f"{scores} on validation rows; the best model is kept, whether network or baseline")
     if advice.pretrained:
         console.print(escape(advice.pretrained))
     for name, reason in advice.rejected[:MAX_REJECTED]:
