@@ -188,9 +188,36 @@ def test_race_picks_a_winner_that_goes_on(product, tmp_path, short_race):
     steps = [json.loads(text)["step"] for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert record["cost"]["parts"]["race"] > 0
+    assert json.loads((tmp_path / "run" / "race.json").read_text()) == record["race"]
+    losers = [c for c in contenders.values() if c["name"] != record["race"]["winner"]]
+    assert all(c["probability"] is None or 0 <= c["probability"] <= 1 for c in losers)
     assert "Race" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert any(text.startswith("race, round 1") for text in lines.lines) and run.scores["accuracy"] > 0.5
     assert time.monotonic() - started < 120
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.4])
+def test_a_slow_test_takes_a_sample_of_the_rows(product, monkeypatch, seconds):
+    from fieldguide.automl import run_writer
+    from fieldguide.automl.build_plan import build_plan
+    from fieldguide.inference.predictor import TaskPredictor
+
+    monkeypatch.setattr(run_writer, "MIN_TEST_ROWS", 20)
+    plan = build_plan(fieldguide.read(product, target="y"), model="mlp-test", settings={"minutes": 1})
+    fake = FakeTime(monkeypatch, 0.0)
+    fake.perf_counter = fake.monotonic
+    monkeypatch.setattr(run_writer, "time", fake)
+    monkeypatch.setattr(clock, "time", fake)
+
+    def run_batches(self, task, batches, *rest):
+        fake.now += seconds * len(batches)
+
+    monkeypatch.setattr(TaskPredictor, "run_batches", run_batches)
+    watch = clock.Clock(Recorder())
+    fake.now += 30
+    found = run_writer.choose_test_rows(plan, TaskPredictor(plan.task, plan.card, plan.objective), watch)
+    left = 60 - 30 - seconds * run_writer.TIMED_TEST_ROWS
+    assert found is None if seconds < 0.1 else found == pytest.approx(run_writer.TEST_TIME_FRACTION * left / seconds, abs=1)
 
 
 def test_interrupted_race_leaves_the_leader_to_resume(product, tmp_path, short_race):

@@ -1,7 +1,7 @@
 """The race: several networks train for equal time on the user's data, and the best one goes on.
 
-Contenders are the first choice of the rules, the next best architectures, and a public checkpoint if one that suits the data was
-downloaded before; its linear head on frozen features is fitted first, and fine-tuning goes on from there. Each is planned for the whole training time, so its
+Contenders are the first choice of the rules, the next best architectures, and a public checkpoint if one that suits the data
+was downloaded before; its linear head on frozen features is fitted first, and fine-tuning goes on from there. Each is planned for the whole training time, so its
 learning rate hardly falls during the race; its averaged weights are scored on the same validation rows. After each round, those
 that are worse than the leader with high probability (paired bootstrap over rows) are dropped. The winner goes on from its weights.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fieldguide.automl import frozen_features, pretrained
+from fieldguide.automl import frozen_features, pretrained, profile
 from fieldguide.automl.advisor import Advice, Option
 from fieldguide.automl.build_plan import Plan
 from fieldguide.automl.callbacks import NullCallback
@@ -50,6 +50,7 @@ class Contender:
     scores: list[float] = field(default_factory=list)  # monitored metric after each round
     outputs: Arrays | None = None  # on the validation rows
     dropped: str = ""  # why it left the race
+    probability: float | None = None  # of being better than the leader, after its last round
     frozen: FrozenFit | None = None  # of a pretrained network: its linear head on frozen features
 
     def describe(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class Contender:
             "seconds": round(self.seconds, 2),
             "steps": self.loop.state.step,
             "dropped": self.dropped,
+            "probability": self.probability,
             **({"weights": self.plan.weights} if self.plan.weights else {}),
             **({"frozen": self.frozen.describe()} if self.frozen else {}),
         }
@@ -214,7 +216,7 @@ class Race:
             if contender.dropped:
                 continue
             if contender is not leader:
-                better = self.compare(contender, leader)
+                contender.probability = better = self.compare(contender, leader)
                 if better < MIN_PROBABILITY:
                     contender.dropped = f"better than {leader.plan.size} with a probability of {100 * better:.0f} %"
                     continue
@@ -237,12 +239,36 @@ class Race:
         return {
             "metric": self.metric.name,
             "winner": self.winner.plan.size,
+            "seconds": round(sum(c.seconds for c in self.contenders), 2),
+            "would_change": self.list_changes(),
             "contenders": [contender.describe() for contender in self.contenders],
             "not_raced": [asdict(option) for option in self.plan.advice.options if option.name not in self.names()][:10],
         }
 
+    def list_changes(self) -> list[str]:
+        """Return what would change the choice."""
+        found = [
+            f"{c.plan.size} is better than {self.winner.plan.size} with a probability of {100 * c.probability:.0f} %: more validation "
+            "rows or a longer race may decide for it"
+            for c in self.contenders
+            if c is not self.winner and c.probability is not None and c.probability >= MIN_PROBABILITY
+        ]
+        first = self.contenders[0]
+        if first is not self.winner:
+            found.append(f"without a race, {first.plan.size} would have been trained, the first choice of the rules")
+        larger = [
+            c.plan.size for c in self.contenders if c is not self.winner and count_weights(c) > 2 * count_weights(self.winner)
+        ]
+        if larger:
+            found.append(f"with many more minutes or examples, a larger network may win: {', '.join(larger)}")
+        return found
+
     def names(self) -> set[str]:
         return {contender.plan.size for contender in self.contenders}
+
+
+def count_weights(contender: Contender) -> int:
+    return profile.count_parameters(contender.plan.objective.model)
 
 
 def has_same_targets(a: Plan, b: Plan) -> bool:

@@ -33,6 +33,12 @@ from fieldguide.inference.run import open_run
 from fieldguide.training.checkpoint import copy_to_cpu
 from fieldguide.training.trainer import State
 
+MIN_TEST_ROWS = 200  # that are predicted even if the time is over
+TIMED_TEST_ROWS = 16
+TEST_TIME_FRACTION = (
+    0.6  # of the time that is left, for the predictions of the test; baselines, intervals and report take the rest
+)
+MIN_TEST_FRACTION = 0.03  # of the minutes, that the test may take if there is no time left
 WRITING_SECONDS = 1.5  # of the time for the report, for what is no analysis
 
 
@@ -122,14 +128,14 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
     from fieldguide.report.build import write_report
 
     task, splits = plan.task, plan.splits
-    rows = sample_rows(splits.test, task.max_test_examples, plan.settings.seed)
+    predictor = TaskPredictor(task, plan.card, plan.objective, batch_size=max(64, plan.settings.resolved_batch_size))
+    rows = sample_rows(splits.test, choose_test_rows(plan, predictor, callback), plan.settings.seed)
     test, training = plan.source.take(rows), plan.source.take(splits.train)
     sampled = "" if len(rows) == len(splits.test) else f" of {len(splits.test):,}, a random sample,"
     callback.on_phase(f"testing on {len(test):,} examples{sampled} that were not used in training", len(test))
     known_notes = len(task.notes)
     task.prepare_test(training, test)
     task.prepare_scoring(len(test))
-    predictor = TaskPredictor(task, plan.card, plan.objective, batch_size=max(64, plan.settings.resolved_batch_size))
     started = time.perf_counter()
     outputs = predictor.run_batches(task, task.batches(test, plan.card), callback.on_progress)
     seconds = time.perf_counter() - started
@@ -163,6 +169,26 @@ def evaluate_and_save(path: Path, record: dict[str, Any], plan: Plan, callback: 
         write_record(path, record)
     if distributed.get_world_size() > 1:
         torch.distributed.barrier()
+
+
+def choose_test_rows(plan: Plan, predictor: TaskPredictor, callback: Clock) -> int | None:
+    """Return how many test rows are predicted; None for all.
+
+    Fewer than the task's own number, at least `MIN_TEST_ROWS`, if generating takes so long that the minutes would not do: a few rows
+    are timed.
+    """
+    task, minutes = plan.task, plan.settings.minutes
+    most = min(len(plan.splits.test), task.max_test_examples or len(plan.splits.test))
+    if not minutes or plan.settings.deterministic or most <= MIN_TEST_ROWS:
+        return task.max_test_examples
+    trial = plan.source.take(sample_rows(plan.splits.test, TIMED_TEST_ROWS, plan.settings.seed))
+    trial_task = task.for_request(task.predict_options)  # its notes are not those of the run
+    started = time.perf_counter()
+    predictor.run_batches(trial_task, trial_task.batches(trial, plan.card))
+    seconds = (time.perf_counter() - started) / len(trial)
+    left = 60 * minutes - callback.elapsed
+    count = distributed.broadcast(int(TEST_TIME_FRACTION * max(left, MIN_TEST_FRACTION * 60 * minutes) / seconds))
+    return max(MIN_TEST_ROWS, count) if count < most else task.max_test_examples
 
 
 def check_available(path: Path) -> None:

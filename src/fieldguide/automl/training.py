@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def race(path: Path, record: dict[str, Any], plan: Plan, callback: Clock) -> Tra
         record["choice"]["frozen"] = frozen.describe()
     with update_run(path, record) as staging:
         plan.task.save(staging / "preprocess")
+        (staging / "race.json").write_text(json.dumps(record["race"], indent=2, ensure_ascii=False), encoding="utf-8")
     if is_interrupted:
         loop.save_and_stop()
     return loop

@@ -158,7 +158,7 @@ def build_comparison(record: Mapping[str, Any], metric: Metric) -> list[ReportEl
                 "Race",
                 f"Networks trained for equal time on this data, one after another; {metric.heading} on the same validation rows after "
                 "each round. Those that the leader beats with a probability of 95 % or more leave the race, and the winner goes on "
-                "from its weights. With many more minutes or examples, a larger network may win.",
+                "from its weights." + "".join(f" {text[:1].upper()}{text[1:]}." for text in contest.get("would_change", ())),
                 ("network", *(f"round {i + 1}" for i in range(rounds)), "time", "steps", "result"),
                 rows,
             )
