@@ -29,7 +29,8 @@ class Config:
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    dropout: float = 0.1
+    dropout: float = 0.1  # of embeddings and of what is added to the residual stream
+    attn_dropout: float = 0.0  # of attention weights; slow on CPUs
 
 
 class Block(gpt2.Block):
@@ -76,7 +77,7 @@ CONFIG = {
     "n_head": "heads",
     "resid_pdrop": "dropout",
     "embd_pdrop": Expect(lambda c: c.dropout),
-    "attn_pdrop": Expect(lambda c: c.dropout),
+    "attn_pdrop": "attn_dropout",
     "afn": Expect("gelu"),  # means the tanh approximation there
     "layer_norm_epsilon": Expect(1e-5),
     "tie_word_embeddings": Expect(True),
@@ -91,7 +92,7 @@ CARD = Card(
     output_type="tokens",
     paper="https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf",
     sizes={
-        "gpt1": Size(params=116_534_784, source="openai-community/openai-gpt"),
+        "gpt1": Size(attn_dropout=0.1, params=116_534_784, source="openai-community/openai-gpt"),
         "gpt-test": Size(vocab_size=30, length=12, dim=8, depth=2, heads=2, dropout=0.0),
     },
     weights={"huggingface": HUGGINGFACE},

@@ -31,16 +31,17 @@ class Config:
     dim: int = 768  # D
     depth: int = 12
     heads: int = 12
-    dropout: float = 0.1
+    dropout: float = 0.1  # of embeddings and of what is added to the residual stream
+    attn_dropout: float = 0.0  # of attention weights; slow on CPUs
 
 
 class Block(nn.Module):
     """A pre-norm Transformer block: attention and MLP (tanh GELU), each with a residual connection."""
 
-    def __init__(self, dim: int, heads: int, dropout: float):
+    def __init__(self, dim: int, heads: int, dropout: float, attn_dropout: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = CausalAttention(dim, heads, dropout)
+        self.attn = CausalAttention(dim, heads, attn_dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.ModuleDict({"up": nn.Linear(dim, 4 * dim), "down": nn.Linear(4 * dim, dim)})
         self.dropout = nn.Dropout(dropout)
@@ -68,7 +69,8 @@ class GPT2(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)  # also the output head
         self.pos = nn.Embedding(config.length, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self.block(config.dim, config.heads, config.dropout) for _ in range(config.depth))
+        c = config
+        self.blocks = nn.ModuleList(self.block(c.dim, c.heads, c.dropout, c.attn_dropout) for _ in range(c.depth))
         self.norm = self.last_norm(config.dim)
         self.reset_parameters()
 
@@ -155,7 +157,7 @@ CONFIG = {
     "n_inner": Expect(None),
     "resid_pdrop": "dropout",
     "embd_pdrop": Expect(lambda c: c.dropout),
-    "attn_pdrop": Expect(lambda c: c.dropout),
+    "attn_pdrop": "attn_dropout",
     "activation_function": Expect("gelu_new"),
     "layer_norm_epsilon": Expect(1e-5),
     "scale_attn_weights": Expect(True),
@@ -187,10 +189,16 @@ CARD = Card(
     input_type="tokens",
     output_type="tokens",
     sizes={
-        "gpt2": Size(params=124_439_808, source="openai-community/gpt2"),
-        "gpt2-medium": Size(dim=1024, depth=24, heads=16, params=354_823_168, source="openai-community/gpt2-medium"),
-        "gpt2-large": Size(dim=1280, depth=36, heads=20, params=774_030_080, source="openai-community/gpt2-large"),
-        "gpt2-xl": Size(dim=1600, depth=48, heads=25, params=1_557_611_200, source="openai-community/gpt2-xl"),
+        "gpt2": Size(attn_dropout=0.1, params=124_439_808, source="openai-community/gpt2"),
+        "gpt2-medium": Size(
+            attn_dropout=0.1, dim=1024, depth=24, heads=16, params=354_823_168, source="openai-community/gpt2-medium"
+        ),
+        "gpt2-large": Size(
+            attn_dropout=0.1, dim=1280, depth=36, heads=20, params=774_030_080, source="openai-community/gpt2-large"
+        ),
+        "gpt2-xl": Size(
+            attn_dropout=0.1, dim=1600, depth=48, heads=25, params=1_557_611_200, source="openai-community/gpt2-xl"
+        ),
         **{
             f"gpt3-{name}": Size(
                 length=2048,
