@@ -60,8 +60,10 @@ def pick_by_race(lines: list[dict[str, Any]]) -> tuple[dict[str, Any], float]:
             cost += fraction * line["budget"]
         scores = {id(line): score_at(line, spent[id(line)]) for line in alive}
         leader = max(alive, key=lambda line: scores[id(line)])
-        error = lambda line: np.hypot(line["skill_error"], leader["skill_error"]) * np.sqrt(1 - CORRELATION)
-        better = {id(line): norm.cdf((scores[id(line)] - scores[id(leader)]) / error(line)) for line in alive}
+        better = {}
+        for line in alive:
+            error = np.hypot(line["skill_error"], leader["skill_error"]) * np.sqrt(1 - CORRELATION)
+            better[id(line)] = norm.cdf((scores[id(line)] - scores[id(leader)]) / error)
         alive = [line for line in alive if line is leader or better[id(line)] >= race.MIN_PROBABILITY]
         if len(alive) == 1:
             break

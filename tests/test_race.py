@@ -126,6 +126,98 @@ def test_a_better_baseline_becomes_the_model_of_the_run(product, tmp_path):
     assert "Compared models" in report and "is the model of this run because" in report
 
 
+@pytest.mark.parametrize("target", ["y", "z"])
+def test_an_ensemble_can_become_the_model_of_the_run(target, tmp_path, monkeypatch):
+    """It is saved, predicts the mean of its members, and is tested again if the test failed."""
+    from fieldguide.automl import training
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 3)).round(3)
+    rows = pl.DataFrame(
+        {"a": x[:, 0], "b": x[:, 1], "c": x[:, 2], "y": np.where(x.sum(1) > 0, "up", "down"), "z": x.sum(1) * 7 + 1}
+    )
+    table = rows.select("a", "b", "c", target)
+    monkeypatch.setattr(
+        training,
+        "find_ensemble",
+        lambda plan, rivals, own: (next(r for r in rivals if r.name == "gradient-boosting"), 0.25, own),
+    )
+    test, calls = training.evaluate_and_save, []
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise TrainingError("stopped")
+        test(*args)
+
+    monkeypatch.setattr(training, "evaluate_and_save", fail_once)
+    lines = Recorder()
+    with pytest.raises(TrainingError):
+        fieldguide.fit(table, target, out=tmp_path / "run", settings={"steps": 30}, callback=lines)
+    assert any("become the model of this run together (75 and 25 % of the mean)" in text for text in lines.lines)
+    run = fieldguide.resume(tmp_path / "run", data=table, callback=NullCallback())
+    assert run.status == "done" and set(run.record["model"]["parts"]) == {"baseline"}
+    objective = fieldguide.open_run(run.path).objective
+    batch = {
+        name: torch.randn(5, 3) if name == "numbers" else torch.zeros(5, 0, dtype=torch.int64) for name in objective.inputs
+    }
+    mean = objective.outputs(batch)
+    name = next(iter(mean))
+    own = objective.loss.outputs(objective.model(*batch.values()))[name]
+    other = objective.loss.outputs(objective.baseline(batch))[name]
+    torch.testing.assert_close(mean[name], 0.75 * own + 0.25 * other)
+    assert {b["name"] for b in run.record["scores"]["baselines"]} >= {
+        "linear",
+        "gradient-boosting",
+        run.record["model"]["size"],
+    }
+    assert "is the mean of" in (run.path / "report.html").read_text(encoding="utf-8")
+    assert run.evaluate(table)["scores"] == pytest.approx(run.scores, nan_ok=True)
+
+
+def test_an_ensemble_must_be_better_than_both_beyond_noise(product, monkeypatch):
+    from types import SimpleNamespace
+
+    from fieldguide.automl import ensemble
+    from fieldguide.automl.build_plan import build_plan
+
+    plan = build_plan(fieldguide.read(product, target="y"), model="mlp-test", settings={"steps": 1})
+    truth = plan.task.targets(plan.source.take(plan.validation_rows))["label"]
+    rng = np.random.default_rng(0)
+    right = lambda part: np.where(rng.random(len(truth)) < part, truth, 1 - truth)
+
+    def probabilities(codes, sure):
+        return {"probabilities": np.where(np.eye(2)[codes] > 0, sure, 1 - sure)}
+
+    first, second = right(0.75), right(0.75)
+    sure = np.where(first == truth, 0.9, 0.6)[:, None]  # each is sure where it is right
+    sure_of_second = np.where(second == truth, 0.9, 0.6)[:, None]
+    given = {
+        "network": probabilities(first, sure),
+        "good": probabilities(second, sure_of_second),
+        "same": probabilities(first, sure),
+    }
+    monkeypatch.setattr(ensemble, "predict", lambda plan, objective: given[objective.label])
+    monkeypatch.setattr(ensemble, "share_batches", lambda a, b: True)
+    score = lambda outputs: plan.task.score(outputs, {"label": truth})["accuracy"]
+
+    class Labeled:
+        label = "network"
+
+    def rival(label):
+        objective = Labeled()
+        objective.label = label
+        return SimpleNamespace(objective=objective, card=plan.card, score=score(given[label]), name=label)
+
+    monkeypatch.setattr(ensemble, "Supervised", Labeled)
+    plan.objective = Labeled()
+    own = score(given["network"])
+    found = ensemble.find_ensemble(plan, [rival("good")], own)
+    assert found is not None and found[0].name == "good" and found[2] > max(own, score(given["good"]))
+    assert ensemble.find_ensemble(plan, [rival("same")], own) is None
+    assert ensemble.find_ensemble(plan, [], own) is None
+
+
 def test_a_requested_network_stays_and_the_report_says_that_it_lost(product, tmp_path):
     run = fieldguide.fit(product, "y", model="mlp", out=tmp_path / "run", settings={"steps": 2}, callback=NullCallback())
     assert run.card.name == "mlp"

@@ -31,9 +31,10 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.splits import Splits, sample_rows, split
-from fieldguide.inference.run import Run
+from fieldguide.inference.run import BASELINE_PART, Run
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
+from fieldguide.objectives.ensemble import Ensemble, Member
 from fieldguide.tasks import Task, get_requested_task, infer_task
 from fieldguide.tasks.analysis.subgroups import check_subgroup
 from fieldguide.training import peft
@@ -84,7 +85,7 @@ class Plan:
             size=model["size"],
             config=run.config,
             settings=settings,
-            part_networks=run.part_networks,
+            part_networks={name: part for name, part in run.part_networks.items() if name != BASELINE_PART},
             fresh=model.get("fresh"),
             seconds_per_step=run.record["cost"]["seconds_per_step"] or 0.0,
             max_steps=run.record["cost"].get("max_steps", 0),
@@ -227,6 +228,22 @@ class Plan:
         )
         self.card, self.size, self.config, self.objective = baseline.card, baseline.name, baseline.config, baseline.objective
         self.part_networks, self.fresh, self.parameters = {}, None, baseline.parameters
+        return network
+
+    def join(self, baseline: Baseline, weight: float, own: float) -> Baseline:
+        """Make an ensemble with a fitted baseline the model of the run, and return the network alone, with its score `own`."""
+        network = Baseline(
+            card=self.card,
+            config=self.config,
+            objective=self.objective,
+            score=own,
+            chosen="the network alone",
+            seconds=0.0,
+            size=self.size,
+        )
+        member = Member(baseline.objective.model, baseline.card.inputs, weight)
+        self.objective = Ensemble(self.objective, member).to(distributed.device()).eval()
+        self.part_networks = {**self.part_networks, BASELINE_PART: (baseline.card, baseline.name, baseline.config)}
         return network
 
     def describe_model(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The race: several networks train for equal time on the user's data, and the best one goes on.
 
-Contenders are the first choice of the rules, the next best architectures, and a public checkpoint if one that suits the data
-was downloaded before; its linear head on frozen features is fitted first, and fine-tuning goes on from there. Each is planned for the whole training time, so its
-learning rate hardly falls during the race; its averaged weights are scored on the same validation rows. After each round, those
-that are worse than the leader with high probability (paired bootstrap over rows) are dropped. The winner goes on from its weights.
+Contenders are the first choice of the rules, the next best architectures, and a public checkpoint if one that suits the data was
+downloaded before; its linear head on frozen features is fitted first, and fine-tuning goes on from there. Each is planned for the
+whole training time, so its learning rate hardly falls during the race; its averaged weights are scored on the same validation rows.
+After each round, those that are worse than the leader with high probability (paired bootstrap over rows) are dropped. The winner goes
+on from its weights.
 """
 
 from __future__ import annotations

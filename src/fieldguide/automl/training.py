@@ -12,6 +12,7 @@ from fieldguide.automl.baselines import Baseline, SolverLoop, find_better, fit_b
 from fieldguide.automl.build_plan import Plan
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.clock import Clock, get_training_seconds
+from fieldguide.automl.ensemble import find_ensemble
 from fieldguide.automl.race import Race, is_possible
 from fieldguide.automl.refit import TIME_FRACTION, refit
 from fieldguide.automl.run_writer import evaluate_and_save, save_trained
@@ -111,11 +112,22 @@ def train(
 ) -> State:
     """Train, unless `more_steps` is False, then calibrate on the validation rows. `save` is called in between.
 
-    If one of the fitted `rivals` has a better validation score, it changes places with the network.
+    If the mean with one of the fitted `rivals` is clearly better, both become the model; else, if a rival has a better validation
+    score, it changes places with the network.
     """
     state = loop.train() if more_steps else loop.finish()
     peft.merge(plan.objective)
-    if rivals and (better := find_better(plan, rivals, state.best)) is not None:
+    if rivals and (joined := find_ensemble(plan, rivals, state.best)) is not None:
+        baseline, weight, score = joined
+        metric = plan.task.monitored_metric()
+        log(
+            f"{plan.size} and {baseline.name} become the model of this run together ({100 * (1 - weight):.0f} and "
+            f"{100 * weight:.0f} % of the mean): {metric.heading} {metric.text(score)} on the validation rows, alone "
+            f"{metric.text(state.best)} and {metric.text(baseline.score)}"
+        )
+        rivals.append(plan.join(baseline, weight, state.best))
+        state.best = score
+    elif rivals and (better := find_better(plan, rivals, state.best)) is not None:
         metric = plan.task.monitored_metric()
         log(
             f"{better.name} becomes the model of this run: {metric.heading} {metric.text(better.score)} on the validation rows, "

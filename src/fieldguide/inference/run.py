@@ -37,10 +37,13 @@ from fieldguide.data.validation.checks import enforce
 from fieldguide.inference.predictor import Predictions, TaskPredictor, as_list
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
+from fieldguide.objectives.ensemble import Ensemble, Member
+from fieldguide.objectives.supervised import Supervised
 from fieldguide.tasks import Task
 from fieldguide.training import checkpoint, peft
 from fieldguide.training.trainer import load_best_weights
 
+BASELINE_PART = "baseline"  # the part of a run that is averaged with its network
 TABLE_DIMS = {"numbers", "categories", "features"}  # inputs of a network of tables, which the preprocessing alone determines
 
 
@@ -128,7 +131,10 @@ class Run(TaskPredictor):
                     f"{self.path}: the network has {name}={getattr(self.config, name)}, but the preprocessing gives {dims[name]}. "
                     "The files do not belong together: restore them from a copy."
                 )
-        for card, _, config in self.part_networks.values():  # similar in size; not all of them are stored
+        for name, (card, _, config) in self.part_networks.items():  # similar in size; not all of them are stored
+            if name == BASELINE_PART:
+                check_file(self.path, self.record, f"{name}.safetensors")
+                shapes = weights.read_shapes(self.path / f"{name}.safetensors")
             check_network(card, config, shapes, self.path)
 
     def load_unfinished(self) -> Objective:
@@ -162,7 +168,12 @@ class Run(TaskPredictor):
     def build_objective(self, network: nn.Module) -> Objective:
         """Return the objective of the task around a network, with the further networks of the run."""
         parts = {name: card.make(config) for name, (card, _, config) in self.part_networks.items()}
-        return self.task.objective(network, self.card, self.settings, **parts)
+        baseline = parts.pop(BASELINE_PART, None)
+        objective = self.task.objective(network, self.card, self.settings, **parts)
+        if baseline is None:
+            return objective
+        assert isinstance(objective, Supervised), "only supervised networks join with a baseline"
+        return Ensemble(objective, Member(baseline, self.part_networks[BASELINE_PART][0].inputs))
 
     def get_notes(self) -> list[str]:
         _ = self.objective  # loading it finds out

@@ -35,6 +35,10 @@ class Classification(nn.Module):
         probabilities = logits.float().softmax(-1)
         return {"probabilities": probabilities.flatten(1, -2).mean(1) if logits.ndim > 2 else probabilities}
 
+    def invert(self, outputs: dict[str, Tensor]) -> Tensor:  # B C -> B C
+        """Return logits that give these outputs."""
+        return outputs["probabilities"].clamp_min(torch.finfo(torch.float32).tiny).log()
+
 
 class Regression(nn.Module):
     """Mean squared error on standardized targets. `values` is B ... D, `target` B D."""
@@ -46,6 +50,10 @@ class Regression(nn.Module):
     def outputs(self, values: Tensor) -> dict[str, Tensor]:  # B ... D -> B D
         values = values.float()
         return {"values": values.flatten(1, -2).mean(1) if values.ndim > 2 else values}
+
+    def invert(self, outputs: dict[str, Tensor]) -> Tensor:  # B D -> B D
+        """Return raw outputs that give these outputs."""
+        return outputs["values"]
 
 
 def flatten_ensemble(outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # B ... C, B * -> BK C, BK *

@@ -30,14 +30,23 @@ def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
             f" {record['model']['size']} is the model of this run because {replaced} did not score better on the validation rows; "
             "more minutes, more data or pretrained weights may change that."
         )
+    if partner := find_partner(record):
+        advice += f" The model is the mean of {record['model']['size']} and {partner}, which is better than each alone."
     compared = list_scores(list_baselines(record), metric)
     return f"{result} (95 % interval {low} to {high}).{f' Baselines: {compared}.' if compared else ''}{best}{advice}"
 
 
 def find_replaced_network(record: Mapping[str, Any]) -> str:
     """Return the name of the network whose place a baseline took; empty if the network is the model of the run."""
+    if find_partner(record):
+        return ""
     choice = record.get("choice", {})
     return next((rival["name"] for rival in choice.get("rivals", ()) if rival.get("network")), "")
+
+
+def find_partner(record: Mapping[str, Any]) -> str:
+    """Return the name of the baseline that the network is averaged with; empty if the model is the network alone."""
+    return record["model"].get("parts", {}).get("baseline", {}).get("size", "")
 
 
 def judge(record: Mapping[str, Any], metric: Metric) -> Badge | None:
@@ -86,7 +95,7 @@ def list_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if (count := latency.get("batch_examples", 1)) > 1:
         speed.append((f"in batches of {count}", f"{format_plain(count / max(latency['batch'], 1e-9), 2)} per second"))
     return [
-        ("network", record["model"]["size"]),
+        ("network", " and ".join(filter(None, (record["model"]["size"], find_partner(record))))),
         ("parameters", f"{cost['parameters']:,}"),
         *([("multiply-adds", f"{cost['multiply_adds']:,}")] if cost["multiply_adds"] else []),
         ("trained on", f"{split['train']:,} examples"),
