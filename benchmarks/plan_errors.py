@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import fcntl
+import gc
 import importlib
+import io
+import itertools
 import json
 import os
 import random
@@ -19,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ import torch
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import FieldguideError
+from fieldguide.core.files import write_atomically
 from fieldguide.core.hardware import keep_memory
 from fieldguide.core.settings import Settings
 from fieldguide.models import registry
@@ -43,6 +50,7 @@ FIELDS = [
         "measured",
         "allocated",
         "resident",
+        "fixed",
         "best",
         "median",
         "ops",
@@ -56,6 +64,8 @@ FIELDS = [
 TARGET_BYTES, TARGET_FLOPS = 200 << 20, 20e9  # of a step with the smaller batch
 MOST_PARAMETERS, LARGEST_PARAMETERS = 25e6, 150e6
 STEPS = 3
+PRIORITY = -15  # of a process that holds the lock
+LOCK_SECONDS = 10.0  # that a cell waits for the lock before it runs without
 BUSY_LOAD = 1.5  # load average above which other work runs, so that the times of a cell are not used
 MOST_FLOPS = 150e9  # of a step; cells that take more are left out
 SMALL = {  # fields of architectures whose published sizes are all too large
@@ -90,8 +100,8 @@ def choose_config(card: Card) -> tuple[str, Any]:
     return f"{size}*", card.resolve_config(size, **{k: v for k, v in SMALL.items() if k in known})
 
 
-def choose_shape(card: Card, config: Any) -> Shape:
-    """Return a batch for training of about `TARGET_BYTES` and at most `TARGET_FLOPS`."""
+def choose_shape(card: Card, config: Any) -> tuple[Shape, float]:
+    """Return a batch for training of about `TARGET_BYTES` and at most `TARGET_FLOPS`, and the operations per row."""
     length = FRAMES if card.input_type == "speech" else LENGTH
     for side in SIDES:  # some networks take only certain sizes
         try:
@@ -105,8 +115,8 @@ def choose_shape(card: Card, config: Any) -> Shape:
                 raise
     fixed = sum(one.initial.values())
     by_row = max((two.find_peak()[0] - one.find_peak()[0]) / 2, (two.find_peak()[0] - fixed) / 16, 1)
-    flops = max(sum(work.flops for work in two.work) / 4, 1)
-    return Shape(max(1, int(min(TARGET_BYTES / by_row, TARGET_FLOPS / flops, 4096))), length, side)
+    flops = max(sum(work.flops for work in two.work) / 2, 1)
+    return Shape(max(1, int(min(TARGET_BYTES / by_row, TARGET_FLOPS / flops, 4096))), length, side), flops
 
 
 def build_settings(batch: int, precision: str, optimizer: str) -> Settings:
@@ -127,30 +137,49 @@ def read_status(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
 
-def run_steps(workload: Workload, mode: str, settings: Settings, count: int, keep: bool) -> list[float]:
+@contextmanager
+def alone(lock: Path | None, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
+    """Hold the lock, and run with the highest priority that is allowed; say whether both were possible."""
+    if lock is None:
+        yield os.getloadavg()[0] < BUSY_LOAD
+        return
+    with open(lock, "w", encoding="utf-8") as file:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    yield False
+                    return
+                time.sleep(0.2)
+        os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
+        yield True
+
+
+def run_steps(workload: Workload, mode: str, settings: Settings, count: int, keep: bool = False) -> list[float]:
     """Run real steps and return the seconds of each."""
     taken = []
+    batches = ({name: tensor.clone() for name, tensor in workload.batch.items()} for _ in itertools.count())
     if mode == "train":
         trainer = Trainer(workload.objective, None, settings, device=torch.device("cpu"), callback=Silent())  # type: ignore[arg-type]
         trainer.set_train_mode()
         if keep:
             keep_memory()
-
-        def stream() -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-            while True:
-                yield 0, {name: tensor.clone() for name, tensor in workload.batch.items()}
-
-        batches = stream()
+        stream = ((0, batch) for batch in batches)  # zip would keep the last one
         for _ in range(count):
             started = time.perf_counter()
-            trainer.train_step(batches)
+            trainer.train_step(stream)
             taken.append(time.perf_counter() - started)
         return taken
     workload.objective.eval()
     with torch.inference_mode():
         for _ in range(count):
             started = time.perf_counter()
-            batch = {name: tensor.clone() for name, tensor in workload.batch.items() if name not in workload.labels}
+            batch = next(batches)
+            for name in workload.labels:
+                del batch[name]
             with autocast(torch.device("cpu"), settings.precision):
                 outputs = workload.predict(workload.objective, batch)
             taken.append(time.perf_counter() - started)
@@ -163,24 +192,37 @@ def warm_up(mode: str, settings: Settings) -> None:
     for name in ("fnn", "resnet", "bert"):
         card = registry.card(name)
         workload = build_workload(card, card.resolve_config(card.tiny), Shape(2, 9, 33, "cpu"))
-        run_steps(workload, mode, settings, 1, False)
+        run_steps(workload, mode, settings, 1)
 
 
-def measure(card: Card, config: Any, shape: Shape, mode: str, precision: str, optimizer: str) -> dict[str, Any]:
+def forget_peak() -> None:
+    """Give free memory back to the system, and let the peak of this process start from what it has now."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def measure(
+    card: Card, config: Any, shape: Shape, mode: str, precision: str, optimizer: str, lock: Path | None
+) -> dict[str, Any]:
     """Run the steps of a cell. Call it in a fresh process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     settings = build_settings(shape.batch, precision, optimizer)
     warm_up(mode, settings)
+    forget_peak()
     base = read_status("VmRSS")
     workload = build_workload(card, config, Shape(shape.batch, shape.length, shape.side, "cpu"))
-    taken = run_steps(workload, mode, settings, STEPS, True)
     source = sum(t.nbytes for t in workload.batch.values())  # the batch that each step copies is not part of a step
-    later = taken[1:]
+    first = run_steps(workload, mode, settings, 1)[0] if mode == "predict" else 0.0
+    with alone(lock) as idle:
+        count = STEPS if first < 1 else 2
+        later = run_steps(workload, mode, settings, count if mode == "predict" else STEPS, True)[mode == "train" :]
     return {
         "measured": read_status("VmHWM") - base - source,
         "best": round(min(later), 5),
         "median": round(statistics.median(later), 5),
+        "idle": int(idle),
     }
 
 
@@ -194,10 +236,11 @@ def plan(card: Card, config: Any, shape: Shape, mode: str, precision: str, optim
     return {
         "allocated": max(trace.find_peak()[0], trace.later_steps().find_peak()[0]),
         "resident": resident,
+        "fixed": sum(trace.initial.values()) + sum(trace.lasting.values()),
         "ops": len(trace.work),
         "flops": sum(work.flops for work in trace.work),
         "moved": sum(work.bytes for work in trace.work),
-        "planned": round(plan_seconds(trace.work), 5),
+        "planned": round(plan_seconds(trace.later_steps().work), 5),
         "plan_seconds": round(time.perf_counter() - started, 2),
     }
 
@@ -228,33 +271,46 @@ def measure_machine() -> dict[str, Any]:
 def choose(card: Card) -> dict[str, Any]:
     """Return the size and the batches of an architecture. Call it in a fresh process, since it traces."""
     size, config = choose_config(card)
-    shape = choose_shape(card, config)
+    shape, flops = choose_shape(card, config)
     sizes = {"train": shape.batch, "predict": PREDICTED_ROWS * shape.batch}
-    return {"size": size, **{mode: [rows, shape.length, shape.side] for mode, rows in sizes.items()}}
+    return {"size": size, "flops": flops, **{mode: [rows, shape.length, shape.side] for mode, rows in sizes.items()}}
 
 
-def list_cells(shapes: dict[str, list[int]]) -> Iterator[tuple[str, Shape, str, str]]:
-    for mode, (batch, length, side) in shapes.items():
+def list_cells(card: Card, chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the cells of an architecture whose steps do not take too long."""
+    for mode in ("train", "predict"):
+        batch, length, side = chosen[mode]
         for rows in (batch, 2 * batch):
+            if rows * chosen["flops"] / (1 if mode == "train" else 3) > MOST_FLOPS:
+                continue
             for precision in ("float32", "bfloat16"):
                 for optimizer in ("adamw", "muon") if mode == "train" else ("",):
-                    yield mode, Shape(rows, length, side), precision, optimizer
+                    cell = {"architecture": card.name, "family": card.family, "size": chosen["size"], "mode": mode}
+                    cell |= {"batch": rows, "length": length, "side": side, "precision": precision, "optimizer": optimizer}
+                    yield cell
 
 
-def run_cell(card: Card, cell: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a row of the table, or None if the cell failed."""
-    shape = Shape(cell["batch"], cell["length"], cell["side"])
-    config = choose_config(card)[1]
-    args = (card, config, shape, cell["mode"], cell["precision"], cell["optimizer"] or "adamw")
-    planned = in_fresh_process(plan, *args)
-    if planned.get("flops", 0.0) > MOST_FLOPS:
-        print(f"{card.name} {cell['mode']} {cell['precision']} {cell['optimizer']}: left out, it takes too long", flush=True)
+def find_arguments(cell: dict[str, Any]) -> tuple[Any, ...]:
+    card = registry.card(cell["architecture"])
+    shape = Shape(int(cell["batch"]), int(cell["length"]), int(cell["side"]))
+    return card, choose_config(card)[1], shape, cell["mode"], cell["precision"], cell["optimizer"] or "adamw"
+
+
+def run_cell(cell: dict[str, Any], lock: Path | None, bases: dict[str, int]) -> dict[str, Any] | None:
+    """Return a row of the table with what was measured, or None if the cell failed."""
+    measured = in_fresh_process(measure, *find_arguments(cell), lock)
+    if failed := measured.get("failed"):
+        print(*(cell[key] for key in ("architecture", "mode", "precision", "optimizer")), failed, flush=True)
         return None
-    measured = in_fresh_process(measure, *args) if "failed" not in planned else {}
-    if failed := measured.get("failed") or planned.get("failed"):
-        print(f"{card.name} {cell['mode']} {cell['precision']} {cell['optimizer']}: {failed}", flush=True)
-        return None
-    return cell | measured | planned
+    return cell | measured | {"base": bases[cell["mode"]]}
+
+
+def plan_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the table with what is planned."""
+    planned = in_fresh_process(plan, *find_arguments(cell))
+    if failed := planned.pop("failed", None):
+        print(*(cell[key] for key in ("architecture", "mode", "precision", "optimizer")), failed, flush=True)
+    return cell | planned
 
 
 def measure_base(mode: str) -> int:
@@ -263,42 +319,66 @@ def measure_base(mode: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def get_key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[key]) for key in FIELDS[:9])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    rows.sort(key=lambda row: tuple(str(row[key]) for key in FIELDS[:9]))
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    rows.sort(key=get_key)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
 
 
-def order_cells(cards: list[Card], shapes: dict[str, Any]) -> list[tuple[Card, dict[str, Any]]]:
+def order_cells(cards: list[Card], shapes: dict[str, Any]) -> list[dict[str, Any]]:
     """Return all cells, one of each architecture after the other, so that an interrupted run is representative."""
     columns = []
     for number, card in enumerate(cards):
-        chosen = shapes[card.name]
-        cells = []
-        for mode in ("train", "predict"):
-            for mode_, shape, precision, optimizer in list_cells({mode: chosen[mode]}):
-                cell = {"architecture": card.name, "family": card.family, "size": chosen["size"], "mode": mode_}
-                cell |= {"batch": shape.batch, "length": shape.length, "side": shape.side}
-                cells.append((card, cell | {"precision": precision, "optimizer": optimizer}))
+        cells = list(list_cells(card, shapes[card.name]))
         random.Random(number).shuffle(cells)
         columns.append(cells)
-    return [cell for row in zip(*columns) for cell in row]
+    return [cell for row in itertools.zip_longest(*columns) for cell in row if cell is not None]
+
+
+def choose_shapes(cards: list[Card], path: Path | None, pool: ThreadPoolExecutor) -> dict[str, Any]:
+    shapes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    missing = [card for card in cards if card.name not in shapes]
+    for card, chosen in zip(missing, pool.map(lambda card: in_fresh_process(choose, card), missing)):
+        if "failed" in chosen:
+            print(f"{card.name}: {chosen['failed']}", flush=True)
+            continue
+        shapes[card.name] = chosen
+        if path:
+            path.write_text(json.dumps(shapes), encoding="utf-8")
+    return shapes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="architectures; all by default")
     parser.add_argument("--all", action="store_true", help="measure cells again that are in the table")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; with more than one, times are not reliable")
+    parser.add_argument("--times", action="store_true", help="measure cells again whose times are not those of an idle machine")
+    parser.add_argument("--replan", action="store_true", help="measure nothing, and plan all cells of the table again")
+    parser.add_argument("--jobs", type=int, default=1, help="plans at a time")
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--shapes", type=Path, help="file that keeps the chosen batches between runs")
+    parser.add_argument("--machine", type=Path, help="file of `fieldguide probe` with one thread; measured by default")
+    parser.add_argument("--lock", type=Path, help="file to lock while steps are timed; they then run with high priority")
     parser.add_argument("--base", choices=("train", "predict"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.base:
         torch.set_num_threads(1)
         warm_up(options.base, build_settings(2, "float32", "adamw"))
+        forget_peak()
         print(read_status("VmRSS"))
         return
     importlib.import_module("torch._dynamo")  # the optimizers load it; here once for all cells
@@ -306,31 +386,23 @@ def main() -> None:
     cards = [
         card for name, card in registry.cards().items() if not card.solver and (not options.names or name in options.names)
     ]
-    old: list[dict[str, Any]] = []
-    if options.table.exists() and not options.all:
-        with open(options.table, encoding="utf-8", newline="") as file:
-            old = list(csv.DictReader(file))
-    known = {tuple(row[key] for key in FIELDS[:9]) for row in old}
-    bases = {mode: measure_base(mode) for mode in ("train", "predict")}
-    machines.use_probe(machines.from_dict(in_fresh_process(measure_machine)))
-    shapes = json.loads(options.shapes.read_text(encoding="utf-8")) if options.shapes and options.shapes.exists() else {}
+    rows = [] if options.all else read_rows(options.table)
     with ThreadPoolExecutor(options.jobs) as pool:
-        missing = [card for card in cards if card.name not in shapes]
-        for card, chosen in zip(missing, pool.map(lambda card: in_fresh_process(choose, card), missing)):
-            if "failed" in chosen:
-                print(f"{card.name}: {chosen['failed']}", flush=True)
-                continue
-            shapes[card.name] = chosen
-            if options.shapes:
-                options.shapes.write_text(json.dumps(shapes), encoding="utf-8")
-        cells = order_cells([card for card in cards if card.name in shapes], shapes)
-        cells = [(card, cell) for card, cell in cells if tuple(str(cell[key]) for key in FIELDS[:9]) not in known]
-        for row in pool.map(lambda entry: run_cell(*entry), cells):
-            if row is not None:
-                old.append(
-                    row | {"base": bases[row["mode"]], "idle": int(options.jobs == 1 and os.getloadavg()[0] < BUSY_LOAD)}
-                )
-                write_table(options.table, old)
+        if not options.replan:
+            known = {get_key(row) for row in rows if not options.times or row["idle"] == "1"}
+            bases = {mode: measure_base(mode) for mode in ("train", "predict")}
+            shapes = choose_shapes(cards, options.shapes, pool)
+            for cell in order_cells([card for card in cards if card.name in shapes], shapes):
+                if get_key(cell) in known or (row := run_cell(cell, options.lock, bases)) is None:
+                    continue
+                rows = [other for other in rows if get_key(other) != get_key(row)] + [row]
+                write_table(options.table, rows)
+        machine = machines.get_machine(options.machine) if options.machine else None
+        machines.use_probe(machine or machines.from_dict(in_fresh_process(measure_machine)))
+        unplanned = [row for row in rows if options.replan or not row.get("planned")]
+        for row, planned in zip(unplanned, pool.map(plan_cell, unplanned)):
+            row.update(planned)
+        write_table(options.table, rows)
     print(errors.describe(options.table))
 
 

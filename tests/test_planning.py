@@ -367,7 +367,14 @@ def test_an_existing_objective_is_resized_and_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"mode": "serve"}, "serve"), ({"devices": 0}, "devices"), ({"dtype": "int8"}, "int8")]
+    ("arguments", "message"),
+    [
+        ({"mode": "rent"}, "rent"),
+        ({"devices": 0}, "devices"),
+        ({"dtype": "int8"}, "int8"),
+        ({"strategy": "tensor"}, "tensor for serving"),
+        ({"strategy": "fsdp", "mode": "serve"}, "fsdp is for training"),
+    ],
 )
 def test_unknown_options_are_named(arguments, message):
     with pytest.raises(SettingsError, match=message):
@@ -398,6 +405,7 @@ def write_cells(path, factor: float, extra: int, architectures: int = 3) -> None
                     "best": 0.2,
                     "median": 0.2,
                 }
+                | {"fixed": 0}
                 | {"ops": 1, "flops": 1, "moved": 1, "planned": 0.1, "plan_seconds": 1, "idle": 1}
             )
     with open(path, "w", newline="") as file:
@@ -409,7 +417,7 @@ def write_cells(path, factor: float, extra: int, architectures: int = 3) -> None
 def test_corrections_are_learnt_from_cells(tmp_path):
     write_cells(path := tmp_path / "errors.csv", 1.1, 20 * MIB)
     rule = errors.get_correction("nets", "train", path)
-    assert rule.memory == pytest.approx(1.1, abs=1e-3) and rule.extra == pytest.approx(20 * MIB, rel=0.01)
+    assert rule.memory == pytest.approx(1.1, abs=1e-3) and rule.extra == pytest.approx(20 * MIB, rel=0.02)
     assert rule.seconds == pytest.approx(2.0) and rule.memory_p95 < 1e-3 and rule.cells == 24
     assert errors.get_process_bytes("train", path) == 300 * MIB
     judged = errors.judge(path)
@@ -420,6 +428,15 @@ def test_corrections_are_learnt_from_cells(tmp_path):
 def test_a_family_without_cells_says_so(tmp_path):
     rule = errors.get_correction("nets", "train", tmp_path / "missing.csv")
     assert rule.cells == 0 and rule.memory == 1.0 and rule.upper == errors.DEFAULT_UPPER
+
+
+def test_bounds_cover_weights_once(tmp_path):
+    """What is known exactly, such as the weights, is not multiplied."""
+    write_cells(path := tmp_path / "errors.csv", 1.1, 20 * MIB)
+    rule = errors.get_correction("nets", "train", path)
+    weights, rest = 50 << 30, 100 * MIB
+    assert rule.correct(weights + rest, weights) - weights == pytest.approx(1.1 * rest + 20 * MIB, rel=0.02)
+    assert rule.correct(weights + rest, weights) <= rule.bound(weights + rest, weights) < 1.01 * weights
 
 
 # A real process

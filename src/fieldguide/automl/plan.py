@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from fieldguide.core.settings import Settings
 from fieldguide.models import registry
 from fieldguide.planning import estimate as planning
 from fieldguide.planning.estimate import Estimate
+from fieldguide.planning.sizing import describe_tokens
 
-MODES = ("train", "predict")
+MODES = ("train", "predict", "serve")
+DEFAULT_MODES = MODES[:2]
 
 
 def plan(
@@ -44,9 +47,11 @@ def plan(
     ----------
     source : a name from `fieldguide models`, a run folder, or data as for `fit`.
     target, task, model, minutes : for data, as for `fit`.
-    mode : "train" or "predict"; both by default.
+    mode : "train", "predict" or "serve"; the first two by default. A server has `batch` sequences at a time, of
+        `length + new_tokens` positions each.
     on : name of a machine (see `fieldguide.planning.machines`), "cpu" for this one, or the file of `fieldguide probe`.
-    devices : number of devices, whose work is shared by `strategy`: "ddp" or "fsdp".
+    devices : number of devices, whose work is shared by `strategy`: "ddp", "fsdp" for training, or
+        "tensor" for serving.
     batch : rows per device and step; by default as chosen for the data, or 32.
     length, side : tokens per row and pixels per side, where the network leaves them open.
     dtype : of the stored weights of a network that is named: "float32" or "bfloat16".
@@ -66,7 +71,7 @@ def plan(
 
     if mode is not None and mode not in MODES:
         raise SettingsError(f"mode={mode!r} is none of {', '.join(MODES)}.")
-    modes = MODES if mode is None else (mode,)
+    modes = DEFAULT_MODES if mode is None else (mode,)
     requested, fields, *_ = group_settings(settings or {})
     shared: dict[str, Any] = {
         "machine": on,
@@ -82,7 +87,7 @@ def plan(
         card, _ = registry.find(str(source))
         chosen = Settings().with_(card.recipe).override(requested)
         return [
-            planning.estimate(str(source), mode=each, settings=chosen, batch=batch, dtype=dtype, **shared, **fields)
+            planning.estimate(str(source), mode=each, settings=chosen, batch=batch, dtype=dtype, fields=fields, **shared)
             for each in modes
         ]
     return plan_fit(source, target, modes, task, model, minutes, settings, batch, shared, callback or NullCallback())
@@ -115,7 +120,7 @@ def plan_run(
     run = open_run(folder)
     make, card, _ = planning.from_card(run.record["model"]["size"], run.config)
     if card.solver:
-        modes = tuple(mode for mode in modes if mode == "predict")  # it is fitted in seconds, without steps
+        modes = tuple(mode for mode in modes if mode != "train")  # it is fitted in seconds, without steps
     chosen = run.settings.override(requested)
     return [
         planning.estimate(
@@ -172,7 +177,7 @@ def plan_fit(
     if not example:
         raise DataError(f"{data.source}: the training rows give no batch.")
     make = planning.from_example(made.objective, example)
-    return [
+    plans = [
         planning.estimate(
             make,
             mode=mode,
@@ -185,3 +190,7 @@ def plan_fit(
         )
         for mode in modes
     ]
+    tokens = getattr(made.task, "tokens", 0) if "tokens" in made.card.output_types else 0
+    if isinstance(tokens, int) and tokens:  # a language model: the number of training tokens
+        plans = [replace(each, notes=(*each.notes, describe_tokens(tokens))) for each in plans]
+    return plans

@@ -37,7 +37,7 @@ def print_plans(plans: Sequence[Any], as_json: bool) -> None:
 
 
 def print_plan(plan: Any) -> None:
-    what = "training" if plan.mode == "train" else "prediction"
+    what = {"train": "training", "predict": "prediction", "serve": "serving"}[plan.mode]
     settings = [plan.precision, *([plan.optimizer] if plan.optimizer else []), f"batches of {plan.batch:,}"]
     shared = f" with {plan.strategy.upper()} on each of {plan.devices} devices" if plan.devices > 1 else ""
     echo(f"{plan.network}: {what}, {', '.join(settings)}, on {plan.machine}{shared}")
@@ -48,11 +48,14 @@ def print_plan(plan: Any) -> None:
     echo(
         f"  {'peak':<14} {format_bytes(plan.peak):>12}, at most {format_bytes(plan.upper)}; {verdict} {format_bytes(plan.memory)}"
     )
+    if plan.serving:
+        print_serving(plan)
     time = f"  time           {format_time(plan.step_seconds):>12} per step"
     echo(time + (f", {format_time(plan.seconds)} for {plan.steps:,} steps" if plan.steps > 1 else ""))
     if plan.largest_batch is not None:
+        unit = "most sequences" if plan.serving and "decode_seconds" in plan.serving else "largest batch "
         longest = f", longest sequence at this batch {plan.largest_length:,}" if plan.largest_length else ""
-        echo(f"  largest batch  {plan.largest_batch:>12,}{longest}")
+        echo(f"  {unit} {plan.largest_batch:>12,}{longest}")
     error = plan.error
     if error["cells"]:
         echo(
@@ -61,3 +64,24 @@ def print_plan(plan: Any) -> None:
         )
     for note in plan.notes:
         echo(f"  note: {note}")
+
+
+def print_serving(plan: Any) -> None:
+    """Print latency and rates of a server."""
+    found = plan.serving
+    if "decode_seconds" not in found:
+        echo(
+            f"  latency        {format_time(found['latency_seconds']):>12} per batch, {found['rows_per_second']:,.4g} rows per second"
+        )
+        return
+    echo(
+        f"  prefill        {format_time(found['prefill_seconds']):>12} per prompt of {plan.length:,} tokens, "
+        f"{found['prefill_tokens_per_second']:,.4g} tokens per second (at most {found['prefill_bound']:,.4g} by computing)"
+    )
+    echo(
+        f"  decode         {format_time(found['decode_seconds']):>12} per token of all {plan.batch:,} sequences, "
+        f"{found['tokens_per_second']:,.4g} tokens per second (at most {found['decode_bound']:,.4g} by memory bandwidth)"
+    )
+    cache, windowed = found["cache_per_sequence"], found["windowed_cache_per_sequence"]
+    less = f"; {format_bytes(windowed)} if local layers kept only their window" if windowed < cache else ""
+    echo(f"  cache          {format_bytes(cache):>12} per sequence{less}")

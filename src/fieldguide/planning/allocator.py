@@ -21,7 +21,7 @@ LARGEST_MMAP_THRESHOLD = 32 << 20
 CUDA_ROUNDING = 512
 SMALL_LIMIT, SMALL_SEGMENT = 1 << 20, 2 << 20  # of CUDA's allocator: blocks up to 1 MiB share segments of 2 MiB
 LARGE_SEGMENT, LARGE_LIMIT, LARGE_ROUNDING = 20 << 20, 10 << 20, 2 << 20
-LOSS_EVERY = 8
+LOSS_EVERY, MOST_LOST = 8, 1000  # small objects take a part of every eighth block; there is a limited number of them
 REPLAYED_STEPS = 3
 
 
@@ -97,7 +97,7 @@ class Glibc:
 
     With `keep` (as `fieldguide.core.hardware.keep_memory` sets it) nothing is mapped apart and nothing is given back, so the
     heap only grows. Otherwise blocks above a threshold are mapped; the threshold rises to the largest mapped block that was
-    freed, and the free end of the heap is given back above twice the threshold.
+    freed. The end of the heap is hardly ever free, since small objects lie there, so the heap does not shrink.
     """
 
     def __init__(self, keep: bool):
@@ -129,7 +129,7 @@ class Glibc:
         """Cut a block to the size that it needs. The few bytes that alignment takes soon hold other small objects, and are not
         free again when the block is: therefore a block of the same size does not fit into its place."""
         self.cuts += 1
-        if not self.keep or self.cuts % LOSS_EVERY or block.size < need:
+        if not self.keep or self.cuts % LOSS_EVERY or self.cuts > LOSS_EVERY * MOST_LOST or block.size < need:
             split(block, own + SMALLEST, SMALLEST, self.free)
             return
         split(block, need, SMALLEST, self.free)
@@ -165,12 +165,6 @@ class Glibc:
         block = merge(block, self.free)
         if block.after is None:
             self.last = block
-            if not self.keep and block.size > 2 * self.threshold:  # given back to the system
-                self.heap -= block.size
-                self.last = block.before
-                if block.before is not None:
-                    block.before.after = None
-                return
         self.free.add(block)
 
 

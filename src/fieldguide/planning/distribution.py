@@ -1,4 +1,4 @@
-"""Memory and time of several devices: replicated weights with reduced gradients (DDP), or sharded state (FSDP)."""
+"""Memory and time of several devices: replicated weights (DDP), sharded state (FSDP), or split layers (tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fieldguide.core.errors import SettingsError
 
-STRATEGIES = ("ddp", "fsdp")
+STRATEGIES = ("ddp", "fsdp", "tensor")
 BUCKET_BYTES = 25 << 20  # of a gradient bucket of DistributedDataParallel; the first one has 1 MiB
 FSDP_UNITS = 12  # blocks that are gathered one after the other, if nothing is known about the network
 LINK_BYTES_PER_SECOND = 50e9  # between devices (assumed: PCIe 5 or a slow NVLink share)
@@ -18,6 +18,7 @@ class Sharing:
 
     devices: int = 1
     strategy: str = "ddp"
+    units: int = FSDP_UNITS  # blocks of the network
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -37,14 +38,18 @@ def share_parts(parts: dict[str, int], sharing: Sharing) -> dict[str, int]:
 
     DDP replicates everything, and keeps gradients a second time in buckets, which replace them (`gradient_as_bucket_view` is off
     in the training loop). FSDP shards weights, gradients, the optimizer's state and averages; two blocks of whole weights and one
-    of whole gradients exist at a time (arXiv:1910.02054, stage 3).
+    of whole gradients exist at a time (arXiv:1910.02054, stage 3). Tensor parallelism, for serving, splits the matrices and the
+    heads of each layer (Shoeybi et al. 2019, arXiv:1909.08053).
     """
     if sharing.devices == 1:
         return {**parts, "communication": 0}
     shared = dict(parts)
     if sharing.strategy == "ddp":
         return {**shared, "communication": max(parts["weights"], 0)}
-    for name in ("weights", "gradients", "optimizer", "average", "best"):
+    split = ("weights", "cache") if sharing.strategy == "tensor" else ("weights", "gradients", "optimizer", "average", "best")
+    for name in split:
         shared[name] = -(-parts.get(name, 0) // sharing.devices)
-    shared["communication"] = 3 * -(-parts["weights"] // FSDP_UNITS)
+    if sharing.strategy == "tensor":
+        return {**shared, "communication": 0}
+    shared["communication"] = 3 * -(-parts["weights"] // sharing.units)
     return shared

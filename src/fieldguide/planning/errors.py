@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import functools
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 TABLE = Path(__file__).with_name("errors.csv")
 NUMBERS = (
@@ -16,6 +18,7 @@ NUMBERS = (
     "measured",
     "allocated",
     "resident",
+    "fixed",
     "best",
     "median",
     "ops",
@@ -27,7 +30,8 @@ NUMBERS = (
 )
 UPPER_SHARE = 0.99  # of the measured cells that the upper bound must cover
 UPPER_MARGIN, FEW_CELLS_MARGIN = 1.02, 2.0  # the second is divided by the number of cells: few cells may miss the worst
-DEFAULT_UPPER = 1.4  # for a family without measurements
+DEFAULT_UPPER, DEFAULT_EXTRA = 1.5, 100 << 20  # for a family without measurements
+FACTORS = np.arange(0.8, 1.31, 0.02)  # of what is planned, among which the best is chosen
 PROCESS_BYTES = 350 << 20  # of a process that has loaded torch and this library, if nothing was measured
 MIN_CELLS = 8  # below this number, a family takes the corrections of all families
 
@@ -36,22 +40,29 @@ MIN_CELLS = 8  # below this number, a family takes the corrections of all famili
 class Correction:
     """Corrections of a family and mode, and its errors after them.
 
-    `memory` and `seconds` are factors; `extra` are bytes that do not depend on the network. `upper` is the factor from the
-    corrected memory to its upper bound. Errors are relative: medians and 95th percentiles of the absolute value.
+    Weights, gradients and the state of the optimizer (`fixed`) are known; `memory` is a factor for the rest, and `extra` are bytes
+    that do not depend on the network. The upper bound has `upper` times the rest, and `upper_extra`. `seconds` is a factor for times.
+    Errors are relative, of the whole process: medians and 95th percentiles of the absolute value.
     """
 
     cells: int
     memory: float = 1.0
     extra: int = 0
     upper: float = DEFAULT_UPPER
+    upper_extra: int = DEFAULT_EXTRA
     seconds: float = 1.0
     memory_median: float = float("nan")
     memory_p95: float = float("nan")
     seconds_median: float = float("nan")
     seconds_p95: float = float("nan")
 
-    def correct(self, resident: float) -> int:
-        return int(self.memory * resident) + self.extra
+    def correct(self, resident: float, fixed: float) -> int:
+        """Return the memory above that of the idle process."""
+        return int(fixed + self.memory * max(resident - fixed, 0)) + self.extra
+
+    def bound(self, resident: float, fixed: float) -> int:
+        """Return the upper bound of `correct`."""
+        return max(int(fixed + self.upper * max(resident - fixed, 0)) + self.upper_extra, self.correct(resident, fixed))
 
 
 @functools.cache
@@ -60,7 +71,8 @@ def read_table(path: Path = TABLE) -> tuple[dict[str, Any], ...]:
     if not path.exists():
         return ()
     with open(path, encoding="utf-8", newline="") as file:
-        return tuple({k: float(v) if k in NUMBERS else v for k, v in row.items()} for row in csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["resident"]]  # planned ones
+        return tuple({k: float(v or 0) if k in NUMBERS else v for k, v in row.items()} for row in rows)
 
 
 def get_process_bytes(mode: str, path: Path = TABLE) -> int:
@@ -86,31 +98,60 @@ def get_correction(family: str, mode: str, path: Path = TABLE, without: str = ""
 
 
 def learn(rows: list[dict[str, Any]]) -> Correction:
-    """Fit a factor and a constant to the memory of cells, and a factor to their seconds, by medians (Theil and Sen)."""
-    points = sorted((row["resident"], row["measured"]) for row in rows)
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for i, a in enumerate(points) for b in points[i + 1 :] if b[0] > 1.2 * a[0]]
-    memory = min(max(statistics.median(slopes), 0.8), 1.3) if slopes else 1.0
-    extra = max(statistics.median(row["measured"] - memory * row["resident"] for row in rows), 0.0)
+    """Fit the corrections of memory and of seconds to cells, and the bound that covers `UPPER_SHARE` of them."""
+    memory, extra = fit_memory(rows)
     timed = [row for row in rows if row["idle"] and row["planned"] > 0]  # times on a busy machine say nothing
     seconds = statistics.median(row["best"] / row["planned"] for row in timed) if timed else 1.0
-    correct: Callable[[dict[str, Any]], float] = lambda row: memory * row["resident"] + extra
-    misses = [abs(correct(row) / row["measured"] - 1) for row in rows]
+    rule = Correction(len(rows), memory, extra, seconds=seconds)
+    misses = [abs(get_error(row, rule)) for row in rows]
     late = [abs(seconds * row["planned"] / row["best"] - 1) for row in timed]
-    return Correction(
-        len(rows),
-        memory,
-        int(extra),
-        max(
-            (UPPER_MARGIN + FEW_CELLS_MARGIN / len(rows))
-            * quantile((row["measured"] / correct(row) for row in rows), UPPER_SHARE),
-            1.0,
-        ),
-        seconds,
-        statistics.median(misses),
-        quantile(misses, 0.95),
-        statistics.median(late) if late else float("nan"),
-        quantile(late, 0.95),
+    upper, upper_extra = fit_bound(rows, memory, extra)
+    return replace(
+        rule,
+        upper=upper,
+        upper_extra=upper_extra,
+        memory_median=statistics.median(misses),
+        memory_p95=quantile(misses, 0.95),
+        seconds_median=statistics.median(late) if late else float("nan"),
+        seconds_p95=quantile(late, 0.95),
     )
+
+
+def fit_memory(rows: list[dict[str, Any]]) -> tuple[float, int]:
+    """Return the factor and the constant with the least sum of absolute errors relative to the whole process."""
+    rest = np.array([max(row["resident"] - row["fixed"], 0.0) for row in rows])
+    over = np.array([row["measured"] - row["fixed"] for row in rows])
+    weight = 1 / np.array([row["base"] + row["measured"] for row in rows])
+    best = (float("inf"), 1.0, 0)
+    for factor in FACTORS:
+        left = over - factor * rest
+        order = np.argsort(left)
+        middle = np.searchsorted(np.cumsum(weight[order]), weight.sum() / 2)  # a weighted median
+        extra = max(float(left[order][min(middle, len(left) - 1)]), 0.0)
+        best = min(best, (float((np.abs(left - extra) * weight).sum()), float(factor), int(extra)))
+    return best[1], best[2]
+
+
+def fit_bound(rows: list[dict[str, Any]], memory: float, extra: int) -> tuple[float, int]:
+    """Return the factor and constant of the lowest bound, on the average, that covers `UPPER_SHARE` of the cells.
+
+    With few cells, the worst one is probably not among them, so the bound is wider.
+    """
+    rest = np.array([max(row["resident"] - row["fixed"], 0.0) for row in rows])
+    over = np.array([row["measured"] - row["fixed"] for row in rows])
+    weight = 1 / np.array([row["base"] + row["measured"] for row in rows])
+    wider = UPPER_MARGIN + FEW_CELLS_MARGIN / len(rows)
+    best = (float("inf"), DEFAULT_UPPER, DEFAULT_EXTRA)
+    for factor in np.arange(memory, 3.0, 0.05):
+        left = np.sort(over - factor * rest)
+        constant = max(float(left[min(len(left) - 1, int(UPPER_SHARE * len(left)))]), extra)
+        best = min(best, (float(((factor * rest + constant) * weight).sum()), float(factor), int(constant)))
+    return wider * best[1], int(wider * best[2])
+
+
+def get_error(row: dict[str, Any], rule: Correction) -> float:
+    """Return the relative error of the planned memory of the whole process."""
+    return (row["base"] + rule.correct(row["resident"], row["fixed"])) / (row["base"] + row["measured"]) - 1
 
 
 def judge(path: Path = TABLE) -> list[dict[str, Any]]:
@@ -118,13 +159,13 @@ def judge(path: Path = TABLE) -> list[dict[str, Any]]:
     judged = []
     for row in read_table(path):
         rule = get_correction(row["family"], row["mode"], path, row["architecture"])
-        planned, total = rule.correct(row["resident"]), row["base"] + row["measured"]
         judged.append(
             {
                 **row,
-                "net": planned / row["measured"] - 1,
-                "total": (row["base"] + planned) / total - 1,
-                "over": row["measured"] > rule.upper * planned,
+                "net": rule.correct(row["resident"], row["fixed"]) / row["measured"] - 1,
+                "total": get_error(row, rule),
+                "over": row["measured"] > rule.bound(row["resident"], row["fixed"]),
+                "slack": (row["base"] + rule.bound(row["resident"], row["fixed"])) / (row["base"] + row["measured"]) - 1,
                 "time": rule.seconds * row["planned"] / row["best"] - 1,
             }
         )

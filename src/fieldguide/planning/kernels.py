@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-if TYPE_CHECKING:
-    from fieldguide.planning.trace import Work
+from fieldguide.planning.records import Work
 
 aten = torch.ops.aten
 BLOCK = 16  # channels per block of oneDNN's layouts with 512-bit vectors
+MOST_COLORS = 4  # channels of an input that the backward pass reads as it is
 CPU_ATTENTION = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
@@ -93,12 +93,15 @@ def convolution_backward_buffers(args: tuple, outputs: list[Tensor]) -> Iterator
         if plain:
             yield "release", "result", 0
     if mask[1]:
-        if plain:
+        copied = plain and x.shape[1] > MOST_COLORS
+        if copied:
             yield "allocate", "input", blocked(x)
+        if plain:
             yield "allocate", "grad", blocked(grad)
         yield "allocate", "update", blocked(weight, 0)
-        if plain:
+        if copied:
             yield "release", "input", 0
+        if plain:
             yield "release", "grad", 0
         yield "output", str(int(bool(mask[0]))), 0
 
@@ -134,6 +137,14 @@ def shape_recurrent_layer(
     return output, hx.new_empty(hx.shape), cx.new_empty(cx.shape), x.new_empty(workspace, dtype=torch.uint8)
 
 
+def shape_recurrent_layer_backward(
+    x: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, hx: Tensor, cx: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    """Return the gradients of a fused layer; both biases have the same one. (For want of a fake kernel, torch would run it.)"""
+    grads = [y.new_empty(y.shape) for y in (x, w0, w1, w2, hx, cx)]
+    return (*grads[:4], grads[3], *grads[4:])
+
+
 def recurrent_backward_buffers(args: tuple, outputs: list[Tensor]) -> Iterator[Buffer]:
     for number, _ in enumerate(outputs):
         yield "output", str(number), 0
@@ -160,6 +171,7 @@ def shape_bincount(x: Tensor, weights: Tensor | None = None, minlength: int = 0)
 
 SHAPES: dict[Any, Callable[..., Any]] = {
     aten.mkldnn_rnn_layer.default: shape_recurrent_layer,
+    aten.mkldnn_rnn_layer_backward.default: shape_recurrent_layer_backward,
     aten._ctc_loss.Tensor: shape_ctc,
     aten._ctc_loss.default: shape_ctc,
     aten.unique_consecutive.default: shape_unique,
@@ -191,8 +203,6 @@ def measure_work(
     func: Any, args: tuple, kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor], out: Any, phase: str
 ) -> Work:
     """Return the floating-point operations and the bytes that an operation reads and writes."""
-    from fieldguide.planning.trace import Work
-
     packet = func._overloadpacket
     kind = KINDS.get(packet) or ("attention" if "attention" in packet.__name__ else "other")
     schema = func._schema

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.settings import Settings
-from fieldguide.planning.trace import Trace, Tracer, keep_rng
+from fieldguide.planning.trace import Trace, Tracer, undisturbed
 from fieldguide.planning.workload import Workload
 from fieldguide.training.precision import autocast
 from fieldguide.training.trainer import Trainer
@@ -34,7 +34,7 @@ def trace_training(workload: Workload, settings: Settings) -> Trace:
     tracer = Tracer()
     objective = tracer.fake_module(workload.objective, bool(settings.channels_last))
     settings = settings.with_({"steps": 2, "eval_steps": 2})
-    with keep_rng():
+    with undisturbed():
         trainer = Trainer(objective, None, settings, device=CPU, callback=Silent())  # type: ignore[arg-type]
         label_state(tracer, trainer)
         watch(tracer, trainer)
@@ -105,7 +105,7 @@ def trace_prediction(workload: Workload, precision: str = "float32") -> Trace:
     for tensor in (*objective.parameters(), *objective.buffers()):
         tracer.label(tensor, "weights")
     tracer.begin_steps()
-    with keep_rng(), tracer, torch.inference_mode():
+    with undisturbed(), tracer, torch.inference_mode():
         inputs = {k: t for k, t in workload.batch.items() if k not in workload.labels}
         batch = make_batch(tracer, inputs, False)
         with autocast(CPU, precision):

@@ -11,10 +11,10 @@ can be traced. Values that would come from the network are replaced by typical o
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,79 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from fieldguide.planning import kernels
+from fieldguide.planning.op_cache import OpCache
+from fieldguide.planning.records import Trace, Work
 
 aten = torch.ops.aten
 MAX_KNOWN_VALUES = 1 << 20  # elements of the largest tensor whose values are kept
 TYPICAL_SHARE = 0.1  # of the elements for which a condition on unknown values holds
 DYNAMIC_INDEX = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor)
 CHOICES = (aten.topk.default, aten.argmax.default, aten.argmin.default, aten.multinomial.default)
-PARTS = ("weights", "gradients", "optimizer", "average", "activations", "temporary", "kernel", "data", "cache", "other")
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of one operation."""
-
-    name: str  # of the operation, such as "mm"
-    kind: str  # matmul | conv | attention | recurrent | other | view
-    dtype: str
-    flops: float
-    bytes: float  # read and written
-    phase: str = ""  # forward | backward | update
-
-
-@dataclass
-class Trace:
-    """Storages in order of allocation and release, and the work of a step.
-
-    `events` are (storage, bytes): bytes > 0 is an allocation, and -bytes a release. `initial` are the storages that exist
-    before the step, with their bytes; they are never released.
-    """
-
-    events: list[tuple[int, int]] = field(default_factory=list)
-    parts: dict[int, str] = field(default_factory=dict)
-    initial: dict[int, int] = field(default_factory=dict)
-    work: list[Work] = field(default_factory=list)
-
-    @property
-    def lasting(self) -> dict[int, int]:
-        """The storages that the step leaves behind, such as the state of the optimizer, with their bytes."""
-        live: dict[int, int] = {}
-        for storage, size in self.events:
-            if size > 0:
-                live[storage] = size
-            else:
-                live.pop(storage, None)
-        return live
-
-    def later_steps(self) -> Trace:
-        """Return the trace of a step after the first one, before which the lasting storages exist already."""
-        lasting = self.lasting
-        return Trace([event for event in self.events if event[0] not in lasting], self.parts, self.initial | lasting, self.work)
-
-    def without(self, part: str) -> Trace:
-        """Return the trace without the storages of a part."""
-        left = {number for number, name in self.parts.items() if name == part}
-        return Trace([event for event in self.events if event[0] not in left], self.parts, self.initial, self.work)
-
-    def find_peak(self) -> tuple[int, dict[str, int]]:
-        """Return the most bytes that are allocated at a time in this step, and how they divide into parts at that moment."""
-        live = dict(self.initial)
-        now = best = sum(live.values())
-        at = 0
-        for number, (_, size) in enumerate(self.events, 1):
-            now += size
-            if now > best:
-                best, at = now, number
-        for storage, size in self.events[:at]:
-            if size > 0:
-                live[storage] = size
-            else:
-                live.pop(storage, None)
-        by_part = dict.fromkeys(PARTS, 0)
-        for storage, size in live.items():
-            by_part[self.parts.get(storage, "temporary")] += size
-        return best, by_part
 
 
 class Tracer(TorchDispatchMode):
@@ -110,6 +45,8 @@ class Tracer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.cache = OpCache(self.fake)
+        self.works: dict[Any, Work] = {}  # by key in the cache, and phase
         self.trace = Trace()
         self.phase = "forward"
         self.off = False  # True while own tensors are made
@@ -281,6 +218,8 @@ class Tracer(TorchDispatchMode):
     # Dispatch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         kwargs = dict(kwargs or {})
         inputs = find_in(args, kwargs)
         if self.off or func.namespace == "prim" or (inputs and not any(isinstance(x, FakeTensor) for x in inputs)):
@@ -307,12 +246,23 @@ class Tracer(TorchDispatchMode):
         if (special := kernels.SHAPES.get(func)) is not None:
             with self.fake:
                 return self.record(func, args, kwargs, special(*args, **kwargs))
+        key = self.cache.make_key(func, args, kwargs)
+        if key is not None:
+            self.off = True
+            try:
+                out = self.cache.find(key, func, args)
+            finally:
+                self.off = False
+            if out is not NotImplemented:
+                return self.record(func, args, kwargs, out, key)
         with self.fake:
             out = func(*args, **kwargs)
-        return self.record(func, args, kwargs, out)
+        if key is not None:
+            self.cache.keep(key, func, args, out)
+        return self.record(func, args, kwargs, out, key)
 
-    def record(self, func: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> Any:
-        """Record the storages and the work of an operation. Return its output."""
+    def record(self, func: Any, args: tuple, kwargs: Mapping[str, Any], out: Any, key: Any = None) -> Any:
+        """Record the storages and the work of an operation. Return its output. `key` is its key in the cache of operations."""
         inputs = find_in(args, kwargs)
         outputs: list[Tensor] = [x for x in find_in((out,)) if isinstance(x, FakeTensor)]
         buffers: dict[str, int] = {}
@@ -327,7 +277,12 @@ class Tracer(TorchDispatchMode):
             self.number_of(x)
         for number in buffers.values():
             self.release(number)
-        self.trace.work.append(kernels.measure_work(func, args, kwargs, inputs, outputs, out, self.phase))
+        work = self.works.get((key, self.phase)) if key is not None else None
+        if work is None:
+            work = kernels.measure_work(func, args, kwargs, inputs, outputs, out, self.phase)
+            if key is not None:
+                self.works[key, self.phase] = work
+        self.trace.work.append(work)
         self.compute_values(func, args, kwargs, inputs, outputs)
         return out
 
@@ -362,7 +317,16 @@ T = TypeVar("T")
 
 
 @contextmanager
-def keep_rng() -> Iterator[None]:
-    """Restore torch's random state afterwards: fake operations do not draw, but seeding changes the state."""
-    with torch.random.fork_rng(devices=[]):
-        yield
+def undisturbed() -> Iterator[None]:
+    """Restore torch's random state afterwards: fake operations do not draw, but seeding changes the state.
+
+    Cycles of objects are not collected meanwhile: that takes time, and would release storages at random.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -178,9 +178,10 @@ def build_next_token(card: Card, network: nn.Module, inputs: dict[str, Tensor], 
 
 
 def build_masked(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
-    chosen = torch.rand(inputs["tokens"].shape, device=inputs["tokens"].device) < MASKED_SHARE
-    chosen[:, 0] = True
-    inputs["target"] = torch.where(chosen, inputs["tokens"], -1)
+    tokens = inputs["tokens"]
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    chosen = (place * MASKED_SHARE).ceil() < ((place + 1) * MASKED_SHARE).ceil()  # evenly, so that batches differ in rows only
+    inputs["target"] = torch.where(chosen, tokens, -1)
     return Workload(MaskedLM(network, card.inputs), inputs)
 
 
@@ -199,7 +200,8 @@ def build_segmentation(card: Card, network: nn.Module, inputs: dict[str, Tensor]
     from fieldguide.objectives.segmentation import find_padding
 
     classes, (height, width) = get("num_classes", 2), inputs["image"].shape[-2:]
-    inputs["target"] = torch.randint(classes, (shape.batch, height, width))
+    place = shape.device if shape.batch * height * width > MAX_KNOWN_VALUES else "cpu"
+    inputs["target"] = torch.randint(classes, (shape.batch, height, width), device=place)
     inputs["size"] = inputs["inner"] = torch.tensor([[height, width]] * shape.batch)
     objective = Segmentation(network, classes)
     objective.paddings[height, width] = find_padding(network, get("channels", 3), height, width)
