@@ -163,9 +163,9 @@ def advise(
     clock.on_phase("planning time and memory")
     trivial, metric = measure_trivial(choice), choice.task.monitored_metric()
     clock.on_phase("fitting baselines")
-    baselines = fit_baselines(choice) if baselines else dict.fromkeys(choice.task.baseline_models)
+    fitted: dict[str, float | None] = fit_baselines(choice) if baselines else dict.fromkeys(choice.task.baseline_models)
     sign = 1 if metric.better == "max" else -1
-    best = max((s for s in baselines.values() if s is not None and s == s), key=lambda s: sign * s, default=None)
+    best = max((s for s in fitted.values() if s is not None and s == s), key=lambda s: sign * s, default=None)
     skill = evidence.to_skill(best, trivial, metric.better) if best is not None and trivial is not None else None
     found = choice.advice
     _ = found.best  # raises if there is none
@@ -183,7 +183,7 @@ def advise(
         metric=metric,
         candidates=[describe_option(o, choice, trivial, skill, memory) for o in found.options[:MAX_CANDIDATES]],
         rejected=[(o.name, o.rejected) for o in {o.architecture: o for o in found.rejected if o.rejected}.values()],
-        baselines=baselines,
+        baselines=fitted,
         racing=tuple(list_racing(choice)),
         pretrained=pretrained.suggest(choice.source, kind.name, chosen, model) if weights is None else f"weights: {weights}",
         notes=list(kind.notes),

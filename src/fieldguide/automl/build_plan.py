@@ -35,6 +35,7 @@ from fieldguide.inference.run import BASELINE_PART, Run
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
 from fieldguide.objectives.ensemble import Ensemble, Member
+from fieldguide.objectives.supervised import Supervised
 from fieldguide.tasks import Task, get_requested_task, infer_task
 from fieldguide.tasks.analysis.subgroups import check_subgroup
 from fieldguide.training import peft
@@ -230,18 +231,19 @@ class Plan:
         self.part_networks, self.fresh, self.parameters = {}, None, baseline.parameters
         return network
 
-    def join(self, baseline: Baseline, weight: float, own: float) -> Baseline:
+    def join(self, baseline: Baseline, weight: float, own: float | None) -> Baseline:
         """Make an ensemble with a fitted baseline the model of the run, and return the network alone, with its score `own`."""
         network = Baseline(
             card=self.card,
             config=self.config,
             objective=self.objective,
-            score=own,
+            score=float("nan") if own is None else own,
             chosen="the network alone",
             seconds=0.0,
             size=self.size,
         )
         member = Member(baseline.objective.model, baseline.card.inputs, weight)
+        assert isinstance(self.objective, Supervised)
         self.objective = Ensemble(self.objective, member).to(distributed.device()).eval()
         self.part_networks = {**self.part_networks, BASELINE_PART: (baseline.card, baseline.name, baseline.config)}
         return network

@@ -114,10 +114,8 @@ def expect(
     for name in set(order):  # a data set counts as much as its nearest training
         own = np.array([t.data == name for t in near])
         weights[own] *= weights[own].max() / weights[own].sum()
-    if baseline is None:
-        values, prior = [t.skill for t in near], PRIOR_SKILLS
-    else:
-        values, prior = [get_factor(t.skill, t.baseline or 0.0) for t in near], PRIOR_FACTORS
+    prior: tuple[float, ...] = PRIOR_SKILLS if baseline is None else PRIOR_FACTORS
+    values = [t.skill if baseline is None else get_factor(t.skill, t.baseline or 0.0) for t in near]
     found = compute_quantiles([*values, *prior], [*weights, *[PRIOR_WEIGHT / len(prior)] * len(prior)])
     if baseline is not None:
         found = sorted(1 - factor * max(1 - baseline, MIN_ERROR) for factor in found)
