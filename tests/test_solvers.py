@@ -105,6 +105,22 @@ def test_linear_models_equal_scikit_learn(classes, cardinalities, monkeypatch):
     assert solution.score == pytest.approx(max(scores.values()), abs=2e-3)
 
 
+def test_fewer_iterations_suffice_for_many_classes():
+    """The rule of `MANY_CLASSES`, on texts of 60 classes that share most of their words."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 60, 1200)
+    x = np.zeros((1200, 300), np.float32)
+    for row, label in enumerate(y):
+        x[row, [*rng.integers(0, 300, 6), label * 5 + rng.integers(5)]] = 1
+    accuracy = []
+    for many in (50, 1000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(solvers, "MANY_CLASSES", many)
+            ((_, _, weight, bias),) = solvers.fit_logistic(x[:900], y[:900], 60, (1.0,))
+        accuracy.append(((x[900:] @ weight.T + bias).argmax(1) == y[900:]).mean())
+    assert 0.3 < accuracy[1] < accuracy[0] + 0.02
+
+
 def test_bag_of_ngrams_equals_tf_idf_of_scikit_learn():
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 12, rng.integers(1, 15)).tolist() for _ in range(40)]

@@ -331,6 +331,17 @@ def test_questions_end_to_end(tmp_path):
     assert "Attention" in page and "By question type" in page
 
 
+def test_the_question_alone_is_the_model_where_the_network_is_worse(tmp_path):
+    """After two steps a network knows nothing; a linear model of the question at least knows colors from sides."""
+    table = album(tmp_path / "data", 100, "questions")
+    run = fit(table, out=tmp_path / "run", settings={**SETTINGS, "steps": 2, "evaluate": 2, "batch": 8})
+    assert run.record["model"]["architecture"] == "bag-of-ngrams"
+    network = next(rival for rival in run.record["choice"]["rivals"] if rival["network"])
+    assert run.record["choice"]["validation"] > network["validation"]
+    answer = open_run(run.path).predict(str(tmp_path / "data/photos/000.png"), question="on which side is the square?")[0]
+    assert answer["answer"] in SIDES
+
+
 @pytest.mark.slow
 def test_questions_after_training_on_captions(tmp_path):
     """The encoders start from the run, the answer head is new."""
