@@ -143,12 +143,21 @@ def test_steps_are_timed_on_this_machine():
     assert timer(option, variant(32)) is None
 
 
-@pytest.mark.parametrize("times, chosen", [({4: 1.0, 2: 0.9, 1: 2.0}, 2), ({4: 1.0, 2: 2.0}, 4), ({4: 1.0, 2: 0.5, 1: 0.5}, 1)])
-def test_threads_are_chosen_by_timing(monkeypatch, times, chosen):
+@pytest.mark.parametrize(
+    "times, most, chosen",
+    [
+        ({1: 2.0, 2: 0.9, 4: 1.0}, 4, 2),
+        ({1: 2.0, 2: 1.0, 4: 0.6}, 4, 4),
+        ({1: 0.5, 2: 0.5}, 4, 1),
+        ({1: 2.0, 2: 1.0, 3: 0.7}, 3, 3),
+        ({1: 30.0}, 4, 4),  # timing more would take too long
+    ],
+)
+def test_threads_are_chosen_by_timing(monkeypatch, times, most, chosen):
     monkeypatch.setattr(precision, "measure_step_seconds", lambda *a, **k: times[torch.get_num_threads()])
-    with precision.use_threads(4):
-        threads, timed = precision.choose_threads(None, {}, "float32", False, times[4])
-    assert threads == chosen and timed == {n: times[n] for n in timed}
+    with precision.use_threads(most):
+        threads, timed = precision.choose_threads(None, {}, budget=100.0)
+    assert threads == chosen and timed == times
 
 
 def trainings(task: str = "image-classification") -> list[Training]:
@@ -178,7 +187,7 @@ def test_a_baseline_shows_how_hard_the_data_is():
     ]
     found = evidence.expect("t", "m", "a", 1000, 1e5, 0.6, known)
     assert found.median == pytest.approx(0.8, abs=0.02) and found.low <= 0.8 <= found.high
-    assert evidence.expect("t", "m", "a", 1000, 1e5, None, known).median == pytest.approx(0.7, abs=0.1)
+    assert 0.5 < evidence.expect("t", "m", "a", 1000, 1e5, None, known).median < 0.9
 
 
 def test_nothing_is_expected_without_evidence():

@@ -99,20 +99,19 @@ def resolve_settings(
         step, batch_seconds = measure(settings.resolved_batch_size // parts)
     else:
         batch, batch_seconds = time_batch(batches, settings.resolved_batch_size // parts)
-        best, best_channels_last, times = choose_precision(objective, batch, distributed.device(), callback.log, budget)
+        has_free_threads = settings.threads is None and distributed.get_world_size() == 1 and torch.get_num_threads() > 1
+        if has_free_threads and distributed.device().type == "cpu":
+            threads, by_threads = choose_threads(objective, batch, budget)
+            if threads != torch.get_num_threads():
+                settings = settings.with_({"threads": threads})
+                times_text = ", ".join(f"{1000 * t:.1f} ms with {count}" for count, t in by_threads.items())
+                callback.log(f"threads: a step takes {times_text}: {threads}")
+        with use_threads(settings.threads):
+            best, best_channels_last, times = choose_precision(objective, batch, distributed.device(), callback.log, budget)
         if precision == "auto":
             precision = best
             channels_last = best_channels_last if settings.channels_last is None else channels_last
         step = times.get(f"{precision}{' channels-last' if channels_last else ''}", min(times.values()))
-        if settings.threads is None and distributed.device().type == "cpu" and distributed.get_world_size() == 1:
-            threads, by_threads = choose_threads(objective, batch, precision, channels_last, step, budget)
-            if threads != torch.get_num_threads():
-                callback.log(
-                    "a step with "
-                    + ", ".join(f"{count} threads {1000 * t:.1f} ms" for count, t in by_threads.items())
-                    + f": {threads} thread{'s' if threads > 1 else ''}"
-                )
-                settings, step = settings.with_({"threads": threads}), by_threads[threads]
         callback.log(
             "a step in "
             + ", ".join(f"{name} {1000 * t:.1f} ms" for name, t in times.items())

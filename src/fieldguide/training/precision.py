@@ -17,6 +17,7 @@ from fieldguide.objectives.base import Objective
 
 MIN_SPEEDUP = 1.1  # factor by which a choice must be faster than float32
 MIN_THREAD_SPEEDUP = 1.15  # factor by which twice as many threads must be faster
+MAX_THREAD_TIMING = 0.25  # fraction of the budget for timing one number of threads
 
 
 @functools.cache
@@ -160,29 +161,29 @@ def choose_precision(
 
 
 def choose_threads(
-    objective: Objective,
-    batch: dict[str, Tensor],
-    precision: str,
-    channels_last: bool,
-    seconds: float,
-    budget: float = float("inf"),
+    objective: Objective, batch: dict[str, Tensor], budget: float = float("inf")
 ) -> tuple[int, dict[int, float]]:
-    """Return the number of CPU threads for training, and the seconds of a step for each number that was timed.
+    """Return the number of CPU threads for training, and the seconds of a step in float32 for each number that was timed.
 
-    Half as many threads are chosen as long as twice as many are not clearly faster. Small networks are slower with several threads,
-    which wait for each other after every operation; and on a busy machine, they wait for one that does not run.
-
-    Args:
-        seconds: of a step with the present number of threads.
+    Twice as many threads are chosen as long as they are clearly faster. Small networks are slower with several threads, which wait
+    for each other after every operation; and on a busy machine, they wait for one that does not run. If a step with one thread takes
+    a large part of the budget, all threads are chosen.
     """
-    threads, timed, end = torch.get_num_threads(), {torch.get_num_threads(): seconds}, time.perf_counter() + budget
-    while threads > 1 and time.perf_counter() < end:
-        half = threads // 2
-        with use_threads(half), torch.random.fork_rng():
-            timed[half] = measure_step_seconds(
-                objective, batch, precision, channels_last, torch.device("cpu"), limit=2 * timed[threads], budget=budget / 2
+    most, threads, timed = torch.get_num_threads(), 1, dict[int, float]()
+
+    def measure(count: int, limit: float) -> float:
+        with use_threads(count), torch.random.fork_rng():
+            return measure_step_seconds(
+                objective, batch, "float32", False, torch.device("cpu"), limit=limit, budget=budget * MAX_THREAD_TIMING
             )
-        if timed[half] > MIN_THREAD_SPEEDUP * timed[threads]:
+
+    timed[1] = measure(1, float("inf"))
+    if timed[1] > budget * MAX_THREAD_TIMING:
+        return most, timed
+    while threads < most:
+        more = min(2 * threads, most)
+        timed[more] = measure(more, timed[threads])
+        if MIN_THREAD_SPEEDUP * timed[more] > timed[threads]:
             break
-        threads = half
+        threads = more
     return threads, timed
