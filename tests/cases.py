@@ -37,6 +37,7 @@ class Case:
     num_classes: int = 7  # another number of classes that it can have
     skipped: tuple[str, ...] = ()  # how names begin of what files have and nothing reads
     slack: float = 1.0  # how much wider float32 may stray in a deep network
+    selects: bool = False  # its outputs are chosen by value, so that rounding may choose others
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -45,6 +46,11 @@ class Case:
 def image(config: Any, rows: int) -> tuple[Tensor, ...]:
     side = getattr(config, "image", 33)  # odd, so that every rounding matters
     return (torch.randn(rows, config.channels, side, side),)
+
+
+def wide(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return oblong images of multiples of 32 pixels, to which other sizes are padded."""
+    return (0.3 * torch.randn(rows, config.channels, 64, 96),)  # no saturated probabilities, by which peers rank
 
 
 def coarse(config: Any, rows: int) -> tuple[Tensor, ...]:
@@ -900,6 +906,7 @@ CASES = {
     "unet": Case(inputs=image, peer=equations(references.unet("valid"))),
     "yolov8": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
     "detr": Case(inputs=image, peer=detectors.detr, slack=10.0),
+    "faster-rcnn": Case(inputs=wide, peer=detectors.faster_rcnn, slack=10.0, selects=True),
     "unet-resnet": Case(inputs=coarse, peer=smp_unet),
     "lstm-classifier": Case(inputs=tokens, peer=last_real, lr=3e-2),
     "rnn": Case(inputs=tokens, peer=packed(nn.RNN)),

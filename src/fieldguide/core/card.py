@@ -70,6 +70,9 @@ OUTPUT_TYPES: dict[str, str] = {
     "queries": "B Q 4+classes+1: for each of Q queries a box (center x, center y, width, height, as fractions of the image's "
     'sides), then logits of the classes and of "no object". `model.predict_layers(...)` returns the same for each of the L layers '
     "of the decoder, L B Q 4+classes+1",
+    "regions": "B P 4+1+C+4C with C = classes + 1: for each of P proposals its box (left, top, right, bottom in pixels; zeros if "
+    "there are fewer), the logit of an object, logits of the background and the classes, and for each of these the offset of the "
+    "box. `model.features`, `predict_anchors`, `propose`, `pool` and `classify` are its steps",
     "video": "B F C H W float: F frames",
     "embeddings": "B 2 E: an image and a text embedding; the products of all image with all text embeddings are logits",
     "forecast": "B H C Q float: H future steps of C series, Q values each (a point, or quantiles)",

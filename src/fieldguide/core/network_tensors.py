@@ -211,6 +211,7 @@ OUTPUT_NAMES = {
     "forecast": "forecast",
     "boxes": "grid",
     "queries": "queries",
+    "regions": "regions",
 }
 
 
@@ -239,6 +240,9 @@ def describe_output_axes(
     if output == "queries":
         values = 4 + get("num_classes", 80) + 1
         return (fix("queries", get("queries")), fix("values", values)), "a box, then logits of classes and of no object"
+    if output == "regions":
+        values = 5 + 5 * (get("num_classes", 80) + 1)
+        return (fix("proposals", get("proposals")), fix("values", values)), "a box, its logit, logits of classes, their offsets"
     if output == "embeddings":
         return (fix("sides", 2), fix("embedding", get("embed"))), "an image and a text embedding of length 1"
     if output == "forecast":

@@ -200,14 +200,15 @@ def select_detections(
     candidates: int,
     max_detections: int,
 ) -> dict[str, Tensor]:
-    """Select detections from boxes B A 4 and class scores B A K, in the format of `Detection.outputs`.
+    """Select detections from boxes B A 4, or B A K 4 for each class, and class scores B A K, in the format of `Detection.outputs`.
 
     `size` is (height, width). Each (box, class) pair above `confidence` is a candidate, so a box may yield several
     classes.
     """
     classes = scores.shape[-1]
     scores, which = scores.flatten(1).topk(min(candidates, scores[0].numel()))
-    labels, boxes = which % classes, boxes.gather(1, (which // classes)[..., None].expand(-1, -1, 4))
+    labels, which, boxes = which % classes, which if boxes.ndim == 4 else which // classes, boxes.flatten(1, -2)
+    boxes = boxes.gather(1, which[..., None].expand(-1, -1, 4))
     row, place = (scores > confidence).nonzero(as_tuple=True)
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep[row, place] = nms(boxes[row, place], scores[row, place], row * classes + labels[row, place], overlap)

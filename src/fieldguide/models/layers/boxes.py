@@ -124,6 +124,18 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, limit: float) -> Tensor: 
     return keep
 
 
+def nms_of_sorted(boxes: Tensor, real: Tensor, limit: float) -> Tensor:  # B M 4, B M bool -> B M bool
+    """Return what `nms` does for boxes in descending order of score, with operations whose shapes do not depend on values.
+
+    For graphs that are exported: one step for each box. Boxes that are not `real` are neither kept nor suppress others.
+    """
+    close = iou(boxes[:, :, None], boxes[:, None]) > limit  # B M M
+    keep, later = real, torch.arange(boxes.shape[1], device=boxes.device)
+    for i in range(boxes.shape[1]):
+        keep = keep & ~(close[:, i] & keep[:, i, None] & (later > i))
+    return keep
+
+
 def split_by_total(counts: Tensor) -> list[slice]:  # M int64 -> slices of M
     """Split into consecutive slices whose counts add up to about `MAX_PAIRS_PER_CHUNK` at most."""
     sizes = torch.unique_consecutive(counts.cumsum(0) // MAX_PAIRS_PER_CHUNK, return_counts=True)[1]

@@ -80,4 +80,19 @@ def strip_prefix(table: Mapping[str, Row], prefix: str) -> dict[str, Row]:
     return {name.removeprefix(prefix): row for name, row in table.items()}
 
 
+def place_submodel(table: Mapping[str, Row], theirs: str, ours: str, without: str, frozen: bool) -> dict[str, Row]:
+    """Return the rows of a submodel's table for a network that holds it, with the prefixes `theirs` and `ours`.
+
+    Rows of our names that begin with `without` are left out. With `frozen`, batch counters of norms, which frozen norms do not
+    have, are dropped.
+    """
+    rows: dict[str, Row] = {}
+    for public, here in table.items():
+        if isinstance(here, str) and not here.startswith(without):
+            if frozen and public.endswith(".*"):
+                rows[f"{theirs}{public[:-1]}num_batches_tracked"] = Dropped("frozen norms count no batches")
+            rows[f"{theirs}{public}"] = f"{ours}{here}"
+    return rows
+
+
 Row = str | Transposed | Reshaped | Fused | InterleavedRotary | Dropped | Zeros

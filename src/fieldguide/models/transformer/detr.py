@@ -33,7 +33,7 @@ from fieldguide.models.convolutional import resnet
 from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.frozen_norm import freeze_norms
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, LabelCount
-from fieldguide.models.mapping.key_rules import Dropped, Fused, Row, strip_prefix
+from fieldguide.models.mapping.key_rules import Fused, Row, place_submodel, strip_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,18 +207,9 @@ class DETR(nn.Module):
         return self.predict(self.decode(*self.encode(x))[-1])
 
 
-def place_backbone(table: Mapping[str, Row], prefix: str, ours: str = "backbone.") -> dict[str, Row]:
-    """Return the rows of a ResNet's table for a ResNet inside of a detector, without its classifier.
-
-    Batch counters, which frozen norms do not have, are dropped.
-    """
-    rows: dict[str, Row] = {}
-    for theirs, here in table.items():
-        if isinstance(here, str) and not here.startswith("head"):
-            if theirs.endswith(".*"):
-                rows[f"{prefix}{theirs[:-1]}num_batches_tracked"] = Dropped("frozen norms count no batches")
-            rows[f"{prefix}{theirs}"] = f"{ours}{here}"
-    return rows
+def place_backbone(table: Mapping[str, Row], prefix: str) -> dict[str, Row]:
+    """Return the rows of a ResNet's table for the ResNet inside of the detector, without its classifier."""
+    return place_submodel(table, prefix, "backbone.", without="head", frozen=True)
 
 
 def name_layers(stack: str, theirs: str, names: Mapping[str, str]) -> dict[str, Row]:

@@ -124,6 +124,12 @@ class DetectionSignature(SignatureBuilder):
                 Step("softmax", "scores of the classes; the last, no object, is left out", True),
                 Step("best_class", "the class of the highest score of each query, queries by descending score", True, most),
             ]
+        if card.output_types[0] == "regions":
+            return [
+                Step("decode_boxes", "move each proposal by the offset of each class, clip to the input", True),
+                Step("softmax", "scores of the classes; the first, the background, is left out", True),
+                Step("nms", "drop boxes that overlap one of a higher score of their class", True, most),
+            ]
         return [
             Step("decode_boxes", "expected distances to the sides times the stride, around each point", True),
             Step("sigmoid", "scores of the classes", True),
