@@ -281,3 +281,21 @@ def test_generation_config_defaults_and_ranges():
     ):
         with pytest.raises(SettingsError, match=why):
             GenerationConfig(**bad)
+
+
+def test_rows_may_hold_lists_and_conversations():
+    from fieldguide.data.readers.memory import as_table
+
+    turns = [{"role": "user", "content": "hello"}]
+    for source in ({"messages": turns}, [{"messages": turns}]):
+        assert as_table(source).to_dicts() == [{"messages": turns}]
+    assert as_table([{"tokens": ["a", "b"], "x": 1}, {"tokens": ["c"], "x": 2}])["tokens"].to_list() == [["a", "b"], ["c"]]
+    assert as_table({"a": [1, 2]}) is None  # columns
+
+
+def test_options_without_a_value_are_errors():
+    from fieldguide.core.options import parse_value
+
+    assert parse_value("x", None, int | None) is None
+    with pytest.raises(SettingsError, match="must not be empty"):
+        parse_value("x", None, int)

@@ -420,7 +420,7 @@ def test_plan_names_what_is_wrong(call, tmp_path):
     for arguments, words in (
         (("fn",), "no network, sample, run folder or file"),
         (("fnn", "--on", "h100"), "unknown machine"),
-        (("fnn", "--mode", "serve"), "mode='serve' is none of train, predict"),
+        (("fnn", "--mode", "study"), "mode='study' is none of train, predict, serve"),
         ((tmp_path / "gone.csv",), "gone.csv"),
     ):
         code, _, err = call("plan", *arguments)

@@ -113,6 +113,8 @@ def parse_value(label: str, value: Any, kind: Any) -> Any:
     the option in the message.
     """
     kinds = getattr(kind, "__args__", (kind,))
+    if value is None and type(None) not in kinds:
+        raise SettingsError(f"{label} must not be empty (None or null). Leave it out for its default.")
     if value is None or (isinstance(value, str) and value.lower() in ("none", "auto") and type(None) in kinds):
         return None
     want = next(k for k in kinds if k is not type(None))

@@ -50,23 +50,40 @@ def load(source: Any, options: Options) -> RawTable:
 
 
 def as_row(source: Any) -> dict[str, Any] | None:
-    """Return a dictionary of single values or a pandas series as a row; None for anything else."""
+    """Return a dictionary of single values or a pandas series as a row; None for anything else.
+
+    A list of dictionaries, such as the messages of a conversation, is a single value; other lists may be columns.
+    """
     if is_pandas(source) and getattr(source, "ndim", 0) == 1:
         return {str(name): value for name, value in source.items()}
-    if isinstance(source, dict) and source and all(isinstance(v, SCALARS) for v in source.values()):
+    if isinstance(source, dict) and source and all(isinstance(v, SCALARS) or is_nested(v) for v in source.values()):
         return {str(name): value for name, value in source.items()}
     return None
 
 
+def is_nested(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
 def as_table(source: Any) -> pl.DataFrame | None:
     """Return a row, or a list of rows, as a data frame; None for anything else."""
-    rows = [as_row(value) for value in (source if isinstance(source, list | tuple) else [source])]
+    if isinstance(source, list | tuple):  # in a list, a dictionary is a row, whatever its values
+        rows = [dict(value) if isinstance(value, dict) and value else as_row(value) for value in source]
+    else:
+        rows = [as_row(source)]
     present = [row for row in rows if row is not None]
     if not rows or len(present) < len(rows):
         return None
     names = dict.fromkeys(name for row in present for name in row)
     cells = {name: [row.get(name) for row in present] for name in names}
-    return pl.DataFrame([to_series(name, np.array(values, dtype=object)) for name, values in cells.items()])
+    return pl.DataFrame([to_cells(name, values) for name, values in cells.items()])
+
+
+def to_cells(name: str, values: list[Any]) -> pl.Series:
+    """Convert the values of one column of rows; lists stay lists."""
+    if any(isinstance(value, list | tuple) for value in values):
+        return pl.Series(name, values, strict=False)
+    return to_series(name, np.array(values, dtype=object))
 
 
 def to_series(name: str, values: Any) -> pl.Series:
