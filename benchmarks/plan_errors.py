@@ -38,6 +38,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.models import registry
 from fieldguide.planning import allocator, errors, machines
 from fieldguide.planning.stepping import Silent, trace_prediction, trace_training
+from fieldguide.planning.timing import plan_terms
 from fieldguide.planning.workload import Shape, Workload, build_workload
 from fieldguide.training.precision import autocast
 from fieldguide.training.trainer import Trainer
@@ -56,7 +57,7 @@ FIELDS = [
         "ops",
         "flops",
         "moved",
-        "planned",
+        "terms",
         "plan_seconds",
         "idle",
     ),
@@ -228,8 +229,6 @@ def measure(
 
 def plan(card: Card, config: Any, shape: Shape, mode: str, precision: str, optimizer: str) -> dict[str, Any]:
     """Return what is planned for a cell, before corrections that are learnt from the table."""
-    from fieldguide.planning.timing import plan_seconds
-
     started = time.perf_counter()
     trace = make_trace(card, config, shape, mode, precision, optimizer)
     resident = sum(trace.initial.values()) + allocator.replay(trace, allocator.Glibc(mode == "train"))
@@ -240,7 +239,7 @@ def plan(card: Card, config: Any, shape: Shape, mode: str, precision: str, optim
         "ops": len(trace.work),
         "flops": sum(work.flops for work in trace.work),
         "moved": sum(work.bytes for work in trace.work),
-        "planned": round(plan_seconds(trace.later_steps().work), 5),
+        "terms": json.dumps({k: round(v, 6) for k, v in plan_terms(trace.work, machines.get_machine("cpu")).items() if v}),
         "plan_seconds": round(time.perf_counter() - started, 2),
     }
 
@@ -331,11 +330,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    rows.sort(key=get_key)
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(sorted(rows, key=get_key))
     write_atomically(path, text.getvalue().encode())
 
 
@@ -399,9 +397,10 @@ def main() -> None:
                 write_table(options.table, rows)
         machine = machines.get_machine(options.machine) if options.machine else None
         machines.use_probe(machine or machines.from_dict(in_fresh_process(measure_machine)))
-        unplanned = [row for row in rows if options.replan or not row.get("planned")]
+        unplanned = [row for row in rows if options.replan or not row.get("terms")]
         for row, planned in zip(unplanned, pool.map(plan_cell, unplanned)):
             row.update(planned)
+            write_table(options.table, rows)
         write_table(options.table, rows)
     print(errors.describe(options.table))
 

@@ -406,7 +406,7 @@ def write_cells(path, factor: float, extra: int, architectures: int = 3) -> None
                     "median": 0.2,
                 }
                 | {"fixed": 0}
-                | {"ops": 1, "flops": 1, "moved": 1, "planned": 0.1, "plan_seconds": 1, "idle": 1}
+                | {"ops": 1, "flops": 1, "moved": 1, "terms": '{"matmul": 0.1}', "plan_seconds": 1, "idle": 1}
             )
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -418,7 +418,7 @@ def test_corrections_are_learnt_from_cells(tmp_path):
     write_cells(path := tmp_path / "errors.csv", 1.1, 20 * MIB)
     rule = errors.get_correction("nets", "train", path)
     assert rule.memory == pytest.approx(1.1, abs=1e-3) and rule.extra == pytest.approx(20 * MIB, rel=0.02)
-    assert rule.seconds == pytest.approx(2.0) and rule.memory_p95 < 1e-3 and rule.cells == 24
+    assert rule.factors["matmul"] == pytest.approx(2.0) and rule.memory_p95 < 1e-3 and rule.cells == 24
     assert errors.get_process_bytes("train", path) == 300 * MIB
     judged = errors.judge(path)
     assert max(abs(row["net"]) for row in judged) < 1e-3 and not any(row["over"] for row in judged)

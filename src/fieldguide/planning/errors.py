@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
+
+from fieldguide.planning.timing import TERMS
 
 TABLE = Path(__file__).with_name("errors.csv")
 NUMBERS = (
@@ -24,24 +28,25 @@ NUMBERS = (
     "ops",
     "flops",
     "moved",
-    "planned",
     "plan_seconds",
     "idle",
 )
 UPPER_SHARE = 0.99  # of the measured cells that the upper bound must cover
-UPPER_MARGIN, FEW_CELLS_MARGIN = 1.02, 2.0  # the second is divided by the number of cells: few cells may miss the worst
+UPPER_MARGIN, FEW_CELLS_MARGIN = 1.05, 2.0  # the second is divided by the number of cells: few cells may miss the worst
 DEFAULT_UPPER, DEFAULT_EXTRA = 1.5, 100 << 20  # for a family without measurements
 FACTORS = np.arange(0.8, 1.31, 0.02)  # of what is planned, among which the best is chosen
 PROCESS_BYTES = 350 << 20  # of a process that has loaded torch and this library, if nothing was measured
-MIN_CELLS = 8  # below this number, a family takes the corrections of all families
+ROUNDS = 20  # of reweighting
+MIN_CELLS = 16  # below this number, a family takes the corrections of all families
 
 
 @dataclass(frozen=True)
 class Correction:
     """Corrections of a family and mode, and its errors after them.
 
-    Weights, gradients and the state of the optimizer (`fixed`) are known; `memory` is a factor for the rest, and `extra` are bytes
-    that do not depend on the network. The upper bound has `upper` times the rest, and `upper_extra`. `seconds` is a factor for times.
+    What lasts, such as weights and the state of the optimizer (`fixed`), is known. `memory` is a factor for the rest, and `extra`
+    are bytes that do not depend on the network. The upper bound has `upper` times the rest, and `upper_extra`. `factors` are those
+    of the terms of a step's time.
     Errors are relative, of the whole process: medians and 95th percentiles of the absolute value.
     """
 
@@ -50,7 +55,7 @@ class Correction:
     extra: int = 0
     upper: float = DEFAULT_UPPER
     upper_extra: int = DEFAULT_EXTRA
-    seconds: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
     memory_median: float = float("nan")
     memory_p95: float = float("nan")
     seconds_median: float = float("nan")
@@ -72,7 +77,8 @@ def read_table(path: Path = TABLE) -> tuple[dict[str, Any], ...]:
         return ()
     with open(path, encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["resident"]]  # planned ones
-        return tuple({k: float(v or 0) if k in NUMBERS else v for k, v in row.items()} for row in rows)
+        typed = ({k: float(v or 0) if k in NUMBERS else v for k, v in row.items()} for row in rows)
+        return tuple({**row, "terms": json.loads(str(row.get("terms") or "{}"))} for row in typed)
 
 
 def get_process_bytes(mode: str, path: Path = TABLE) -> int:
@@ -100,11 +106,11 @@ def get_correction(family: str, mode: str, path: Path = TABLE, without: str = ""
 def learn(rows: list[dict[str, Any]]) -> Correction:
     """Fit the corrections of memory and of seconds to cells, and the bound that covers `UPPER_SHARE` of them."""
     memory, extra = fit_memory(rows)
-    timed = [row for row in rows if row["idle"] and row["planned"] > 0]  # times on a busy machine say nothing
-    seconds = statistics.median(row["best"] / row["planned"] for row in timed) if timed else 1.0
-    rule = Correction(len(rows), memory, extra, seconds=seconds)
+    timed = [row for row in rows if row["idle"]]  # times on a busy machine say nothing
+    factors = fit_seconds(timed)
+    rule = Correction(len(rows), memory, extra, factors=factors)
     misses = [abs(get_error(row, rule)) for row in rows]
-    late = [abs(seconds * row["planned"] / row["best"] - 1) for row in timed]
+    late = [abs(get_time_error(row, rule)) for row in timed]
     upper, upper_extra = fit_bound(rows, memory, extra)
     return replace(
         rule,
@@ -130,6 +136,28 @@ def fit_memory(rows: list[dict[str, Any]]) -> tuple[float, int]:
         extra = max(float(left[order][min(middle, len(left) - 1)]), 0.0)
         best = min(best, (float((np.abs(left - extra) * weight).sum()), float(factor), int(extra)))
     return best[1], best[2]
+
+
+def fit_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the factors, none of them negative, of the terms of a step's time, by least squares of the relative error.
+
+    Rows whose error stays large count less, as those of steps that were disturbed do.
+    """
+    used = [name for name in TERMS if any(name in row["terms"] for row in rows)]
+    if len(rows) < 2 * len(used) or not used:
+        return {}
+    table = np.array([[row["terms"].get(name, 0.0) / row["best"] for name in used] for row in rows])
+    weight = np.ones(len(rows))
+    factors = np.ones(len(used))
+    for _ in range(ROUNDS):
+        factors, _residual = nnls(table * weight[:, None], weight)
+        weight = 1 / np.sqrt(np.maximum(np.abs(table @ factors - 1), 0.05))  # towards the least sum of absolute errors
+    return dict(zip(used, factors.tolist()))
+
+
+def get_time_error(row: dict[str, Any], rule: Correction) -> float:
+    """Return the relative error of the planned time of a step."""
+    return sum(rule.factors.get(name, 1.0) * seconds for name, seconds in row["terms"].items()) / row["best"] - 1
 
 
 def fit_bound(rows: list[dict[str, Any]], memory: float, extra: int) -> tuple[float, int]:
@@ -166,7 +194,7 @@ def judge(path: Path = TABLE) -> list[dict[str, Any]]:
                 "total": get_error(row, rule),
                 "over": row["measured"] > rule.bound(row["resident"], row["fixed"]),
                 "slack": (row["base"] + rule.bound(row["resident"], row["fixed"])) / (row["base"] + row["measured"]) - 1,
-                "time": rule.seconds * row["planned"] / row["best"] - 1,
+                "time": get_time_error(row, rule),
             }
         )
     return judged

@@ -126,9 +126,8 @@ class Planner:
         taken = max(taken, allocated)
         upper = max(bound, taken) + process
         parts |= {"allocator": taken - allocated, "process": process}
-        seconds = plan_seconds(trace.work, self.machine) * workload.calls
-        if self.on_cpu:
-            seconds *= self.correction.seconds
+        factors = self.correction.factors if self.on_cpu else None
+        seconds = plan_seconds(trace.work, self.machine, factors) * workload.calls
         weights = sum(trace.initial.values())
         seconds += self.sharing.count_seconds(weights) if self.mode == "train" else 0.0
         flops = sum(work.flops for work in trace.work)
@@ -158,8 +157,8 @@ class Planner:
             copies, devices = 1, self.sharing.devices
         if not generates(workload):
             return {"latency_seconds": step.seconds, "rows_per_second": copies * shape.batch / step.seconds}
-        factor = self.correction.seconds if self.on_cpu else 1.0
-        found = plan_serving(trace, workload, shape, self.machine, devices, factor)
+        factors = self.correction.factors if self.on_cpu else None
+        found = plan_serving(trace, workload, shape, self.machine, devices, factors)
         for name in ("tokens_per_second", "decode_bound", "prefill_tokens_per_second", "prefill_bound"):
             found[name] *= copies
         context = shape.length + max(self.new_tokens, 1)

@@ -6,7 +6,7 @@ with local layers would need only their window; `count_windowed_bytes` tells how
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -107,11 +107,11 @@ def count_windowed_bytes(config: Any, cache: int, context: int) -> int:
 
 
 def plan_serving(
-    trace: Trace, workload: Workload, shape: Shape, machine: Machine, devices: int, factor: float
+    trace: Trace, workload: Workload, shape: Shape, machine: Machine, devices: int, factors: Mapping[str, float] | None
 ) -> dict[str, float]:
     """Return seconds and rates of serving on one device, or on several that share each layer.
 
-    `factor` is the correction of times. The bounds are those of an ideal program: decoding reads the weights and the cache once per
+    `factors` correct times. The bounds are those of an ideal program: decoding reads the weights and the cache once per
     step, and prefill computes its operations at the rate of large matrix products.
     """
     config = workload.objective.model.config
@@ -125,7 +125,7 @@ def plan_serving(
         if devices > 1:
             moved = 2 * (devices - 1) / devices * tokens * width * 2
             reducing = REDUCES_PER_LAYER * depth * (REDUCE_SECONDS + moved / LINK_BYTES_PER_SECOND)
-        return factor * plan_seconds(work, machine) + reducing
+        return plan_seconds(work, machine, factors) + reducing
 
     prompt = shape.length
     prefill, decode = seconds_of(PREFILL, prompt), seconds_of(DECODE, shape.batch)
