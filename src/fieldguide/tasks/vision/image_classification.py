@@ -43,7 +43,7 @@ class ImageClassification(ImageSignature, ClassificationTask):
     input_types = ("image", "vector")
     baseline_models: ClassVar = ("hog-linear",)
     feature = ("image",)
-    recipe: ClassVar = {"augmentation": "standard", "label_smoothing": 0.1, "weight_decay": 0.05, "ema": 0.998}
+    recipe: ClassVar = {"augmentation": "standard", "label_smoothing": 0.1, "weight_decay": 0.05}
 
     @dataclass(frozen=True)
     class Options:
