@@ -35,7 +35,7 @@ class Case:
     lr: float = 1e-2  # that learns one batch
     overrides: tuple[tuple[str, Any], ...] = ()  # laid over the tiny size, for a less general peer
     num_classes: int = 7  # another number of classes that it can have
-    skipped: tuple[str, ...] = ()  # how names begin of what files have and nothing reads
+    skipped: tuple[str, ...] = ()  # how names begin of what files have and the output does not depend on
     slack: float = 1.0  # how much wider float32 may stray in a deep network
     selects: bool = False  # its outputs are chosen by value, so that rounding may choose others
 
@@ -907,6 +907,14 @@ CASES = {
     "yolov8": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
     "detr": Case(inputs=image, peer=detectors.detr, slack=10.0),
     "faster-rcnn": Case(inputs=wide, peer=detectors.faster_rcnn, slack=10.0, selects=True),
+    "rt-detr": Case(
+        inputs=wide,
+        peer=detectors.rt_detr,
+        slack=10.0,
+        selects=True,
+        # Only the auxiliary losses train the proposals, the classes of noisy objects and the heads of the first layers.
+        skipped=("proposal", "known", "box.0.", "label.0."),
+    ),
     "unet-resnet": Case(inputs=coarse, peer=smp_unet),
     "lstm-classifier": Case(inputs=tokens, peer=last_real, lr=3e-2),
     "rnn": Case(inputs=tokens, peer=packed(nn.RNN)),

@@ -78,6 +78,52 @@ def detr(model: nn.Module):
     return peer, rename
 
 
+def rt_detr_config(model: nn.Module, **options):
+    from tv import transformers
+
+    c = model.config
+    growth = 4 if c.block == "bottleneck" else 1
+    backbone = transformers.RTDetrResNetConfig(
+        num_channels=c.channels,
+        embedding_size=c.widths[0],
+        hidden_sizes=[growth * width for width in c.widths],
+        depths=list(c.depths),
+        layer_type=c.block,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    return transformers.RTDetrConfig(
+        backbone_config=backbone,
+        freeze_backbone_batch_norms=c.frozen_norm,
+        encoder_in_channels=[growth * width for width in c.widths[1:]],
+        encoder_hidden_dim=c.dim,
+        decoder_in_channels=[c.dim] * 3,
+        d_model=c.dim,
+        encoder_attention_heads=c.heads,
+        decoder_attention_heads=c.heads,
+        encoder_ffn_dim=c.hidden,
+        decoder_ffn_dim=c.hidden,
+        hidden_expansion=c.fusion / c.dim,
+        decoder_layers=c.decoder_depth,
+        decoder_n_points=c.points,
+        num_queries=c.queries,
+        num_labels=c.num_classes,
+        **options,
+    )
+
+
+def rt_detr(model: nn.Module):
+    from tv import transformers
+
+    peer = Queries(transformers.RTDetrForObjectDetection(rt_detr_config(model)))
+
+    def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        public = translate(state, get_tables(model)["huggingface"], reverse=True)
+        done = {to_live(name).replace("encoder.encoder.0.", "encoder.aifi.0."): tensor for name, tensor in public.items()}
+        return {f"peer.{name}": tensor for name, tensor in done.items()}
+
+    return peer, rename
+
+
 # ---------------------------------------------------------------------------------------------- Faster R-CNN
 
 

@@ -212,6 +212,7 @@ def test_output_has_the_declared_shape(name):
         "image": output.ndim == 4 and output.shape[1] == width,
         "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "num_classes", 0),
         "queries": output.shape == (3, getattr(config, "queries", 0), 4 + getattr(config, "num_classes", 0) + 1),
+        "scored-queries": output.shape == (3, getattr(config, "queries", 0), 4 + getattr(config, "num_classes", 0)),
         "regions": output.shape == (3, getattr(config, "proposals", 0), 5 + 5 * (getattr(config, "num_classes", 0) + 1)),
         "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1],
     }[gives]
@@ -458,7 +459,10 @@ def test_runs_in_bfloat16_autocast(name):
     value = loss(card.output_types[0], output, inputs)  # outside: that on probabilities is not made for autocast
     assert CASES[name].selects or (half - full).abs().max() < 0.05 * full.abs().max() + 0.05
     value.backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    skipped = CASES[name].skipped or ("none is",)
+    assert all(
+        p.grad.isfinite().all() for key, p in model.named_parameters() if p.requires_grad and not key.startswith(skipped)
+    )
 
 
 @EVERY

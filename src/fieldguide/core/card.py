@@ -70,6 +70,8 @@ OUTPUT_TYPES: dict[str, str] = {
     "queries": "B Q 4+classes+1: for each of Q queries a box (center x, center y, width, height, as fractions of the image's "
     'sides), then logits of the classes and of "no object". `model.predict_layers(...)` returns the same for each of the L layers '
     "of the decoder, L B Q 4+classes+1",
+    "scored-queries": 'B Q 4+classes: as for "queries", with one independent logit per class and none of "no object". '
+    "`model.predict_all(...)` also returns the other layers of the decoder, the proposals of the encoder and decodes noisy objects",
     "regions": "B P 4+1+C+4C with C = classes + 1: for each of P proposals its box (left, top, right, bottom in pixels; zeros if "
     "there are fewer), the logit of an object, logits of the background and the classes, and for each of these the offset of the "
     "box. `model.features`, `predict_anchors`, `propose`, `pool` and `classify` are its steps",

@@ -211,6 +211,7 @@ OUTPUT_NAMES = {
     "forecast": "forecast",
     "boxes": "grid",
     "queries": "queries",
+    "scored-queries": "queries",
     "regions": "regions",
 }
 
@@ -237,9 +238,10 @@ def describe_output_axes(
     if output == "boxes":
         values = 4 * network.bins.numel() + get("num_classes", 80)
         return (Axis("points"), fix("values", values)), "logits of distances to four sides, then of classes, for each point"
-    if output == "queries":
-        values = 4 + get("num_classes", 80) + 1
-        return (fix("queries", get("queries")), fix("values", values)), "a box, then logits of classes and of no object"
+    if output in ("queries", "scored-queries"):
+        values = 4 + get("num_classes", 80) + (output == "queries")
+        about = "a box, then logits of classes" + (" and of no object" if output == "queries" else "")
+        return (fix("queries", get("queries")), fix("values", values)), about
     if output == "regions":
         values = 5 + 5 * (get("num_classes", 80) + 1)
         return (fix("proposals", get("proposals")), fix("values", values)), "a box, its logit, logits of classes, their offsets"

@@ -124,9 +124,14 @@ class SetDetection(Objective):
         losses = F.cross_entropy(logits.permute(1, 3, 2, 0), target.permute(1, 2, 0), weight, reduction="none")  # B Q L
         return (losses.sum((0, 1)) / weight[target].sum((1, 2))).sum()
 
-    def measure(self, predictions: Tensor, boxes: Tensor, labels: Tensor, count: Tensor) -> dict[str, Tensor]:
-        """Return the parts of the loss of predictions L B Q 4+.., summed over layers."""
-        layer, image, query, item = self.match(predictions, boxes, labels)
+    def measure(
+        self, predictions: Tensor, boxes: Tensor, labels: Tensor, count: Tensor, pairs: tuple[Tensor, ...] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the parts of the loss of predictions L B Q 4+.., summed over layers.
+
+        `pairs` are the indices of layer, image, query and object that belong together; by default they are matched.
+        """
+        layer, image, query, item = self.match(predictions, boxes, labels) if pairs is None else pairs
         found, true = predictions[layer, image, query, :4], boxes[image, item]
         similarity = giou(to_corners(found), to_corners(true))
         logits = predictions[..., 4:]

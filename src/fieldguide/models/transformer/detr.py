@@ -19,9 +19,8 @@ decoder, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +31,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.models.convolutional import resnet
 from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.frozen_norm import freeze_norms
-from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, LabelCount
-from fieldguide.models.mapping.key_rules import Fused, Row, place_submodel, strip_prefix
+from fieldguide.models.transformer._shared.detr_checkpoints import CONFIG, WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +76,29 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # B Q D, B S D, B S D -> B Q D
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:  # B Q D, B S D -> B Q D
+        """Return the attention output; `mask` Q S is True where a query attends to a key."""
         parts = zip((query, key, value), self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, w, b in parts)
-        x = dot_product_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        x = dot_product_attention(q, k, v, mask, dropout=self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Sequential):
-    """Linear, ReLU, dropout, linear."""
+    """Linear, activation, dropout, linear."""
 
-    def __init__(self, dim: int, hidden: int, dropout: float):
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+    def __init__(self, dim: int, hidden: int, dropout: float, act: type[nn.Module] = nn.ReLU):
+        super().__init__(nn.Linear(dim, hidden), act(), nn.Dropout(dropout), nn.Linear(hidden, dim))
 
 
 class EncoderLayer(nn.Module):
     """Self-attention over positions, then a feed-forward network."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float, act: type[nn.Module] = nn.ReLU):
         super().__init__()
         self.attention = Attention(dim, heads, dropout)
         self.norm1 = nn.LayerNorm(dim)
-        self.mlp = FeedForward(dim, hidden, dropout)
+        self.mlp = FeedForward(dim, hidden, dropout, act)
         self.norm2 = nn.LayerNorm(dim)
         self.drop = nn.Dropout(dropout)
 
@@ -207,137 +206,6 @@ class DETR(nn.Module):
         return self.predict(self.decode(*self.encode(x))[-1])
 
 
-def place_backbone(table: Mapping[str, Row], prefix: str) -> dict[str, Row]:
-    """Return the rows of a ResNet's table for the ResNet inside of the detector, without its classifier."""
-    return place_submodel(table, prefix, "backbone.", without="head", frozen=True)
-
-
-def name_layers(stack: str, theirs: str, names: Mapping[str, str]) -> dict[str, Row]:
-    """Return the rows of one stack of layers: `names` maps the parts of their layers to the parts of ours."""
-    return {f"{theirs}.{{i}}.{part}.*": f"{stack}.{{i}}.{ours}.*" for part, ours in names.items()}
-
-
-def fuse_attention(stack: str, theirs: str, names: Mapping[str, str], parts: tuple[str, ...]) -> dict[str, Row]:
-    """Return the rows of attention whose three projections are separate tensors in the file."""
-    return {
-        f"{theirs}.{{i}}.{attention}.{part}.{kind}": Fused(f"{stack}.{{i}}.{ours}.qkv.{kind}", number, 3)
-        for attention, ours in names.items()
-        for number, part in enumerate(parts)
-        for kind in ("weight", "bias")
-    }
-
-
-AUTHORS = {  # of github.com/facebookresearch/detr
-    **place_backbone(resnet.TORCHVISION, "backbone.0.body."),
-    "input_proj.*": "reduce.*",
-    "query_embed.weight": "queries",
-    **{
-        f"transformer.{stack}.layers.{{i}}.{theirs}.in_proj_{kind}": f"{stack}.{{i}}.{ours}.qkv.{kind}"
-        for stack, theirs, ours in (
-            ("encoder", "self_attn", "attention"),
-            ("decoder", "self_attn", "attention"),
-            ("decoder", "multihead_attn", "cross"),
-        )
-        for kind in ("weight", "bias")
-    },
-    **{
-        row: ours
-        for stack, names in (
-            ("encoder", {"self_attn.out_proj": "attention.proj", "norm1": "norm1", "norm2": "norm2"}),
-            (
-                "decoder",
-                {
-                    "self_attn.out_proj": "attention.proj",
-                    "multihead_attn.out_proj": "cross.proj",
-                    "norm1": "norm1",
-                    "norm2": "norm2",
-                    "norm3": "norm3",
-                },
-            ),
-        )
-        for row, ours in name_layers(
-            stack, f"transformer.{stack}.layers", {**names, "linear1": "mlp.0", "linear2": "mlp.3"}
-        ).items()
-    },
-    "transformer.decoder.norm.*": "norm.*",
-    "bbox_embed.layers.0.*": "box.0.*",
-    "bbox_embed.layers.1.*": "box.2.*",
-    "bbox_embed.layers.2.*": "box.4.*",
-    "class_embed.*": "label.*",
-}
-
-
-def huggingface_keys(backbone: Mapping[str, Row]) -> dict[str, Row]:
-    """Return the key table of files of transformers, which begin with the ResNet of transformers or of timm.
-
-    Since version 5 the names in files (`out_proj`, `fc1`) differ from those of the live network (`o_proj`, `mlp.fc1`).
-    """
-    heads = ("q_proj", "k_proj", "v_proj")
-    mlp = {"fc1": "mlp.0", "fc2": "mlp.3", "self_attn.out_proj": "attention.proj", "self_attn_layer_norm": "norm1"}
-    cross = {"encoder_attn.out_proj": "cross.proj", "encoder_attn_layer_norm": "norm2"}
-    return {
-        **place_backbone(backbone, "model.backbone.conv_encoder.model."),
-        "model.input_projection.*": "reduce.*",
-        "model.query_position_embeddings.weight": "queries",
-        **fuse_attention("encoder", "model.encoder.layers", {"self_attn": "attention"}, heads),
-        **name_layers("encoder", "model.encoder.layers", {**mlp, "final_layer_norm": "norm2"}),
-        **fuse_attention("decoder", "model.decoder.layers", {"self_attn": "attention", "encoder_attn": "cross"}, heads),
-        **name_layers("decoder", "model.decoder.layers", {**mlp, **cross, "final_layer_norm": "norm3"}),
-        "model.decoder.layernorm.*": "norm.*",
-        "bbox_predictor.layers.0.*": "box.0.*",
-        "bbox_predictor.layers.1.*": "box.2.*",
-        "bbox_predictor.layers.2.*": "box.4.*",
-        "class_labels_classifier.*": "label.*",
-    }
-
-
-def read_backbone(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the ResNet in a configuration, which may name it ("resnet50", of timm) or describe it."""
-    inner = raw.get("backbone_config") or {}
-    if inner.get("model_type") == "resnet":
-        block = inner.get("layer_type", "bottleneck")
-        growth = resnet.get_growth(block)
-        widths = tuple(width // growth for width in inner.get("hidden_sizes", (256, 512, 1024, 2048)))
-        return {"block": block, "depths": tuple(inner.get("depths", (3, 4, 6, 3))), "widths": widths}
-    name = inner.get("backbone") or raw.get("backbone") or "resnet50"
-    made = resnet.CARD.resolve_config(name)
-    return {"block": made.block, "depths": made.depths, "widths": made.widths}
-
-
-def write_backbone(config: Config) -> dict[str, Any]:
-    growth = resnet.get_growth(config.block)
-    return {
-        "model_type": "resnet",
-        "num_channels": config.channels,
-        "layer_type": config.block,
-        "depths": list(config.depths),
-        "hidden_sizes": [growth * width for width in config.widths],
-        "embedding_size": config.widths[0],
-        "out_features": [f"stage{len(config.depths)}"],
-    }
-
-
-CONFIG: dict[str, ConfigRow] = {  # of transformers
-    "model_type": Expect("detr"),
-    "architectures": Expect(["DetrForObjectDetection"]),
-    "id2label": LabelCount("num_classes"),
-    "num_channels": "channels",
-    "backbone_config": Derived(read_backbone, write_backbone),
-    "use_timm_backbone": Derived(lambda raw: {}, lambda config: False),
-    "d_model": "dim",
-    "encoder_attention_heads": "heads",
-    "decoder_attention_heads": Expect(lambda config: config.heads),
-    "encoder_layers": "depth",
-    "decoder_layers": "decoder_depth",
-    "encoder_ffn_dim": "hidden",
-    "decoder_ffn_dim": Expect(lambda config: config.hidden),
-    "num_queries": "queries",
-    "dropout": "dropout",
-    "activation_function": Expect("relu"),
-    "position_embedding_type": Expect("sine"),
-    "dilation": Expect(False),  # True is the variant DC5, whose last level is not downsampled
-}
-
 SOURCE = "github.com/facebookresearch/detr; 222,400 fewer without the stem and the first level, which the authors keep fixed"
 
 CARD = Card(
@@ -379,11 +247,7 @@ CARD = Card(
             dropout=0.0,
         ),
     },
-    weights={
-        "huggingface": huggingface_keys(strip_prefix(resnet.HUGGINGFACE, "resnet.")),
-        "huggingface-timm": huggingface_keys(resnet.TORCHVISION),
-        "facebookresearch": AUTHORS,
-    },
+    weights=WEIGHTS,
     configs={"huggingface": CONFIG},
     recipe={"optimizer": "adamw", "lr": 2e-4, "weight_decay": 1e-4, "warmup": 0.05, "grad_clip": 0.1},
 )

@@ -124,6 +124,12 @@ class DetectionSignature(SignatureBuilder):
                 Step("softmax", "scores of the classes; the last, no object, is left out", True),
                 Step("best_class", "the class of the highest score of each query, queries by descending score", True, most),
             ]
+        if card.output_types[0] == "scored-queries":
+            return [
+                Step("decode_boxes", "center and size times the side of the input -> left, top, right, bottom", True),
+                Step("sigmoid", "scores of the classes", True),
+                Step("topk", "the pairs of query and class with the highest scores", True, most),
+            ]
         if card.output_types[0] == "regions":
             return [
                 Step("decode_boxes", "move each proposal by the offset of each class, clip to the input", True),
