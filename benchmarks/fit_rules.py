@@ -5,7 +5,8 @@
 For each data set, number of rows and budget, two networks make a pair: how probable it is that one has the higher score follows from
 their scores and standard errors. The weights maximize the likelihood of these probabilities under a logistic model of the difference
 in points, with a penalty for the distance from the prior weights in rules.toml. The strength of the penalty is chosen by leaving
-out one data set at a time. With --write, `points` and [cost] in rules.toml, and evidence.csv, are replaced.
+out one data set at a time: the strongest whose loss is within one standard error of the lowest, since losses of few data sets are
+noisy. With --write, `points` and [cost] in rules.toml, and evidence.csv, are replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ HERE = Path(__file__).parent
 CURVES = HERE / "learning_curves.jsonl"
 RULES = HERE.parent / "src/fieldguide/automl/rules.toml"
 EVIDENCE = HERE.parent / "src/fieldguide/automl/evidence.csv"
-PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # from weak to strong
 FIXED = {"input_size"}  # weights without evidence in the curves
 MIN_ERROR = 0.002  # standard error of a skill at least, so that ties on few rows do not count as certain
 
@@ -195,19 +196,24 @@ def main() -> None:
     free = np.array([name not in FIXED for name in names], dtype=float)
     x, p, w, data = build_pairs(groups, names)
     print(f"{len(curves)} trainings, {len(groups)} contests of {len(set(data))} data sets, {len(p)} pairs")
-    best: tuple = ()
+    losses: dict[float, np.ndarray] = {}  # penalty -> loss of each data set that is left out
     for penalty in PENALTIES:
         left_out = {d: fit(*(v[data != d] for v in (x, p, w)), prior, penalty, free) for d in set(data)}
         z = np.array([row @ left_out[d] for row, d in zip(x, data)])
-        loss = float((w * (np.logaddexp(0, -z) * p + np.logaddexp(0, z) * (1 - p))).sum() / w.sum())
+        each = w * (np.logaddexp(0, -z) * p + np.logaddexp(0, z) * (1 - p))
+        losses[penalty] = np.array([each[data == d].sum() / w[data == d].sum() for d in sorted(set(data))])
+        loss = losses[penalty].mean()
         regret, close, rank = measure_regret(groups, names, left_out.get)
         print(
             f"penalty {penalty:5}: left-out loss {loss:.3f}, regret {regret:.4f}, within one error {close:.0%}, rank {rank:.2f}"
         )
-        best = min(best or (loss, penalty), (loss, penalty))
     regret, close, rank = measure_regret(groups, names, lambda d: prior)
     print(f"prior weights: regret {regret:.4f}, within one error {close:.0%}, rank {rank:.2f}")
-    weights = fit(x, p, w, prior, best[1], free)
+    lowest = min(losses.values(), key=lambda values: values.mean())
+    limit = lowest.mean() + lowest.std(ddof=1) / math.sqrt(len(lowest))
+    penalty = max(penalty for penalty, values in losses.items() if values.mean() <= limit)
+    print(f"penalty {penalty}")
+    weights = fit(x, p, w, prior, penalty, free)
     for name, old, new in zip(names, prior, weights):
         if abs(new - old) > 0.05:
             print(f"  {name:30} {old:6.2f} -> {new:6.2f}")

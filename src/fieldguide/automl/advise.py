@@ -166,7 +166,9 @@ def advise(
     fitted: dict[str, float | None] = fit_baselines(choice) if baselines else dict.fromkeys(choice.task.baseline_models)
     sign = 1 if metric.better == "max" else -1
     best = max((s for s in fitted.values() if s is not None and s == s), key=lambda s: sign * s, default=None)
-    skill = evidence.to_skill(best, trivial, metric.better) if best is not None and trivial is not None else None
+    skill = None
+    if best is not None and trivial is not None:  # on few rows, no error may be luck
+        skill = min(evidence.to_skill(best, trivial, metric.better), 1 - 1 / len(choice.splits.validation))
     found = choice.advice
     _ = found.best  # raises if there is none
     kind = choice.task

@@ -32,7 +32,7 @@ from fieldguide.training.trainer import Interrupted, Trainer
 
 MIN_SECONDS = 150.0  # of training, from which on there is a race
 MAX_CONTENDERS = 3
-MAX_POINTS_BEHIND = 4.0  # a contender's points behind the first choice of the rules
+MAX_POINTS_BEHIND = 6.0  # a contender's points behind the first choice of the rules
 MAX_MEMORY_FRACTION = 0.1  # of the machine's memory, for the weights and optimizer states of one contender
 BYTES_PER_PARAMETER = 20  # weight, gradient, two moments and an average in float32
 ROUND_FRACTIONS = (0.06, 0.06, 0.08)  # of the training time, for each contender in each round
