@@ -44,24 +44,10 @@ from fieldguide.training.precision import autocast
 from fieldguide.training.trainer import Trainer
 
 TABLE = Path(errors.__file__).with_name("errors.csv")
-FIELDS = [
-    *("architecture", "family", "size", "mode", "batch", "length", "side", "precision", "optimizer"),
-    *(
-        "base",
-        "measured",
-        "allocated",
-        "resident",
-        "fixed",
-        "best",
-        "median",
-        "ops",
-        "flops",
-        "moved",
-        "terms",
-        "plan_seconds",
-        "idle",
-    ),
-]
+KEY = ("architecture", "family", "size", "mode", "batch", "length", "side", "precision", "optimizer")
+MEASURED = ("base", "measured", "best", "median", "idle")
+PLANNED = ("allocated", "resident", "fixed", "ops", "flops", "moved", "terms", "plan_seconds")
+FIELDS = [*KEY, *MEASURED, *PLANNED]
 TARGET_BYTES, TARGET_FLOPS = 200 << 20, 20e9  # of a step with the smaller batch
 MOST_PARAMETERS, LARGEST_PARAMETERS = 25e6, 150e6
 STEPS = 3
@@ -71,15 +57,8 @@ BUSY_LOAD = 1.5  # load average above which other work runs, so that the times o
 MOST_FLOPS = 150e9  # of a step; cells that take more are left out
 SMALL = {  # fields of architectures whose published sizes are all too large
     **{"vocab_size": 8192, "length": 256, "dim": 256, "depth": 4, "heads": 4, "kv_heads": 2, "hidden": 768, "experts": 4},
-    **{
-        "vision_dim": 128,
-        "vision_depth": 4,
-        "vision_heads": 4,
-        "vision_hidden": 512,
-        "image": 112,
-        "picture": 8000,
-        "head_dim": 64,
-    },
+    **{"vision_dim": 128, "vision_depth": 4, "vision_heads": 4, "vision_hidden": 512, "image": 112, "picture": 8000},
+    **{"head_dim": 64},
 }
 LENGTH, FRAMES, SIDES = 96, 400, (96, 224, 256, 192)
 PREDICTED_ROWS = 3  # times the rows of training
@@ -319,7 +298,7 @@ def measure_base(mode: str) -> int:
 
 
 def get_key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[key]) for key in FIELDS[:9])
+    return tuple(str(row[key]) for key in KEY)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
