@@ -85,6 +85,98 @@ def yolov8(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
     return torch.stack(answers, 1)
 
 
+def linear(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Apply a convolution and its norm; each channel alone if the kernel has one input channel."""
+    weight = p[f"{name}.conv.weight"]
+    pad = (weight.shape[-1] - 1) // 2
+    if weight.shape[1] == x.shape[1]:
+        x = convolve(x, weight, None, 1, pad)
+    else:
+        x = torch.cat([convolve(x[:, c : c + 1], weight[c : c + 1], None, 1, pad) for c in range(x.shape[1])], 1)
+    return normalise(p, f"{name}.norm", x)
+
+
+def swish(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    x = linear(p, name, x)
+    return x * sigmoid(x)
+
+
+def c3k(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    y = step(p, f"{name}.conv1", x)
+    for i in range(2):
+        y = y + step(p, f"{name}.blocks.{i}.conv2", step(p, f"{name}.blocks.{i}.conv1", y))
+    return step(p, f"{name}.conv3", torch.cat([y, step(p, f"{name}.conv2", x)], 1))
+
+
+def c3k2(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    x = step(p, f"{name}.conv1", x)
+    half = x.shape[1] // 2
+    maps = [x[:, :half], x[:, half:]]
+    i = 0
+    while (inner := f"{name}.blocks.{i}") + ".conv1.conv.weight" in p:
+        nested = f"{inner}.conv3.conv.weight" in p
+        y = maps[-1]
+        maps.append(c3k(p, inner, y) if nested else y + step(p, f"{inner}.conv2", step(p, f"{inner}.conv1", y)))
+        i += 1
+    return step(p, f"{name}.conv2", torch.cat(maps, 1))
+
+
+def spatial_attention(p: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tensor:
+    """Apply attention head by head and position by position; queries and keys have half the width of values."""
+    dim, width = x.shape[1], x.shape[1] // heads
+    half = width // 2
+    made = linear(p, f"{name}.qkv", x).flatten(2)
+    out, values = torch.zeros_like(x.flatten(2)), torch.zeros_like(x.flatten(2))
+    for head in range(heads):
+        part = made[:, head * (2 * half + width) : (head + 1) * (2 * half + width)]
+        q, k, v = part[:, :half], part[:, half : 2 * half], part[:, 2 * half :]
+        values[:, head * width : (head + 1) * width] = v
+        for place in range(x.shape[2] * x.shape[3]):
+            scores = (q[:, :, place, None] * k).sum(1) / half**0.5
+            powers = torch.exp(scores - scores.amax(1, keepdim=True))
+            shares = powers / powers.sum(1, keepdim=True)
+            out[:, head * width : (head + 1) * width, place] = (v * shares[:, None]).sum(-1)
+    assert dim == heads * width
+    out, values = out.view_as(x), values.view_as(x)
+    x = x + linear(p, f"{name}.proj", out + linear(p, f"{name}.place", values))
+    return x + linear(p, f"{name}.mlp.1", step(p, f"{name}.mlp.0", x))
+
+
+def yolo11(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """Apply the modules of the diagram in order, 0 to 23."""
+    x = step(p, "stem", pictures, 2)
+    x = c3k2(p, "stages.0.mix", step(p, "stages.0.down", x, 2))
+    four = c3k2(p, "stages.1.mix", step(p, "stages.1.down", x, 2))
+    six = c3k2(p, "stages.2.mix", step(p, "stages.2.down", four, 2))
+    x = c3k2(p, "stages.3.mix", step(p, "stages.3.down", six, 2))
+    x = step(p, "pool.pool.conv1", x)
+    x = step(p, "pool.pool.conv2", torch.cat([x, largest(x, 2), largest(x, 4), largest(x, 6)], 1))
+    x = step(p, "pool.attention.conv1", x)
+    first, x = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+    i = 0
+    while f"pool.attention.blocks.{i}.qkv.conv.weight" in p:
+        x = spatial_attention(p, f"pool.attention.blocks.{i}", x, max(1, x.shape[1] // 64))
+        i += 1
+    ten = step(p, "pool.attention.conv2", torch.cat([first, x], 1))
+    thirteen = c3k2(p, "up.0", torch.cat([twice(ten, six), six], 1))
+    sixteen = c3k2(p, "up.1", torch.cat([twice(thirteen, four), four], 1))
+    nineteen = c3k2(p, "mix.0", torch.cat([step(p, "down.0", sixteen, 2), thirteen], 1))
+    last = c3k2(p, "mix.1", torch.cat([step(p, "down.1", nineteen, 2), ten], 1))
+    answers = []
+    for level, x in enumerate((sixteen, nineteen, last)):
+        name = f"heads.{level}"
+        box = step(p, f"{name}.box.1", step(p, f"{name}.box.0", x))
+        label = step(p, f"{name}.label.0.1", swish(p, f"{name}.label.0.0", x))
+        label = step(p, f"{name}.label.1.1", swish(p, f"{name}.label.1.0", label))
+        parts = [
+            convolve(y, p[f"{name}.{part}.2.weight"], p[f"{name}.{part}.2.bias"])
+            for part, y in (("box", box), ("label", label))
+        ]
+        x = torch.cat(parts, 1)
+        answers += [x[:, :, row, column] for row in range(x.shape[2]) for column in range(x.shape[3])]
+    return torch.stack(answers, 1)
+
+
 # ---------------------------------------------------------------------------------------------- one box at a time
 
 

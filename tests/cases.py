@@ -905,6 +905,7 @@ CASES = {
     "convnextv2": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),
     "unet": Case(inputs=image, peer=equations(references.unet("valid"))),
     "yolov8": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
+    "yolo11": Case(inputs=image, peer=equations(boxes.yolo11), slack=10.0),
     "detr": Case(inputs=image, peer=detectors.detr, slack=10.0),
     "faster-rcnn": Case(inputs=wide, peer=detectors.faster_rcnn, slack=10.0, selects=True),
     "rt-detr": Case(

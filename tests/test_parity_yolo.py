@@ -1,4 +1,4 @@
-"""YOLOv8 of every published size against the original package, as a black box, and its files.
+"""YOLOv8 and YOLO11 of every published size against the original package, as a black box, and its files.
 
 That package is AGPL-3.0 and no dependency, so these tests run only where somebody installed it: nothing is read from
 it, networks are built by their public names and compared. Everywhere else test_models.py holds the network to an
@@ -15,7 +15,9 @@ import torch
 import boxes
 from cases import equations
 from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.load import inspect_checkpoint
 from fieldguide.core.errors import SettingsError
+from fieldguide.models.convolutional import yolo11
 from fieldguide.models.convolutional.yolov8 import ultralytics_keys
 from fieldguide.models.registry import create, find
 from fieldguide.objectives.detection import decode, make_grid
@@ -30,7 +32,7 @@ def ultralytics():
     return lambda size, classes=80: tasks.DetectionModel(f"{size}.yaml", ch=3, nc=classes, verbose=False)
 
 
-@pytest.mark.parametrize("size", ["yolov8n", "yolov8s", "yolov8m", "yolov8l", "yolov8x"])
+@pytest.mark.parametrize("size", [f"{name}{size}" for name in ("yolov8", "yolo11") for size in "nsmlx"])
 @torch.no_grad()
 def test_equals_the_original_package(ultralytics, size, tmp_path):
     """Boxes and class probabilities decoded by that package, from the same weights, and back."""
@@ -59,10 +61,13 @@ def test_equals_the_original_package(ultralytics, size, tmp_path):
 
 
 @torch.no_grad()
-def test_large_and_oblong_images_equal_the_equations():
-    """Large enough that one, two and three poolings differ, and of odd sizes."""
-    model = tiny("yolov8")
-    peer, rename = equations(boxes.yolov8)(model)
+@pytest.mark.parametrize("name", ["yolov8", "yolo11", "yolo11 nested", "yolo11 heads"])
+def test_large_and_oblong_images_equal_the_equations(name):
+    """Large enough that one, two and three poolings differ, and of odd sizes; blocks in blocks; several attention heads."""
+    name, _, more = name.partition(" ")
+    changes = {"": {}, "nested": {"nested": True, "depth": 2}, "heads": {"widths": (4, 6, 8, 12, 256)}}[more]
+    model = tiny(name, **changes)
+    peer, rename = equations(getattr(boxes, name))(model)
     peer.double().eval().load_state_dict(rename(model.state_dict()))
     x = torch.randn(1, 3, 130, 300, dtype=torch.float64)
     torch.testing.assert_close(model(x), peer(x), rtol=1e-9, atol=1e-11)
@@ -102,6 +107,41 @@ def test_public_file_names():
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
 
 
+def test_public_file_names_of_yolo11():
+    """Names and shapes of the smallest published network, and of blocks in blocks in a larger one."""
+    with torch.device("meta"):
+        state = weights.translate(create("yolo11n").state_dict(), yolo11.ultralytics_keys(), reverse=True)
+        large = weights.translate(create("yolo11m").state_dict(), yolo11.ultralytics_keys(), reverse=True)
+    assert len(state) == 499 and sum(name.endswith("num_batches_tracked") for name in state) == 81
+    shapes = {
+        "model.2.cv2.conv.weight": (64, 48, 1, 1),
+        "model.2.m.0.cv1.conv.weight": (8, 16, 3, 3),
+        "model.6.m.0.cv3.conv.weight": (64, 64, 1, 1),
+        "model.8.m.0.m.1.cv2.bn.running_var": (64,),
+        "model.10.m.0.attn.qkv.conv.weight": (256, 128, 1, 1),
+        "model.10.m.0.attn.pe.conv.weight": (128, 1, 3, 3),
+        "model.10.m.0.ffn.1.conv.weight": (128, 256, 1, 1),
+        "model.13.m.0.cv2.conv.weight": (64, 32, 3, 3),
+        "model.22.m.0.m.0.cv1.conv.weight": (64, 64, 3, 3),
+        "model.23.cv2.0.2.bias": (64,),
+        "model.23.cv3.0.0.0.conv.weight": (64, 1, 3, 3),
+        "model.23.cv3.2.0.1.conv.weight": (80, 256, 1, 1),
+        "model.23.cv3.1.2.weight": (80, 80, 1, 1),
+        "model.23.dfl.conv.weight": (1, 16, 1, 1),
+    }
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+    assert large["model.2.m.0.m.1.cv1.conv.weight"].shape == (32, 32, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["yolov8", "yolo11"])
+def test_files_are_recognized(name, tmp_path):
+    model = tiny(name, torch.float32)
+    found = inspect_checkpoint(weights.save(model, tmp_path / "model.safetensors", "ultralytics"))
+    assert (found.card.name, found.origin, found.size) == (name, "ultralytics", f"{name}-test")
+    other = create(f"{name}-test", num_classes=9)
+    assert {key.split(".")[2] for key in weights.load(other, found.state, head="skip")} == {"label"}
+
+
 def test_initial_class_probability():
     """5 objects per 640-pixel image among the points of a level, over 80 classes."""
     for head, points in zip(create("yolov8n").heads, (6400, 1600, 400)):
@@ -113,3 +153,5 @@ def test_missing_levels_are_rejected():
         create("yolov8-test", widths=(4, 8, 8, 8))
     with pytest.raises(SettingsError, match="even"):
         create("yolov8-test", widths=(4, 7, 8, 8, 8))
+    with pytest.raises(SettingsError, match="five widths"):
+        create("yolo11-test", widths=(4, 8, 8, 8))

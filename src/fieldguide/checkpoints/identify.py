@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fieldguide.checkpoints.key_mapping import TranslatedState, map_to_ours, strip_prefixes
+from fieldguide.checkpoints.names import get_head_names
 from fieldguide.core.card import Card
 from fieldguide.core.errors import FieldguideError, WeightsError
 from fieldguide.models.registry import cards
@@ -170,7 +171,7 @@ def measure_distance(
     Counts missing tensors, tensors of other heads, and the fields `FREE` that must differ. None if the tensors
     belong to another network.
     """
-    wanted, heads = get_shapes(card, values), getattr(card.model, "heads", ())
+    wanted, heads = get_shapes(card, values), get_head_names(card.model)
     apart = [n for n in wanted if n not in there and not n.endswith("num_batches_tracked")]
     spare = there.keys() - wanted.keys()
     if len(apart) > MAX_MISSING_TENSORS or any(name.partition(".")[0] not in heads for name in spare):

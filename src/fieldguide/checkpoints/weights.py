@@ -34,7 +34,7 @@ from fieldguide.checkpoints.key_mapping import (
     strip_prefixes,
     translate,
 )
-from fieldguide.checkpoints.names import WEIGHT_SUFFIXES
+from fieldguide.checkpoints.names import WEIGHT_SUFFIXES, get_head_names
 from fieldguide.checkpoints.pickle_check import check_pickle
 from fieldguide.checkpoints.shard_index import read_shard_names
 from fieldguide.core.archives import FREE_BYTES, check_archive
@@ -289,7 +289,7 @@ def load(
         for name in wanted
         if name not in loaded and _get_storage_key(wanted[name]) not in filled and not name.endswith("num_batches_tracked")
     ]
-    heads = getattr(type(model), "heads", ())
+    heads = get_head_names(type(model))
     spare = [done.origin[name] for name in done.state if name not in wanted and name.partition(".")[0] in heads]
     unknown = [
         *done.unknown,

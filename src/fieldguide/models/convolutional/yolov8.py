@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,7 @@ class YOLOv8(nn.Module):
     """
 
     strides = (8, 16, 32)
+    head_names: ClassVar[tuple[str, ...]] = ("heads",)  # layers that a checkpoint may have for other classes
 
     def __init__(self, config: Config):
         super().__init__()
