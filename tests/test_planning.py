@@ -478,3 +478,13 @@ def test_the_planned_memory_is_that_of_a_real_process():
     trace = trace_training(Workload(Supervised(layers, ("x",), Classification()), batch), settings(grad_clip=1.0))
     planned = sum(trace.initial.values()) + replay(trace, Glibc(keep=True))
     assert planned == pytest.approx(measured, rel=0.2)
+
+
+def test_weights_of_another_dtype():
+    made = estimate("vit-test", mode="predict", dtype="bfloat16", batch=2, search=False)
+    assert (
+        made.dtype == "bfloat16"
+        and made.parts["weights"] < estimate("vit-test", mode="predict", batch=2, search=False).parts["weights"]
+    )
+    with pytest.raises(SettingsError, match="cannot compute with bfloat16 weights"):
+        estimate("conformer-test", mode="predict", dtype="bfloat16", batch=2, search=False)

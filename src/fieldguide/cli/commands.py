@@ -441,12 +441,14 @@ def plan(
     task: TaskName = None,
     model: Annotated[str, typer.Option(help="For data: a name from `fieldguide models`.")] = "auto",
     minutes: Annotated[float | None, typer.Option(help="For data: the minutes of the fit.")] = None,
-    mode: Annotated[str | None, typer.Option(help="train or predict; both by default.")] = None,
+    mode: Annotated[str | None, typer.Option(help="train, predict or serve; the first two by default.")] = None,
     on: Annotated[
         str, typer.Option(help="cpu for this machine, a name such as h100-80g, or a file of `fieldguide probe`.")
     ] = "cpu",
     devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
-    strategy: Annotated[str, typer.Option(help="How several devices share the work: ddp or fsdp.")] = "ddp",
+    strategy: Annotated[
+        str, typer.Option(help="How several devices share the work: ddp, fsdp (training) or tensor (serving).")
+    ] = "ddp",
     batch: Annotated[int | None, typer.Option(help="Rows per device and step.")] = None,
     length: Annotated[int, typer.Option(help="Tokens per row, where the network leaves it open.")] = 128,
     side: Annotated[int, typer.Option(help="Pixels per side, where the network leaves it open.")] = 224,

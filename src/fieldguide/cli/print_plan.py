@@ -38,7 +38,8 @@ def print_plans(plans: Sequence[Any], as_json: bool) -> None:
 
 def print_plan(plan: Any) -> None:
     what = {"train": "training", "predict": "prediction", "serve": "serving"}[plan.mode]
-    settings = [plan.precision, *([plan.optimizer] if plan.optimizer else []), f"batches of {plan.batch:,}"]
+    weights = f"{plan.dtype} weights" if plan.dtype != "float32" else plan.precision
+    settings = [weights, *([plan.optimizer] if plan.optimizer else []), f"batches of {plan.batch:,}"]
     shared = f" with {plan.strategy.upper()} on each of {plan.devices} devices" if plan.devices > 1 else ""
     echo(f"{plan.network}: {what}, {', '.join(settings)}, on {plan.machine}{shared}")
     for name, size in sorted(plan.parts.items(), key=lambda part: -part[1]):

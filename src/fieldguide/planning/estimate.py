@@ -6,6 +6,7 @@ of plans for the family (see `fieldguide.planning.errors`). Nothing is allocated
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from fieldguide.planning.sources import Make, find_longest, from_card, from_exam
 from fieldguide.planning.workload import Shape
 
 __all__ = ["Estimate", "estimate", "from_card", "from_example"]
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs errors that it also raises
 
 MODES = ("train", "predict", "serve")
 LARGEST_BATCH = 1 << 20
@@ -50,6 +53,7 @@ class Estimate:
     batch: int
     length: int
     precision: str
+    dtype: str
     optimizer: str
     machine: str
     devices: int
@@ -135,7 +139,12 @@ def estimate(
         make, longest, name = source, 0, name or "network"
     planner = Planner(make, mode, settings, get_machine(machine), Sharing(devices, strategy), family, new_tokens, keeps_best)
     shape = Shape(batch, length, side)
-    step = planner.plan(shape)
+    try:
+        step = planner.plan(shape)
+    except RuntimeError as error:
+        if dtype == "float32" or "scalar type" not in str(error):
+            raise
+        raise SettingsError(f"{name} cannot compute with {dtype} weights ({error}). Plan it with dtype=float32.") from None
     largest_batch = planner.search_batch(shape, LARGEST_BATCH) if search else None
     largest_length = planner.search_length(shape, longest) if search and longest else None
     steps = steps or (settings.steps if mode == "train" else None) or 1
@@ -146,6 +155,7 @@ def estimate(
         batch=batch,
         length=length,
         precision=settings.precision,
+        dtype=dtype,
         optimizer=settings.optimizer if mode == "train" else "",
         machine=planner.machine.name,
         devices=devices,

@@ -108,6 +108,9 @@ def trace_prediction(workload: Workload, precision: str = "float32") -> Trace:
     with undisturbed(), tracer, torch.inference_mode():
         inputs = {k: t for k, t in workload.batch.items() if k not in workload.labels}
         batch = make_batch(tracer, inputs, False)
+        dtype = next((p.dtype for p in objective.parameters()), torch.float32)
+        if dtype != torch.float32:  # the caller passes inputs of the dtype of the weights
+            batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
         with autocast(CPU, precision):
             outputs = workload.predict(objective, batch)
         del outputs, batch
