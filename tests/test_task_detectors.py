@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from fieldguide import load, save
-from fieldguide.automl.fit import fit
+from fieldguide.automl.fit import NullCallback, fit
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.classes import copy_classes, list_classes
 from fieldguide.checkpoints.load import inspect_checkpoint
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
@@ -98,3 +101,66 @@ def test_yolo_reads_unscaled_pixels(tmp_path):
     model = create("yolov8-test")
     offered = inspect_checkpoint(save(model, tmp_path / "model.safetensors", "ultralytics")).preprocessing_defaults()
     assert offered["pixels"] == "0.0,0.0,0.0/1.0,1.0,1.0"
+
+
+# ---------------------------------------------------------------------------------------------- other classes
+
+OLD, NEW = ("9", "Six_Pack", "x", "zero"), ["zero", "one", "six pack"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_classes_with_the_same_name_keep_their_weights(name):
+    """Those of both a checkpoint and the data, wherever they are; the background stays the background."""
+    torch.manual_seed(0)
+    old, new = create(f"{name}-test", num_classes=4).eval(), create(f"{name}-test", num_classes=3).eval()
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    fresh = weights.load(new, old.state_dict(), head="skip")
+    assert copy_classes(new, old.state_dict(), OLD, NEW, fresh) == ["zero", "six pack"]
+    mine, theirs, seen = new.state_dict(), old.state_dict(), 0
+    for key in fresh:
+        for label, place in ((0, 3), (2, 1), (None, None)):
+            rows = new.find_class_rows(key, label, 3)
+            if rows is not None:
+                assert torch.equal(mine[key][rows], theirs[key][new.find_class_rows(key, place, 4)])
+                seen += 1
+        assert not torch.equal(mine[key], theirs[key][: len(mine[key])])
+    assert seen >= 4
+    x = torch.rand(2, 3, 64, 64)
+    before, after = old(x), new(x)
+    first = {"boxes": before.shape[-1] - 4, "queries": 4, "scored-queries": None, "regions": 6}[card(name).output_types[0]]
+    if first is not None:  # there the classes choose which queries are decoded
+        for label, place in ((0, 3), (2, 1)):
+            torch.testing.assert_close(after[..., first + label], before[..., first + place])
+        assert not torch.allclose(after[..., first + 1], before[..., first + 1])
+
+
+def test_classes_are_found_by_name_or_are_those_of_coco(tmp_path):
+    assert list_classes(tmp_path, 80)[:3] == ("person", "bicycle", "car") and list_classes(tmp_path, 80)[-1] == "toothbrush"
+    assert list_classes(tmp_path, 90)[0] == "person" and list_classes(tmp_path, 91)[:2] == ("", "person")
+    assert list_classes(tmp_path, 90)[89] == list_classes(tmp_path, 91)[90] == "toothbrush" and list_classes(tmp_path, 7) == ()
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "cat", "1": "dog"}}')
+    assert list_classes(tmp_path, 2) == ("cat", "dog")
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}')
+    assert list_classes(tmp_path, 2) == ()
+
+
+def test_fine_tuning_maps_classes(images, tmp_path):
+    """From a folder of transformers that knows two of three classes, and then from the run, which knows all."""
+    torch.manual_seed(0)
+    public = create("detr-test", num_classes=4)
+    save(public, tmp_path / "public", "huggingface")
+    config = json.loads((tmp_path / "public" / "config.json").read_text())
+    config["id2label"] = dict(enumerate(["9", "6", "x", "0"]))
+    (tmp_path / "public" / "config.json").write_text(json.dumps(config))
+    settings = {**SETTINGS, **SMALL, "finetune": "whole", "lr": 1e-9, "steps": 1}
+    said = []
+    callback = type("Said", (NullCallback,), {"log": lambda self, text: said.append(text)})()
+    run = fit(
+        str(images), weights=str(tmp_path / "public"), minutes=2, out=tmp_path / "run", settings=settings, callback=callback
+    )
+    assert any("2 of 3 classes start from those of the checkpoint: 0, 6" in text for text in said)
+    label = load(run.path).label.weight
+    torch.testing.assert_close(label[[0, 2, 3]], public.label.weight[[3, 1, 4]], rtol=1e-4, atol=1e-5)
+    assert list_classes(run.path, 3) == ("0", "1", "6")

@@ -269,7 +269,7 @@ class Plan:
         torch.manual_seed(self.settings.seed)
         network = self.card.make(self.config)
         if checkpoint is not None:
-            self.fresh = finetune.load_weights(network, checkpoint, callback)
+            self.fresh = finetune.load_weights(network, checkpoint, callback, self.task.class_names)
             self.settings = finetune.resolve_finetune(self.settings, self.fresh, checkpoint, requested, callback)
         frozen = {}
         if self.task.needs_reference:  # before LoRA is added: the network as it is at the start

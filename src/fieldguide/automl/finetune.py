@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from fieldguide.automl import profile
 from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.classes import copy_classes, list_classes
 from fieldguide.checkpoints.load import Checkpoint
 from fieldguide.core.errors import SettingsError, WeightsWarning
 from fieldguide.core.settings import Settings
@@ -22,6 +23,7 @@ MIN_EXAMPLES_TO_TUNE_BACKBONE = 300  # with fewer, only a new head is trained
 MAX_MEMORY_FRACTION = 0.5  # that full fine-tuning may need; above it, LoRA
 BYTES_PER_PARAMETER = 16  # in training: weight, gradient and two moments, in float32
 MAX_BATCH_SIZE = 64
+MAX_NAMED_CLASSES = 10  # in the log
 # Measured on MiniLM: a new head learns ten times as fast as the lowest layers. Larger networks take smaller steps, with the
 # square root of their size, as in table 6 of ELECTRA (Clark et al. 2020, arXiv:2003.10555).
 RATES = {"whole": {"lr": 1e-3, "layer_decay": 0.65}, "lora": {"lr": 1e-3}, "frozen": {"lr": 5e-3}}
@@ -109,12 +111,21 @@ def get_learning_rates(mode: str, parameters: int) -> dict[str, float]:
     return rates
 
 
-def load_weights(network: nn.Module, checkpoint: Checkpoint, callback: Any) -> list[str]:
-    """Load the checkpoint into a network and return the names of the parameters that it does not hold, such as a new head."""
+def load_weights(network: nn.Module, checkpoint: Checkpoint, callback: Any, classes: Sequence[str] = ()) -> list[str]:
+    """Load the checkpoint into a network and return the names of the parameters that it does not hold, such as a new head.
+
+    `classes` are the names of the network's classes; a new head starts from the rows of those that the checkpoint knows.
+    """
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", WeightsWarning)
         fresh = weights.load(network, checkpoint.state, checkpoint.origin, head="skip")
     callback.log(f"starting from {checkpoint.path}" + (f"; newly initialized: {', '.join(fresh)}" if fresh else ""))
+    if fresh and classes:
+        there = list_classes(checkpoint.path, getattr(checkpoint.card.config(**checkpoint.values), "num_classes", 0))
+        state = weights.read_ours(network, checkpoint.state, checkpoint.origin)
+        if shared := copy_classes(network, state, there, classes, fresh):
+            named = ", ".join(shared[:MAX_NAMED_CLASSES]) + (", ..." if len(shared) > MAX_NAMED_CLASSES else "")
+            callback.log(f"{len(shared)} of {len(classes)} classes start from those of the checkpoint: {named}")
     for warning in raised:
         callback.log(str(warning.message))
     return fresh

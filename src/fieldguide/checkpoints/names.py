@@ -11,5 +11,4 @@ def get_head_names(model: type) -> tuple[str, ...]:
 
     A network class lists them as `heads`, or as `head_names` if it has a module of that name.
     """
-    found = getattr(model, "head_names", None) or getattr(model, "heads", ())
-    return tuple(found)
+    return tuple(getattr(model, "head_names", getattr(model, "heads", ())))

@@ -252,6 +252,11 @@ def _recognize(model: nn.Module, state: State, origin: str | None) -> tuple[str,
     return best
 
 
+def read_ours(model: nn.Module, state: State, origin: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint under our names for a network."""
+    return _recognize(model, state, origin)[1].state
+
+
 def load(
     model: nn.Module, source: str | Path | State, origin: str | None = None, head: Literal["load", "skip"] = "load"
 ) -> list[str]:

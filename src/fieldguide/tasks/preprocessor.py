@@ -128,6 +128,11 @@ class Preprocessor(TaskSpec):
         """Return the task of a pretrained model with its head; None if the weights alone do not define it."""
         return None
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Return the names of the classes that a checkpoint may know too; empty if its head is never reused."""
+        return ()
+
     def model_dims(self) -> dict[str, Any]:
         """Return the dimensions that the data requires of a model, by their standard names: num_classes, channels, ..."""
         raise NotImplementedError

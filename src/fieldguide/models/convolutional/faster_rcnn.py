@@ -144,6 +144,14 @@ class FasterRCNN(nn.Module):
             nn.init.normal_(layer.weight, std=deviation)
             nn.init.zeros_(layer.bias)
 
+    @staticmethod
+    def find_class_rows(name: str, label: int | None, classes: int) -> slice | None:
+        """Return the rows of a tensor that belong to a class, or to the background (None); None for other tensors."""
+        row = 0 if label is None else label + 1
+        if name.startswith("label."):
+            return slice(row, row + 1)
+        return slice(4 * row, 4 * row + 4) if name.startswith("offsets.") else None
+
     def features(self, x: Tensor) -> list[Tensor]:  # B C H W -> B D H/4 W/4, ... B D H/64 W/64
         """Return the maps of the pyramid. Height and width are rounded up to multiples of 32 first."""
         height, width = x.shape[-2:]

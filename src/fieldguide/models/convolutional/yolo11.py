@@ -241,5 +241,5 @@ CARD = Card(
     },
     weights={"ultralytics": ultralytics_keys()},
     scale=UNIT,
-    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.1, "ema": 0.99},
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.1},
 )

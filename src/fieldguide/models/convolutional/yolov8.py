@@ -140,7 +140,7 @@ class YOLOv8(nn.Module):
         for dim, width, depth in zip(config.widths, widths, config.depths):
             self.stages.append(nn.Sequential(OrderedDict(down=Step(dim, width, 3, 2), mix=C2f(width, width, depth, True))))
         _, c3, c4, c5 = widths
-        self.pool = SPPF(c5)
+        self.pool: nn.Module = SPPF(c5)
         self.up = nn.ModuleList([C2f(c5 + c4, c4, config.neck, False), C2f(c4 + c3, c3, config.neck, False)])
         self.down = nn.ModuleList([Step(c3, c3, 3, 2), Step(c4, c4, 3, 2)])
         self.mix = nn.ModuleList([C2f(c3 + c4, c4, config.neck, False), C2f(c4 + c5, c5, config.neck, False)])
@@ -159,6 +159,11 @@ class YOLOv8(nn.Module):
             assert isinstance(box, Tensor) and isinstance(label, Tensor)
             nn.init.zeros_(box)
             nn.init.constant_(label, math.log(5 / self.config.num_classes / (self.config.image / stride) ** 2))
+
+    @staticmethod
+    def find_class_rows(name: str, label: int | None, classes: int) -> slice | None:
+        """Return the rows of a tensor that belong to a class; None for other tensors, and for what is no class."""
+        return slice(label, label + 1) if label is not None and ".label.2." in name else None
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B C H W -> B D H/8 W/8, .. /16, .. /32
         x = self.stem(x)

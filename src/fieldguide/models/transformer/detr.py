@@ -174,6 +174,12 @@ class DETR(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.queries)
 
+    @staticmethod
+    def find_class_rows(name: str, label: int | None, classes: int) -> slice | None:
+        """Return the rows of a tensor that belong to a class, or to "no object" (None); None for other tensors."""
+        row = classes if label is None else label
+        return slice(row, row + 1) if name.startswith("label.") else None
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:  # B C H W -> B S D, S D
         """Return the encoded positions of the image, and the fixed embedding of each position."""
         *_, x = self.backbone.features(x).values()

@@ -192,6 +192,13 @@ class RTDETR(nn.Module):
             for parameter in box[4].parameters():
                 nn.init.zeros_(parameter)
 
+    @staticmethod
+    def find_class_rows(name: str, label: int | None, classes: int) -> slice | None:
+        """Return the rows of a tensor that belong to a class, or to no object (None); None for other tensors."""
+        if label is None:
+            return slice(classes, classes + 1) if name == "known.weight" else None
+        return slice(label, label + 1) if name.startswith(("label.", "proposal_label.", "known.")) else None
+
     def encode(self, x: Tensor) -> Maps:  # B C H W -> B S D
         """Return all positions of the maps, finest first, and the (height, width) of each map."""
         height, width = x.shape[-2:]

@@ -228,6 +228,10 @@ class ObjectDetection(DetectionSignature, Task):
     def image_scale(self) -> images.Scale | None:
         return self.scale
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.names
+
     def model_dims(self) -> dict[str, Any]:
         return {"num_classes": len(self.names), "channels": self.options.channels, "image": self.options.side}
 
