@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fieldguide.models.convolutional import resnet
-from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, LabelCount
+from fieldguide.models.mapping.config_rules import ConfigRow, Constant, Derived, Expect, LabelCount
 from fieldguide.models.mapping.key_rules import Fused, Row, place_submodel, strip_prefix
 
 
@@ -138,6 +138,7 @@ CONFIG: dict[str, ConfigRow] = {  # of transformers
     "dropout": "dropout",
     "activation_function": Expect("relu"),
     "position_embedding_type": Expect("sine"),
+    "<the norms of the ResNet are constants>": Constant("frozen_norm", True),
     "dilation": Expect(False),  # True is the variant DC5, whose last level is not downsampled
 }
 
