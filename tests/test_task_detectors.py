@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fieldguide import load, save
-from fieldguide.automl.fit import NullCallback, fit
+from fieldguide.automl.fit import NullCallback, fit, resume
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.classes import copy_classes, list_classes
 from fieldguide.checkpoints.load import inspect_checkpoint
@@ -21,6 +21,8 @@ from fieldguide.data.samples import path as sample
 from fieldguide.models.registry import card, cards, create
 from fieldguide.objectives.detectors import DETECTORS
 from fieldguide.tasks.vision.object_detection import ObjectDetection
+from fieldguide.training.trainer import Interrupted
+from test_tasks_resume import StopAt
 
 NAMES = [name for name, known in cards().items() if known.output_types[0] in DETECTORS]
 SETTINGS = {"steps": 4, "batch": 4, "evaluate": 4, "precision": "float32", "channels_last": False, "augment": "none"}
@@ -101,6 +103,19 @@ def test_yolo_reads_unscaled_pixels(tmp_path):
     model = create("yolov8-test")
     offered = inspect_checkpoint(save(model, tmp_path / "model.safetensors", "ultralytics")).preprocessing_defaults()
     assert offered["pixels"] == "0.0,0.0,0.0/1.0,1.0,1.0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["faster-rcnn", "rt-detr"])
+def test_random_samples_and_noise_are_resumed_exactly(name, images, tmp_path):
+    """What a step draws depends on the seed and its number only."""
+    arguments = {"model": f"{name}-test", "minutes": 2, "settings": {**SETTINGS, **SMALL, "steps": 6, "evaluate": 2}}
+    whole = fit(str(images), out=tmp_path / "whole", **arguments)
+    with pytest.raises(Interrupted, match="after step 3 of 6"):
+        fit(str(images), out=tmp_path / "stopped", callback=StopAt(3), **arguments)
+    again = resume(tmp_path / "stopped")
+    for file in whole.path.glob("*.safetensors"):
+        assert file.read_bytes() == (again.path / file.name).read_bytes()
 
 
 FLOORS = {"yolo11-pico": 0.5, "rt-detr-mini": 0.2, "faster-rcnn-mini": 0.03}  # mAP50 after a minute or two of one core
