@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
+from fieldguide.models.layers.dot_product_attention import use_fused_kernels
 from fieldguide.planning import errors
 from fieldguide.planning.allocator import CudaCache, Glibc, replay
 from fieldguide.planning.distribution import Sharing, share_parts
@@ -86,15 +88,19 @@ class Planner:
     def trace(self, shape: Shape) -> tuple[Trace, Workload]:
         if shape not in self.traces:
             workload = self.make(shape)
-            if self.mode == "train":
-                parts = self.settings.grad_accum_steps  # a step has several batches; the memory is that of `shape` each
-                trace = trace_training(workload, self.settings.with_({"batch_size": parts * shape.batch}))
-            elif self.mode == "serve" and generates(workload):
-                trace = trace_serving(workload, shape, self.new_tokens, self.settings.precision)
-            else:
-                trace = trace_prediction(workload, self.settings.precision)
+            kernels = use_fused_kernels() if self.machine.kind == "cuda" else nullcontext()
+            with kernels:
+                trace = self.trace_workload(workload, shape)
             self.traces[shape] = (order_releases(trace), workload)
         return self.traces[shape]
+
+    def trace_workload(self, workload: Workload, shape: Shape) -> Trace:
+        if self.mode == "train":
+            parts = self.settings.grad_accum_steps  # a step has several batches; the memory is that of `shape` each
+            return trace_training(workload, self.settings.with_({"batch_size": parts * shape.batch}))
+        if self.mode == "serve" and generates(workload):
+            return trace_serving(workload, shape, self.new_tokens, self.settings.precision)
+        return trace_prediction(workload, self.settings.precision)
 
     def plan(self, shape: Shape) -> Step:
         """Plan a step of this shape."""
