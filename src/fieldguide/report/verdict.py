@@ -46,7 +46,7 @@ def find_replaced_network(record: Mapping[str, Any]) -> str:
 
 def find_partner(record: Mapping[str, Any]) -> str:
     """Return the name of the baseline that the network is averaged with; empty if the model is the network alone."""
-    return record["model"].get("parts", {}).get("baseline", {}).get("size", "")
+    return record.get("model", {}).get("parts", {}).get("baseline", {}).get("size", "")
 
 
 def judge(record: Mapping[str, Any], metric: Metric) -> Badge | None:
