@@ -93,6 +93,15 @@ def test_batches_grow_if_steps_are_faster_than_planned(monkeypatch):
     assert loop.state.batch == 32
 
 
+def test_a_limit_before_the_next_step_keeps_the_plan(monkeypatch):
+    FakeTime(monkeypatch, 0.0)
+    loop = trainer(regression(), steps=300, minutes=1)
+    loop.state.most = loop.state.step = 40
+    loop.pace_start = (40, 0.0)
+    loop.limit_time(30.0)
+    assert loop.time_limit == 30.0 and loop.settings.steps == 300
+
+
 def test_paused_training_continues_as_if_there_was_no_pause():
     whole, paused = trainer(regression(), ema=0.9), trainer(regression(), ema=0.9)
     whole.train()

@@ -340,6 +340,8 @@ class Trainer:
             self.pace_start = (state.step, state.seconds)  # the first steps include the preparation of kernels
             return False
         steps, seconds = state.step - self.pace_start[0], state.seconds - self.pace_start[1]
+        if steps <= 0:  # training has just begun again
+            return False
         goal = (0.9 if self.evaluate and state.best is None else 1.0) * (TARGET_TIME_FRACTION * self.time_limit - state.seconds)
         possible = max(1, int(goal * steps / max(seconds, 1e-9)))
         goal, possible = distributed.broadcast((goal, possible))  # clocks differ between processes, but the plan must not
