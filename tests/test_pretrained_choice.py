@@ -374,3 +374,22 @@ def test_downloaded_weights_take_part_in_the_race(server, table, tmp_path, monke
     assert not server.downloads()
     again = fieldguide.open_run(run.path)
     assert again.predict(["the sea is calm"])[0]["label"]
+
+
+def test_a_baseline_that_beats_the_winner_keeps_its_own_preprocessing(server, table, tmp_path, monkeypatch):
+    """The winner of the race has the tokenizer of its checkpoint, with which the baseline would read other words."""
+    from fieldguide.automl import race, training
+
+    fit(table, weights="auto", out=tmp_path / "first", callback=Says(), settings=FAST)
+    monkeypatch.setattr(race, "MIN_SECONDS", 1.0)
+    monkeypatch.setattr(race.Race, "find_leader", lambda self: next(c for c in self.contenders if c.plan.weights))
+    monkeypatch.setattr(training, "find_ensemble", lambda plan, rivals, own: None)
+    monkeypatch.setattr(training, "find_better", lambda plan, rivals, own: next(r for r in rivals if r.name == "bag-of-ngrams"))
+    run = fit(table, minutes=0.15, out=tmp_path / "run", callback=Says())
+    alone = fit(table, model="bag-of-ngrams", out=tmp_path / "alone", callback=Says())
+    assert run.card.name == "bag-of-ngrams" and run.record["race"]["winner"] == "bert"
+    texts = ["the sea is calm", "a bird sang on the wall"]
+    ours, theirs = (fieldguide.open_run(each.path).predict(texts) for each in (run, alone))
+    assert [p["label"] for p in ours] == [p["label"] for p in theirs]
+    assert [p["probability"] for p in ours] == pytest.approx([p["probability"] for p in theirs], abs=1e-4)
+    assert run.evaluate(table)["scores"] == pytest.approx(run.scores, nan_ok=True)

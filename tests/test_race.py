@@ -216,7 +216,7 @@ def test_an_ensemble_must_be_better_than_both_beyond_noise(product, monkeypatch)
     def rival(label):
         objective = Labeled()
         objective.label = label
-        return SimpleNamespace(objective=objective, card=plan.card, score=score(given[label]), name=label)
+        return SimpleNamespace(objective=objective, card=plan.card, score=score(given[label]), name=label, task=plan.task)
 
     monkeypatch.setattr(ensemble, "Supervised", Labeled)
     plan.objective = Labeled()

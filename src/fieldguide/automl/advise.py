@@ -153,7 +153,7 @@ def advise(
         source,
         task=request["task"],
         model=model,
-        minutes=chosen.minutes,
+        minutes=minutes,
         seed=seed,
         settings=settings,
         callback=clock,

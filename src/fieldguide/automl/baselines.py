@@ -21,7 +21,7 @@ from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.models import registry
 from fieldguide.objectives import Objective
-from fieldguide.tasks import evaluator
+from fieldguide.tasks import Task, evaluator
 from fieldguide.training import solvers
 from fieldguide.training.inference_loop import collect
 from fieldguide.training.trainer import State
@@ -42,6 +42,7 @@ class Baseline:
     score: float  # monitored metric on the validation rows
     chosen: str  # what the fit chose, such as the penalty
     seconds: float
+    task: Task  # whose preprocessing its inputs need; a network that starts from a checkpoint has its own
     parameters: Mapping[str, Any] = field(default_factory=dict)  # of the fit, to repeat it with other rows
     size: str = ""  # name of a size of the card; the default one if empty
 
@@ -122,6 +123,7 @@ def solve(
         chosen=solution.chosen,
         parameters=solution.parameters,
         seconds=time.monotonic() - started,
+        task=task,
     )
 
 
@@ -157,7 +159,7 @@ def find_better(plan: Plan, baselines: list[Baseline], own: float | None) -> Bas
 
 def predict(plan: Plan, rival: Baseline, test: Data) -> evaluator.Baseline:
     """Return the outputs of a baseline on test rows, as they are scored."""
-    task = plan.task.for_request(plan.task.predict_options)  # its notes are not those of the run
+    task = rival.task.for_request(rival.task.predict_options)  # its notes are not those of the run
     batches = task.batches(test, rival.card)
     outputs = collect(rival.objective, batches, batch=256, device=distributed.device(), shared=False)
     return evaluator.Baseline(rival.name, rival.chosen, outputs)

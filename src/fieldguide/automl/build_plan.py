@@ -225,10 +225,12 @@ class Plan:
             score=float("nan") if own is None else own,
             chosen="the network that was trained",
             seconds=0.0,
+            task=self.task,
             size=self.size,
         )
         self.card, self.size, self.config, self.objective = baseline.card, baseline.name, baseline.config, baseline.objective
         self.part_networks, self.fresh, self.parameters = {}, None, baseline.parameters
+        self.task = baseline.task
         return network
 
     def join(self, baseline: Baseline, weight: float, own: float | None) -> Baseline:
@@ -240,6 +242,7 @@ class Plan:
             score=float("nan") if own is None else own,
             chosen="the network alone",
             seconds=0.0,
+            task=self.task,
             size=self.size,
         )
         member = Member(baseline.objective.model, baseline.card.inputs, weight)

@@ -29,7 +29,7 @@ def find_ensemble(plan: Plan, rivals: list[Baseline], own: float | None) -> tupl
     `own` is the network's validation score.
     """
     task, metric = plan.task, plan.task.monitored_metric()
-    able = [rival for rival in rivals if type(rival.objective) is Supervised and share_batches(rival.card, plan.card)]
+    able = [r for r in rivals if type(r.objective) is Supervised and r.task is task and share_batches(r.card, plan.card)]
     if (
         own is None
         or type(plan.objective) is not Supervised
