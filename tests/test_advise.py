@@ -134,11 +134,15 @@ def test_reduced_inputs_reach_the_network(tmp_path, monkeypatch):
     assert fieldguide.open_run(tmp_path / "run").predict(tmp_path / "images/dark/0.png")[0]["label"] in ("dark", "light")
 
 
-def test_steps_are_timed_on_this_machine():
+def test_steps_are_timed_on_this_machine(monkeypatch):
     timer = StepTimer(MACHINE, advisor.get_speed(MACHINE), minutes=1)
     option = advisor.Option("lenet5-modern", "lenet5", 60_000, 400_000)
     seconds = timer(option, variant(32))
     assert seconds is not None and 1e-6 < seconds < 1
+    said = []
+    failing = StepTimer(MACHINE, advisor.get_speed(MACHINE), minutes=1, log=said.append)
+    monkeypatch.setattr(failing, "time_with", lambda *args: torch.zeros(2) + torch.zeros(3))
+    assert failing(option, variant(32)) is None and "lenet5-modern is estimated" in said[0]
     timer.left = 0
     assert timer(option, variant(32)) is None
 

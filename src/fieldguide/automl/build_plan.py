@@ -374,7 +374,7 @@ def choose_network(
         machine=machine,
         model=model,
         config=config,
-        measure=None if chosen.deterministic else StepTimer(machine, get_speed(machine), limit),
+        measure=None if chosen.deterministic else StepTimer(machine, get_speed(machine), limit, callback.log),
     )
     return Choice(
         source,

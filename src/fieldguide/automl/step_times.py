@@ -8,6 +8,7 @@ backward pass, and the update.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,21 +36,26 @@ class StepTimer:
     `speed` is the machine's estimated number of floating-point operations per second in training.
     """
 
-    def __init__(self, machine: dict[str, Any], speed: float, minutes: float):
-        self.machine, self.speed = machine, speed
+    def __init__(self, machine: dict[str, Any], speed: float, minutes: float, log: Callable[[str], None] = lambda text: None):
+        self.machine, self.speed, self.log = machine, speed, log
         self.left = max(MIN_SECONDS, 60 * minutes * TIME_FRACTION)
         flops = machine["flops"]
         is_faster = flops.get("bfloat16", 0) > 2 * flops["float32"]
         self.precision = "bfloat16" if is_faster else "float32"
 
     def __call__(self, option: Option, variant: Variant) -> float | None:
-        """Return the seconds of one example; None if the network is too large, or if the time is used up."""
+        """Return the seconds of one example; None if the network is too large, if the time is used up, or if it cannot be timed with
+        random inputs: then its cost stays an estimate, which is logged.
+        """
         if self.left <= 0 or option.parameters * BYTES_PER_PARAMETER > MAX_MEMORY_FRACTION * self.machine["memory"]:
             return None
         started = time.monotonic()
         limit = self.left / 3
         try:
             return self.time_steps(option, variant, limit)
+        except (RuntimeError, MemoryError) as error:
+            self.log(f"note: the time of {option.name} is estimated, since timing it failed: {str(error).splitlines()[0]}")
+            return None
         finally:
             self.left -= time.monotonic() - started
 
