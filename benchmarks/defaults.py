@@ -21,6 +21,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +264,17 @@ def fit(case: Case, optimizer: str, rate: float, seed: int, book: Book, options:
     return book.find(make, case=case.name, kind="fit", optimizer=optimizer, rate=rate, seed=seed)
 
 
+def time_step(*arguments: Any) -> dict[str, float]:
+    return {"seconds": measure(*arguments)}
+
+
 def compare(case: Case, book: Book, options: Any) -> list[list[str]]:
     """Return the rows of a task: each variant's step time, final score, time to the goal, and ratio to plain AdamW."""
     seconds, fits, rates = {}, {}, {}
     for optimizer in ("adamw", "muon"):
         rates[optimizer] = rate = choose_rate(case, optimizer, book, options)
         for average in (False, True):
-            make = lambda: {"seconds": measure(case, optimizer, average, options.folder)}  # noqa: B023
+            make = partial(time_step, case, optimizer, average, options.folder)
             entry = book.find(make, case=case.name, kind="time", optimizer=optimizer, average=average)
             seconds[optimizer, average] = entry["seconds"]
         fits[optimizer] = [fit(case, optimizer, rate, seed, book, options) for seed in SEEDS[: options.seeds]]

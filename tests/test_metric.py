@@ -8,8 +8,8 @@ import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
 import fieldguide
-from fieldguide.automl.build_plan import choose_metric
 from fieldguide.automl.callbacks import NullCallback
+from fieldguide.automl.choose_network import choose_metric
 from fieldguide.core.errors import SettingsError
 from fieldguide.tasks.supervised_evaluator import average_precision, find_f1_threshold
 from fieldguide.tasks.tabular.tables import TabularClassification

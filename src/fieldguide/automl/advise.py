@@ -11,10 +11,11 @@ from typing import Any
 
 from fieldguide.automl import evidence, pretrained, race
 from fieldguide.automl.advisor import TARGET_EPOCHS, Option
-from fieldguide.automl.build_plan import Choice, Plan, choose_network
+from fieldguide.automl.build_plan import Plan
 from fieldguide.automl.callbacks import NullCallback
+from fieldguide.automl.choose_network import Choice, choose_network
 from fieldguide.automl.clock import Clock
-from fieldguide.automl.request import get_location, group_settings, read_for
+from fieldguide.automl.request import build_request, group_settings, read_for
 from fieldguide.core.errors import FieldguideError
 from fieldguide.core.settings import Settings
 from fieldguide.data.samples import SAMPLES
@@ -131,22 +132,19 @@ def advise(
     clock = Clock(callback or NullCallback())
     if minutes is None and isinstance(data, str) and data in SAMPLES and "minutes" not in (settings or {}):
         minutes = SAMPLES[data].minutes
-    requested, _, _, kinds, roles = group_settings(settings or {})
+    requested, *_ = group_settings(settings or {})
     limits = {"seed": seed} if minutes is None else {"seed": seed, "minutes": minutes}
     chosen = Settings().with_(requested | limits)
-    request: dict[str, Any] = {
-        "data": get_location(data),
-        "target": target,
-        "group": group,
-        "time": time_column,
-        "allow_bad": allow_bad,
-        "kinds": kinds,
-        "roles": roles,
-        "task": task,
-        "settings": {},
-        "weights": None,
-        "model": model,
-    }
+    request = build_request(
+        data,
+        target=target,
+        group=group,
+        time_column=time_column,
+        allow_bad=allow_bad,
+        task=task,
+        model=model,
+        settings=settings,
+    )
     clock.on_phase("reading the data")
     source, _, _ = read_for(request, data)
     choice = choose_network(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fieldguide.automl.build_plan import build_examples, check_splits
+from fieldguide.automl.choose_network import build_examples, check_splits
 from fieldguide.automl.request import group_settings, read_for
 from fieldguide.data.dataset import Data
 from fieldguide.data.splits import split

@@ -16,7 +16,7 @@ from fieldguide.automl.build_plan import Plan, build_plan
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.clock import Clock
 from fieldguide.automl.progress import make_default_callback
-from fieldguide.automl.request import get_location, group_settings, read_for
+from fieldguide.automl.request import build_request, get_location, group_settings, read_for
 from fieldguide.automl.resume import describe_source, finish, lock_run, resume
 from fieldguide.automl.run_writer import build_record, check_available, create_folder, save_plan
 from fieldguide.automl.training import build_trainer, train, train_and_test
@@ -74,25 +74,24 @@ def fit(
     """
     clock = Clock(callback or make_default_callback())
     callback = clock
-    requested, _, _, kinds, roles = group_settings(settings or {})
+    requested, *_ = group_settings(settings or {})
     limits = {"seed": seed} if minutes is None else {"seed": seed, "minutes": minutes}
     chosen = Settings().with_(requested | limits)  # report wrong settings before reading the data
     tracking.check_installed(chosen.tracker)
     if minutes is None and not {"minutes", "steps"} & set(requested) and isinstance(data, str) and data in SAMPLES:
         minutes = SAMPLES[data].minutes
-    request: dict[str, Any] = {
-        "data": get_location(data),
-        "target": target,
-        "group": group,
-        "time": time_column,
-        "allow_bad": allow_bad,
-        "kinds": kinds,
-        "roles": roles,
-        "task": task,
-        "settings": {key: config_file.to_yaml_value(value) for key, value in (settings or {}).items() if "." in key},
-        "weights": get_location(weights) if weights is not None else None,
-        "model": model,
-    }
+    request = build_request(
+        data,
+        target=target,
+        group=group,
+        time_column=time_column,
+        allow_bad=allow_bad,
+        task=task,
+        model=model,
+        settings=settings,
+    )
+    request["settings"] = {key: config_file.to_yaml_value(value) for key, value in (settings or {}).items() if "." in key}
+    request["weights"] = get_location(weights) if weights is not None else None
     if out is not None:
         check_available(Path(out))
     check_writable(Path("runs" if out is None else out))

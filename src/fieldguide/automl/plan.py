@@ -151,23 +151,10 @@ def plan_fit(
 ) -> list[Estimate]:
     """Plan what `fit` would train with this data."""
     from fieldguide.automl.build_plan import build_plan
-    from fieldguide.automl.request import group_settings, read_for
+    from fieldguide.automl.request import build_request, read_for
     from fieldguide.data.loader import representative_rows
 
-    *_, kinds, roles = group_settings(settings or {})
-    request: dict[str, Any] = {
-        "data": str(source),
-        "target": target,
-        "group": None,
-        "time": None,
-        "allow_bad": False,
-        "kinds": kinds,
-        "roles": roles,
-        "task": task,
-        "settings": {},
-        "weights": None,
-        "model": model,
-    }
+    request = build_request(str(source), target=target, task=task, model=model, settings=settings)
     data, _, _ = read_for(request, str(source))
     made = build_plan(data, task=request["task"], model=model, minutes=minutes, settings=settings, callback=callback)
     if made.card.solver:

@@ -35,6 +35,34 @@ def group_settings(settings: Mapping[str, Any]) -> tuple[dict, dict, dict, dict,
     )
 
 
+def build_request(
+    data: Any,
+    *,
+    target: str | None = None,
+    group: str | None = None,
+    time_column: str | None = None,
+    allow_bad: bool = False,
+    task: str | None = None,
+    model: str = "auto",
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the request for some data, without weights. The parameters are those of `fit`."""
+    *_, kinds, roles = group_settings(settings or {})
+    return {
+        "data": get_location(data),
+        "target": target,
+        "group": group,
+        "time": time_column,
+        "allow_bad": allow_bad,
+        "kinds": kinds,
+        "roles": roles,
+        "task": task,
+        "settings": {},
+        "weights": None,
+        "model": model,
+    }
+
+
 def get_location(data: Any) -> str | None:
     """Return a location from which the data can be read again from any folder, or None for data in memory."""
     if not isinstance(data, str | Path):

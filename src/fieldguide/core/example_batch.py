@@ -38,7 +38,7 @@ def check_size(axis: Axis, size: int) -> None:
 
 
 def choose_size(axis: Axis) -> int:
-    """Return the size of a dynamic axis if none is asked for."""
+    """Return the default size of a dynamic axis."""
     size = max(axis.least, min(DEFAULT_SIZE, axis.most or DEFAULT_SIZE))
     down = size // axis.multiple * axis.multiple
     return down if down >= axis.least else down + axis.multiple
