@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fieldguide.checkpoints.identify import SkipInitialization
 from fieldguide.core.card import Card
 from fieldguide.core.errors import FieldguideError, WeightsError
 from fieldguide.core.validation import AGAIN, guard
+from fieldguide.models.initialization import SkipInitialization
 from fieldguide.models.registry import cards
 
 MAX_INTEGER = 1 << 20  # of a field without another limit, such as the width or the vocabulary

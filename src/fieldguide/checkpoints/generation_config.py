@@ -17,7 +17,6 @@ from fieldguide.models.generation import SAMPLING_OPTIONS, GenerationConfig, Tok
 FILE = "generation_config.json"
 # Keys of transformers that change the output and are not supported -> values without an effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "bad_words_ids": (),
     "diversity_penalty": (0,),
     "dola_layers": (),
     "encoder_no_repeat_ngram_size": (0,),
@@ -127,13 +126,18 @@ def parse_generation_config(raw: Mapping[str, Any], path: Path, *, is_encoder_de
         options["stop_strings"] = stops if isinstance(stops, str) else json.dumps(stops)
     for key in ("forced_bos_token_id", "forced_eos_token_id"):
         check_tokens(raw.get(key), key, path)
+    words = get_checked(raw, "bad_words_ids", list, path, WeightsError) or []
+    for ids in words:
+        check_tokens(ids if isinstance(ids, list) and ids else "", "bad_words_ids", path)
     rules = TokenRules(
         forced_first_token=first_id(raw.get("forced_bos_token_id")) if is_encoder_decoder else None,
         forced_last_token=first_id(raw.get("forced_eos_token_id")),
-        suppress_tokens=tuple(raw.get("suppress_tokens") or ()),
+        suppress_tokens=(*(raw.get("suppress_tokens") or ()), *(ids[0] for ids in words if len(ids) == 1)),
         begin_suppress_tokens=tuple(raw.get("begin_suppress_tokens") or ()),
     )
     lacking = [key for key, neutral in UNSUPPORTED.items() if raw.get(key) not in (None, False, [], {}, *neutral)]
+    if any(len(ids) > 1 for ids in words):
+        lacking.append("bad_words_ids of several tokens")
     if beams > 1 and raw.get("do_sample"):
         lacking.append("num_beams with do_sample")
     notes = (

@@ -46,8 +46,17 @@ def print_stderr(text: str) -> None:
     echo(text, file=sys.stderr)
 
 
+def split_name(name: str) -> tuple[str, str, str]:
+    """Return repository, revision and file of organization/name or organization/name/file, with or without @revision at the end."""
+    path, _, revision = name.partition("@")
+    organization, _, rest = path.partition("/")
+    model, _, file = rest.partition("/")
+    return f"{organization}/{model}" if rest else organization, revision or "main", file
+
+
 def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path:
-    """Return the folder of `organization/name` or `organization/name@revision`, with missing files downloaded.
+    """Return the folder of `organization/name` or `organization/name@revision`, with missing files downloaded; of
+    `organization/name/file` the file, which is downloaded alone.
 
     `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` have their usual meaning. Raises `WeightsError`
     for a model that does not exist or is not accessible, an unreachable hub, and an interrupted or damaged download.
@@ -56,12 +65,13 @@ def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id
 
-    repository, _, revision = name.partition("@")
+    repository, revision, single = split_name(name)
     try:
         validate_repo_id(repository if "/" in repository else "")
     except HFValidationError:
-        raise WeightsError(f"hf:{name} is no model name: use hf:organization/name or hf:organization/name@revision") from None
-    revision = revision or "main"
+        raise WeightsError(
+            f"hf:{name} is no model name: use hf:organization/name, hf:organization/name@revision or hf:organization/name/file"
+        ) from None
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     where: dict[str, Any] = {"repo_id": repository, "cache_dir": cache_folder()}
     try:
@@ -73,16 +83,21 @@ def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path
         if reason := describe_refusal(error):
             raise WeightsError(f"hf:{name}: {reason}") from error
         problem = f"hf:{name}: {endpoint} cannot be reached ({first_line(error)})."
-        if folder := find_download(revision, where):
+        if folder := find_download(revision, where, single):
             log(f"{problem}\nUsing the files downloaded before, in {folder}")
             return folder
         raise UnreachableError(f"{problem} If the files are on this machine already, pass their folder.") from error
     files, commit = {file.rfilename: file for file in info.siblings or []}, info.sha or revision
     # Weights last: `find_download` relies on it that a folder with all weights is complete.
     chosen = sorted(choose_files(files), key=lambda path: (path.endswith(WEIGHTS), path))
-    if not any(path.endswith(WEIGHTS) for path in chosen):
+    if single:
+        if single not in files:
+            raise WeightsError(f"hf:{repository} has no file {single!r}; it has: {', '.join(sorted(files)[:20])}")
+        chosen = [single]
+    elif not any(path.endswith(WEIGHTS) for path in chosen):
         raise WeightsError(
-            f"hf:{name} holds no weights in safetensors or of torch.save; it has: {', '.join(sorted(files)[:20])}"
+            f"hf:{name} holds no weights in safetensors or of torch.save under a usual name; it has: "
+            f"{', '.join(sorted(files)[:20])}. Name one of them as hf:{repository}/FILE if it holds weights."
         )
 
     def download(path: str, revision: str) -> Path:
@@ -102,7 +117,8 @@ def download_model(name: str, log: Callable[[str], None] = print_stderr) -> Path
             if lfs := files[path].lfs:
                 verify(file, lfs.sha256, f"hf:{name}: {path}")
     download(chosen[0], revision)  # stores which commit the revision is, for use without a network
-    return download(chosen[0], commit).parents[chosen[0].count("/")]
+    first = download(chosen[0], commit)
+    return first if single else first.parents[chosen[0].count("/")]
 
 
 def is_offline() -> bool:
@@ -111,27 +127,28 @@ def is_offline() -> bool:
 
 
 def is_downloaded(name: str) -> bool:
-    """Return whether all files of `organization/name` are in the cache, without importing huggingface_hub.
+    """Return whether all files of `organization/name`, or a file of it, are in the cache, without importing huggingface_hub.
 
     The layout of its cache is public: refs/main holds the commit, and snapshots/COMMIT the files.
     """
     try:
-        folder = cache_folder() / f"models--{name.replace('/', '--')}"
-        commit = (folder / "refs/main").read_text(encoding="utf-8").strip()
-        return has_all_weights(folder / "snapshots" / commit)
+        repository, _, single = split_name(name)
+        folder = cache_folder() / f"models--{repository.replace('/', '--')}"
+        snapshot = folder / "snapshots" / (folder / "refs/main").read_text(encoding="utf-8").strip()
+        return (snapshot / single).is_file() if single else has_all_weights(snapshot)
     except (OSError, WeightsError, ValueError):  # nothing there, or damaged: downloading repairs it
         return False
 
 
 def find_model(name: str) -> Path:
-    """Return the folder of a model that was downloaded before, without contacting the hub.
+    """Return the folder or file of a model that was downloaded before, without contacting the hub.
 
     For names that files contain: only the user decides what is downloaded, and to whom the token is sent. Raises `WeightsError`
     if the model is not in the cache.
     """
-    repository, _, revision = name.partition("@")
+    repository, revision, single = split_name(name)
     try:
-        folder = find_download(revision or "main", {"repo_id": repository, "cache_dir": cache_folder()})
+        folder = find_download(revision, {"repo_id": repository, "cache_dir": cache_folder()}, single)
     except ValueError:
         folder = None
     if folder is None:
@@ -170,14 +187,16 @@ def cache_folder() -> Path:
         ) from None
 
 
-def find_download(revision: str, where: dict[str, Any]) -> Path | None:
-    """Return the folder of a revision in the cache if it has all of its weights."""
+def find_download(revision: str, where: dict[str, Any], single: str = "") -> Path | None:
+    """Return the folder of a revision in the cache if it has all of its weights, or the `single` file of it."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(revision=revision, local_files_only=True, allow_patterns=["config.json"], **where))
     except OSError:
         return None
+    if single:
+        return folder / single if (folder / single).is_file() else None
     return folder if has_all_weights(folder) else None
 
 

@@ -8,33 +8,18 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from fieldguide.checkpoints.key_mapping import TranslatedState, map_to_ours, strip_prefixes
 from fieldguide.checkpoints.names import get_head_names
 from fieldguide.core.card import Card
 from fieldguide.core.errors import FieldguideError, WeightsError
+from fieldguide.models.initialization import make_on_meta
 from fieldguide.models.registry import cards
 
 FREE_FIELDS = ("num_classes", "channels", "vocab_size", "length")  # fields in which checkpoints of one size may differ
 PROBE_STEP = 8  # added to a field to find the shapes that depend on it
 MAX_MISSING_TENSORS = 3  # tensors that a file may lack, because they are tied
-
-
-# Functions of torch.nn.init and of tensors that a `TorchFunctionMode` intercepts.
-INIT_FUNCTIONS = {Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
-
-
-class SkipInitialization(TorchFunctionMode):
-    """Skip random initialization inside the block, for networks whose tensors are all loaded next."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func not in INIT_FUNCTIONS:
-            return func(*args, **kwargs or {})
-        tensor = args[0] if args else kwargs["tensor"]
-        tensor.detach().zero_()  # 0 is within the bounds of a truncated normal, which torch samples until all values are
-        return tensor
 
 
 def has_head(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> bool:
@@ -65,8 +50,7 @@ def get_shapes(card: Card, values: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 @lru_cache(1024)  # several tables of a card need the same shapes
 def compute_shapes(name: str, config: Any) -> dict[str, torch.Size]:
-    with torch.device("meta"), SkipInitialization():
-        return {name: t.shape for name, t in cards()[name].make(config).state_dict().items()}
+    return {key: tensor.shape for key, tensor in make_on_meta(cards()[name], config).state_dict().items()}
 
 
 def iterate_translations(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldguide.core.errors import WeightsError
-from fieldguide.models.mapping.key_rules import Dropped, Fused, Reshaped, Row, Transposed, Zeros
+from fieldguide.models.mapping.key_rules import Dropped, Fused, MovedRow, Reshaped, Row, Transposed, Zeros
 
 State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
@@ -78,10 +78,22 @@ def convert_layout(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> 
     """Return the tensor in our layout (`side` "here") or in the public one ("there")."""
     if isinstance(row, Reshaped):
         return tensor.reshape(getattr(row, side))
+    if isinstance(row, MovedRow):
+        if side == "there":
+            return move_row(tensor, 0, row.place).reshape(*tensor.shape, *[1] * row.ones)
+        return move_row(tensor, row.place, 0).reshape(tensor.shape[: tensor.ndim - row.ones])
     if pairs := getattr(row, "pairs", 0):
         parts = (pairs // 2, 2) if side == "here" else (2, pairs // 2)
         return tensor.unflatten(0, (-1, *parts)).transpose(1, 2).flatten(0, 2)
     return tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
+
+
+def move_row(tensor: Tensor, source: int, target: int) -> Tensor:
+    """Return the tensor with row `source` at the place `target`. A tensor without that row is returned as it is."""
+    if source == target or max(source, target) >= len(tensor):
+        return tensor
+    row, others = tensor[source : source + 1], torch.cat([tensor[:source], tensor[source + 1 :]])
+    return torch.cat([others[:target], row, others[target:]])
 
 
 def fits_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
@@ -107,7 +119,7 @@ class TranslatedState:
 def map_to_ours(state: State, table: Table) -> TranslatedState:
     """Map public names to ours."""
     done = TranslatedState()
-    parts: dict[tuple[str, int], dict[int, tuple[str, Tensor]]] = {}  # by our name and number of parts
+    parts: dict[tuple[str, int], dict[int, tuple[str, Tensor, int]]] = {}  # by our name and number of parts
     for name, tensor in state.items():
         hit = next(((row, values) for public, row in table.items() if (values := match_name(public, name)) is not None), None)
         if hit is None:
@@ -119,7 +131,7 @@ def map_to_ours(state: State, table: Table) -> TranslatedState:
             continue
         ours = fill_pattern(row if isinstance(row, str) else row.ours, values)
         if isinstance(row, Fused):
-            parts.setdefault((ours, row.parts), {})[row.part] = (name, convert_layout(tensor, row, "here"))
+            parts.setdefault((ours, row.parts), {})[row.part] = (name, convert_layout(tensor, row, "here"), row.span)
         elif isinstance(row, Reshaped) and not fits_shape(tensor, row.here):
             done.faults.append(f"{name} ({format_shape(tensor)}) cannot be reshaped to {row.here}, the shape of {ours}")
         else:
@@ -127,9 +139,9 @@ def map_to_ours(state: State, table: Table) -> TranslatedState:
     for (ours, count), found in parts.items():
         names = ", ".join(found[i][0] for i in sorted(found))
         tensors = [found[i][1] for i in sorted(found)]
-        if len(found) < count:
+        if sum(span for _, _, span in found.values()) < count:
             done.faults.append(f"{ours} is built from {count} tensors, but the file has only {names}")
-        elif len({t.shape for t in tensors}) > 1:
+        elif len({(len(t) / span, *t.shape[1:]) for _, t, span in found.values()}) > 1:
             done.faults.append(f"{ours} is built from {names}, whose shapes differ")
         else:
             done.put(ours, torch.cat(tensors), names)
@@ -155,7 +167,8 @@ def map_to_public(state: State, table: Table) -> TranslatedState:
         elif isinstance(hits[0][1], Fused):
             parts = {row.part: (public, row, values) for public, row, values in reversed(hits) if isinstance(row, Fused)}
             for public, part, values in parts.values():
-                done.put(fill_pattern(public, values), convert_layout(tensor.chunk(part.parts)[part.part], part, "there"), name)
+                some = torch.cat(tensor.chunk(part.parts)[part.part : part.part + part.span])
+                done.put(fill_pattern(public, values), convert_layout(some, part, "there"), name)
         elif isinstance(hits[0][1], Zeros):
             if tensor.any():
                 done.faults.append(f"{name} is not zero, so it cannot be written in this format")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fieldguide.checkpoints import adapter, config_mapping, run_folder, weights
+from fieldguide.checkpoints import adapter, config_mapping, run_folder, sentence_transformers, weights
 from fieldguide.checkpoints.config_check import check_network
 from fieldguide.checkpoints.config_mapping import (
     TIMM,
@@ -29,7 +29,6 @@ from fieldguide.checkpoints.config_mapping import (
 )
 from fieldguide.checkpoints.identify import (
     FREE_FIELDS,
-    SkipInitialization,
     choose_variant,
     has_head,
     infer_fields,
@@ -37,7 +36,7 @@ from fieldguide.checkpoints.identify import (
     recognize,
 )
 from fieldguide.checkpoints.names import CONFIG_FILE, CONFIG_FILES, HUB_PREFIX
-from fieldguide.checkpoints.preprocessor_config import format_pixels, get_image_options, read_preprocessor
+from fieldguide.checkpoints.preprocessor_config import format_pixels, get_image_options, read_audio_options, read_preprocessor
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
@@ -45,6 +44,8 @@ from fieldguide.core.files import make_folder, write_atomically
 from fieldguide.core.network_tensors import describe_network
 from fieldguide.core.validation import guard
 from fieldguide.data.preprocessing import ImageTransform, tokenizer_files
+from fieldguide.data.preprocessing.symbol_files import has_symbols
+from fieldguide.models.initialization import SkipInitialization, make_on_meta
 from fieldguide.models.registry import card_of, cards, find
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ if TYPE_CHECKING:
 
 WEIGHT_FILES = {"model_type": "model.safetensors", "_class_name": "diffusion_pytorch_model.safetensors"}  # written next to it
 SHARD_PATTERN = "consolidated.*.pth"  # files of Meta's checkpoints, one per machine
-CLIP_TEMPLATE = "a photo of a {}."  # text for a class name, from section 3.1.4 of the CLIP paper
+AUDIO_OPTIONS = ("rate", "bands", "hop", "scale", "lower", "normalize", "style")  # of a run, that another fit takes over
+# Output type of an image-text network -> text for a class name: section 3.1.4 of the CLIP paper, and the prompt of SigLIP's authors.
+CLASS_TEMPLATES = {"embeddings": "a photo of a {}.", "sigmoid-embeddings": "This is a photo of {}."}
+EMBEDDING_OPTIONS = ("pooling", "query_prompt", "passage_prompt")  # the same for texts that become vectors
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Checkpoint:
         values.
         """
         card, kept = self.card, {k: v for k, v in needs.items() if k in ("num_classes", "image") and self.card.accepts(k)}
+        if card.solver:  # the tensors do not depend on the columns of a table
+            kept |= {k: needs[k] for k in ("numbers", "categories") if k in needs and card.accepts(k)}
+        if card.endless and "forecast" in card.output_types:  # nor on the length of the past and of the forecast
+            kept |= {k: needs[k] for k in ("length", "horizon", "values", "quantiles") if k in needs and card.accepts(k)}
         if len(card.output_types) > 1:
             kept["output_type"] = next(
                 given for given in needs.get("output_type", card.output_types) if given in card.output_types
@@ -97,7 +105,9 @@ class Checkpoint:
                 f"{self.path} reads images with {self.channels} channels, but task.channels is {needs['channels']}. "
                 "Leave out task.channels."
             )
-        if needs.get("vocab_size", 0) > self.values.get("vocab_size", getattr(card.config(**self.values), "vocab_size", 0)):
+        if kept.get("output_type", card.output_types[0]) == "ctc" and "vocab_size" in needs:
+            kept["vocab_size"] = needs["vocab_size"]  # the output layer belongs to the symbols
+        elif needs.get("vocab_size", 0) > self.values.get("vocab_size", getattr(card.config(**self.values), "vocab_size", 0)):
             raise SettingsError(
                 f"the tokenizer has {needs['vocab_size']:,} tokens, more than the vocabulary of {self.path}. Pass the "
                 "tokenizer that it was trained with (--set task.tokenizer=PATH)."
@@ -128,8 +138,14 @@ class Checkpoint:
         """Return what `preprocessing_defaults` returns."""
         folder = self.path if self.path.is_dir() else self.path.parent
         offered: dict[str, Any] = {}
-        if words := self.find_tokenizer()[0]:
+        if "tokens" in self.card.inputs and (words := self.find_tokenizer()[0]):
             offered["tokenizer"] = str(words)
+        if "vector" in self.card.output_types and "tokens" in self.card.inputs:
+            if (folder / "run.json").is_file():
+                known = run_folder.read_preprocessing(folder)[1]
+                offered |= {name: known[name] for name in EMBEDDING_OPTIONS if known.get(name) is not None}
+            else:
+                offered |= sentence_transformers.read_task_options(folder)
         if self.card.accepts("begin"):
             offered["begin"] = self.card.config(**self.values).begin
         if self.card.input_type == "image":
@@ -141,9 +157,28 @@ class Checkpoint:
                 if "pictures" in state:
                     transform = ImageTransform.from_json(state["pictures"])
                     offered["pixels"] = format_pixels({}, (transform.mean, transform.std), self.channels)
+                if "canvas" in state:
+                    offered["pixels"] = format_pixels({}, (state["canvas"]["mean"], state["canvas"]["std"]), self.channels)
             offered["channels"] = self.channels
-        if self.card.input_type == "captioned":
+        if self.card.input_type == "speech-text":
+            offered["bands"] = self.card.config(**self.values).features
+        if self.card.input_type in ("speech", "waveform"):
+            offered |= self.get_audio_defaults(folder)
+        if self.card.input_type in ("captioned", "image-text"):
             offered |= self.get_image_text_defaults(folder)
+        return offered
+
+    def get_audio_defaults(self, folder: Path) -> dict[str, Any]:
+        """Return the task options for recordings: rate, features and, for a network with CTC, its symbols."""
+        offered: dict[str, Any] = {}
+        if (folder / "run.json").is_file():
+            known = run_folder.read_preprocessing(folder)[1]
+            offered = {key: known[key] for key in AUDIO_OPTIONS if known.get(key) is not None}
+        elif self.card.input_type == "waveform" or has_symbols(folder):
+            offered = read_audio_options(folder)
+        gives = self.values.get("output_type", self.card.output_types[0])
+        if gives == "ctc" and has_symbols(folder):
+            offered["symbols"] = str(folder)
         return offered
 
     def get_image_text_defaults(self, folder: Path) -> dict[str, Any]:
@@ -154,10 +189,11 @@ class Checkpoint:
         if card.accepts("end"):
             offered["end"] = config.end
         if not (folder / "run.json").is_file():
+            templates = [CLASS_TEMPLATES[kind] for kind in card.output_types if kind in CLASS_TEMPLATES]
             return (
                 offered
                 | get_image_options(folder, side, self.channels, card.scale)
-                | ({"template": CLIP_TEMPLATE} if "embeddings" in card.output_types else {})
+                | ({"template": templates[0]} if templates else {})
             )
         state, options = run_folder.read_preprocessing(folder)
         transform = ImageTransform.from_json(state["pictures"])
@@ -206,6 +242,8 @@ def _inspect_folder(path: Path, name: str | None) -> Checkpoint:
     if path.suffix == ".gguf":  # contains its own configuration
         config_path = path
     public_config = config_mapping.read(config_path) if config_path and name is None else {}
+    if config_path is None and name is None and path.is_file() and (public_config := weights.read_config(path)):
+        config_path = path
     known = identify_config(public_config) if public_config else None
     if path.is_dir() and len(parts := sorted(path.glob(SHARD_PATTERN))) > 1:
         return join_shards(
@@ -334,8 +372,7 @@ def join_shards(path: Path, parts: list[Path], known: IdentifiedConfig | None, v
     files = [weights.read(part) for part in parts]
     values = {**values, **infer_vocab_size(card, values, files[0])}
     check_network(card, card.config(**values), {f"{i}.{k}": t for i, file in enumerate(files) for k, t in file.items()}, path)
-    with torch.device("meta"):
-        model = card.make(card.config(**values))
+    model = make_on_meta(card, card.config(**values))
     written = weights.translate(model.state_dict(), card.tables(model.config)[origin], reverse=True)
     wanted = {name: t.shape for name, t in written.items()}
     if strange := {name for file in files for name in file} - {name for file in files[:1] for name in file}:

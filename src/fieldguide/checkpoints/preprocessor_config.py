@@ -31,6 +31,7 @@ DEFAULT_PROCESSORS = {
 SQUARE_PROCESSORS = ("vit", "deit", "efficientnet")  # processors whose `size`, if it is one number, means both sides
 DEFAULT_FILTERS = {"vit": "bilinear"}  # resize filter if the file names none; the others use bicubic
 MAX_SIDE_PIXELS = 10_000  # of resized images
+SPEECH_RATE = 16_000  # samples per second, if the file names no rate
 MIN_STD, MAX_COLOR = 1e-4, 1e4  # limits of means and standard deviations
 MIN_STRETCHED_SIDE_PIXELS = 384  # from this size on, ConvNeXt's processor stretches instead of cropping
 Values = dict[str, Any]
@@ -119,6 +120,37 @@ def read_preprocessor(folder: Path) -> tuple[Path | None, Values]:
                     check_values(values, file)
                     return file, values
     return None, {}
+
+
+def read_audio_options(folder: Path) -> dict[str, Any]:
+    """Return the task options for recordings that a feature extractor of transformers describes; empty if there is none.
+
+    Raises `WeightsError` for sampling rates that no recording has, and for features that are not supported.
+    """
+    values: Values = {}
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "feature_extractor")):
+        file = folder / name
+        if file.is_file():
+            values = read(file) if part is None else read(file).get(part) or {}
+            break
+    kind = str(values.get("feature_extractor_type") or "")
+    with guard(folder, WeightsError):
+        rate = get_checked(values, "sampling_rate", int, folder, WeightsError, 1_000, 768_000) or SPEECH_RATE
+        if kind == "ParakeetFeatureExtractor":
+            return read_nemo_options(folder, values, rate)
+        return {"rate": rate, "normalize": values.get("do_normalize") is not False}
+
+
+def read_nemo_options(folder: Path, values: Values, rate: int) -> dict[str, Any]:
+    """Return the task options for the features of FastConformer. Raises `WeightsError` for other features."""
+    expected = {"n_fft": 512, "win_length": round(0.025 * rate), "preemphasis": 0.97}
+    if wrong := [key for key, value in expected.items() if values.get(key, value) != value]:
+        raise WeightsError(
+            f"{folder}: {wrong[0]}={values[wrong[0]]!r} is not supported for log-mel features; it must be {expected[wrong[0]]}."
+        )
+    bands = get_checked(values, "feature_size", int, folder, WeightsError, 1, 4096) or 80
+    hop = get_checked(values, "hop_length", int, folder, WeightsError, 1, rate) or 160
+    return {"rate": rate, "bands": bands, "hop": hop / rate, "scale": "recording", "style": "nemo"}
 
 
 def check_values(values: Values, file: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fieldguide.checkpoints.names import HUB_PREFIX
 
-PERMISSIVE = ("Apache-2.0", "MIT")  # licences that allow any use; `--weights auto` chooses no others
+PERMISSIVE = ("Apache-2.0", "MIT", "BSD-3-Clause")  # licences that allow any use; `--weights auto` chooses no others
 ANY_LANGUAGE = "*"
 
 
@@ -29,6 +29,8 @@ class PublicCheckpoint:
     data: str
     source: str
     gmacs: float
+    file: str = ""  # of several in the repository; empty if the repository is one model
+    classes: int = 0  # that it can tell apart; 0: any number, with a new head
     side: int = 0  # 0: it takes no images
     channels: int = 0
     languages: tuple[str, ...] = ()
@@ -37,8 +39,13 @@ class PublicCheckpoint:
 
     @property
     def location(self) -> str:
-        """Return what `fit --weights` takes: hf:organization/name."""
-        return f"{HUB_PREFIX}{self.name}"
+        """Return what `fit --weights` takes: hf:organization/name, or hf:organization/name/file."""
+        return f"{HUB_PREFIX}{self.path}"
+
+    @property
+    def path(self) -> str:
+        """Return its place on the hub: organization/name, or organization/name/file."""
+        return f"{self.name}/{self.file}" if self.file else self.name
 
     @property
     def is_permissive(self) -> bool:
@@ -51,7 +58,7 @@ class PublicCheckpoint:
 
     def describe(self) -> str:
         """Return name, download size and licence."""
-        return f"{self.name} ({self.mb:,.0f} MB, {self.licence})"
+        return f"{self.path} ({self.mb:,.0f} MB, {self.licence})"
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,19 @@ def build_modules(folder: Path, modules: Sequence[Mapping[str, Any]]) -> tuple[t
     return modes, nn.Sequential(*layers) if layers else None, has_prompt
 
 
+def read_task_options(folder: Path) -> dict[str, str]:
+    """Return the options of the task text-embedding that continue the training of a published encoder; {} without such files.
+
+    Layers after the pooling, which are not trained, are marked as "+layers".
+    """
+    if not any((folder / name).is_file() for name in (MODULES_FILE, POOLING_FILE)):
+        return {}
+    modes, head, _ = read_modules(folder)
+    prompt = read_prompt(folder)
+    pooling = "+".join([*modes, *(["layers"] if head is not None else [])])
+    return {"pooling": pooling, **({"query_prompt": prompt, "passage_prompt": prompt} if prompt else {})}
+
+
 def read_dense(folder: Path) -> nn.Module:
     """Return a linear layer with its activation. Raises `WeightsError` for an unknown activation."""
     config, state = config_mapping.read(folder / "config.json"), weights.read(folder)
@@ -106,6 +120,28 @@ def fill(layer: nn.Module, state: Mapping[str, Tensor], prefix: str) -> nn.Modul
     """Return a layer with the tensors of a file, as float32."""
     layer.load_state_dict({name.removeprefix(prefix): tensor.to(torch.float32) for name, tensor in state.items()})
     return layer
+
+
+def write_modules(folder: Path, modes: Sequence[str], width: int, length: int, prompts: Mapping[str, str]) -> None:
+    """Write what sentence-transformers reads next to an encoder: pooling, normalization, prompts by name, the longest text.
+
+    `width` is that of the vectors of tokens. The prompt `query` is that of `encode_query`, `document` that of `encode_document`.
+    """
+    kinds = (("", "Transformer"), (str(Path(POOLING_FILE).parent), "Pooling"), ("2_Normalize", "Normalize"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    keys = {f"{POOLING_KEY_PREFIX}{key}": ours in modes for key, ours in POOLING_KEYS.items()}
+    values = {
+        MODULES_FILE: modules,
+        POOLING_FILE: {"word_embedding_dimension": width, **keys, "include_prompt": True},
+        PROMPTS_FILE: {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
+        LENGTH_FILE: {"max_seq_length": length, "do_lower_case": False},
+    }
+    for name, value in values.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def read_prompt(folder: Path) -> str:

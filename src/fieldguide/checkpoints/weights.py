@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fieldguide.checkpoints import torchscript
+from fieldguide.checkpoints import ctranslate2, torchscript
 from fieldguide.checkpoints.key_mapping import (
     MAX_LISTED_KEYS,
     State,
@@ -44,6 +44,7 @@ from fieldguide.core.validation import AGAIN, describe, guard
 
 OURS = "fieldguide"
 LEGACY_PICKLES = 5  # at the start of files from before torch 1.6: magic number, version, system, object, keys of the storages
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 MAX_COMPARED_CHARACTERS = 100  # of an unknown name, for which similar ones are looked up
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys that hold the tensors
 # Classes that hold values and run nothing: fairseq keeps its arguments in one.
@@ -63,19 +64,9 @@ WEIGHT_FILE_NAMES = (
 # ------------------------------------------------------------------------------------------------ files
 
 
-# The first bytes: format version, length of the name, and name of the kind of model
-CTRANSLATE2 = re.compile(rb"[\x01-\x0f]\0\0\0.\0([A-Z][A-Za-z0-9]*)Spec\0", re.DOTALL)
-
-
 def _read_pickle(path: Path) -> object:
     """Read a file of torch.save without running any code in it."""
     is_zip = zipfile.is_zipfile(path)
-    with open(path, "rb") as file:
-        if kind := CTRANSLATE2.match(file.read(64)):
-            raise WeightsError(
-                f"{path} holds a {kind[1].decode()} of CTranslate2, whose files are not supported. Load the model that it was "
-                "converted from."
-            )
     try:
         _check_pickles(path, is_zip)
         with warnings.catch_warnings():
@@ -165,10 +156,25 @@ def read(path: str | Path) -> dict[str, Tensor]:
         from fieldguide.core.gguf import read_tensors
 
         return read_tensors(path)
+    if ctranslate2.find_kind(path):
+        with guard(path, WeightsError):
+            return ctranslate2.read_tensors(path)
     with guard(path, WeightsError):
         is_torchscript = torchscript.is_archive(path)
         state = torchscript.read_tensors(path) if is_torchscript else _extract_tensors(_read_pickle(path), str(path))
         return _check_tensors(state, path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration that a file of torch.save holds next to its tensors, under "config" or, in those of OpenAI, "dims";
+    empty if there is none.
+    """
+    if path.suffix not in PICKLE_SUFFIXES or ctranslate2.find_kind(path):
+        return {}
+    with guard(path, WeightsError):
+        content = {} if torchscript.is_archive(path) else _read_pickle(path)
+    found = content.get("config", content.get("dims")) if isinstance(content, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) and all(isinstance(key, str) for key in found) else {}
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:

@@ -38,17 +38,27 @@ INPUT_TYPES: dict[str, tuple[str, ...]] = {
     "series": ("series",),  # B T C float: the last T steps of C series
     "covariates": ("series", "past", "known"),  # B T C float, B T P float: other past measurements;
     # B T+H K float: covariates known for the past and the future
+    "static-covariates": ("series", "past", "known", "static"),  # as for "covariates", and B S float: properties of the series
     "noisy": ("image", "time", "label"),  # B C H W float, B float: noise level, B int64: class (0 = unconditional); if the
     # config has a vocabulary, B T int64: caption tokens (0 = none)
     "noisy-video": ("video", "time", "label"),  # B F C H W float: F frames; the others as for "noisy"
     "captioned": ("image", "tokens", "mask"),  # B C H W float and one text per image: B T int64, B T bool
+    "image-text": ("image", "tokens", "mask"),  # as for "captioned", but the text so far, of which the next token is predicted
     "items": ("items", "mask"),  # B T int64: items of a user in order of time (0 = none), B T bool
+    "speech-text": ("features", "tokens", "mask"),  # B T F float: log-mel features, and the text so far: B T int64, B T bool
     "speech": ("features", "lengths"),  # B T F float: log-mel features, B int64: number of real frames per row
+    "waveform": ("waveform", "lengths"),  # B N float: samples of recordings, B int64: number of real samples per row
 }
+
+# A waveform that stands for a spectrogram of some frames has this number of samples for each: 10 ms at 16 kHz.
+SAMPLES_PER_FRAME = 160
 
 # Optional input -> shape and meaning. It follows the required inputs; `forward` uses None as its default.
 OPTIONAL_INPUTS: dict[str, str] = {
     "segments": "B T int64: 0 for tokens of the first text of a row, 1 for those of the second",
+    "profile": "B K int64: codes of the categories of the user, the first one the user (0 = unseen)",
+    "profile_numbers": "B N float: numbers of the user",
+    "times": "B T 2 int64: times in seconds of each item, and of the request for the next one",
 }
 
 # Output type -> shape and meaning of the model output.
@@ -61,25 +71,42 @@ OUTPUT_TYPES: dict[str, str] = {
     "words": "logits B T vocab of the token at each position, for masked tokens. `model.features(...)` returns B T D, "
     "`model.forward_head(...)` maps ... D to logits, so the head can be applied to the masked positions only",
     "labels": "logits B T classes of every token",
+    "replaced": "logits B T 1: each token as a replacement of the original",
     "span": "logits B T 2: each token as the first and as the last token of an answer",
     "mask": "logits B classes H W of every pixel",
     "image": "B C H W float",
     "boxes": "B A 4R+classes: for each of A points at the centers of grid cells (finest grid first, row by row), R logits "
     "each for the distance to the left, top, right and bottom side (0 to R - 1 strides), then one independent logit "
     "per class; `model.strides` are the cell sizes in pixels, `model.bins` the R distances",
+    "poses": 'B A 4R+classes+3P: as for "boxes", then for each of P keypoints two numbers and a logit: the keypoint is twice the '
+    "numbers, in strides, right of and below the corner of the cell, and is labeled with the probability of the logit",
+    "prototypes": 'B A*(4R+classes+M)+M*S: as for "boxes", each point followed by M coefficients; then M prototypes at the S positions '
+    "of a map with twice the sides of the finest grid, row by row. The mask logits of a point are the sum of the prototypes, "
+    "weighted by its coefficients. `model.predict_parts(...)` returns both parts, B A 4R+classes+M and B M h w",
     "queries": "B Q 4+classes+1: for each of Q queries a box (center x, center y, width, height, as fractions of the image's "
     'sides), then logits of the classes and of "no object". `model.predict_layers(...)` returns the same for each of the L layers '
     "of the decoder, L B Q 4+classes+1",
     "scored-queries": 'B Q 4+classes: as for "queries", with one independent logit per class and none of "no object". '
     "`model.predict_all(...)` also returns the other layers of the decoder, the proposals of the encoder and decodes noisy objects",
+    "mask-queries": 'B Q classes+1+S: for each of Q queries logits of the classes and of "no object", then mask logits of the S '
+    "positions of a map with a quarter of the image's sides (rounded up), row by row. `model.predict_layers(...)` returns the same "
+    "for the initial queries and each layer of the decoder",
     "regions": "B P 4+1+C+4C with C = classes + 1: for each of P proposals its box (left, top, right, bottom in pixels; zeros if "
     "there are fewer), the logit of an object, logits of the background and the classes, and for each of these the offset of the "
     "box. `model.features`, `predict_anchors`, `propose`, `pool` and `classify` are its steps",
     "video": "B F C H W float: F frames",
-    "embeddings": "B 2 E: an image and a text embedding; the products of all image with all text embeddings are logits",
+    "embeddings": "B 2 E: an image and a text embedding; the products of all image with all text embeddings are logits, between "
+    "which a softmax chooses",
+    "sigmoid-embeddings": 'B 2 E+1: as for "embeddings", but each product is the logit that this image and this text belong '
+    "together. The last element is the bias of the logits, for an image, and 1, for a text",
     "forecast": "B H C Q float: H future steps of C series, Q values each (a point, or quantiles)",
-    "items": "logits B T items of the next item at each position; equals `model.features(...)` B T D times "
-    "`model.table()` items D",
+    "reconstruction": "as the first input: what a network rebuilds of it from a narrow code",
+    "items": "logits B T items of the next item at each position; `model.score_next(...)` returns those after the latest item. "
+    "Of networks that are trained, they equal `model.features(...)` B T D times `model.table()` items D",
+    "masked-items": 'as for "items", with logits of the item at each position itself, for hidden items; in `items`, 0 is a hidden item',
+    "towers": 'as for "items"; `model.encode_items(...)` returns the vectors of items N, N E, of which `model.table()` are all',
+    "contexts": "B S 2 E float: for each of S frames the vector that is predicted from the other frames, and the quantized vector of "
+    "the frame itself. `model.contrast(...)` hides frames and also returns the probabilities of the quantizer",
     "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S frames are real",
 }
 
@@ -95,8 +122,15 @@ PRETRAINING_OBJECTIVES: dict[str, str] = {
 SOLVERS: dict[str, str] = {
     "linear": "`model.head` is fitted to `model.encode(...)` as a logistic or ridge regression",
     "none": "nothing: the model has no weights that depend on the data",
+    "context": "training rows are stored in a pretrained network, which reads them together with each request",
+    "neighbors": "items that occur in the same histories are counted and stored with `model.set_neighbors`",
     "trees": "gradient-boosted trees are grown and stored with `model.set_trees`",
 }
+
+
+PRETRAINED_SOLVER = "context"  # the one that needs pretrained weights
+WHOLE_ROWS_SOLVER = "neighbors"  # the one that reads whole rows, not parts of them that suit training by gradient descent
+NUMBER_SCALES = ("normal", "standard")  # of the numbers of tables; see `Card.number_scale`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +235,9 @@ class Card:
     `solver` names how a model is fitted that is not trained by gradient descent (see `SOLVERS`). Such models are the baselines
     that networks are compared with.
 
+    `number_scale` says how the numbers of tables are scaled: "normal" by their quantiles to a standard normal, "standard" linearly to
+    mean 0 and standard deviation 1, for networks that normalize columns themselves.
+
     Raises `ValueError` for an unknown input type, output type, optional input or pre-training objective.
     """
 
@@ -225,10 +262,13 @@ class Card:
     scale: Scale = IMAGENET
     endless: bool = False
     solver: str = ""
+    number_scale: str = "normal"
 
     def __post_init__(self) -> None:
         if self.solver and self.solver not in SOLVERS:
             raise ValueError(f"Card {self.name!r}: solver={self.solver!r} is not one of {sorted(SOLVERS)}.")
+        if self.number_scale not in NUMBER_SCALES:
+            raise ValueError(f"Card {self.name!r}: number_scale={self.number_scale!r} is not one of {NUMBER_SCALES}.")
         if self.pretraining_objective not in PRETRAINING_OBJECTIVES:
             raise ValueError(
                 f"Card {self.name!r}: pretraining_objective={self.pretraining_objective!r} is not one of "
@@ -257,6 +297,11 @@ class Card:
     def output_types(self) -> tuple[str, ...]:
         """All supported output types; the first is the default."""
         return (self.output_type,) if isinstance(self.output_type, str) else tuple(self.output_type)
+
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether fitting reads each row whole, for example all items of a user."""
+        return self.solver == WHOLE_ROWS_SOLVER
 
     @property
     def has_class_token(self) -> bool:

@@ -47,14 +47,23 @@ def describe_network_inputs(card: Card, config: Any) -> tuple[TensorSpec, ...]:
     """Return the arguments of `forward`, in order; optional ones last."""
     get = make_getter(card, config)
     found = INPUTS[card.input_type](get, card)
-    optional = [describe_optional_input(name, found) for name in card.optional_inputs]
+    optional = [describe_optional_input(get, name, found) for name in card.optional_inputs]
     return (*found, *optional)
 
 
-def describe_optional_input(name: str, others: list[TensorSpec]) -> TensorSpec:
-    """Return an optional argument, which has the axes of the tokens."""
-    tokens = next(spec for spec in others if spec.name == "tokens")
-    return TensorSpec(name, "int64", tokens.axes, OPTIONAL_INPUTS[name], required=False, low=0, high=1)
+def describe_optional_input(get: Get, name: str, others: list[TensorSpec]) -> TensorSpec:
+    """Return an optional argument, which has the axes of the tokens or items, or belongs to the row."""
+    if name == "profile":
+        sizes = tuple(get("user_categories", ()))
+        axes = BATCH, fix("profile_columns", len(sizes))
+        return TensorSpec(name, "int64", axes, OPTIONAL_INPUTS[name], required=False, codes=sizes)
+    if name == "profile_numbers":
+        axes = BATCH, fix("profile_numbers", get("user_numbers", 0))
+        return TensorSpec(name, "float32", axes, OPTIONAL_INPUTS[name], required=False)
+    first = next(spec for spec in others if spec.name in ("tokens", "items"))
+    if name == "times":
+        return TensorSpec(name, "int64", (*first.axes, fix("moments", 2)), OPTIONAL_INPUTS[name], required=False)
+    return TensorSpec(name, "int64", first.axes, OPTIONAL_INPUTS[name], required=False, low=0, high=1)
 
 
 def describe_text(get: Get, card: Card, tokens: str = "tokens", mask: str = "mask", *, masked: bool = True) -> list[TensorSpec]:
@@ -141,6 +150,11 @@ def describe_covariates(get: Get, card: Card) -> list[TensorSpec]:
     ]
 
 
+def describe_static_covariates(get: Get, card: Card) -> list[TensorSpec]:
+    axes = BATCH, fix("static_features", get("static", 0))
+    return [*describe_covariates(get, card), TensorSpec("static", "float32", axes, "properties of the series")]
+
+
 def describe_noisy(get: Get, card: Card) -> list[TensorSpec]:
     """Return noisy images or videos, the noise level, and a class or caption."""
     video = card.input_type == "noisy-video"
@@ -174,6 +188,24 @@ def describe_speech(get: Get, card: Card) -> list[TensorSpec]:
     ]
 
 
+def describe_waveform(get: Get, card: Card) -> list[TensorSpec]:
+    return [
+        TensorSpec("waveform", "float32", (BATCH, Axis("samples")), "samples of a recording"),
+        TensorSpec("lengths", "int64", (BATCH,), "number of real samples", counts="samples"),
+    ]
+
+
+def describe_speech_text(get: Get, card: Card) -> list[TensorSpec]:
+    frames = Axis("frames", least=2, most=2 * get("source_length"))
+    about = "log-mel features; public weights expect the largest number of frames, padded with silence"
+    features = TensorSpec("features", "float32", (BATCH, frames, fix("bands", get("features"))), about)
+    return [features, *describe_text(get, card, masked=False)]
+
+
+def describe_image_text(get: Get, card: Card) -> list[TensorSpec]:
+    return [*describe_image(get, card), *describe_text(get, card, masked=False)]
+
+
 INPUTS: dict[str, Callable[[Get, Card], list[TensorSpec]]] = {
     "image": describe_image,
     "tokens": describe_tokens,
@@ -184,11 +216,15 @@ INPUTS: dict[str, Callable[[Get, Card], list[TensorSpec]]] = {
     "pair": describe_pair,
     "series": describe_series,
     "covariates": describe_covariates,
+    "static-covariates": describe_static_covariates,
     "noisy": describe_noisy,
     "noisy-video": describe_noisy,
     "captioned": describe_captioned,
     "items": describe_items,
     "speech": describe_speech,
+    "speech-text": describe_speech_text,
+    "image-text": describe_image_text,
+    "waveform": describe_waveform,
 }
 
 
@@ -202,17 +238,23 @@ def describe_network_outputs(card: Card, config: Any, network: Any) -> tuple[Ten
 
 
 OUTPUT_NAMES = {
+    "contexts": "contexts",
     "vector": "vector",
     "sequence": "sequence",
     "score": "score",
     "image": "image",
     "video": "video",
     "embeddings": "embeddings",
+    "sigmoid-embeddings": "embeddings",
     "forecast": "forecast",
+    "reconstruction": "reconstruction",
     "boxes": "grid",
+    "poses": "grid",
+    "prototypes": "grid",
     "queries": "queries",
     "scored-queries": "queries",
     "regions": "regions",
+    "mask-queries": "queries",
 }
 
 
@@ -231,6 +273,8 @@ def describe_output_axes(
         return (tokens, vocabulary), "logits of the next token at each position"
     if output == "labels":
         return (tokens, classes), "logits of the classes of each token"
+    if output == "replaced":
+        return (tokens, fix("logits", 1)), "logit that each token was replaced"
     if output == "span":
         return (tokens, fix("ends", 2)), "logits of each token as first and as last token of the answer"
     if output == "mask":
@@ -238,22 +282,48 @@ def describe_output_axes(
     if output == "boxes":
         values = 4 * network.bins.numel() + get("num_classes", 80)
         return (Axis("points"), fix("values", values)), "logits of distances to four sides, then of classes, for each point"
+    if output == "poses":
+        values = 4 * network.bins.numel() + get("num_classes", 1) + 3 * get("keypoints", 17)
+        about = "logits of distances to four sides, then of classes, then x, y and logit of keypoints, for each point"
+        return (Axis("points"), fix("values", values)), about
+    if output == "prototypes":
+        return (
+            Axis("values"),
+        ), "distances, classes and coefficients of all points, then prototypes at the positions of a mask"
     if output in ("queries", "scored-queries"):
         values = 4 + get("num_classes", 80) + (output == "queries")
         about = "a box, then logits of classes" + (" and of no object" if output == "queries" else "")
         return (fix("queries", get("queries")), fix("values", values)), about
+    if output == "mask-queries":
+        return (
+            fix("queries", get("queries")),
+            Axis("values"),
+        ), "logits of classes and of no object, then of the positions of a mask"
     if output == "regions":
         values = 5 + 5 * (get("num_classes", 80) + 1)
         return (fix("proposals", get("proposals")), fix("values", values)), "a box, its logit, logits of classes, their offsets"
     if output == "embeddings":
         return (fix("sides", 2), fix("embedding", get("embed"))), "an image and a text embedding of length 1"
+    if output == "sigmoid-embeddings":
+        width = get("embed", get("dim")) + 1
+        return (
+            fix("sides", 2),
+            fix("embedding", width),
+        ), "an image and a text embedding, whose product is the logit of a match"
     if output == "forecast":
         ahead = fix("horizon", get("horizon", 1)), fix("channels", get("channels", 1)), fix("values", get("values", 1))
         return ahead, "a point forecast and quantiles of each step, standardized"
-    if output == "items":
+    if output in ("items", "towers"):
         return (inputs["items"].axes[1], fix("vocabulary", get("items"))), "logits of the next item"
+    if output == "masked-items":
+        return (inputs["items"].axes[1], fix("vocabulary", get("items"))), "logits of the item itself, for hidden items"
     if output == "ctc":
         return (Axis("output_frames"), vocabulary), "logits of the symbol of each frame; 0 is blank"
+    if output == "contexts":
+        sides = fix("sides", 2), fix("embedding", get("contrast_dim"))
+        return (Axis("output_frames"), *sides), "predicted and quantized vector of each frame"
+    if output == "reconstruction":
+        return next(iter(inputs.values())).axes[1:], "the input, rebuilt"
     if output == "score":
         return (fix("score", 1),), "how realistic the input is"
     if output == "vector":
@@ -280,7 +350,7 @@ def describe_network_loop(card: Card, config: Any, network: Any) -> Loop | None:
         return Loop("diffusion", latent=latent, timesteps=TIMESTEPS, guidance=bool(get("num_classes") or get("vocab_size")))
     if "tokens" not in card.output_types:
         return None
-    kind: Any = "encoder-decoder" if card.input_type == "pair" else "autoregressive"
+    kind: Any = "encoder-decoder" if card.input_type in ("pair", "speech-text", "image-text") else "autoregressive"
     return Loop(kind, max_length=None if card.endless else get("length"), cache=describe_cache(network))
 
 

@@ -20,6 +20,9 @@ class Settings:
     batch_size: int | None = None  # examples per optimizer step, over all processes and accumulation steps
     grad_accum_steps: int = 1  # micro-batches per optimizer step, to save memory
     optimizer: str = "adamw"  # adamw | sgd | muon
+    embedding_optimizer: str = (
+        "same"  # same | adagrad: sparse gradients and row-wise Adagrad for tables that are only looked up, for millions of rows
+    )
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.01  # applied to matrices and kernels, never to biases, norms and embeddings
     momentum: float = 0.9  # momentum of sgd and muon
@@ -37,6 +40,9 @@ class Settings:
     eval_steps: int | None = None  # steps between evaluations
     checkpoint_seconds: float = 60.0  # seconds between checkpoints
     finetune: str = "whole"  # whole | frozen | lora: which part of a pretrained network is trained
+    keep_frozen: bool = (
+        True  # finetune=whole: leave out parts that are frozen as published, such as the convolutions of Wav2Vec 2.0
+    )
     lora_rank: int = 8  # rank of the LoRA update of each matrix
     lora_scale: float = 2.0  # factor of the LoRA update (alpha / rank)
     layer_decay: float = 1.0  # learning rate of each layer relative to the next layer towards the output
@@ -130,6 +136,7 @@ ALIASES = {
 RATE_BY_OPTIMIZER = {"adamw": 1e-3, "sgd": 0.05, "muon": 4e-3}  # by optimizer, where a recipe's rate is for another one
 CHOICES = {
     "optimizer": ("adamw", "sgd", "muon"),
+    "embedding_optimizer": ("same", "adagrad"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("auto", "float32", "bfloat16"),
     "augmentation": ("none", "light", "standard"),

@@ -38,7 +38,8 @@ FieldKind = Literal[
     "mask",
     "constant",
 ]
-DType = Literal["float32", "int64", "bool"]
+RecordUnit = Literal["row", "step", "user", "sample", "series", "pair"]  # what a prediction record describes
+DType = Literal["float32", "float64", "int64", "uint8", "bool"]
 JsonType = Literal["number", "integer", "string", "boolean", "object", "map", "array"]
 
 
@@ -264,7 +265,7 @@ class Signature:
     format: int = FORMAT
     method: str = "forward"
     row_form: Literal["table", "value"] = "table"
-    record_for: Literal["row", "step", "user", "sample"] = "row"
+    record_for: RecordUnit = "row"
     inputs: tuple[InputField, ...] = ()
     series: SeriesFormat | None = None
     preprocessing: tuple[Step, ...] = ()

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from fieldguide.core.validation import name_kind
 
+MAX_SEED = 1 << 40  # a million times this still fits into the 64 bits of a generator's seed
 MAX_INTEGER = 1 << 53  # beyond this, floats no longer hold all integers
 
 

@@ -73,10 +73,14 @@ class BagOfNgrams(nn.Module):
         """Return the n-grams of each row, and their weights; repetitions and unknown n-grams have the weight 0."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         keys, valid = compute_keys(tokens, mask, self.config)
-        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        place = find_places(self.keys, keys).clamp(max=len(self.keys) - 1)
         place = torch.where(valid & (self.keys[place] == keys), place, len(self.keys)).sort(1).values  # unknown ones at the end
-        first = torch.searchsorted(place, place)
-        count = torch.searchsorted(place, place, right=True) - first
+        if torch.compiler.is_exporting():  # `searchsorted` cannot be part of a graph
+            first = (place[:, :, None] > place[:, None]).sum(2)
+            count = (place[:, :, None] == place[:, None]).sum(2)
+        else:
+            first = torch.searchsorted(place, place)
+            count = torch.searchsorted(place, place, right=True) - first
         known = (place < len(self.keys)) & (first == torch.arange(place.shape[1], device=place.device))
         place = place.clamp(max=len(self.keys) - 1)
         weight = torch.where(known, (1 + count.to(self.idf.dtype).log()) * self.idf[place], 0.0)
@@ -91,7 +95,21 @@ class BagOfNgrams(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B classes
         place, weight = self.weigh(tokens, mask)
         table = self.head.weight.t().contiguous()
+        if torch.compiler.is_exporting():
+            return (table[place] * weight.to(table.dtype)[:, :, None]).sum(1) + self.head.bias
         return F.embedding_bag(place, table, per_sample_weights=weight.to(table.dtype), mode="sum") + self.head.bias
+
+
+def find_places(ordered: Tensor, values: Tensor) -> Tensor:
+    """Return how many of the `ordered` numbers are smaller than each value, as `torch.searchsorted` does."""
+    if not torch.compiler.is_exporting():
+        return torch.searchsorted(ordered, values)
+    place = torch.zeros_like(values)
+    for bit in reversed(range(len(ordered).bit_length())):  # the largest place before which all numbers are smaller
+        further = place + 2**bit
+        is_smaller = ordered[further.clamp(max=len(ordered)) - 1] < values
+        place = torch.where((further <= len(ordered)) & is_smaller, further, place)
+    return place
 
 
 def compute_keys(tokens: Tensor, mask: Tensor, config: Config) -> tuple[Tensor, Tensor]:  # B T, B T -> B M, B M

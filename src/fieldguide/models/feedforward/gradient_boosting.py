@@ -32,6 +32,11 @@ class Config:
     category_splits: int = 0  # S
 
 
+def check_loaded_nodes(module: Any, keys: Any) -> None:
+    """Check the nodes after loading. It is no lambda, so that processes can send the network to each other."""
+    module.check_nodes()
+
+
 class GradientBoosting(nn.Module):
     """Boosted trees for tables: numbers and categories -> class logits, or the value.
 
@@ -66,7 +71,7 @@ class GradientBoosting(nn.Module):
         self.register_buffer("tree_class", torch.zeros(config.trees, dtype=torch.int64))
         self.register_buffer("base", torch.zeros(config.num_classes))
         self.reset_parameters()
-        self.register_load_state_dict_post_hook(lambda module, keys: module.check_nodes())
+        self.register_load_state_dict_post_hook(check_loaded_nodes)
 
     def check_nodes(self) -> None:
         """Raise `SettingsError` if a node has a feature, child, class or set of categories that does not exist."""
@@ -114,7 +119,7 @@ class GradientBoosting(nn.Module):
             if self.config.category_splits:
                 row = split[node]
                 in_set = self.sets[row.clamp(min=0), value.long().clamp(0, self.sets.shape[1] - 1)]
-                left = torch.where(row >= 0, in_set, left)
+                left = torch.where(row >= 0, in_set.long(), left.long()) > 0  # onnxruntime has no `Where` of truth values
             node = children[2 * node + (~left).long()]
         leaves = self.value.flatten()[node]  # B T
         return self.base.expand(features.shape[0], -1).index_add(1, self.tree_class, leaves)

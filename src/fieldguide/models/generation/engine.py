@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fieldguide.core.errors import SettingsError
-from fieldguide.core.structure import Limits
+from fieldguide.core.structure import MAX_SEED, Limits
 from fieldguide.models.generation.beam_search import beam_search
 from fieldguide.models.generation.encoder_decoder import EncoderDecoderState
 from fieldguide.models.generation.sampling import GenerativeModel, Sampling, generate, left_pad
@@ -37,14 +37,16 @@ class GenerationConfig:
     length_penalty: float = 1.0  # exponent of the length in beam search: 0 = no penalty, 1 = mean log-probability
     temperature: Annotated[float | None, Limits(0, 1_000_000)] = None  # 0 = greedy: always the most likely token
     top_k: Annotated[int | None, Limits(0, MAX_NEW_TOKENS)] = None  # keep only the k most likely tokens; 0 = off
-    top_p: Annotated[float | None, Limits(0, 1)] = None  # keep the most likely tokens with this total probability; 1 = off
+    top_p: Annotated[float | None, Limits(1e-9, 1)] = None  # keep the most likely tokens with this total probability; 1 = off
     min_p: Annotated[float | None, Limits(0, 1)] = None  # keep tokens with this fraction of the highest probability; 0 = off
-    repetition_penalty: Annotated[float, Limits(0, 1_000_000)] = 1.0  # above 1: tokens that occurred before become less likely
+    repetition_penalty: Annotated[float, Limits(1e-6, 1_000_000)] = (
+        1.0  # above 1: tokens that occurred before become less likely
+    )
     no_repeat_ngram_size: Annotated[int, Limits(0, MAX_NEW_TOKENS)] = 0  # no sequence of this many tokens occurs twice; 0 = off
     min_new_tokens: Annotated[int, Limits(0, MAX_NEW_TOKENS)] = 0  # minimum number of generated tokens
     early_stopping: bool = False  # beam search ends as soon as num_beams outputs have ended
     stop_strings: str = ""  # stop string, not part of the output; several as JSON: ["one", "two"]
-    seed: int = 0  # seed of sampling
+    seed: Annotated[int, Limits(-MAX_SEED, MAX_SEED)] = 0  # seed of sampling
 
     defaults: ClassVar[Mapping[str, float]] = {"num_beams": 1, "temperature": 0.8, "top_p": 0.95}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_PAIRS_PER_CHUNK = 1_000_000  # pairs of boxes that `nms` compares at once; takes about 100 MB
+EXPORTED_ROUNDS = 50  # of non-maximum suppression in graphs
 
 
 def area(boxes: Tensor) -> Tensor:  # ... 4 -> ...
@@ -124,15 +125,22 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, limit: float) -> Tensor: 
     return keep
 
 
-def nms_of_sorted(boxes: Tensor, real: Tensor, limit: float) -> Tensor:  # B M 4, B M bool -> B M bool
+def nms_of_sorted(
+    boxes: Tensor, real: Tensor, limit: float, groups: Tensor | None = None
+) -> Tensor:  # B M 4, B M bool, B M int64 -> B M bool
     """Return what `nms` does for boxes in descending order of score, with operations whose shapes do not depend on values.
 
-    For graphs that are exported: one step for each box. Boxes that are not `real` are neither kept nor suppress others.
+    For graphs that are exported. Boxes that are not `real` are neither kept nor suppress others, nor do those of other groups. In
+    each round, a box is kept if no kept box before it overlaps it. The result is final for a box after as many rounds as the
+    longest chain of overlapping boxes before it, which is short; there are `EXPORTED_ROUNDS`.
     """
-    close = iou(boxes[:, :, None], boxes[:, None]) > limit  # B M M
-    keep, later = real, torch.arange(boxes.shape[1], device=boxes.device)
-    for i in range(boxes.shape[1]):
-        keep = keep & ~(close[:, i] & keep[:, i, None] & (later > i))
+    place = torch.arange(boxes.shape[1], device=boxes.device)
+    close = (iou(boxes[:, :, None], boxes[:, None]) > limit) & (place[:, None] < place) & real[..., None]  # B M M
+    if groups is not None:
+        close = close & (groups[:, :, None] == groups[:, None])
+    keep, close = real, close.to(boxes.dtype)
+    for _ in range(min(EXPORTED_ROUNDS, boxes.shape[1])):
+        keep = real & ((keep.to(boxes.dtype)[:, None] @ close)[:, 0] == 0)
     return keep
 
 

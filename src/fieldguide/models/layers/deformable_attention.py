@@ -48,13 +48,14 @@ class DeformableAttention(nn.Module):
     ) -> Tensor:  # B Q D, B Q 4, B S D -> B Q D
         """Read the maps of `memory`, whose (height, width) are `sides`.
 
-        `boxes` are (center x, center y, width, height) as fractions of the image's sides. A place of 1 is the P-th part of half
-        the side of the box.
+        `boxes` are (center x, center y, width, height) as fractions of the image's sides, or one for each map, B Q L 4. A place of
+        1 is the P-th part of half the side of the box.
         """
         shape = (self.heads, self.levels, self.points)
         places = self.places(query).unflatten(-1, (*shape, 2)).to(boxes.dtype)  # B Q heads L P 2
         weights = self.weights(query).unflatten(-1, (self.heads, -1)).softmax(-1).unflatten(-1, shape[1:])
-        center, size = boxes[:, :, None, None, None, :2], boxes[:, :, None, None, None, 2:]
+        boxes = boxes[:, :, None] if boxes.ndim == 3 else boxes
+        center, size = boxes[:, :, None, :, None, :2], boxes[:, :, None, :, None, 2:]
         grid = 2 * (center + places / self.points * size / 2) - 1  # -1 to 1, as grid_sample wants
         value = self.value(memory).unflatten(-1, (self.heads, -1)).to(boxes.dtype)  # B S heads d
         read = []

@@ -21,42 +21,31 @@ from fieldguide.models.layers.rope import rotate
 CosSin = tuple[Tensor, Tensor]  # cosines and signed sines of the rotary angles
 
 
-class GroupedAttention(nn.Module):
-    """Causal attention with `heads` query heads and `groups` key/value heads of width `width`.
+class RotaryAttention(nn.Module):
+    """Causal attention with `heads` query heads and `groups` key/value heads of width `width`, and rotary positions.
 
-    `norm(width)` creates the optional normalization of queries and keys, applied before the rotation. `scale`
-    multiplies the attention scores; the default is 1 / sqrt(width). `turn` holds the cosines and sines for the
-    positions of the new tokens; `seen` is the mask returned by `fieldguide.models.layers.kv_cache.causal_mask`. If a
-    cache is given, the keys and values of layer number `layer` are appended to it. Raises `SettingsError` if `groups`
-    does not divide `heads`.
+    Subclasses create the output layer `proj` and implement `project`. `scale` multiplies the attention scores; the default is
+    1 / sqrt(width). `turn` holds the cosines and sines for the positions of the new tokens; `seen` is the mask returned by
+    `fieldguide.models.layers.kv_cache.causal_mask`. If a cache is given, the keys and values of layer number `layer` are
+    appended to it. Raises `SettingsError` if `groups` does not divide `heads`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        groups: int,
-        width: int,
-        norm: Callable[[int], nn.Module] | None = None,
-        scale: float | None = None,
-    ):
+    proj: nn.Linear
+
+    def __init__(self, heads: int, groups: int, width: int, scale: float | None = None):
         super().__init__()
         if heads % groups:
             raise SettingsError(f"heads={heads} must be divisible by kv_heads={groups}.")
         self.heads, self.kv_heads, self.width, self.scale = heads, groups, width, scale
-        self.q = nn.Linear(dim, heads * width, bias=False)
-        self.kv = nn.Linear(dim, 2 * groups * width, bias=False)
-        self.norm_q = norm(width) if norm else None
-        self.norm_k = norm(width) if norm else None
-        self.proj = nn.Linear(heads * width, dim, bias=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B T D -> B heads T d, B groups T d, B groups T d
+        """Return queries, keys and values."""
+        raise NotImplementedError
 
     def forward(
         self, x: Tensor, turn: CosSin, seen: Tensor | None, cache: Cache | None = None, layer: int = 0
     ) -> Tensor:  # B T D -> B T D
-        q = self.q(x).unflatten(-1, (self.heads, self.width)).transpose(1, 2)  # B heads T d
-        k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.width)).permute(2, 0, 3, 1, 4)  # each B groups T d
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = self.project(x)
         q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # B groups K d
@@ -74,6 +63,38 @@ class GroupedAttention(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
 
+class GroupedAttention(RotaryAttention):
+    """Rotary attention with one matrix for queries and one for keys and values.
+
+    `bias` adds biases to queries, keys and values. `norm(width)` creates the optional normalization of queries and keys,
+    applied before the rotation.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        groups: int,
+        width: int,
+        norm: Callable[[int], nn.Module] | None = None,
+        scale: float | None = None,
+        bias: bool = False,
+    ):
+        super().__init__(heads, groups, width, scale)
+        self.q = nn.Linear(dim, heads * width, bias)
+        self.kv = nn.Linear(dim, 2 * groups * width, bias)
+        self.norm_q = norm(width) if norm else None
+        self.norm_k = norm(width) if norm else None
+        self.proj = nn.Linear(heads * width, dim, bias=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B T D -> B heads T d, B groups T d, B groups T d
+        q = self.q(x).unflatten(-1, (self.heads, self.width)).transpose(1, 2)  # B heads T d
+        k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.width)).permute(2, 0, 3, 1, 4)  # each B groups T d
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return q, k, v
+
+
 class GatedMlp(nn.Module):
     """A gated MLP: down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, equation 6).
 
@@ -89,13 +110,14 @@ class GatedMlp(nn.Module):
         return self.down(self.act(gate) * x)
 
 
-def cos_sin_at(places: Tensor, speed: Tensor, like: Tensor) -> CosSin:  # T or B T, d/2 -> (B 1) T d, twice
+def cos_sin_at(places: Tensor, speed: Tensor, like: Tensor, scale: float = 1.0) -> CosSin:  # T or B T, d/2 -> (B 1) T d, twice
     """Return the cosines and sines of the rotary angles at these positions, signed as `rotate` expects; computed in
     float32.
 
-    `speed` holds the inverse frequencies in radians per token; the result has the dtype of `like`.
+    `speed` holds the inverse frequencies in radians per token, for all rows or each of them (B 1 d/2); the result has the dtype
+    of `like`. Cosines and sines are multiplied by `scale`, which lengthens queries and keys.
     """
     angle = places[..., None].float() * speed
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos() * scale, angle.sin() * scale
     cos, sin = torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
     return (cos, sin) if places.ndim == 1 else (cos[:, None], sin[:, None])

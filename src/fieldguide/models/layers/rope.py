@@ -23,7 +23,9 @@ def cos_sin_table(steps: int, dim: int, base: float, like: Tensor) -> tuple[Tens
     return torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # ... T d, T d, T d -> ... T d
-    """Rotate queries or keys by the given angles."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # ... T d, T r, T r -> ... T d
+    """Rotate queries or keys by the given angles: their first r dimensions, if there are fewer angles than dimensions."""
+    if (r := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat([rotate(x[..., :r], cos, sin), x[..., r:]], -1)
     first, second = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([second, first], -1), sin)

@@ -41,10 +41,12 @@ class OneHot(nn.Module):
 class CategoryEmbedding(nn.Module):
     """An embedding of categories, with all columns in one table (Guo and Berkhahn 2016, arXiv:1604.06737).
 
-    The embedding of value 0 of a column (unseen in training) is initialized to zeros.
+    The embedding of value 0 of a column (unseen in training) is initialized to zeros. Its gradient is sparse if `sparse` is set.
     """
 
     offsets: Tensor  # K
+    is_only_looked_up = True
+    sparse = False
 
     def __init__(self, sizes: Sequence[int], dim: int):
         super().__init__()
@@ -58,7 +60,13 @@ class CategoryEmbedding(nn.Module):
         self.weight[self.offsets] = 0.0
 
     def forward(self, x: Tensor) -> Tensor:  # B K int64 -> B K D
-        return nn.functional.embedding(x + self.offsets, self.weight)
+        return nn.functional.embedding(x + self.offsets, self.weight, sparse=self.sparse)
+
+
+class LookupTable(nn.Embedding):
+    """An embedding that is only looked up, so that its gradient may be sparse (set `sparse`)."""
+
+    is_only_looked_up = True
 
 
 class PiecewiseLinear(nn.Module):

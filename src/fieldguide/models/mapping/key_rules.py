@@ -30,12 +30,15 @@ class Reshaped:
 
 @dataclass(frozen=True)
 class Fused:
-    """The public tensor is one of `parts` equal parts of ours along the first axis; `pairs` as in `InterleavedRotary`."""
+    """The public tensor is one of `parts` equal parts of ours along the first axis, or `span` of them one after the other;
+    `pairs` as in `InterleavedRotary`.
+    """
 
     ours: str
     part: int
     parts: int
     pairs: int = 0
+    span: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,18 @@ class InterleavedRotary:
 
     ours: str
     pairs: int
+
+
+@dataclass(frozen=True)
+class MovedRow:
+    """Our first row is row `place` of the public tensor; the other rows have the same order.
+
+    The public tensor has `ones` more axes of length 1 at its end.
+    """
+
+    ours: str
+    place: int
+    ones: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,4 +110,4 @@ def place_submodel(table: Mapping[str, Row], theirs: str, ours: str, without: st
     return rows
 
 
-Row = str | Transposed | Reshaped | Fused | InterleavedRotary | Dropped | Zeros
+Row = str | Transposed | Reshaped | Fused | InterleavedRotary | MovedRow | Dropped | Zeros

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
-from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, cos_sin_at
+from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, RotaryAttention, cos_sin_at
 from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
 from fieldguide.models.layers.norm import RMSNorm
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, WithDefault
@@ -51,7 +51,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
         self.attn, self.mlp = self.make_attention(c), self.make_mlp(c)
 
-    def make_attention(self, c: Any) -> GroupedAttention:
+    def make_attention(self, c: Any) -> nn.Module:
         """Return the attention layer. Raises `SettingsError` if `heads` does not divide `dim`."""
         if c.dim % c.heads:
             raise SettingsError(f"dim={c.dim} must be divisible by heads={c.heads}.")
@@ -91,19 +91,28 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def width(self) -> int:
         """Width d of a head."""
         attn = self.blocks[0].attn
-        assert isinstance(attn, GroupedAttention)
+        assert isinstance(attn, RotaryAttention)
         return attn.width
+
+    @property
+    def cache_shape(self) -> tuple[int, int]:
+        """Number and width of the heads of keys and values."""
+        attn = self.blocks[0].attn
+        assert isinstance(attn, RotaryAttention)
+        return attn.kv_heads, attn.width
 
     def new_cache(self, rows: int, length: int | None = None) -> Cache:
         """Return a cache for `length` tokens per row, by default and at most the model's own `length`."""
         c, weight = self.config, self.embed.weight
         return Cache(
-            rows, min(length or c.length, c.length), c.depth, c.kv_heads, self.width, dtype=weight.dtype, device=weight.device
+            rows, min(length or c.length, c.length), c.depth, *self.cache_shape, dtype=weight.dtype, device=weight.device
         )
 
     def extend_cache(self, steps: int, mask: Tensor | None, cache: Cache | None) -> None:
@@ -136,8 +145,12 @@ class Llama(Decoder):
     `length`, and `SettingsError` if `heads` does not divide the width.
     """
 
-    def __init__(self, config: Config):
-        super().__init__(config, RMSNorm(config.dim, config.eps), config.tie_embeddings)
+    def __init__(self, config: Any):
+        super().__init__(config, self.make_norm(config), config.tie_embeddings)
+
+    def make_norm(self, c: Any) -> nn.Module:
+        """Return the normalization of the final hidden states."""
+        return RMSNorm(c.dim, c.eps)
 
     def inverse_frequencies(self, device: torch.device) -> Tensor:  # -> d/2
         """Return the rotary frequencies, scaled if `rope_scaling` is set."""
@@ -149,6 +162,14 @@ class Llama(Decoder):
         keep = ((made - low) / (high - low)).clamp(0, 1)
         return plain * (keep + (1 - keep) / factor)
 
+    def mask_keys(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> Tensor | None:
+        """Return which keys each new token attends to; see `causal_mask`."""
+        return causal_mask(steps, mask, cache, device)
+
+    def make_turn(self, places: Tensor, cache: Cache | None, like: Tensor) -> CosSin:  # T or B T -> (B 1) T d, twice
+        """Return the cosines and sines of the rotary angles at the positions of the new tokens."""
+        return cos_sin_at(places, self.inverse_frequencies(like.device), like)
+
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         """Return the final hidden states."""
         return self.forward_blocks(self.embed(tokens), mask, cache)
@@ -157,8 +178,8 @@ class Llama(Decoder):
         """Apply all blocks to token embeddings, or to other vectors in their place."""
         steps = x.shape[1]
         self.extend_cache(steps, mask, cache)
-        seen = causal_mask(steps, mask, cache, x.device)
-        turn = cos_sin_at(token_positions(steps, mask, cache, x.device), self.inverse_frequencies(x.device), x)
+        seen = self.mask_keys(steps, mask, cache, x.device)
+        turn = self.make_turn(token_positions(steps, mask, cache, x.device), cache, x)
         for layer, block in enumerate(self.blocks):
             x = block(x, turn, seen, cache, layer)
         return self.norm(x)

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, D width, N = B T, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Config:
 class Experts(nn.Module):
     """A sparse mixture of gated MLPs. `scores` keeps the router logits of the last training pass, N E."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Any):
         super().__init__()
         if not 0 < c.used <= c.experts:
             raise SettingsError(f"used={c.used} must be between 1 and experts={c.experts}.")
@@ -83,7 +84,7 @@ class Mixtral(llama.Llama):
     `auxiliary_losses` for the load-balancing loss.
     """
 
-    block = Block
+    block: type[nn.Module] = Block
     real: Tensor | None = None  # B T, real tokens of the last training pass
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D

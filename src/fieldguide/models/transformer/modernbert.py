@@ -11,19 +11,20 @@ Shapes: B batch, T tokens, D width, d width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.core.errors import SettingsError
+from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.padding import ensure_nonempty
 from fieldguide.models.layers.rope import cos_sin_table, rotate
-from fieldguide.models.mapping.config_rules import Expect, WithDefault
+from fieldguide.models.mapping.config_rules import Derived, Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Row
 from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, TextEncoder
 from fieldguide.models.transformer.bert import CLASSES, architecture_rule
@@ -198,6 +199,16 @@ def huggingface(config: Config) -> dict[str, Row]:
     }
 
 
+def check_pooling(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Raise `WeightsError` if labels are predicted from the mean over tokens; other heads do not depend on the pooling."""
+    pooling, kinds = theirs.get("classifier_pooling", "cls"), theirs.get("architectures") or []
+    if pooling != "cls" and any("ForSequenceClassification" in kind for kind in kinds):
+        raise WeightsError(
+            f"classifier_pooling={pooling!r} is not supported; ModernBERT predicts labels from the first token here."
+        )
+    return {}
+
+
 CONFIG = {
     "model_type": Expect("modernbert"),
     "architectures": architecture_rule("ModernBert"),
@@ -216,7 +227,7 @@ CONFIG = {
     "attention_dropout": Expect(lambda c: c.dropout),
     "mlp_dropout": Expect(lambda c: c.dropout),
     "classifier_dropout": Expect(lambda c: c.dropout),
-    "classifier_pooling": Expect("cls"),
+    "classifier_pooling": Derived(check_pooling, lambda c: "cls"),
     "hidden_activation": Expect("gelu"),
     "norm_eps": Expect(EPS),
     "norm_bias": Expect(False),

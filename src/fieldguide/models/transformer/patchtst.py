@@ -3,7 +3,7 @@
 New here: a token is a patch of consecutive steps, so attention over a long past is cheap; all series share one model
 and are processed independently. The past is normalized to mean 0 and standard deviation 1, and the forecast is scaled
 back (RevIN, Kim et al. 2022). Layers are post-norm with batch normalization; attention scores are added to those of
-the previous layer.
+the previous layer. For classes, the mean over patches of all series goes through one linear layer, as in transformers.
 
 Initialization: torch's default for linear layers, positions uniform in -0.02 .. 0.02, as in the authors' code.
 Shapes: B batch, T steps of the past, H steps of the future, C series, Q values per step, N patches, P steps of a
@@ -35,6 +35,9 @@ class Config:
     heads: int = 4
     hidden: int = 128  # hidden width of the MLPs
     dropout: float = 0.3
+    output_type: str = "forecast"  # or "label"
+    num_classes: int = 2  # for "label"
+    channels: int = 1  # C, for "label"; any number of series can be forecast
 
 
 class Block(nn.Module):
@@ -76,10 +79,13 @@ class PatchTST(nn.Module):
         self.pos = nn.Parameter(torch.empty(patches, c.dim))
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.head = nn.Linear(c.dim * patches, c.horizon * c.values)
+        is_label = c.output_type == "label"
+        self.head = nn.Linear(
+            c.dim * (c.channels if is_label else patches), c.num_classes if is_label else c.horizon * c.values
+        )
         nn.init.uniform_(self.pos, -0.02, 0.02)
 
-    def forward(self, series: Tensor) -> Tensor:  # B T C -> B H C Q
+    def forward(self, series: Tensor) -> Tensor:  # B T C -> B H C Q, or B classes
         c = self.config
         if series.shape[1] != c.length:
             raise DataError(f"The past has {series.shape[1]} steps, but the model was created with length={c.length}.")
@@ -91,6 +97,8 @@ class PatchTST(nn.Module):
         scores = None
         for block in self.blocks:
             x, scores = block(x, scores)
+        if c.output_type == "label":
+            return self.head(x.mean(1).unflatten(0, mean.shape[:2]).flatten(1))
         y = self.head(x.mT.flatten(1)).unflatten(0, mean.shape[:2])  # B C H*Q
         return (y * scale + mean).unflatten(-1, (c.horizon, c.values)).transpose(1, 2)
 
@@ -118,7 +126,7 @@ CARD = Card(
     paper="arXiv:2211.14730",
     year=2022,
     input_type="series",
-    output_type="forecast",
+    output_type=("forecast", "label"),
     sizes={
         # The authors' code has 81,731 and 921,187 parameters: it stores the constant scale of each layer as a
         # parameter.

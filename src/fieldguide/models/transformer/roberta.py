@@ -100,7 +100,12 @@ def huggingface(config: Config) -> dict[str, Row]:
             **map_norm(words + "LayerNorm", "norm"),
             **map_layers(before),
         }
-    return names | {
+    return names | map_heads(config)
+
+
+def map_heads(config: Any) -> dict[str, Row]:
+    """Return the names of the heads in files of transformers, for RoBERTa and MPNet."""
+    return {
         "lm_head.bias": "words.bias",
         "lm_head.decoder.bias": "words.bias",  # the same tensor twice in some files
         "lm_head.decoder.weight": "word.weight",  # tied; absent from most files

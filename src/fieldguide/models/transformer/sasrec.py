@@ -88,6 +88,10 @@ class SASRec(nn.Module):
         """Return the item embeddings, used for input and scoring; item 0 is zero."""
         return F.pad(self.embed.weight[1:], (0, 0, 1, 0))
 
+    def score_next(self, items: Tensor, mask: Tensor | None = None) -> Tensor:  # B T -> B V
+        """Return the logits of the item after the latest one of each history."""
+        return F.linear(self.features(items, mask)[:, -1], self.table())
+
     def features(self, items: Tensor, mask: Tensor | None = None) -> Tensor:  # B T -> B T D
         """Return the hidden states; the product with a row of `table` is the logit of that item."""
         steps, length = items.shape[1], self.config.length

@@ -203,7 +203,8 @@ class Swin(nn.Module):
         rates = stochastic_depth_rates(c.drop_path, sum(c.depths))
         self.stages = nn.ModuleList(Stage(c, i, rates[sum(c.depths[:i]) :][:depth]) for i, depth in enumerate(c.depths))
         width = c.dim * 2 ** (len(c.depths) - 1)
-        self.norm, self.head = nn.LayerNorm(width), classifier_head(c, width)
+        self.norm: nn.Module = nn.LayerNorm(width)
+        self.head = classifier_head(c, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -270,6 +270,7 @@ def read_scaled(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 CONFIG = {
     "model_type": Expect("t5"),
+    "chronos_config": Expect(None, written=False, among=(None,)),  # has another network
     "architectures": Derived(lambda t: {}, lambda c: ["T5ForConditionalGeneration"]),
     "vocab_size": "vocab_size",
     "n_positions": "length",

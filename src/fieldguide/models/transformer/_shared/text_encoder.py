@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,8 @@ class PostNormBlock(nn.Module):
     figure 1).
     """
 
+    mlp: nn.Module
+
     def __init__(self, attn: nn.Module, dim: int, hidden: int, dropout: float, eps: float):
         super().__init__()
         self.attn, self.norm1 = attn, nn.LayerNorm(dim, eps)
@@ -35,15 +38,15 @@ class PostNormBlock(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """A masked language modeling head: a hidden layer, then the product with all token embeddings."""
+    """A masked language modeling head: a hidden layer, then the product with all token embeddings of width E."""
 
-    def __init__(self, dim: int, vocab: int, eps: float):
+    def __init__(self, dim: int, vocab: int, eps: float, embed: int, act: Callable[[Tensor], Tensor] = F.gelu):
         super().__init__()
-        self.dense, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim, eps)
+        self.dense, self.norm, self.act = nn.Linear(dim, embed), nn.LayerNorm(embed, eps), act
         self.bias = nn.Parameter(torch.zeros(vocab))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # ... D, vocab D -> ... vocab
-        return F.linear(self.norm(F.gelu(self.dense(x))), embedding, self.bias)
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # ... D, vocab E -> ... vocab
+        return F.linear(self.norm(self.act(self.dense(x))), embedding, self.bias)
 
 
 class TextEncoder(nn.Module):
@@ -58,15 +61,16 @@ class TextEncoder(nn.Module):
 
     # Parts of the heads, which a checkpoint may lack.
     heads: ClassVar[tuple[str, ...]] = ("words", "pool", "head", "span", "next")
+    output_types: ClassVar[tuple[str, ...]] = OUTPUT_TYPES
 
     word: nn.Embedding
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        if config.output_type not in OUTPUT_TYPES:
+        if config.output_type not in self.output_types:
             raise SettingsError(
-                f"output_type={config.output_type!r} is not supported. Choose one of {', '.join(OUTPUT_TYPES)}."
+                f"output_type={config.output_type!r} is not supported. Choose one of {', '.join(self.output_types)}."
             )
 
     @property
@@ -79,13 +83,17 @@ class TextEncoder(nn.Module):
         c = self.config
         self.last_dropout = nn.Dropout(dropout)
         if c.output_type == "words":
-            self.words = MaskedLMHead(dim, c.vocab_size, eps)
+            self.words = self.make_words_head(dim, eps)
         if c.output_type == "label" and not self.uses_mean_pooling:
             self.pool = nn.Linear(dim, dim)
         if c.output_type in ("label", "labels"):
             self.head = nn.Linear(dim, c.num_classes)
         if c.output_type == "span":
             self.span = nn.Linear(dim, 2)
+
+    def make_words_head(self, dim: int, eps: float) -> MaskedLMHead:
+        """Return the masked language modeling head."""
+        return MaskedLMHead(dim, self.config.vocab_size, eps, dim)
 
     def init_weights(self, std: float) -> None:
         """Initialize matrices and embeddings from a normal distribution with this standard deviation, biases to zero."""
