@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -436,11 +437,12 @@ def make_category(name: str, text: pl.Series, why: str) -> TypedColumn:
 
 def make_number_column(name: str, values: pl.Series, why: str, form: NumberFormat | None = None) -> TypedColumn:
     """Return a numeric column; infinite values become missing and their rows are kept in `infinite`."""
-    values = values.fill_nan(None)
-    infinite = values.is_infinite().fill_null(False)
-    places = infinite.arg_true().to_list()
-    if places:
-        values = values.set(infinite, None)
+    places: list[int] = []
+    if not math.isfinite(values.sum() or 0):  # a sum is quicker than a look at each value, which matters for single rows
+        values = values.fill_nan(None)
+        infinite = values.is_infinite().fill_null(False)
+        if places := infinite.arg_true().to_list():
+            values = values.set(infinite, None)
     column = describe_column(name, values, "number", why)
     column.number_format = None if form is None else form.to_json()
     return TypedColumn(column, values.rename(name), infinite=places)
@@ -459,7 +461,7 @@ def make_typed_column(name: str, values: pl.Series, kind: Kind, why: str) -> Typ
 
 def describe_column(name: str, values: pl.Series, kind: Kind, why: str) -> Column:
     nested = values.dtype.is_nested() or values.dtype == pl.Object
-    distinct = 0 if nested else values.drop_nulls().n_unique()
+    distinct = 0 if nested else (values.drop_nulls() if values.null_count() else values).n_unique()
     return Column(name, kind, why=why, missing=values.null_count(), distinct=distinct, range=find_range(values))
 
 

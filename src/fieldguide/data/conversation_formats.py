@@ -3,7 +3,7 @@
 Read are: `messages` whose content is a text or a list of parts, or that are written as JSON; ShareGPT (`conversations` of {from,
 value}); lists of exchanges, such as {human, assistant}; the columns `prompt` and `completion` or `response`; and the columns
 `instruction`, `input` or `context`, and `output` or `response` of Alpaca and Dolly. A column `system` holds the first message.
-Identifiers, sources and the like are left out. Pairs of a chosen and a rejected answer are rejected.
+Identifiers, sources and the like are left out. Pairs of a chosen and a rejected answer are left as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import polars as pl
 
-from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import BOOKKEEPING
 
 MESSAGES = "messages"
@@ -69,17 +68,11 @@ class Conversations:
 
 
 def to_messages(rows: pl.DataFrame) -> Conversations | None:
-    """Return the rows with their conversations as `messages`, or None if they hold none in a format other than ours.
-
-    Raises DataError for pairs of a chosen and a rejected answer.
-    """
+    """Return the rows with their conversations as `messages`, or None if they hold none in a format other than ours."""
     written, rows = rows.schema, split_exchanges(parse_written(rows))
     names = [name for name in rows.columns if name not in BOOKKEEPING]
     if {"chosen", "rejected"} <= set(names):
-        raise DataError(
-            "the columns 'chosen' and 'rejected' hold pairs of preferred and other answers, from which no task learns. To train on "
-            "the preferred ones, keep only them, as a column messages, or as prompt and completion."
-        )
+        return None  # pairs of answers, which the task preference-tuning reads
     for name in names:
         inner = getattr(rows.schema[name], "inner", None)
         keys = {f.name for f in inner.fields} if isinstance(inner, pl.Struct) else set()

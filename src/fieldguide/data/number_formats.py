@@ -58,6 +58,7 @@ OTHER_DIGITS = {  # digits and marks of other scripts
 OTHER_DIGITS_PATTERN = f"[{''.join(OTHER_DIGITS)}]"
 SPECIAL_CHARACTERS = f"{SPACES}|{INVISIBLE}|{MINUS_SIGNS}|{APOSTROPHES}|{OTHER_DIGITS_PATTERN}"
 NO_CENTS = r"(\d)[.,][-\u2013\u2014]{1,2}(\s*[^\d\s]*)$"  # 5,- and 5,- €
+NO_CENTS_MARK = r"(?:(?<=\d)[.,][-\u2013\u2014]{1,2})?"  # the same, after the digits
 SAMPLE_VALUES = 1000  # values that are inspected before a whole column is
 MIN_NUMBER_FRACTION = 0.9  # minimum fraction of the values of a column that are numbers in its format
 MIN_STRONG_VALUES = 2  # minimum number of distinct values with a mark, and of values from 100 to 999 without one
@@ -104,6 +105,20 @@ class NumberFormat:
             bare = ~text.str.contains(re.escape(self.suffix)).fill_null(True) & ~text.str.contains(r"^[+-]?0+(?:[.,]0*)?$")
             core = core.set(bare.fill_null(False), None)
         return parse_marks(core, self.decimal, self.grouping).rename(text.name)
+
+    def build_pattern(self) -> str:
+        """Return the regular expression of a whole number in this format, with three groups: signs, digits with marks, signs.
+
+        It is for programs without this library. A number is negative if a group of signs has - or (.
+        """
+        core, sign = build_core_pattern(self.decimal, self.grouping), r"[+\-(]?" if self.accounting else "[+-]?"
+        if self.is_plain:
+            return rf"([+-]?)({core})()"
+        before, after = (rf"(?:{re.escape(part)})?" if part else "" for part in (self.prefix, self.suffix))
+        gap, end = (r"\s*" if before or after or self.accounting else ""), r"\s*(?:\)|(?<![.,])-)?" if self.accounting else ""
+        signs = rf"{sign}{gap}{before}{gap}|{before}{gap}{sign}{gap}" if before else sign + gap
+        unit = rf"(?=.*{re.escape(self.suffix)}|[+-]?0+(?:[.,]0*)?$)" if self.suffix in PERCENT else ""
+        return rf"{unit}({signs})({core}){NO_CENTS_MARK}({gap}{after}{end})"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that differ from the plain format, and the decimal mark."""
@@ -239,11 +254,24 @@ def strip_affixes(text: pl.Series, prefix: str, suffix: str, accounting: bool) -
     return text.str.replace(r"^([+-])\s+", "${1}") if prefix or suffix or accounting else text
 
 
-def parse_marks(core: pl.Series, decimal: str, grouping: str) -> pl.Series:
-    """Parse numbers with these marks; null where groups or marks are wrong."""
+def build_core_pattern(decimal: str, grouping: str) -> str:
+    """Return the regular expression of a number without its sign."""
     point, group = re.escape(decimal), re.escape(grouping)
     whole = rf"(?:\d{{1,3}}(?:{group}\d{{2,3}})*{group}\d{{3}}|\d+)" if grouping else r"\d+"
-    fits = core.str.contains(rf"^[+-]?(?:{whole}(?:{point}\d*)?|{point}\d+){EXPONENT}$|(?i)^[+-]?inf(?:inity)?$")
+    return rf"(?:{whole}(?:{point}\d*)?|{point}\d+){EXPONENT}"
+
+
+def list_replacements() -> dict[str, str]:
+    """Return the characters that `normalize` replaces, with their replacements."""
+    found = dict(OTHER_DIGITS)
+    for pattern, new in ((INVISIBLE, ""), (SPACES, " "), (MINUS_SIGNS, "-"), (APOSTROPHES, "'")):
+        found |= {chr(code): new for code in range(0x80, 0x10000) if re.fullmatch(pattern, chr(code))}
+    return found | {"`": "'"}
+
+
+def parse_marks(core: pl.Series, decimal: str, grouping: str) -> pl.Series:
+    """Parse numbers with these marks; null where groups or marks are wrong."""
+    fits = core.str.contains(rf"^[+-]?{build_core_pattern(decimal, grouping)}$|(?i)^[+-]?inf(?:inity)?$")
     core = core.set(~fits.fill_null(True), None)
     if grouping:
         core = core.str.replace_all(grouping, "", literal=True)

@@ -235,7 +235,7 @@ class TableReader(TableColumns):
             if fact not in rows.columns
         )
         self.data.rows = rows
-        self.findings += findings.media_findings(self.data, medium, checked, self.bad)
+        self.findings += findings.media_findings(self.data, medium, checked, self.bad, column.name)
         self.mark_invalid(
             bad, lambda i: checked[i].problem.replace("-", " ") + (f" ({checked[i].detail})" if checked[i].detail else "")
         )

@@ -7,6 +7,7 @@ Column `image` holds the path; `objects` a list of structs with these fields:
     outline                   null, or a list of closed polygons (parts of the object), each x1 y1 x2 y2 ...
     runs                      null, or alternating lengths of runs of pixels outside and inside, column by column
     crowd                     true if the box covers a group of objects or is excluded from evaluation
+    keypoints                 null, or x, y and visibility of each keypoint: 0 not labeled, 1 labeled but hidden, 2 visible
 
 An image without objects counts as background.
 """
@@ -35,12 +36,15 @@ OBJECT = pl.Struct(
         "outline": pl.List(pl.List(pl.Float64)),
         "runs": pl.List(pl.Int32),
         "crowd": pl.Boolean,
+        "keypoints": pl.List(pl.Float64),
     }
 )
 EDGE_TOLERANCE_PIXELS = 1.0  # pixels by which a box may exceed the image without a finding (rounding)
 MIN_BROKEN, MIN_WHOLE = 0.05, 0.99  # fractions of boxes outside as left, top, width, height, and inside as corners
 MAX_SIZED = 2000  # images whose size is read to decide this
 MAX_SHOWN_PLACES = 5
+MIN_OUTLINE_OVERLAP = 0.3  # IoU of a box with the bounding box of its outline
+MAX_KEYPOINT_DISTANCE = 0.5  # of a keypoint to its box, as a fraction of the longer side of the box
 CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description, remedy
     "degenerate-box": (
         "warning",
@@ -91,6 +95,43 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description,
         "invalid outlines: fewer than three points, non-numeric values, or runs of pixels that do "
         "not fill the image; their boxes are kept",
         "Export them again. Instance segmentation cannot use these objects.",
+    ),
+    "outline-outside": (
+        "warning",
+        "outlines without any pixel in their image; their boxes are kept",
+        "Check their unit and the image they belong to. Instance segmentation cannot use these objects.",
+    ),
+    "outline-far": (
+        "warning",
+        "outlines that do not fill their box: perhaps those of another object, or in another unit",
+        "Check a few of them.",
+    ),
+    "malformed-keypoints": (
+        "warning",
+        "objects whose keypoints are not x, y and visibility of each keypoint; their boxes are kept",
+        "Export them again.",
+    ),
+    "keypoint-visibility": (
+        "warning",
+        "keypoints whose visibility is neither 0 (not labeled), 1 (hidden) nor 2 (visible); they count as labeled unless it is "
+        "less than 1",
+        "Correct them.",
+    ),
+    "keypoint-outside": (
+        "warning",
+        "labeled keypoints outside of their image; they count as not labeled",
+        "Correct them, or set their visibility to 0.",
+    ),
+    "keypoint-far": (
+        "warning",
+        "objects with keypoints far from their box: perhaps those of another object, or in another unit",
+        "Check a few of them.",
+    ),
+    "no-keypoints": ("note", "objects without any labeled keypoint: their boxes are trained on, but not scored", ""),
+    "keypoint-definitions": (
+        "warning",
+        "classes whose keypoints differ from those of the first class that has any; their keypoints are left out",
+        "Export each set of keypoints as a data set of its own.",
     ),
     "unknown-picture": (
         "warning",
@@ -192,6 +233,7 @@ def make_object(
     outline: list[list[float]] | None = None,
     crowd: bool = False,
     runs: list[int] | None = None,
+    keypoints: list[float] | None = None,
 ) -> dict[str, Any]:
     """Return an object as a struct of type `OBJECT`."""
     return {
@@ -203,7 +245,17 @@ def make_object(
         "outline": outline,
         "runs": runs,
         "crowd": crowd,
+        "keypoints": keypoints,
     }
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The keypoints of a data set: their names, the pairs joined by a line, and the place of each in the mirrored order."""
+
+    names: tuple[str, ...]
+    lines: tuple[tuple[int, int], ...] = ()
+    mirrored: tuple[int, ...] = ()  # empty if it is not known which are left and right
 
 
 def read_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
@@ -227,7 +279,12 @@ def annotation_entry(path: Path, content: bytes, root: Path) -> FileEntry:
 
 
 def build_raw(
-    root: Path, shots: list[AnnotatedImage], files: list[FileEntry], notes: FindingCollector, classes: Sequence[str]
+    root: Path,
+    shots: list[AnnotatedImage],
+    files: list[FileEntry],
+    notes: FindingCollector,
+    classes: Sequence[str],
+    skeleton: Skeleton | None = None,
 ) -> RawTable:
     """Check boxes against the actual image sizes and return the raw table. Raises DataError if no image is usable."""
     seen: dict[Path, AnnotatedImage] = {}
@@ -265,7 +322,7 @@ def build_raw(
         {"image": "image", "objects": "boxes"},
         "objects",
         unusable=sum(notes.lost.values()),
-        context={"classes": list(classes)},
+        context={"classes": list(classes)} | ({"skeleton": skeleton} if skeleton else {}),
     )
 
 
@@ -308,6 +365,8 @@ def check_boxes(shot: AnnotatedImage, size: tuple[int, int] | None, notes: Findi
         if shot.relative:
             one |= {s: one[s] * (width, height)[i % 2] for i, s in enumerate(SIDES)}
             one["outline"] = one["outline"] and [[v * (width, height)[i % 2] for i, v in enumerate(p)] for p in one["outline"]]
+            if one["keypoints"]:
+                one["keypoints"] = [v * (width, height, 1)[i % 3] for i, v in enumerate(one["keypoints"])]
         if one["runs"] and sum(one["runs"]) != width * height:
             notes.add("malformed-outline", place)
             one["runs"] = None
@@ -335,7 +394,76 @@ def check_boxes(shot: AnnotatedImage, size: tuple[int, int] | None, notes: Findi
             }
             taken.add(key)
             kept.append(one)
+            check_outline(one, size, place, notes)
+            if one["keypoints"] is not None:
+                check_keypoints(one, size, place, notes)
     shot.boxes = kept
+
+
+def check_outline(one: dict[str, Any], size: tuple[int, int], place: str, notes: FindingCollector) -> None:
+    """Drop an outline outside of the image; find one whose bounding box differs from the box."""
+    around = (
+        bounding_box(one["outline"]) if one["outline"] else bounding_box_of_runs(one["runs"], size) if one["runs"] else None
+    )
+    if around is None and not one["runs"]:
+        return
+    left, top, wide, high = around or (0, 0, 0, 0)
+    right, bottom = min(left + wide, size[0]), min(top + high, size[1])
+    left, top = max(left, 0), max(top, 0)
+    if right <= left or bottom <= top:
+        notes.add("outline-outside", place)
+        one["outline"] = one["runs"] = None
+        return
+    shared = max(0.0, min(right, one["right"]) - max(left, one["left"])) * max(
+        0.0, min(bottom, one["bottom"]) - max(top, one["top"])
+    )
+    whole = (one["right"] - one["left"]) * (one["bottom"] - one["top"])
+    if shared < MIN_OUTLINE_OVERLAP * (whole + (right - left) * (bottom - top) - shared):
+        notes.add("outline-far", place)
+
+
+def bounding_box(parts: list[list[float]]) -> list[float]:
+    """Return left, top, width and height of the bounding box of all parts."""
+    xs, ys = ([v for p in parts for v in p[i::2]] for i in (0, 1))
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def bounding_box_of_runs(runs: list[int], size: tuple[float, float] | None) -> list[float] | None:
+    """Return left, top, width and height of the pixels inside; None if they or the size of the image are unknown."""
+    if not size or size[0] < 1 or size[1] < 1 or sum(runs) != round(size[0]) * round(size[1]):
+        return None
+    ends, height = np.cumsum(runs), round(size[1])
+    spans = [(start, end - 1) for start, end in zip(ends[::2].tolist(), ends[1::2].tolist()) if end > start]
+    if not spans:
+        return None
+    left, right = spans[0][0] // height, spans[-1][1] // height
+    whole = any(first // height != last // height for first, last in spans)  # a run that reaches into the next column
+    top = 0 if whole else min(first % height for first, _ in spans)
+    bottom = height - 1 if whole else max(last % height for _, last in spans)
+    return [left, top, right - left + 1, bottom - top + 1]
+
+
+def check_keypoints(one: dict[str, Any], size: tuple[int, int], place: str, notes: FindingCollector) -> None:
+    """Set the visibility of keypoints to 0, 1 or 2, and to 0 outside of the image; find those far from the box."""
+    points = np.array(one["keypoints"], dtype=np.float64).reshape(-1, 3)
+    seen = points[:, 2]
+    if not np.isin(seen, (0, 1, 2)).all():
+        notes.add("keypoint-visibility", place)
+        seen[:] = np.where(np.isin(seen, (0, 1, 2)), seen, np.where(seen >= 1, 2, 0))
+    labeled = seen > 0
+    out = labeled & ((points[:, :2] < -EDGE_TOLERANCE_PIXELS) | (points[:, :2] > np.add(size, EDGE_TOLERANCE_PIXELS))).any(1)
+    if out.any():
+        notes.add("keypoint-outside", place)
+        seen[out] = 0
+    labeled &= ~out
+    box = np.array([one[s] for s in SIDES])
+    away = np.maximum(box[:2] - points[labeled, :2], points[labeled, :2] - box[2:])
+    if labeled.any() and away.max() > MAX_KEYPOINT_DISTANCE * (box[2:] - box[:2]).max():
+        notes.add("keypoint-far", place)
+    if not labeled.any():
+        notes.add("no-keypoints", place)
+    points[~labeled] = 0
+    one["keypoints"] = points.ravel().tolist()
 
 
 def decode_text(content: bytes, place: str, shot: AnnotatedImage, notes: FindingCollector) -> str | None:

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from fieldguide.core.packed_masks import decode_run_lengths, encode_run_lengths
 from fieldguide.data.media.boxes import SIDES
+
+__all__ = ["LazyMask", "decode_run_lengths", "encode_run_lengths", "fill_polygon", "object_mask"]
 
 NO_CLASS = -1  # value of pixels that belong to no class
 
@@ -32,40 +35,6 @@ def fill_polygon(polygon: Sequence[float], height: int, width: int) -> np.ndarra
     np.add.at(crossed, (row, np.clip(np.ceil(across - 0.5), 0, width).astype(np.int64)), 1)
     out[top:bottom] = crossed.cumsum(1)[:, :width] % 2 == 1
     return out
-
-
-def decode_run_lengths(counts: Any) -> list[int] | None:
-    """Decode COCO run lengths (alternating outside and inside, column by column); return None if they are invalid.
-
-    In the compressed string form each number, from the fourth on, is stored as the difference to the one two before
-    it, in base 32 with the lowest digit first and the sign bit in the last digit. Digits are characters starting at
-    "0", with 32 added if another digit follows.
-    """
-    if isinstance(counts, str):
-        code = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
-        if not len(code) or code.min() < 0 or code.max() > 63 or code[-1] & 32:
-            return None
-        last = np.flatnonzero(code & 32 == 0)
-        first = np.r_[0, last[:-1] + 1]
-        place = np.arange(len(code)) - np.repeat(first, last - first + 1)
-        if place.max() > 7:  # larger than any plausible image
-            return None
-        numbers = np.add.reduceat((code & 31) << 5 * place, first)
-        numbers -= np.where(code[last] & 16, 1 << 5 * (last - first + 1), 0)
-        for begin in (1, 2):
-            numbers[begin::2] = numbers[begin::2].cumsum()
-    elif isinstance(counts, list) and counts and all(isinstance(n, int) and not isinstance(n, bool) for n in counts):
-        numbers = np.array(counts, dtype=object)
-    else:
-        return None
-    return [int(n) for n in numbers] if (numbers >= 0).all() and numbers.sum() < 2**31 else None
-
-
-def encode_run_lengths(mask: np.ndarray) -> list[int]:  # H W bool
-    """Return the lengths of alternating runs of pixels outside and inside, column by column."""
-    flat = np.concatenate([[False], mask.T.ravel()])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
 
 
 def object_mask(instance: Mapping[str, Any], height: int, width: int) -> np.ndarray | None:  # -> H W bool

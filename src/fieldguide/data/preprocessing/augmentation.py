@@ -6,7 +6,8 @@
 
 All functions work on whole batches and are pure functions of their arguments; randomness comes from the generator passed.
 Shapes: B batch, C channels, S side of a square image, N boxes per image. Images are uint8 or float 0 to 255, boxes
-(left, top, right, bottom) in pixels, float32; labels int64, -1 = padding.
+(left, top, right, bottom) in pixels, float32; labels int64, -1 = padding. Boxes may have further columns: x and y of keypoints,
+NaN for those that are not labeled.
 """
 
 from __future__ import annotations
@@ -96,10 +97,14 @@ def augment_with_masks(
     return image, classes
 
 
-def mirror_boxes(images: Tensor, boxes: Tensor, labels: Tensor, which: Tensor) -> Boxed:
-    """Mirror the images selected by `which` (B bool) horizontally, with their boxes."""
-    left, top, right, bottom = boxes.unbind(-1)
+def mirror_boxes(images: Tensor, boxes: Tensor, labels: Tensor, which: Tensor, order: Sequence[int] = ()) -> Boxed:
+    """Mirror the images selected by `which` (B bool) horizontally, with their boxes, and keypoints in the mirrored `order`."""
+    left, top, right, bottom = boxes[..., :4].unbind(-1)
     mirrored = torch.stack([images.shape[-1] - right, top, images.shape[-1] - left, bottom], -1)
+    if order:
+        points = boxes[..., 4:].unflatten(-1, (-1, 2))[..., list(order), :]
+        points = torch.stack([images.shape[-1] - points[..., 0], points[..., 1]], -1)
+        mirrored = torch.cat([mirrored, points.flatten(-2)], -1)
     return (
         mirror(images, which),
         torch.where(which.view(-1, 1, 1) & (labels >= 0)[..., None], mirrored, boxes),
@@ -123,7 +128,8 @@ def warp(
     out = (
         F.grid_sample(images.float() - fill, axis_grid(x, y), mode="bilinear", padding_mode="zeros", align_corners=False) + fill
     )
-    moved = (boxes - size.repeat(2) / 2) * scale.view(-1, 1, 1) + middle.repeat(1, 2)[:, None]
+    pairs = boxes.shape[-1] // 2
+    moved = (boxes - size.repeat(pairs) / 2) * scale.view(-1, 1, 1) + middle.repeat(1, pairs)[:, None]
     return out, *clip_boxes(moved, labels, side)
 
 
@@ -134,7 +140,8 @@ def mosaic(images: Tensor, boxes: Tensor, labels: Tensor) -> Boxed:
     """
     side = images.shape[-1]
     rows = [torch.cat([images[:, i], images[:, i + 1]], -1) for i in (0, 2)]
-    corner = torch.tensor([[0, 0], [side, 0], [0, side], [side, side]], dtype=boxes.dtype).repeat(1, 2)
+    corner = torch.tensor([[0, 0], [side, 0], [0, side], [side, side]], dtype=boxes.dtype)
+    corner = corner.repeat(1, boxes.shape[-1] // 2)
     return torch.cat(rows, -2), (boxes + corner[:, None]).flatten(1, 2), labels.flatten(1, 2)
 
 
@@ -165,6 +172,7 @@ class BoxAugmentation:
     hue: float = 0.015  # fraction of the color circle
     saturation: float = 0.5  # factor from 1 - saturation to 1 + saturation
     brightness: float = 0.3  # factor from 1 - brightness to 1 + brightness
+    order: tuple[int, ...] = ()  # of keypoints after mirroring
 
     def __call__(
         self, fetch: Callable[[np.ndarray], Boxed], index: np.ndarray, count: int, generator: torch.Generator
@@ -191,7 +199,7 @@ class BoxAugmentation:
             side = fetched[0].shape[-1]
             parts.append((several, warp(*mosaic(*fetched), scale[several], (shift + middle)[several] * side, side)))
         images, boxes, labels = merge_batches(parts)
-        images, boxes, labels = mirror_boxes(images, boxes, labels, mirrored)
+        images, boxes, labels = mirror_boxes(images, boxes, labels, mirrored, self.order)
         return jitter(images, *colors), boxes, labels
 
 

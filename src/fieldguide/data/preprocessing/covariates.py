@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -16,8 +16,18 @@ import polars as pl
 from fieldguide.data.dataset import Column
 from fieldguide.data.timeseries.frequency import DAY, HOUR, MINUTE, WEEK, Frequency
 
+if TYPE_CHECKING:
+    from fieldguide.data.timeseries.panel import Panel
+
 MAX_CATEGORIES = 20  # maximum number of one-hot columns per category; rarer values are all zeros
 SUPPORTED_TYPES = ("number", "boolean", "category")
+PERIOD_NAMES: dict[Any, str] = {
+    HOUR: "minute of the hour",
+    DAY: "hour of the day",
+    WEEK: "day of the week",
+    "month": "day of the month",
+    "year": "day of the year",
+}
 # (maximum step, period): calendar features for series with shorter steps; microseconds, or "month" and "year".
 CALENDAR_PERIODS = ((MINUTE, HOUR), (HOUR + 1, DAY), (DAY + 1, WEEK), (DAY + 1, "month"), (370 * DAY, "year"))
 
@@ -31,6 +41,7 @@ class Covariate:
     mean: float = 0.0
     std: float = 1.0
     values: tuple[str, ...] = ()
+    static: bool = False  # constant in each series
 
     @property
     def width(self) -> int:
@@ -49,19 +60,31 @@ class Covariate:
 
 @dataclass
 class Covariates:
-    """The fitted covariates of a table. `turns` are the calendar periods used as features."""
+    """The fitted covariates of a table. `turns` are the calendar periods used as features, `series` the names of series that
+    networks with static inputs tell apart.
+    """
 
     columns: list[Covariate] = field(default_factory=list)
     turns: list[Any] = field(default_factory=list)
+    series: list[str] = field(default_factory=list)
 
     @classmethod
     def fit(
-        cls, rows: pl.DataFrame, columns: Sequence[Column], ahead: Sequence[str], frequency: Frequency, steps: int = 0
+        cls,
+        rows: pl.DataFrame,
+        columns: Sequence[Column],
+        ahead: Sequence[str],
+        frequency: Frequency,
+        steps: int = 0,
+        static: Sequence[str] = (),
+        series: Sequence[str] = (),
     ) -> Covariates:
         """Fit on training rows; constant columns and unsupported types are dropped.
 
-        `steps` is the length of the longest training series: calendar periods that it does not cover twice are not used.
+        `steps` is the length of the longest training series: calendar periods that it does not cover twice are not used. `static`
+        names columns that are constant in each series; `series` are the names of the series.
         """
+        told_apart = list(series) if 1 < len(series) <= MAX_CATEGORIES else []
         found = []
         for column in columns:
             if column.kind not in SUPPORTED_TYPES:
@@ -69,15 +92,17 @@ class Covariates:
             values, known = rows[column.name].drop_nulls(), column.name in ahead
             if column.kind == "category":
                 names = values.cast(pl.String).value_counts(sort=True)[column.name].to_list()[:MAX_CATEGORIES]
-                found += [Covariate(column.name, known, values=tuple(sorted(names)))] if len(names) > 1 else []
+                same = column.name in static and not known
+                found += [Covariate(column.name, known, values=tuple(sorted(names)), static=same)] if len(names) > 1 else []
             elif values.n_unique() > 1:
                 numbers = values.cast(pl.Float64).to_numpy()
-                found.append(Covariate(column.name, known, float(numbers.mean()), float(numbers.std())))
-        return cls(found, choose_periods(frequency, steps))
+                same = column.name in static and not known
+                found.append(Covariate(column.name, known, float(numbers.mean()), float(numbers.std()), static=same))
+        return cls(found, choose_periods(frequency, steps), told_apart)
 
     @property
     def past(self) -> int:
-        """Number of features known only for the past."""
+        """Number of features known only for the past, with those that are constant in each series."""
         return sum(c.width for c in self.columns if not c.ahead)
 
     @property
@@ -85,11 +110,36 @@ class Covariates:
         """Number of features known for the future, including the calendar."""
         return sum(c.width for c in self.columns if c.ahead) + 2 * len(self.turns)
 
-    def past_values(self, rows: pl.DataFrame, row: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """Return the past covariates, N x past, float32; `row` is the table row of each step, or -1 for none."""
+    def group_variables(self) -> dict[str, dict[str, int]]:
+        """Return the number of features of each variable, for networks with static inputs: `past`, `known` and `static`."""
+        sizes = lambda kept: {c.column: c.width for c in self.columns if kept(c)}
+        return {
+            "past": sizes(lambda c: not c.ahead and not c.static),
+            "known": sizes(lambda c: c.ahead) | {PERIOD_NAMES[turn]: 2 for turn in self.turns},
+            "static": sizes(lambda c: c.static) | ({"series": len(self.series)} if self.series else {}),
+        }
+
+    def static_values(self, rows: pl.DataFrame, found: Panel) -> np.ndarray:
+        """Return the static features of each series, U x static, float32: its first known value; missing values are 0."""
+        parts = []
+        for covariate in (c for c in self.columns if c.static):
+            values = self.values_at(covariate, rows, found.row)
+            part = np.zeros((len(found.names), covariate.width))
+            for i, (low, high) in enumerate(zip(found.low, found.high)):
+                known = np.flatnonzero(np.isfinite(values[low:high]).all(1))
+                part[i] = values[low + known[0]] if len(known) else 0
+            parts.append(part)
+        if self.series:
+            parts.append(np.array(found.names)[:, None] == np.array(self.series))
+        return (np.concatenate(parts, 1) if parts else np.zeros((len(found.names), 0))).astype(np.float32)
+
+    def past_values(self, rows: pl.DataFrame, row: np.ndarray, start: np.ndarray, static: bool = True) -> np.ndarray:
+        """Return the past covariates, N x past, float32; `row` is the table row of each step, or -1 for none. Without `static`,
+        those that are constant in each series are left out.
+        """
         from fieldguide.data.timeseries.panel import forward_fill
 
-        parts = [self.values_at(c, rows, row) for c in self.columns if not c.ahead]
+        parts = [self.values_at(c, rows, row) for c in self.columns if not c.ahead and (static or not c.static)]
         return (
             forward_fill(np.concatenate(parts, 1), start).astype(np.float32) if parts else np.zeros((len(row), 0), np.float32)
         )
@@ -110,12 +160,13 @@ class Covariates:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-compatible dictionary."""
-        return {"columns": [asdict(c) for c in self.columns], "turns": self.turns}
+        return {"columns": [asdict(c) for c in self.columns], "turns": self.turns, "series": self.series}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Covariates:
         """Restore from `to_json`."""
-        return cls([Covariate(**{**c, "values": tuple(c["values"])}) for c in saved["columns"]], saved["turns"])
+        columns = [Covariate(**{**c, "values": tuple(c["values"])}) for c in saved["columns"]]
+        return cls(columns, saved["turns"], saved.get("series", []))
 
 
 def choose_periods(frequency: Frequency, steps: int) -> list[Any]:

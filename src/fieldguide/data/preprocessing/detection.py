@@ -76,12 +76,15 @@ def pad_boxes(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], max_box
 
 
 def clip_boxes(boxes: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:  # B N 4, B N -> B N' 4, B N'
-    """Clip boxes to the image, drop those that are hardly visible, and remove unneeded padding."""
-    seen = boxes.clamp(0, side)
-    size = seen[..., 2:] - seen[..., :2]
-    before = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+    """Clip boxes to the image, drop those that are hardly visible, and remove unneeded padding.
+
+    Further columns than the four sides, such as keypoints, stay with their box.
+    """
+    seen = torch.cat([boxes[..., :4].clamp(0, side), boxes[..., 4:]], -1)
+    size = seen[..., 2:4] - seen[..., :2]
+    before = (boxes[..., 2:4] - boxes[..., :2]).clamp(min=0).prod(-1)
     stays = (labels >= 0) & (size.amin(-1) >= MIN_BOX_SIDE_PIXELS) & (size.prod(-1) >= MIN_VISIBLE_FRACTION * before)
     order = stays.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(stays.sum(1).max()))]
     stays = stays.gather(1, order)
-    boxes = seen.gather(1, order[..., None].expand(-1, -1, 4)) * stays[..., None]
+    boxes = seen.gather(1, order[..., None].expand(-1, -1, boxes.shape[-1])) * stays[..., None]
     return boxes, torch.where(stays, labels.gather(1, order), -1)

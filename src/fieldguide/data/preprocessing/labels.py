@@ -83,6 +83,15 @@ def index_values(names: Sequence[str], values: pl.Series, first: int = 0) -> dic
     return index
 
 
+def list_spellings(names: Sequence[str], first: int = 0) -> dict[str, int]:
+    """Return the usual other spellings of names that are whole numbers or truth values, with their positions."""
+    numbers = {number_key(name, False) for name in names} - {""}
+    texts = {f"{zeros}{n}{end}" for n in numbers for zeros in ("", "0", "00") for end in ("", ".", ".0", ".00")}
+    words = {form(word) for word, n in BOOLEANS.items() if n in numbers for form in (str.lower, str.title, str.upper)}
+    found = index_values(names, pl.Series(sorted(texts | words), dtype=pl.String), first)
+    return {text: place for text, place in found.items() if text not in names}
+
+
 def number_key(text: str, strict: bool) -> str:
     """Return the normal form of a whole number or truth value, "" for other text. `strict` keeps leading zeros."""
     text = BOOLEANS.get(text.lower(), text)

@@ -130,6 +130,7 @@ class LogMel:
     scale: Literal["recording", "corpus"] = "recording"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    style: Literal["plain", "nemo"] = "plain"  # nemo: the features of `nemo_features`, of which only rate, bands and hop vary
 
     @property
     def width(self) -> int:
@@ -143,13 +144,18 @@ class LogMel:
 
     def frames(self, samples: Any) -> Any:
         """Return the number of frames for a number of samples (integer, array or tensor)."""
-        count = (samples - self.width) // self.step + 1
+        count = samples // self.step if self.style == "nemo" else (samples - self.width) // self.step + 1
         return max(count, 1) if isinstance(count, int) else count.clip(1)
 
     def spectrogram(self, waves: Tensor) -> Tensor:  # B N -> B T F
         """Return the natural logarithm of the power in each band, at least that of `FLOOR`."""
         import torch
 
+        if self.style == "nemo":
+            from fieldguide.data.preprocessing import nemo_features
+
+            lengths = torch.full((len(waves),), waves.shape[1], device=waves.device)
+            return nemo_features.compute_log_mel(waves, lengths, self.rate, self.bands, self.step)
         waves = torch.nn.functional.pad(waves.float(), (0, max(0, self.width - waves.shape[-1])))
         fft = 1 << (self.width - 1).bit_length()
         hann = torch.hann_window(self.width, device=waves.device)
@@ -179,6 +185,12 @@ class LogMel:
         """Return the features, zero after the end of each recording, and the number of frames."""
         import torch
 
+        if self.style == "nemo":
+            from fieldguide.data.preprocessing import nemo_features
+
+            frames = self.frames(lengths)
+            x = nemo_features.compute_log_mel(waves, lengths, self.rate, self.bands, self.step)
+            return nemo_features.normalize(x, frames), frames
         waves = waves.masked_fill(torch.arange(waves.shape[1], device=waves.device) >= lengths[:, None], 0.0)
         x, frames = self.spectrogram(waves), self.frames(lengths)
         real = (torch.arange(x.shape[1], device=x.device) < frames[:, None])[..., None]

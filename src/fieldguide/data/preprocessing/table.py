@@ -125,8 +125,12 @@ class TablePreparer:
         """Number of columns of `vector`."""
         return len(self.numbers) + sum(c.size - 1 for c in self.categories)
 
-    def apply(self, rows: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """Return numbers (float32, N x n) and categories (int64, N x k). Counts unseen values in `unseen`."""
+    def apply(self, rows: pl.DataFrame, scale: str = "normal") -> tuple[np.ndarray, np.ndarray]:
+        """Return numbers (float32, N x n) and categories (int64, N x k). Counts unseen values in `unseen`.
+
+        With `scale="standard"`, numbers are scaled linearly instead: mean 0 and standard deviation 1, and 0 if missing.
+        """
+        normalize = to_normal if scale == "normal" else to_standard
         numbers = np.empty((rows.height, len(self.numbers)), dtype=np.float32)
         codes = np.empty((rows.height, len(self.categories)), dtype=np.int64)
         self.unseen, self.unseen_rows = {}, {}
@@ -134,7 +138,7 @@ class TablePreparer:
         for i, n in enumerate(self.numbers):
             is_text = n.part.startswith("text-")
             raw = texts[n.column][:, int(n.part[5:])] if is_text else extract_part(rows[n.column], n.part)
-            numbers[:, i] = np.nan_to_num(to_normal(raw, n.quantiles) if n.quantiles else raw)
+            numbers[:, i] = np.nan_to_num(normalize(raw, n.quantiles) if n.quantiles else raw)
         for i, c in enumerate(self.categories):
             text = category_text(rows[c.column], c.part)
             index = index_values(c.values, text, 1) if c.part == "value" else {v: k for k, v in enumerate(c.values, 1)}
@@ -197,10 +201,17 @@ def to_normal(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
     return ndtri(np.clip((below + above) / 2, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
 
 
+def to_standard(values: np.ndarray, knots: tuple[float, ...]) -> np.ndarray:
+    """Return values minus the mean of the quantiles, divided by their standard deviation."""
+    at = np.array(knots)
+    return (values - at.mean()) / (at.std() or 1.0)
+
+
 def extract_part(values: pl.Series, part: str) -> np.ndarray:
     """Return one number per value of a column, float64, NaN if missing."""
     if part == "value":
-        return values.cast(pl.Float64).fill_null(np.nan).to_numpy()
+        numbers = values if values.dtype == pl.Float64 else values.cast(pl.Float64)
+        return (numbers.fill_null(np.nan) if numbers.null_count() else numbers).to_numpy()
     if part == "time":
         return (values.cast(pl.Int64).cast(pl.Float64) / DAY_MICROSECONDS).fill_null(np.nan).to_numpy()
     turn = (

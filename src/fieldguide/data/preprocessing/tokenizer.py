@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"  # separates texts in one row
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<cls>", "<sep>", "<mask>")  # indices 0 to 4
-MAX_TRAINING_CHARACTERS = 20_000_000  # characters used for training; more text does not improve the tokenizer and takes minutes
+MAX_TRAINING_CHARACTERS = 5_000_000  # used for training; more text takes long, and changes only rare tokens
 MAX_RECENT_ENCODINGS = 4  # lists of texts whose tokens are kept: each part of the data is tokenized once
 LOCK = threading.Lock()  # how special tokens are treated is state of the shared tokenizer
 WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
@@ -37,14 +37,17 @@ class TextTokenizer:
         special: Mapping[str, str] | None = None,
         template: str | None = None,
         ends: Sequence[str] = (),
+        target: Tokenizer | None = None,
     ) -> None:
         """Wrap a tokenizer of the tokenizers library.
 
         `special` maps the names of special tokens (eos_token, ...) to tokens; they are looked up before the usual ones.
-        `template` is the chat template, `ends` lists the tokens that end an answer.
+        `template` is the chat template, `ends` lists the tokens that end an answer. `target` splits target texts, with the same
+        ids; by default `tokenizer` does.
         """
         self.tokenizer, self.lower, self.learnt_on, self.template = tokenizer, lower, learnt_on, template
         self.special = dict(special or {})
+        self.target = None if target is None else TextTokenizer(target, special=special, ends=ends)
         self.recent: dict[tuple[str, ...], list[np.ndarray]] = {}
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -76,7 +79,7 @@ class TextTokenizer:
 
     @classmethod
     def fit(cls, texts: Iterable[str], *, size: int | None = None, lower: bool = True) -> TextTokenizer:
-        """Train byte-level BPE on texts, at most 20 million characters sampled at regular intervals.
+        """Train byte-level BPE on texts, at most 5 million characters sampled at regular intervals.
 
         `size` is the vocabulary size; by default it depends on the amount of text.
         """
@@ -247,14 +250,21 @@ class TextTokenizer:
             out[mask] = np.concatenate(list(ids))
         return out, mask
 
+    @property
+    def for_targets(self) -> TextTokenizer:
+        """The tokenizer of target texts."""
+        return self.target or self
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of token ids."""
         return self.tokenizer.decode([int(i) for i in ids])
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and text.json."""
+        """Write tokenizer.json and text.json, and a file for the tokenizer of target texts if there is one."""
         folder = Path(folder)
         self.tokenizer.save(str(folder / "tokenizer.json"))
+        if self.target is not None:
+            self.target.tokenizer.save(str(folder / tokenizer_files.TARGET_FILE))
         (folder / "text.json").write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
 
     def to_json(self) -> dict[str, Any]:
@@ -285,6 +295,7 @@ class TextTokenizer:
             special=words.special,
             template=words.template,
             ends=words.ends,
+            target=words.target,
         )
 
 

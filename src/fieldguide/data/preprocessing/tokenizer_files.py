@@ -1,9 +1,9 @@
 """Tokenizer files: loading the tokenizers of published checkpoints in any common format.
 
 Supported are `tokenizer.json` of the tokenizers library; `vocab.txt` of BERT and related models (WordPiece); `vocab.json` with
-`merges.txt` of GPT-2, RoBERTa, BART, DeBERTa and Qwen (byte-level BPE); SentencePiece files of T5, DeBERTa v2 and v3, Llama and
-Gemma (see `sentencepiece`); and GGUF files. Special tokens and the chat template come from the configuration files next to
-them.
+`merges.txt` of GPT-2, RoBERTa, BART, DeBERTa and Qwen (byte-level BPE); SentencePiece files of T5, DeBERTa v2 and v3, ALBERT,
+Pegasus, Llama and Gemma (see `sentencepiece`); the pair of SentencePiece files of Marian; and GGUF files. Special tokens and
+the chat template come from the configuration files next to them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +26,21 @@ if TYPE_CHECKING:
 
 MAX_EXTRA_TOKENS = 10_000  # of T5; published models have 100
 TRIAL_TEXT = "A text, 123."
+TARGET_FILE = "target_tokenizer.json"  # written by `Text.save` if target texts have a tokenizer of their own
 SETTINGS_FILE = "text.json"  # written next to tokenizer.json by `Text.save`
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer with its special tokens (bos_token, eos_token, pad_token, ... -> token), its chat template (Jinja), and
-    all tokens that end an answer."""
+    """A tokenizer with its special tokens (bos_token, eos_token, pad_token, ... -> token), its chat template (Jinja), all
+    tokens that end an answer, and a tokenizer of its own for target texts if there is one."""
 
     tokenizer: Tokenizer
     special: Mapping[str, str]
     template: str | None = None
     ends: tuple[str, ...] = ()
+    target: Tokenizer | None = None
 
 
 def read(place: Path) -> TokenizerFiles:
@@ -64,14 +66,28 @@ def read_files(place: Path) -> TokenizerFiles:
         if way is None or not place.exists():
             raise DataError(
                 f"{place}: no tokenizer found. Supported are tokenizer.json; vocab.txt; vocab.json with "
-                "merges.txt; spiece.model, spm.model and tokenizer.model."
+                "merges.txt; spiece.model, spm.model and tokenizer.model; source.spm with target.spm and vocab.json."
             )
         made = way(folder, config)
+        if read_json(folder / "config.json").get("model_type") in LOWERCASE_MODELS and config.get("do_lower_case", True):
+            set_lowercase(made)
+    target = read_target(folder) if place.is_dir() else None
     if (folder / SETTINGS_FILE).is_file() and "special" in (ours := read_json(folder / SETTINGS_FILE)):
-        return check_files(TokenizerFiles(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ()))), place)
+        return check_files(
+            TokenizerFiles(made, ours["special"], ours.get("template"), tuple(ours.get("ends", ())), target), place
+        )
     ends = [config.get("eos_token"), *(made.id_to_token(i) for i in read_eos_token_ids(folder))]
     named = tuple(dict.fromkeys(e for e in ends if e))
-    return check_files(TokenizerFiles(made, special_tokens(config), read_chat_template(folder, config), named), place)
+    return check_files(TokenizerFiles(made, special_tokens(config), read_chat_template(folder, config), named, target), place)
+
+
+def read_target(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer for target texts, or None if it is the same as for sources."""
+    if (folder / TARGET_FILE).is_file():
+        return load_tokenizer_json(folder / TARGET_FILE)
+    if all((folder / name).is_file() for name in MARIAN_FILES) and not (folder / "tokenizer.json").is_file():
+        return build_marian(folder, read_config(folder), MARIAN_FILES[1])
+    return None
 
 
 def check_files(files: TokenizerFiles, place: Path) -> TokenizerFiles:
@@ -139,6 +155,14 @@ def load_tokenizer_json(file: Path) -> Tokenizer:
         return Tokenizer.from_str(text)
 
 
+def set_lowercase(made: Tokenizer) -> None:
+    """Make a tokenizer lower all letters, if it does not do so yet."""
+    from tokenizers import normalizers
+
+    if "Lowercase" not in str(made.normalizer):
+        made.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([made.normalizer] if made.normalizer else [])])
+
+
 def check_maps(normalizer: Any) -> None:
     """Raise ValueError if a character map in a normalizer, or in its parts, is damaged."""
     if isinstance(normalizer, dict):
@@ -170,10 +194,20 @@ WORDPIECE_CLASSES = {
     "DPRContextEncoder",
     "DPRQuestionEncoder",
     "DPRReader",
+    "MPNet",
     "TokenizersBackend",
     "PreTrained",
 }
 BERT_TOKENS = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+MPNET_TOKENS = {
+    "unk_token": "[UNK]",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "mask_token": "<mask>",
+}
 
 
 def build_wordpiece(folder: Path, config: dict[str, Any]) -> Tokenizer:
@@ -181,13 +215,13 @@ def build_wordpiece(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
     Raises DataError for other tokenizer classes and for a vocabulary without the unknown token.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     if (kind := tokenizer_class(config)) not in WORDPIECE_CLASSES or (folder / "bpe.codes").is_file():
         raise DataError(f"{folder / 'vocab.txt'} belongs to a {kind or 'BPE'} tokenizer; only WordPiece (BERT) is supported.")
     lines = validation.read_text(folder / "vocab.txt").split("\n")
     vocab = {token: i for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
-    set_default_tokens(config, BERT_TOKENS)
+    set_default_tokens(config, MPNET_TOKENS if kind == "MPNet" else BERT_TOKENS)
     if config["unk_token"] not in vocab:
         raise DataError(f"{folder / 'vocab.txt'} lacks the token {config['unk_token']} for unknown words.")
     made = Tokenizer(models.WordPiece(vocab, unk_token=config["unk_token"], max_input_chars_per_word=100))
@@ -199,6 +233,10 @@ def build_wordpiece(folder: Path, config: dict[str, Any]) -> Tokenizer:
     )
     made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(prefix="##")
     add_tokens(made, folder, config)
+    if kind == "MPNet":
+        sep, cls = ((config[name], find_token(made, folder, config[name])) for name in ("sep_token", "cls_token"))
+        made.post_processor = processors.RobertaProcessing(sep, cls, True, False)
+        return made
     set_pair_template(made, config)
     return made
 
@@ -342,6 +380,9 @@ LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 SENTENCEPIECE_CLASSES = {
     "T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "DebertaV2": {**BERT_TOKENS, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+    "Albert": {**BERT_TOKENS, "unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "[CLS]", "eos_token": "[SEP]"},
+    "Pegasus": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask_2>"},
+    "Siglip": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"},
     "Llama": LLAMA_TOKENS,
     "CodeLlama": LLAMA_TOKENS,
     "Gemma": {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
@@ -349,20 +390,33 @@ SENTENCEPIECE_CLASSES = {
 FIRST_PIECES = {
     "T5": ("<pad>", "</s>", "<unk>"),
     "DebertaV2": ("[PAD]", "[CLS]", "[SEP]"),
+    "Albert": ("<pad>", "<unk>", "[CLS]"),
     "Llama": ("<unk>", "<s>", "</s>"),
     "Gemma": ("<pad>", "<eos>", "<bos>"),
 }  # tokenizer class -> first pieces, which identify the class if the configuration does not
+T5_LIKE_CLASSES = {
+    "pegasus": "Pegasus",
+    "siglip": "Siglip",
+}  # model type -> tokenizer class whose pieces begin like those of T5
+LOWERCASE_MODELS = (
+    "siglip",
+    "siglip2",
+)  # model types trained on lowercase texts, which some of their tokenizer files leave out
+PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""  # that SigLIP removes: the ASCII characters of string.punctuation
 
 
 def build_sentencepiece(folder: Path, config: dict[str, Any], name: str) -> Tokenizer:
-    """Build a SentencePiece tokenizer, with the extra tokens of T5 (sentinels) and DeBERTa ([MASK]).
+    """Build a SentencePiece tokenizer, with the extra tokens of T5 (sentinels), DeBERTa ([MASK]) and Pegasus (those of its
+    pre-training), and the normalization of ALBERT.
 
     Raises DataError if the tokenizer class is not supported.
     """
-    from tokenizers import AddedToken, processors
+    from tokenizers import AddedToken, Regex, normalizers, processors
 
     found = sentencepiece.parse_file(folder / name)
     first_pieces = tuple(piece for piece, _, _ in found.pieces[:3])
+    if not tokenizer_class(config) and (model := read_json(folder / "config.json").get("model_type")) in T5_LIKE_CLASSES:
+        config["tokenizer_class"] = T5_LIKE_CLASSES[model]
     kind = tokenizer_class(config) or next((kind for kind, first in FIRST_PIECES.items() if first == first_pieces), "")
     if kind not in SENTENCEPIECE_CLASSES:
         raise DataError(
@@ -370,6 +424,8 @@ def build_sentencepiece(folder: Path, config: dict[str, Any], name: str) -> Toke
             f"supported are {', '.join(SENTENCEPIECE_CLASSES)}."
         )
     set_default_tokens(config, SENTENCEPIECE_CLASSES[kind])
+    if kind == "Pegasus":
+        found = insert_pretraining_pieces(found, config)
     made = sentencepiece.build_tokenizer(folder / name, found)
     if kind == "T5":
         extra = validation.get_checked(
@@ -380,11 +436,23 @@ def build_sentencepiece(folder: Path, config: dict[str, Any], name: str) -> Toke
     if kind == "DebertaV2":
         made.add_special_tokens([AddedToken(config["mask_token"], normalized=False)])
     add_tokens(made, folder, config)
-    if kind == "DebertaV2":
+    steps: list[normalizers.Normalizer]
+    if kind == "Albert":
+        steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+        if not config.get("keep_accents"):
+            steps += [normalizers.NFKD(), normalizers.StripAccents()]
+        steps += [normalizers.Lowercase()] if config.get("do_lower_case", True) else []
+        made.normalizer = normalizers.Sequence([*steps, made.normalizer])
+    if kind == "Siglip":
+        steps = [normalizers.Lowercase()] if config.get("do_lower_case", True) else []
+        steps += [normalizers.Replace(Regex(PUNCTUATION), ""), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        made.normalizer = normalizers.Sequence([*steps, made.normalizer])
+    if kind in ("DebertaV2", "Albert"):
         set_pair_template(made, config)
         return made
-    before = [config["bos_token"]] if kind != "T5" and config.get("add_bos_token", True) else []
-    after = [config["eos_token"]] if kind == "T5" or config.get("add_eos_token") else []
+    ends_only = kind in ("T5", "Pegasus", "Siglip")
+    before = [config["bos_token"]] if not ends_only and config.get("add_bos_token", True) else []
+    after = [config["eos_token"]] if ends_only or config.get("add_eos_token") else []
     around_one, around_two = ([*before, f"${name}", *after] for name in "AB")
     made.post_processor = processors.TemplateProcessing(
         around_one,
@@ -394,11 +462,71 @@ def build_sentencepiece(folder: Path, config: dict[str, Any], name: str) -> Toke
     return made
 
 
+def insert_pretraining_pieces(
+    found: sentencepiece.SentencePieceModel, config: Mapping[str, Any]
+) -> sentencepiece.SentencePieceModel:
+    """Return the pieces of Pegasus with those of its pre-training after the first two, as its vocabulary has them."""
+    offset = validation.get_checked(config, "offset", int, Path("tokenizer_config.json"), least=2, most=MAX_EXTRA_TOKENS)
+    offset = 103 if offset is None else offset
+    if not offset:
+        return found
+    masks = [config.get("mask_token_sent", "<mask_1>"), config["mask_token"]]
+    extra = [*(mask for mask in masks if mask), *(f"<unk_{i}>" for i in range(2, offset))]
+    pieces = [*found.pieces[:2], *((token, 0.0, sentencepiece.CONTROL) for token in extra), *found.pieces[2:]]
+    return replace(found, pieces=pieces)
+
+
+MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
+MARIAN_TOKENS = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+HIDDEN = "\x00"  # before pieces that texts of this side do not have
+
+
+def build_marian(folder: Path, config: dict[str, Any], name: str = MARIAN_FILES[0]) -> Tokenizer:
+    """Build the tokenizer of one side of Marian: pieces of a SentencePiece file with the ids of vocab.json.
+
+    The vocabulary holds the pieces of both languages. A character that the file does not know is looked up in it (transformers
+    looks up a run of such characters as a whole); longer pieces of the other language are only decoded. Raises DataError for a
+    vocabulary with gaps or without the special tokens.
+    """
+    from tokenizers import AddedToken, decoders, normalizers, processors
+
+    set_default_tokens(config, MARIAN_TOKENS)
+    if config.get("separate_vocabs"):
+        raise DataError(f"{folder}: separate vocabularies for source and target (separate_vocabs) are not supported.")
+    vocab, found = read_json(folder / MARIAN_FILES[2]), sentencepiece.parse_file(folder / name)
+    if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
+        raise DataError(f"{folder / MARIAN_FILES[2]}: the ids of the tokens must be 0 to {len(vocab) - 1}, each once.")
+    if missing := [config[key] for key in MARIAN_TOKENS if config[key] not in vocab]:
+        raise DataError(f"{folder / MARIAN_FILES[2]} lacks the token {missing[0]}.")
+    own = {piece: (score, kind) for piece, score, kind in found.pieces}
+    least = min(score for score, _ in own.values()) - 100.0  # chosen only where no other piece fits
+    pieces = []
+    for token in sorted(vocab, key=lambda token: vocab[token]):
+        score, kind = own.get(token, (least, 1))
+        if token in (config["eos_token"], config["pad_token"]):
+            kind = sentencepiece.CONTROL
+        elif token.startswith(">>") and token.endswith("<<"):  # >>fra<< in a text names the target language
+            kind = sentencepiece.WHOLE
+        elif token == config["unk_token"]:
+            kind = sentencepiece.UNKNOWN
+        elif token not in own and len(token) > 1:
+            token, score = HIDDEN + token, least
+        pieces.append((token, score, kind))
+    made = sentencepiece.build_tokenizer(folder / name, replace(found, pieces=pieces))
+    made.normalizer = normalizers.Sequence([normalizers.Replace(HIDDEN, " "), made.normalizer])
+    made.decoder = decoders.Sequence([decoders.Replace(HIDDEN, ""), made.decoder])
+    made.add_special_tokens([AddedToken(config[key], normalized=False) for key in MARIAN_TOKENS])
+    end = config["eos_token"]
+    made.post_processor = processors.TemplateProcessing(f"$A {end}", f"$A $B {end}", [(end, find_token(made, folder, end))])
+    return made
+
+
 # Required files -> function that builds a tokenizer from them, in order of priority.
 FORMATS: tuple[tuple[Iterable[str], Callable[[Path, dict[str, Any]], Tokenizer]], ...] = (
     (("tokenizer.json",), lambda folder, config: load_tokenizer_json(folder / "tokenizer.json")),
     (("vocab.txt",), build_wordpiece),
     (("vocab.json", "merges.txt"), build_byte_level_bpe),
+    (MARIAN_FILES, build_marian),
     *(
         ((name,), lambda folder, config, name=name: build_sentencepiece(folder, config, name))
         for name in ("spiece.model", "spm.model", "tokenizer.model")

@@ -20,12 +20,15 @@ class Transcripts:
     word piece.
 
     Texts are normalized first: composed characters (NFC), single spaces, and lower case unless `lower` is False, since
-    case is not audible. Punctuation is kept.
+    case is not audible. Punctuation is kept. Symbols of a published network may be upper case only: texts are then encoded as
+    such, and decoded in lower case unless `lower` is False.
     """
 
     def __init__(self, symbols: Sequence[str], *, lower: bool = True, tokenizer: str | None = None) -> None:
         self.symbols, self.lower, self.saved = tuple(symbols), lower, tokenizer
-        self.index = {symbol: i for i, symbol in enumerate(self.symbols, 1)}
+        self.index = {symbol: i for i, symbol in reversed(list(enumerate(self.symbols, 1)))}
+        letters = [symbol for symbol in self.symbols if len(symbol) == 1 and symbol.lower() != symbol.upper()]
+        self.upper = bool(letters) and not tokenizer and all(symbol.isupper() for symbol in letters)
         self.alphabet = frozenset("".join(self.symbols).replace(SPACE, " ") if tokenizer else self.symbols)
 
     @classmethod
@@ -60,6 +63,11 @@ class Transcripts:
         symbols = sorted(vocab, key=lambda symbol: vocab[symbol])
         return cls(symbols, lower=lower, tokenizer=tokenizer.to_str())
 
+    def extend(self, characters: Iterable[str]) -> Transcripts:
+        """Return symbols for characters as well, after those that there are."""
+        new = dict.fromkeys(characters)
+        return Transcripts([*self.symbols, *(c for c in new if c not in self.index)], lower=self.lower, tokenizer=self.saved)
+
     @cached_property
     def tokenizer(self) -> Any:
         """The BPE tokenizer, restored from its saved form."""
@@ -76,17 +84,28 @@ class Transcripts:
     def encode(self, texts: Sequence[str]) -> tuple[list[np.ndarray], Counter[str]]:
         """Return the symbols of each text (int64) and the count of each character that did not occur in training; these
         are dropped, as the model cannot produce them."""
-        texts = [normalize_text(text, self.lower) for text in texts]
+        texts = [self.normalize(text) for text in texts]
         unknown: Counter[str] = Counter()
         for i, text in enumerate(texts):
             if unseen := [c for c in text if c not in self.alphabet]:
                 unknown.update(unseen)
-                texts[i] = normalize_text("".join(c for c in text if c in self.alphabet), self.lower)
+                texts[i] = self.normalize("".join(c for c in text if c in self.alphabet))
         if self.saved:
-            rows = [[i + 1 for i in encoding.ids] for encoding in self.tokenizer.encode_batch(texts)]
+            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            rows = [[self.index[token] for token in encoding.tokens] for encoding in encodings]
         else:
             rows = [[self.index[c] for c in text] for text in texts]
         return [np.array(row, dtype=np.int64) for row in rows], unknown
+
+    def normalize(self, text: str) -> str:
+        """Return a text in the form that is encoded."""
+        text = normalize_text(text, self.lower)
+        return text.upper() if self.upper else text
+
+    def spell(self, symbol: int) -> str:
+        """Return the text of one symbol, in which a space is a space."""
+        text = self.symbols[symbol - 1].replace(SPACE, " ") if self.saved else self.symbols[symbol - 1]
+        return text.lower() if self.upper and self.lower else text
 
     def batch(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Pad symbols with 0 to the longest (int64, B x L) and return the length of each row (int64, B)."""
@@ -97,8 +116,7 @@ class Transcripts:
 
     def decode(self, symbols: Sequence[int] | np.ndarray) -> str:
         """Return the text of symbols; blanks and negative values are skipped."""
-        text = "".join(self.symbols[int(i) - 1] for i in symbols if i > 0)
-        return " ".join((text.replace(SPACE, " ") if self.saved else text).split())
+        return " ".join("".join(self.spell(int(i)) for i in symbols if i > 0).split())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-compatible dictionary."""

@@ -8,15 +8,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fieldguide.core.errors import DataError
 from fieldguide.core.validation import parse_json
 from fieldguide.data.media.boxes import (
     AnnotatedImage,
     FindingCollector,
+    Skeleton,
     annotation_entry,
     are_corners,
+    bounding_box,
+    bounding_box_of_runs,
     build_raw,
     make_object,
     parse_finite,
@@ -83,6 +84,7 @@ def load(source: Path, options: Options) -> RawTable:
     splits = [document_split(f, root) for f in found]
     categories: dict[int | str, str] = {}
     index = ImageIndex(root)
+    skeleton: Skeleton | None = None
     for file, split in zip(found, splits):
         content = file.read_bytes()
         files.append(annotation_entry(file, content, root))
@@ -93,10 +95,14 @@ def load(source: Path, options: Options) -> RawTable:
                 raise DataError(
                     f"{file}: category {number} is {name!r}, but {categories[number]!r} in another file. Export them together."
                 )
-        shots += read_images(document, file, root, split if len(found) > 1 else None, own_categories, notes, index)
+        skeleton, posed = read_skeleton(document, file, skeleton, notes)
+        points = len(skeleton.names) if skeleton else 0
+        shots += read_images(
+            document, file, root, split if len(found) > 1 else None, own_categories, notes, index, dict.fromkeys(posed, points)
+        )
     correct_corners(shots, notes)
     ordered = sorted(categories.items(), key=lambda c: (isinstance(c[0], str), c[0]))
-    return build_raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in ordered)))
+    return build_raw(root, shots, files, notes, list(dict.fromkeys(v for _, v in ordered)), skeleton)
 
 
 def document_split(file: Path, root: Path) -> str | None:
@@ -125,6 +131,36 @@ def read_categories(document: dict[str, Any], file: Path) -> dict[int | str, str
     return dict(names)
 
 
+def read_skeleton(
+    document: dict[str, Any], file: Path, first: Skeleton | None, notes: FindingCollector
+) -> tuple[Skeleton | None, list[int | str | None]]:
+    """Return the keypoints of the categories, and the ids of the categories that have these and no others."""
+    posed = []
+    for category in document["categories"]:
+        names = category.get("keypoints")
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) and n.strip() for n in names):
+            continue
+        names = tuple(n.strip() for n in names)
+        pairs = [parse_finite(p, 2) for p in category.get("skeleton") or () if isinstance(p, list)]
+        lines = tuple((int(a) - 1, int(b) - 1) for a, b in filter(None, pairs) if min(a, b) >= 1 and max(a, b) <= len(names))
+        first = first or Skeleton(names, lines, find_mirrored(names))
+        if names != first.names:
+            notes.add("keypoint-definitions", f"{file.name}: {category.get('name')}")
+        else:
+            posed.append(as_id(category.get("id")))
+    return first, posed
+
+
+def find_mirrored(names: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the place of each keypoint in the mirrored order, by `left` and `right` in the names; empty if none has them."""
+    swap = {"left": "right", "right": "left"}
+    other = [re.sub("left|right", lambda found: swap[found[0]], name.lower()) for name in names]
+    known = {name.lower(): place for place, name in enumerate(names)}
+    if all(name.lower() == new for name, new in zip(names, other)) or any(name not in known for name in other):
+        return ()
+    return tuple(known[name] for name in other)
+
+
 def read_images(
     document: dict[str, Any],
     file: Path,
@@ -133,8 +169,12 @@ def read_images(
     categories: dict[int | str, str],
     notes: FindingCollector,
     index: ImageIndex,
+    posed: dict[int | str | None, int],
 ) -> list[AnnotatedImage]:
-    """Return the images of a document with their boxes. Raises DataError if an image lacks its id or file_name."""
+    """Return the images of a document with their boxes; `posed` has the number of keypoints of categories.
+
+    Raises DataError if an image lacks its id or file_name.
+    """
     where, shots = relative_path(file, root), []
     by_id: dict[Any, AnnotatedImage] = {}
     places = find_image_folders(document["images"], file, root)
@@ -170,6 +210,11 @@ def read_images(
             notes.mark_invalid("malformed-box", place, shot)
         else:
             left, top, width, height = values
+            keypoints = None
+            if points := posed.get(category):
+                keypoints = parse_finite(annotation.get("keypoints", [0] * 3 * points), 3 * points)
+                if keypoints is None:
+                    notes.add("malformed-keypoints", place)
             shot.boxes.append(
                 make_object(
                     categories[category],
@@ -180,6 +225,7 @@ def read_images(
                     parts,
                     parse_flag(annotation.get("iscrowd")),
                     runs,
+                    keypoints,
                 )
             )
             shot.places.append(place)
@@ -242,27 +288,6 @@ def parse_outline(
         segmentation = [segmentation]  # one polygon without the list of parts
     parts = [parse_finite(p, len(p)) if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 else None for p in segmentation]
     return [p for p in parts if p] or None, None, all(parts)
-
-
-def bounding_box(parts: list[list[float]]) -> list[float]:
-    """Return left, top, width and height of the bounding box of all parts."""
-    xs, ys = ([v for p in parts for v in p[i::2]] for i in (0, 1))
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-
-
-def bounding_box_of_runs(runs: list[int], size: tuple[float, float] | None) -> list[float] | None:
-    """Return left, top, width and height of the pixels inside; None if they or the size of the image are unknown."""
-    if not size or size[0] < 1 or size[1] < 1 or sum(runs) != round(size[0]) * round(size[1]):
-        return None
-    ends, height = np.cumsum(runs), round(size[1])
-    spans = [(start, end - 1) for start, end in zip(ends[::2].tolist(), ends[1::2].tolist()) if end > start]
-    if not spans:
-        return None
-    left, right = spans[0][0] // height, spans[-1][1] // height
-    whole = any(first // height != last // height for first, last in spans)  # a run that reaches into the next column
-    top = 0 if whole else min(first % height for first, _ in spans)
-    bottom = height - 1 if whole else max(last % height for _, last in spans)
-    return [left, top, right - left + 1, bottom - top + 1]
 
 
 def correct_corners(shots: list[AnnotatedImage], notes: FindingCollector) -> None:

@@ -28,8 +28,11 @@ UNDERSTANDS = (
     "test; for prediction, also a folder of images or one image"
 )
 
-MEDIA_NOUNS = {"image": "images", "text": "texts", "video": "videos"}
-CONTAINER_NAMES = {"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data", "videos", "texts"}
+MEDIA_NOUNS = {"image": "images", "text": "texts", "video": "videos", "audio": "recordings"}
+CONTAINER_NAMES = {
+    *("images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data", "videos", "texts"),
+    *("audio", "recordings", "sounds", "wav", "wavs", "clips"),
+}
 PREDICT_WORDS = re.compile(r"(?i)(^|[^a-z])(pred|predict|predictions?|unlabell?ed|submission)([^a-z]|$)")
 MAX_LISTED_FOLDERS = 5  # folders named in a message
 

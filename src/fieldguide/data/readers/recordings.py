@@ -229,7 +229,7 @@ def resolve_file_names(raw: RawTable, paths: list[Path], root: Path, options: Op
         transcript := next((c for n in TRANSCRIPT_NAMES for c in columns if normalize_name(c) == n and c != name), None)
     ) and not options.target:
         raw.target, raw.kinds[transcript] = transcript, "text"
-    elif options.target in columns:
+    elif options.target in columns and normalize_name(options.target) in TRANSCRIPT_NAMES:
         raw.kinds[options.target] = "text"
     return raw
 

@@ -18,6 +18,7 @@ from fieldguide.data.dataset import FileEntry
 from fieldguide.data.media.boxes import (
     AnnotatedImage,
     FindingCollector,
+    Skeleton,
     annotation_entry,
     build_raw,
     decode_text,
@@ -148,7 +149,7 @@ def load(source: Path, options: Options) -> RawTable:
         names = parse_class_names(config, file)
     else:
         names = read_class_list(root, config, files)
-    points = parse_keypoints(config, file)
+    points, skeleton = parse_keypoints(config, file)
     shots: list[AnnotatedImage] = []
     index = ImageIndex(root)
     given = find_split_folders(config, root, file)
@@ -161,7 +162,11 @@ def load(source: Path, options: Options) -> RawTable:
         )
     if not points:
         mark_poses(shots, notes)
-    return build_raw(root, shots, files, notes, list(names.values()))
+    if skeleton and points == 2 * len(skeleton.names):  # without visibility; 0, 0 is a keypoint that is not labeled
+        for one in (box for shot in shots for box in shot.boxes if box["keypoints"]):
+            pairs = zip(one["keypoints"][::2], one["keypoints"][1::2])
+            one["keypoints"] = [v for x, y in pairs for v in (x, y, 2.0 if x or y else 0.0)]
+    return build_raw(root, shots, files, notes, list(names.values()), skeleton)
 
 
 def load_darknet(root: Path, files: list[Any]) -> dict[str, Any]:
@@ -215,16 +220,35 @@ def parse_class_names(config: dict[str, Any], file: Path) -> dict[int, str]:
     return dict(sorted(named.items()))
 
 
-def parse_keypoints(config: dict[str, Any], file: Path | None) -> int:
-    """Return how many numbers follow the box in a line of keypoints, 0 if the data has none."""
+def parse_keypoints(config: dict[str, Any], file: Path | None) -> tuple[int, Skeleton | None]:
+    """Return how many numbers follow the box in a line of keypoints, 0 if the data has none, and the keypoints.
+
+    Raises `DataError` for a shape, a mirrored order or names that do not belong together.
+    """
     shape = config.get("kpt_shape")
     if not shape:
-        return 0
+        return 0, None
     try:
         points, values = (int(v) for v in (shape if isinstance(shape, list) else str(shape).strip("[]()").split(",")))
+        if points < 1 or values not in (2, 3):
+            raise ValueError
     except ValueError:
         raise DataError(f"{file}: `kpt_shape` must be [number of points, 2 or 3], but is {shape!r}.") from None
-    return points * values
+    order = config.get("flip_idx") or []
+    try:
+        mirrored = tuple(int(v) for v in order)
+    except (TypeError, ValueError):
+        mirrored = (-1,)
+    if mirrored and sorted(mirrored) != list(range(points)):
+        raise DataError(
+            f"{file}: `flip_idx` must list each of the {points} keypoints once, from 0, in the mirrored order, but is {order!r}."
+        )
+    named = config.get("kpt_names")
+    named = next(iter(named.values()), None) if isinstance(named, dict) else named
+    names = tuple(str(n).strip() for n in named) if isinstance(named, list) else ()
+    if named is not None and (len(names) != points or len(set(names)) != points):
+        raise DataError(f"{file}: `kpt_names` must give each of the {points} keypoints a name of its own, but is {named!r}.")
+    return points * values, Skeleton(names or tuple(f"point {i + 1}" for i in range(points)), (), mirrored)
 
 
 def read_class_list(root: Path, config: dict[str, Any], files: list[Any]) -> dict[int, str]:
@@ -323,8 +347,9 @@ def parse_line(
     """Parse a line: class, then center and size of a box, or at least three points of an outline, or a box and keypoints."""
     words = line.split()
     values = parse_finite(words, len(words))
+    keypoints: list[float] | None = None
     if values is not None and points and len(words) == 5 + points:
-        words, values = words[:5], values[:5]
+        words, values, keypoints = words[:5], values[:5], values[5:]
     elif values is not None and not points and looks_like_pose(values):
         notes.mark_invalid("pose-line", f"{place}: {line.strip()[:40]!r}", shot)
         return
@@ -342,7 +367,8 @@ def parse_line(
     label, numbers = names[int(values[0])], values[1:]
     if len(numbers) == 4:
         x, y, width, height = numbers
-        shot.boxes.append(make_object(label, x - width / 2, y - height / 2, x + width / 2, y + height / 2))
+        sides = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        shot.boxes.append(make_object(label, *sides, keypoints=keypoints))
     else:
         xs, ys = numbers[::2], numbers[1::2]
         shot.boxes.append(make_object(label, min(xs), min(ys), max(xs), max(ys), [numbers]))

@@ -1,4 +1,4 @@
-"""Samples of events and time series: views of episodes, clicks on articles, and electricity demand."""
+"""Samples of events and time series: views of episodes, clicks on articles, electricity demand, motions of a hand, pumps."""
 
 from __future__ import annotations
 
@@ -109,3 +109,84 @@ def write_demand(folder: Path) -> None:
             for t, p, w, h in zip(times, power, warmth, holiday)
         ]
     write_csv(folder / "data.csv", ["site", "time", "demand", "temperature", "holiday"], iter(rows))
+
+
+MOTIONS = ("circle", "eight", "shake", "tap", "wave")
+MOTION_STEPS = 64
+
+
+def write_motions(folder: Path) -> None:
+    """Write 900 short recordings of the horizontal and vertical acceleration of a hand, which makes one of five motions."""
+    import numpy as np
+
+    rng, lines = np.random.default_rng(0), []
+    for number in range(900):
+        motion = MOTIONS[number % len(MOTIONS)]
+        steps = MOTION_STEPS - int(rng.integers(0, 16))
+        turn = 2 * np.pi * (rng.uniform(1.5, 3) * np.arange(steps) / steps + rng.uniform())
+        beat = np.exp(-((((turn / (2 * np.pi)) % 1) - 0.5) ** 2) / 0.004)
+        x, y = {
+            "circle": (np.cos(turn), np.sin(turn)),
+            "eight": (np.cos(turn), np.sin(2 * turn)),
+            "shake": (np.sign(np.sin(2 * turn)) * 0.9, 0.2 * np.sin(turn)),
+            "tap": (0.1 * np.sin(turn), 1.6 * beat - 0.3),
+            "wave": (np.cos(turn), 0.5 * np.abs(np.sin(turn)) - 0.3),
+        }[motion]
+        angle, size = rng.normal(0, 0.25), rng.uniform(0.6, 1.4)
+        turned = np.stack([np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y])
+        drift = np.cumsum(rng.normal(0, 0.05, turned.shape), 1)
+        values = size * turned + drift + 0.35 * rng.normal(size=turned.shape)
+        lines.append(":".join(",".join(f"{v:.3f}" for v in channel) for channel in values) + f":{motion}")
+    header = [
+        "@problemName Motions",
+        "@univariate false",
+        "@equalLength false",
+        f"@classLabel true {' '.join(MOTIONS)}",
+        "@data",
+    ]
+    (folder / "motions.ts").write_text("\n".join([*header, *lines]) + "\n", encoding="utf-8")
+
+
+PUMPS = ("north", "south")
+PUMP_STEPS = 3000
+FAULTS = ("spike", "stuck", "apart", "cycle")  # a jump, a sensor that stands still, channels that part, a wrong rhythm
+
+
+def write_pumps(folder: Path) -> None:
+    """Write two pumps' pressure, flow, temperature and vibration every ten minutes; faults in the last 40 % of the time are labeled."""
+    import numpy as np
+
+    rng, rows = np.random.default_rng(0), []
+    for pump in PUMPS:
+        steps = np.arange(PUMP_STEPS)
+        load = 1 + 0.3 * np.sin(2 * np.pi * steps / 144) + 0.15 * np.sign(np.sin(2 * np.pi * steps / 36))
+        wander = lambda size: size * np.convolve(rng.normal(size=PUMP_STEPS + 20), np.ones(20) / 20**0.5, "same")[:PUMP_STEPS]
+        values = np.stack(
+            [
+                4 * load + wander(0.1) + 0.08 * rng.normal(size=PUMP_STEPS),
+                20 * load**0.8 + wander(0.3) + 0.3 * rng.normal(size=PUMP_STEPS),
+                40 + 8 * np.convolve(load, np.ones(30) / 30, "same") + wander(0.4) + 0.2 * rng.normal(size=PUMP_STEPS),
+                1 + 0.5 * load + 0.1 * np.abs(rng.normal(size=PUMP_STEPS)),
+            ],
+            1,
+        )
+        fault = np.zeros(PUMP_STEPS, int)
+        for number, first in enumerate(range(int(0.62 * PUMP_STEPS), PUMP_STEPS - 60, 57)):
+            kind, at = FAULTS[number % len(FAULTS)], first + int(rng.integers(0, 20))
+            length = {"spike": 1, "stuck": 12, "apart": 10, "cycle": 12}[kind]
+            span = slice(at, at + length)
+            channel = int(rng.integers(0, 4))
+            spread = values[:, channel].std()
+            if kind == "spike":
+                values[span, channel] += rng.choice([-1, 1]) * 4 * spread
+            elif kind == "stuck":
+                values[span, :2] = values[at - 1, :2]
+            elif kind == "apart":
+                values[span, 1] -= 2.5 * values[:, 1].std()
+            else:
+                values[span, 3] += 1.5 * values[:, 3].std() * np.sin(np.pi * np.arange(length) / 2)
+            fault[span] = 1
+        times = (np.datetime64("2024-03-01T00:00") + (10 * steps).astype("m8[m]")).astype(str)
+        rows += [[pump, t.replace("T", " "), *(f"{v:.3f}" for v in row), int(f)] for t, row, f in zip(times, values, fault)]
+    header = ["series", "time", "pressure", "flow", "temperature", "vibration", "anomaly"]
+    write_csv(folder / "data.csv", header, iter(rows))

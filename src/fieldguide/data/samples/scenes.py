@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
 from fieldguide.data.samples.writers import write_csv
+
+
+@functools.cache
+def load_scanned_digits() -> Any:
+    """Return scikit-learn's digits, which it parses from text on every call."""
+    from sklearn.datasets import load_digits
+
+    return load_digits()
 
 
 def make_scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple[int, tuple[int, int, int, int], Any]]]:
@@ -13,9 +23,8 @@ def make_scene(rng: Any, side: int = 64, most: int = 4) -> tuple[Any, list[tuple
     background, and for each digit its class, box (left, top, right, bottom) and ink mask (bool, side x side)."""
     import numpy as np
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data = load_scanned_digits()
     slope = rng.uniform(-30, 30, 2)
     y, x = np.mgrid[0:side, 0:side] / side - 0.5
     ground = np.clip(rng.uniform(90, 140) + slope[0] * x + slope[1] * y + rng.normal(0, 6, (side, side)), 0, 255)
@@ -83,6 +92,166 @@ def write_boxes(folder: Path) -> None:
             for digit, (left, top, right, bottom), _ in found
         ]
         (folder / "labels" / f"{number:04d}.txt").write_text("".join(lines), encoding="utf-8")
+
+
+PUPPET = ("head", "neck", "left_hand", "right_hand", "hip", "left_foot", "right_foot")
+PUPPET_LINES = ((1, 2), (2, 3), (2, 4), (2, 5), (5, 6), (5, 7))  # numbers of keypoints from 1, as in COCO
+
+
+def pose_puppet(rng: Any, size: float) -> Any:
+    """Return the keypoints of a stick figure of some height that faces the viewer, around 0, 0: (7, 2)."""
+    import numpy as np
+
+    lean = rng.uniform(-0.5, 0.5)
+    arms, legs = rng.uniform(0.1, 0.9, 2) * np.pi, rng.uniform(0.05, 0.3, 2) * np.pi  # away from straight down
+    neck, hip = np.array([0.0, -0.22]), np.array([0.0, 0.12])
+    points = [(0.0, -0.38), neck]
+    points += [neck + 0.3 * np.array([side * np.sin(a), np.cos(a)]) for side, a in zip((1, -1), arms)]
+    points += [hip, *(hip + 0.38 * np.array([side * np.sin(a), np.cos(a)]) for side, a in zip((1, -1), legs))]
+    turn = np.array([[np.cos(lean), -np.sin(lean)], [np.sin(lean), np.cos(lean)]])
+    return size * np.array([np.asarray(p) for p in points]) @ turn.T
+
+
+def write_keypoints(folder: Path) -> None:
+    """Write 600 scenes of stick figures with their boxes and keypoints as COCO JSON."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    rng, side, fine = np.random.default_rng(0), 96, 4
+    listed: dict[str, list[Any]] = {"images": [], "annotations": []}
+    (folder / "images").mkdir()
+    (folder / "annotations").mkdir()
+    for number in range(600):
+        ground = np.clip(rng.normal(rng.uniform(60, 180), 8, (side, side, 1)) + rng.uniform(-20, 20, 3), 0, 255)
+        image = Image.fromarray(ground.astype(np.uint8)).resize((side * fine, side * fine))
+        pen, taken = ImageDraw.Draw(image), np.zeros((side, side), dtype=bool)
+        name = f"{number:04d}.png"
+        listed["images"].append({"id": number, "file_name": name, "width": side, "height": side})
+        for _ in range(int(rng.integers(1, 4))):
+            size = rng.uniform(30, 62)
+            points = pose_puppet(rng, size)
+            points += rng.uniform(-points.min(0) + 0.12 * size, side - points.max(0) - 0.12 * size)
+            color = tuple(int(v) for v in (rng.choice([0, 255], 3) * 0.8 + ground.mean((0, 1)) * 0.2))
+            reach = 0.1 * size
+            left, top = np.maximum(points.min(0) - reach, 0)
+            right, bottom = np.minimum(points.max(0) + reach, side)
+            if (
+                taken[int(top) : int(bottom), int(left) : int(right)].any()
+                or np.abs(np.array(color) - ground.mean((0, 1))).max() < 60
+            ):
+                continue
+            taken[int(top) : int(bottom), int(left) : int(right)] = True
+            for a, b in PUPPET_LINES:
+                pen.line(
+                    [tuple(fine * points[a - 1]), tuple(fine * points[b - 1])], fill=color, width=round(0.06 * size * fine)
+                )
+            x, y = fine * points[0]
+            pen.ellipse((x - fine * reach, y - fine * reach, x + fine * reach, y + fine * reach), fill=color)
+            listed["annotations"].append(
+                {
+                    "id": len(listed["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": 1,
+                    "bbox": [round(float(v), 2) for v in (left, top, right - left, bottom - top)],
+                    "area": round(float((right - left) * (bottom - top)) / 2, 2),
+                    "iscrowd": 0,
+                    "keypoints": [v for x, y in points.tolist() for v in (round(x, 2), round(y, 2), 2)],
+                    "num_keypoints": len(PUPPET),
+                }
+            )
+        image.resize((side, side), Image.Resampling.BOX).save(folder / "images" / name)
+    category = {"id": 1, "name": "puppet", "keypoints": list(PUPPET), "skeleton": [list(pair) for pair in PUPPET_LINES]}
+    document = json.dumps({**listed, "categories": [category]})
+    (folder / "annotations" / "puppets.json").write_text(document, encoding="utf-8")
+
+
+SHAPES = ("disc", "square", "star")
+
+
+def draw_shape(rng: Any, kind: str, side: int, fine: int) -> Any:
+    """Return the mask (bool, fine*side x fine*side) of a shape of random size, angle and place."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    size = rng.uniform(0.13, 0.24) * side
+    x, y = rng.uniform(0.1 * side, 0.9 * side, 2)
+    corners, inner = {"disc": (48, 1.0), "square": (4, 1.0), "star": (10, 0.45)}[kind]
+    turn = rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
+    away = size * np.where(np.arange(corners) % 2, inner, 1.0)
+    points = fine * (np.stack([x + away * np.cos(turn), y + away * np.sin(turn)], 1))
+    image = Image.new("1", (side * fine, side * fine))
+    ImageDraw.Draw(image).polygon([tuple(p) for p in points.tolist()], fill=1)
+    return np.asarray(image)
+
+
+def make_overlapping(rng: Any, side: int, most: int, ground: Any) -> tuple[Any, list[tuple[str, Any]]]:
+    """Return an image (uint8, side x side x 3) with shapes that cover each other over a ground, and (kind, mask) of what is visible.
+
+    Shapes of an image have similar colors, so that neighbors differ by their edges alone.
+    """
+    import numpy as np
+    from PIL import Image
+
+    fine, color = 3, rng.uniform(40, 215, 3)
+    pixels = np.asarray(Image.fromarray(ground).resize((side * fine, side * fine))).astype(np.float32)
+    shapes: list[tuple[str, Any]] = []
+    for _ in range(int(rng.integers(1, most + 1))):
+        kind = SHAPES[int(rng.integers(len(SHAPES)))]
+        mask = draw_shape(rng, kind, side, fine)
+        light = np.linspace(-25, 25, side * fine)[:, None, None] * rng.choice([-1, 1])
+        pixels[mask] = np.broadcast_to(color + rng.normal(0, 18, 3) + light, pixels.shape)[mask]
+        core = mask.copy()
+        core[1:-1, 1:-1] = mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
+        pixels[mask & ~core] *= 0.4
+        shapes = [(name, other & ~mask) for name, other in shapes] + [(kind, mask)]
+    small = pixels.reshape(side, fine, side, fine, 3).mean((1, 3))
+    small = np.clip(small + rng.normal(0, 4, small.shape), 0, 255).astype(np.uint8)
+    visible = [(kind, mask.reshape(side, fine, side, fine).mean((1, 3)) >= 0.5) for kind, mask in shapes]
+    return small, [(kind, mask) for kind, mask in visible if mask.sum() >= 12]
+
+
+def make_ground(rng: Any, side: int) -> Any:
+    """Return an uneven ground (uint8, side x side x 3)."""
+    import numpy as np
+
+    slope, (y, x) = rng.uniform(-40, 40, 2), np.mgrid[0:side, 0:side] / side - 0.5
+    plane = rng.uniform(60, 195, 3) + (slope[0] * x + slope[1] * y)[..., None]
+    return np.clip(plane + rng.normal(0, 10, (side, side, 1)), 0, 255).astype(np.uint8)
+
+
+def write_instances(folder: Path) -> None:
+    """Write 700 images of shapes that cover each other as COCO JSON with the run lengths of their visible parts."""
+    import numpy as np
+    from PIL import Image
+
+    from fieldguide.data.media.masks import encode_run_lengths
+
+    rng, side = np.random.default_rng(0), 96
+    listed: dict[str, list[Any]] = {"images": [], "annotations": []}
+    (folder / "images").mkdir()
+    (folder / "annotations").mkdir()
+    for number in range(700):
+        image, shapes = make_overlapping(rng, side, 5, make_ground(rng, side))
+        name = f"{number:04d}.png"
+        Image.fromarray(image).save(folder / "images" / name)
+        listed["images"].append({"id": number, "file_name": name, "width": side, "height": side})
+        for kind, mask in shapes:
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            left, top, right, bottom = (int(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+            listed["annotations"].append(
+                {
+                    "id": len(listed["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": SHAPES.index(kind) + 1,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": [side, side], "counts": encode_run_lengths(mask)},
+                }
+            )
+    categories = [{"id": i, "name": kind} for i, kind in enumerate(SHAPES, 1)]
+    document = json.dumps({**listed, "categories": categories})
+    (folder / "annotations" / "instances.json").write_text(document, encoding="utf-8")
 
 
 SCENE_SIDE = 32  # side in pixels of scenes with captions or questions
@@ -154,9 +323,8 @@ def write_videos(folder: Path) -> None:
     """Write digits that move one pixel per frame in four directions, as strips of eight frames of 16 x 16 pixels."""
     import numpy as np
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    rng, data = np.random.default_rng(0), load_digits().images * 255 / 16
+    rng, data = np.random.default_rng(0), load_scanned_digits().images * 255 / 16
     for name, (across, down) in {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.items():
         (folder / name).mkdir()
         for number in range(120):

@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fieldguide.data.samples.writers import write_csv
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def write_words(folder: Path) -> None:
+    """Write 800 synthetic recordings of single digits in a noisy room, in one folder for each digit."""
+    import numpy as np
+
+    from fieldguide.data.samples import voice
+
+    rng, words = np.random.default_rng(0), list(voice.WORDS)
+    for word in words:
+        (folder / word).mkdir()
+    for number in range(800):
+        word = words[number % len(words)]
+        sound = voice.speak([word], voice.Voice.sample(rng), rng)
+        noise = rng.standard_normal(len(sound)) * np.sqrt(np.square(sound).mean()) * 10 ** rng.uniform(-1.0, 0.5)
+        write_wave(folder / word / f"{number:04d}.wav", (sound + noise).clip(-1, 1), voice.RATE)
+
+
+def write_wave(path: Path, sound: np.ndarray, rate: int) -> None:
+    """Write a recording of one channel with 16 bits."""
+    import wave
+
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((sound * 32767).astype("<i2").tobytes())
 
 
 def write_recordings(folder: Path) -> None:
     """Write 600 synthetic recordings of one to three digits, each with a different voice, and a table of transcripts."""
-    import wave
-
     import numpy as np
 
     from fieldguide.data.samples import voice
@@ -20,10 +49,6 @@ def write_recordings(folder: Path) -> None:
     for number in range(600):
         words = [str(w) for w in rng.choice(list(voice.WORDS), rng.integers(1, 4))]
         sound = voice.speak(words, voice.Voice.sample(rng), rng)
-        with wave.open(str(folder / "recordings" / f"{number:04d}.wav"), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(voice.RATE)
-            file.writeframes((sound * 32767).astype("<i2").tobytes())
+        write_wave(folder / "recordings" / f"{number:04d}.wav", sound, voice.RATE)
         rows.append([f"recordings/{number:04d}.wav", " ".join(words)])
     write_csv(folder / "transcripts.csv", ["file", "transcript"], iter(rows))

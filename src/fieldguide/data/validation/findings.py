@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from fieldguide.data.column_types import TypedColumn
-from fieldguide.data.dataset import CellProblems, Data, Finding
+from fieldguide.data.dataset import LINE, CellProblems, Data, Finding
 from fieldguide.data.media.media_types import MediaCheck, Medium
 
 MAX_SHOWN_PLACES = 5  # maximum number of locations in a finding
@@ -27,13 +28,20 @@ def simplify_label(label: str) -> str:
     return " ".join(label.replace("_", " ").casefold().split()).rstrip(".")
 
 
-def media_findings(data: Data, medium: Medium, checked: Sequence[MediaCheck], bad: np.ndarray) -> list[Finding]:
-    """Return the findings of a media check with one result per row. Rows in `bad` are already counted as unusable."""
+def locate_file(data: Data, row: int, column: str) -> str:
+    """Return the location of a row, with the name of the media file if the location does not tell which one it is."""
+    place, file = data.locate_row(row), data.rows[column][row]
+    has_line = LINE in data.rows.columns and data.rows[LINE][row] is not None
+    return place if has_line or file is None or Path(place).name == Path(file).name else f"{place}: {Path(file).name}"
+
+
+def media_findings(data: Data, medium: Medium, checked: Sequence[MediaCheck], bad: np.ndarray, column: str) -> list[Finding]:
+    """Return the findings of a media check of a column with one result per row. Rows in `bad` are already counted as unusable."""
     findings = []
     for name, (what, remedy) in medium.problems.items():
         rows = [i for i, c in enumerate(checked) if c.problem == name]
         if rows:
-            named = tuple(f"{data.locate_row(i)} ({checked[i].detail})" for i in rows[:MAX_SHOWN_PLACES])
+            named = tuple(f"{locate_file(data, i, column)} ({checked[i].detail})" for i in rows[:MAX_SHOWN_PLACES])
             unusable = sum(1 for i in rows if not bad[i])
             findings.append(Finding(name, "warning", what, named, len(rows), remedy, unusable))
     for trait, (name, severity, what, remedy) in medium.traits.items():
