@@ -63,10 +63,18 @@ def predictor_type(card: Any) -> Any:
             from fieldguide.inference.image_to_text import ImageToText
 
             return ImageToText
+        if card.input_type == "speech-text":
+            from fieldguide.inference.transcription import Transcriber
+
+            return Transcriber
+        if card.input_type == "image-text":
+            from fieldguide.inference.pretrained_task import PretrainedTask
+
+            return PretrainedTask
         from fieldguide.inference.text_generation import TextGenerator
 
         return TextGenerator
-    if "embeddings" in card.output_types:
+    if any(kind.endswith("embeddings") for kind in card.output_types):
         from fieldguide.inference.zero_shot import ZeroShotClassifier
 
         return ZeroShotClassifier

@@ -72,6 +72,12 @@ class Predictor:
         """
         raise SettingsError(f"{self.name} without a trained task has no scores; train it with `fieldguide fit`.")
 
+    def export(self, to: str = "onnx", **options: Any) -> Any:
+        """Export the model to a folder that runs without fieldguide: see `fieldguide.export`."""
+        from importlib import import_module
+
+        return import_module("fieldguide").export(self, to, **options)  # the root finds it: exports are built on predictors
+
     def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
         """Return the generated text of one input piece by piece; None if the prediction is not text."""
         return None
@@ -154,13 +160,15 @@ class TaskPredictor(Predictor):
 
         Raises `SettingsError` for a network that is not a bidirectional text encoder.
         """
-        texts, model = [self.pooling.prompt + text for text in as_list(texts)], self.model
-        rows = self.task.encode_texts(texts, model.config.length) if "vector" in self.card.output_types else None
+        model, pooling = self.model, getattr(self.task, "pooled", self.pooling)  # a task of embeddings knows its own
+        texts = [pooling.prompt + text for text in as_list(texts)]
+        longest = getattr(model.config, "length", 0)  # networks of images have vectors, too
+        rows = self.task.encode_texts(texts, longest) if "vector" in self.card.output_types and longest else None
         if rows is None:
             return super().embed(texts)
         if not texts:
             return np.zeros((0, model.config.dim), dtype=np.float32)
-        return collect(EmbeddingObjective(model, self.pooling), rows, batch=64, device=distributed.device())["vector"]
+        return collect(EmbeddingObjective(model, pooling), rows, batch=64, device=distributed.device())["vector"]
 
     def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
         task = self.task.for_request(self.task.parse_predict_options(options))

@@ -21,7 +21,7 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
 from fieldguide.core.settings import Settings
-from fieldguide.core.signature import Axis, RecordField, Step, TensorSpec
+from fieldguide.core.signature import RecordField, Step
 from fieldguide.core.validation import get_checked, guard
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
@@ -32,6 +32,8 @@ from fieldguide.objectives.embedding import Pooling
 from fieldguide.tasks import Task, tasks
 from fieldguide.tasks.base import Arrays, CheckpointAssets
 from fieldguide.tasks.text.base import TextTask
+from fieldguide.tasks.text.signature import EmbeddingSignature
+from fieldguide.tasks.timeseries.zero_shot import ZeroShotForecasting
 from fieldguide.tasks.vision.image_classification import ImageClassification
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ UNSUPPORTED_PROBLEMS = {"regression": "a number", "multi_label_classification": 
 class PretrainedTask(TaskPredictor):
     """A pretrained network that performs the task of its head; without a head it returns embeddings."""
 
-    LOAD_OPTIONS: ClassVar = {"output_type": str, "gives": str, "columns": str}
+    LOAD_OPTIONS: ClassVar = {"output_type": str, "gives": str, "columns": str, "horizon": int}
 
     def __init__(self, network: Network, card: Card, task: Task, pooling: Pooling | None = None):
         super().__init__(task, card, task.objective(network, card, Settings()).to(distributed.device()).eval(), pooling=pooling)
@@ -59,23 +61,29 @@ class PretrainedTask(TaskPredictor):
         columns: str = "",
         output_type: str | None = None,
         gives: str | None = None,
+        horizon: int = 0,
         **overrides: Any,
     ) -> PretrainedTask:
         """Load a folder or file of transformers or timm, or hf:organization/name.
 
         `output_type="vector"` leaves out the head. `columns` names the text columns of tables, "text" by default; two,
-        separated by a comma, for a network that reads pairs. `gives` is the former name of `output_type`.
+        separated by a comma, for a network that reads pairs. `horizon` is the number of steps that a network for series forecasts.
+        `gives` is the former name of `output_type`.
 
         Raises `WeightsError` for a network that cannot perform a task without training, and if its tokenizer is
         missing or belongs to another network.
         """
         found = source if isinstance(source, Checkpoint) else inspect_checkpoint(source, name)
         values = {**found.values, **overrides}
+        if horizon:
+            if not (found.card.endless and "forecast" in found.card.output_types) or horizon < 1:
+                raise SettingsError(f"horizon={horizon} is not possible for {found.card.name}. Leave it out.")
+            values["horizon"] = horizon
         if output_type or gives:
             values["output_type"] = output_type or gives
         chosen = values.get("output_type", found.card.output_types[0])
         assets = replace(read_assets(found, values, chosen), columns=tuple(filter(None, columns.split(","))))
-        kinds: list[type[Task]] = [*tasks().values(), TextVectors, ImageVectors]
+        kinds: list[type[Task]] = [*tasks().values(), ZeroShotForecasting, TextVectors, ImageVectors]
         candidates = (
             kind.published(assets)
             for kind in kinds
@@ -116,11 +124,11 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
     config = card.config(**{card.names.get(k, k): v for k, v in values.items()})
     public_config = config_mapping.read(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     words, pictures = None, None
-    if card.input_type in ("tokens", "captioned"):
+    if card.input_type in ("tokens", "captioned", "image-text"):
         words, why = found.find_tokenizer()
         if words is None:
             raise WeightsError(f"no tokenizer found in {folder}; this model needs one. {why}")
-    if card.input_type in ("image", "captioned"):
+    if card.input_type in ("image", "captioned", "image-text"):
         from fieldguide.inference.zero_shot import build_transform
 
         side = getattr(config, "image", None) or get_input_side(folder) or DEFAULT_SIDE_PIXELS
@@ -136,7 +144,11 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
         limit = get_checked(config_mapping.read(stated), "max_seq_length", int, stated, WeightsError, least=MIN_LENGTH)
         length = min(length, limit or length)
     text = TextTokenizer.load(words) if words else None
-    return CheckpointAssets(names, words, length, pictures, read_pooling(folder, text, getattr(config, "dim", 0)))
+    horizon = getattr(config, "horizon", 0) if card.endless else 0
+    audio = found.preprocessing_defaults() if card.input_type in ("speech", "waveform") else None
+    pooling = read_pooling(folder, text, getattr(config, "dim", 0))
+    begin, end = (getattr(config, name, None) for name in ("begin", "end"))
+    return CheckpointAssets(names, words, length, pictures, pooling, audio=audio, horizon=horizon, begin=begin, end=end)
 
 
 def get_class_names(config: dict[str, Any], classes: int, where: Path) -> list[str]:
@@ -177,23 +189,21 @@ class EmbeddingTask(Task):
     def postprocess(self, outputs: Arrays) -> Arrays:
         return outputs
 
-    def describe_postprocessing(self, members: int) -> list[Step]:
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
         return [Step("normalize", "divide by the length of the vector", True)]
 
-    def describe_record(self) -> list[RecordField]:
+    def describe_record(self) -> Sequence[RecordField]:
         return [RecordField("vector", "array", "the embedding, of length 1", items=RecordField("", "number"))]
 
     def targets(self, data: Data) -> Arrays:
         raise DataError(f"{data.source}: embeddings have no targets, so they cannot be scored.")
 
 
-class TextVectors(EmbeddingTask, TextTask):
+class TextVectors(EmbeddingSignature, EmbeddingTask, TextTask):
     name = "text-vectors"
     reads = "a text, or a table with a column `text`"
     input_types = ("tokens",)
-    method = "features"
     length: int  # number of tokens the network reads
-    pooled: Pooling
 
     @property
     def max_tokens(self) -> int:
@@ -213,18 +223,6 @@ class TextVectors(EmbeddingTask, TextTask):
                 "and are truncated"
             )
         return self.encode_texts(texts, self.length)
-
-    def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> list[TensorSpec]:
-        """Return the vectors of the tokens, which the pooling joins."""
-        axes = lambda spec: (spec.axes[0], Axis("tokens", most=self.length), *spec.axes[1:])
-        return [replace(spec, axes=axes(spec), about="vectors of the tokens") for spec in outputs]
-
-    def describe_postprocessing(self, members: int) -> list[Step]:
-        settings = {"modes": list(self.pooled.modes), "skip": self.pooled.skip}
-        steps = [Step("pool", "join the vectors of the real tokens", True, settings)]
-        if self.pooled.head is not None:
-            steps.append(Step("project", "the layers after the pooling", True))
-        return [*steps, *super().describe_postprocessing(members)]
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return EmbeddingObjective(model, self.pooled)

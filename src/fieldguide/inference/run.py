@@ -204,7 +204,7 @@ class Run(TaskPredictor):
             train, validation, test = rows["train"], rows["validation"], rows["test"]
         return Splits(train, validation, test, self.record["data"]["split"]["how"])
 
-    @property
+    @functools.cached_property
     def batch_size(self) -> int:  # type: ignore[override]
         return max(64, self.settings.batch_size or 64)
 

@@ -10,22 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from fieldguide.core.network_tensors import describe_network
 from fieldguide.core.option_docs import describe_options
-from fieldguide.core.signature import InputField, Limits, OptionSpec, RecordField, Signature, Step
-from fieldguide.data.media import images
+from fieldguide.core.signature import AudioFormat, InputField, Limits, OptionSpec, RecordField, Signature, Step
+from fieldguide.data.media import audio, images
+from fieldguide.data.preprocessing.whisper_features import FFT, HOP, RATE
 from fieldguide.tasks.signature_parts import (
+    AUDIO_TYPES,
     IMAGE_TYPES,
     describe_image_format,
     describe_tokenization,
+    list_generation_steps,
     list_image_steps,
     set_image,
     set_vocabulary,
 )
-from fieldguide.tasks.text.signature import GENERATED, TOKEN_TENSORS, list_generation_steps
+from fieldguide.tasks.text.signature import GENERATED, TOKEN_TENSORS
 
 if TYPE_CHECKING:
     from fieldguide.inference.image_to_text import ImageToText
     from fieldguide.inference.predictor import TaskPredictor
     from fieldguide.inference.text_generation import TextGenerator
+    from fieldguide.inference.transcription import Transcriber
     from fieldguide.inference.zero_shot import ZeroShotClassifier
 
 MAX_PROMPTS = 64  # rows of a request
@@ -105,4 +109,46 @@ def describe_image_to_text(predictor: ImageToText) -> Signature:
         options=(PROMPT, *describe_options(predictor.config_type)),
         loop=loop,
         limits=Limits(rows=MAX_PROMPTS, tokens=config.length, pixels=images.MAX_PIXELS),
+    )
+
+
+def describe_transcriber(predictor: Transcriber) -> Signature:
+    """Return the signature of a network that writes down recordings."""
+    assert predictor.card is not None  # `load` sets it
+    config, tokens = predictor.network.config, predictor.tokens
+    known = describe_network(predictor.card, config, predictor.network)
+    mel = {"rate": RATE, "bands": config.features, "fft": FFT, "hop": HOP, "scale": "slaney"}
+    steps = (
+        Step("decode_audio", "decode the file, mean of its channels, -1 to 1", False),
+        Step("resample", f"resample to {RATE:,} Hz (polyphase)", False, {"rate": RATE}),
+        Step("whisper_log_mel", "log-mel spectrogram of the authors, over the recording and 30 s of silence", True, mel),
+        Step("window", "30 s from the end of the last phrase, padded with zeros", False, {"frames": 2 * config.source_length}),
+    )
+    loop = known.loop and replace(known.loop, start_tokens=(tokens.start,), eos_tokens=(tokens.end,))
+    segment = (
+        RecordField("start", "number", "seconds from the beginning", low=0),
+        RecordField("end", "number", "seconds from the beginning", low=0),
+        RecordField("text", "string"),
+        RecordField("mean_log_probability", "number", "of the tokens of the window", high=0),
+        RecordField("no_speech", "number", "probability that the window is silent", low=0, high=1),
+        RecordField("compression", "number", "bytes of the window's text for each compressed byte", low=0),
+        RecordField("temperature", "number", "at which the window was decoded", low=0),
+    )
+    return replace(
+        known,
+        task="automatic-speech-recognition",
+        inputs=(InputField("audio", "audio", media_types=AUDIO_TYPES, audio=AudioFormat(RATE, None)),),
+        preprocessing=steps,
+        postprocessing=(
+            Step("decode", "tokens to text, window by window, again at a higher temperature if it fails the checks", False),
+            Step("cut", "phrases by their times", False),
+        ),
+        record=(
+            RecordField("text", "string", "what is said"),
+            RecordField("language", "string", "code of the language"),
+            RecordField("segments", "array", "the phrases", items=RecordField("", "object", fields=segment)),
+        ),
+        options=tuple(describe_options(predictor.config_type)),
+        loop=loop,
+        limits=Limits(rows=MAX_PROMPTS, tokens=config.length, samples=audio.MAX_SAMPLES),
     )

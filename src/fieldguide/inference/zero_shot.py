@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fieldguide.checkpoints.load import CLIP_TEMPLATE as DEFAULT_TEMPLATE
-from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
+from fieldguide.checkpoints.load import CLASS_TEMPLATES, Checkpoint, build_network, inspect_checkpoint
 from fieldguide.checkpoints.preprocessor_config import get_image_options
 from fieldguide.core import distributed
 from fieldguide.core.card import OPENAI, Card, Scale
@@ -23,7 +22,7 @@ from fieldguide.data.preprocessing import ImageTransform, Labels, TextTokenizer
 from fieldguide.inference.predictor import Predictions, TaskPredictor, as_list, join_skipped
 from fieldguide.inference.run import open_run
 from fieldguide.inference.signature import describe_zero_shot
-from fieldguide.objectives import Contrastive
+from fieldguide.objectives.contrastive import IMAGE_TEXT_OBJECTIVES, build_contrastive
 from fieldguide.tasks.multimodal.image_text import ImageText
 
 if TYPE_CHECKING:
@@ -51,10 +50,12 @@ class ZeroShotClassifier(TaskPredictor):
     task: ImageText
     LOAD_OPTIONS: ClassVar = {"tokenizer": str}
 
-    def __init__(self, network: Network, card: Card, task: ImageText, templates: Sequence[str] = (DEFAULT_TEMPLATE,)):
-        objective = Contrastive(network, card.inputs).to(distributed.device()).eval()
+    def __init__(self, network: Network, card: Card, task: ImageText, templates: Sequence[str] = ()):
+        objective = build_contrastive(network, card).to(distributed.device()).eval()
         super().__init__(task, card, objective, batch_size=BATCH_SIZE)
-        self.templates = tuple(templates)
+        self.templates = tuple(templates) or tuple(
+            CLASS_TEMPLATES[kind] for kind in card.output_types if kind in CLASS_TEMPLATES
+        )
 
     @functools.cached_property
     def signature(self) -> Signature:
@@ -80,20 +81,23 @@ class ZeroShotClassifier(TaskPredictor):
                 raise WeightsError(f"{checkpoint} is a run of {run.task.name}; zero-shot classification needs image-text.")
             return cls(run.model, run.card, run.task, [run.task.options.template])
         found = checkpoint if isinstance(checkpoint, Checkpoint) else inspect_checkpoint(checkpoint, name)
-        if "embeddings" not in found.card.output_types:
+        if not set(IMAGE_TEXT_OBJECTIVES) & set(found.card.output_types):
             raise WeightsError(
                 f"{found.path} is {found.card.name}, whose output is {' or '.join(found.card.output_types)}; zero-shot "
                 "classification needs a network that embeds images and texts."
             )
-        network = build_network(found.card, {**found.values, **overrides}, found.state, found.origin, str(found.path))
         folder = found.path if found.path.is_dir() else found.path.parent
-        file = Path(tokenizer) if tokenizer else folder / "tokenizer.json"
-        if not file.is_file():
+        file = Path(tokenizer) if tokenizer else found.find_tokenizer()[0] or folder / "tokenizer.json"
+        if not file.exists():
             raise WeightsError(
                 f"{file} does not exist, and class names cannot be encoded without a tokenizer. Set tokenizer=PATH; all "
                 "CLIP models share that of openai/clip-vit-base-patch32."
             )
-        text, c = TextTokenizer.load(file), network.config
+        text = TextTokenizer.load(file)
+        has_padding = "pad_token" in text.special and found.card.accepts("pad")  # a network that reads padding
+        values = {**found.values, **({"pad": text.pad} if has_padding else {}), **overrides}
+        network = build_network(found.card, values, found.state, found.origin, str(found.path))
+        c = network.config
         if text.size > c.vocab_size:
             raise WeightsError(f"{file} has {text.size:,} tokens, but the network {c.vocab_size:,}.")
         transform = build_transform(folder, c.image, c.channels, found.card.scale)

@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.packed_masks import unpack_masks
 
 MAX_DETECTIONS_PER_CLASS = 100  # highest-scored boxes per class and image that are evaluated
 ALL_AREAS = ((0.0, 1e10),)  # a single area range, instead of COCO's small, medium and large
 Arrays = Mapping[str, np.ndarray]
 
 
-def average_precision(found: Arrays, truth: Arrays, classes: int) -> dict[str, Any]:
+def average_precision(
+    found: Arrays, truth: Arrays, classes: int, *, kind: str = "bbox", sigmas: Sequence[float] = ()
+) -> dict[str, Any]:
     """Compute the average precision of detections for N images, at most D predicted and M true boxes each, K classes.
 
     Args:
         found: `boxes` N D 4, `scores` N D and `labels` N D.
         truth: `boxes` N M 4, `labels` N M and optionally `crowd` N M bool, which marks boxes that are not evaluated.
             Boxes are (left, top, right, bottom) in any common unit; a label of -1 is padding.
+        kind: "bbox"; or "keypoints": then objects are matched by the similarity of their keypoints (OKS) in place of the IoU,
+            and both dictionaries hold `keypoints` N D P 3 (x, y, visibility); `truth` also holds `area` N M of the objects.
+            True objects without a labeled keypoint are not evaluated. With "segm", objects are matched by the IoU of their
+            masks, and both dictionaries hold them packed (`fieldguide.core.packed_masks`).
+        sigmas: the tolerance of each keypoint (cocodataset.org/#keypoints-eval).
 
     Returns:
         `map`; `map50` and `map75` (at one IoU); `class_map` and `class_map50`, K each, NaN for a class without a true
@@ -37,12 +45,14 @@ def average_precision(found: Arrays, truth: Arrays, classes: int) -> dict[str, A
     Raises:
         DataError: if the shapes of the arrays do not match, values are not finite, or there is no true box.
     """
-    return summarize(run_coco_evaluator(found, truth, classes))
+    return summarize(run_coco_evaluator(found, truth, classes, kind, sigmas))
 
 
-def bootstrap(found: Arrays, truth: Arrays, classes: int, *, repeats: int, seed: int = 0) -> list[dict[str, Any]]:
+def bootstrap(
+    found: Arrays, truth: Arrays, classes: int, *, repeats: int, seed: int = 0, **evaluation: Any
+) -> list[dict[str, Any]]:
     """Return the scores of `repeats` bootstrap samples of the images. Boxes are matched only once."""
-    evaluator, rng = run_coco_evaluator(found, truth, classes), np.random.default_rng(seed)
+    evaluator, rng = run_coco_evaluator(found, truth, classes, **evaluation), np.random.default_rng(seed)
     samples: list[dict[str, Any]] = []
     count, flat = len(truth["labels"]), np.empty(len(evaluator.evalImgs), dtype=object)
     flat[:] = evaluator.evalImgs  # one entry per class and image
@@ -55,15 +65,17 @@ def bootstrap(found: Arrays, truth: Arrays, classes: int, *, repeats: int, seed:
     return samples
 
 
-def run_coco_evaluator(found: Arrays, truth: Arrays, classes: int) -> Any:
+def run_coco_evaluator(found: Arrays, truth: Arrays, classes: int, kind: str = "bbox", sigmas: Sequence[float] = ()) -> Any:
     """Return COCO's evaluator after matching the boxes of every image."""
     check_arrays(found, truth, classes)
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        evaluator = COCOeval(build_coco(truth, classes), build_coco(found, classes), "bbox")
+        evaluator = COCOeval(build_coco(truth, classes), build_coco(found, classes), kind)
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [list(span) for span in ALL_AREAS], ["all"]
         evaluator.params.maxDets = [MAX_DETECTIONS_PER_CLASS]
+        if kind == "keypoints":
+            evaluator.params.kpt_oks_sigmas = np.array(sigmas)
         evaluator.evaluate()
     return evaluator
 
@@ -100,15 +112,24 @@ def build_coco(arrays: Arrays, classes: int) -> Any:
         "image_id": images,
         "category_id": arrays["labels"][images, places].astype(np.int64),
         "bbox": np.concatenate([boxes[:, :2], sides], 1),
-        "area": sides.prod(1),
+        "area": np.asarray(arrays["area"], dtype=np.float64)[images, places] if "area" in arrays else sides.prod(1),
     }
+    if "keypoints" in arrays:
+        points = np.asarray(arrays["keypoints"], dtype=np.float64)[images, places]
+        rows["keypoints"] = points.reshape(len(points), -1)
+        rows["num_keypoints"] = (points[..., 2] > 0).sum(1)
+    sizes: list[dict[str, int]] = [{} for _ in arrays["labels"]]
+    if "runs" in arrays:
+        sizes = [{"height": int(height), "width": int(width)} for height, width in arrays["size"]]
+        masks = [unpack_masks(arrays, i) for i in range(len(sizes))]
+        segmentation = [masks[image][place] for image, place in zip(images.tolist(), places.tolist())]
     if "scores" in arrays:
         rows["score"] = np.asarray(arrays["scores"], dtype=np.float64)[images, places]
     crowd = arrays["crowd"][images, places] if "crowd" in arrays else np.zeros(len(images))
     rows["iscrowd"] = crowd.astype(np.int64)
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": i} for i in range(len(arrays["labels"]))],
+        "images": [{"id": i, **size} for i, size in enumerate(sizes)],
         "categories": [{"id": i} for i in range(classes)],
         # Ids start at 1, because the evaluator uses 0 for unmatched boxes.
         "annotations": [
@@ -116,6 +137,9 @@ def build_coco(arrays: Arrays, classes: int) -> Any:
             for values in zip(range(1, len(images) + 1), *(column.tolist() for column in rows.values()))
         ],
     }
+    if "runs" in arrays:
+        for annotation, runs in zip(coco.dataset["annotations"], segmentation):
+            annotation["segmentation"] = runs
     coco.createIndex()
     return coco
 

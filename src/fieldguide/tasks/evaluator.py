@@ -11,6 +11,9 @@ from fieldguide.data.dataset import Data
 
 Arrays = dict[str, np.ndarray]  # name -> array whose first axis is the example
 
+MAX_RESAMPLES, MIN_RESAMPLES = 300, 60  # of the test rows, for intervals
+MAX_RESAMPLED_VALUES = 15_000_000  # outputs that are scored in all resamples; the minimum may exceed it
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -25,6 +28,9 @@ class Baseline:
 class Evaluator:
     """Scores outputs against targets. Both are arrays, so that an evaluator needs neither a model nor files."""
 
+    scores_untrained: ClassVar[bool] = (
+        False  # a complete pretrained network is scored before it is trained, and may stay as it is
+    )
     max_validation_examples: ClassVar[int | None] = None  # maximum validation rows scored during training
     baseline_models: ClassVar[tuple[str, ...]] = ()  # architectures that are fitted in seconds, to compare networks with
     max_test_examples: ClassVar[int | None] = None  # maximum test rows that are predicted; set if prediction is slow
@@ -64,10 +70,15 @@ class Evaluator:
 
 
 def bootstrap_intervals(
-    evaluator: Evaluator, outputs: Arrays, targets: Arrays, *, repeats: int = 300, level: float = 0.95, seed: int = 0
+    evaluator: Evaluator, outputs: Arrays, targets: Arrays, *, repeats: int = MAX_RESAMPLES, level: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Return bootstrap intervals of every metric over examples (Efron 1979; percentile method)."""
+    """Return bootstrap intervals of every metric over examples (Efron 1979; percentile method).
+
+    There are fewer than `repeats` resamples if outputs are many, for example the probabilities of a hundred classes.
+    """
     rng, count = np.random.default_rng(seed), len(next(iter(targets.values())))
+    values = sum(array.size for array in outputs.values())
+    repeats = min(repeats, max(MIN_RESAMPLES, MAX_RESAMPLED_VALUES // max(values, 1)))
     drawn: dict[str, list[float]] = {}
     for _ in range(repeats):
         rows = rng.integers(0, count, count)

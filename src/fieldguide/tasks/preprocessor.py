@@ -41,6 +41,10 @@ class CheckpointAssets:
     pictures: ImageTransform | None
     pooled: Pooling  # how a text becomes a vector
     columns: tuple[str, ...] = ()  # names of the text columns, if the user sets them
+    audio: Mapping[str, Any] | None = None  # task options for recordings
+    horizon: int = 0  # steps that the model forecasts, if it forecasts series that it was not trained on
+    begin: int | None = None  # ids of the tokens around generated texts, if the model's configuration names them
+    end: int | None = None
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -19,6 +19,7 @@ from fieldguide.core.signature import (
     Loop,
     OptionSpec,
     RecordField,
+    RecordUnit,
     SeriesFormat,
     Signature,
     Step,
@@ -35,7 +36,7 @@ class SignatureBuilder(TaskSpec):
     """Describes how a fitted task calls its model. Override the methods whose general answer does not fit."""
 
     row_form: ClassVar[Literal["table", "value"]] = "table"
-    record_for: ClassVar[Literal["row", "step", "user", "sample"]] = "row"
+    record_for: ClassVar[RecordUnit] = "row"
     max_request_rows: ClassVar[int] = 10_000
     method: ClassVar[str] = "forward"  # of the network
     columns: list[Column]

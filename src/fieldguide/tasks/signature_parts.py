@@ -123,3 +123,11 @@ def describe_classes(labels: Sequence[str], name: str = "label", about: str = "t
     known = list_values(labels)
     every = RecordField("probabilities", "map", "probability of each class", items=probability(), **known)
     return [RecordField(name, "string", about, **known), probability(about=f"of the {name}"), every]
+
+
+def list_generation_steps() -> list[Step]:
+    """Return the steps from logits to a generated text."""
+    return [
+        Step("choose_token", "sampling, or beam search (options), until an end token", False),
+        Step("decode", "token ids to text, up to the first stop string", False),
+    ]

@@ -40,6 +40,10 @@ class Metric:
             return "–"
         return f"{100 * value:.1f} %" if self.percent else format_plain(value)
 
+    def interval_text(self, low: float, high: float) -> str:
+        """Return an interval as text; a dash if it is undefined."""
+        return self.text(low) if low != low else f"{self.text(low)} to {self.text(high)}"
+
 
 class TaskSpec:
     """What a task is, known before any data is read. Everything here belongs to the class, not to a fitted task."""
@@ -54,6 +58,7 @@ class TaskSpec:
     monitor: ClassVar[str] = ""  # the metric that selects the best checkpoint, if it is not the first one
     metric: str = ""  # name of the metric that the user chose, or that suits the data; empty for the task's own choice
     recipe: ClassVar[Mapping[str, Any]] = {}  # training settings that override the general defaults
+    finetune_rate: ClassVar[float] = 1.0  # factor of the learning rates of fine-tuning
     needs_reference: ClassVar[bool] = False  # the objective takes a frozen copy of the initial model as `reference`
     column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # how the columns of a table are assigned to roles
 

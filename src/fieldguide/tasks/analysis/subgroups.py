@@ -75,7 +75,7 @@ def build_subgroups(
             name,
             count,
             main.text(scores.get(main.name)),
-            " to ".join(main.text(v) for v in intervals[main.name]) if main.name in intervals else "–",
+            main.interval_text(*intervals[main.name]) if main.name in intervals else "–",
             *(metric.text(scores.get(metric.name)) for metric in metrics[1:]),
         )
         for name, count, scores, intervals in results

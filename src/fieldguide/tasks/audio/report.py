@@ -145,16 +145,18 @@ def spectrograms(
     if not rows:
         return []
     waves, lengths = stack_waves(audio.load([test.rows[task.column][i] for i in rows], task.mel.rate))
-    features, frames = task.mel.apply(waves, lengths)
-    logits, answers = task.compute_logits(objective.model, features.to(where), frames.to(where))
+    task.adopt(objective)
+    features, steps = task.reader.apply(waves, lengths)
+    logits, answers = task.compute_logits(objective.model, features.to(where), steps.to(where))
     symbols, count = task.transcripts.batch([outputs["said"][i][outputs["said"][i] > 0].astype(np.int64) for i in rows])
     found = align(
         compute_log_probabilities(logits), answers, torch.from_numpy(symbols).to(where), torch.from_numpy(count).to(where)
     )
-    spans, pictures = found.spans.cpu().numpy() * task.stride, []
+    spans = found.spans.cpu().numpy() * task.stride * task.reader.step // task.mel.step  # frames of the spectrogram
+    pictures, frames = [], task.mel.frames(lengths)
     loud = task.mel.spectrogram(waves)
     for k, i in enumerate(rows):
-        letters = [(task.transcripts.symbols[s - 1], *spans[k, j]) for j, s in enumerate(symbols[k, : count[k]])]
+        letters = [(task.transcripts.spell(int(s)), *spans[k, j]) for j, s in enumerate(symbols[k, : count[k]])]
         heard = outputs["text"][i]
         caption = f"“{said[i]}”" if heard == said[i] else f"“{said[i]}”, predicted “{heard or '(nothing)'}”"
         pictures.append(Picture(draw_spectrogram(loud[k, : frames[k]].numpy(), letters), caption, bad=heard != said[i]))
@@ -171,7 +173,7 @@ def draw_spectrogram(loud: np.ndarray, letters: list[tuple[str, int, int]]) -> b
     first = np.minimum(share.astype(int), len(COLORMAP) - 2)
     colour = COLORMAP[first] + (share - first)[..., None] * (COLORMAP[first + 1] - COLORMAP[first])
     height = BAND * min(bands, 48)
-    picture = Image.new("RGB", (WIDTH, height + TEXT), "white")
+    picture = Image.new("RGB", (WIDTH, height + (TEXT if letters else 0)), "white")
     picture.paste(Image.fromarray(colour.astype(np.uint8)).resize((WIDTH, height), Image.Resampling.BILINEAR))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(21)
     for letter, start, end in letters:

@@ -26,7 +26,8 @@ from fieldguide.data.preprocessing import Labels
 from fieldguide.data.validation import checks
 from fieldguide.data.validation.duplicates import number_rows
 from fieldguide.data.validation.findings import places as first_places
-from fieldguide.objectives import Contrastive, Objective
+from fieldguide.objectives import Objective
+from fieldguide.objectives.contrastive import IMAGE_TEXT_OBJECTIVES, build_contrastive, compute_probabilities
 from fieldguide.tasks.base import Arrays, Baseline, Metric
 from fieldguide.tasks.multimodal.base import ImageAndTextTask
 from fieldguide.tasks.multimodal.signature import ImageTextSignature
@@ -74,6 +75,15 @@ def normalize_captions(captions: pl.Series) -> pl.Series:
     return captions.fill_null("").str.normalize("NFC").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars(" .")
 
 
+CAPTION_COLUMNS = ColumnSpec(
+    "last",
+    names=(*CAPTION_NAMES, "text", "sentence", "description", "title"),
+    kinds={"target": "text"},
+    columns={"image": "image", "image_path": "image"},
+    checks=(*checks.CHECKS, check_pairs),
+)
+
+
 class ImageText(ImageTextSignature, ImageAndTextTask):
     """Contrastive image-text learning.
 
@@ -84,14 +94,8 @@ class ImageText(ImageTextSignature, ImageAndTextTask):
     name = "image-text"
     reads = "a table with an image column and a caption column (--target); several captions of an image are several rows"
     input_types = ("captioned",)
-    output_types = ("embeddings",)
-    column_spec = ColumnSpec(
-        "last",
-        names=(*CAPTION_NAMES, "text", "sentence", "description", "title"),
-        kinds={"target": "text"},
-        columns={"image": "image", "image_path": "image"},
-        checks=(*checks.CHECKS, check_pairs),
-    )
+    output_types = tuple(IMAGE_TEXT_OBJECTIVES)
+    column_spec = CAPTION_COLUMNS
     metrics = (
         Metric("mean_recall", "max", "mean of the six recalls", percent=True),
         *(
@@ -178,7 +182,7 @@ class ImageText(ImageTextSignature, ImageAndTextTask):
         return data
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Contrastive(model, card.inputs)
+        return build_contrastive(model, card)
 
     @property
     def end(self) -> int:
@@ -255,7 +259,7 @@ class ImageText(ImageTextSignature, ImageAndTextTask):
                 said.append(self.encode_names(model, batch["image"].device))
             image = model.encode_image(batch["image"])
             near = image @ said[0].T
-            out = {"image": image, "similarity": near, "probabilities": (near * model.logit_scale.exp()).softmax(1)}
+            out = {"image": image, "similarity": near, "probabilities": compute_probabilities(model, near)}
             return out | ({"text": model.encode_text(batch["tokens"], batch["mask"])} if "tokens" in batch else {})
 
         return answer

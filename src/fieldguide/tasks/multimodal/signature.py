@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from fieldguide.core.card import Card
-from fieldguide.core.signature import InputField, Limits, RecordField, Step, TensorSpec
+from fieldguide.core.signature import InputField, Limits, Loop, RecordField, Signature, Step, TensorSpec
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.tasks.signature_builder import SignatureBuilder
@@ -17,7 +17,9 @@ from fieldguide.tasks.signature_parts import (
     describe_image_format,
     describe_tokenization,
     limit_axis,
+    list_generation_steps,
     list_image_steps,
+    request_tensor,
     set_image,
     set_vocabulary,
 )
@@ -55,8 +57,53 @@ class VisualQuestionSignature(ImageAndTextSignature):
         return describe_classes(self.labels, "answer", "the most probable answer")
 
 
+class CaptioningSignature(ImageAndTextSignature):
+    """The signature of captioning: an image becomes a text."""
+
+    max_request_rows: ClassVar[int] = 256
+
+    @property
+    def begin(self) -> int:
+        """Return the token that starts a caption."""
+        raise NotImplementedError
+
+    @property
+    def end(self) -> int:
+        """Return the token that ends a caption."""
+        raise NotImplementedError
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        return list_image_steps(self.pictures)
+
+    def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
+        return [request_tensor("row", "int64", about="number of the row, which seeds its sampling", low=0)]
+
+    def describe_loop(self, loop: Loop | None) -> Loop | None:
+        return loop and replace(
+            loop,
+            start_tokens=(self.begin,),
+            eos_tokens=(self.end,),
+            pad_token=self.text.pad,
+            max_length=self.options.length or loop.max_length,
+        )
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        return list_generation_steps()
+
+    def describe_record(self) -> Sequence[RecordField]:
+        return [RecordField("text", "string", "the caption")]
+
+
 class ImageTextSignature(ImageAndTextSignature):
     """The signature of image-text matching: each image is compared with texts, which the options or the training data name."""
+
+    def build_signature(self, card: Card, config: Any, network: Any) -> Signature:
+        """Return the signature; networks trained with a sigmoid loss decide about each text by itself."""
+        known = super().build_signature(card, config, network)
+        if "sigmoid-embeddings" not in card.output_types:
+            return known
+        last = Step("sigmoid", "of the products times the learned scale, plus the learned bias", True)
+        return replace(known, postprocessing=(*known.postprocessing[:-1], last))
 
     def describe_postprocessing(self, members: int) -> Sequence[Step]:
         return [

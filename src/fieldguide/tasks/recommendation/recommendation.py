@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,18 +22,26 @@ from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, LINE, Column, Data, Finding
 from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing.table import TablePreparer
+from fieldguide.data.timestamps import DATE_DTYPE
 from fieldguide.objectives import Objective
-from fieldguide.objectives.next_item import DEFAULT_TOP_K, NextItem, rank_items
+from fieldguide.objectives.next_item import DEFAULT_TOP_K, rank_items
+from fieldguide.objectives.recommenders import RECOMMENDERS
 from fieldguide.tasks.base import Arrays, Baseline, Metric, Task
+from fieldguide.tasks.recommendation.features import Features, find_features, is_feature, read_features
 from fieldguide.tasks.recommendation.signature import RecommendationSignature
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.text.base import path_like
 
 ITEMS_COLUMN = "#items"  # items of a user, ordered by time
+FEATURE_PREFIX = "#feature:"  # of the other columns of the events of a user
+TIMES_COLUMN = "#times"  # when each was met, in seconds; only if there is a time column
+FEATURE_FILES = {"users": "user_features.parquet", "goods": "item_features.parquet"}  # attribute -> its file in a run folder
 METRIC_CUTOFFS = (5, 10, 20)
 MAX_HISTORY_ITEMS = 100  # maximum items of a history, if the user sets no length
 MAX_FULLY_SCORED_ITEMS = 50_000  # above this many items, training samples negatives (`DRAWN`) instead of scoring all items
 SAMPLED_NEGATIVES = 4096
+UNKNOWN_USER_PROBABILITY = 0.5  # of a user of a training batch being read as an unknown one, with features
 USER_CHUNK = 512  # users whose baselines are scored together
 
 
@@ -41,7 +50,7 @@ class Recommendation(RecommendationSignature, Task):
     has_own_rows = False
     reads = "a table of events: a user column, an item column and a time column"
     input_types = ("items",)
-    output_types = ("items",)
+    output_types = tuple(RECOMMENDERS)
     column_spec = ColumnSpec(
         "none", roles=("user", "item", "rating", "time"), kinds={"user": "identifier", "item": "identifier", "rating": "number"}
     )
@@ -56,6 +65,8 @@ class Recommendation(RecommendationSignature, Task):
         ),
     )
     recipe: ClassVar = {"patience": 10}
+    baseline_models = ("item-neighbors",)
+    max_validation_examples = 5000  # each is ranked among all items
     min_batch_size = 32
 
     @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class Recommendation(RecommendationSignature, Task):
         least: float | None = None  # ratings below this are left out
         repeats: bool | None = None  # whether items of the history may be recommended again
         negatives: int | None = None  # negative items sampled per step; 0 = all items are scored
+        user_table: str | None = None  # file with features of users, one row each, for networks that read them
+        item_table: str | None = None  # file with features of items, one row each, for networks that read them
 
     @dataclass(frozen=True)
     class PredictOptions:
@@ -72,6 +85,8 @@ class Recommendation(RecommendationSignature, Task):
     items: list[str]  # names of items 1, 2, ...
     counts: np.ndarray  # frequency of each item in training, with 0 first
     known: pl.DataFrame  # users and their items in time order
+    users: Features | None = None  # features of users and items; None in runs of earlier versions
+    goods: Features | None = None
 
     # From events to user histories
 
@@ -96,7 +111,9 @@ class Recommendation(RecommendationSignature, Task):
         parts, splits = [], []
         for name, drop, least in (("train", 2, 3), ("val", 1, 3), ("test", 0, 3)):
             some = histories.filter(sizes >= least).with_columns(
-                pl.col(ITEMS_COLUMN).list.head(pl.col(ITEMS_COLUMN).list.len() - drop)
+                pl.col(name).list.head(pl.col(ITEMS_COLUMN).list.len() - drop)
+                for name in histories.columns
+                if name in (ITEMS_COLUMN, TIMES_COLUMN) or name.startswith(FEATURE_PREFIX)
             )
             if name == "train":
                 some = pl.concat([some, histories.filter(sizes < least)])
@@ -138,11 +155,10 @@ class Recommendation(RecommendationSignature, Task):
                     "Name another with --set role.time=COLUMN."
                 )
             rows = rows.sort(time.name, maintain_order=True, nulls_last=False)
-        grouped = (
-            rows.group_by(user, maintain_order=True)
-            .agg(pl.col(item).alias(ITEMS_COLUMN), pl.col(FILE).first(), pl.col(LINE).first())
-            .sort(user)
-        )
+            rows = rows.with_columns(to_seconds(time).backward_fill().over(user).alias(TIMES_COLUMN))
+        lists = [pl.col(item).alias(ITEMS_COLUMN), *(pl.col(name) for name in rows.columns if name == TIMES_COLUMN)]
+        lists += [pl.col(c.name).alias(FEATURE_PREFIX + c.name) for c in data.columns.values() if is_feature(c)]
+        grouped = rows.group_by(user, maintain_order=True).agg(*lists, pl.col(FILE).first(), pl.col(LINE).first()).sort(user)
         few = grouped.filter(pl.col(ITEMS_COLUMN).list.len() < 3)
         files = data.manifest.files
         place = tuple(f"{files[f].path}:{line}" for f, line in few.select(FILE, LINE).head(5).rows())
@@ -150,7 +166,8 @@ class Recommendation(RecommendationSignature, Task):
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
-        task = cls(list(data.columns.values()), options)
+        # Requests need no features: those of users and items are stored with the task.
+        task = cls([c for c in data.columns.values() if c.role != "feature"], options)
         events = data.rows[ITEMS_COLUMN].explode().drop_nulls()
         counted = events.value_counts(sort=True).sort(["count", events.name], descending=[True, False])
         task.items = counted[events.name].to_list()
@@ -165,7 +182,8 @@ class Recommendation(RecommendationSignature, Task):
             negatives=0 if len(task.items) <= MAX_FULLY_SCORED_ITEMS else SAMPLED_NEGATIVES,
         )
         user = data.require_role("user").name
-        task.known = data.rows.select(user, ITEMS_COLUMN)
+        task.known = data.rows.select(user, *(name for name in (ITEMS_COLUMN, TIMES_COLUMN) if name in data.rows.columns))
+        task.fit_features(data)
         if not data.columns_with_role("time"):
             task.notes.append("there is no time column: items are ordered by row (name one with --set role.time=COLUMN)")
         if again > 0.05:
@@ -180,6 +198,28 @@ class Recommendation(RecommendationSignature, Task):
             )
         return task
 
+    def fit_features(self, data: Data) -> None:
+        """Find the features of users and items in the events and in the tables of the options."""
+        user = data.require_role("user").name
+        columns = [c for c in data.columns.values() if is_feature(c) and FEATURE_PREFIX + c.name in data.rows.columns]
+        lists = [ITEMS_COLUMN, *(FEATURE_PREFIX + c.name for c in columns)]
+        events = data.rows.select(user, *lists).explode(lists).rename({FEATURE_PREFIX + c.name: c.name for c in columns})
+        events = events.drop_nulls(ITEMS_COLUMN)
+        of_items = find_features(events, ITEMS_COLUMN, columns)
+        of_users = find_features(events, user, [c for c in columns if c not in of_items[1]])
+        known = data.rows[user].unique(maintain_order=True).to_list()
+        named = self.options.user_table, self.options.item_table
+        self.users = Features.fit(known, [*([read_features(named[0], "user")] if named[0] else []), of_users])
+        self.goods = Features.fit(self.items, [*([read_features(named[1], "item")] if named[1] else []), of_items])
+
+    def describe_profiles(self, users: list[str], card: Card | None) -> dict[str, np.ndarray]:
+        """Return the codes and numbers of users for a network that reads them; the first code is the user."""
+        if card is None or self.users is None or "profile" not in card.optional_inputs:
+            return {}
+        codes, numbers = self.users.apply(users)
+        own = np.array([self.users.place.get(user, -1) + 1 for user in users], dtype=np.int64)
+        return {"profile": np.concatenate([own[:, None], codes], 1), "profile_numbers": numbers}
+
     def codes(self, histories: pl.Series) -> list[np.ndarray]:
         """Return each history as item numbers; 0 for an item that is not in the training data."""
         flat = histories.explode()
@@ -188,8 +228,29 @@ class Recommendation(RecommendationSignature, Task):
         sizes = histories.list.len().to_numpy()
         return np.split(numbers[: sizes.sum()] if sizes.all() else numbers, sizes.cumsum()[:-1]) if len(sizes) else []
 
+    def times(self, data: Data, card: Card | None) -> list[np.ndarray] | None:
+        """Return when each item of each history was met, in seconds, for a network that reads it; None if it is not known.
+
+        What is not known happens at the latest moment of the training data.
+        """
+        if card is None or "times" not in card.optional_inputs or TIMES_COLUMN not in data.rows.columns:
+            return None
+        lists = data.rows[TIMES_COLUMN]
+        known = lists.explode().fill_null(self.find_latest_time(data)).to_numpy()
+        return np.split(known, lists.list.len().to_numpy().cumsum()[:-1])
+
+    def find_latest_time(self, data: Data) -> int:
+        """Return the latest moment of the training data and of `data`, in seconds."""
+        lists = [rows[TIMES_COLUMN].explode().drop_nulls() for rows in (self.known, data.rows) if TIMES_COLUMN in rows.columns]
+        return max([0, *(int(seconds.to_numpy().max()) for seconds in lists if len(seconds))])
+
     def model_dims(self) -> dict[str, Any]:
-        return {"items": len(self.items) + 1, "length": self.options.length}
+        dims: dict[str, Any] = {"items": len(self.items) + 1, "length": self.options.length}
+        if self.users is not None and self.goods is not None:
+            users, goods = self.users.preparer, self.goods.preparer
+            dims |= {"user_categories": (self.users.table.height + 1, *users.cardinalities), "user_numbers": len(users.numbers)}
+            dims |= {"item_categories": tuple(goods.cardinalities), "item_numbers": len(goods.numbers)}
+        return dims
 
     def data_facts(self) -> dict[str, Any]:
         return {
@@ -200,29 +261,51 @@ class Recommendation(RecommendationSignature, Task):
         }
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return NextItem(
-            model, card.inputs, self.counts.tolist(), self.options.negatives, settings.label_smoothing, self.options.repeats
+        if self.goods is not None and hasattr(model, "set_item_features"):
+            codes, numbers = self.goods.apply(["", *self.items])
+            model.set_item_features(codes, numbers)
+        return RECOMMENDERS[card.output_types[0]](
+            model,
+            (*card.inputs, *card.optional_inputs),
+            self.counts.tolist(),
+            self.options.negatives,
+            settings.label_smoothing,
+            self.options.repeats,
         )
 
     # Batches
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        histories = self.codes(data.rows[ITEMS_COLUMN])
+        histories, times = self.codes(data.rows[ITEMS_COLUMN]), self.times(data, card)
+        profiles = self.describe_profiles(self.list_users(data), card)
         if settings and data.splits is not None and (data.splits == "train").all():
-            return self.windows(histories)
-        return self.next_item_batches(histories)
+            if card.reads_whole_rows:
+                return self.next_item_batches(histories, False)
+            return self.windows(histories, times, profiles)
+        return self.next_item_batches(histories, times=times, profiles=profiles)
+
+    def list_users(self, data: Data) -> list[str]:
+        """Return the user of each row."""
+        return data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
 
     def loss_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
-        return self.windows(self.codes(data.rows[ITEMS_COLUMN]))
+        profiles = self.describe_profiles(self.list_users(data), card)
+        return self.windows(self.codes(data.rows[ITEMS_COLUMN]), self.times(data, card), profiles)
 
-    def windows(self, histories: list[np.ndarray]) -> Batches:
-        """Return windows of `length` items, each predicted from the items before.
+    def windows(
+        self,
+        histories: list[np.ndarray],
+        times: list[np.ndarray] | None = None,
+        profiles: Mapping[str, np.ndarray] | None = None,
+    ) -> Batches:
+        """Return windows of `length` items, each predicted from the items before, with what is known of their users.
 
         During training the windows of a long history begin at random offsets.
         """
         length = self.options.length
-        known = [h[h > 0] for h in histories]
-        known = [h for h in known if len(h) >= 2]
+        long = [i for i, h in enumerate(histories) if (h > 0).sum() >= 2]
+        known = [histories[i][histories[i] > 0] for i in long]
+        when = None if times is None else [times[i][histories[i] > 0] for i in long]
         owner = np.repeat(np.arange(len(known)), [-(-(len(h) - 1) // length) for h in known])
         number = np.concatenate([np.arange(-(-(len(h) - 1) // length)) for h in known])
 
@@ -231,18 +314,37 @@ class Recommendation(RecommendationSignature, Task):
             if generator is not None:
                 shift = torch.randint(length, (len(index),), generator=generator).numpy()
             items, target = np.zeros((2, len(index), length), dtype=np.int64)
+            moments = np.zeros((len(index), length, 2), dtype=np.int64)
             for row, (i, moved) in enumerate(zip(index, shift)):
                 h = known[owner[i]]
                 end = len(h) - number[i] * length - (moved if len(h) - 1 > length else 0)
                 end = max(end, min(len(h), length + 1))
-                part = h[max(0, end - length - 1) : end]
-                items[row, length - len(part) + 1 :], target[row, length - len(part) + 1 :] = part[:-1], part[1:]
-            return {"items": torch.from_numpy(items), "mask": torch.from_numpy(items > 0), "target": torch.from_numpy(target)}
+                part = slice(max(0, end - length - 1), end)
+                first = length - len(h[part]) + 1
+                items[row, first:], target[row, first:] = h[part][:-1], h[part][1:]
+                if when is not None:
+                    moments[row, first:] = pair_moments(when[owner[i]][part])
+            batch = {"items": torch.from_numpy(items), "mask": torch.from_numpy(items > 0), "target": torch.from_numpy(target)}
+            whose = np.array(long, dtype=np.int64)[owner[index]]
+            batch |= {name: torch.from_numpy(values[whose]) for name, values in (profiles or {}).items()}
+            if generator is not None and "profile" in batch:  # some are read as unknown, so that new users can be served
+                batch["profile"][torch.rand(len(index), generator=generator) < UNKNOWN_USER_PROBABILITY, 0] = 0
+            return batch if when is None else batch | {"times": torch.from_numpy(moments)}
 
         return Batches(len(owner), make)
 
-    def next_item_batches(self, histories: list[np.ndarray], hold_out_last: bool = True) -> Batches:
-        """Return each history without its last item, which is the target; with `hold_out_last=False`, the whole history."""
+    def next_item_batches(
+        self,
+        histories: list[np.ndarray],
+        hold_out_last: bool = True,
+        times: list[np.ndarray] | None = None,
+        request: int = 0,
+        profiles: Mapping[str, np.ndarray] | None = None,
+    ) -> Batches:
+        """Return each history without its last item, which is the target; with `hold_out_last=False`, the whole history.
+
+        `times` are those of its items, in seconds. The next item is requested at the time of the held-out one, or at `request`.
+        """
         length = self.options.length
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -257,6 +359,14 @@ class Recommendation(RecommendationSignature, Task):
                 "mask": torch.from_numpy(mask),
                 "seen": torch.from_numpy(pad_left(known, max([1, *map(len, known)]))),
             }
+            batch |= {name: torch.from_numpy(values[index]) for name, values in (profiles or {}).items()}
+            if times is not None:
+                moments = np.zeros((len(index), length, 2), dtype=np.int64)
+                for row, i in enumerate(index):
+                    asked = times[i][-1] if hold_out_last else request
+                    met = times[i][: len(before[row])][before[row] > 0][-length:]
+                    moments[row, length - len(met) :] = pair_moments(np.append(met, asked))
+                batch["times"] = torch.from_numpy(moments)
             if hold_out_last:
                 batch["next_item"] = torch.tensor([int(histories[i][-1]) for i in index])
             return batch
@@ -290,50 +400,18 @@ class Recommendation(RecommendationSignature, Task):
         return {m.name: float((1 / rank).mean()) if m.name == "mrr" else scores[m.name] for m in self.metrics}
 
     def prepare_test(self, train: Data, held: Data) -> None:
-        """Build the sparse user-item matrix of the training rows, for the baselines.
-
-        Also extends the known histories with those of the test users, so that none of their items is recommended.
-        """
-        from scipy.sparse import csr_matrix
-
-        histories = self.codes(train.rows[ITEMS_COLUMN])
-        rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
-        met = csr_matrix(
-            (np.ones(len(rows), np.float32), (rows, np.concatenate(histories))), shape=(len(histories), len(self.items) + 1)
-        )
-        met.data[:] = 1
-        self.met = met
+        """Extend the known histories with those of the test users, so that none of their items is recommended."""
         whole = held.rows.select(self.known.columns)
         self.known = pl.concat([whole, self.known.join(whole, on=self.known.columns[0], how="anti")])
 
     def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        from scipy.sparse import csr_matrix, diags
-
         histories = self.codes(test.rows[ITEMS_COLUMN])
         popular = torch.from_numpy(self.counts.astype(np.float32))
-        seldom = 1 / np.sqrt(np.maximum(np.asarray(self.met.sum(0)).ravel(), 1))
-        together = diags(seldom) @ (self.met.T @ self.met) @ diags(seldom)  # cosine similarity of the columns
-        together = together.tolil()
-        together.setdiag(0)
-        together = together.tocsr().astype(np.float32)
-
-        def neighbours(before: list[np.ndarray]) -> Tensor:
-            rows = np.repeat(np.arange(len(before)), [len(h) for h in before])
-            own = csr_matrix(
-                (np.ones(len(rows), np.float32), (rows, np.concatenate(before))), shape=(len(before), len(self.items) + 1)
-            )
-            return torch.from_numpy((own @ together).toarray())
-
         return [
             Baseline(
                 "popularity",
                 "the most frequent items, the same for all users",
                 self.score_histories(histories, lambda before: popular.expand(len(before), -1)),
-            ),
-            Baseline(
-                "item co-occurrence",
-                "items of the same users as the history's items (cosine similarity)",
-                self.score_histories(histories, neighbours),
             ),
         ]
 
@@ -354,7 +432,8 @@ class Recommendation(RecommendationSignature, Task):
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
         user, item = (next(c.name for c in self.columns if c.role == role) for role in ("user", "item"))
-        met = self.known.filter(pl.col(user) == source)[ITEMS_COLUMN].to_list()
+        history = self.known.filter(pl.col(user) == source)
+        met = history[ITEMS_COLUMN].to_list()
         items = met[0] if met else [part.strip() for part in source.split(",") if part.strip()]
         if unknown := [i for i in items if i not in set(self.items)]:
             raise DataError(
@@ -362,7 +441,11 @@ class Recommendation(RecommendationSignature, Task):
                 f"{', '.join(map(repr, unknown[:5]))}). Items are, for example, {', '.join(self.items[:5])}."
             )
         columns = {user: [source] * len(items), item: items}
-        others = {c.name: [None] * len(items) for c in self.columns if c.role not in ("user", "item")}
+        others: dict[str, Any] = {c.name: [None] * len(items) for c in self.columns if c.role not in ("user", "item")}
+        if met and TIMES_COLUMN in history.columns:
+            time = next(c for c in self.columns if c.role == "time")
+            seconds = history[TIMES_COLUMN].explode()
+            others[time.name] = pl.from_epoch(seconds, "s").cast(DATE_DTYPE) if time.kind == "date" else seconds
         return read(pl.DataFrame({**columns, **others}), schema=self.columns, labels_optional=True)
 
     def read(self, sources: Any, *, answered: bool = False) -> Data:
@@ -376,8 +459,9 @@ class Recommendation(RecommendationSignature, Task):
         histories = self.codes(data.rows[ITEMS_COLUMN])
         if new := sum(int((h == 0).sum()) for h in histories):
             self.notes.append(f"{new} events have items that are not in the training data; they are ignored")
-        self.request = data.rows[next(c.name for c in self.columns if c.role == "user")].to_list()
-        return self.next_item_batches(histories, hold_out_last=False)
+        self.request = self.list_users(data)
+        profiles = self.describe_profiles(self.request, card)
+        return self.next_item_batches(histories, False, self.times(data, card), self.find_latest_time(data), profiles)
 
     def predict_step(self, objective: Objective) -> Any:
         objective.top = max(DEFAULT_TOP_K, self.predict_options.count)
@@ -460,21 +544,44 @@ class Recommendation(RecommendationSignature, Task):
 
     # Saved with the run
 
-    STATE: ClassVar = {"items": list[str], "counts": list[float]}
+    STATE: ClassVar = {
+        "items": list[str],
+        "counts": list[float],
+        "users?": TablePreparer.STATE,
+        "goods?": TablePreparer.STATE,
+    }
 
     def state(self) -> dict[str, Any]:
-        return {"items": self.items, "counts": self.counts.tolist()}
+        kept = {name: each.preparer.to_json() for name in FEATURE_FILES if (each := getattr(self, name)) is not None}
+        return {"items": self.items, "counts": self.counts.tolist(), **kept}
 
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
         task = cls(columns, options)
         task.items, task.counts = state["items"], np.array(state["counts"])
         task.known = pl.read_parquet(folder / "histories.parquet")
+        for name, file in FEATURE_FILES.items():
+            if name in state:
+                setattr(task, name, Features(pl.read_parquet(folder / file), TablePreparer.from_json(state[name])))
         return task
 
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.known.write_parquet(folder / "histories.parquet")
+        for name, file in FEATURE_FILES.items():
+            if (each := getattr(self, name)) is not None:
+                each.table.write_parquet(folder / file)
+
+
+def to_seconds(time: Column) -> pl.Expr:
+    """Return the seconds of a column of numbers or dates."""
+    values = pl.col(time.name)
+    return values.dt.epoch("s") if time.kind == "date" else values.cast(pl.Float64).round().cast(pl.Int64, strict=False)
+
+
+def pair_moments(times: np.ndarray) -> np.ndarray:  # T + 1 -> T 2
+    """Return the moment of each item but the last, and that of the item after it."""
+    return np.stack([times[:-1], times[1:]], 1)
 
 
 def pad_left(rows: list[np.ndarray], width: int) -> np.ndarray:

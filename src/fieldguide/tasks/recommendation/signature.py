@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from fieldguide.core.card import Card
-from fieldguide.core.signature import Axis, InputField, RecordField, Step, TensorSpec, list_values
+from fieldguide.core.signature import Axis, InputField, RecordField, RecordUnit, Step, TensorSpec, list_values
 from fieldguide.tasks.signature_builder import SignatureBuilder
 from fieldguide.tasks.signature_parts import describe_column, fix_axes, request_tensor
 
@@ -17,7 +17,7 @@ OPTIONAL_ROLES = ("rating", "time")
 class RecommendationSignature(SignatureBuilder):
     """The signature of recommendation. A request holds events, one per row, which are joined to one history per user."""
 
-    record_for: ClassVar[Literal["row", "step", "user", "sample"]] = "user"
+    record_for: ClassVar[RecordUnit] = "user"
     options: Any
     items: list[str]
 
@@ -32,7 +32,7 @@ class RecommendationSignature(SignatureBuilder):
         return found
 
     def describe_preprocessing(self, card: Card) -> Sequence[Step]:
-        length = self.options.length
+        length, hides = self.options.length, "masked-items" in card.output_types
         return [
             Step("group", "events of each user in order of time", False),
             Step(
@@ -43,6 +43,11 @@ class RecommendationSignature(SignatureBuilder):
                 "items",
             ),
             Step("truncate", f"the latest {length} items, padded on the left", False, {"length": length}),
+            *(
+                [Step("hide_next", "a hidden place after the last item; of full histories without the first", True)]
+                if hides
+                else []
+            ),
         ]
 
     def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:

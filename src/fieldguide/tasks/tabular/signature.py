@@ -45,7 +45,11 @@ class TabularSignature(SignatureBuilder):
             )
         if self.preparer.texts:
             steps.append(Step("embed_texts", "TF-IDF vectors of texts, projected to a few numbers", False, state=STATE))
-        if scaled:
+        if scaled and card.number_scale == "standard":
+            steps.append(
+                Step("standardize_numbers", "mean 0 and standard deviation 1 of the quantiles; missing is 0", True, state=STATE)
+            )
+        elif scaled:
             steps.append(
                 Step("scale_numbers", "map numbers to a standard normal by quantiles; missing is 0", True, state=STATE)
             )

@@ -41,7 +41,7 @@ class Tabular(TabularSignature, SupervisedTask):
     def describe_features(cls, data: Data) -> str | None:
         """Return a description of the usable features, or None if there are none or if there are images."""
         usable, texts = data.features(*TABLE_KINDS), len(data.features("text"))
-        if not usable or data.features("image"):
+        if not usable or data.features("image") or data.columns_with_role("series"):  # rows are steps of series
             return None
         found = f"{len(usable)} numeric or categorical column{'s' if len(usable) > 1 else ''}"
         return f"{found}, {texts} text column{'s' if texts > 1 else ''}" if texts else found
@@ -107,7 +107,7 @@ class Tabular(TabularSignature, SupervisedTask):
         if card.input_type == "vector":
             tensors = {"vector": torch.from_numpy(self.preparer.vector(data.rows))}
         else:
-            numbers, categories = self.preparer.apply(data.rows)
+            numbers, categories = self.preparer.apply(data.rows, card.number_scale)
             tensors = {"numbers": torch.from_numpy(numbers), "categories": torch.from_numpy(categories)}
         if not settings:
             self.note_unseen(data)

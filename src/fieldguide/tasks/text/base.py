@@ -46,10 +46,14 @@ class TextTask(TextSignature, Task):
     def read_one(self, source: Any, answered: bool) -> Data:
         if answered or not isinstance(source, str) or path_like(source):
             return super().read_one(source, answered)
-        data = super().read_one(self.make_row(source), answered)
-        data.manifest.files[0] = replace(data.manifest.files[0], path=source)  # the prediction is listed under the text itself
-        data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
-        return data
+        return name_by_text(super().read_one(self.make_row(source), answered), source)
+
+
+def name_by_text(data: Data, text: str) -> Data:
+    """Return the data of a text given as input, whose prediction is listed under the text itself."""
+    data.manifest.files[0] = replace(data.manifest.files[0], path=text)
+    data.rows = data.rows.with_columns(pl.lit(None, pl.Int64).alias(LINE))
+    return data
 
 
 def path_like(text: str) -> bool:

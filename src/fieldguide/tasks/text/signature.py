@@ -10,10 +10,12 @@ from fieldguide.core.card import Card
 from fieldguide.core.signature import Axis, Limits, Loop, RecordField, Step, TensorSpec, list_values
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.data.preprocessing.sequence_markers import SequenceMarkers
+from fieldguide.objectives.embedding import Pooling
 from fieldguide.tasks.signature_builder import SignatureBuilder
 from fieldguide.tasks.signature_parts import (
     describe_tokenization,
     limit_axis,
+    list_generation_steps,
     probability,
     request_tensor,
     set_vocabulary,
@@ -50,6 +52,28 @@ class TextSignature(SignatureBuilder):
 
     def describe_limits(self) -> Limits:
         return replace(super().describe_limits(), tokens=self.max_tokens)
+
+
+class EmbeddingSignature(TextSignature):
+    """The signature of a task that turns a text into a vector of length 1."""
+
+    method = "features"
+    pooled: Pooling
+
+    def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> Sequence[TensorSpec]:
+        """Return the vectors of the tokens, which the pooling joins."""
+        axes = lambda spec: (spec.axes[0], Axis("tokens", most=self.max_tokens), *spec.axes[1:])
+        return [replace(spec, axes=axes(spec), about="vectors of the tokens") for spec in outputs]
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        settings = {"modes": list(self.pooled.modes), "skip": self.pooled.skip}
+        steps = [Step("pool", "join the vectors of the real tokens", True, settings)]
+        if self.pooled.head is not None:
+            steps.append(Step("project", "the layers after the pooling", True))
+        return [*steps, Step("normalize", "divide by the length of the vector", True)]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        return [RecordField("vector", "array", "the embedding, of length 1", items=RecordField("", "number"))]
 
 
 class PairSignature(TextSignature):
@@ -181,14 +205,6 @@ class TextGenerationSignature(TextSignature):
 
     def describe_limits(self) -> Limits:
         return Limits(rows=self.max_request_rows)  # of longer prompts the end is read
-
-
-def list_generation_steps() -> list[Step]:
-    """Return the steps from logits to a generated text."""
-    return [
-        Step("choose_token", "sampling, or beam search (options), until an end token", False),
-        Step("decode", "token ids to text, up to the first stop string", False),
-    ]
 
 
 class EncoderDecoderSignature(TextSignature):

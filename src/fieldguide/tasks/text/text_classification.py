@@ -23,7 +23,7 @@ from fieldguide.tasks.base import CheckpointAssets
 from fieldguide.tasks.supervised import ClassificationTask, fill_options, is_discrete
 from fieldguide.tasks.text.base import TextTask, path_like
 from fieldguide.tasks.text.signature import PairSignature
-from fieldguide.tasks.text.windows import PairTemplate, pair_template
+from fieldguide.tasks.text.windows import PairTemplate, join_pairs, pair_template
 
 SAMPLED_TEXTS = 5000  # texts sampled to choose the maximum number of tokens
 MAX_COUNTED_TOKENS = 100_000  # maximum tokens of a sampled text that are counted
@@ -122,16 +122,7 @@ class TextClassification(PairSignature, TextTask, ClassificationTask):
             frame = pair_template(self.text) if seconds else PairTemplate((self.text.cls,), (), (self.text.sep,))
         first = self.text.encode_exact(self.texts(data))
         second = self.text.encode_exact(seconds) if seconds else [np.zeros(0, dtype=np.int64)] * len(first)
-        tokens, segments, cut = [], [], 0
-        for a, b in zip(first, second):
-            room = max(2, length - frame.size)
-            cut += len(a) + len(b) > room
-            half = max(room // 2, room - len(b))  # a short text leaves its unused tokens to the other text
-            a = a[:half]
-            b = b[: room - len(a)]
-            tokens.append(np.concatenate([frame.before, a, frame.between, b, frame.behind]).astype(np.int64))
-            before = len(frame.before) + len(a) + len(frame.between)
-            segments.append(np.where(np.arange(len(tokens[-1])) >= before, *frame.segments[::-1]))
+        tokens, segments, cut = join_pairs(first, second, frame, length)
         if not around:  # an empty row becomes the unknown token
             tokens = [t if len(t) else np.array([self.text.unknown]) for t in tokens]
         return tokens, segments if seconds else [], cut

@@ -130,30 +130,39 @@ class TextGeneration(TextGenerationSignature, TextTask):
         task = cls(list(data.columns.values()), options)
         task.chat = not data.features("text")
         texts = [text for row in task.turns(data) for _, text in row]
-        if options.tokenizer in ("bytes", "characters"):
-            task.text = TextTokenizer.fit_exact(
-                texts,
-                size=options.vocab_size,
-                characters=options.tokenizer == "characters",
-                special=CHAT_SPECIAL_TOKENS if task.chat else (END_OF_TEXT,),
-            )
-        else:
-            task.text = TextTokenizer.load(options.tokenizer)
+        task.fit_tokenizer(texts)
         if task.template:
             turns = task.turns(data)
             task.notes.append(task.template.describe(turns, data.locate_row))
             task.first = next((turns_before for row in turns if (turns_before := take_until_answer(row))), [("user", "")])
-        elif task.chat and (lacking := [s for s in CHAT_SPECIAL_TOKENS if task.text.tokenizer.token_to_id(s) is None]):
-            raise DataError(
-                f"{options.tokenizer}: conversations need a chat template in the tokenizer's folder "
-                f"({CHAT_TEMPLATE_FILE}, or chat_template in tokenizer_config.json) or the tokens "
-                f"{', '.join(CHAT_SPECIAL_TOKENS)}. Missing tokens: {', '.join(lacking)}."
-            )
         tokens = len(task.concatenate_texts(data)[0]) if task.template else sum(map(len, task.text.encode_exact(texts)))
         longest = options.length or min(MAX_TOKENS_BY_DEVICE[device().type], max(8, tokens // 32))
         task.options = fill_options(options, length=longest, vocab_size=task.text.size)
         task.tokens = tokens
         return task
+
+    def fit_tokenizer(self, texts: Sequence[str]) -> None:
+        """Fit a tokenizer on texts, or load the one that the options name.
+
+        Raises `DataError` if rows are conversations and a loaded tokenizer cannot write them.
+        """
+        options = self.options
+        if options.tokenizer in ("bytes", "characters"):
+            self.text = TextTokenizer.fit_exact(
+                texts,
+                size=options.vocab_size,
+                characters=options.tokenizer == "characters",
+                special=CHAT_SPECIAL_TOKENS if self.chat else (END_OF_TEXT,),
+            )
+            return
+        self.text = TextTokenizer.load(options.tokenizer)
+        lacking = [s for s in CHAT_SPECIAL_TOKENS if self.text.tokenizer.token_to_id(s) is None]
+        if self.chat and not self.template and lacking:
+            raise DataError(
+                f"{options.tokenizer}: conversations need a chat template in the tokenizer's folder "
+                f"({CHAT_TEMPLATE_FILE}, or chat_template in tokenizer_config.json) or the tokens "
+                f"{', '.join(CHAT_SPECIAL_TOKENS)}. Missing tokens: {', '.join(lacking)}."
+            )
 
     # Token rows
 
@@ -360,7 +369,7 @@ class TextGeneration(TextGenerationSignature, TextTask):
 
     def log_eval_samples(self, objective: Objective) -> list[ReportElement]:
         predict_options = self.PredictOptions(max_new_tokens=min(SAMPLE_TOKENS, 2 * self.options.length))
-        start, ends = self.prompt(self.first if self.chat else [("", "")]), self.ends
+        start, ends = self.prompt(self.first or [("", "")]), self.ends
         said = torch.cat(list(self.generate_tokens(objective, [start], predict_options))).tolist()
         what = f"Answers to {self.first[-1][1][:SAMPLE_TOKENS]!r}" if self.first else "Generated without a prompt"
         return [

@@ -99,7 +99,10 @@ class Translation(EncoderDecoderSignature, TextTask):
             )
             task.text = TextTokenizer.fit([*sources, *targets], size=size, lower=False)
         task.frame = resolve_markers(task.text, options)
-        sizes = [len(t) + task.frame.longest for t in task.encode_plain([*sources, *targets])]
+        sizes = [
+            len(t) + task.frame.longest
+            for t in (*task.encode_plain(sources), *task.encode_plain(targets, task.text.for_targets))
+        ]
         task.median = int(np.median(sizes))
         task.shown = [(sources[i], targets[i]) for i in np.random.default_rng(0).permutation(len(sources))[:3]]
         task.options = fill_options(
@@ -150,7 +153,9 @@ class Translation(EncoderDecoderSignature, TextTask):
         if self.target.name not in data.rows.columns:
             targets = None
         else:
-            targets = self.encode_truncated(self.translations(data), self.options.length - len(frame.target_start))
+            targets = self.encode_truncated(
+                self.translations(data), self.options.length - len(frame.target_start), self.text.for_targets
+            )
         lengths = np.array([len(s) for s in sources])
         begin, end, known = np.array(frame.target_start), np.array([frame.end]), np.full(len(frame.target_start) - 1, -1)
 
@@ -170,14 +175,15 @@ class Translation(EncoderDecoderSignature, TextTask):
 
         return Batches(len(sources), make, lengths if targets is None else lengths + np.array([len(t) for t in targets]))
 
-    def encode_plain(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_plain(self, texts: list[str], tokenizer: TextTokenizer | None = None) -> list[np.ndarray]:
         """Return token ids without special tokens; an empty text becomes the unknown token."""
+        text = tokenizer or self.text
         if not self.options.tokenizer:
-            return self.text.encode(texts, 100_000)[0]
-        return [ids if len(ids) else np.array([self.text.unknown]) for ids in self.text.encode_exact(texts)]
+            return text.encode(texts, 100_000)[0]
+        return [ids if len(ids) else np.array([text.unknown]) for ids in text.encode_exact(texts)]
 
-    def encode_truncated(self, texts: list[str], length: int) -> list[np.ndarray]:
-        tokens = self.encode_plain(texts)
+    def encode_truncated(self, texts: list[str], length: int, tokenizer: TextTokenizer | None = None) -> list[np.ndarray]:
+        tokens = self.encode_plain(texts, tokenizer)
         cut = sum(len(t) > length for t in tokens)
         if cut and (note := f"{cut} texts are longer than {length} tokens and are truncated") not in self.notes:
             self.notes.append(note)

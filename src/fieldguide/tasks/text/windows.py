@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,26 @@ def pair_template(text: TextTokenizer) -> PairTemplate:
         tuple(ids[second[-1] + 1 :]),
         (kinds[first[0]], kinds[second[0]]),
     )
+
+
+def join_pairs(
+    first: Sequence[np.ndarray], second: Sequence[np.ndarray], frame: PairTemplate, length: int
+) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    """Return the token ids of each pair of texts in its frame, the segment of each token, and the number of truncated pairs.
+
+    If a pair has more than `length` tokens, the end of the longer text is truncated (appendix A.2 of BERT).
+    """
+    tokens, segments, cut = [], [], 0
+    room = max(2, length - frame.size)
+    for a, b in zip(first, second):
+        cut += len(a) + len(b) > room
+        half = max(room // 2, room - len(b))  # a short text leaves its unused tokens to the other text
+        a = a[:half]
+        b = b[: room - len(a)]
+        tokens.append(np.concatenate([frame.before, a, frame.between, b, frame.behind]).astype(np.int64))
+        before = len(frame.before) + len(a) + len(frame.between)
+        segments.append(np.where(np.arange(len(tokens[-1])) >= before, *frame.segments[::-1]))
+    return tokens, segments, cut
 
 
 def answer_span(answer: dict[str, Any]) -> tuple[int, int]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
 from fieldguide.core.card import Card
-from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.report_elements import ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.data import read
@@ -32,6 +33,7 @@ from fieldguide.tasks.timeseries.signature import ForecastSignature
 
 QUANTILES = (0.05, 0.1, 0.5, 0.9, 0.95)
 LEVELS = {0.8: (1, 3), 0.9: (0, 4)}  # coverage of an interval -> indices of its ends in QUANTILES
+WEIGHED_WINDOWS = 256  # test windows whose weights of variables and steps are averaged in the report
 MIN_STEP_CALIBRATION_WINDOWS = 50  # with fewer validation windows, all steps share one interval width
 
 
@@ -42,7 +44,7 @@ class Forecasting(ForecastSignature, Task):
         "a table with a time column and, for many series, a series column (long), or one column per "
         "series (wide); or one series per row, without time"
     )
-    input_types = ("series", "covariates")
+    input_types = ("series", "covariates", "static-covariates")
     output_types = ("forecast",)
     column_spec = ColumnSpec(
         "numbers",
@@ -71,6 +73,7 @@ class Forecasting(ForecastSignature, Task):
     baseline_models: ClassVar = ("exponential-smoothing",)
     recipe: ClassVar = {"patience": 10}
     min_batch_size = 32
+    scores_untrained = True
 
     @dataclass(frozen=True)
     class Options:
@@ -85,6 +88,7 @@ class Forecasting(ForecastSignature, Task):
         known: str = ""  # columns that are known for the future, separated by commas; others are known for the past only
         calendar: bool = True  # use calendar features of each step
         point: str = "mae"  # loss of the point forecast: mae (median) or mse (mean)
+        others: bool = False  # other series of a wide table are covariates known for the past
         normalise: bool = True  # normalize each window by its own past (reversible instance normalization)
 
     @dataclass(frozen=True)
@@ -137,7 +141,12 @@ class Forecasting(ForecastSignature, Task):
                     f"are: {', '.join(names) or 'none'}."
                 )
         steps = int((windows.train_end - found.low).max()) if options.calendar else 0
-        task.covariates = Covariates.fit(windows.table[rows], columns, ahead, found.frequency, steps)
+        static = find_static_columns(windows, [c.name for c in columns], trained)
+        task.covariates = Covariates.fit(windows.table[rows], columns, ahead, found.frequency, steps, static, found.names)
+        if options.others and (found.layout != "wide" or len(found) < 2):
+            raise SettingsError(
+                "task.others=true needs a wide table: one row per time, and a column for each of two or more series."
+            )
         season = f"a season of {options.season} steps" if options.season > 1 else "no season"
         task.notes.append(
             f"{len(found):,} series, one step is {found.frequency.article}, {season}; {options.length} steps "
@@ -152,7 +161,13 @@ class Forecasting(ForecastSignature, Task):
                 task.notes.append(f"{', '.join(names)}: {what}; models that read only the series ignore them")
         return task
 
+    @property
+    def others(self) -> int:
+        """Number of other series that are read."""
+        return self.series - 1 if self.options.others else 0
+
     def model_dims(self) -> dict[str, Any]:
+        groups = {name: tuple(sizes.values()) for name, sizes in self.covariates.group_variables().items()}
         return {
             "length": self.options.length,
             "horizon": self.options.horizon,
@@ -160,8 +175,11 @@ class Forecasting(ForecastSignature, Task):
             "quantiles": QUANTILES,
             "season": self.options.season,
             "channels": 1,
-            "past": self.covariates.past,
+            "past": self.covariates.past + self.others,
             "known": self.covariates.known,
+            "past_variables": groups["past"] + (1,) * self.others,
+            "known_variables": groups["known"],
+            "static_variables": groups["static"],
         }
 
     def data_facts(self) -> dict[str, Any]:
@@ -186,6 +204,15 @@ class Forecasting(ForecastSignature, Task):
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         """Return windows that are cut per batch; the series are in memory once."""
+        if settings and self.covariates.columns and "known" not in card.inputs:
+            names = dict.fromkeys(c.column for c in self.covariates.columns)
+            self.add_note(
+                f"{card.name} reads only the series: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not used"
+            )
+        return self.cut_windows(data, card.inputs, settings is not None)
+
+    def cut_windows(self, data: Data, inputs: Sequence[str], answered: bool) -> Batches:
+        """Return the inputs of a network, with the outcomes if `answered`."""
         windows: Windows = data.context
         found, length, horizon = windows.panel, self.options.length, self.options.horizon
         series, at = (data.rows[name].to_numpy().copy() for name in (SERIES, CUT))  # polars returns read-only memory
@@ -193,12 +220,10 @@ class Forecasting(ForecastSignature, Task):
         low, column, group = (torch.from_numpy(x) for x in (found.low, found.column, found.group))
         filled, observed = torch.from_numpy(found.filled), torch.from_numpy(found.observed)
         gaps = bool((~found.observed).any()) or bool((at - found.low[series] < length).any())
-        covariates = self.covariate_tensors(windows) if "known" in card.inputs else None
-        if covariates is None and self.covariates.columns and settings:
-            names = dict.fromkeys(c.column for c in self.covariates.columns)
-            self.add_note(
-                f"{card.name} reads only the series: {', '.join(names)} {'is' if len(names) == 1 else 'are'} not used"
-            )
+        has_static = "static" in inputs
+        covariates = self.covariate_tensors(windows, not has_static) if "known" in inputs else None
+        static = torch.from_numpy(self.covariates.static_values(windows.table, found)) if has_static else None
+        others = self.find_others(found) if self.options.others and covariates is not None else None
         past, future = torch.arange(-length, 0), torch.arange(horizon)
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -210,12 +235,18 @@ class Forecasting(ForecastSignature, Task):
             batch = {"series": ((filled[steps, own] - centre) / scale).float()[..., None]}
             if gaps:
                 batch["observed"] = (real & observed[steps, own])[..., None]
-            if settings:
+            if answered:
                 batch["target"] = ((self.outcomes(found, s, cuts[:, None] + future) - centre) / scale).float()[..., None]
             if covariates is not None:
                 measured, known = covariates
                 shift = (group[s] * horizon)[:, None]  # `known` has one extra horizon per group
                 batch |= {"past": measured[steps], "known": known[torch.cat([steps, cuts[:, None] + future], 1) + shift]}
+            if others is not None:
+                beside = others[s]  # B C-1
+                values = (filled[steps[..., None], column[beside][:, None]] - mean[beside][:, None]) / std[beside][:, None]
+                batch["past"] = torch.cat([batch["past"], values.float()], 2)
+            if static is not None:
+                batch["static"] = static[s]
             return batch
 
         return Batches(len(data), make)
@@ -226,7 +257,19 @@ class Forecasting(ForecastSignature, Task):
         high, column = torch.from_numpy(found.high)[series][:, None], torch.from_numpy(found.column)[series][:, None]
         return torch.where(steps < high, values[steps.minimum(high - 1), column], float("nan"))
 
-    def covariate_tensors(self, windows: Windows) -> tuple[Tensor, Tensor]:
+    def find_others(self, found: panels.Panel) -> Tensor:  # -> U C-1
+        """Return the other series of each, in the order of training."""
+        if set(found.names) != set(self.standards):
+            missing = sorted(set(self.standards) - set(found.names))
+            more = sorted(set(found.names) - set(self.standards))
+            raise DataError(
+                f"The network reads all series of the table together. Missing: {', '.join(missing) or 'none'}; not in training: "
+                f"{', '.join(more) or 'none'}. Give the columns of the training data."
+            )
+        order = [found.names.index(name) for name in self.standards]
+        return torch.tensor([[other for other in order if other != series] for series in range(len(found.names))])
+
+    def covariate_tensors(self, windows: Windows, static: bool = True) -> tuple[Tensor, Tensor]:
         """Return the past covariates of each step, and the future covariates, with one extra horizon per group."""
         found, horizon = windows.panel, self.options.horizon
         sizes = np.diff(found.start)
@@ -236,7 +279,7 @@ class Forecasting(ForecastSignature, Task):
         row = np.where(inside, found.row[np.minimum(step, len(found.row) - 1)], -1)
         times = np.concatenate([found.frequency.times(found.times[a], n + horizon) for a, n in zip(found.start, sizes)])
         known = self.covariates.future_values(windows.table, row, times)
-        measured = self.covariates.past_values(windows.table, found.row, found.start)
+        measured = self.covariates.past_values(windows.table, found.row, found.start, static)
         return torch.from_numpy(measured), torch.from_numpy(known)
 
     def add_note(self, note: str) -> None:
@@ -460,7 +503,26 @@ class Forecasting(ForecastSignature, Task):
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[ReportElement]]:
         simple = {name: values for name, (_, values) in self.naive_forecasts(test).items()}
-        return report.build_elements(test, outputs["values"][:, :, 0].astype(np.float64), targets, simple, LEVELS)
+        found = report.build_elements(test, outputs["values"][:, :, 0].astype(np.float64), targets, simple, LEVELS)
+        if weights := self.weigh_inputs(test, objective):
+            found["What the forecasts depend on"] = report.draw_weights(weights, self.name_variables())
+        return found
+
+    def weigh_inputs(self, test: Data, objective: Objective | None) -> dict[str, np.ndarray]:
+        """Return the mean weights of variables and steps over some test windows; empty if the network has none."""
+        if not isinstance(objective, Forecast) or not hasattr(objective.model, "weigh_inputs"):
+            return {}
+        rows = np.sort(np.random.default_rng(0).permutation(len(test))[:WEIGHED_WINDOWS])
+        place = next(objective.model.parameters()).device
+        batch = {name: x.to(place) for name, x in self.cut_windows(test, objective.inputs, False).make(rows, None).items()}
+        return {name: weights.float().mean(0).cpu().numpy() for name, weights in objective.weigh_inputs(batch).items()}
+
+    def name_variables(self) -> dict[str, list[str]]:
+        """Return the names of the variables of networks with static inputs."""
+        names = {name: list(sizes) for name, sizes in self.covariates.group_variables().items()}
+        known = names["known"] or ["place in the window"]
+        others = ["another series"] * self.others
+        return {"past": ["the series itself", *names["past"], *others, *known], "known": known, "static": names["static"]}
 
     def preview_data(self, training: Data) -> list[ReportElement]:
         return report.draw_series(training.context.panel)
@@ -468,7 +530,7 @@ class Forecasting(ForecastSignature, Task):
     # Saved with the run
 
     STATE: ClassVar = {
-        "covariates": {"columns": list[Covariate], "turns": list[str | float]},
+        "covariates": {"columns": list[Covariate], "turns": list[str | float], "series?": list[str]},
         "standards": dict[str, tuple[float, float]],
         "widths": dict[str, list[float]],
         "layout": str,
@@ -497,6 +559,18 @@ class Forecasting(ForecastSignature, Task):
         task.standards = {name: tuple(pair) for name, pair in state["standards"].items()}
         task.widths, task.layout, task.series, task.digest = (state[k] for k in ("widths", "layout", "series", "digest"))
         return task
+
+
+def find_static_columns(windows: Windows, names: Sequence[str], trained: np.ndarray) -> list[str]:
+    """Return the columns that are constant in each of several series (in groups of a long table)."""
+    found = windows.panel
+    if len(found.start) < 3 or not names:  # one group
+        return []
+    group = np.repeat(np.arange(len(found.start) - 1), np.diff(found.start))
+    used = trained & (found.row >= 0)
+    rows = windows.table[found.row[used]].select(names).with_columns(pl.Series("\0group", group[used]))
+    counts = rows.group_by("\0group").agg(pl.col(name).drop_nulls().n_unique() for name in names)
+    return [name for name in names if (counts[name] <= 1).all()]
 
 
 def mean_and_std(values: np.ndarray) -> tuple[float, float]:

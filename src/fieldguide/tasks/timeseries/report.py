@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fieldguide.core.report_elements import Lines, Numbers, ReportElement, Table
+from fieldguide.core.report_elements import Bars, Lines, Numbers, ReportElement, Table
 from fieldguide.data.dataset import Data
 from fieldguide.data.timeseries.frequency import SECOND
 from fieldguide.data.timeseries.panel import Panel
@@ -49,6 +49,40 @@ def build_elements(
             coverage_by_step(values, future, levels),
         ],
     }
+
+
+def draw_weights(weights: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]]) -> list[ReportElement]:
+    """Return charts of the weights of variables (`past` T V, `known` H V, `static` V) and steps (`attention` H T+H)."""
+    titles = {
+        "past": ("Variables of the past", "Mean weight of each variable at the steps before the forecast."),
+        "known": ("Variables of the future", "Mean weight of each variable at the steps that are forecast."),
+        "static": ("Properties of the series", "Mean weight of what is constant in each series."),
+    }
+    found: list[ReportElement] = []
+    for name, (title, about) in titles.items():
+        if name in weights and len(names[name]) > 1:
+            means = weights[name].reshape(-1, weights[name].shape[-1]).mean(0)
+            totals: dict[str, float] = {}
+            for variable, mean in zip(names[name], means):
+                totals[variable] = totals.get(variable, 0.0) + 100 * float(mean)
+            found.append(Bars(title, about, dict(sorted(totals.items(), key=lambda pair: -pair[1])), unit="%"))
+    if "attention" in weights:
+        attention = weights["attention"]
+        horizon, past = len(attention), attention.shape[1] - len(attention)
+        steps = np.arange(-past, horizon) + 1
+        shown = dict.fromkeys((0, horizon // 2, horizon - 1))
+        found.append(
+            Lines(
+                "Attention",
+                "Which steps a forecast looks at: mean weights over test windows and heads. Step 0 is the last one before the "
+                "forecast.",
+                x="step",
+                y="weight",
+                lines={f"{h + 1} ahead": (steps[: past + h + 1], attention[h, : past + h + 1]) for h in shown},
+                marks={"forecast starts": 1.0},
+            )
+        )
+    return found
 
 
 def error_by_step(scaled: Mapping[str, np.ndarray]) -> Lines:

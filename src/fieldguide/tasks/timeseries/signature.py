@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from fieldguide.core.card import Card
-from fieldguide.core.signature import Axis, InputField, OptionSpec, RecordField, SeriesFormat, Step, TensorSpec
+from fieldguide.core.signature import Axis, InputField, OptionSpec, RecordField, RecordUnit, SeriesFormat, Step, TensorSpec
 from fieldguide.data.preprocessing.covariates import Covariates
 from fieldguide.data.timeseries.frequency import Frequency
 from fieldguide.tasks.signature_builder import INPUT_ROLES, SignatureBuilder
@@ -20,7 +20,7 @@ LAYOUT_OF_ROWS = "rows"  # one series per row; its columns are the steps
 class ForecastSignature(SignatureBuilder):
     """The signature of forecasting. A request holds the past of series, and covariates of their future, one row per step."""
 
-    record_for: ClassVar[Literal["row", "step", "user", "sample"]] = "step"
+    record_for: ClassVar[RecordUnit] = "step"
     options: Any
     covariates: Covariates
     frequency: Frequency

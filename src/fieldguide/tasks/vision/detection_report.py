@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +18,8 @@ SHOWN_IMAGES = 12  # images in each gallery
 MAX_CURVES = 12  # classes whose curves are drawn, the most frequent ones
 GALLERY_SIDE = 400  # pixels of an image's longer side in a gallery
 FONT_FRACTION = 18  # of an image's longer side is the size of its labels
+Match = Callable[[int, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Draw = Callable[[Image.Image, Arrays, int, np.ndarray, float], Image.Image]
 MIN_LABELED_SIDE = 100  # pixels; the boxes of smaller images have no labels
 
 
@@ -81,15 +83,21 @@ def match_boxes(
     Returns which predictions are correct and which true boxes are found. A prediction on a crowd box counts as
     correct, and crowd boxes need not be found.
     """
-    right, met = np.zeros(len(labels), dtype=bool), np.zeros(len(is_), dtype=bool)
     if not len(labels) or not len(is_):
-        return right, met
+        return np.zeros(len(labels), dtype=bool), np.zeros(len(is_), dtype=bool)
     size = lambda b: np.clip(b[..., 2:] - b[..., :2], 0, None).prod(-1)
     corners = np.maximum(boxes[:, None, :2], true[None, :, :2]), np.minimum(boxes[:, None, 2:], true[None, :, 2:])
     shared = size(np.concatenate(corners, -1))
     joint = np.where(crowd, size(boxes)[:, None], size(boxes)[:, None] + size(true)[None] - shared)
-    overlap = np.where(labels[:, None] == is_[None], shared / np.maximum(joint, 1e-9), 0)
-    for place in range(len(labels)):
+    return match_overlaps(np.where(labels[:, None] == is_[None], shared / np.maximum(joint, 1e-9), 0), crowd, limit)
+
+
+def match_overlaps(overlap: np.ndarray, crowd: np.ndarray, limit: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    """Match predictions (sorted by score) to true objects as `match_boxes` does, given the overlap of each pair of equal class."""
+    right, met = (np.zeros(size, dtype=bool) for size in overlap.shape)
+    if not overlap.size:
+        return right, met
+    for place in range(len(right)):
         free = np.where(met & ~crowd, 0, overlap[place])
         ordinary = np.where(crowd, 0, free)
         best = int((ordinary if ordinary.max() >= limit else free).argmax())
@@ -106,15 +114,26 @@ def build_elements(
     names: Sequence[str],
     least: float,
     values: images.Scale | None = None,
+    *,
+    kind: str = "bbox",
+    noun: str = "boxes",
+    match: Match | None = None,
+    draw: Draw | None = None,
 ) -> dict[str, list[ReportElement]]:
-    scores, classes = average_precision(outputs, targets, len(names)), len(names)
+    """Return a table of the classes, curves and galleries.
+
+    `least` is the score from which on objects count. `match(image, real, known)` returns which of the predicted objects `real` are
+    right and which of the true ones `known` are found; by default boxes are matched. `draw(picture, objects, image, which, scale)`
+    draws some objects, `outputs` or `targets`, of an image on a reduced picture; by default their boxes are drawn.
+    """
+    scores, classes = average_precision(outputs, targets, len(names), kind=kind), len(names)
     there, found, missed, false = (np.zeros(classes, dtype=int) for _ in range(4))
     wrong, kept = np.zeros(len(paths)), []
     for i in range(len(paths)):
         real, known = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= least), targets["labels"][i] >= 0
         boxes, labels, sure = outputs["boxes"][i][real], outputs["labels"][i][real].astype(int), outputs["scores"][i][real]
         true, is_, crowd = targets["boxes"][i][known], targets["labels"][i][known], targets["crowd"][i][known]
-        right, met = match_boxes(boxes, labels, true, is_, crowd)
+        right, met = match(i, real, known) if match else match_boxes(boxes, labels, true, is_, crowd)
         for counts, some in (
             (there, is_[~crowd]),
             (found, is_[met & ~crowd]),
@@ -124,7 +143,7 @@ def build_elements(
             counts += np.bincount(some, minlength=classes)
         errors = int((~met & ~crowd).sum() + (~right).sum())
         wrong[i] = errors / max(1, len(labels) + len(is_))
-        kept.append((boxes, labels, sure, true, is_, errors))
+        kept.append((boxes, labels, sure, true, is_, errors, real, known))
     order = np.argsort(-there, kind="stable")
     rows = [
         (
@@ -143,18 +162,18 @@ def build_elements(
     def gallery(title: str, which: Sequence[int]) -> Gallery:
         pictures = []
         for i in which:
-            boxes, labels, sure, true, is_, errors = kept[i]
+            boxes, labels, sure, true, is_, errors, real, known = kept[i]
             picture = open_image(paths[i], values)
             scale = GALLERY_SIDE / max(picture.size)
             small = picture.resize([max(1, round(v * scale)) for v in picture.size], Image.Resampling.BILINEAR)
             true_view, said_view = (
-                draw_boxes(small, true * scale, is_, names),
-                draw_boxes(small, boxes * scale, labels, names, sure),
+                draw(small, targets, i, known, scale) if draw else draw_boxes(small, true * scale, is_, names),
+                draw(small, outputs, i, real, scale) if draw else draw_boxes(small, boxes * scale, labels, names, sure),
             )
             caption = f"{titles[i]}: {len(is_)} true, {len(labels)} predicted, {errors} wrong"
             views = {"predicted": encode_jpeg(said_view)}
             pictures.append(Picture(encode_jpeg(true_view), caption, errors > 0, view="true", views=views))
-        return Gallery(title, "True boxes on the left, predicted boxes on the right.", pictures)
+        return Gallery(title, f"True {noun} on the left, predicted {noun} on the right.", pictures)
 
     worst = np.argsort(-wrong, kind="stable")[:SHOWN_IMAGES]
     chance = np.random.default_rng(0).permutation(len(paths))[:SHOWN_IMAGES]
@@ -164,13 +183,13 @@ def build_elements(
                 "By class",
                 f"Found and false at a score of at least {least:.2f} and an IoU of 0.5. AP50: average precision "
                 "at IoU 0.5; AP: mean over IoU 0.5 to 0.95.",
-                ("class", "true boxes", "found", "missed", "false positives", "AP50", "AP"),
+                ("class", f"true {noun}", "found", "missed", "false positives", "AP50", "AP"),
                 rows,
                 heat=("AP50", "AP"),
             ),
             Lines(
                 "Precision and recall",
-                "At IoU 0.5. Higher recall needs boxes with lower scores, fewer of which are correct.",
+                f"At IoU 0.5. Higher recall needs {noun} with lower scores, fewer of which are correct.",
                 "recall",
                 "precision",
                 curves,

@@ -22,7 +22,7 @@ from fieldguide.core.errors import DataError, SettingsError, nearest
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
-from fieldguide.core.structure import Limits
+from fieldguide.core.structure import MAX_SEED, Limits
 from fieldguide.data.column_spec import CAPTION_NAMES, ColumnSpec
 from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Kind, Manifest
 from fieldguide.data.loader import Batches
@@ -107,7 +107,7 @@ class ImageGeneration(GenerationSignature, Task):
         sampler: str = "ddim"  # ddim | ddpm
         eta: Annotated[float, Limits(0, 1)] = 0.0  # noise that ddim adds at each step; 1 = as much as ddpm
         guidance: Annotated[float, Limits(0, 100)] = 1.5  # classifier-free guidance scale; 1 = none
-        seed: int = 0  # seed of the noise
+        seed: Annotated[int, Limits(0, MAX_SEED)] = 0  # seed of the noise
 
     pictures: ImageTransform
     labels: list[str]  # empty if the data has no classes

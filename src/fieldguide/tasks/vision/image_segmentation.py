@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -28,13 +28,14 @@ from fieldguide.data.dataset import CHANNELS, HEIGHT, WIDTH, Column, Data, Findi
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.media.masks import LazyMask
-from fieldguide.data.preprocessing import masks
+from fieldguide.data.preprocessing import ImageTransform, masks
 from fieldguide.data.preprocessing.augmentation import augment_with_masks
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.data.preprocessing.masks import Canvas, Mask
 from fieldguide.data.validation import checks
 from fieldguide.data.validation.class_names import find_similar_names, list_classes
 from fieldguide.objectives import Objective
+from fieldguide.objectives.mask_set import MaskSetSegmentation
 from fieldguide.objectives.segmentation import Segmentation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
@@ -53,6 +54,10 @@ GALLERY_SIDE = 256  # pixels of the longer side of an image in the report
 BACKGROUND_NAME = "background"
 MIN_BACKGROUND_FRACTION = 0.5  # of all pixels: a class that covers more is not colored in the report
 SAMPLED_IMAGES = 500  # images that mean and standard deviation are computed from
+
+
+# Output type of a network -> the objective that trains it.
+SEGMENTERS: dict[str, type[Segmentation]] = {"mask": Segmentation, "mask-queries": MaskSetSegmentation}
 
 
 def check_outlines(data: Data) -> Iterator[Finding]:
@@ -91,7 +96,7 @@ class ImageSegmentation(SegmentationSignature, Task):
     )
     input_types = ("image",)
     feature = ("image",)
-    output_types = ("mask",)
+    output_types = tuple(SEGMENTERS)
     column_spec = ColumnSpec(
         "named", names=("mask", "segmentation"), kinds={"target": "mask"}, checks=(*checks.CHECKS, check_outlines)
     )
@@ -110,6 +115,9 @@ class ImageSegmentation(SegmentationSignature, Task):
         channels: int | None = None  # 1 gray, 3 color
         ignore: str = (
             ""  # values of masks (11,255) or object names that are no class, separated by commas; none: 255 is a class
+        )
+        pixels: str | None = (
+            None  # mean and standard deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std; None: of the data
         )
 
     @dataclass(frozen=True)
@@ -225,6 +233,9 @@ class ImageSegmentation(SegmentationSignature, Task):
         )
         deviation = np.maximum(np.sqrt(np.maximum(squares - means**2, 0)), 1e-3)
         task.canvas = replace(raw, mean=tuple(means.tolist()), std=tuple(deviation.tolist()))
+        if options.pixels:
+            given = ImageTransform(side, channels).with_normalization(options.pixels)
+            task.canvas = replace(raw, mean=given.mean, std=given.std)
         task.notes += describe_scale(scale)
         task.names, task.colours = list(data.context["names"]), palette(len(data.context["names"]))
         crop = options.crop or min(CROP_BY_DEVICE[kind], max(64, side // 32 * 32))
@@ -290,6 +301,10 @@ class ImageSegmentation(SegmentationSignature, Task):
     def image_scale(self) -> images.Scale | None:
         return self.canvas.scale
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.names
+
     def model_dims(self) -> dict[str, Any]:
         return {"num_classes": len(self.names), "channels": self.options.channels}
 
@@ -297,7 +312,7 @@ class ImageSegmentation(SegmentationSignature, Task):
         return {"side": self.options.crop, "num_classes": len(self.names)}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Segmentation(model, len(self.names), self.predict_options.tile)
+        return SEGMENTERS[card.output_types[0]](model, len(self.names), self.predict_options.tile)
 
     def predict_step(self, objective: Any) -> Any:
         objective.tile = max(64, self.predict_options.tile)  # of this request: the objective is a copy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 import polars as pl
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fieldguide.core.card import Card
@@ -105,8 +106,11 @@ class ObjectDetection(DetectionSignature, Task):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        if len(data.features("image")) == 1 and data.target and data.required_target.kind == "boxes":
-            return "images with boxes"
+        posed = isinstance(data.context, Mapping) and "skeleton" in data.context
+        if len(data.features("image")) == 1 and data.target and data.required_target.kind == "boxes" and not posed:
+            every = data.rows[data.required_target.name]
+            drawn = every.dtype.is_nested() and any(o["outline"] or o["runs"] for row in every.to_list() for o in row or [])
+            return "images with boxes" + (" (for masks: --task instance-segmentation)" if drawn else "")
         return None
 
     @classmethod
@@ -142,7 +146,7 @@ class ObjectDetection(DetectionSignature, Task):
             data, [{o["label"] for o in objects or []}.intersection(order) for objects in every], "images"
         )
         findings = [*data.findings, counts, *find_similar_names(order), *unseen]
-        return replace(data, context={"classes": order}, findings=findings)
+        return replace(data, context={**(data.context or {}), "classes": order}, findings=findings)
 
     @classmethod
     def check_split(cls, data: Data, name: str, options: Any) -> None:
@@ -270,24 +274,22 @@ class ObjectDetection(DetectionSignature, Task):
 
         targets = None
         if self.target.name in data.rows.columns and settings is not None:
-            boxes, labels, crowd = self.true_boxes(data)
-            padded, classes = pad_boxes([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
-            targets = frame.to_square(padded) * (classes >= 0)[..., None], classes
+            targets = self.train_targets(data, frame)
 
         def fetch(index: np.ndarray) -> Boxed:
             pictures = load(index)
             assert targets is not None  # pictures with boxes are fetched only in training
             return pictures, targets[0][index], targets[1][index]
 
+        others = () if targets is None else targets[2:]
+
         augment, normalize = self.augment(settings), self.transform.apply
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             if generator is not None and augment is not None:
-                pictures, boxes, labels = augment(fetch, index, len(paths), generator)
-                return {"image": normalize(pictures), "boxes": boxes, "labels": labels}
+                return self.train_batch(*augment(fetch, index, len(paths), generator), *others)
             if targets is not None and generator is not None:
-                pictures, boxes, labels = fetch(index)
-                return {"image": normalize(pictures), "boxes": boxes, "labels": labels}
+                return self.train_batch(*fetch(index), *others)
             pictures = load(index)
             batch = {
                 "image": normalize(pictures),
@@ -298,6 +300,16 @@ class ObjectDetection(DetectionSignature, Task):
             return batch
 
         return Batches(len(paths), make)
+
+    def train_targets(self, data: Data, frame: Letterbox) -> tuple[Any, ...]:
+        """Return the boxes of all images in pixels of the input, N M 4, and their labels, then what else `train_batch` gets."""
+        boxes, labels, crowd = self.true_boxes(data)
+        padded, classes = pad_boxes([b[~c] for b, c in zip(boxes, crowd)], [n[~c] for n, c in zip(labels, crowd)])
+        return frame.to_square(padded) * (classes >= 0)[..., None], classes
+
+    def train_batch(self, pictures: Tensor, boxes: Tensor, labels: Tensor, *others: Any) -> dict[str, Tensor]:
+        """Return the tensors of a batch that is trained on."""
+        return {"image": self.transform.apply(pictures), "boxes": boxes, "labels": labels}
 
     def augment(self, settings: Settings | None) -> BoxAugmentation | None:
         if settings is None or settings.augmentation == "none":
@@ -325,8 +337,13 @@ class ObjectDetection(DetectionSignature, Task):
             around[i, : len(some)] = some
         return {"boxes": together.numpy(), "labels": names.numpy(), "crowd": around}
 
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Return how objects are matched, as arguments of `average_precision`."""
+        return {}
+
     def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
-        scores = average_precision(outputs, targets, len(self.names))
+        scores = average_precision(outputs, targets, len(self.names), **self.evaluation)
         return {"map": scores["map"], "map50": scores["map50"]}
 
     def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
@@ -343,10 +360,19 @@ class ObjectDetection(DetectionSignature, Task):
             truth,
             len(self.names),
             repeats=BOOTSTRAP_REPEATS,
+            **self.evaluation,
         )
         narrower = (len(some) / count) ** 0.5
         spread = {name: 1.96 * narrower * float(np.std([d[name] for d in drawn], ddof=1)) for name in middle}
         return {name: (max(0.0, middle[name] - spread[name]), min(1.0, middle[name] + spread[name])) for name in middle}
+
+    def match_objects(
+        self, outputs: Arrays, targets: Arrays, image: int, real: np.ndarray, known: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return which predicted objects of an image, those of `real`, are right, and which true ones, those of `known`, are found."""
+        boxes, labels = (outputs[name][image][real] for name in ("boxes", "labels"))
+        true, is_, crowd = (targets[name][image][known] for name in ("boxes", "labels", "crowd"))
+        return match_boxes(boxes, labels, true, is_, crowd)
 
     def calibrate(self, outputs: Arrays, targets: Arrays) -> None:
         """Set the score threshold that maximizes F1, averaged over classes."""
@@ -355,11 +381,7 @@ class ObjectDetection(DetectionSignature, Task):
         for i in range(len(known)):
             crowd = targets["crowd"][i][known[i]]
             is_ = targets["labels"][i][known[i]]
-            right.append(
-                match_boxes(
-                    outputs["boxes"][i][real[i]], outputs["labels"][i][real[i]], targets["boxes"][i][known[i]], is_, crowd
-                )[0]
-            )
+            right.append(self.match_objects(outputs, targets, i, real[i], known[i])[0])
             there += np.bincount(is_[~crowd].astype(int), minlength=classes)
         is_right, scores, labels = np.concatenate(right), outputs["scores"][real], outputs["labels"][real].astype(int)
         grid, best = np.linspace(0.01, 0.9, 90), []
@@ -403,28 +425,31 @@ class ObjectDetection(DetectionSignature, Task):
         answers = []
         for i in range(len(outputs["labels"])):
             real = (outputs["labels"][i] >= 0) & (outputs["scores"][i] >= self.score_threshold)
-            found = [
-                {"label": self.names[int(n)], "score": float(s), "box": [round(float(v), 1) for v in b]}
-                for n, s, b in zip(outputs["labels"][i][real], outputs["scores"][i][real], outputs["boxes"][i][real])
-            ]
+            found = self.describe_objects(outputs, i, real)
             counts = Counter(o["label"] for o in found)
             answer: dict[str, Any] = {
                 "found": ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing",
                 "objects": found,
             }
             if "path" in outputs:
-                picture = draw_boxes(
-                    open_image(outputs["path"][i], self.scale),
-                    outputs["boxes"][i][real],
-                    outputs["labels"][i][real],
-                    self.names,
-                    outputs["scores"][i][real],
-                )
+                picture = self.draw_objects(open_image(outputs["path"][i], self.scale), outputs, i, real)
                 out = io.BytesIO()
                 picture.save(out, "JPEG", quality=90)
                 answer["picture"] = Media(out.getvalue(), ".jpg")
             answers.append(answer)
         return answers
+
+    def describe_objects(self, outputs: Arrays, image: int, real: np.ndarray) -> list[dict[str, Any]]:
+        """Return the records of those objects of an image that are `real`."""
+        parts = (outputs[name][image][real] for name in ("labels", "scores", "boxes"))
+        return [
+            {"label": self.names[int(n)], "score": float(s), "box": [round(float(v), 1) for v in b]} for n, s, b in zip(*parts)
+        ]
+
+    def draw_objects(self, picture: Image.Image, outputs: Arrays, image: int, real: np.ndarray) -> Image.Image:
+        """Return the picture with those objects of an image that are `real`."""
+        boxes, labels, scores = (outputs[name][image][real] for name in ("boxes", "labels", "scores"))
+        return draw_boxes(picture, boxes, labels, self.names, scores)
 
     def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None

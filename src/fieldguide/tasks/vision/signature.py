@@ -15,12 +15,14 @@ from fieldguide.core.signature import (
     Loop,
     OptionSpec,
     RecordField,
+    RecordUnit,
     Signature,
     Step,
     TensorSpec,
     list_values,
 )
 from fieldguide.data.media import images, video
+from fieldguide.data.media.boxes import Skeleton
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.data.preprocessing.masks import Canvas
 from fieldguide.objectives.segmentation import find_padding
@@ -167,6 +169,73 @@ class DetectionSignature(SignatureBuilder):
         return replace(super().describe_limits(), pixels=images.MAX_PIXELS)
 
 
+class PoseSignature(DetectionSignature):
+    """The signature of keypoint detection: object detection with keypoints."""
+
+    skeleton: Skeleton
+
+    def describe_decoding(self, card: Card) -> Sequence[Step]:
+        boxes, *others = super().describe_decoding(card)
+        about = "twice the values times the stride, from the corner of each cell; the probability of being labeled"
+        return [boxes, Step("decode_keypoints", about, True), *others]
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        first, *others = super().describe_postprocessing(members)
+        return [replace(first, about="boxes and keypoints in pixels of the image; boxes are clipped to it"), *others]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        fields = (
+            RecordField("name", "string", "the keypoint", **list_values(self.skeleton.names)),
+            RecordField("x", "number", "pixels from the left"),
+            RecordField("y", "number", "pixels from the top"),
+            RecordField("score", "number", "how probable it is that the keypoint is labeled", low=0, high=1),
+        )
+        points = RecordField(
+            "keypoints", "array", "all keypoints", size=len(self.skeleton.names), items=RecordField("", "object", fields=fields)
+        )
+        found = []
+        for one in super().describe_record():
+            if one.name == "objects" and one.items:
+                one = replace(one, items=replace(one.items, fields=(*one.items.fields, points)))
+            found.append(one)
+        return found
+
+
+class InstanceSignature(DetectionSignature):
+    """The signature of instance segmentation: object detection with masks."""
+
+    def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> Sequence[TensorSpec]:
+        return outputs
+
+    def describe_decoding(self, card: Card) -> Sequence[Step]:
+        most = {"most": self.max_detections}
+        if card.output_types[0] == "mask-queries":
+            return [
+                Step("softmax", "scores of the classes; the last, no object, is left out", True),
+                Step("topk", "the pairs of query and class with the highest scores", True, most),
+                Step("score_masks", "scores times the mean probability of the positions of the mask", True),
+            ]
+        boxes, *others = super().describe_decoding(card)
+        return [boxes, *others, Step("combine_prototypes", "sum of the prototypes, weighted by the coefficients", True)]
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        first, *others = super().describe_postprocessing(members)
+        about = "logits of masks at the pixels of the image (bilinear), above 0 within the box"
+        masks = [Step("resize_masks", about, True), Step("encode_masks", "compressed run lengths of COCO", False)]
+        return [first, *masks, *(replace(o, about="the image with masks and boxes") if o.name == "draw" else o for o in others)]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        size = RecordField("size", "array", "height and width of the image", size=2, items=RecordField("", "integer"))
+        counts = RecordField("counts", "string", "compressed run lengths of COCO, column by column")
+        mask = RecordField("mask", "object", "the pixels of the object", fields=(size, counts))
+        found = []
+        for one in super().describe_record():
+            if one.name == "objects" and one.items:
+                one = replace(one, items=replace(one.items, fields=(*one.items.fields, mask)))
+            found.append(one)
+        return found
+
+
 class SegmentationSignature(SignatureBuilder):
     """The signature of semantic segmentation. Images keep their aspect ratio; a batch is a canvas that holds all of them."""
 
@@ -201,6 +270,8 @@ class SegmentationSignature(SignatureBuilder):
         ]
 
     def describe_outputs(self, outputs: Sequence[TensorSpec], network: Any) -> Sequence[TensorSpec]:
+        if hasattr(network, "predict_layers"):  # a set of masks
+            return outputs
         if any(find_padding(network, self.canvas.channels, PROBE_SIDE, PROBE_SIDE)):
             return outputs  # smaller than the input
         sides = tuple(Axis(name, least=MIN_SEGMENTED_SIDE) for name in ("height", "width"))
@@ -233,7 +304,7 @@ class GenerationSignature(SignatureBuilder):
     """The signature of image generation: a class, a caption or nothing becomes images."""
 
     row_form: ClassVar[Literal["table", "value"]] = "value"
-    record_for: ClassVar[Literal["row", "step", "user", "sample"]] = "sample"
+    record_for: ClassVar[RecordUnit] = "sample"
     max_request_rows: ClassVar[int] = 64
     output_media: ClassVar[tuple[str, str]] = ("image", "image/png")
     options: Any
