@@ -1,0 +1,54 @@
+"""Graphs of tasks: which steps of a task are part of the graph, and what the program around it needs for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fieldguide.exporting.audio import build_audio_classification, build_speech_recognition
+from fieldguide.exporting.detection import build_detection
+from fieldguide.exporting.forecasting import build_forecast
+from fieldguide.exporting.graph import ExportError, Graph
+from fieldguide.exporting.segmentation import build_segmentation
+from fieldguide.exporting.steps.images import Resize, choose_reading, describe_image_reading, describe_pixels
+from fieldguide.exporting.supervised import finish
+from fieldguide.exporting.tables import build_anomaly_detection, build_table
+from fieldguide.exporting.text import build_question_answering, build_text_classification, build_token_classification
+
+if TYPE_CHECKING:
+    from fieldguide.inference.predictor import TaskPredictor
+
+
+def build_image_classification(predictor: TaskPredictor) -> Graph:
+    """Return the graph of image classification: pixels of any size, resized and standardized in the graph."""
+    task: Any = predictor.task
+    values = {"column": task.column, **describe_image_reading(task.pictures, task.pictures.side)}
+    inputs = (describe_pixels(task.pictures),)
+    parts = (*choose_reading(task.pictures), "stacked", "classes", "images")
+    return finish(predictor, Resize(task.pictures), inputs, parts=parts, values=values, requires=("pillow",))
+
+
+BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
+    "anomaly-detection": build_anomaly_detection,
+    "tabular-classification": build_table,
+    "tabular-regression": build_table,
+    "click-prediction": build_table,
+    "image-classification": build_image_classification,
+    "audio-classification": build_audio_classification,
+    "automatic-speech-recognition": build_speech_recognition,
+    "image-segmentation": build_segmentation,
+    "object-detection": build_detection,
+    "keypoint-detection": build_detection,
+    "text-classification": build_text_classification,
+    "token-classification": build_token_classification,
+    "question-answering": build_question_answering,
+    "time-series-forecasting": build_forecast,
+}
+
+
+def build_graph(predictor: TaskPredictor) -> Graph:
+    """Return the graph of a run or pretrained task. Raises `ExportError` for a task without one."""
+    name = predictor.signature.task
+    if predictor.signature.loop is not None or name not in BUILDERS:
+        raise ExportError(f"{name} cannot be exported to a graph yet. Tasks that can: {', '.join(sorted(BUILDERS))}.")
+    return BUILDERS[name](predictor)

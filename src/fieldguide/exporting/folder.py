@@ -1,0 +1,156 @@
+"""Exported folders: the model, its signature, the program that runs it, and the report of its verification.
+
+model.onnx        the network with all steps that can be part of a graph
+signature.json    inputs, tensors, steps and records (docs/signature.md)
+export.json       what run.py needs: columns, names of classes, special tokens
+run.py            predicts from raw inputs with numpy and onnxruntime
+requirements.txt  the packages of run.py
+verify.json       the comparison with the run on held-out rows, made in a process without torch and fieldguide
+README.md         how to use it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fieldguide.core.errors import SettingsError
+from fieldguide.exporting.graph import Graph
+from fieldguide.exporting.precision import Precision
+
+if TYPE_CHECKING:
+    from fieldguide.inference.predictor import TaskPredictor
+
+REQUIREMENTS = {
+    "numpy": "numpy>=1.26",
+    "onnxruntime": "onnxruntime>=1.18",
+    "pillow": "pillow>=10.1",
+    "tokenizers": "tokenizers>=0.20",
+    "soundfile": "soundfile>=0.12.1",
+    "scipy": "scipy>=1.11",
+    "regex": "regex>=2023.6",
+}
+UNVERIFIED = ".unverified"  # suffix of folders whose verification failed
+README = """# {title}
+
+{task} with `{architecture}`, exported from {source} by fieldguide. `verify.json` has the comparison with the original.
+
+    pip install -r requirements.txt
+    python run.py {example}          # one JSON record for each row
+
+```python
+import run
+model = run.Model()
+model.predict([{row}])
+```
+
+`model.onnx` is an ONNX graph (opset {opset}) that any ONNX runtime executes.
+
+| input | type | axes |
+| --- | --- | --- |
+{inputs}
+
+| output | type | axes |
+| --- | --- | --- |
+{outputs}
+
+Steps outside the graph, which `run.py` does: {outside}.
+"""
+
+
+def check_target(out: Path) -> None:
+    """Raise `SettingsError` if a folder cannot be written to."""
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise SettingsError(f"{out} exists already. Choose another folder with --out, or delete it.")
+
+
+@contextmanager
+def make_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` if the block succeeds. Raises `SettingsError` if `out` holds something."""
+    check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
+        folder = Path(name) / "export"
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+
+
+def build_program(parts: Sequence[str]) -> str:
+    """Return the source of run.py: the common part, and those for one kind of input."""
+    folder = files(__package__).joinpath("runners")
+    common, *sources = (folder.joinpath(f"{part}.py").read_text(encoding="utf-8") for part in ("common", *parts))
+    is_import = lambda line: line.startswith(("import ", "from "))
+    imports = [line for source in sources for line in source.splitlines(keepends=True) if is_import(line)]
+    rest = "\n\n\n".join(
+        "".join(line for line in source.splitlines(keepends=True) if not is_import(line)).strip("\n") for source in sources
+    )
+    head, marker, tail = common.partition("import numpy as np\n")
+    standard = [line for line in imports if line.split()[1].partition(".")[0] in STANDARD]
+    other = [line for line in imports if line not in standard]
+    return (
+        f"{''.join((head.rstrip() + chr(10), *standard, chr(10)))}{marker}{''.join(other)}{tail.rstrip()}\n\n\n{rest}\n\n\n"
+        + END
+    )
+
+
+STANDARD = {"collections", "datetime", "re", "math", "unicodedata", "wave", "io", "base64", "itertools"}
+END = 'if __name__ == "__main__":\n    main()\n'
+
+
+def write_folder(predictor: TaskPredictor, graph: Graph, out: Path, source: str, precision: Precision = "float32") -> None:
+    """Write everything but verify.json. The folder appears complete or not at all."""
+    from fieldguide.exporting.onnx_file import write_onnx
+
+    with make_folder(out) as folder:
+        renamed = write_onnx(graph, folder / "model.onnx", precision)
+        signature = predictor.signature
+        dump(folder / "signature.json", signature.to_json())
+        dump(folder / "export.json", {"task": signature.task, "renamed": renamed, **graph.values})
+        (folder / "run.py").write_text(build_program(graph.parts), encoding="utf-8")
+        needed = [REQUIREMENTS[package] for package in ("numpy", "onnxruntime", *graph.requires)]
+        (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
+        preprocess = folder.parent / "preprocess"  # temporary too
+        predictor.task.save(preprocess)
+        for file in graph.files:
+            shutil.copy(preprocess / file, folder / file)
+        (folder / "README.md").write_text(build_readme(predictor, graph, folder, source), encoding="utf-8")
+
+
+def build_readme(predictor: TaskPredictor, graph: Graph, folder: Path, source: str) -> str:
+    """Return the README of an export."""
+    import onnxruntime
+
+    from fieldguide.exporting.onnx_file import OPSET
+
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    tabulate = lambda values: "\n".join(
+        f"| `{v.name}` | {v.type.removeprefix('tensor(').removesuffix(')')} | {', '.join(map(str, v.shape))} |" for v in values
+    )
+    signature = predictor.signature
+    row = ", ".join(f'"{field.name}": ...' for field in signature.inputs[:4])
+    outside = [step.name for step in (*signature.preprocessing, *signature.postprocessing) if not step.in_graph]
+    return README.format(
+        title=folder.parent.name if not source else Path(source).name,
+        task=signature.task,
+        architecture=signature.architecture,
+        source=f"`{Path(source).name}`",
+        example="photo.jpg" if "pictures" in graph.parts else "rows.csv",
+        row="{" + row + (", ..." if len(signature.inputs) > 4 else "") + "}",
+        opset=OPSET,
+        inputs=tabulate(session.get_inputs()),
+        outputs=tabulate(session.get_outputs()),
+        outside=", ".join(outside) or "none",
+    )
+
+
+def dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,355 @@
+"""Verification of exports: the exported folder, run on held-out raw rows in a fresh process, against the original model.
+
+The process has neither torch nor fieldguide. Records are compared, so that every step counts: decoding, preprocessing, the
+network, calibration, the order of classes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from fieldguide.core.errors import DataError
+from fieldguide.core.media import Media
+from fieldguide.data.dataset import FILE, LINE
+from fieldguide.data.read import load
+from fieldguide.data.splits import sample_rows
+from fieldguide.exporting.graph import ExportError
+from fieldguide.exporting.precision import Precision
+from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
+
+if TYPE_CHECKING:
+    from fieldguide.inference.predictor import TaskPredictor
+
+MAX_ROWS = 512  # that are compared
+# Precision of the weights -> the tolerance of probabilities, and of other numbers relative to their size; the least fraction of equal rows
+ALLOWED = {"float32": (1e-4, 1.0), "float16": (0.01, 0.99), "int8": (0.1, 0.95)}
+BATCHES = ((1, 8), (7, 64), (64, MAX_ROWS))  # size of batches, and the number of rows that run in them
+TIMEOUT = 1800  # seconds
+MAX_EXAMPLES = 5  # of differences that are kept
+MAX_SERIES, CUTS = 32, 8  # of a request of series, and how many requests end at different steps
+ROUNDED = {"box": 0.101, "x": 0.101, "y": 0.101}  # values that are rounded to one decimal place: pixels
+DERIVED = {"found": "objects", "classes": "shares"}  # texts that sum up another value of the record
+PROGRAM = """
+import json, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "fieldguide"):
+            raise ImportError(f"an export must not import {name}")
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, sys.argv[1])
+import run
+model, found = run.Model(sys.argv[1]), []
+for size, count in json.loads(sys.argv[2]):
+    found.append([])
+    for path in sys.argv[3:]:
+        found[-1] += model.predict(list(run.read(path))[:count], size)
+json.dump(found, sys.stdout)
+"""
+
+
+@dataclass
+class Verification:
+    """The comparison of an export with its original.
+
+    `largest` is the largest difference of a number, relative to its size if that exceeds 1. `agreement` is the fraction of rows
+    whose answers are equal, apart from ties.
+    """
+
+    passed: bool
+    rows: int
+    agreement: float
+    largest: float
+    tolerance: float
+    batches: list[int]
+    source: str
+    seconds: float
+    problems: list[str] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)  # metric -> original, export
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-compatible dictionary."""
+        return asdict(self)
+
+
+def choose_requests(predictor: TaskPredictor, source: str) -> tuple[list[pl.DataFrame], Any]:
+    """Return tables of raw inputs, each of which is a request, and the data of the first if scores are compared."""
+    if predictor.signature.record_for == "step":
+        return cut_series(predictor, source), None
+    table, data = choose_rows(predictor, source)
+    return [table], data
+
+
+def cut_series(predictor: TaskPredictor, source: str) -> list[pl.DataFrame]:
+    """Return requests with the first series of a source, that end at different steps."""
+    raw, fields = load(source).raw.rows, predictor.signature.inputs
+    raw = raw.select(name for name in raw.columns if name not in (FILE, LINE))
+    owners = [field.name for field in fields if field.role == "series"]
+    if any(field.name == "*" for field in fields):  # one series per row
+        raw = raw.head(MAX_SERIES)
+        step = max(1, raw.width // (4 * CUTS))
+        return [raw.select(raw.columns[: raw.width - cut * step]) for cut in range(CUTS)]
+    if owners:
+        raw = raw.join(raw.select(owners).unique(maintain_order=True).head(MAX_SERIES), on=owners, maintain_order="left")
+    from_end = pl.int_range(pl.len(), 0, -1)
+    from_end = from_end.over(owners) if owners else from_end
+    shortest = int(raw.group_by(owners).len()["len"].to_numpy().min()) if owners else raw.height
+    step = max(1, shortest // (4 * CUTS))
+    return [raw.filter(from_end > cut * step) for cut in range(CUTS)]
+
+
+def choose_rows(predictor: TaskPredictor, source: str) -> tuple[pl.DataFrame, Any]:
+    """Return raw input rows as a table, and their data: held-out rows if the run was trained on `source`."""
+    task = predictor.task.for_request(predictor.task.PredictOptions())
+    data = task.read([source], answered=True)
+    record = getattr(predictor, "record", None)
+    if record and data.manifest.digest == record["data"]["digest"] and len(data) == record["data"]["rows"]:
+        splits = predictor.read_splits()  # type: ignore[attr-defined]
+        data = data.take(splits.test if len(splits.test) else splits.validation)
+    data = data.take(sample_rows(np.arange(len(data)), MAX_ROWS, 0))
+    if not len(data):
+        raise DataError(f"{source} has no row to verify the export with. Give data with --data.")
+    names = [field.name for field in predictor.signature.inputs if field.name in data.rows.columns]
+    return join_raw_cells(predictor, task.read([source]).inputs, data.rows, names), data
+
+
+def join_raw_cells(predictor: TaskPredictor, raw: pl.DataFrame | None, rows: pl.DataFrame, names: list[str]) -> pl.DataFrame:
+    """Return columns of rows, as their cells are written in the file if it is a table; media as absolute paths."""
+    found, place = rows.select(names), [FILE, LINE]
+    media = [field.name for field in predictor.signature.inputs if field.media_types]
+    cells = [name for name in names if name not in media and raw is not None and name in raw.columns]
+    if raw is None or not cells or not set(place) <= set(raw.columns) or rows[LINE].null_count():
+        return found
+    written = rows.select(place).join(raw.select(*place, *cells), on=place, how="left", maintain_order="left")
+    return found.with_columns(written[name] for name in cells)
+
+
+def verify(
+    predictor: TaskPredictor,
+    folder: Path,
+    source: str,
+    precision: Precision = "float32",
+    chosen: tuple[list[pl.DataFrame], Any] | None = None,
+) -> Verification:
+    """Run an exported folder on raw inputs, by default those of `choose_requests`, and compare its records with the original's.
+
+    With weights in fewer bits, more may differ: see `ALLOWED`. Raises `ExportError` if answers differ because cells were not read.
+    """
+    tolerance, required = ALLOWED[precision]
+    started = time.perf_counter()
+    tables, data = chosen or choose_requests(predictor, source)
+    batches = BATCHES if predictor.signature.record_for == "row" else [(size, None) for size, _ in BATCHES]
+    with tempfile.TemporaryDirectory() as home:
+        paths = [Path(home) / f"rows{i}.{'jsonl' if has_lists(table) else 'csv'}" for i, table in enumerate(tables)]
+        for path, table in zip(paths, tables):
+            (table.write_ndjson if has_lists(table) else table.write_csv)(path)
+        expected = [record for path in paths for record in predictor.predict(str(path))]
+        found, notes = run_folder(folder, paths, batches)
+    comparison = Comparison(tolerance, getattr(predictor.task, "score_threshold", 0.0))
+    problems, largest, same = [], 0.0, 0
+    for (size, _), records in zip(batches, found):
+        for number, (want, got) in enumerate(zip(expected, records)):
+            difference, problem = comparison.compare(want, got)
+            largest = max(largest, difference)
+            if problem:
+                problems.append(f"row {number + 1}, batches of {size}: {problem}")
+            elif size == batches[-1][0]:
+                same += 1
+    rows = len(expected)
+    is_complete = all(len(records) == min(rows, count or rows) for (_, count), records in zip(batches, found))
+    if not is_complete:
+        problems.insert(0, "the export returned another number of records")
+    passed = is_complete and (not problems if required == 1 else same >= required * rows)
+    if notes and not passed:
+        raise ExportError(f"run.py does not read the cells as training did: {notes[0]}")
+    return Verification(
+        passed=passed,
+        rows=rows,
+        agreement=same / max(rows, 1),
+        largest=largest,
+        tolerance=tolerance,
+        batches=[size for size, _ in batches],
+        source=source,
+        seconds=round(time.perf_counter() - started, 1),
+        problems=problems[:MAX_EXAMPLES]
+        + ([f"and {len(problems) - MAX_EXAMPLES} more"] if len(problems) > MAX_EXAMPLES else []),
+        scores=compare_scores(predictor, data, expected, found[-1]),
+        versions=list_versions(),
+    )
+
+
+def has_lists(table: pl.DataFrame) -> bool:
+    """Return whether cells of a table hold lists or objects, which CSV cannot."""
+    return any(dtype.is_nested() for dtype in table.dtypes)
+
+
+def run_folder(
+    folder: Path, paths: Sequence[Path], batches: Sequence[tuple[int, int | None]]
+) -> tuple[list[list[dict[str, Any]]], list[str]]:
+    """Return the records of each batch size and the printed notes, from a process without torch and fieldguide.
+
+    Raises `ExportError` if it fails.
+    """
+    command = [sys.executable, "-I", "-c", PROGRAM, str(folder.resolve()), json.dumps(batches), *map(str, paths)]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT, env=env)
+    lines = done.stderr.strip().splitlines()
+    if done.returncode:
+        raise ExportError(f"{folder}: run.py fails: {lines[-1] if lines else done.returncode}")
+    return json.loads(done.stdout), [line for line in lines if line.startswith("column ")]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of records.
+
+    Args:
+        tolerance: of probabilities, and of other numbers relative to their size.
+        threshold: the score from which on objects are part of a record.
+        most: objects of a record at most.
+    """
+
+    tolerance: float
+    threshold: float = 0.0
+    most: int = MAX_DETECTIONS
+
+    def compare(self, want: Any, got: Any, rounded: bool = False) -> tuple[float, str]:
+        """Return the largest relative difference of numbers, and the first problem, or "". With `rounded`, pixels may differ by 0.1."""
+        if isinstance(want, Media):
+            return self.compare_masks(np.asarray(Image.open(io.BytesIO(want.content))), decode_mask(got))
+        if isinstance(want, Mapping):
+            keys = [key for key, value in want.items() if not is_left_out(key, value, want)]
+            if missing := [key for key in keys if not isinstance(got, Mapping) or key not in got]:
+                return 0.0, f"{missing[0]!r} is missing"
+            pairs = [(key, want[key], got[key]) for key in keys]
+            is_tie = is_tied(want, self.tolerance)
+        elif isinstance(want, list) and isinstance(got, list) and any(is_scored(one) for one in (*want, *got)):
+            return self.compare_objects(want, got)
+        elif isinstance(want, list | tuple):
+            if not isinstance(got, list | tuple) or len(want) != len(got):
+                return 0.0, f"{want!r:.80} against {got!r:.80}"
+            pairs, is_tie = [(str(i), a, b) for i, (a, b) in enumerate(zip(want, got))], False
+        elif isinstance(want, int | float) and not isinstance(want, bool):
+            if not isinstance(got, int | float):
+                return 0.0, f"{want!r} against {got!r:.80}"
+            if math.isnan(want) and math.isnan(got):
+                return 0.0, ""
+            difference = abs(want - got) / max(1.0, abs(want))
+            return difference, "" if difference <= self.tolerance else f"{want:.6g} against {got:.6g}"
+        else:
+            return 0.0, "" if want == got else f"{want!r:.80} against {got!r:.80}"
+        largest, first = 0.0, ""
+        for key, a, b in pairs:
+            if rounded and key in ROUNDED and np.allclose(a, b, rtol=0, atol=ROUNDED[key]):
+                continue
+            difference, problem = self.compare(a, b, rounded)
+            largest = max(largest, difference)
+            if problem and not first and not (is_tie and isinstance(a, str)):
+                first = f"{key}: {problem}"
+        return largest, first
+
+    def compare_masks(self, want: np.ndarray, got: np.ndarray | None) -> tuple[float, str]:
+        """Return the fraction of pixels whose class differs, and the problem if it exceeds the tolerance."""
+        if got is None or got.shape != want.shape:
+            return 1.0, "the mask has another size or is missing"
+        difference = float(np.mean(want != got))
+        return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels have another class"
+
+    def compare_objects(self, want: list[Any], got: list[Any]) -> tuple[float, str]:
+        """Return what `compare` does for objects in the order of their scores; those of equal score may be in another order.
+
+        An object may be missing on one side if its score is at the threshold, or if the record is full and no score is lower: which
+        side of a limit it is on is then decided by rounding.
+        """
+        left, largest = list(got), 0.0
+        for one in want:
+            near = [(i, other) for i, other in enumerate(left) if abs(one["score"] - other["score"]) <= self.tolerance]
+            compared = [(*self.compare(one, other, True), i) for i, other in near]
+            equal = [(difference, i) for difference, problem, i in compared if not problem]
+            if equal:
+                difference, place = min(equal)
+                largest = max(largest, difference)
+                left.pop(place)
+            elif not self.is_at_limit(one, want, got):
+                return largest, f"{one!r:.100} is missing"
+        if strange := [one for one in left if not self.is_at_limit(one, want, got)]:
+            return largest, f"{strange[0]!r:.100} was not found by the original"
+        return largest, ""
+
+    def is_at_limit(self, one: Mapping[str, Any], want: list[Any], got: list[Any]) -> bool:
+        """Return whether rounding decides if an object is part of a record."""
+        if one["score"] <= self.threshold + self.tolerance:
+            return True
+        full = [record for record in (want, got) if len(record) >= self.most]
+        return any(one["score"] <= min(other["score"] for other in record) + self.tolerance for record in full)
+
+
+def decode_mask(value: Any) -> np.ndarray | None:
+    """Return the pixels of a PNG file in a data URL; None for anything else."""
+    if not isinstance(value, str) or not value.startswith("data:image/png;base64,"):
+        return None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2]))))
+
+
+def is_left_out(key: str, value: Any, record: Mapping[str, Any]) -> bool:
+    """Return whether a value of a record is not compared: the place of a row, a drawing, or the sum of another value."""
+    return (
+        key == "input"
+        or (isinstance(value, Media) and value.suffix == ".jpg")
+        or DERIVED.get(key, key) in record.keys() - {key}
+    )
+
+
+def is_scored(value: Any) -> bool:
+    return isinstance(value, Mapping) and "score" in value
+
+
+def is_tied(record: Mapping[str, Any], tolerance: float) -> bool:
+    """Return whether the two most probable answers of a record are equally probable, up to the tolerance."""
+    p = record.get("probabilities")
+    best = sorted(p.values(), reverse=True)[:2] if isinstance(p, Mapping) else []
+    return len(best) == 2 and best[0] - best[1] <= 2 * tolerance
+
+
+def compare_scores(
+    predictor: TaskPredictor, data: Any, expected: Sequence[Any], found: Sequence[Any]
+) -> dict[str, list[float]]:
+    """Return each score of the original and of the export on rows with known targets; empty for other tasks than
+    classification and regression.
+    """
+    task: Any = predictor.task
+    if not (hasattr(task, "labels") and all("probabilities" in r for r in expected)) and not hasattr(task, "standard"):
+        return {}
+    targets = task.targets(data)
+    scores = [task.score(collect_outputs(task, records), targets) for records in (expected, found)]
+    return {name: [float(score[name]) for score in scores] for name in scores[0]}
+
+
+def collect_outputs(task: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return records as the arrays that `Task.score` takes."""
+    if hasattr(task, "labels"):
+        return {"probabilities": np.array([[r["probabilities"][name] for name in task.labels] for r in records])}
+    return {"values": task.standard.apply(np.array([r[task.target.name] for r in records]))[:, None]}
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of the packages that ran."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("numpy", "onnxruntime", "torch", "fieldguide")}
