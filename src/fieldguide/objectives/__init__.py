@@ -2,7 +2,7 @@
 
 from fieldguide.objectives.adversarial import Adversarial
 from fieldguide.objectives.base import Objective, Phase
-from fieldguide.objectives.contrastive import Contrastive
+from fieldguide.objectives.contrastive import Contrastive, SigmoidContrastive
 from fieldguide.objectives.ctc import CTC
 from fieldguide.objectives.detection import Detection
 from fieldguide.objectives.diffusion import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
@@ -11,6 +11,7 @@ from fieldguide.objectives.embedding import EmbeddingObjective
 from fieldguide.objectives.forecast import Forecast
 from fieldguide.objectives.language import DenoisingObjective, NextToken
 from fieldguide.objectives.masked_lm import MaskedLM, SpanPrediction, TokenClassificationObjective
+from fieldguide.objectives.reconstruction import Reconstruction
 from fieldguide.objectives.supervised import Classification, Regression, Supervised
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "Objective",
     "Phase",
     "Process",
+    "Reconstruction",
     "Regression",
+    "SigmoidContrastive",
     "SpanPrediction",
     "Supervised",
     "TokenClassificationObjective",

@@ -51,6 +51,7 @@ def beam_search(
     language: Callable[[Prefix, int], float] | None = None,
     weight: float = 1.0,
     bonus: float = 0.0,
+    ends: bool = False,
 ) -> list[Hypothesis]:  # S V -> the best `width`, best first
     """Return the best hypotheses of one recording by prefix beam search in log space (Hannun et al. 2014,
     arXiv:1408.2873, algorithm 1).
@@ -65,6 +66,7 @@ def beam_search(
         language: `language(prefix, symbol)` returns the log-probability that the symbol follows the prefix.
         weight: factor of the language model's log-probabilities.
         bonus: score added per symbol, to offset the language model's preference for short transcripts.
+        ends: `language(prefix, 0)` is the log-probability that the transcript ends, which is added in the last frame.
 
     Raises:
         SettingsError: if `width` is below 1.
@@ -101,7 +103,10 @@ def beam_search(
                 after[longer] = b, log_add(s, gain)
         beam = dict(sorted(after.items(), key=rank, reverse=True)[:width])
         extra = {prefix: extra[prefix] for prefix in beam}
-    return [Hypothesis(prefix, log_add(*ends), log_add(*ends) + extra[prefix]) for prefix, ends in beam.items()]
+    if ends and language:
+        extra = {prefix: score + weight * language(prefix, BLANK) for prefix, score in extra.items()}
+    found = [Hypothesis(prefix, log_add(*last), log_add(*last) + extra[prefix]) for prefix, last in beam.items()]
+    return sorted(found, key=lambda hypothesis: hypothesis.score, reverse=True)
 
 
 def log_add(a: float, b: float) -> float:

@@ -11,13 +11,13 @@ Shapes: B batch, N boxes of an image, A points of all levels, R bins of a distan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fieldguide.models.layers.boxes import ciou, iou, nms
+from fieldguide.models.layers.boxes import ciou, iou, nms, nms_of_sorted
 from fieldguide.objectives.base import Objective
 
 
@@ -111,6 +111,16 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:  # ...
     return -(1 - part) * below - part * above
 
 
+class Assigned(NamedTuple):
+    """The points of a batch that are assigned to an object."""
+
+    row: Tensor  # P, index of the image
+    point: Tensor  # P
+    item: Tensor  # P, index of the object in its image
+    weight: Tensor  # P, quality of the assignment
+    total: Tensor  # sum of all qualities, at least 1
+
+
 class Detection(Objective):
     """Detection loss for a network with output type "boxes".
 
@@ -147,16 +157,34 @@ class Detection(Objective):
         self.matching: dict[str, Any] = {"topk": topk, "alpha": alpha, "beta": beta, "smallest": float(min(self.model.strides))}
         self.confidence, self.overlap, self.candidates, self.max_detections = confidence, overlap, candidates, max_detections
 
+    def run_network(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output of the network, and the points and strides of the grid."""
+        return self.model(*(batch[name] for name in self.inputs)), *self.make_grid(batch)
+
+    def make_grid(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the points and strides of the grid."""
+        image = batch[self.inputs[0]]
+        return make_grid(image.shape[-2], image.shape[-1], self.model.strides, image.device)
+
     def compute_predictions(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return boxes, distance logits and class logits (see `decode`), and the points and strides of the grid."""
-        raw = self.model(*(batch[name] for name in self.inputs))
-        height, width = batch[self.inputs[0]].shape[-2:]
-        points, strides = make_grid(height, width, self.model.strides, raw.device)
+        raw, points, strides = self.run_network(batch)
         return *decode(raw, self.model.bins, points, strides), points, strides
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         """Return the losses. Each part is a sum over points divided by the sum of their qualities."""
-        boxes, distances, logits, points, strides = self.compute_predictions(batch)
+        parts, _ = self.measure(batch, *self.compute_predictions(batch))
+        return {"loss": self.weigh(parts), **parts}
+
+    def weigh(self, parts: dict[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the parts of a loss."""
+        first, *others = (self.weights[name] * part for name, part in parts.items())
+        return sum(others, first)
+
+    def measure(
+        self, batch: dict[str, Tensor], boxes: Tensor, distances: Tensor, logits: Tensor, points: Tensor, strides: Tensor
+    ) -> tuple[dict[str, Tensor], Assigned]:
+        """Return the parts of the loss, and the points that are assigned to objects."""
         truth, labels = batch["boxes"].to(boxes.dtype), batch["labels"]
         owner, quality = assign(logits.sigmoid(), boxes, points, truth, labels, **self.matching)
         total = quality.sum().clamp(min=1)
@@ -171,8 +199,7 @@ class Detection(Objective):
             "label": F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / total,
             "distance": (distribution_focal_loss(distances[row, point], sides).mean(-1) * weight).sum() / total,
         }
-        weighted = [self.weights[name] * part for name, part in parts.items()]
-        return {"loss": sum(weighted[1:], weighted[0]), **parts}
+        return parts, Assigned(row, point, at, weight, total)
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `boxes` B D 4 clipped to the image, `scores` B D in descending order, `labels` B D; padding is 0, 0, -1."""
@@ -205,14 +232,38 @@ def select_detections(
     `size` is (height, width). Each (box, class) pair above `confidence` is a candidate, so a box may yield several
     classes.
     """
+    return rank_detections(
+        boxes, scores, size, confidence=confidence, overlap=overlap, candidates=candidates, max_detections=max_detections
+    )[0]
+
+
+@torch.no_grad()
+def rank_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    size: tuple[int, int],
+    *,
+    confidence: float,
+    overlap: float,
+    candidates: int,
+    max_detections: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what `select_detections` returns, and the index of the box of each detection, B D."""
     classes = scores.shape[-1]
     scores, which = scores.flatten(1).topk(min(candidates, scores[0].numel()))
     labels, which, boxes = which % classes, which if boxes.ndim == 4 else which // classes, boxes.flatten(1, -2)
-    boxes = boxes.gather(1, which[..., None].expand(-1, -1, 4))
-    row, place = (scores > confidence).nonzero(as_tuple=True)
-    keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[row, place] = nms(boxes[row, place], scores[row, place], row * classes + labels[row, place], overlap)
-    scores, order = torch.where(keep, scores, -1).sort(descending=True, stable=True)
+    boxes, origin = boxes.gather(1, which[..., None].expand(-1, -1, 4)), which
+    if torch.compiler.is_exporting():  # the other way has shapes that depend on values
+        keep = nms_of_sorted(boxes, scores > confidence, overlap, labels)
+    else:
+        row, place = (scores > confidence).nonzero(as_tuple=True)
+        keep = torch.zeros_like(scores, dtype=torch.bool)
+        keep[row, place] = nms(boxes[row, place], scores[row, place], row * classes + labels[row, place], overlap)
+    kept = torch.where(keep, scores, -1)
+    if torch.compiler.is_exporting():  # ONNX has no stable sort, but equal values keep their order in its TopK
+        scores, order = kept.topk(kept.shape[1])
+    else:
+        scores, order = kept.sort(descending=True, stable=True)
     scores, order = (
         F.pad(x, (0, max(0, max_detections - x.shape[1])), value=fill)[:, :max_detections]
         for x, fill in ((scores, -1), (order, 0))
@@ -220,8 +271,9 @@ def select_detections(
     real = scores > 0
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     limit = boxes.new_tensor([*reversed(size)] * 2)
-    return {
+    found = {
         "boxes": torch.minimum(boxes.clamp(min=0), limit) * real[..., None],
         "scores": scores * real,
         "labels": torch.where(real, labels.gather(1, order), -1),
     }
+    return found, origin.gather(1, order)

@@ -1,4 +1,4 @@
-"""Embeddings of images or texts by a network without a head. For inference only."""
+"""Embeddings of images or texts by a network without a head."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class EmbeddingObjective(Objective):
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if "tokens" not in batch:
             return {"vector": F.normalize(self.model(batch["image"]).float(), dim=-1)}
-        x, mask = self.model.features(batch["tokens"], batch["mask"]).float(), batch["mask"].clone()
+        x, mask = self.model.features(batch["tokens"], batch["mask"]), batch["mask"].clone()
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         mask[:, : self.pooling.skip] = False
         pooled = torch.cat([pool(x, mask, mode) for mode in self.pooling.modes], 1)
         return {"vector": F.normalize(self.head(pooled), dim=-1)}

@@ -75,12 +75,24 @@ class Forecast(Objective):
         self.register_buffer("quantiles", torch.tensor(tuple(quantiles)), persistent=False)
 
     def compute_predictions(self, batch: dict[str, Tensor]) -> Tensor:  # -> B H C Q
+        values = self.model(*self.arrange_inputs(batch)).float()
         if not self.normalise:
-            return self.model(*(batch[name] for name in self.inputs)).float()
+            return values
         mean, scale = compute_mean_and_scale(batch["series"], batch.get("observed"))
-        inputs = {**batch, "series": (batch["series"] - mean) / scale}
-        values = self.model(*(inputs[name] for name in self.inputs)).float()
         return values * scale[..., None] + mean[..., None]
+
+    def arrange_inputs(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Return the arguments of the network."""
+        if self.normalise:
+            mean, scale = compute_mean_and_scale(batch["series"], batch.get("observed"))
+            batch = {**batch, "series": (batch["series"] - mean) / scale}
+        return [batch[name] for name in self.inputs]
+
+    @torch.no_grad()
+    def weigh_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that the network gives its variables and steps; empty if it has none."""
+        weigh = getattr(self.model, "weigh_inputs", None)
+        return weigh(*self.arrange_inputs(batch)) if weigh else {}
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         values, target = self.compute_predictions(batch), batch["target"]

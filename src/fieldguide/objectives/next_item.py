@@ -45,8 +45,11 @@ class NextItem(Objective):
         self.register_buffer("share", (weights / weights.sum().clamp(min=1)).float(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
-        hidden, target = self.model.features(*(batch[name] for name in self.inputs)), batch["target"]
-        hidden, target = hidden[target > 0], target[target > 0]  # N D, N: without padding
+        hidden, target = self.model.features(*(batch.get(name) for name in self.inputs)), batch["target"]
+        return self.compute_loss(hidden[target > 0], target[target > 0])  # without padding
+
+    def compute_loss(self, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:  # N D, N
+        """Return the loss of predicting the items `target` from hidden states."""
         table = self.model.table()
         if not self.negatives:
             logits = F.linear(hidden, table).float()
@@ -69,8 +72,7 @@ class NextItem(Objective):
         With `next_item` (B int64, 0 = unknown), the item to rank, also return its `rank` among all items: 1 + the number of
         items with a higher logit + half the number of other items with the same logit.
         """
-        hidden = self.model.features(*(batch[name] for name in self.inputs))[:, -1]
-        scores = F.linear(hidden, self.model.table()).float()
+        scores = self.model.score_next(*(batch.get(name) for name in self.inputs)).float()
         return rank_items(scores, batch["seen"], batch.get("next_item"), self.repeats, self.top)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.errors import DataError
+from fieldguide.data.preprocessing.masks import CANVAS_MULTIPLE
 from fieldguide.objectives.base import Objective
 
 THUMBNAIL_PIXELS = 192  # side of the square copies of the maps for the report, in pixels
@@ -44,6 +45,23 @@ class Segmentation(Objective):
             else predict_tiled(self.predict_untiled, image, self.tile)
         )
 
+    def segment_each(self, image: Tensor, inner: Sequence[Sequence[int]]) -> list[Tensor]:  # B C H W -> each 1 classes h w
+        """Return the logits of images of the sizes `inner`, B 2, in the top left corner of canvases.
+
+        Each is computed on the smallest canvas that holds it, so that its result does not depend on the other images.
+        """
+        limits = tuple(image.shape[-2:])
+        round_up = lambda n: -(-n // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+        canvases = [(min(round_up(high), limits[0]), min(round_up(wide), limits[1])) for high, wide in inner]
+        found: list[Tensor] = [image] * len(inner)
+        for canvas in dict.fromkeys(canvases):
+            rows = [row for row, own in enumerate(canvases) if own == canvas]
+            whole = len(rows) == len(inner) and canvas == limits
+            logits = self.segment(image if whole else image[rows, :, : canvas[0], : canvas[1]]).float()
+            for row, own in zip(rows, logits):
+                found[row] = own[None, :, : inner[row][0], : inner[row][1]]
+        return found
+
     def predict_untiled(self, image: Tensor) -> Tensor:  # B C H W -> B classes H W logits
         """Return the logits of every pixel in one forward pass, with reflection padding if the network needs it."""
         channels, height, width = image.shape[1:]
@@ -53,20 +71,23 @@ class Segmentation(Objective):
         logits = self.model(reflect_pad(image, *padding) if any(padding) else image)
         return center_crop(logits, height, width) if logits.shape[-2:] != (height, width) else logits
 
+    def segment_canvas(self, image: Tensor) -> Tensor:  # B C H W -> B classes H W logits
+        """Return the logits of every pixel of a canvas, for networks whose output has the size of their input."""
+        return self.model(image)
+
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `map`, the class of each pixel (B H W) at the original sizes of the images (`size` B 2; -1 outside).
 
         If the batch has the target at that size (`truth` B H W), return instead `counts`, the confusion matrices in pixels
         (B classes classes, row = truth), and `thumb`, small copies of the maps.
         """
-        logits = self.segment(batch["image"]).float()
-        maps = torch.full((len(logits), *batch["size"].amax(0).tolist()), -1, dtype=torch.int16, device=logits.device)
-        thumbs = torch.empty((len(logits), THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), dtype=torch.int16, device=logits.device)
-        for row, ((height, width), (inner_height, inner_width)) in enumerate(
-            zip(batch["size"].tolist(), batch["inner"].tolist())
-        ):
-            own = logits[row : row + 1, :, :inner_height, :inner_width]
-            if (height, width) != (inner_height, inner_width):
+        image, place = batch["image"], batch["image"].device
+        maps = torch.full((len(image), *batch["size"].amax(0).tolist()), -1, dtype=torch.int16, device=place)
+        thumbs = torch.empty((len(image), THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), dtype=torch.int16, device=place)
+        logits = self.segment_each(image, batch["inner"].tolist())
+        for row, (height, width) in enumerate(batch["size"].tolist()):
+            own = logits[row]
+            if (height, width) != own.shape[-2:]:
                 own = F.interpolate(own, (height, width), mode="bilinear", align_corners=False)
             maps[row, :height, :width] = own[0].argmax(0)
             thumbs[row] = F.interpolate(

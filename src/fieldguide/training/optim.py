@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from fieldguide.core.settings import Settings
 from fieldguide.training.peft import get_layer_depths, get_tower_prefixes
 from fieldguide.training.precision import multiplies_bfloat16
+from fieldguide.training.row_adagrad import RATE_FACTOR, RowwiseAdagrad, make_gradients_sparse
 
 
 def get_lr_factor(settings: Settings, step: int) -> float:
@@ -39,10 +40,17 @@ def build_optimizers(
     """Return the optimizer(s) of one phase.
 
     Weight decay applies to matrices and kernels, not to vectors, norms and embeddings. `scale` of a parameter group is its
-    factor of the learning rate: below 1 in lower layers if `layer_decay` is below 1.
+    factor of the learning rate: below 1 in lower layers if `layer_decay` is below 1. With `embedding_optimizer=adagrad`, tables that
+    are only looked up get sparse gradients and an optimizer of their own.
     """
     tables = get_embedding_ids(objective)
     parameters = list(parameters)
+    optimizers: list[torch.optim.Optimizer] = []
+    if settings.embedding_optimizer == "adagrad":
+        sparse = make_gradients_sparse(objective)
+        rows = {"params": [p for _, p in parameters if id(p) in sparse], "scale": RATE_FACTOR}
+        parameters = [(name, p) for name, p in parameters if id(p) not in sparse]
+        optimizers.append(RowwiseAdagrad([rows], lr=settings.lr))
     depth, top = get_layer_depths((name for name, _ in parameters), get_tower_prefixes(objective))
     parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, p in parameters:
@@ -53,8 +61,8 @@ def build_optimizers(
         for (scale, matrices), ps in sorted(parts.items(), key=lambda part: (-part[0][0], not part[0][1]))
     ]
     if settings.optimizer == "sgd":
-        return [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True)]
-    optimizers: list[torch.optim.Optimizer] = []
+        plain = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True)
+        return [*optimizers, plain]
     matrices = [g for g in groups if g["matrices"]]
     if settings.optimizer == "muon" and matrices:
         optimizers.append(Muon(matrices, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay))

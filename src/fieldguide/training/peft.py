@@ -1,6 +1,7 @@
 """Fine-tuning: the trainable parts of a pretrained network and their learning rates.
 
-`whole` trains everything, lower layers more slowly if `layer_decay` is below 1; `frozen` trains only new layers; `lora`
+`whole` trains everything, lower layers more slowly if `layer_decay` is below 1, except parts that are frozen as published (class
+attribute `frozen_parts` of the network) unless `keep_frozen` is False; `frozen` trains only new layers; `lora`
 trains a low-rank update of every linear layer (Hu et al. 2021, arXiv:2106.09685, section 4.1), merged after training.
 """
 
@@ -51,6 +52,8 @@ def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if settings.finetune == "whole":
+        if fresh is not None and settings.keep_frozen:
+            freeze_parts(model, set(fresh))
         return
     if fresh is None:
         raise SettingsError(
@@ -72,6 +75,13 @@ def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -
             "finetune=frozen trains only new layers, but the checkpoint fills all layers of this network. "
             "Choose finetune=whole or finetune=lora."
         )
+
+
+def freeze_parts(model: nn.Module, fresh: set[str]) -> None:
+    """Freeze the parts of a network that are frozen in fine-tuning as published, except parameters that are new."""
+    for part in getattr(model, "frozen_parts", ()):
+        for name, p in model.get_submodule(part).named_parameters(part):
+            p.requires_grad_(name in fresh)
 
 
 def merge(model: nn.Module) -> None:

@@ -133,12 +133,11 @@ def choose_precision(
     """Return the precision, whether to use channels-last, and the seconds of each choice.
 
     float32 is returned unless another choice is at least `MIN_SPEEDUP` times as fast. Choices are timed one after another, until
-    `budget` seconds have passed.
+    `budget` seconds have passed. A CPU without instructions for bfloat16 is not timed with it: a step can be a hundred times slower.
     """
     has_images = any(t.ndim == 4 for t in batch.values())
-    choices = [("float32", False), ("bfloat16", False)]
-    if has_images:
-        choices += [("float32", True), ("bfloat16", True)]
+    precisions = ("float32", "bfloat16") if device.type != "cpu" or multiplies_bfloat16() else ("float32",)
+    choices = [(precision, layout) for layout in ((False, True) if has_images else (False,)) for precision in precisions]
     timed: dict[tuple[str, bool], float] = {}
     end = time.perf_counter() + budget
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Fitting without gradient descent: linear models and boosted trees (see `fieldguide.core.card.SOLVERS`).
+"""Fitting without gradient descent: linear models, boosted trees and contexts (see `fieldguide.core.card.SOLVERS`).
 
 Whatever the fit chooses, such as the strength of a penalty, is chosen by the score on the validation rows.
 """
@@ -19,27 +19,34 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card
 from fieldguide.core.errors import TrainingError
 from fieldguide.data.loader import Batches, iterate_in_order
+from fieldguide.training.in_context import fit_context
 from fieldguide.training.trees import read_lightgbm
 
 BATCH = 256  # rows whose features are computed at a time
 MAX_VALUES = 100_000_000  # features times rows of a dense linear fit; more rows are left out at random
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # inverse strengths, from the strongest penalty on
+# Inverse strengths of the penalty. If time is short, only the first ones are tried.
+PENALTIES = (1.0, 10.0, 1e-1, 100.0, 1e-2, 1000.0, 1e-3)
 MANY_CLASSES = 50  # above, an iteration of a logistic regression takes long, and scores hardly change after 30 (docs/log.md)
 MAX_ITERATIONS, MAX_ITERATIONS_OF_MANY = 200, 40
-MAX_WORSE = 2  # penalties without improvement after which weaker ones are not tried
+MAX_WORSE = 2  # penalties in a row without improvement after which no more are tried
+DECAYS = (1.0, 0.9, 0.7, 0.4)  # factors of older items of a history
 UNSEEN_LOGIT = -20.0  # bias of a class that the fitted rows lack
 TREE_SETTINGS: tuple[dict[str, Any], ...] = (
     {"learning_rate": 0.1, "num_leaves": 31},
     {"learning_rate": 0.05, "num_leaves": 15, "feature_fraction": 0.6},
     {"learning_rate": 0.05, "num_leaves": 63, "feature_fraction": 0.6, "min_data_in_leaf": 40},
 )
+READING_FRACTION, MIN_ROWS = 0.6, 2000  # of the time until the deadline, for reading the rows of a linear fit; rows at least
 MIN_VALUES_FOR_THREADS = 200_000  # of a table; for fewer, threads of LightGBM wait for each other more than they work
 MAX_ROUNDS, PATIENCE = 3000, 50  # trees per class; rounds without improvement after which growing stops
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a solver needs. `score(network)` is the validation score, higher is better; `deadline` is in `time.monotonic`."""
+    """What a solver needs. `score(network)` is the validation score, higher is better; `deadline` is in `time.monotonic`.
+
+    `score_outputs` does the same for raw outputs on the validation rows, without computing them from their inputs.
+    """
 
     card: Card
     config: Any
@@ -48,6 +55,8 @@ class Problem:
     score: Callable[[nn.Module], float]
     deadline: float = math.inf
     seed: int = 0
+    network: nn.Module | None = None  # with pretrained weights, for a card that needs them
+    score_outputs: Callable[[Tensor], float] | None = None
     fixed: Mapping[str, Any] | None = None  # `Solution.parameters` to use instead of choosing, with all rows for training
     log: Callable[[str], None] = lambda text: None
 
@@ -64,7 +73,7 @@ class Solution:
 
 def solve(problem: Problem) -> Solution:
     """Fit the network of a card. Raises `TrainingError` if the fit gives no finite score."""
-    solution = {"linear": fit_linear, "trees": fit_trees, "none": fit_nothing}[problem.card.solver](problem)
+    solution = SOLVERS[problem.card.solver](problem)
     if not math.isfinite(solution.score):
         raise TrainingError(f"{problem.card.name}: the validation score is not finite, so nothing was fitted.")
     return solution
@@ -80,15 +89,18 @@ def iterate_rows(problem: Problem, batches: Batches, most: int | None = None) ->
 
 
 def keep_best(
-    problem: Problem, candidates: Iterator[tuple[str, nn.Module, Mapping[str, Any]]], max_worse: int = MAX_WORSE
+    problem: Problem,
+    candidates: Iterator[tuple[str, nn.Module, Mapping[str, Any]]],
+    max_worse: int = MAX_WORSE,
+    score: Callable[[Any], float] | None = None,
 ) -> tuple[Solution, dict[str, Tensor]]:
     """Return the best of several fits of networks, and its weights.
 
-    Stops after `max_worse` fits in a row that are worse than the best, and at the deadline.
+    Stops after `max_worse` fits in a row that are worse than the best, and at the deadline. `score` replaces that of the problem.
     """
     best, weights, worse = None, {}, 0
     for chosen, network, parameters in candidates:
-        value = problem.score(network)
+        value = (score or problem.score)(network)
         if best is None or (math.isfinite(value) and (value > best.score or not math.isfinite(best.score))):
             best, worse = Solution(network, value, chosen, parameters), 0
             weights = {name: t.clone() for name, t in network.state_dict().items()}
@@ -113,20 +125,48 @@ def fit_nothing(problem: Problem) -> Solution:
 def fit_linear(problem: Problem) -> Solution:
     """Fit `head` on the features of the training rows, with the penalty that scores best on the validation rows."""
     names = problem.card.inputs
-    network = build_network(problem)
+    allowed = len(problem.train) if problem.fixed is not None else count_rows_in_time(problem)
+    network = build_network(problem, allowed)
     network.eval()
     with torch.inference_mode():
         first = next(iterate_rows(problem, problem.train))
         is_sparse = network.encode(*(first[name] for name in names)).is_sparse
-    most = len(problem.train) if is_sparse else MAX_VALUES // network.head.in_features
+    most = min(allowed, len(problem.train) if is_sparse else MAX_VALUES // network.head.in_features)
     if most < len(problem.train):
         problem.log(f"{problem.card.name}: fitted on {most:,} of {len(problem.train):,} training rows, drawn at random")
     x, y = collect_features(network, iterate_rows(problem, problem.train, most), names)
     penalties = PENALTIES if problem.fixed is None else (problem.fixed["penalty"],)
     candidates = ((chosen, network, {"penalty": c}) for chosen, c in iterate_heads(network.head, x, y, penalties))
-    best, weights = keep_best(problem, candidates)
+    score = None
+    if (score_outputs := problem.score_outputs) is not None:
+        held = collect_in_row_order(network, problem.validation, names)
+        score = lambda network: score_outputs(apply_head(network.head, held))
+    best, weights = keep_best(problem, candidates, score=score)
     network.load_state_dict(weights)
     return best
+
+
+def apply_head(head: nn.Linear, features: Any) -> Tensor:
+    """Return the outputs of a linear layer for features, a matrix or a sparse one."""
+    weight, bias = head.weight.detach().cpu().numpy(), head.bias.detach().cpu().numpy()
+    return torch.from_numpy(np.asarray(features @ weight.T + bias, dtype=np.float32))
+
+
+@torch.inference_mode()
+def count_rows_in_time(problem: Problem) -> int:
+    """Return how many training rows can be read in a part of the time, from reading some of them; all without a deadline."""
+    total, started = len(problem.train), time.monotonic()
+    if math.isinf(problem.deadline):
+        return total
+    batch = next(iterate_rows(problem, problem.train, BATCH))
+    network = build_network(problem, BATCH)
+    network.encode(*(batch[name] for name in problem.card.inputs))
+    now = time.monotonic()
+    # Rows of a network that is built from data are read twice, and so are some of them here.
+    seconds = (now - started) / (2 if hasattr(problem.card.model, "from_inputs") else 1)
+    passes = 2 if hasattr(problem.card.model, "from_inputs") else 1
+    rows = READING_FRACTION * (problem.deadline - now) / max(passes * seconds, 1e-9) * min(BATCH, total)
+    return total if rows >= total else int(max(rows, min(MIN_ROWS, total)))
 
 
 def iterate_heads(
@@ -148,13 +188,13 @@ def iterate_heads(
         yield chosen, penalty
 
 
-def build_network(problem: Problem) -> Any:
-    """Return a new network; one whose features depend on the data is built from the training rows."""
+def build_network(problem: Problem, most: int) -> Any:
+    """Return a new network; one whose features depend on the data is built from at most `most` training rows."""
     model: Any = problem.card.model
     if hasattr(model, "from_inputs"):
         names = problem.card.inputs
         return model.from_inputs(
-            problem.config, (tuple(batch[name] for name in names) for batch in iterate_rows(problem, problem.train))
+            problem.config, (tuple(batch[name] for name in names) for batch in iterate_rows(problem, problem.train, most))
         )
     return problem.card.make(problem.config)
 
@@ -180,6 +220,19 @@ def collect_features(network: Any, batches: Iterator[dict[str, Tensor]], names: 
 
 
 Fit = tuple[str, float, np.ndarray, np.ndarray]  # words, inverse strength of the penalty, weights classes x F, bias
+
+
+def collect_in_row_order(network: Any, batches: Batches, names: Sequence[str]) -> Any:
+    """Return the features of all rows in their order; batches are made in the order of length."""
+    places: list[np.ndarray] = []
+
+    def visit() -> Iterator[dict[str, Tensor]]:
+        for rows, batch in iterate_in_order(batches, BATCH):
+            places.append(rows)
+            yield batch
+
+    features, _ = collect_features(network, visit(), names)
+    return features[np.argsort(np.concatenate(places))]
 
 
 def fit_logistic(x: Any, y: np.ndarray, classes: int, penalties: Sequence[float]) -> Iterator[Fit]:
@@ -309,3 +362,68 @@ def grow(
     network: Any = problem.card.make(fitted)
     network.set_trees([nodes for nodes, _ in trees], tree_classes, [0.0] * classes)
     return network, len(trees) // each
+
+
+# ---------------------------------------------------------------------------------------------- neighbors
+
+
+def fit_neighbors(problem: Problem) -> Solution:
+    """Store for each item those with the most similar users, with the decay that scores best on the validation rows."""
+    met = count_items(problem)
+    similar = compare_columns(met)
+    decays = DECAYS if problem.fixed is None else (problem.fixed["decay"],)
+
+    def candidates() -> Iterator[tuple[str, nn.Module, Mapping[str, Any]]]:
+        for decay in decays:
+            network: Any = problem.card.make(replace(problem.config, decay=decay))
+            network.eval()
+            network.set_neighbors(*find_neighbors(similar, network.weight.shape[1]))
+            yield f"decay {decay:g}", network, {"decay": decay}
+
+    return keep_best(problem, candidates(), max_worse=1)[0]
+
+
+def count_items(problem: Problem) -> Any:
+    """Return the sparse matrix of histories and items: 1 where an item occurs."""
+    from scipy import sparse
+
+    rows, columns, count = [], [], 0
+    for batch in iterate_rows(problem, problem.train):
+        items = batch["seen"]
+        row, step = items.nonzero(as_tuple=True)
+        rows.append(row.numpy() + count)
+        columns.append(items[row, step].numpy())
+        count += len(items)
+    places = np.concatenate(rows), np.concatenate(columns)
+    met = sparse.csr_matrix((np.ones(len(places[0]), np.float32), places), shape=(count, problem.config.items))
+    met.data[:] = 1  # an item that occurs twice counts once
+    return met
+
+
+def compare_columns(met: Any) -> Any:
+    """Return the cosine of each pair of columns of a sparse matrix of zeros and ones, without the diagonal."""
+    from scipy import sparse
+
+    scale = sparse.diags(1 / np.sqrt(np.maximum(np.asarray(met.sum(0)).ravel(), 1)))
+    similar = (scale @ (met.T @ met) @ scale).tocsr()
+    return (similar - sparse.diags(similar.diagonal())).tocsr()
+
+
+def find_neighbors(similar: Any, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the columns and values of the `width` largest entries of each row of a sparse matrix, padded with 0."""
+    index = np.zeros((similar.shape[0], width), np.int64)
+    value = np.zeros((similar.shape[0], width), np.float32)
+    for row in range(similar.shape[0]):
+        part = slice(similar.indptr[row], similar.indptr[row + 1])
+        order = np.argsort(-similar.data[part], kind="stable")[:width]
+        index[row, : len(order)], value[row, : len(order)] = similar.indices[part][order], similar.data[part][order]
+    return index, value
+
+
+SOLVERS: Mapping[str, Callable[[Problem], Solution]] = {
+    "linear": fit_linear,
+    "trees": fit_trees,
+    "none": fit_nothing,
+    "context": fit_context,
+    "neighbors": fit_neighbors,
+}

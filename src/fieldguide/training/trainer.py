@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,12 +27,15 @@ from fieldguide.core.files import report_write_errors, sync, write_atomically
 from fieldguide.core.hardware import keep_memory
 from fieldguide.core.settings import Settings
 from fieldguide.data.loader import Batches, iterate_training_batches, mix_seeds
-from fieldguide.objectives.base import Objective, Phase
+from fieldguide.objectives.base import Objective
 from fieldguide.training import checkpoint
 from fieldguide.training.ema import ExponentialMovingAverage
-from fieldguide.training.optim import build_optimizers, get_lr_factor
-from fieldguide.training.peft import get_frozen_modules, get_layer_depths, get_lowest_trainable_depth, get_tower_prefixes
+from fieldguide.training.peft import get_frozen_modules
+from fieldguide.training.phases import PhaseRunner, require_grad_only
 from fieldguide.training.precision import autocast, deterministic_kernels, move_batch, to_channels_last, use_threads
+from fieldguide.training.row_adagrad import clip_gradients
+from fieldguide.training.state import Callback, Interrupted, State
+from fieldguide.training.torch_errors import build_lost_worker_error, explain_errors
 from fieldguide.training.tracking import Tracker, open_tracker
 
 MAX_LOG_LINES = 400  # approximate number of loss lines that a run writes to metrics.jsonl
@@ -47,101 +48,6 @@ FINAL_CHECKS = (0.75, 0.92)  # of the steps, when their number is reconsidered, 
 MIN_FINAL_CHECK_STEPS = 60  # fewer steps are not reconsidered near the end
 MIN_FINAL_CHANGE = 0.03  # relative change of the remaining steps below which the plan is kept near the end
 MIN_REPORTED_CHANGE = 0.3  # relative change of the remaining steps above which it is logged
-
-
-# What torch says if a process that prepares batches ended; at any place of the main process, or where a batch is expected.
-LOST_WORKER = re.compile(r"DataLoader worker \(pid")
-
-
-class Interrupted(TrainingError):
-    """Raised on Ctrl-C, SIGTERM or SIGHUP, after the state was saved. `fieldguide fit --resume` continues the run."""
-
-
-class Callback(Protocol):
-    """Interface of an observer of training, such as a progress bar."""
-
-    def on_step(self, step: int, losses: dict[str, float]) -> None: ...
-    def on_evaluate(self, step: int, scores: dict[str, float], best: bool) -> None: ...
-    def log(self, text: str) -> None: ...
-    def on_replan(self, steps: int) -> None: ...
-
-
-@dataclass
-class State:
-    """State of training that is saved in a checkpoint as JSON, in addition to the tensors."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    stale: int = 0  # evaluations since the best one
-    seconds: float = 0.0  # training time, including time before resumptions
-    sums: dict[str, float] = field(default_factory=dict)
-    summed: int = 0
-    stopped: str = ""  # reason why training ended before its last step
-    most: int = 0  # upper limit of the steps if they follow from the minutes; else 0
-    steps: int = 0  # steps as replanned during training; 0 = as in the settings
-    evaluate: int = 0  # steps between evaluations as replanned during training; 0 = as in the settings
-    batch: int = 0  # examples per step as replanned during training; 0 = as in the settings
-    repeatable: bool = True  # False once measured time, or the user, has changed when training ends
-
-
-class PhaseModule(nn.Module):
-    """A phase as a module, so that the hooks of DDP run for everything that the objective calls."""
-
-    def __init__(self, objective: Objective, phase: Phase):
-        super().__init__()
-        self.objective, self.phase = objective, phase.name
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.objective.with_auxiliary_losses(self.objective(batch, self.phase), self.phase)
-
-
-class PhaseRunner:
-    """A phase with its parameters, its optimizers and its module, wrapped in DDP if there are several processes."""
-
-    def __init__(self, objective: Objective, phase: Phase, settings: Settings, device: torch.device):
-        self.phase, self.settings = phase, settings.with_(dict(phase.settings))
-        named = [(n, p) for n, p in objective.phase_parameters(phase) if p.requires_grad]
-        self.parameters = [p for _, p in named]
-        depth, self.top = get_layer_depths((name for name, _ in named), get_tower_prefixes(objective))
-        self.depth = [depth[name] for name, _ in named]
-        self.optimizers = build_optimizers(objective, named, self.settings)
-        self.lr = 0.0
-        self.module: nn.Module = PhaseModule(objective, phase)
-        if distributed.get_world_size() > 1:
-            with require_grad_only(
-                self.parameters, objective
-            ):  # DDP reduces the parameters that require a gradient at construction
-                self.module = DistributedDataParallel(self.module, [device] if device.type == "cuda" else None)
-
-    def set_lr(self, step: int) -> float:
-        """Set the learning rate of a step in all parameter groups and return it."""
-        rate = self.settings.lr * get_lr_factor(self.settings, step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-        return rate
-
-    def mask_frozen_grads(self, step: int) -> None:
-        """Drop the gradients of layers that are not unfrozen yet."""
-        lowest = get_lowest_trainable_depth(self.settings, step, self.top)
-        for p, depth in zip(self.parameters, self.depth):
-            if depth < lowest:
-                p.grad = None
-
-
-@contextmanager
-def require_grad_only(parameters: list[nn.Parameter], objective: nn.Module) -> Iterator[None]:
-    """Make only these parameters require a gradient inside."""
-    chosen = {id(p) for p in parameters}
-    others = [p for p in objective.parameters() if p.requires_grad and id(p) not in chosen]
-    for p in others:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in others:
-            p.requires_grad_(True)
 
 
 class Trainer:
@@ -456,7 +362,7 @@ class Trainer:
         runner.mask_frozen_grads(self.state.step)
         norm = None
         if self.settings.grad_clip:
-            norm = float(nn.utils.clip_grad_norm_(runner.parameters, self.settings.grad_clip))
+            norm = float(clip_gradients(runner.parameters, self.settings.grad_clip))
         if not math.isfinite(parts["loss"]) or (norm is not None and not math.isfinite(norm)):
             self.raise_nonfinite(runner, batches, parts, norm)
         for optimizer in runner.optimizers:
@@ -615,31 +521,6 @@ class Trainer:
         if distributed.rank() == 0:
             truncate_log(self.folder / "metrics.jsonl", step)
         return True
-
-
-@contextmanager
-def explain_errors() -> Iterator[None]:
-    """Raise `TrainingError` in place of errors of torch that a user can act on."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if LOST_WORKER.search(text):
-            raise build_lost_worker_error() from error
-        if "deterministic" in text and "does not have a deterministic implementation" in text:
-            raise TrainingError(
-                f"deterministic=true is not possible for this network on this device: {text.split('.')[0]}. Train on the CPU "
-                "(CUDA_VISIBLE_DEVICES=), or without --deterministic."
-            ) from error
-        raise
-
-
-def build_lost_worker_error() -> TrainingError:
-    """Return the error for a worker that ended before its time."""
-    return TrainingError(
-        "a process that prepares batches was killed, probably because the memory is used up. The last checkpoint is intact. "
-        "Continue with `fieldguide fit --resume RUN --set num_workers=0`."
-    )
 
 
 def load_best_weights(kept: nn.ModuleDict, tensors: dict[str, Tensor], settings: Settings) -> bool:
