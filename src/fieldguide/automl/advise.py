@@ -146,10 +146,11 @@ def advise(
         settings=settings,
     )
     clock.on_phase("reading the data")
-    source, _, _ = read_for(request, data)
+    source, _, why = read_for(request, data)
     choice = choose_network(
         source,
         task=request["task"],
+        why=why,
         model=model,
         minutes=minutes,
         seed=seed,

@@ -13,18 +13,18 @@ import functools
 import math
 import operator
 import statistics
+import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
-import torch
-
 from fieldguide.automl import profile
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models import registry
+from fieldguide.models.initialization import make_on_meta
 
 MIN_MEASURED_OPTIONS = 5  # number of the best options whose cost is measured
 MAX_SIZES_PER_ARCHITECTURE = 3  # accepted sizes of one architecture
@@ -150,6 +150,7 @@ def rank_networks(
     model: str = "auto",
     config: Any = None,
     measure: Measure | None = None,
+    counting_seconds: float = math.inf,
 ) -> Advice:
     """Rank every size of every architecture that takes one of the input types and gives one of the output types.
 
@@ -162,6 +163,7 @@ def rank_networks(
         config: that of an existing network of this name.
         measure: returns the seconds of training with one example of the best options, on this machine; None to estimate them from
             multiply-adds.
+        counting_seconds: limit for counting the costs of options. When it is over, those that were not counted are not considered.
     """
     machine = machine or profile.measure_machine()
     able = [
@@ -171,7 +173,7 @@ def rank_networks(
     ]
     variants = [replace(v, needs={"output_type": output_types, **v.needs}) for v in variants]
     first = variants[0]
-    judge = Judge(variants, get_speed(machine), minutes, machine)
+    judge = Judge(variants, get_speed(machine), minutes, machine, time.monotonic() + counting_seconds)
     if config is None and registry.is_architecture(model):
         resolve_size(model, able)
         able = [name for name in able if registry.card(name).name == model]
@@ -202,13 +204,17 @@ def get_speed(machine: Mapping[str, Any]) -> float:
 class Judge:
     """Rates options for some data, machine and time.
 
-    `factors` are how much slower than estimated a network trains, by name; `factor` holds for all others.
+    `deadline` is the moment on `time.monotonic` at which counting costs stops. `factors` are how much slower than estimated a
+    network trains, by name; `factor` holds for all others.
     """
 
-    def __init__(self, variants: Sequence[Variant], speed: float, minutes: float, machine: Mapping[str, Any]):
-        self.variants, self.speed, self.minutes, self.machine = variants, speed, minutes, machine
+    def __init__(
+        self, variants: Sequence[Variant], speed: float, minutes: float, machine: Mapping[str, Any], deadline: float = math.inf
+    ):
+        self.variants, self.speed, self.minutes, self.machine, self.deadline = variants, speed, minutes, machine, deadline
         self.factors: dict[str, float] = {}
         self.factor = 1.0
+        self.configs: dict[tuple[str, int], Any] = {}  # of the options, by name and input size
 
     def rank(self, names: Sequence[str]) -> list[Option]:
         """Return the options that may be among the best, with their costs.
@@ -224,6 +230,8 @@ class Judge:
             best = sorted((o.points for o in seen if not o.rejected), reverse=True)
             if len(best) >= MIN_MEASURED_OPTIONS and points <= best[MIN_MEASURED_OPTIONS - 1]:
                 break
+            if best and self.is_late():
+                break
             if sum(o.architecture == option.architecture and not o.rejected for o in seen) >= MAX_SIZES_PER_ARCHITECTURE:
                 continue  # better sizes of the architecture are accepted already
             smaller = [
@@ -233,6 +241,9 @@ class Judge:
                 option.rejected, option.slow = f"larger than {smaller[0].name}: {smaller[0].rejected}", True
             elif not option.rejected:
                 option = self.choose_input(option.name)
+                twins = [o.name for o in seen if self.is_same_network(o, option)]
+                if twins:
+                    option.rejected = f"the same network as {twins[0]} for this data"
             seen.append(option)
         return seen
 
@@ -249,34 +260,57 @@ class Judge:
         if not self.factors:
             return seen
         self.factor = statistics.median(self.factors.values())
-        costly = {o.name for o in seen if o.multiply_adds}
+        costly = {o.name for o in seen if o.multiply_adds and (not o.rejected or o.slow)}
         return [self.choose_input(o.name) if o.name in costly else o for o in seen]
+
+    def is_same_network(self, one: Option, other: Option) -> bool:
+        """Return whether two options differ in their names only: the data sets all dimensions in which their sizes differ."""
+        configs = [self.configs.get((o.name, o.input_size)) for o in (one, other)]
+        same_kind = (one.architecture, one.input_size) == (other.architecture, other.input_size)
+        return same_kind and None not in configs and configs[0] == configs[1]
+
+    def is_late(self) -> bool:
+        """Return whether the time for counting costs is over."""
+        return time.monotonic() > self.deadline
 
     def is_certain(self, option: Option) -> bool:
         """Return whether an option has plenty of time, so that its time need not be measured."""
         return option.seconds * MAX_ESTIMATE_ERROR < 60 * self.minutes
 
     def choose_input(self, name: str) -> Option:
-        """Return a network with the input size that gives it the most points: a smaller one only if time is short."""
-        found: list[Option] = []
-        for variant in self.variants:
-            found.append(self.rate(name, variant))
+        """Return a network with the input size that gives it the most points: a smaller one only if time is short.
+
+        The cost of smaller inputs is estimated from their area; that of the chosen one is counted.
+        """
+        whole = self.rate(name, self.variants[0])
+        found = [whole]
+        for variant in self.variants[1:]:
             if not found[-1].features.get("shortage"):
                 break
-        return max(found, key=lambda o: (not o.rejected, o.points))
+            costs = whole.parameters, int(whole.multiply_adds * variant.shrinkage**2)
+            found.append(self.rate(name, variant, costs=costs))
+        best = max(found, key=lambda o: (not o.rejected, o.points))
+        if best is whole:
+            return whole
+        counted = self.rate(name, self.variants[found.index(best)])
+        return counted if counted.multiply_adds else whole  # an input can be too small for a network
 
-    def rate(self, name: str, variant: Variant, config: Any = None) -> Option:
+    def rate(self, name: str, variant: Variant, config: Any = None, costs: tuple[int, int] | None = None) -> Option:
         """Return an option with the parameters and multiply-adds of the network as it is (`config`), or as built for this data,
-        and the points for its size and cost.
+        and the points for its size and cost. `costs` are estimated parameters and multiply-adds.
         """
         option, facts = rate_by_rules(name, variant), variant.facts
         card, size = registry.find(name)
         option.parameters, option.rejected = 0, ""
         try:
             config = build_config(card, size, variant.needs) if config is None else config
-            option.parameters = count_parameters(card, config)
-            if not card.solver:  # those are cheap, and their lookups and sums are not counted
-                option.multiply_adds = profile.count_multiply_adds(
+            self.configs[name, variant.input_size] = config
+            if costs is not None:
+                option.parameters, option.multiply_adds = costs
+            elif card.solver:  # those are cheap, and their lookups and sums are not counted
+                option.parameters = count_parameters(card, config)
+            else:
+                option.parameters, option.multiply_adds = profile.count_costs(
                     card.name, config, length=facts.get("tokens", 64), side=facts.get("side", 224)
                 )
         except (DataError, SettingsError, ValueError) as error:  # for example, images too small for its pooling
@@ -350,8 +384,7 @@ def add_points(option: Option, feature: str, value: float) -> None:
 
 
 def count_parameters(card: Card, config: Any) -> int:
-    with torch.device("meta"):
-        return profile.count_parameters(card.make(config))
+    return profile.count_parameters(make_on_meta(card, config))
 
 
 def compute_shortage(seconds: float, limit: float) -> float:
@@ -390,8 +423,8 @@ def accept_fastest(options: list[Option], minutes: float) -> None:
 def resolve_size(model: str, able: list[str]) -> str:
     """Return the size that the user named. Raises `SettingsError` if it cannot do this task."""
     card, size = registry.find(model)
-    if size not in [*able, card.tiny]:
-        others = sorted({registry.card(n).name for n in able})
+    others = sorted({registry.card(n).name for n in able})
+    if size not in able and (size != card.tiny or card.name not in others):
         raise SettingsError(
             f"{model} takes {card.input_type} and gives {' or '.join(card.output_types)}, which this task cannot use. "
             f"Networks that can: {', '.join(others)}."

@@ -8,28 +8,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fieldguide.automl.advisor import build_config
+from fieldguide.checkpoints import hub, load
 from fieldguide.core import distributed
-from fieldguide.core.card import Card
+from fieldguide.core.card import PRETRAINED_SOLVER, Card
 from fieldguide.core.errors import FieldguideError
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
 from fieldguide.models import registry
-from fieldguide.objectives import Objective
+from fieldguide.objectives import Objective, Supervised
 from fieldguide.tasks import Task, evaluator
 from fieldguide.training import solvers
 from fieldguide.training.inference_loop import collect
-from fieldguide.training.trainer import State
+from fieldguide.training.state import State
 
 if TYPE_CHECKING:
     from fieldguide.automl.build_plan import Plan
 
-MAX_TIME_FRACTION = 0.1  # fraction of the minutes that fitting one baseline may take
+MAX_TIME_FRACTION = 0.2  # fraction of the minutes that fitting one baseline may take
 
 
 @dataclass
@@ -63,12 +64,12 @@ class Baseline:
 
 def share_batches(a: Card, b: Card) -> bool:
     """Return whether two cards take the same batches."""
-    same = ("input_type", "has_class_token", "optional_inputs")
+    same = ("input_type", "number_scale", "has_class_token", "optional_inputs", "reads_whole_rows")
     return all(getattr(a, name) == getattr(b, name) for name in same)
 
 
-def make_score(plan: Plan, card: Card, objective: Objective, batches: Batches) -> Any:
-    """Return the function from a network to its validation score, where higher is better."""
+def make_scores(plan: Plan, card: Card, objective: Objective, batches: Batches) -> tuple[Any, Any]:
+    """Return the functions from a network, and from its raw outputs, to the validation score, where higher is better."""
     targets, metric = plan.task.targets(plan.source.take(plan.validation_rows)), plan.task.monitored_metric()
     sign = 1 if metric.better == "max" else -1
 
@@ -77,13 +78,26 @@ def make_score(plan: Plan, card: Card, objective: Objective, batches: Batches) -
         outputs = collect(objective, batches, batch=256, device=distributed.device(), shared=False)
         return sign * plan.task.score(outputs, targets)[metric.name]
 
-    return score
+    def score_outputs(values: Tensor) -> float:
+        outputs = objective.loss.outputs(values)  # type: ignore[union-attr, operator]  # that of a supervised objective
+        return sign * plan.task.score({name: t.numpy() for name, t in outputs.items()}, targets)[metric.name]
+
+    return score, score_outputs if isinstance(objective, Supervised) else None
 
 
 def solve(
-    plan: Plan, card: Card, config: Any, deadline: float, callback: Any, fixed: Mapping[str, Any] | None = None
+    plan: Plan,
+    card: Card,
+    config: Any,
+    deadline: float,
+    callback: Any,
+    fixed: Mapping[str, Any] | None = None,
+    network: nn.Module | None = None,
 ) -> Baseline:
-    """Fit one model without gradient descent, in the first of several processes. `fixed` are the parameters of an earlier fit."""
+    """Fit one model without gradient descent, in the first of several processes.
+
+    `fixed` are the parameters of an earlier fit; `network` has the pretrained weights of a card that needs them.
+    """
     started, task = time.monotonic(), plan.task
     plain = plan.settings.with_({"augmentation": "none", "mixup": 0})
     if share_batches(card, plan.card):
@@ -94,14 +108,17 @@ def solve(
     objective = task.objective(card.make(config), card, plain)
     solution: Any = None
     if distributed.rank() == 0:
+        score, score_outputs = make_scores(plan, card, objective, validation)
         problem = solvers.Problem(
             card=card,
             config=config,
             train=train,
             validation=validation,
-            score=make_score(plan, card, objective, validation),
+            score=score,
+            score_outputs=score_outputs,
             deadline=deadline,
             seed=plan.settings.seed,
+            network=network,
             fixed=fixed,
             log=callback.log,
         )
@@ -148,6 +165,34 @@ def fit_baselines(plan: Plan, callback: Any) -> list[Baseline]:
     return found
 
 
+def fit_downloaded(plan: Plan, callback: Any) -> Baseline | None:
+    """Fit a public network that predicts from labeled rows, if one suits the data and was downloaded before."""
+    from fieldguide.automl import pretrained
+
+    facts = pretrained.read_facts(plan.source, plan.task.name, plan.settings)
+    row = pretrained.choose(facts, lambda row: pretrained.reads_context(row) and hub.is_downloaded(row.path))
+    if row is None:
+        return None
+    callback.on_phase(f"fitting a baseline ({row.path})")
+    minutes = math.inf if plan.settings.deterministic or not plan.settings.minutes else plan.settings.minutes
+    try:
+        found = load.inspect_checkpoint(row.location, None, callback.log, download=False)
+        config = found.build_config({"output_type": plan.task.output_types, **plan.task.model_dims()}, {})
+        network = load.build_network(found.card, asdict(config), found.state, found.origin, row.path)
+        deadline = time.monotonic() + MAX_TIME_FRACTION * 60 * minutes
+        fitted = solve(plan, found.card, config, deadline, callback, network=network)
+    except (FieldguideError, MemoryError) as error:
+        plan.task.add_note(f"{row.path} could not be used: {error}")
+        return None
+    fitted.size = found.size
+    metric = plan.task.monitored_metric()
+    callback.log(
+        f"{row.describe()} with {fitted.chosen}: {metric.heading} {metric.text(fitted.score)} on validation rows in "
+        f"{fitted.seconds:.1f} s"
+    )
+    return fitted
+
+
 def find_better(plan: Plan, baselines: list[Baseline], own: float | None) -> Baseline | None:
     """Return the baseline with the best validation score, if that is better than the network's own."""
     sign = 1 if plan.task.monitored_metric().better == "max" else -1
@@ -181,8 +226,10 @@ class SolverLoop:
         """Fit the model of the plan and put it into the plan."""
         plan, minutes = self.plan, self.settings.minutes
         self.callback.on_phase(f"fitting {plan.card.name}")
-        deadline = math.inf if self.settings.deterministic or not minutes else time.monotonic() + 60 * minutes
-        fitted = solve(plan, plan.card, plan.config, deadline, self.callback)
+        is_limited = bool(minutes) and not self.settings.deterministic
+        deadline = time.monotonic() + (plan.training_seconds or 60 * minutes) if is_limited else math.inf
+        network = plan.objective.model.cpu() if plan.card.solver == PRETRAINED_SOLVER else None
+        fitted = solve(plan, plan.card, plan.config, deadline, self.callback, network=network)
         plan.config, plan.objective, plan.parameters = fitted.config, fitted.objective, fitted.parameters
         self.callback.log(f"{plan.card.name}: {fitted.chosen}")
         self.state = State(step=1, best_step=1, best=fitted.score, seconds=fitted.seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fieldguide.automl.clock import Clock, get_training_seconds
 from fieldguide.automl.time_budget import ENOUGH_STEPS, choose_batch_size, resolve_settings
 from fieldguide.checkpoints import load
 from fieldguide.core import distributed
-from fieldguide.core.card import Card
+from fieldguide.core.card import PRETRAINED_SOLVER, Card
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
@@ -37,6 +37,8 @@ from fieldguide.objectives.ensemble import Ensemble, Member
 from fieldguide.objectives.supervised import Supervised
 from fieldguide.tasks import Task
 from fieldguide.training import peft
+
+VALIDATION_ROWS_PER_MINUTE = 5000  # of the given time: more rows take time that training needs, and hardly change the choice
 
 
 @dataclass
@@ -98,13 +100,19 @@ class Plan:
             checkpoint = load.inspect_checkpoint(request["weights"], name, callback.log, download=False)
         plan.build_batches(callback)
         plan.build_objective(callback, checkpoint, {"finetune": settings.finetune})
+        if plan.card.solver == PRETRAINED_SOLVER and checkpoint is None:  # a rival that became the model of the run
+            plan.objective.model.load_state_dict(run.model.state_dict())
         return plan
 
     def build_batches(self, callback: Any) -> None:
         """Build the training batches and those of the validation rows that are scored during training."""
         task, splits = self.task, self.splits
         self.train_batches = task.train_batches(self.source.take(splits.train), self.card, self.settings)
-        self.validation_rows = sample_rows(splits.validation, task.max_validation_examples, self.settings.seed)
+        most = task.max_validation_examples
+        if self.settings.minutes and not self.settings.deterministic:
+            in_time = int(VALIDATION_ROWS_PER_MINUTE * max(1.0, self.settings.minutes))
+            most = in_time if most is None else min(most, in_time)
+        self.validation_rows = sample_rows(splits.validation, most, self.settings.seed)
         if len(self.validation_rows) < len(splits.validation):
             callback.log(
                 f"scored during training: {len(self.validation_rows):,} of {len(splits.validation):,} validation rows, "
@@ -129,8 +137,13 @@ class Plan:
         """
         task, self.requested = self.task, dict(requested)
         chosen = Settings().with_(task.recipe).with_(self.card.recipe)
-        if checkpoint is not None:
-            chosen = finetune.choose_settings(chosen, requested, len(self.splits.train), checkpoint, callback)
+        if self.card.solver == PRETRAINED_SOLVER and checkpoint is None:
+            raise SettingsError(
+                f"{self.card.name} predicts only with pretrained weights. Pass --weights auto, or name a checkpoint: --weights PATH."
+            )
+        if checkpoint is not None and not self.card.solver:
+            rows = len(self.splits.train)
+            chosen = finetune.choose_settings(chosen, requested, rows, checkpoint, callback, task.finetune_rate)
         chosen = distillation.with_absolute_teacher(chosen.override(requested))
         if chosen.deterministic and chosen.threads is None:
             chosen = chosen.with_({"threads": torch.get_num_threads()})  # a repetition uses as many
@@ -268,10 +281,16 @@ class Plan:
         `requested` are the settings that the user gave. The random weights depend on the seed alone.
         """
         torch.manual_seed(self.settings.seed)
-        network = self.card.make(self.config)
+        config = self.config
+        if checkpoint is not None and self.card.solver == PRETRAINED_SOLVER:
+            config = replace(
+                config, context=0
+            )  # the files of a checkpoint have no context; that of a stopped run is stored again
+        network = self.card.make(config)
         if checkpoint is not None:
             self.fresh = finetune.load_weights(network, checkpoint, callback, self.task.class_names)
-            self.settings = finetune.resolve_finetune(self.settings, self.fresh, checkpoint, requested, callback)
+            rate = self.task.finetune_rate
+            self.settings = finetune.resolve_finetune(self.settings, self.fresh, checkpoint, requested, callback, rate)
         frozen = {}
         if self.task.needs_reference:  # before LoRA is added: the network as it is at the start
             frozen["reference"] = copy.deepcopy(network).requires_grad_(False).eval()
@@ -285,6 +304,7 @@ def build_plan(
     source: Data,
     *,
     task: str | None = None,
+    why: str = "requested",
     model: str = "auto",
     minutes: float | None = None,
     seed: int = 0,
@@ -296,14 +316,15 @@ def build_plan(
 ) -> Plan:
     """Choose task, splits, preprocessing, network and settings for data that has been read; nothing is trained.
 
-    `weights` is a checkpoint to start from, which then determines the network, or "auto" (see `pretrained`). `clock` knows how
-    much of the minutes has passed; without it, training may take all of them. Raises `DataError` and `SettingsError` as `fit`
-    does.
+    `why` is the reason for `task`. `weights` is a checkpoint to start from, which then determines the network, or "auto" (see
+    `pretrained`). `clock` knows how much of the minutes has passed; without it, training may take all of them. Raises `DataError`
+    and `SettingsError` as `fit` does.
     """
     callback = callback or NullCallback()
     choice = choose_network(
         source,
         task=task,
+        why=why,
         model=model,
         minutes=minutes,
         seed=seed,

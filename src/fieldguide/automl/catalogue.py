@@ -17,6 +17,7 @@ from fieldguide.core.option_docs import describe_fields
 from fieldguide.core.options import PREDICT_ALIASES
 from fieldguide.core.settings import ALIASES, Settings
 from fieldguide.models import registry
+from fieldguide.models.initialization import SkipInitialization, make_on_meta
 from fieldguide.tasks import task as task_named
 from fieldguide.tasks import tasks
 
@@ -50,12 +51,14 @@ def show(name: str, **overrides: Any) -> Description | Closed:
     if (system := registry.closed_systems().get(name.lower())) is not None:
         return system
     card, size = registry.find(name)
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInitialization():
         model = registry.create(name, **overrides).eval()
         config = card.resolve_config(size, **overrides)
     inputs = profile.build_example_inputs(card, config)
     parts = {n: profile.count_parameters(child) for n, child in model.named_children()}
     own = profile.count_parameters(model) - sum(parts.values())
+    parameters = profile.count_parameters(model)
+    layers, multiply_adds = list_layers(model, inputs)
     return Description(
         name=size,
         architecture=card.name,
@@ -68,13 +71,13 @@ def show(name: str, **overrides: Any) -> Description | Closed:
         output_type=" or ".join(card.output_types),
         tasks=list_tasks_of(name),
         config=asdict(config),
-        parameters=profile.count_parameters(model),
+        parameters=parameters,
         published=None if overrides else card.sizes[size].params,
-        multiply_adds=profile.count_multiply_adds(card.name, config),
+        multiply_adds=multiply_adds,
         inputs=", ".join(format_shape(x) for x in inputs),
         sizes=count_size_parameters(card.name),
         parts=parts | ({"(own)": own} if own > 0 else {}),
-        layers=list_layers(model, inputs),
+        layers=layers,
     )
 
 
@@ -84,25 +87,26 @@ def count_size_parameters(architecture: str) -> dict[str, int]:
     counts, card = {}, registry.card(architecture)
     for size in card.sizes:
         if size != card.tiny:
-            with torch.device("meta"):
-                counts[size] = profile.count_parameters(card.make(card.resolve_config(size)))
+            counts[size] = profile.count_parameters(make_on_meta(card, card.resolve_config(size)))
     return counts
 
 
-def list_layers(model: nn.Module, inputs: tuple) -> list[Layer]:
-    """Return the modules in the order of their definition, each with its output shape."""
+def list_layers(model: nn.Module, inputs: tuple) -> tuple[list[Layer], int]:
+    """Return the modules in the order of their definition, each with its output shape, and the multiply-adds of a pass.
+
+    The network is not usable afterwards.
+    """
     names, ran, handles = {m: n for n, m in model.named_modules() if n}, [], []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         ran.append(Layer(names[module], type(module).__name__, profile.count_parameters(module), format_shape(output)))
 
     handles = [m.register_forward_hook(hook) for m in names]
-    with torch.no_grad():
-        model(*inputs)
+    multiply_adds = profile.count_forward(model, inputs)
     for handle in handles:
         handle.remove()
     order = {name: i for i, name in enumerate(names.values())}
-    return sorted({layer.path: layer for layer in ran}.values(), key=lambda layer: order[layer.path])
+    return sorted({layer.path: layer for layer in ran}.values(), key=lambda layer: order[layer.path]), multiply_adds
 
 
 def format_shape(value: Any) -> str:

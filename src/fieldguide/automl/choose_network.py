@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from fieldguide.data.dataset import Data
 from fieldguide.data.splits import Splits, split
 from fieldguide.tasks import Task, get_requested_task, infer_task
 from fieldguide.tasks.analysis.subgroups import check_subgroup
+
+MIN_COUNTING_SECONDS, MAX_COUNTING_FRACTION = 3.0, 0.05  # of the time of training, for counting the costs of networks
 
 
 @dataclass
@@ -46,6 +49,7 @@ def choose_network(
     source: Data,
     *,
     task: str | None = None,
+    why: str = "requested",
     model: str = "auto",
     minutes: float | None = None,
     seed: int = 0,
@@ -66,7 +70,7 @@ def choose_network(
     elif "steps" in requested:
         requested.setdefault("minutes", 0)  # with a number of steps, time does not limit the run
     requested["seed"] = seed
-    kind, why = (get_requested_task(task, source), "requested") if task else infer_task(source)
+    kind, why = (get_requested_task(task, source), why) if task else infer_task(source)
     offered = source.features()
     source = kind.select_columns(source)
     left_out = [c.name for c in offered if source.columns[c.name].role == "ignored"]
@@ -108,13 +112,14 @@ def choose_network(
         limit = get_training_seconds(limit, clock.elapsed, 0.0) / 60
     advice = rank_networks(
         variants=list_variants(fitted, len(splits.train), allow_smaller=checkpoint is None),
-        input_types=kind.input_types,
-        output_types=kind.output_types,
+        input_types=fitted.input_types,
+        output_types=fitted.output_types,
         minutes=limit,
         machine=machine,
         model=model,
         config=config,
         measure=None if chosen.deterministic else StepTimer(machine, get_speed(machine), limit, callback.log),
+        counting_seconds=math.inf if chosen.deterministic else max(MIN_COUNTING_SECONDS, MAX_COUNTING_FRACTION * 60 * limit),
     )
     return Choice(
         source,

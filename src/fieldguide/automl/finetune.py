@@ -39,7 +39,7 @@ def get_default_options(
     """
     known = {f.name for f in fields(kind.Options)}
     options = {**{k: v for k, v in checkpoint.preprocessing_defaults().items() if k in known}, **requested}
-    if "tokenizer" in known and "tokenizer" not in options and checkpoint.card.accepts("vocab_size"):
+    if "tokenizer" in known and "tokenizer" not in options and "tokens" in checkpoint.card.inputs:
         reason = checkpoint.find_tokenizer()[1]
         reason = f" ({reason})" if reason else ""
         callback.log(
@@ -73,9 +73,12 @@ def limit_length(
 
 
 def choose_settings(
-    settings: Settings, requested: Mapping[str, Any], rows: int, checkpoint: Checkpoint, callback: Any
+    settings: Settings, requested: Mapping[str, Any], rows: int, checkpoint: Checkpoint, callback: Any, rate: float = 1.0
 ) -> Settings:
-    """Return training settings for a pretrained network, including which of its parts are trained, and log the reason."""
+    """Return training settings for a pretrained network, including which of its parts are trained, and log the reason.
+
+    `rate` is a factor of the learning rates.
+    """
     size = sum(t.numel() for t in checkpoint.state.values())
     memory = size * BYTES_PER_PARAMETER / profile.measure_machine()["memory"]
     if "finetune" in requested:
@@ -98,14 +101,16 @@ def choose_settings(
             "grad_clip": 1.0,
             "ema": 0.0,
             "finetune": mode,
-            **get_learning_rates(mode, size),
+            **get_learning_rates(mode, size, rate),
         }
     )
 
 
-def get_learning_rates(mode: str, parameters: int) -> dict[str, float]:
-    """Return `lr` and `layer_decay` for a fine-tuning mode and a network size."""
+def get_learning_rates(mode: str, parameters: int, rate: float = 1.0) -> dict[str, float]:
+    """Return `lr` and `layer_decay` for a fine-tuning mode and a network size; `rate` is a factor of `lr`."""
     rates = dict(RATES.get(mode, {}))
+    if "lr" in rates:
+        rates["lr"] *= rate
     if mode == "whole":
         rates["lr"] *= min(1.0, (PARAMETERS_OF_MEASURED_RATE / max(parameters, 1)) ** 0.5)
     return rates
@@ -132,11 +137,16 @@ def load_weights(network: nn.Module, checkpoint: Checkpoint, callback: Any, clas
 
 
 def resolve_finetune(
-    settings: Settings, fresh: list[str], checkpoint: Checkpoint, requested: Mapping[str, Any], callback: Any
+    settings: Settings,
+    fresh: list[str],
+    checkpoint: Checkpoint,
+    requested: Mapping[str, Any],
+    callback: Any,
+    rate: float = 1.0,
 ) -> Settings:
     """Return the settings, with full fine-tuning in place of `frozen` if no parameter is new and the user did not ask."""
     if settings.finetune == "frozen" and not fresh and "finetune" not in requested:
         size = sum(t.numel() for t in checkpoint.state.values())
-        settings = settings.with_({"finetune": "whole", **get_learning_rates("whole", size), **requested})
+        settings = settings.with_({"finetune": "whole", **get_learning_rates("whole", size, rate), **requested})
         callback.log("finetune=whole instead: the checkpoint fills the whole network, so no new head is left to train")
     return settings

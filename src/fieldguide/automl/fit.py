@@ -102,10 +102,11 @@ def fit(
         deterministic_kernels(chosen.deterministic),
     ):
         callback.on_phase(f"reading {describe_source(data)}")
-        source, _, _ = read_for(request, data)
+        source, _, why = read_for(request, data)
         plan = build_plan(
             source,
             task=request["task"],
+            why=why,
             model=model,
             minutes=minutes,
             seed=seed,

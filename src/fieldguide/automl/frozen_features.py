@@ -27,7 +27,7 @@ from fieldguide.training.precision import autocast, move_batch
 
 if TYPE_CHECKING:
     from fieldguide.automl.build_plan import Plan
-    from fieldguide.training.trainer import State
+    from fieldguide.training.state import State
 
 HEAD = "head"
 BATCH = 64

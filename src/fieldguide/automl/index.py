@@ -63,7 +63,9 @@ def describe(name: str, fields: Mapping[str, Any]) -> Any:
         if size is not None and DESCRIPTIONS.is_file():
             from fieldguide.automl.description import Description
 
-            return Description.from_json(json.loads(gzip.decompress(DESCRIPTIONS.read_bytes()))[size])
+            stored = json.loads(gzip.decompress(DESCRIPTIONS.read_bytes()))
+            if size in stored:
+                return Description.from_json(stored[size] | {"tasks": index["models"][size]["tasks"]})
     from fieldguide.automl.catalogue import show
 
     return show(name, **fields)

@@ -155,15 +155,15 @@ def plan_fit(
     from fieldguide.data.loader import representative_rows
 
     request = build_request(str(source), target=target, task=task, model=model, settings=settings)
-    data, _, _ = read_for(request, str(source))
-    made = build_plan(data, task=request["task"], model=model, minutes=minutes, settings=settings, callback=callback)
+    data, _, why = read_for(request, str(source))
+    made = build_plan(data, task=request["task"], why=why, model=model, minutes=minutes, settings=settings, callback=callback)
     if made.card.solver:
         raise SettingsError(f"{made.size} is fitted in seconds without steps, so there is nothing to plan. Name a network.")
     rows = representative_rows(made.train_batches, made.settings.resolved_batch_size)
     example = made.train_batches.make(np.asarray(rows), torch.Generator().manual_seed(0))
     if not example:
         raise DataError(f"{data.source}: the training rows give no batch.")
-    make = planning.from_example(made.objective, example)
+    make = planning.from_example(made.objective, example, examples=len(rows))
     plans = [
         planning.estimate(
             make,

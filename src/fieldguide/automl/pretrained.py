@@ -11,6 +11,8 @@ The rule, over the rows of checkpoints/public.toml that can do the task and have
    minutes. Of these rows the last one in the file is chosen, since within a task later rows usually score higher.
 5. If there are none, the cheapest row is chosen if one pass without training, for frozen features, takes at most the minutes. A
    sample of the data then has to do: MiniLM gained 6 points on TREC-6 from a third of the rows in one minute.
+6. A network that predicts from labeled rows (TabICL) is not trained: it fits the time if it can read 500 rows in a quarter of the
+   minutes. As many training rows as the time allows become its context. It must be able to tell the classes of the data apart.
 
 If the hub cannot be reached, or HF_HUB_OFFLINE is set, only rows that were downloaded before are considered. Nothing is downloaded
 unless the user asks for it.
@@ -28,6 +30,7 @@ from fieldguide.automl.advisor import get_speed
 from fieldguide.checkpoints import hub, load
 from fieldguide.checkpoints.public import PublicCheckpoint, list_public_checkpoints
 from fieldguide.core import distributed
+from fieldguide.core.card import PRETRAINED_SOLVER
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import HEIGHT, WIDTH, Data
@@ -43,6 +46,10 @@ MIN_SIDE_FRACTION = 0.25  # of the side that a checkpoint was trained with
 MAX_MEMORY_FRACTION = 0.25  # of the machine's memory, for weights in float32
 PASSES = 3  # of fine-tuning
 FORWARDS_PER_STEP = 3  # a backward pass costs two forward passes
+MIN_CONTEXT_ROWS, MAX_CONTEXT_FRACTION = (
+    500,
+    0.25,
+)  # rows of context, and the fraction of the minutes that reading them may take
 MAX_TUNING_FRACTION, MAX_FEATURES_FRACTION = 0.5, 1.0  # of the minutes
 MIN_MB, MB_PER_MINUTE = 200, 100
 MAX_REASONS = 3  # that an error lists
@@ -68,6 +75,7 @@ class Facts:
     side: int = 0  # pixels of the shorter side of the images; 0 without images
     length: int = 0  # tokens of a text; 0 without texts
     language: str = ""  # "en", "other", or "" if unknown
+    classes: int = 0  # of the target; 0 if it has none
 
 
 def read_facts(source: Data, task: str, settings: Settings, model: str = AUTO) -> Facts:
@@ -83,7 +91,8 @@ def read_facts(source: Data, task: str, settings: Settings, model: str = AUTO) -
         average = sum(map(len, texts)) / len(texts)
         length = max(8, min(MAX_TOKENS, round(average / CHARACTERS_PER_TOKEN)))
         language = judge_language(texts)
-    return Facts(task, len(source), minutes, machine["memory"], get_speed(machine), model, side, length, language)
+    classes = source.target.distinct if source.target and "classification" in task else 0
+    return Facts(task, len(source), minutes, machine["memory"], get_speed(machine), model, side, length, language, classes)
 
 
 def sample_texts(source: Data) -> list[str]:
@@ -122,10 +131,12 @@ def explain_unfit(row: PublicCheckpoint, facts: Facts) -> str:
         return f"it was trained with images of {row.side} pixels per side, and these have {facts.side}"
     if not row.reads_language(facts.language):
         return "it was trained on English only"
+    if row.classes and facts.classes > row.classes:
+        return f"it tells apart {row.classes} classes, and there are {facts.classes}"
     if 4 * count_parameters(row) > MAX_MEMORY_FRACTION * facts.memory:
         return f"its {count_parameters(row) / 1e6:,.0f} M parameters need too much memory"
     most = MIN_MB + MB_PER_MINUTE * facts.minutes
-    if row.mb > most and not hub.is_downloaded(row.name):
+    if row.mb > most and not hub.is_downloaded(row.path):
         return f"its {row.mb:,.0f} MB are more than {most:,.0f} MB, which is allowed for {facts.minutes:g} minutes"
     return ""
 
@@ -134,6 +145,11 @@ def count_parameters(row: PublicCheckpoint) -> float:
     """Return the number of parameters, estimated from the size of the file, which has 2 or 4 bytes for each."""
     card, size = registry.find(row.size)
     return max(card.sizes[size].params or 0, row.mb * 1e6 / 4)
+
+
+def reads_context(row: PublicCheckpoint) -> bool:
+    """Return whether a checkpoint predicts from labeled rows, so that nothing is trained."""
+    return registry.find(row.size)[0].solver == PRETRAINED_SOLVER
 
 
 def estimate_forward_seconds(row: PublicCheckpoint, facts: Facts) -> float:
@@ -152,10 +168,22 @@ def choose(facts: Facts, is_allowed: Callable[[PublicCheckpoint], bool] = lambda
     rows = [row for row in rows if not explain_unfit(row, facts)]
     seconds = {row: estimate_forward_seconds(row, facts) for row in rows}
     limit = 60 * facts.minutes
-    if tuned := [row for row in rows if PASSES * FORWARDS_PER_STEP * seconds[row] <= MAX_TUNING_FRACTION * limit]:
+    readers = {row: seconds[row] / facts.rows * MIN_CONTEXT_ROWS for row in rows if reads_context(row)}
+    tuned = [
+        row
+        for row in rows
+        if (
+            readers[row] <= MAX_CONTEXT_FRACTION * limit
+            if row in readers
+            else PASSES * FORWARDS_PER_STEP * seconds[row] <= MAX_TUNING_FRACTION * limit
+        )
+    ]
+    if tuned:
         return tuned[-1]
     return min(
-        (row for row in rows if seconds[row] <= MAX_FEATURES_FRACTION * limit), key=lambda row: seconds[row], default=None
+        (row for row in rows if row not in readers and seconds[row] <= MAX_FEATURES_FRACTION * limit),
+        key=lambda row: seconds[row],
+        default=None,
     )
 
 
@@ -166,7 +194,7 @@ def explain_none(facts: Facts) -> str:
         return f"there are none for {facts.task}"
     reasons: dict[str, str] = {}
     for row in reversed(rows):  # the best one for each reason
-        reasons.setdefault(explain_unfit(row, facts) or "it takes too long for the given minutes", row.name)
+        reasons.setdefault(explain_unfit(row, facts) or "it takes too long for the given minutes", row.path)
     return "; ".join(f"{name}: {reason}" for reason, name in list(reasons.items())[:MAX_REASONS])
 
 
@@ -176,7 +204,7 @@ def resolve_auto(facts: Facts, callback: Any) -> tuple[str, load.Checkpoint]:
     Raises `SettingsError` if no row suits, and `WeightsError` if the download fails; if the hub cannot be reached, a checkpoint that
     was downloaded before takes the place.
     """
-    only_cached = lambda row: hub.is_downloaded(row.name)
+    only_cached = lambda row: hub.is_downloaded(row.path)
     if hub.is_offline():
         row = distributed.broadcast(choose(facts, only_cached))
         if row is None:
@@ -205,7 +233,7 @@ def resolve_auto(facts: Facts, callback: Any) -> tuple[str, load.Checkpoint]:
 
 def inspect(row: PublicCheckpoint, facts: Facts, callback: Any) -> load.Checkpoint:
     """Return what a row's checkpoint holds, and log its name, size and licence before it is downloaded."""
-    state = "downloaded before" if hub.is_downloaded(row.name) else "downloading"
+    state = "downloaded before" if hub.is_downloaded(row.path) else "downloading"
     callback.log(f"pretrained weights: {row.describe()}, {state}; trained on {row.data}; see {row.source}")
     return load.inspect_checkpoint(row.location, None, callback.log)
 
@@ -216,5 +244,5 @@ def suggest(source: Data, task: str, settings: Settings, model: str = AUTO) -> s
         return ""
     if (row := choose(read_facts(source, task, settings, model))) is None:
         return ""
-    state = "; already downloaded" if hub.is_downloaded(row.name) else ""
-    return f"pretrained weights: `--weights auto` would start from {row.name} ({row.mb:,.0f} MB, {row.licence}{state})"
+    state = "; already downloaded" if hub.is_downloaded(row.path) else ""
+    return f"pretrained weights: `--weights auto` would start from {row.path} ({row.mb:,.0f} MB, {row.licence}{state})"

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fieldguide.core.card import Card
+from fieldguide.core.card import SAMPLES_PER_FRAME, Card
 from fieldguide.core.hardware import cores, ram
+from fieldguide.models.initialization import make_on_meta
 
+FLOPS_REPEATS, MAX_FLOPS_SECONDS = 4, 0.1  # of measuring a precision
 NOMINAL_FLOPS = {"cpu": 1e11, "mps": 2e12, "cuda": 2e13}  # floating-point operations per second, by device
 
 
@@ -51,13 +53,24 @@ def build_example_inputs(
         return row * 2 if card.input_type == "pair" else row
     if card.input_type == "series":
         return (torch.zeros(batch, get("length", length), get("channels", 1), device=device),)
-    if card.input_type == "covariates":
+    if card.input_type in ("covariates", "static-covariates"):
         length = get("length", length)
-        widths = (length, get("channels", 1)), (length, get("past", 0)), (length + get("horizon", 1), get("known", 0))
-        return tuple(torch.zeros(batch, *width, device=device) for width in widths)
+        past = (length, get("channels", 1)), (length, get("past", 0))
+        widths = *past, (length + get("horizon", 1), get("known", 0)), (get("static", 0),)
+        return tuple(torch.zeros(batch, *width, device=device) for width in widths[: len(card.inputs)])
     if card.input_type == "speech":
         return torch.zeros(batch, length, get("features", 80), device=device), torch.full((batch,), length, device=device)
-    if card.input_type == "captioned":
+    if card.input_type == "waveform":
+        samples = SAMPLES_PER_FRAME * length
+        return torch.zeros(batch, samples, device=device), torch.full((batch,), samples, device=device)
+    if card.input_type == "speech-text":
+        words = min(length, get("length", length))
+        return (
+            torch.zeros(batch, 2 * get("source_length", length), get("features", 80), device=device),
+            torch.zeros(batch, words, dtype=torch.int64, device=device),
+            torch.ones(batch, words, dtype=torch.bool, device=device),
+        )
+    if card.input_type in ("captioned", "image-text"):
         side, length = get("image", side), min(length, get("length", length))
         return (
             torch.zeros(batch, get("channels", 3), side, side, device=device),
@@ -106,17 +119,27 @@ class RecurrentFlops:
 
 
 @functools.cache
-def count_multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224) -> int:
-    """Return the multiply-adds of one forward pass of one example: half of the floating-point operations."""
+def count_costs(card_name: str, config: Any, length: int = 64, side: int = 224) -> tuple[int, int]:
+    """Return the parameters, and the multiply-adds of one forward pass of one example: half of the floating-point operations."""
     from fieldguide.models import registry
 
     card = registry.cards()[card_name]
-    with torch.device("meta"):
-        model = card.make(config).eval().requires_grad_(False)  # hooks of the counter stumble over what needs a gradient
+    model = make_on_meta(card, config).eval()
+    return count_parameters(model), count_forward(model, build_example_inputs(card, config, length=length, side=side))
+
+
+def count_forward(model: nn.Module, inputs: tuple) -> int:
+    """Return the multiply-adds of one forward pass of a network on the meta device, which is not usable afterwards."""
+    model.requires_grad_(False)  # hooks of the counter stumble over what needs a gradient
     recurrent = RecurrentFlops(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*build_example_inputs(card, config, length=length, side=side))
+        model(*inputs)
     return (counter.get_total_flops() + recurrent.total) // 2
+
+
+def count_multiply_adds(card_name: str, config: Any, length: int = 64, side: int = 224) -> int:
+    """Return the multiply-adds of one forward pass of one example."""
+    return count_costs(card_name, config, length, side)[1]
 
 
 @functools.cache
@@ -145,14 +168,22 @@ def get_nominal_machine() -> dict[str, Any]:
     return {**machine, "flops": {"float32": NOMINAL_FLOPS.get(machine["device"], NOMINAL_FLOPS["cpu"])}}
 
 
-def measure_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:
-    """Return the floating-point operations per second of a square matrix product, the best of a few runs."""
-    x = torch.randn(side, side, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of square matrix products of growing size, the best of all.
+
+    Sizes grow while a product is fast: without hardware for bfloat16, one of size 1024 takes seconds.
+    """
+    best, started = 0.0, time.perf_counter()
+    for side in (256, 512, 1024):
+        x = torch.randn(side, side, device=device).to(dtype)
+        for number in range(1 + FLOPS_REPEATS):
+            before = time.perf_counter()
+            x @ x
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if number:  # the first one also prepares kernels
+                best = max(best, 2 * side**3 / (now - before))
+            if number and now - started > MAX_FLOPS_SECONDS:
+                return best
+    return best

@@ -28,7 +28,8 @@ from fieldguide.core.errors import FieldguideError, SettingsError
 from fieldguide.core.hardware import ram
 from fieldguide.tasks.evaluator import Arrays, Evaluator
 from fieldguide.training.inference_loop import collect
-from fieldguide.training.trainer import Interrupted, Trainer
+from fieldguide.training.state import Interrupted
+from fieldguide.training.trainer import Trainer
 
 MIN_SECONDS = 150.0  # of training, from which on there is a race
 MAX_CONTENDERS = 3
@@ -128,17 +129,22 @@ class Race:
         """Return the contender that starts from a public checkpoint; None if none suits that was downloaded before."""
         plan = self.plan
         facts = pretrained.read_facts(plan.source, plan.task.name, plan.settings)
-        if (row := pretrained.choose(facts, lambda row: hub.is_downloaded(row.name))) is None:
+        if (
+            row := pretrained.choose(facts, lambda row: hub.is_downloaded(row.path) and not pretrained.reads_context(row))
+        ) is None:
             return None
-        self.callback.on_phase(f"preparing {row.name} for the race")
+        self.callback.on_phase(f"preparing {row.path} for the race")
         try:
             tuned = plan.build_pretrained(row.location, NullCallback())
             if not has_same_targets(plan, tuned):
                 raise SettingsError("its targets are not comparable with those of the other networks.")
             frozen = frozen_features.fit_frozen(tuned, self.callback) if frozen_features.is_possible(tuned) else None
             loop = self.build(tuned, NullCallback())
+            if tuned.task.scores_untrained and tuned.fresh == []:
+                loop.objective.to(distributed.device())
+                loop.evaluate_and_keep_best()
         except FieldguideError as error:
-            self.callback.log(f"{row.name} does not race: {error}")
+            self.callback.log(f"{row.path} does not race: {error}")
             return None
         if frozen is not None:
             loop.start_from_scored(frozen.score)

@@ -16,10 +16,12 @@ from fieldguide.automl import baselines
 from fieldguide.automl.build_plan import Plan
 from fieldguide.checkpoints import load
 from fieldguide.core import distributed
+from fieldguide.core.card import PRETRAINED_SOLVER
 from fieldguide.core.settings import Settings
 from fieldguide.data.splits import Splits
 from fieldguide.training import peft
-from fieldguide.training.trainer import State, Trainer
+from fieldguide.training.state import State
+from fieldguide.training.trainer import Trainer
 
 TIME_FRACTION = 0.45  # of the training time that is kept for training again
 
@@ -42,7 +44,8 @@ def refit(plan: Plan, settings: Settings, state: State, weights: str | None, cal
         fixed = dict(plan.parameters)
         if "rounds" in fixed:
             fixed["rounds"] = max(1, round(fixed["rounds"] * factor))
-        fitted = baselines.solve(whole, plan.card, plan.config, math.inf, callback, fixed=fixed)
+        network = plan.objective.model if plan.card.solver == PRETRAINED_SOLVER else None
+        fitted = baselines.solve(whole, plan.card, plan.config, math.inf, callback, fixed=fixed, network=network)
         plan.config, plan.objective = fitted.config, fitted.objective
         return {"rows": len(rows), "chosen": fitted.chosen}
     steps = max(1, round(state.best_step * factor))

@@ -100,13 +100,15 @@ def read_for(request: dict[str, Any], data: Any = None) -> tuple[Data, type[Task
     If the inferred task has its own column specification, it is noted in the request and the columns are interpreted
     again with it.
     """
+    why = "requested"
     known = SAMPLES.get(request["data"]) if isinstance(request["data"], str) else None
     if known and not request["task"] and task_named(known.task).column_spec != ColumnSpec():
         request["task"], request["target"] = known.task, request["target"] or known.target or None
+        why = "the task of this sample"
     loaded = load_requested(request, data)
     source = interpret(loaded, request, last=bool(request["task"]))
     if request["task"]:
-        return source, get_requested_task(request["task"], source), "requested"
+        return source, get_requested_task(request["task"], source), why
     kind, why = infer_task(source)
     if kind.column_spec != ColumnSpec():
         request["task"] = kind.name

@@ -31,7 +31,7 @@ from fieldguide.data.splits import sample_rows
 from fieldguide.inference.predictor import TaskPredictor
 from fieldguide.inference.run import open_run
 from fieldguide.training.checkpoint import copy_to_cpu
-from fieldguide.training.trainer import State
+from fieldguide.training.state import State
 
 MIN_TEST_ROWS = 200  # that are predicted even if the time is over
 TIMED_TEST_ROWS = 16

@@ -31,7 +31,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.readers.memory import to_series
 from fieldguide.models import registry
 from fieldguide.training.inference_loop import collect
-from fieldguide.training.trainer import Interrupted
+from fieldguide.training.state import Interrupted
 
 SOURCE_NAME = "the arrays"  # in messages
 PREDICTION_BATCH_ROWS = 1024

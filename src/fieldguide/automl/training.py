@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldguide.automl import frozen_features, profile
-from fieldguide.automl.baselines import Baseline, SolverLoop, find_better, fit_baselines
+from fieldguide.automl.baselines import Baseline, SolverLoop, find_better, fit_baselines, fit_downloaded
 from fieldguide.automl.build_plan import Plan
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.clock import Clock, get_training_seconds
@@ -24,7 +24,8 @@ from fieldguide.inference.run import Run, open_run
 from fieldguide.objectives import Objective
 from fieldguide.training import peft
 from fieldguide.training.inference_loop import collect
-from fieldguide.training.trainer import Interrupted, State, Trainer
+from fieldguide.training.state import Interrupted, State
+from fieldguide.training.trainer import Trainer
 from fieldguide.training.validation_loss import ValidationLoss
 
 
@@ -145,12 +146,26 @@ def train(
     return state
 
 
+def score_untrained(plan: Plan, loop: Trainer) -> float | None:
+    """Score a pretrained network without new parameters before its first step, and keep its weights unless training is better.
+
+    Returns None if the task does not ask for it.
+    """
+    if not plan.task.scores_untrained or plan.fresh != [] or loop.state.step or not loop.evaluate:
+        return None
+    loop.objective.to(distributed.device())
+    loop.evaluate_and_keep_best()
+    return loop.state.best
+
+
 def train_and_test(
     path: Path, record: dict[str, Any], plan: Plan, callback: Clock, resume: bool = False, more_steps: bool = True
 ) -> Run:
     """Train a plan in its run folder, test it, and return the run."""
     is_open = record["choice"].get("is_open", False)  # whether the user left the model open
     baselines = fit_baselines(plan, callback)
+    if is_open and (downloaded := fit_downloaded(plan, callback)) is not None:
+        baselines.append(downloaded)
     is_begun = resume and any((path / "checkpoints").glob("step-*.json"))
     wants_frozen = record["choice"].get("frozen_features", False) and more_steps and not is_begun
     frozen = frozen_features.fit_frozen(plan, callback) if wants_frozen else None
@@ -169,6 +184,12 @@ def train_and_test(
     if frozen is not None and isinstance(loop, Trainer):
         record["choice"]["frozen"] = frozen.describe()
         loop.start_from_scored(frozen.score)
+    if more_steps and isinstance(loop, Trainer) and raced is None and (untrained := score_untrained(plan, loop)) is not None:
+        metric = plan.task.monitored_metric()
+        callback.log(
+            f"{plan.weights or plan.size} without training: {metric.heading} {metric.text(untrained)} on validation rows"
+        )
+        record["choice"]["untrained"] = untrained
     if more_steps:
         callback.on_train_start(loop.settings, loop.state.step)
 

@@ -128,6 +128,8 @@ def load_gpus() -> dict[str, Machine]:
     }
 
 
+MAX_CALL_SECONDS = 0.1  # of a call that is timed
+
 _cpu: list[Machine] = []  # what was measured or given in this process
 
 
@@ -206,8 +208,15 @@ Case = tuple[float, Callable[[], Any]]  # floating-point operations, call
 
 
 def measure_rates(cases: Sequence[Case], overhead: float) -> Table:
-    """Return the rates over the operations of a call, in ascending order; rates of equal sizes are averaged."""
-    found = sorted((flops, flops / max(time_best(run) - overhead, 1e-7)) for flops, run in cases)
+    """Return the rates over the operations of a call, in ascending order.
+
+    Cases that would take more than `MAX_CALL_SECONDS` are left out: without hardware for bfloat16, a product can take seconds.
+    """
+    found: list[tuple[float, float]] = []
+    for flops, run in sorted(cases, key=lambda case: case[0]):
+        if found and flops / found[-1][1] > MAX_CALL_SECONDS:
+            break
+        found.append((flops, flops / max(time_best(run) - overhead, 1e-7)))
     return tuple(found)
 
 

@@ -17,7 +17,18 @@ IN_PLACE, NEW, VIEW, NEVER = "in place", "new", "view", "never"
 Layout = tuple[Any, ...]  # sizes, strides, dtype and offset of an output
 PLAIN = (int, float, bool, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 CPU = torch.device("cpu")
-CHANGES_LAYOUT = ("resize", "set_", "as_strided", "squeeze_", "transpose_", "t_", "detach_")
+CHANGES_LAYOUT = (
+    "resize",
+    "set_",
+    "as_strided",
+    "squeeze_",
+    "unsqueeze_",
+    "transpose_",
+    "swapaxes_",
+    "swapdims_",
+    "t_",
+    "detach_",
+)
 
 
 class OpCache:

@@ -175,7 +175,7 @@ class Planner:
 
     def search_batch(self, shape: Shape, most: int) -> int | None:
         width = max(
-            (t[0].numel() for t in self.trace(shape)[1].batch.values() if t.ndim and not t.is_floating_point()), default=1
+            (t[:1].numel() for t in self.trace(shape)[1].batch.values() if t.ndim and not t.is_floating_point()), default=1
         )
         return self.search(lambda n: replace(shape, batch=n), shape.batch, most, 1, max(2, MAX_KNOWN_VALUES // max(width, 1)))
 

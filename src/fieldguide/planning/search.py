@@ -88,10 +88,13 @@ def search(
             exact[number] = bound(trace_of(number), number)
         return exact[number]
 
-    if max(counts) > GROWING * min(counts):  # unrolled over time or rows: memory grows with the number of operations
-        (a, at_a), (b, at_b) = sorted((number, exact_bound(number)) for number in points)
+    def extend_line(*numbers: int) -> int:
+        (a, at_a), (b, at_b) = sorted((number, exact_bound(number)) for number in numbers)
         line = int(a + (limit - at_a) / max((at_b - at_a) / (b - a), 1e-9)) if b > a else a
         return max(0, min(line, most))
+
+    if max(counts) > GROWING * min(counts):  # unrolled over time or rows: memory grows with the number of operations
+        return extend_line(*points)
     if degree > 1:
         third = most if most <= checkable else 2 * start
         if third not in points:
@@ -112,4 +115,6 @@ def search(
     expected = bound(make(check), check)
     if abs(exact_bound(check) / expected - 1) <= TOLERANCE and (check < found or exact[check] <= limit):
         return found
+    if len(trace_of(check).work) > GROWING * max(counts):  # computed in chunks of rows: traces of larger numbers take long
+        return extend_line(check // 2, check)
     return find_largest(exact_bound, limit, exact, most, MOST_GROWTH)

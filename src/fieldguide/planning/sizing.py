@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.core.files import write_atomically
 from fieldguide.core.settings import Settings
 from fieldguide.models import registry
+from fieldguide.models.initialization import make_on_meta
 from fieldguide.planning.estimate import Estimate, estimate
 from fieldguide.planning.sources import DTYPE_BYTES
 
@@ -54,8 +56,7 @@ def format_count(count: float) -> str:
 
 def count_parameters(name: str) -> int:
     card, size = registry.find(name)
-    with torch.device("meta"):
-        return sum(p.numel() for p in card.make(card.resolve_config(size)).parameters())
+    return sum(p.numel() for p in make_on_meta(card, card.resolve_config(size)).parameters())
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,9 +92,9 @@ def tabulate_weights() -> str:
 def count_cache(name: str) -> int:
     """Return the bytes of keys and values of one token in bfloat16."""
     card, size = registry.find(name)
-    config = card.resolve_config(size)
+    network: Any = make_on_meta(card, card.resolve_config(size)).to(torch.bfloat16)
     with torch.device("meta"):
-        cache = card.make(config).to(torch.bfloat16).new_cache(1, 1)
+        cache = network.new_cache(1, 1)
     return sum(t.nbytes for t in (*cache.keys, *cache.values))
 
 

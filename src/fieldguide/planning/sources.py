@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,13 +54,24 @@ def from_card(
 
 
 def from_example(
-    objective: Any, batch: dict[str, Tensor], predict: Callable[[Any, dict[str, Tensor]], Any] | None = None
+    objective: Any,
+    batch: dict[str, Tensor],
+    predict: Callable[[Any, dict[str, Tensor]], Any] | None = None,
+    examples: int | None = None,
 ) -> Make:
-    """Return a function that builds the steps of an existing objective from one of its batches, with any number of rows."""
+    """Return a function that builds the steps of an existing objective from one of its batches, with any number of rows.
+
+    `examples` is the number of examples in the batch, if it may differ from the number of rows of its largest tensor, such as two
+    answers for each prompt. Then all tensors grow in proportion.
+    """
     rows = max((len(t) for t in batch.values() if t.ndim), default=1)
 
     def make(shape: Shape) -> Workload:
-        resized = {name: resize(tensor, rows, shape.batch) for name, tensor in batch.items()}
+        if examples in (None, rows):
+            resized = {name: resize(tensor, rows, shape.batch) for name, tensor in batch.items()}
+        else:
+            grown = lambda tensor: math.floor(len(tensor) * shape.batch / examples + 0.5)
+            resized = {name: resize(t, len(t), grown(t)) if t.ndim and len(t) else t for name, t in batch.items()}
         return Workload(objective, resized, predict) if predict else Workload(objective, resized)
 
     return make
@@ -76,7 +88,7 @@ def resize(tensor: Tensor, rows: int, wanted: int) -> Tensor:
 
 def find_longest(card: Card, config: Any) -> int:
     """Return the longest sequence that a network takes; 0 if it takes none."""
-    if card.input_type not in ("tokens", "pair", "speech", "sequence"):
+    if card.input_type not in ("tokens", "pair", "speech", "speech-text", "waveform", "sequence"):
         return 0
     length = getattr(config, card.names.get("length", "length"), None)
     return LARGEST_LENGTH if card.endless or not length else int(length)

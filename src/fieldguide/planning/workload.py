@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fieldguide.core.card import Card
+from fieldguide.core.card import SAMPLES_PER_FRAME, Card
 from fieldguide.models import registry
+from fieldguide.models.initialization import make_on_meta
 from fieldguide.objectives import (
     CTC,
     Adversarial,
     Classification,
-    Contrastive,
-    Detection,
     Diffusion,
     Forecast,
     MaskedLM,
@@ -31,13 +30,21 @@ from fieldguide.objectives import (
     Supervised,
     TokenClassificationObjective,
 )
-from fieldguide.objectives.next_item import NextItem
+from fieldguide.objectives.contrastive import IMAGE_TEXT_OBJECTIVES, build_contrastive
+from fieldguide.objectives.contrastive_frames import ContrastiveFrames, sample_distractors, sample_hidden_frames
+from fieldguide.objectives.detection import decode
+from fieldguide.objectives.detectors import DETECTORS
+from fieldguide.objectives.mask_set import MaskSetInstances
+from fieldguide.objectives.pose_detection import PoseDetection
+from fieldguide.objectives.prototype_masks import PrototypeDetection
+from fieldguide.objectives.recommenders import RECOMMENDERS
 from fieldguide.objectives.segmentation import Segmentation
 from fieldguide.planning.trace import MAX_KNOWN_VALUES
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 BOXES_PER_IMAGE = 8
 MASKED_SHARE = 0.15  # of the tokens in masked language modeling
+DISTRACTORS = 100  # of each hidden frame in contrastive pre-training
 SYMBOLS_PER_FRAME = 0.1  # of a transcript
 
 
@@ -77,6 +84,8 @@ class Shape:
 
 
 def build_network(card: Card, config: Any, device: str = "meta") -> nn.Module:
+    if device == "meta":
+        return make_on_meta(card, config)
     with torch.device(device):
         return card.make(config)
 
@@ -127,15 +136,25 @@ def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
         return {"sequence": floats(shape.length, get("dim", None) or get("d_model", 64))}
     if card.input_type == "series":
         return {"series": floats(get("length", shape.length), get("channels", 1))}
-    if card.input_type == "covariates":
+    if card.input_type in ("covariates", "static-covariates"):
         past, horizon = get("length", shape.length), get("horizon", 1)
-        return {
+        inputs = {
             "series": floats(past, get("channels", 1)),
             "past": floats(past, get("past", 0)),
             "known": floats(past + horizon, get("known", 0)),
+            "static": floats(get("static", 0)),
         }
+        return {name: inputs[name] for name in card.inputs}
     if card.input_type == "speech":
         return {"features": floats(shape.length, get("features", 80)), "lengths": torch.full((rows,), shape.length)}
+    if card.input_type == "waveform":
+        samples = SAMPLES_PER_FRAME * shape.length
+        return {"waveform": floats(samples), "lengths": torch.full((rows,), samples)}
+    if card.input_type == "speech-text":
+        frames = 2 * get("source_length", shape.length)
+        return {"features": floats(frames, get("features", 80)), "tokens": text(length), "mask": whole(length)}
+    if card.input_type == "image-text":
+        return {"image": floats(channels, side, side), "tokens": text(length), "mask": whole(length)}
     if card.input_type == "captioned":
         return {"image": floats(channels, side, side), **build_caption(get, rows, length, text, whole)}
     if card.input_type in ("noisy", "noisy-video"):
@@ -208,24 +227,89 @@ def build_segmentation(card: Card, network: nn.Module, inputs: dict[str, Tensor]
     return Workload(objective, inputs, labels=("target",))
 
 
-def build_detection(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+def add_objects(inputs: dict[str, Tensor], shape: Shape, get: Any) -> None:
+    """Add boxes and labels of objects to a batch."""
     side = inputs["image"].shape[-1]
     corner = torch.rand(shape.batch, BOXES_PER_IMAGE, 2) * side / 2
     boxes = torch.cat([corner, corner + side / 4], -1)
     inputs["boxes"] = boxes.to(shape.device)
     inputs["labels"] = torch.randint(get("num_classes", 80), (shape.batch, BOXES_PER_IMAGE))
-    return Workload(Detection(network, card.inputs), inputs, find_candidates, labels=("boxes", "labels"))
+
+
+def build_detection(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    add_objects(inputs, shape, get)
+    output = get("output_type") if get("output_type") in card.output_types else card.output_types[0]
+    objective: Any = DETECTORS[output](network, card.inputs)
+    predict = find_candidates if output == "boxes" else lambda objective, batch: objective.model(batch["image"])
+    if hasattr(objective, "match"):  # of a set of queries
+        objective.match = match_in_order
+    return Workload(objective, inputs, predict, labels=("boxes", "labels"))
+
+
+def build_poses(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    add_objects(inputs, shape, get)
+    count = get("keypoints", 17)
+    inputs["keypoints"] = inputs["boxes"][:, :, None, :2].expand(-1, -1, count, -1).clone()
+    objective = PoseDetection(network, card.inputs, sigmas=[0.05] * count)
+
+    def find_poses(objective: Any, batch: dict[str, Tensor]) -> Any:
+        raw, poses, points, strides = objective.split_grid(batch)
+        return poses, *find_best(objective, raw, points, strides)
+
+    return Workload(objective, inputs, find_poses, labels=("boxes", "labels", "keypoints"))
+
+
+def add_masks(inputs: dict[str, Tensor], shape: Shape, size: tuple[int, int]) -> None:
+    """Add masks of objects to a batch."""
+    inputs["masks"] = torch.zeros(shape.batch, BOXES_PER_IMAGE, *size, device=shape.device)
+
+
+def build_prototypes(card: Card, network: Any, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    add_objects(inputs, shape, get)
+    height, width = (2 * -(-side // min(network.strides)) for side in inputs["image"].shape[-2:])
+    add_masks(inputs, shape, (height, width))
+    objective = PrototypeDetection(network, card.inputs)
+
+    def find_masks(objective: Any, batch: dict[str, Tensor]) -> Any:
+        raw, coefficients, prototypes = objective.predict_parts(batch)
+        boxes, scores, best = find_best(objective, raw, *objective.make_grid(batch))
+        chosen = coefficients[:, : objective.max_detections]
+        return boxes, scores, best, torch.einsum("bdp,bphw->bdhw", chosen, prototypes)
+
+    return Workload(objective, inputs, find_masks, labels=("boxes", "labels", "masks"))
+
+
+def build_mask_queries(card: Card, network: Any, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    add_objects(inputs, shape, get)
+    height, width = inputs["image"].shape[-2:]
+    add_masks(inputs, shape, network.mask_size(height, width))
+    objective: Any = MaskSetInstances(network, card.inputs)
+    objective.measure.match = lambda logits, masks, labels, true, known: match_in_order(logits, true, labels)
+    return Workload(objective, inputs, labels=("boxes", "labels", "masks"))
+
+
+def match_in_order(predictions: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Match the first queries with the objects, in each layer. The optimal matching depends on values, and has the same size."""
+    layers, rows, queries = predictions.shape[:3]
+    pairs = torch.cartesian_prod(torch.arange(layers), torch.arange(rows), torch.arange(min(queries, labels.shape[1])))
+    layer, image, item = pairs.unbind(1)
+    return layer, image, item, item
 
 
 def find_candidates(objective: Any, batch: dict[str, Tensor]) -> Any:
     """Return the candidates of a detector, without non-maximum suppression: its loops depend on values, and are small."""
-    boxes, _, logits, *_ = objective.compute_predictions(batch)
+    return find_best(objective, *objective.run_network(batch))
+
+
+def find_best(objective: Any, raw: Tensor, points: Tensor, strides: Tensor) -> Any:
+    """Return boxes and scores of all points, and the highest of these scores."""
+    boxes, _, logits = decode(raw, objective.model.bins, points, strides)
     scores = logits.sigmoid()
     return boxes, scores, scores.flatten(1).topk(min(objective.candidates, scores[0].numel()))
 
 
-def build_contrastive(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
-    return Workload(Contrastive(network, card.inputs), inputs)
+def build_pairs(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    return Workload(build_contrastive(network, card), inputs)
 
 
 def build_forecast(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
@@ -238,7 +322,15 @@ def build_forecast(card: Card, network: nn.Module, inputs: dict[str, Tensor], sh
 
 def build_next_item(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
     inputs["target"] = inputs["seen"] = inputs["items"].clone()
-    return Workload(NextItem(network, card.inputs), inputs, labels=("target",))
+    output = get("output_type") if get("output_type") in card.output_types else card.output_types[0]
+    if "times" in card.optional_inputs:
+        inputs["times"] = torch.zeros(*inputs["items"].shape, 2, dtype=torch.int64, device=inputs["items"].device)
+    if "profile" in card.optional_inputs:
+        rows, device = len(inputs["items"]), inputs["items"].device
+        inputs["profile"] = torch.zeros(rows, len(get("user_categories", ())), dtype=torch.int64, device=device)
+        inputs["profile_numbers"] = torch.zeros(rows, get("user_numbers", 0), device=device)
+    names = (*card.inputs, *card.optional_inputs)
+    return Workload(RECOMMENDERS[output](network, names), inputs, labels=("target",))
 
 
 def build_ctc(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
@@ -246,6 +338,13 @@ def build_ctc(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: 
     inputs["target"] = torch.randint(1, get("vocab_size", 2), (shape.batch, symbols))
     inputs["target_lengths"] = torch.full((shape.batch,), symbols)
     return Workload(CTC(network, card.inputs), inputs, labels=("target", "target_lengths"))
+
+
+def build_contrastive_frames(card: Card, network: Any, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    counts = network.frames(torch.full((shape.batch,), inputs["waveform"].shape[1]))
+    inputs["hidden"] = sample_hidden_frames(counts, int(counts[0]))
+    inputs["distractors"] = sample_distractors(inputs["hidden"], DISTRACTORS)
+    return Workload(ContrastiveFrames(network, card.inputs), inputs)
 
 
 def build_image(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
@@ -283,11 +382,15 @@ BUILDERS: dict[str, Callable[..., Workload]] = {
     "labels": build_tags,
     "span": build_span,
     "mask": build_segmentation,
-    "boxes": build_detection,
-    "embeddings": build_contrastive,
+    **dict.fromkeys(DETECTORS, build_detection),
+    "poses": build_poses,
+    "prototypes": build_prototypes,
+    "mask-queries": build_mask_queries,
+    **dict.fromkeys(IMAGE_TEXT_OBJECTIVES, build_pairs),
     "forecast": build_forecast,
-    "items": build_next_item,
+    **dict.fromkeys(RECOMMENDERS, build_next_item),
     "ctc": build_ctc,
+    "contexts": build_contrastive_frames,
     "image": build_image,
     "video": build_image,
 }

@@ -51,7 +51,7 @@ class Comparison:
                     name,
                     run.record["model"]["size"],
                     main.text(run.scores.get(main.name)),
-                    " to ".join(main.text(v) for v in interval) if interval else MISSING,
+                    main.interval_text(*interval) if interval else MISSING,
                     *(m.text(run.scores.get(m.name)) for m in others),
                 ]
             )

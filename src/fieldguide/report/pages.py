@@ -81,7 +81,7 @@ def build_scores_section(run: Run, metrics: Sequence[Metric]) -> Section:
             m.title,
             {"max": "higher", "min": "lower"}.get(m.better, m.better),
             m.text(scores["test"][m.name]),
-            " to ".join(m.text(v) for v in scores["intervals"][m.name]),
+            m.interval_text(*scores["intervals"][m.name]),
             *(m.text(b["scores"].get(m.name)) for b in scores["baselines"]),
             m.words if m.words != m.title else "",
         ]
@@ -229,7 +229,7 @@ def build_model_card(run: Run, title: str, metrics: Sequence[Metric]) -> str:
             [
                 m.name,
                 m.text(scores["test"][m.name]),
-                " to ".join(m.text(v) for v in scores["intervals"][m.name]),
+                m.interval_text(*scores["intervals"][m.name]),
                 *(m.text(b["scores"].get(m.name)) for b in scores["baselines"]),
             ]
             for m in metrics

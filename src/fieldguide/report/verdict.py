@@ -13,7 +13,7 @@ from fieldguide.tasks.spec import Metric
 def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
     """Return the result in one sentence, next to the baselines."""
     scores = record["scores"]
-    low, high = (metric.text(v) for v in scores["intervals"][metric.name])
+    interval = metric.interval_text(*scores["intervals"][metric.name])
     bounds = [b for b in scores["baselines"] if b.get("bound")]
     value = metric.text(scores["test"][metric.name])
     if metric.words == "correct":
@@ -33,7 +33,7 @@ def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
     if partner := find_partner(record):
         advice += f" The model is the mean of {record['model']['size']} and {partner}, which is better than each alone."
     compared = list_scores(list_baselines(record), metric)
-    return f"{result} (95 % interval {low} to {high}).{f' Baselines: {compared}.' if compared else ''}{best}{advice}"
+    return f"{result} (95 % interval {interval}).{f' Baselines: {compared}.' if compared else ''}{best}{advice}"
 
 
 def find_replaced_network(record: Mapping[str, Any]) -> str:
