@@ -26,6 +26,7 @@ _HOME = {
     "Run": "fieldguide.inference.run",
     "pipeline": "fieldguide.inference.pipeline",
     "compare": "fieldguide.report.compare",
+    "export": "fieldguide.exporting.export",
     "Predictor": "fieldguide.inference.predictor",
     "create": "fieldguide.models.registry",
     "list_models": "fieldguide.automl.catalogue",

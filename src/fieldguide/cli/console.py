@@ -94,8 +94,8 @@ def print_scores(run: Any, result: dict[str, Any], as_json: bool) -> None:
     for metric in run.task.metrics:
         if metric.name not in result["scores"]:
             continue
-        low, high = result["intervals"][metric.name]
-        table.add_row(metric.title, metric.text(result["scores"][metric.name]), f"{metric.text(low)} to {metric.text(high)}")
+        interval = metric.interval_text(*result["intervals"][metric.name])
+        table.add_row(metric.title, metric.text(result["scores"][metric.name]), interval)
     console.print(f"{result['rows']:,} examples" + (f" ({result['note']})" if result["note"] else ""))
     console.print(table)
 
