@@ -76,13 +76,27 @@ def yolov8(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
     answers = []
     for level, x in enumerate((fifteen, eighteen, last)):
         parts = []
-        for part in ("box", "label"):
+        others = [part for part in ("pose", "mask") if f"heads.{level}.{part}.2.bias" in p]
+        for part in ("box", "label", *others):
             name = f"heads.{level}.{part}"
             y = step(p, f"{name}.1", step(p, f"{name}.0", x))
             parts.append(convolve(y, p[f"{name}.2.weight"], p[f"{name}.2.bias"]))
         x = torch.cat(parts, 1)
         answers += [x[:, :, row, column] for row in range(x.shape[2]) for column in range(x.shape[3])]
-    return torch.stack(answers, 1)
+    grid = torch.stack(answers, 1)
+    return grid if "prototypes.up.weight" not in p else torch.cat([grid.flatten(1), prototypes(p, fifteen).flatten(1)], 1)
+
+
+def prototypes(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Return the prototype masks; a transposed convolution of 2 x 2 with stride 2 makes four pixels of each one."""
+    x = step(p, "prototypes.conv1", x)
+    weight = p["prototypes.up.weight"]  # D D 2 2, first the inputs
+    larger = torch.zeros(*x.shape[:1], weight.shape[1], 2 * x.shape[2], 2 * x.shape[3], dtype=x.dtype)
+    for row in range(2):
+        for column in range(2):
+            larger[:, :, row::2, column::2] = torch.einsum("bihw,io->bohw", x, weight[:, :, row, column])
+    larger = larger + p["prototypes.up.bias"][:, None, None]
+    return step(p, "prototypes.conv3", step(p, "prototypes.conv2", larger))
 
 
 def linear(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ tensors under the peer's. That function carries gradients as well as weights, so
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from torch import Tensor, nn
 import boxes
 import clips
 import detectors
+import forecasters
 import guide
 import pictures
 import references
+import segmenters
 from fieldguide.checkpoints.weights import get_tables, translate
 from references import Equations
+from tied import Tied
 
 State = Mapping[str, Tensor]
 Peer = tuple[nn.Module, Callable[[State], dict[str, Tensor]]]
@@ -91,6 +96,11 @@ def series(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (torch.randn(rows, config.length, 3),)
 
 
+def steps(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return series for a network that reads any length."""
+    return (torch.randn(rows, 12, config.channels),)
+
+
 def covariates(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return three series of a window, past covariates, and future covariates to the end of the horizon."""
     return (
@@ -98,6 +108,11 @@ def covariates(config: Any, rows: int) -> tuple[Tensor, ...]:
         torch.randn(rows, config.length, config.past),
         torch.randn(rows, config.length + config.horizon, config.known),
     )
+
+
+def static_covariates(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return the same, and properties of the window's series."""
+    return *covariates(config, rows), torch.randn(rows, config.static)
 
 
 def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
@@ -112,6 +127,16 @@ def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
 def speech(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return recordings of 9 to 21 frames, the longest first; the content after their end is arbitrary."""
     return torch.randn(rows, 21, config.features), torch.linspace(21, 9, rows).long()
+
+
+def waveform(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return recordings of 23 to 41 samples, the longest first; the content after their end is arbitrary."""
+    return torch.randn(rows, 41), torch.linspace(41, 23, rows).long()
+
+
+def speech_text(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return features of the full length, as the peer requires, and texts."""
+    return torch.randn(rows, 2 * config.source_length, config.features), *tokens(config, rows)
 
 
 def captioned(config: Any, rows: int) -> tuple[Tensor, ...]:
@@ -162,10 +187,39 @@ def encoder(model: nn.Module) -> Peer:
     return encoders.encoder(model)
 
 
+def hstu_equations(c: Any) -> Callable[..., Tensor]:
+    return references.hstu(c.heads, c.key_dim, c.value_dim, c.length, c.temperature)
+
+
+def bert4rec(model: nn.Module) -> Peer:
+    import encoders
+
+    return encoders.bert4rec(model)
+
+
 def writer(model: nn.Module) -> Peer:
     import writers
 
     return writers.writer(model)
+
+
+def transcriber(model: Any) -> tuple[nn.Module, Any]:
+    """Return transformers' Whisper."""
+    import writers
+
+    return writers.writer(model, writers.Transcripts, pad_token_id=0)
+
+
+def waveform_encoder(model: Any) -> Peer:
+    import recognizers
+
+    return recognizers.waveform_encoder(model)
+
+
+def parakeet(model: Any) -> Peer:
+    import recognizers
+
+    return recognizers.parakeet(model)
 
 
 def same(build: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], Peer]:
@@ -336,6 +390,262 @@ def tabm_package(model: nn.Module) -> Peer:
     return Shifted(), rename
 
 
+def rtdl_package(model: nn.Module) -> Peer:
+    """Build the network of the authors' package, where each category column has an embedding of its own."""
+    from rtdl_revisiting_models import FTTransformer
+
+    c = model.config
+    peer = FTTransformer(
+        n_cont_features=c.numbers,
+        cat_cardinalities=list(c.categories),
+        d_out=c.num_classes,
+        n_blocks=c.depth,
+        d_block=c.dim,
+        attention_n_heads=c.heads,
+        attention_dropout=c.attention_dropout,
+        ffn_d_hidden=c.hidden,
+        ffn_d_hidden_multiplier=None,
+        ffn_dropout=c.dropout,
+        residual_dropout=0.0,
+    )
+    block = "backbone.blocks.{}."
+    parts = {
+        "attn.proj": "attention.W_out",
+        "norm1": "attention_normalization",
+        "norm2": "ffn_normalization",
+        "up": "ffn.linear1",
+        "down": "ffn.linear2",
+    }
+
+    def rename(state: State) -> dict[str, Tensor]:
+        done = {
+            "cls_embedding.weight": state["tokenizer.cls"],
+            "cont_embeddings.weight": state["tokenizer.weight"],
+            "cont_embeddings.bias": state["tokenizer.bias"][: c.numbers],
+            "cat_embeddings.bias": state["tokenizer.bias"][c.numbers :],
+        }
+        for i, table in enumerate(state["tokenizer.embed.weight"].split(list(c.categories))):
+            done[f"cat_embeddings.embeddings.{i}.weight"] = table
+        for name, tensor in state.items():
+            if name.startswith("blocks."):
+                _, i, part = name.split(".", 2)
+                part, kind = part.rsplit(".", 1)
+                if part == "attn.qkv":
+                    for letter, third in zip("qkv", tensor.chunk(3)):
+                        done[block.format(i) + f"attention.W_{letter}.{kind}"] = third
+                else:
+                    done[block.format(i) + f"{parts[part]}.{kind}"] = tensor
+            elif name.startswith(("norm.", "head.")):
+                done["backbone.output." + name.replace("norm.", "normalization.").replace("head.", "linear.")] = tensor
+        return done
+
+    return peer, rename
+
+
+def encode_classes(layer: nn.Linear, classes: Tensor) -> Tensor:
+    codes = nn.functional.one_hot(classes.long(), layer.in_features).to(layer.weight.dtype)
+    return nn.functional.linear(codes, layer.weight, layer.bias)
+
+
+class TabICLPackage(nn.Module):
+    """The network of the authors' package for a stored context, whose columns are already normalized."""
+
+    def __init__(self, config: Any, **arguments: Any):
+        super().__init__()
+        from tabicl._model.layers import OneHotAndLinear
+        from tabicl._model.tabicl import TabICL
+
+        c = self.config = config
+        self.peer = TabICL(
+            max_classes=c.max_classes,
+            embed_dim=c.dim,
+            col_num_blocks=c.column_depth,
+            col_nhead=c.column_heads,
+            col_num_inds=c.points,
+            row_num_blocks=c.row_depth,
+            row_nhead=c.row_heads,
+            row_num_cls=c.row_tokens,
+            row_rope_base=c.rope_theta,
+            icl_num_blocks=c.depth,
+            icl_nhead=c.heads,
+            ff_factor=c.expansion,
+            bias_free_ln=not c.norm_bias,
+            **arguments,
+        )
+        for module in self.peer.modules():  # it encodes classes in float32, whatever the precision of its weights
+            if isinstance(module, OneHotAndLinear):
+                module.forward = functools.partial(encode_classes, module)
+        columns = c.numbers + len(c.categories)
+        for name in ("mean", "std", "power", "power_mean", "power_std"):
+            self.register_buffer(name, torch.empty(columns))
+        for name, shape in {
+            "low": (2, columns),
+            "high": (2, columns),
+            "rows": (c.context, columns),
+            "target": (c.context,),
+        }.items():
+            self.register_buffer(name, torch.empty(shape))
+        self.register_buffer("order", torch.empty(c.views, columns, dtype=torch.int64))
+        self.register_buffer("shift", torch.empty(c.views, dtype=torch.int64))
+
+    def train(self, mode: bool = True) -> TabICLPackage:
+        """Stay in training mode, where the package computes without splitting into batches; it has no dropout."""
+        return super().train(True)
+
+    def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
+        c, found = self.config, []
+        x = torch.cat([self.rows, torch.cat([numbers, categories - 1], 1)]) / (1 + 1e-6)
+        for order, shift in zip(self.order, self.shift):
+            pattern = (torch.arange(c.num_classes) - shift) % c.num_classes  # class -> its number for this view
+            y = pattern[self.target.long()].to(x.dtype) if c.max_classes else self.target
+            out = self.peer(x[None, :, order], y[None])[0, -len(numbers) :]
+            found.append(out[:, pattern] / 0.9 if c.max_classes else out.mean(1, keepdim=True))
+        return torch.stack(found).mean(0)
+
+
+def tabicl_package(**arguments: Any) -> Callable[[nn.Module], Peer]:
+    def build(model: nn.Module) -> Peer:
+        def rename(state: State) -> dict[str, Tensor]:
+            own = {name: tensor for name, tensor in state.items() if not name.startswith("context.")}
+            own.setdefault("rows.rotation.freqs", torch.zeros_like(model.rows.rotation.freqs))  # a constant parameter there
+            done = translate(own, get_tables(model)["tabicl"], reverse=True)
+            context = {name.removeprefix("context."): t for name, t in state.items() if name.startswith("context.")}
+            return {f"peer.{name}": tensor for name, tensor in done.items()} | context
+
+        return TabICLPackage(model.config, **arguments), rename
+
+    return build
+
+
+TABICL_1 = {"col_affine": True, "col_feature_group": False, "col_target_aware": False, "col_ssmax": False, "icl_ssmax": False}
+
+
+def build_chronos(c: Any) -> nn.Module:
+    """Build the authors' network."""
+    from chronos.chronos_bolt import ChronosBoltModelForForecasting
+
+    import tv
+
+    config = tv.transformers.T5Config(
+        d_model=c.dim,
+        d_ff=c.hidden,
+        d_kv=c.width,
+        num_heads=c.heads,
+        num_layers=c.depth,
+        num_decoder_layers=c.decoder_depth,
+        relative_attention_num_buckets=c.buckets,
+        relative_attention_max_distance=c.far,
+        dropout_rate=c.dropout,
+        feed_forward_proj="relu",
+        decoder_start_token_id=c.begin,
+        architectures=["ChronosBoltModelForForecasting"],
+        chronos_config={
+            "context_length": c.max_length,
+            "prediction_length": c.block,
+            "input_patch_size": c.patch,
+            "input_patch_stride": c.stride,
+            "quantiles": list(c.levels),
+            "use_reg_token": c.reg_token,
+        },
+    )
+    network = ChronosBoltModelForForecasting(config)
+    network.encoder.embed_tokens = network.decoder.embed_tokens = network.shared
+    return network
+
+
+class ChronosPackage(Tied):
+    """The authors' network, with the rollout of their pipeline beyond a block."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config, self.peer = config, build_chronos(config)
+
+    def forward(self, series: Tensor) -> Tensor:
+        to = Tensor.to  # its scaling and norms convert to float32
+        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
+        with mock.patch.object(Tensor, "to", kept):
+            return self.forecast(series)
+
+    def forecast(self, series: Tensor) -> Tensor:
+        c = self.config
+        x = series.transpose(1, 2).flatten(0, 1)[:, -c.max_length :]
+        found = [self.peer(x).quantile_preds]
+        x = x[:, None].repeat(1, len(c.levels), 1)
+        while len(found) * c.block < c.horizon:
+            x = torch.cat([x, found[-1]], -1)[..., -c.max_length :]
+            ahead = torch.stack([self.peer(x[:, i]).quantile_preds for i in range(len(c.levels))], 1).flatten(1, 2)
+            found.append(torch.stack([torch.quantile(ahead, level, dim=1) for level in c.levels], 1))
+        low, median, high = torch.cat(found, -1)[..., : c.horizon].unbind(1)
+        normal = statistics.NormalDist()
+        below = median + (low - median) * normal.inv_cdf(0.05) / normal.inv_cdf(0.1)
+        above = median + (high - median) * (0.05 / 0.4)  # .55 between .5 and .9
+        found = torch.stack([median, below, above], -1)
+        return found.unflatten(0, (len(series), -1)).transpose(1, 2)
+
+
+def chronos_package(model: nn.Module) -> Peer:
+    def rename(state: State) -> dict[str, Tensor]:
+        names = translate(dict(state), get_tables(model)["huggingface"], reverse=True)
+        return {f"peer.{name}": tensor for name, tensor in names.items() if f"peer.{name}" not in peer.tied()}
+
+    peer = ChronosPackage(model.config)
+    return peer, rename
+
+
+def build_timesfm(c: Any) -> nn.Module:
+    """Build the network of transformers."""
+    import tv
+
+    return tv.transformers.TimesFm2_5ModelForPrediction(
+        tv.transformers.TimesFm2_5Config(
+            patch_length=c.patch,
+            context_length=c.max_length,
+            horizon_length=c.block,
+            num_hidden_layers=c.depth,
+            hidden_size=c.dim,
+            intermediate_size=c.hidden,
+            head_dim=c.width,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.heads,
+            rms_norm_eps=c.eps,
+            quantiles=list(c.levels),
+            output_quantile_len=c.far,
+            decode_index=1 + c.levels.index(0.5),
+            force_flip_invariance=c.flip,
+            infer_is_positive=c.positive,
+            attn_implementation="eager",
+            architectures=["TimesFm2_5ModelForPrediction"],
+        )
+    )
+
+
+class TimesFmPackage(nn.Module):
+    """The network of transformers on one series at a time, since it keeps forecasts positive by the minimum of the whole batch."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config, self.peer = config, build_timesfm(config)
+
+    def forward(self, series: Tensor) -> Tensor:
+        c = self.config
+        with unrounded():
+            rows = [self.peer([x]).full_predictions[0, :, 1:] for x in series.transpose(1, 2).flatten(0, 1)]  # H R
+        low, median, high = torch.stack(rows)[:, : c.horizon].unbind(-1)
+        normal = statistics.NormalDist()
+        below = median + (low - median) * normal.inv_cdf(0.05) / normal.inv_cdf(0.1)
+        above = median + (high - median) * (0.05 / 0.4)  # .55 between .5 and .9
+        return torch.stack([median, below, above], -1).unflatten(0, (len(series), -1)).transpose(1, 2)
+
+
+def timesfm_package(model: nn.Module) -> Peer:
+    def rename(state: State) -> dict[str, Tensor]:
+        names = translate(dict(state), get_tables(model)["huggingface"], reverse=True)
+        live = {name.replace(".mlp.ff0.", ".mlp.fc1.").replace(".mlp.ff1.", ".mlp.fc2."): x for name, x in names.items()}
+        return {f"peer.{name}": tensor for name, tensor in live.items()}
+
+    return TimesFmPackage(model.config), rename
+
+
 class Logits(nn.Module):
     """A language model of transformers, with padding on the right and positions from 0."""
 
@@ -361,7 +671,13 @@ def unrounded() -> Iterator[None]:
     to = Tensor.to
     kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
     whole = lambda x: x if x.dtype == torch.float64 else to(x, torch.float32)
-    with mock.patch.object(Tensor, "to", kept), mock.patch.object(Tensor, "float", whole):
+    softmax = nn.functional.softmax
+    soft = lambda x, dim=None, dtype=None: softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
+    with (
+        mock.patch.object(Tensor, "to", kept),
+        mock.patch.object(Tensor, "float", whole),
+        mock.patch.object(nn.functional, "softmax", soft),
+    ):
         yield
 
 
@@ -406,18 +722,24 @@ def huggingface_decoder(model: nn.Module) -> Peer:
     def rename(state: State) -> dict[str, Tensor]:
         names = translate(state, table, reverse=True)
         for layer in range(model.config.depth):  # in memory transformers stacks the experts that its files part
-            moe = f"model.layers.{layer}.block_sparse_moe."
-            if moe + "gate.weight" in names:
+            mlp = f"model.layers.{layer}.mlp."
+            for moe, parts in (
+                (f"model.layers.{layer}.block_sparse_moe.", ("w3", "w2", "w1")),
+                (mlp, ("up_proj", "down_proj", "gate_proj")),
+            ):
+                if moe + "gate.weight" not in names:
+                    continue
                 up, down, gate = (
-                    torch.stack([names.pop(f"{moe}experts.{e}.w{k}.weight") for e in range(model.config.experts)])
-                    for k in (3, 2, 1)
+                    torch.stack([names.pop(f"{moe}experts.{e}.{part}.weight") for e in range(model.config.experts)])
+                    for part in parts
                 )
-                mlp = f"model.layers.{layer}.mlp."
                 names |= {
                     mlp + "gate.weight": names.pop(moe + "gate.weight"),
                     mlp + "experts.down_proj": down,
                     mlp + "experts.gate_up_proj": torch.cat([gate, up], 1),
                 }
+                break
+        names = {key.replace("embed_out.", "lm_head."): x for key, x in names.items()}  # of GPT-NeoX
         return {f"peer.{key}": x for key, x in names.items()}
 
     return Doubled(transformers.AutoModelForCausalLM.from_config(config)), rename
@@ -645,6 +967,105 @@ def conformer_layers(model: nn.Module) -> Peer:
         } | {f"stem.{name.replace('.', '__')}": x for name, x in state.items() if name.startswith("stem.")}
 
     return Composed(), rename
+
+
+def written(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return images and texts so far."""
+    return *image(config, rows), *tokens(config, rows)
+
+
+def huggingface_blip(model: nn.Module) -> Peer:
+    from fieldguide.models.transformer.blip import HUGGINGFACE
+    from tv import transformers
+
+    c = model.config
+    peer = transformers.BlipForConditionalGeneration(
+        transformers.BlipConfig(
+            text_config={
+                "vocab_size": c.vocab_size,
+                "hidden_size": c.dim,
+                "intermediate_size": c.hidden,
+                "num_hidden_layers": c.depth,
+                "num_attention_heads": c.heads,
+                "max_position_embeddings": c.length,
+                "bos_token_id": c.begin,
+                "sep_token_id": c.end,
+                "pad_token_id": c.pad,
+            },
+            vision_config={
+                "hidden_size": c.seen_dim,
+                "intermediate_size": c.seen_hidden,
+                "num_hidden_layers": c.seen_depth,
+                "num_attention_heads": c.seen_heads,
+                "image_size": c.image,
+                "patch_size": c.patch,
+            },
+        )
+    )
+    peer.text_decoder.bert.embeddings.word_embeddings.padding_idx = None  # padding is a token like others here
+
+    class Writer(Tied):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+            return self.peer(pixel_values=image, input_ids=tokens, attention_mask=mask.long()).logits
+
+    return Writer(), lambda state: {
+        f"peer.{name}": tensor for name, tensor in translate(state, HUGGINGFACE, reverse=True).items()
+    }
+
+
+def huggingface_siglip(model: nn.Module) -> Peer:
+    from fieldguide.models.transformer.siglip import HUGGINGFACE
+    from tv import transformers
+
+    c = model.config
+    peer = transformers.SiglipModel(
+        transformers.SiglipConfig(
+            text_config={
+                "vocab_size": c.vocab_size,
+                "hidden_size": c.text_dim,
+                "intermediate_size": c.text_hidden,
+                "num_hidden_layers": c.text_depth,
+                "num_attention_heads": c.text_heads,
+                "max_position_embeddings": c.length,
+                "pad_token_id": c.pad,
+                "eos_token_id": c.end,
+                "bos_token_id": 0,
+                "projection_size": c.dim,
+            },
+            vision_config={
+                "hidden_size": c.dim,
+                "intermediate_size": c.hidden,
+                "num_hidden_layers": c.depth,
+                "num_attention_heads": c.heads,
+                "image_size": c.image,
+                "patch_size": c.patch,
+                "num_channels": c.channels,
+            },
+        )
+    )
+
+    class Pairs(nn.Module):
+        """Texts padded to the full length, and the embeddings whose products are the logits."""
+
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+            text = torch.full((len(tokens), c.length), c.pad)
+            text[:, : tokens.shape[1]] = torch.where(mask, tokens, c.pad)
+            found = self.peer(pixel_values=image, input_ids=text)
+            x = torch.stack([found.image_embeds, found.text_embeds], 1) * (self.peer.logit_scale / 2).exp()
+            bias = torch.stack([self.peer.logit_bias, torch.ones_like(self.peer.logit_bias)])
+            return torch.cat([x, bias.expand(len(x), 2, 1)], 2)
+
+    return Pairs(), lambda state: {
+        f"peer.{name}": tensor for name, tensor in translate(state, HUGGINGFACE, reverse=True).items()
+    }
 
 
 def huggingface_clip(model: nn.Module) -> Peer:
@@ -905,6 +1326,8 @@ CASES = {
     "convnextv2": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),
     "unet": Case(inputs=image, peer=equations(references.unet("valid"))),
     "yolov8": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
+    "yolov8-pose": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
+    "yolov8-seg": Case(inputs=image, peer=equations(boxes.yolov8), slack=10.0),
     "yolo11": Case(inputs=image, peer=equations(boxes.yolo11), slack=10.0),
     "detr": Case(inputs=image, peer=detectors.detr, slack=10.0),
     "faster-rcnn": Case(inputs=wide, peer=detectors.faster_rcnn, slack=10.0, selects=True),
@@ -917,6 +1340,8 @@ CASES = {
         skipped=("proposal", "known", "box.0.", "label.0."),
     ),
     "unet-resnet": Case(inputs=coarse, peer=smp_unet),
+    "mask2former": Case(inputs=wide, peer=segmenters.mask2former, slack=50.0, lr=3e-3, selects=True),
+    "segformer": Case(inputs=coarse, peer=segmenters.segformer, slack=10.0),
     "lstm-classifier": Case(inputs=tokens, peer=last_real, lr=3e-2),
     "rnn": Case(inputs=tokens, peer=packed(nn.RNN)),
     "lstm": Case(inputs=tokens, peer=packed(nn.LSTM)),
@@ -924,6 +1349,10 @@ CASES = {
     "transformer-encoder": Case(inputs=tokens, peer=torch_encoder),
     "bert": Case(inputs=tokens, peer=encoder),
     "roberta": Case(inputs=unpadded, peer=encoder),
+    "distilbert": Case(inputs=tokens, peer=encoder),
+    "mpnet": Case(inputs=unpadded, peer=encoder),
+    "electra": Case(inputs=tokens, peer=encoder, lr=3e-2),
+    "albert": Case(inputs=tokens, peer=encoder, lr=3e-2),
     "deberta": Case(inputs=tokens, peer=encoder, lr=3e-2),
     "deberta-v2": Case(inputs=tokens, peer=encoder, lr=3e-2),
     "modernbert": Case(inputs=tokens, peer=encoder),
@@ -931,7 +1360,14 @@ CASES = {
     "gpt2": Case(inputs=tokens, peer=huggingface_gpt2, lr=3e-2),
     "llama": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "qwen3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "qwen2": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "mistral": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "olmo2": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "gpt-neox": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "opt": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "phi3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "mixtral": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "qwen3-moe": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "gemma": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "gemma2": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2, overrides=(("cap", 20.0),)),
     "gemma3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
@@ -939,11 +1375,20 @@ CASES = {
     "t5": Case(inputs=pair, peer=writer, lr=3e-2),
     "bart": Case(inputs=pair, peer=writer, lr=2e-2),
     "mbart": Case(inputs=pair, peer=writer, lr=2e-2),
+    "whisper": Case(inputs=speech_text, peer=transcriber, lr=1e-2),
+    "wav2vec2": Case(inputs=waveform, peer=waveform_encoder, lr=2e-2),
+    "wav2vec2-conformer": Case(inputs=waveform, peer=waveform_encoder, lr=2e-2),
+    "hubert": Case(inputs=waveform, peer=waveform_encoder, lr=2e-2),
+    "marian": Case(inputs=pair, peer=writer, lr=2e-2),
+    "pegasus": Case(inputs=pair, peer=writer, lr=2e-2),
     "nllb": Case(inputs=unpadded_pair, peer=writer, lr=2e-2),
     "nllb-moe": Case(inputs=unpadded_pair, peer=writer, lr=2e-2),
     "sasrec": Case(
         inputs=items, lr=3e-2, peer=lambda model: equations(references.sasrec(model.config.heads, model.config.length))(model)
     ),
+    "bert4rec": Case(inputs=items, peer=bert4rec, lr=2e-2),
+    "two-tower": Case(inputs=items, peer=equations(references.two_tower), lr=3e-2),
+    "hstu": Case(inputs=items, peer=lambda model: equations(hstu_equations(model.config))(model), lr=3e-2),
     "patchtst": Case(
         inputs=series,
         lr=3e-2,
@@ -951,14 +1396,68 @@ CASES = {
             references.patchtst(model.config.patch, model.config.stride, model.config.heads, model.config.values)
         )(model),
     ),
+    "chronos-bolt": Case(
+        inputs=series,
+        lr=3e-3,
+        peer=chronos_package,
+        overrides=(("length", 13), ("horizon", 7), ("values", 3), ("quantiles", (0.05, 0.55))),
+        skipped=("decoder_bias.",),
+    ),
+    "timesfm": Case(
+        inputs=series,
+        lr=3e-3,
+        peer=timesfm_package,
+        overrides=(("length", 13), ("horizon", 7), ("values", 3), ("quantiles", (0.05, 0.55))),
+    ),
     "lstm-forecaster": Case(
         inputs=covariates, lr=3e-2, peer=lambda model: equations(references.lstm_forecaster(model.config.horizon))(model)
+    ),
+    "itransformer": Case(
+        inputs=covariates,
+        lr=1e-2,
+        peer=lambda model: equations(forecasters.itransformer(model.config.heads, model.config.values))(model),
+    ),
+    "tide": Case(
+        inputs=static_covariates,
+        lr=1e-2,
+        peer=lambda model: equations(forecasters.tide(model.config.values, model.config.horizon))(model),
+    ),
+    "tft": Case(
+        inputs=static_covariates,
+        lr=2e-2,
+        peer=lambda model: equations(
+            forecasters.tft(
+                model.config.heads,
+                model.config.horizon,
+                model.config.past_variables,
+                model.config.known_variables,
+                model.config.static_variables,
+            )
+        )(model),
+    ),
+    "autoencoder": Case(inputs=row("features"), lr=1e-2, peer=equations(forecasters.autoencoder)),
+    "conv-autoencoder": Case(inputs=steps, lr=3e-2, peer=equations(forecasters.conv_autoencoder)),
+    "rocket": Case(
+        inputs=series,
+        lr=0.1,
+        peer=lambda model: equations(forecasters.rocket(model.order, model.config.channels))(model),
+    ),
+    "inceptiontime": Case(
+        inputs=steps,
+        lr=2e-2,
+        peer=lambda model: equations(forecasters.inceptiontime(model.config.lengths))(model),
+    ),
+    "nhits": Case(
+        inputs=series,
+        lr=1e-2,
+        peer=lambda model: equations(forecasters.nhits(model.config.pools, model.config.horizon, model.config.values))(model),
     ),
     "dlinear": Case(
         inputs=series,
         lr=3e-2,
         peer=lambda model: equations(references.dlinear(model.config.window, model.config.values))(model),
     ),
+    "fastconformer": Case(inputs=speech, peer=parakeet, lr=2e-2, slack=10.0),
     "conformer": Case(inputs=speech, peer=conformer_layers, lr=2e-2),
     "self-attention": Case(inputs=sequence, peer=same(lambda m: guide.SelfAttention(m.W_q.in_features, m.n_heads))),
     "linear": Case(inputs=table, peer=lambda model: equations(references.linear(model.config.categories))(model), lr=0.1),
@@ -969,17 +1468,33 @@ CASES = {
     ),
     "bag-of-ngrams": Case(inputs=tokens, peer=equations(references.bag_of_ngrams), lr=0.1),
     "hog-linear": Case(inputs=image, peer=lambda model: equations(references.hog_linear(model.config))(model), num_classes=3),
+    "mfcc-linear": Case(
+        inputs=speech, peer=lambda model: equations(references.mfcc_linear(model.config))(model), num_classes=3
+    ),
     "exponential-smoothing": Case(
         inputs=series, peer=lambda model: equations(references.exponential_smoothing(model.config))(model)
     ),
+    "item-neighbors": Case(
+        inputs=items, lr=0.1, peer=lambda model: equations(references.item_neighbors(model.config.decay))(model)
+    ),
     "mlp": Case(inputs=table, peer=lambda model: equations(references.mlp(model.config.categories))(model)),
     "tabm": Case(inputs=table, peer=tabm_package),
+    "ft-transformer": Case(inputs=table, peer=rtdl_package),
+    "tabicl": Case(inputs=table, peer=tabicl_package(**TABICL_1), lr=3e-3),
+    "tabicl-v2": Case(inputs=table, peer=tabicl_package(row_rope_interleaved=False), lr=3e-3),
     "deepfm": Case(
         inputs=table, num_classes=1, peer=lambda model: equations(references.deepfm(model.config.categories))(model)
+    ),
+    "dlrm": Case(inputs=table, num_classes=1, peer=equations(references.dlrm)),
+    "dcn-v2": Case(
+        inputs=table,
+        peer=lambda model: equations(references.dcn_v2(model.config.categories, model.config.structure))(model),
     ),
     "dcgan": Case(inputs=row("noise"), peer=equations(references.dcgan)),
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
+    "blip": Case(inputs=written, peer=huggingface_blip, lr=2e-2),
+    "siglip": Case(inputs=captioned, peer=huggingface_siglip, lr=3e-3),
     "clip-resnet": Case(inputs=captioned, peer=clips.official, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
     "swin": Case(inputs=image, peer=huggingface_swin, lr=3e-3),

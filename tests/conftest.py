@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# The networks of tests are small: a second thread costs more than it brings, and the tests run side by side. Before numpy and torch
+# are imported, which read it, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +16,6 @@ from PIL import Image
 import fieldguide
 from fieldguide.training import solvers
 
-# The networks of tests are small: a second thread costs more than it brings, and the tests run side by side.
 torch.set_num_threads(1)
 
 

@@ -19,8 +19,20 @@ KIND = {
     "labels": "ForTokenClassification",
     "span": "ForQuestionAnswering",
     "vector": "Model",
+    "replaced": "ForPreTraining",
 }
-STEM = {"bert": "Bert", "roberta": "Roberta", "deberta": "Deberta", "deberta-v2": "DebertaV2", "modernbert": "ModernBert"}
+STEM = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "mpnet": "MPNet",
+    "electra": "Electra",
+    "albert": "Albert",
+    "deberta": "Deberta",
+    "deberta-v2": "DebertaV2",
+    "modernbert": "ModernBert",
+}
+POOLED = ("bert", "roberta", "mpnet", "albert")  # whose encoders alone have a pooling layer, which can be left out
 RELATIVE = {
     "relative_attention": True,
     "position_biased_input": False,
@@ -66,6 +78,25 @@ def configuration(name: str, c: Any, **other: Any) -> Any:
     }
     known |= {
         "bert": lambda: {"pad_token_id": None},
+        "distilbert": lambda: {
+            "hidden_dim": c.hidden,
+            "dropout": c.dropout,
+            "attention_dropout": c.dropout,
+            "seq_classif_dropout": c.head_dropout,
+            "qa_dropout": 0.0,
+        },
+        "mpnet": lambda: {
+            "pad_token_id": c.pad,
+            "max_position_embeddings": c.length + c.pad + 1,
+            "layer_norm_eps": 1e-5,
+        },
+        "electra": lambda: {"embedding_size": c.embed, "summary_last_dropout": c.dropout},
+        "albert": lambda: {
+            "embedding_size": c.embed,
+            "classifier_dropout_prob": c.head_dropout,
+            "hidden_act": "gelu_new" if c.tanh_gelu else "gelu",
+            "pad_token_id": None,
+        },
         "roberta": lambda: {
             "pad_token_id": c.pad,
             "max_position_embeddings": c.length + c.pad + 1,
@@ -111,7 +142,7 @@ def network(name: str, c: Any, kind: str = "", **other: Any) -> nn.Module:
     """Build the network of transformers that corresponds to ours, with our head unless `kind` is given."""
     kind = kind or KIND[c.output_type]
     built = getattr(transformers, STEM[name] + kind)
-    plain = {"add_pooling_layer": False} if kind == "Model" and name in ("bert", "roberta") else {}
+    plain = {"add_pooling_layer": False} if kind == "Model" and name in POOLED else {}
     return built(configuration(name, c, **other), **plain)
 
 
@@ -133,7 +164,7 @@ class Answers(Tied):
         if self.output_type == "vector":  # as sentence-transformers does it
             x, real = found.last_hidden_state, mask[..., None].to(found.last_hidden_state.dtype)
             return F.normalize((x * real).sum(1) / real.sum(1).clamp(min=1e-9), dim=1)
-        return found.logits
+        return found.logits[..., None] if self.output_type == "replaced" else found.logits
 
 
 def encoder(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -150,3 +181,49 @@ def encoder(model: nn.Module) -> tuple[nn.Module, Any]:
         return {f"peer.{named[key]}": tensor for key, tensor in theirs.items()}
 
     return peer, rename
+
+
+class NoSegments(nn.Module):
+    """Stands for token types that do not exist."""
+
+    def forward(self, kinds: Tensor) -> float:
+        return 0.0
+
+
+class MaskedItems(Tied):
+    """transformers' BERT without token types as BERT4Rec, which is what the authors' code is made from."""
+
+    def __init__(self, c: Any):
+        super().__init__()
+        config = transformers.BertConfig(
+            vocab_size=c.items,
+            hidden_size=c.dim,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            intermediate_size=c.hidden,
+            max_position_embeddings=c.length,
+            hidden_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.dropout,
+            pad_token_id=None,
+        )
+        self.peer = transformers.BertForMaskedLM(config)
+        self.peer.bert.embeddings.token_type_embeddings = NoSegments()
+
+    def forward(self, items: Tensor, mask: Tensor) -> Tensor:
+        return self.peer(input_ids=items, attention_mask=mask.long()).logits
+
+
+def bert4rec(model: nn.Module) -> Any:
+    """Return transformers' network and the translation of our names."""
+    from fieldguide.models.transformer.bert import map_layers
+
+    table = {
+        "peer.bert.embeddings.word_embeddings.weight": "embed.weight",
+        "peer.bert.embeddings.position_embeddings.weight": "pos.weight",
+        "peer.cls.predictions.bias": "bias",
+        "peer.cls.predictions.transform.dense.*": "dense.*",
+        "peer.cls.predictions.transform.LayerNorm.*": "last_norm.*",
+        "peer.bert.embeddings.LayerNorm.*": "norm.*",
+        **{name: row for name, row in map_layers("peer.bert.").items() if "gamma" not in name and "beta" not in name},
+    }
+    return MaskedItems(model.config), lambda state: translate(state, table, reverse=True)

@@ -297,6 +297,33 @@ def exponential_smoothing(config: Any) -> Callable[..., Tensor]:
     return function
 
 
+def mfcc_linear(config: Any) -> Callable[..., Tensor]:
+    """Davis and Mermelstein 1980, equation 1; statistics of each recording on its own."""
+
+    def describe(values: Tensor) -> list[Tensor]:
+        return [values.mean(0), (values.var(0, correction=0) + 1e-12).sqrt()]
+
+    def encode(features: Tensor) -> Tensor:
+        steps, bands = features.shape
+        columns = []
+        for k in range(config.coefficients):
+            norm = math.sqrt((1 if k == 0 else 2) / bands)
+            columns.append(norm * sum(features[:, j] * math.cos(math.pi / bands * k * (j + 0.5)) for j in range(bands)))
+        cepstra = torch.stack(columns, 1)
+        parts = []
+        for part in range(config.parts):
+            low, high = part * steps / config.parts, (part + 1) * steps / config.parts
+            inside = [(max(0.0, min(t + 1, high) - max(t, low)), cepstra[t]) for t in range(steps)]
+            parts.append(sum(share * row for share, row in inside) / (high - low))
+        return torch.cat([*describe(cepstra), *describe(cepstra.diff(dim=0)), *parts])
+
+    def function(p: dict[str, Tensor], features: Tensor, lengths: Tensor) -> Tensor:
+        rows = torch.stack([encode(row[:length]) for row, length in zip(features, lengths.tolist())])
+        return rows @ p["head.weight"].T + p["head.bias"]
+
+    return function
+
+
 def hog_linear(config: Any) -> Callable[..., Tensor]:
     """Dalal and Triggs 2005, sections 6.2 to 6.4, pixel by pixel."""
 
@@ -503,6 +530,74 @@ def deepfm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     return function
 
 
+def dlrm(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
+    """Section 2 of arXiv:1906.00091, row by row and pair by pair, in the order of the authors' loops."""
+
+    def mlp(name: str, x: Tensor, last: bool) -> Tensor:
+        layers = sorted({int(key.split(".")[1]) for key in p if key.startswith(name + ".")})
+        for layer in layers:
+            x = p[f"{name}.{layer}.weight"] @ x + p[f"{name}.{layer}.bias"]
+            x = x.clamp(min=0) if last or layer != layers[-1] else x
+        return x
+
+    rows = []
+    for row, codes in zip(numbers, categories):
+        vectors = [mlp("bottom", row, True), *(p[f"tables.{k}.weight"][code] for k, code in enumerate(codes))]
+        products = [(vectors[i] * vectors[j]).sum() for i in range(len(vectors)) for j in range(i)]
+        y = mlp("top", torch.cat([vectors[0], torch.stack(products)]), False)[0]
+        rows.append(torch.stack([torch.zeros_like(y), y]))
+    return torch.stack(rows)
+
+
+def dcn_v2(sizes: tuple[int, ...], structure: str) -> Callable[..., Tensor]:
+    """Equations 1 to 4 of arXiv:2008.13535, row by row and expert by expert."""
+
+    def function(p: dict[str, Tensor], numbers: Tensor, categories: Tensor) -> Tensor:
+        starts, rows = [sum(sizes[:k]) for k in range(len(sizes))], []
+        for row, codes in zip(numbers, categories):
+            x0 = torch.cat([row, *(p["embed.weight"][start + code] for start, code in zip(starts, codes))])
+            x, layer = x0, 0
+            while f"cross.{layer}.linear.weight" in p or f"cross.{layer}.bias" in p:
+                name = f"cross.{layer}"
+                if f"{name}.linear.weight" in p:
+                    x = x0 * (p[f"{name}.linear.weight"] @ x + p[f"{name}.linear.bias"]) + x
+                else:
+                    gates = softmax(list(p[f"{name}.gate.weight"] @ x))
+                    mixed = torch.zeros_like(x)
+                    for gate, u, c, v in zip(gates, p[f"{name}.up"], p[f"{name}.middle"], p[f"{name}.down"]):
+                        mixed = mixed + gate * x0 * (u @ torch.tanh(c @ torch.tanh(v @ x)) + p[f"{name}.bias"])
+                    x = mixed + x
+                layer += 1
+            h = x if structure == "stacked" else x0
+            for place in sorted({int(key.split(".")[1]) for key in p if key.startswith("deep.")}):
+                h = (p[f"deep.{place}.weight"] @ h + p[f"deep.{place}.bias"]).clamp(min=0)
+            h = h if structure == "stacked" else torch.cat([x, h])
+            rows.append(p["head.weight"] @ h + p["head.bias"])
+        return torch.stack(rows)
+
+    return function
+
+
+def item_neighbors(decay: float) -> Callable[..., Tensor]:
+    """The sum of similarities to the items so far, one history, one item and one neighbor at a time."""
+
+    def function(p: dict[str, Tensor], items: Tensor, mask: Tensor) -> Tensor:
+        rows = []
+        for row, real in zip(items, mask):
+            history, steps = [], []
+            for item, is_real in zip(row.tolist(), real.tolist()):
+                history += [item] if is_real else []
+                scores = [p["weight"].new_zeros(()) for _ in range(len(p["weight"]))]
+                for age, each in enumerate(reversed(history)):
+                    for place, similarity in zip(p["index"][each].tolist(), p["weight"][each]):
+                        scores[place] = scores[place] + decay**age * similarity
+                steps.append(torch.stack(scores))
+            rows.append(torch.stack(steps))
+        return torch.stack(rows)
+
+    return function
+
+
 def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
     """The authors' code, one history, one item, one head at a time."""
 
@@ -535,6 +630,95 @@ def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
             xs = [layer_normalise(p, "norm", x, 1e-8) for x in xs]
             logits = torch.zeros(len(row), len(p["embed.weight"]), dtype=p["pos.weight"].dtype)
             logits[real, 1:] = torch.stack([torch.stack([(item * x).sum() for item in p["embed.weight"][1:]]) for x in xs])
+            rows.append(logits)
+        return torch.stack(rows)
+
+    return function
+
+
+def two_tower(
+    p: dict[str, Tensor],
+    items: Tensor,
+    mask: Tensor,
+    profile: Tensor | None = None,
+    numbers: Tensor | None = None,
+    sizes: tuple[int, ...] = (5, 3),
+) -> Tensor:
+    """Figure 2 of Yi et al. 2019 for the tiny size: one user and one item at a time; features of items are buffers."""
+
+    def tower(name: str, x: Tensor) -> Tensor:
+        layers = sorted({int(key.split(".")[2]) for key in p if key.startswith(f"{name}.layers.")})
+        for layer in layers:
+            x = p[f"{name}.layers.{layer}.weight"] @ x + p[f"{name}.layers.{layer}.bias"]
+            x = x if layer == layers[-1] else x.clamp(min=0)
+        return x / (x**2).sum() ** 0.5
+
+    dtype = p["embed.weight"].dtype
+    vectors = [
+        tower(
+            "item",
+            torch.cat([p["embed.weight"][i], p["item_embed.weight"][p["item_codes"][i, 0]], p["item_values"][i].to(dtype)]),
+        )
+        for i in range(len(p["embed.weight"]))
+    ]
+    rows = []
+    for number, (row, real) in enumerate(zip(items, mask)):
+        codes = [0] * len(sizes) if profile is None else profile[number].tolist()
+        values = torch.zeros(2, dtype=dtype) if numbers is None else numbers[number].to(dtype)
+        own = [p["user_embed.weight"][sum(sizes[:k]) + code] for k, code in enumerate(codes)]
+        met, logits = [], []
+        for item, is_real in zip(row.tolist(), real.tolist()):
+            met += [p["embed.weight"][item]] if is_real and item else []
+            mean = sum(met) / len(met) if met else torch.zeros_like(p["embed.weight"][0])
+            user = tower("user", torch.cat([mean, *own, values]))
+            logits.append(torch.stack([(user * vector).sum() / 0.1 for vector in vectors]))
+        rows.append(torch.stack(logits))
+    return torch.stack(rows)
+
+
+def hstu(heads: int, key_dim: int, value_dim: int, length: int, temperature: float) -> Callable[..., Tensor]:
+    """Equations 1 to 3 of arXiv:2402.17152 and the authors' bias by place and time, one history, item and head at a time."""
+
+    def plain_norm(x: Tensor) -> Tensor:
+        mean = x.sum() / len(x)
+        return (x - mean) / (((x - mean) ** 2).sum() / len(x) + 1e-6) ** 0.5
+
+    def unit(x: Tensor) -> Tensor:
+        return x / (x**2).sum() ** 0.5
+
+    def silu(x: Tensor) -> Tensor:
+        return x / (1 + torch.exp(-x))
+
+    def function(p: dict[str, Tensor], items: Tensor, mask: Tensor, times: Tensor | None = None) -> Tensor:
+        dim, rows = p["embed.weight"].shape[1], []
+        for number, (row, real) in enumerate(zip(items, mask)):
+            history = row[real].tolist()
+            when = [(0, 0)] * len(history) if times is None else times[number][real].tolist()
+            xs = [p["embed.weight"][i] * (i > 0) * dim**0.5 + p["pos.weight"][t] for t, i in enumerate(history)]
+            block = 0
+            while f"blocks.{block}.uvqk.weight" in p:
+                name, parts, ys = f"blocks.{block}", [], []
+                for x in xs:
+                    uvqk = silu(p[f"{name}.uvqk.weight"] @ plain_norm(x))
+                    parts.append(uvqk.split([heads * value_dim, heads * value_dim, heads * key_dim, heads * key_dim]))
+                for t, x in enumerate(xs):
+                    attended = []
+                    for h in range(heads):
+                        keys, values = slice(h * key_dim, (h + 1) * key_dim), slice(h * value_dim, (h + 1) * value_dim)
+                        y = torch.zeros(value_dim, dtype=x.dtype)
+                        for s in range(t + 1):
+                            passed = max(abs(when[t][1] - when[s][0]), 1)
+                            bias = (
+                                p[f"{name}.place_bias"][t - s] + p[f"{name}.time_bias"][min(int(math.log(passed) / 0.301), 128)]
+                            )
+                            y = y + silu((parts[t][2][keys] * parts[s][3][keys]).sum() + bias) / length * parts[s][1][values]
+                        attended.append(y)
+                    gated = parts[t][0] * plain_norm(torch.cat(attended))
+                    ys.append(x + p[f"{name}.out.weight"] @ gated + p[f"{name}.out.bias"])
+                xs, block = ys, block + 1
+            logits = torch.zeros(len(row), len(p["embed.weight"]), dtype=p["pos.weight"].dtype)
+            cosines = [torch.stack([(unit(x) * unit(item)).sum() for item in p["embed.weight"][1:]]) for x in xs]
+            logits[real, 1:] = torch.stack(cosines) / temperature
             rows.append(logits)
         return torch.stack(rows)
 

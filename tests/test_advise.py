@@ -118,6 +118,7 @@ def test_inputs_are_reduced_only_if_time_is_short(monkeypatch):
     assert short.input_size in (48, 64) and any("smaller input" in reason for reason in short.reasons)
 
 
+@pytest.mark.slow
 def test_reduced_inputs_reach_the_network(tmp_path, monkeypatch):
     """A run whose images are reduced trains, predicts and is read again with the reduced side."""
     rng = np.random.default_rng(0)

@@ -19,6 +19,7 @@ from fieldguide.data import samples
 
 # Verb -> its arguments and options. What is here stays: scripts of users call it.
 VERBS = {
+    "export": {"RUN", "--to", "--out", "--data", "--precision", "--json"},
     "advise": {
         "DATA",
         "--target",
@@ -54,6 +55,18 @@ VERBS = {
         "--set",
     },
     "predict": {"RUN", "INPUTS", "--out", "--json", "--set"},
+    "serve": {
+        "RUNS",
+        "--host",
+        "--port",
+        "--api-key",
+        "--allow-host",
+        "--max-batch",
+        "--max-wait-ms",
+        "--queue",
+        "--slots",
+        "--timeout",
+    },
     "evaluate": {"RUN", "DATA", "--json", "--set"},
     "compare": {"RUNS", "--out", "--json"},
     "check": {"DATA", "--target", "--task", "--group", "--time", "--allow-bad", "--set"},

@@ -56,7 +56,10 @@ def test_loss_equals_the_equations(same, shown):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "texts"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["texts", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("plain", "sigmoid", "pairs"))]
+)
 def test_two_processes_equal_one_process(kind, tmp_path):
     """Six SGD steps in float64 with 11 rows on two processes: losses and weights equal those of the joint batch."""
     for processes in (1, 2):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fieldguide.core.errors import SettingsError
+from fieldguide.core.errors import RunError, SettingsError
 from fieldguide.data.loader import Batches
+from fieldguide.data.preprocessing import symbol_ngrams
+from fieldguide.data.preprocessing.symbol_ngrams import SymbolNGrams
+from fieldguide.metrics.ngram_baseline import NGram
 from fieldguide.objectives.ctc import CTC, min_frames
 from fieldguide.objectives.ctc_decoding import align, beam_search, collapse, compute_logits_in_chunks, stitch_chunks
 from fieldguide.training.inference_loop import collect
@@ -301,3 +304,57 @@ def test_stitching_uses_the_half_far_from_each_edge():
 def test_chunk_sizes_off_the_frame_grid_are_rejected(wrong):
     with pytest.raises(SettingsError, match="must be a multiple of 4"):
         compute_logits_in_chunks(tiny("conformer"), torch.zeros(100, 6), **wrong)
+
+
+# ---------------------------------------------------------------------------------------------- n-grams of symbols
+
+
+def test_ngrams_equal_the_baseline_model():
+    """A row of symbols has the probabilities of the model of the metrics, which counts arrays."""
+    rows = [[1, 2, 3, 1, 2, 3, 3], [2, 2, 1], [3, 1, 2, 1]]
+    ours = SymbolNGrams.fit(rows, 4, order=3)
+    total = Counter(s for row in rows for s in [*row, 0])
+    p0 = {s: (total[s] + 4 * 0.25) / (total.total() + 4) for s in range(4)}
+    after = Counter(row[i + 1] if i + 1 < len(row) else 0 for row in rows for i, s in enumerate(row) if s == 2)
+    p1 = {s: (after[s] + len(after) * p0[s]) / (after.total() + len(after)) for s in range(4)}
+    assert ours.score((), 3) == pytest.approx(math.log(p0[3]))
+    assert ours.score((2,), 1) == pytest.approx(math.log(p1[1]))
+    for prefix in [(), (1,), (1, 2), (3, 3, 2)]:
+        assert sum(math.exp(ours(prefix, s)) for s in range(4)) == pytest.approx(1)
+    text = np.array([1, 2, 1, 3, 2, 2, 1, 2] * 5)
+    baseline = NGram(text, 4, order=3).compute_nats(np.array([1, 2, 2]))
+    counts = SymbolNGrams.fit([text.tolist()], 4, order=3)
+    inner = {c: dict(a) for c, a in counts.counts.items() if 0 not in c}
+    for context in inner:  # the baseline has neither edges nor an end
+        inner[context].pop(0, None)
+    plain = SymbolNGrams({c: a for c, a in inner.items() if a}, 4, 3)
+    assert [-plain.score((), 1), -plain.score((1,), 2), -plain.score((1, 2), 2)] == pytest.approx(baseline.tolist())
+
+
+def test_ngrams_are_saved_and_limited(tmp_path, monkeypatch):
+    rows = torch.randint(1, 9, (60, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    model = SymbolNGrams.fit(rows, 9)
+    model.save(tmp_path)
+    again = SymbolNGrams.load(tmp_path)
+    assert again.counts == model.counts and again((1, 2), 3) == model((1, 2), 3)
+    assert SymbolNGrams.load(tmp_path / "none") is None
+    monkeypatch.setattr(symbol_ngrams, "MAX_NGRAMS", 500)
+    few = SymbolNGrams.fit(rows, 9)
+    assert sum(map(len, few.counts.values())) <= 500
+    assert sum(math.exp(few((1, 2, 3, 4), s)) for s in range(9)) == pytest.approx(1)
+    for content in ("{", '{"order": 2, "size": 3, "counts": [[[1], [2], [-1]]]}', '{"order": 2}'):
+        (tmp_path / "ngrams.json").write_text(content)
+        with pytest.raises(RunError, match="damaged"):
+            SymbolNGrams.load(tmp_path)
+
+
+def test_language_model_decides_between_similar_transcripts():
+    """The frames hardly tell 1 2 from 1 3; the transcripts know only 1 2, and that it ends there."""
+    model = SymbolNGrams.fit([[1, 2]] * 20, 4)
+    logs = torch.tensor([[0.1, 0.8, 0.05, 0.05], [0.9, 0.03, 0.03, 0.04], [0.1, 0.1, 0.39, 0.41], [0.7, 0.1, 0.1, 0.1]]).log()
+    assert beam_search(logs, 8)[0].symbols == (1, 3)
+    found = beam_search(logs, 8, language=model, weight=0.5, ends=True)
+    assert found[0].symbols == (1, 2) and found == sorted(found, key=lambda h: h.score, reverse=True)
+    best = found[0]
+    spoken = model((), 1) + model((1,), 2) + model((1, 2), 0)
+    assert best.score == pytest.approx(best.log_probability + 0.5 * spoken)

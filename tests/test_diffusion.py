@@ -340,7 +340,7 @@ def distances(samples: Tensor, dims: int) -> float:
     [DDPM(steps=200, clip=0), DDIM(steps=100, clip=0), DDIM(steps=100, eta=0.5, clip=0)],
     ids=["ddpm", "ddim", "ddim eta 0.5"],
 )
-@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("dims", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_samples_follow_the_mixture(predicts, schedule, sampler, dims):
     process = Process(schedule, predicts=predicts)
     count = 3000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from fieldguide import open_run
+from fieldguide.models import registry
+from fieldguide.tasks import tasks
 
 HERE = Path(__file__).parent
 
@@ -106,3 +109,11 @@ def test_every_task_runs_on_two_processes(sample, tmp_path):
     alone = open_run(out).evaluate(sample)["scores"]
     near = 0.03 if sample == "captions" else 1e-3  # whose vectors, after three steps, rounding puts in another order
     assert alone == pytest.approx(record["scores"]["test"], rel=1e-3, abs=near, nan_ok=True)
+
+
+def test_baselines_can_be_sent_to_other_processes():
+    """The first process fits them, and sends them to the others as `torch.distributed` does: pickled."""
+    for name in sorted({name for kind in tasks().values() for name in kind.baseline_models}):
+        network = registry.card(name).make(registry.card(name).resolve_config(registry.card(name).tiny))
+        again = pickle.loads(pickle.dumps(network))
+        assert again.state_dict().keys() == network.state_dict().keys()

@@ -43,7 +43,7 @@ def fuzz(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "hang" else n for n in FAULTS])
 def test_planted_faults_are_found(tmp_path, name):
     fault, code = FAULTS[name]
     (tmp_path / "formats.py").write_text(FORMATS.replace("{fault}", fault))

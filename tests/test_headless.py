@@ -170,13 +170,11 @@ def test_text_encoders_without_a_head(name, tmp_path):
 
 
 def test_unsupported_networks_are_named(tmp_path):
-    theirs = transformers.MPNetModel(
-        transformers.MPNetConfig(
-            vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
-        )
+    theirs = transformers.FNetModel(
+        transformers.FNetConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, intermediate_size=20)
     )
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match=r"config.json describes MPNetModel \(model_type='mpnet'\), which is not supported"):
+    with pytest.raises(WeightsError, match=r"config.json describes FNetModel \(model_type='fnet'\), which is not supported"):
         fieldguide.load(tmp_path)
 
 

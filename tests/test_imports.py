@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,30 @@ MAY = {
     "planning": {"core", "models", "objectives", "training"},  # memory and time of steps, without running them
     "report": {"core", "data", "inference", "tasks"},
     "automl": {"core", "data", "models", "objectives", "training", "tasks", "checkpoints", "inference", "planning", "report"},
-    "cli": {"core", "data", "models", "tasks", "checkpoints", "inference", "planning", "report", "automl"},
+    "exporting": {
+        "core",
+        "data",
+        "metrics",
+        "models",
+        "objectives",
+        "tasks",
+        "checkpoints",
+        "inference",
+    },  # folders that run without us
+    "serving": {"core", "data", "models", "inference"},
+    "cli": {
+        "core",
+        "data",
+        "models",
+        "tasks",
+        "checkpoints",
+        "inference",
+        "planning",
+        "report",
+        "automl",
+        "exporting",
+        "serving",
+    },
     "__main__": {"cli"},
 }
 # Oracles, and what only they or a user bring along.
@@ -55,7 +79,20 @@ PEERS = {
 }
 LATER = {"sklearn", "tokenizers", "matplotlib", "huggingface_hub"}  # at the top of a file: only in estimators
 
-FILES = sorted(ROOT.rglob("*.py"))
+FILES = sorted(file for file in ROOT.rglob("*.py") if file.parent.name != "runners")  # parts of programs that are exported
+
+
+FOLDERS = sorted({file.relative_to(ROOT).parts[0] for file in FILES})
+BY_FOLDER = pytest.mark.parametrize("folder", FOLDERS)
+
+
+def list_files(folder: str) -> list[Path]:
+    return [file for file in FILES if file.relative_to(ROOT).parts[0] == folder]
+
+
+@functools.cache
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def layer(module: str) -> str:
@@ -64,7 +101,7 @@ def layer(module: str) -> str:
 
 def imports(file: Path):
     """Return (line, module, whether at the top level) of every import that runs, without those for type checkers."""
-    tree = ast.parse(file.read_text())
+    tree = parse(file)
     typing = {
         id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test) for n in ast.walk(i)
     }
@@ -100,40 +137,43 @@ def test_no_loose_modules():
     assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
-def test_imports_point_one_way(file):
-    here = own(file)
-    for line, module, _ in imports(file):
-        if module.split(".")[0] != "fieldguide":
-            continue
-        there = layer(module)
-        if there != here:
-            assert there in MAY[here], f"{file}:{line}: {here} may not import {module}"
+@BY_FOLDER
+def test_imports_point_one_way(folder):
+    for file in list_files(folder):
+        here = own(file)
+        for line, module, _ in imports(file):
+            if module.split(".")[0] != "fieldguide":
+                continue
+            there = layer(module)
+            if there != here:
+                assert there in MAY[here], f"{file}:{line}: {here} may not import {module}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
-def test_no_peers_and_lazy_heavy_imports(file):
-    for line, module, top in imports(file):
-        name = module.split(".")[0]
-        assert name not in PEERS, f"{file}:{line} imports {name}"
-        assert not (top and name in LATER) or file == ROOT / "automl/sklearn.py", f"{file}:{line} imports {name} at the top"
+@BY_FOLDER
+def test_no_peers_and_lazy_heavy_imports(folder):
+    for file in list_files(folder):
+        for line, module, top in imports(file):
+            name = module.split(".")[0]
+            assert name not in PEERS, f"{file}:{line} imports {name}"
+            assert not (top and name in LATER) or file == ROOT / "automl/sklearn.py", f"{file}:{line} imports {name} at the top"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
-def test_nothing_is_pickled(file):
+@BY_FOLDER
+def test_nothing_is_pickled(folder):
     """Only the error class of pickle is used, and an unpickler restricted to tensors for archives that torch.load cannot map;
     otherwise torch.load reads weights only, and torch.save is not used.
     """
-    allowed = {"pickle.UnpicklingError"} | ({"pickle.Unpickler"} if file == ROOT / "checkpoints/torchscript.py" else set())
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            called = f"{node.value.id}.{node.attr}"
-            assert called in allowed or node.value.id != "pickle", f"{file}:{node.lineno}: {called}"
-            assert called != "torch.save", f"{file}:{node.lineno}: {called}"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
-            safe = {("weights_only", True), ("allow_pickle", False)}
-            said = {(k.arg, getattr(k.value, "value", None)) for k in node.keywords}
-            assert said & safe, f"{file}:{node.lineno}: {ast.unparse(node)} may unpickle"
+    for file in list_files(folder):
+        allowed = {"pickle.UnpicklingError"} | ({"pickle.Unpickler"} if file == ROOT / "checkpoints/torchscript.py" else set())
+        for node in ast.walk(parse(file)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                assert called in allowed or node.value.id != "pickle", f"{file}:{node.lineno}: {called}"
+                assert called != "torch.save", f"{file}:{node.lineno}: {called}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+                safe = {("weights_only", True), ("allow_pickle", False)}
+                said = {(k.arg, getattr(k.value, "value", None)) for k in node.keywords}
+                assert said & safe, f"{file}:{node.lineno}: {ast.unparse(node)} may unpickle"
 
 
 def test_networks_import_only_torch_and_core():
@@ -143,18 +183,19 @@ def test_networks_import_only_torch_and_core():
         assert outside <= {"torch"}, f"{file} imports {outside - {'torch'}}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
-def test_no_error_is_swallowed(file):
+@BY_FOLDER
+def test_no_error_is_swallowed(folder):
     """No bare `except:`, and `except Exception` only if the error is raised again or its text is used."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if not isinstance(node, ast.ExceptHandler):
-            continue
-        assert node.type is not None, f"{file}:{node.lineno}: a bare except"
-        caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
-        if caught & {"Exception", "BaseException"}:
-            again = any(isinstance(n, ast.Raise) for n in ast.walk(node))
-            used = node.name and any(isinstance(n, ast.Name) and n.id == node.name for b in node.body for n in ast.walk(b))
-            assert again or used, f"{file}:{node.lineno}: a broad except that tells nobody"
+    for file in list_files(folder):
+        for node in ast.walk(parse(file)):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            assert node.type is not None, f"{file}:{node.lineno}: a bare except"
+            caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+            if caught & {"Exception", "BaseException"}:
+                again = any(isinstance(n, ast.Raise) for n in ast.walk(node))
+                used = node.name and any(isinstance(n, ast.Name) and n.id == node.name for b in node.body for n in ast.walk(b))
+                assert again or used, f"{file}:{node.lineno}: a broad except that tells nobody"
 
 
 def loaded(code: str) -> set[str]:
@@ -215,6 +256,7 @@ EXPORTED = {
     "read",
     "advise",
     "compare",
+    "export",
     "FieldguideClassifier",
     "FieldguideRegressor",
     "FieldguideError",

@@ -314,6 +314,7 @@ def test_two_phases_equal_a_plain_gan_loop():
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_guide_gan_learns_digits():
     """Generated images approach the mean and standard deviation of real ones."""
     pixels, data = digits()

@@ -9,7 +9,7 @@ from cases import huggingface_decoder
 from fieldguide.models.layers.moe_balance import load_balancing_loss
 from fieldguide.models.registry import create
 from fieldguide.objectives import NextToken, Objective, Phase
-from fieldguide.training.trainer import PhaseModule
+from fieldguide.training.phases import PhaseModule
 from test_models import batch, tiny
 
 

@@ -17,6 +17,7 @@ from fieldguide.checkpoints import weights
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
+from fieldguide.models.initialization import make_on_meta
 from fieldguide.models.registry import cards, create, find, names
 
 EVERY = pytest.mark.parametrize("name", list(CASES))
@@ -76,7 +77,7 @@ def meant(name: str, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     if gives == "ctc":
         real = torch.arange(output.shape[1]) < tiny(name).frames(inputs[-1])[:, None]
         return output * real[..., None]
-    return output * inputs[-1][..., None] if gives in ("tokens", "items", "words") else output
+    return output * inputs[-1][..., None] if gives in ("tokens", "items", "words", "masked-items", "towers") else output
 
 
 def gradients(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,7 +101,9 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
     if gives in ("tokens", "items"):  # another target at every place, the same in all rows
         target = torch.randint(output.shape[-1], (1, output.shape[1])).expand(len(output), -1)
         return nn.functional.cross_entropy(output.transpose(1, 2), target)
-    if gives == "words":  # each token's own number and one
+    if gives == "towers":  # the first item of each row, at all places
+        return nn.functional.cross_entropy(output.transpose(1, 2), first[:, :1].expand(output.shape[:2]))
+    if gives in ("words", "masked-items"):  # each token's own number and one
         return nn.functional.cross_entropy(output.transpose(1, 2), (first + 1) % output.shape[-1])
     if gives == "ctc":  # two symbols for each recording, somewhere in it
         logs = output.float().log_softmax(-1).transpose(0, 1)
@@ -110,7 +113,7 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
         top, left = ((a - b) // 2 for a, b in zip(first.shape[2:], output.shape[2:]))
         middle = first[:, 0, top : top + output.shape[2], left : left + output.shape[3]]
         return nn.functional.cross_entropy(output, (middle > 0).long())
-    if gives == "boxes":  # the same answer at every point
+    if gives in ("boxes", "poses", "prototypes"):  # the same answer at every point
         wanted = torch.arange(output.shape[-1]) % 2
         return nn.functional.binary_cross_entropy_with_logits(output, wanted.to(output.dtype).expand_as(output))
     if gives == "queries":  # the same box and the same classes for all
@@ -119,12 +122,18 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
             output[..., 4:], wanted.to(output.dtype).expand_as(output[..., 4:])
         )
         return classes + (output[..., :4] - 0.2).abs().mean()
+    if gives == "mask-queries":  # the same classes and masks for all
+        wanted = torch.arange(output.shape[-1]) % 2
+        return nn.functional.binary_cross_entropy_with_logits(output, wanted.to(output.dtype).expand_as(output))
     if gives == "regions":  # the same classes and offsets for all
         wanted = torch.arange(output.shape[-1] - 5) % 2
         return nn.functional.mse_loss(output[..., 5:], wanted.to(output.dtype).expand_as(output[..., 5:]))
     if gives == "embeddings":  # which belongs to which
         logits, target = output[:, 0] @ output[:, 1].T, torch.arange(len(output))
         return nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
+    if gives == "sigmoid-embeddings":  # whether each belongs to each
+        logits, target = output[:, 0] @ output[:, 1].T, torch.eye(len(output), dtype=output.dtype)
+        return nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(output)
     if gives == "score":
         return nn.functional.binary_cross_entropy(output, torch.randint(2, output.shape).to(output.dtype))
     if gives in ("image", "video"):
@@ -132,6 +141,8 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
         return nn.functional.mse_loss(output, wide.to(output.dtype))
     if gives == "forecast":  # the first value of each series goes on
         return nn.functional.mse_loss(output, first[:, :1, :, None].expand_as(output))
+    if gives == "reconstruction":  # of which the code holds enough
+        return nn.functional.mse_loss(output, first[..., :1].expand_as(output).to(output.dtype))
     return nn.functional.mse_loss(output, torch.rand(output.shape, dtype=output.dtype) - 0.5)
 
 
@@ -163,10 +174,9 @@ def test_config_vocabulary_is_mapped(name):
 
 @pytest.mark.parametrize("size", names(tests=True))
 def test_sizes_have_the_published_parameter_counts(size):
-    with torch.device("meta"):
-        model = create(size)
-    expected = find(size)[0].sizes[size].params
-    assert expected in (None, sum(p.numel() for p in model.parameters()))
+    card, _ = find(size)
+    model = make_on_meta(card, card.resolve_config(size))
+    assert card.sizes[size].params in (None, sum(p.numel() for p in model.parameters()))
 
 
 @EVERY
@@ -195,24 +205,36 @@ def test_output_has_the_declared_shape(name):
         "mask": "num_classes",
         "image": "channels",
         "items": "items",
+        "masked-items": "items",
+        "towers": "items",
     }.get(gives, "")
     width = getattr(config, card.names.get(word, word), None)
     assert {
         "score": output.shape[1:] == (1,),
         "sequence": output.shape == inputs[0].shape,
+        "reconstruction": output.shape == inputs[0].shape,
         "vector": output.ndim == 2,
         "label": output.ndim in (2, 3),
         "tokens": output.shape == (*inputs[-1].shape, width),
         "words": output.shape == (*inputs[-1].shape, width),
         "items": output.shape == (*inputs[-1].shape, width),
+        "masked-items": output.shape == (*inputs[-1].shape, width),
+        "towers": output.shape == (*inputs[-1].shape, width),
         "ctc": output.ndim == 3 and output.shape[2] == width,
         "embeddings": output.shape == (3, 2, getattr(config, "embed", None)),
+        "sigmoid-embeddings": output.shape == (3, 2, getattr(config, "dim", 0) + 1),
         "video": output.shape == inputs[0].shape,
         "mask": output.ndim == 4 and output.shape[1] == width,
         "image": output.ndim == 4 and output.shape[1] == width,
         "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "num_classes", 0),
+        "poses": output.ndim == 3
+        and output.shape[2]
+        == 4 * getattr(config, "bins", 0) + getattr(config, "num_classes", 0) + 3 * getattr(config, "keypoints", 0),
+        "prototypes": output.ndim == 2,
         "queries": output.shape == (3, getattr(config, "queries", 0), 4 + getattr(config, "num_classes", 0) + 1),
         "scored-queries": output.shape == (3, getattr(config, "queries", 0), 4 + getattr(config, "num_classes", 0)),
+        "mask-queries": output.shape[:2] == (3, getattr(config, "queries", 0))
+        and output.shape[2] > getattr(config, "num_classes", 0) + 1,
         "regions": output.shape == (3, getattr(config, "proposals", 0), 5 + 5 * (getattr(config, "num_classes", 0) + 1)),
         "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1],
     }[gives]
@@ -307,11 +329,17 @@ def test_batch_equals_single_rows(name):
         for place in [place for place, word in enumerate(card.inputs) if word.endswith("mask")]:
             length = int(alone[place].sum())
             alone[place - 1 : place + 1] = [x[:, :length] for x in alone[place - 1 : place + 1]]
-            want = want[:length] if place == len(alone) - 1 and card.output_types[0] in ("tokens", "items", "words") else want
+            same = card.output_types[0] in ("tokens", "items", "words", "masked-items", "towers")
+            want = want[:length] if place == len(alone) - 1 and same else want
         if "mask" in card.inputs:
             torch.testing.assert_close(model(*alone)[0], want, rtol=1e-9, atol=1e-11)
             alone = [None if word.endswith("mask") else x for word, x in zip(card.inputs, alone)]
             torch.testing.assert_close(model(*alone)[0], want, rtol=1e-9, atol=1e-11)
+
+
+def is_same(model: nn.Module, a: Tensor, b: Tensor) -> bool:
+    """Return whether outputs are equal: to the bit, unless the number of tokens of an expert changes how it rounds."""
+    return torch.allclose(a, b, rtol=0, atol=1e-13) if hasattr(getattr(model, "config", None), "experts") else torch.equal(a, b)
 
 
 @MASKED
@@ -323,13 +351,15 @@ def test_padding_content_is_never_read(name):
         other = torch.where(mask, tokens, (tokens + 1) % 30)
         assert not torch.equal(other, tokens)
         changed = [*inputs[: place - 1], other, *inputs[place:]]
-        assert torch.equal(meant(name, model(*changed), inputs), before)
+        assert is_same(model, meant(name, model(*changed), inputs), before)
         empty = mask.clone()
         empty[0] = False
         assert model(*inputs[:place], empty, *inputs[place + 1 :]).isfinite().all()
 
 
-NEXT = pytest.mark.parametrize("name", [name for name in CASES if cards()[name].output_types[0] in ("tokens", "items")])
+NEXT = pytest.mark.parametrize(
+    "name", [name for name in CASES if cards()[name].output_types[0] in ("tokens", "items", "towers")]
+)
 
 
 @NEXT
@@ -353,7 +383,7 @@ def test_later_tokens_are_never_read(name):
     cut = tokens.shape[1] // 2
     other = torch.cat([tokens[:, :cut], (tokens[:, cut:] + 1) % 30], 1)
     after = model(*rest, other, mask)
-    assert torch.equal(before[:, :cut], after[:, :cut]) and not torch.allclose(before[:, cut:], after[:, cut:])
+    assert is_same(model, before[:, :cut], after[:, :cut]) and not torch.allclose(before[:, cut:], after[:, cut:])
 
 
 @EVERY
@@ -373,7 +403,7 @@ def test_rows_are_independent(name):
         changed[1] = (changed[1] + 1) % 30
     else:
         changed = first.clone()
-        changed[1] += 1
+        changed[1] = 1 - changed[1]  # a norm may remove a shift, or a scale
     before, after = model(first, *rest), model(changed, *rest)
     torch.testing.assert_close(before[[0, 2]], after[[0, 2]], rtol=1e-9, atol=1e-11)
     assert not torch.allclose(before[1], after[1])
@@ -382,8 +412,8 @@ def test_rows_are_independent(name):
 @EVERY
 def test_learns_one_batch(name):
     card, row = case(name)
-    if card.solver == "none":
-        pytest.skip("it has no weights that depend on the data")
+    if card.solver in ("none", "neighbors"):
+        pytest.skip("its weights are counted, or do not depend on the data")
     torch.manual_seed(0)
     model = create(card.tiny, **dict(row.overrides)).train()
     inputs = batch(name, 8, torch.float32)
@@ -395,7 +425,9 @@ def test_learns_one_batch(name):
         value.backward()
         optimizer.step()
         losses.append(value.item())
-    assert sum(losses[-5:]) / 5 < 0.4 * losses[0], losses[::10]
+        if len(losses) >= 5 and sum(losses[-5:]) / 5 < 0.4 * losses[0]:
+            return
+    pytest.fail(f"the loss does not fall: {losses[::10]}")
 
 
 @EVERY
@@ -413,19 +445,13 @@ def test_save_and_load_round_trip(name, tmp_path):
 # A network of each kind quickly, the others in `make test-all`: an export takes seconds.
 EXPORTED = {
     "resnet",
-    "swin",
     "gpt2",
     "bert",
     "t5",
-    "transformer",
     "lstm-classifier",
     "ddpm-unet",
-    "conformer",
     "yolov8",
-    "clip",
     "patchtst",
-    "sasrec",
-    "tabm",
 }
 
 

@@ -293,6 +293,7 @@ def test_crowds_and_damaged_annotations(tmp_path):
     assert finding(asked(lines)[0], "box-without-outline").count == 1
 
 
+@pytest.mark.slow
 def test_network_learns_from_outlines(tmp_path):
     run = fit(
         str(coco(tmp_path / "data", 60)),

@@ -9,7 +9,8 @@ from cases import conformer_layers
 from fieldguide.checkpoints.weights import translate
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.registry import create
-from fieldguide.models.transformer.conformer import HUGGINGFACE_LAYERS, MaskedBatchNorm, RelativeAttention
+from fieldguide.models.transformer._shared.conformer_blocks import MaskedBatchNorm, RelativeAttention
+from fieldguide.models.transformer.conformer import HUGGINGFACE_LAYERS
 from references import conformer_stem
 from test_models import batch, tiny
 

@@ -26,6 +26,8 @@ from tv import transformers
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 NAMES = tuple(encoders.STEM)
 EVERY = pytest.mark.parametrize("name", NAMES)
+FEWER = ("distilbert", "albert")  # without one of the dropouts of BERT
+SEGMENTED = ("bert", "electra", "albert")  # with a segment of each token
 HEAD = pytest.mark.parametrize("output_type", OUTPUT_TYPES)
 
 
@@ -67,11 +69,12 @@ def test_every_head_equals_that_of_transformers(name, output_type):
     torch.testing.assert_close(model(full), peer(full, torch.ones_like(full, dtype=torch.bool)), **EXACT)
 
 
-def test_segments_equal_those_of_transformers():
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_segments_equal_those_of_transformers(name):
     for output_type in ("words", "label"):
-        model = tiny("bert", output_type=output_type)
+        model = tiny(name, output_type=output_type)
         peer, rename = copied(model)
-        tokens, mask = batch("bert", 4)
+        tokens, mask = batch(name, 4)
         segments = (torch.arange(9) >= torch.tensor([[2], [5], [1], [8]])).long()
         close(model, peer, (tokens, mask, segments), rename)
         assert not torch.allclose(model(tokens, mask, segments), model(tokens, mask))
@@ -81,11 +84,8 @@ def test_segments_equal_those_of_transformers():
 @EVERY
 def test_encoder_cards(name):
     card = cards()[name]
-    assert (
-        card.output_types == OUTPUT_TYPES
-        and card.has_class_token
-        and card.optional_inputs == (("segments",) if name == "bert" else ())
-    )
+    assert card.output_types == card.model.output_types == (*OUTPUT_TYPES, *(("replaced",) if name == "electra" else ()))
+    assert card.has_class_token and card.optional_inputs == (("segments",) if name in SEGMENTED else ())
     assert create(card.tiny).config.output_type == "words"
     with pytest.raises(SettingsError, match=r"does not support output_type='sequence'\. Choose one of words, label"):
         create(card.tiny, output_type="sequence")
@@ -140,7 +140,8 @@ def test_dropout_only_in_training(name):
 @EVERY
 def test_dropout_positions_equal_transformers(name, monkeypatch):
     """Counted where random numbers are drawn, in training and evaluation."""
-    model = tiny(name, torch.float32, output_type="label", dropout=0.5)
+    more = {"head_dropout": 0.5} if cards()[name].accepts("head_dropout") else {}
+    model = tiny(name, torch.float32, output_type="label", dropout=0.5, **more)
     peer, drawn = network(name, model.config), []
     plain, fused = nn.Dropout.forward, F.scaled_dot_product_attention
 
@@ -161,7 +162,7 @@ def test_dropout_positions_equal_transformers(name, monkeypatch):
             net.train(training)(batch(name, 2)[0])
             assert set(drawn) <= {0.0, 0.5}
             counts.append(sum(p > 0 for p in drawn))
-    assert counts[0] == counts[2] >= 3 * model.config.depth + 2 and counts[1] == counts[3] == 0
+    assert counts[0] == counts[2] >= (2 if name in FEWER else 3) * model.config.depth + 2 and counts[1] == counts[3] == 0
 
 
 @pytest.mark.parametrize("size", [size for name in NAMES for size in cards()[name].sizes])
@@ -194,12 +195,17 @@ def create_on_meta(size: str, **overrides) -> nn.Module:
         ("deberta-v2-xlarge", 884_593_152),
         ("deberta-v2-xxlarge", 1_564_549_632),
         ("minilm-l6", 22_713_216),
+        ("distilbert-base", 66_362_880),
+        ("all-mpnet-base", 109_486_464),
+        ("albert-base", 11_683_584),
+        ("albert-xxlarge", 222_595_584),
     ],
 )
 def test_published_counts_of_the_bare_encoder(size, published):
-    """BERT and RoBERTa have an additional pooling layer."""
+    """Some have an additional pooling layer."""
     model = create_on_meta(size, output_type="vector")
-    pooler = model.config.dim * (model.config.dim + 1) if size.startswith(("bert", "roberta", "minilm")) else 0
+    pooled = size.startswith(("bert", "roberta", "minilm", "all-mpnet", "albert"))
+    pooler = model.config.dim * (model.config.dim + 1) if pooled else 0
     assert sum(p.numel() for p in model.parameters()) + pooler == published
 
 
@@ -271,7 +277,7 @@ def test_every_file_loads_into_every_head(name, kind, tmp_path):
             assert fresh == []
         elif kind == "Model":
             head = {key for key in model.state_dict() if key.partition(".")[0] in model.heads}
-            assert set(fresh) == head - ({"pool.weight", "pool.bias"} if name == "bert" else set())
+            assert set(fresh) == head - ({"pool.weight", "pool.bias"} if name in ("bert", "albert") else set())
             with pytest.raises(WeightsError, match=r'load\(\.\.\., head="skip"\)'):
                 weights.load(model, path)
 
@@ -354,7 +360,7 @@ def test_written_files_equal_transformers(name, output_type, tmp_path):
     weights.save(model, tmp_path / "model.safetensors", format="huggingface")
     configuration(name, model.config).save_pretrained(tmp_path)
     kind = getattr(transformers, encoders.STEM[name] + encoders.KIND[output_type])
-    plain = {"add_pooling_layer": False} if output_type == "vector" and name in ("bert", "roberta") else {}
+    plain = {"add_pooling_layer": False} if output_type == "vector" and name in encoders.POOLED else {}
     theirs, said = kind.from_pretrained(tmp_path, output_loading_info=True, **plain)
     assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
     tokens, mask = batch(name, 3)
@@ -380,7 +386,7 @@ def test_transformers_folders_round_trip(name, output_type, tmp_path):
     assert type(ours) is cards()[name].model
     assert ours.config == (replace(config, num_classes=2) if output_type == "span" else config)
     load.save(ours, tmp_path / "ours", "huggingface")
-    plain = {"add_pooling_layer": False} if output_type == "vector" and name in ("bert", "roberta") else {}
+    plain = {"add_pooling_layer": False} if output_type == "vector" and name in encoders.POOLED else {}
     plain |= {"pad_token_id": 0} if name == "modernbert" else {}  # its own is beyond so small a vocabulary
     back = type(theirs).from_pretrained(tmp_path / "ours", **plain)
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), theirs.state_dict().values()))
@@ -497,6 +503,45 @@ def test_fairseq_files(old, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- traps
+
+
+def test_electra_finds_replaced_tokens(tmp_path):
+    """The discriminator's own head, against transformers, in a file and on its way back."""
+    model = tiny("electra", output_type="replaced")
+    peer, rename = copied(model)
+    close(model, peer, batch("electra", 4), rename)
+    theirs, path = saved("electra", "ForPreTraining", tmp_path)
+    ours, (tokens, mask) = load.load(path), batch("electra", 3)
+    assert ours.config.output_type == "replaced"
+    want = theirs(input_ids=tokens, attention_mask=mask.long()).logits
+    torch.testing.assert_close(ours(tokens, mask)[..., 0] * mask, want * mask, rtol=2e-4, atol=2e-5)
+    load.save(ours, tmp_path / "ours", "huggingface")
+    back = type(theirs).from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_electra_without_projection_and_albert_versions(tmp_path):
+    for name, changes in (("electra", {"embed": 8}), ("albert", {"tanh_gelu": False})):
+        model = tiny(name, **changes)
+        peer, rename = copied(model)
+        close(model, peer, batch(name, 4), rename)
+    assert not hasattr(tiny("electra", embed=8).project, "weight")
+    albert = tiny("albert", depth=5)
+    assert sum(p.numel() for p in albert.parameters()) == sum(p.numel() for p in tiny("albert").parameters())
+    network("albert", cards()["albert"].resolve_config("albert-test"), num_hidden_groups=2).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="num_hidden_groups=2"):
+        load.load(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_mpnet_biases_by_distance(steps):
+    model = tiny("mpnet", length=300)
+    peer, _ = copied(model)
+    tokens = torch.randint(2, 30, (2, steps))
+    torch.testing.assert_close(model(tokens), peer(tokens, torch.ones_like(tokens, dtype=torch.bool)), **EXACT)
+    tokens = torch.randint(2, 30, (1, 300))  # beyond the last bucket
+    torch.testing.assert_close(model(tokens), peer(tokens, torch.ones_like(tokens, dtype=torch.bool)), **EXACT)
 
 
 def test_positions_of_roberta_begin_after_the_padding():

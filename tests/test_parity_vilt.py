@@ -112,6 +112,7 @@ def test_invalid_inputs_are_rejected():
         create("vilt-test", image=13)
 
 
+@pytest.mark.slow
 def test_learns_to_answer_about_unseen_images():
     """Four squares of four colors; the question names a square, the answer is its color."""
     colours = torch.tensor(list(itertools.product(range(4), repeat=4)))  # all 256 pictures

@@ -20,7 +20,7 @@ from test_models import batch, gradients, tiny
 from tv import transformers
 from writers import network, writer
 
-NAMES = ["t5", "bart", "mbart", "nllb", "nllb-moe"]
+NAMES = ["t5", "bart", "mbart", "marian", "pegasus", "nllb", "nllb-moe"]
 EVERY = pytest.mark.parametrize("name", NAMES)
 CACHED = pytest.mark.parametrize("name", [*NAMES, "transformer"])  # whose peer and files stand elsewhere
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -90,6 +90,29 @@ def test_other_activations_are_rejected(tmp_path):
     theirs.save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"(?s)activation_function='relu'.*scale_embedding=True"):
         fieldguide.load(tmp_path)
+
+
+@torch.no_grad()
+def test_marian_translates_as_in_transformers(tmp_path):
+    """From its files alone: a pair of tokenizers, beams and a forbidden padding token."""
+    from fieldguide.inference.text_generation import TextGenerator
+    from test_text_pieces import marian
+
+    golden = marian(tmp_path)
+    pad, end = golden["vocab"]["<pad>"], golden["vocab"]["</s>"]
+    theirs = random(network(create("marian-test", vocab_size=pad + 1, length=40, begin=pad, end=end, pad=pad)))
+    theirs.final_logits_bias[0, pad] = 9.0
+    theirs.generation_config = transformers.GenerationConfig(
+        bad_words_ids=[[pad]], num_beams=3, max_length=12, forced_eos_token_id=end, eos_token_id=end, pad_token_id=pad,
+        decoder_start_token_id=pad,
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    ready = TextGenerator.load(tmp_path)
+    for text, source, *_ in golden["encoded"][1:5]:
+        want = theirs.generate(torch.tensor([[*source, end]]))[0]
+        (found,) = ready.predict([text])
+        assert found["text"] == ready.text.decode([i for i in want.tolist() if i not in (pad, end)]) != ""
+    assert not ready.published.notes
 
 
 # ---------------------------------------------------------------------------------------------- T5

@@ -60,6 +60,7 @@ def test_equals_the_original_package(ultralytics, size, tmp_path):
     torch.testing.assert_close(found, torch.cat([middle - side / 2, middle + side / 2], -1), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["yolov8", "yolo11", "yolo11 nested", "yolo11 heads"])
 def test_large_and_oblong_images_equal_the_equations(name):

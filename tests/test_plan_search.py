@@ -95,3 +95,24 @@ def test_few_values_are_kept_for_masked_tokens():
     ]
     assert counts[1] == 2 * counts[0] > 0
     assert torch.is_tensor(make_trace("bert", 2).work[0].flops) is False
+
+
+def test_rows_computed_in_chunks_are_not_traced_in_large_numbers():
+    """Each chunk of 256 rows is an operation: the traces of millions of rows would take hours."""
+    traced = []
+
+    def trace(number: int) -> Trace:
+        traced.append(number)
+        size = 100 * min(number, 256)
+        return Trace([(1, size), (1, -size)], {}, {9: 1000 + number}, line(256).work * -(-number // 256))
+
+    bound = lambda trace, _: trace.find_peak()[0]
+    found = search(trace, bound, 10**9, 32, 1 << 30, 1, 8192)
+    assert found == pytest.approx(10**9, rel=0.02) and max(traced) == 8192
+
+
+def test_a_repeated_change_of_shape_in_place_is_traced():
+    """Chronos-Bolt takes quantiles of each block, for which torch calls `unsqueeze_`."""
+    card = registry.card("chronos-bolt")
+    workload = build_workload(card, card.resolve_config(card.tiny), Shape(2))
+    assert trace_prediction(workload, "float32").work

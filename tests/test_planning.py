@@ -133,6 +133,7 @@ def test_prediction_of_every_architecture_is_traced(name):
     assert not trace.lasting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_kinds())
 def test_training_of_every_architecture_is_traced(name):
     workload = tiny(name)
@@ -488,3 +489,11 @@ def test_weights_of_another_dtype():
     )
     with pytest.raises(SettingsError, match="cannot compute with bfloat16 weights"):
         estimate("conformer-test", mode="predict", dtype="bfloat16", batch=2, search=False)
+
+
+def test_batches_with_several_rows_for_an_example():
+    """Two rows and five ids for each of four examples grow in proportion to the examples."""
+    batch = {"x": torch.randn(8, 3), "ids": torch.arange(20), "none": torch.zeros(0, dtype=torch.int64)}
+    make = from_example(nn.Identity(), batch, examples=4)
+    sizes = {name: len(t) for name, t in make(Shape(10)).batch.items()}
+    assert sizes == {"x": 20, "ids": 50, "none": 0}

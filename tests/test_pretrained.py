@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fieldguide
 from fieldguide.checkpoints import config_mapping, identify, weights
 from fieldguide.core.errors import WeightsError, WeightsWarning
+from fieldguide.models import initialization
 from fieldguide.models.mapping.config_rules import Constant
 from fieldguide.models.registry import cards, create
 from tv import timm, torchvision, transformers
@@ -523,7 +524,7 @@ def test_llama_cpp_files(tmp_path):
 
 def test_initialization_is_skipped_before_loading():
     """Tensors are zeros, which are within the bounds of a truncated normal, so that no resampling occurs."""
-    with identify.SkipInitialization():
+    with initialization.SkipInitialization():
         for draw in (
             nn.init.normal_,
             nn.init.uniform_,

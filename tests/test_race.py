@@ -374,7 +374,7 @@ def test_refit_uses_the_batches_that_training_ended_with(product, monkeypatch):
     """They may have grown since the plan."""
     from fieldguide.automl import refit
     from fieldguide.automl.build_plan import build_plan
-    from fieldguide.training.trainer import State
+    from fieldguide.training.state import State
 
     plan = build_plan(fieldguide.read(product, target="y"), model="mlp-test", settings={"steps": 4, "batch_size": 8})
     used, make = [], refit.Trainer

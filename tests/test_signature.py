@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import soundfile
 import torch
 from jsonschema import Draft202012Validator
 from PIL import Image
@@ -173,6 +174,24 @@ def variant_noise(folder):
     return fit_task(folder, "image-generation", "dcgan", options={"side": 16}), [], {"count": 2}
 
 
+def write_recordings(folder):
+    for i in range(12):
+        wave = 0.3 * np.sin(np.arange(2000 + 300 * (i % 4)) * (0.2 + 0.4 * (i % 2)))
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        soundfile.write(folder / "ab"[i % 2] / f"{i}.wav", wave, 8000)
+    return [str(folder / "a" / "0.wav"), str(folder / "b" / "3.wav")]
+
+
+def variant_spectrograms(folder):
+    paths = write_recordings(folder)
+    return fit_task(folder, "audio-classification", "simplecnn", options={"side": 16, "seconds": 0.3}), paths, {}
+
+
+def variant_recordings(folder):
+    paths = write_recordings(folder)
+    return fit_task(folder, "audio-classification", "mfcc-linear"), paths, {}
+
+
 def variant_series(folder):
     hours = [f"2024-01-{d:02d} {h:02d}:00" for d in range(1, 15) for h in range(24)]
     rows = [{"time": t, "load": float(np.sin(i / 4)), "heat": float(i % 7)} for i, t in enumerate(hours)]
@@ -183,7 +202,28 @@ def variant_series(folder):
     return made, [path], {}
 
 
+def variant_events(folder, architecture="hstu"):
+    rows = [{"user": f"u{u}", "item": f"i{(u + t) % 9}", "time": 1000 * u + t * t} for u in range(6) for t in range(5)]
+    return fit_task(write_table(folder, "events.csv", rows), "recommendation", architecture), rows[:6], {"count": 2}
+
+
+def variant_hidden_items(folder):
+    return variant_events(folder, "bert4rec")
+
+
+def variant_towers(folder):
+    return variant_events(folder, "two-tower")
+
+
+def variant_unusual_rows(folder):
+    rng = np.random.default_rng(0)
+    rows = [{"a": float(a), "b": float(2 * a), "kind": "xy"[i % 2], "label": "ok"} for i, a in enumerate(rng.normal(size=60))]
+    path = write_table(folder, "rows.csv", rows)
+    return fit_task(path, "anomaly-detection", "autoencoder"), [path], {}
+
+
 VARIANTS = {
+    "unusual-rows": variant_unusual_rows,
     "ensemble": variant_ensemble,
     "vector": variant_vector,
     "pairs": variant_pairs,
@@ -195,6 +235,11 @@ VARIANTS = {
     "captions": variant_captions,
     "noise": variant_noise,
     "series": variant_series,
+    "spectrograms": variant_spectrograms,
+    "recordings": variant_recordings,
+    "events": variant_events,
+    "hidden-items": variant_hidden_items,
+    "towers": variant_towers,
 }
 CASES = [*RUNS, *VARIANTS]
 
@@ -442,7 +487,7 @@ def apply_step(step, values: np.ndarray, labels: tuple[str, ...]):
     "name",
     [
         *("v2-tabular-classification", "v2-tabular-regression", "v2-image-classification", "v2-text-classification"),
-        *("v1-click-prediction", "ensemble", "vector", "pairs", "flat-images"),
+        *("v1-click-prediction", "ensemble", "vector", "pairs", "flat-images", "spectrograms", "recordings"),
     ],
 )
 def test_declared_steps_turn_outputs_into_predictions(name):

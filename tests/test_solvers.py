@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+
 import lightgbm
 import numpy as np
 import pytest
@@ -176,3 +179,57 @@ def test_hostile_trees_and_sizes_are_rejected(tmp_path):
     ):
         with pytest.raises(SettingsError):
             fieldguide.create("exponential-smoothing", **changes)
+
+
+def test_rows_are_left_out_if_reading_them_takes_too_long():
+    """Reading 256 rows takes .8 s, and 4.8 of 8 s are for reading."""
+    problem = make_problem("linear", make_table(2), numbers=4, categories=CARDINALITIES, num_classes=2)
+    make = problem.train.make
+
+    def make_slowly(index, generator):
+        time.sleep(0.8)
+        return make(index % len(problem.train), generator)
+
+    slow = dataclasses.replace(problem, train=Batches(100_000, make_slowly), deadline=time.monotonic() + 8)
+    assert solvers.count_rows_in_time(slow) == solvers.MIN_ROWS
+    assert solvers.count_rows_in_time(problem) == len(problem.train)
+    fast = dataclasses.replace(problem, deadline=time.monotonic() + 100)
+    assert solvers.count_rows_in_time(fast) == len(problem.train)
+
+
+def test_outputs_are_scored_without_reading_the_rows_again():
+    """Each row is read once, and the same penalty is chosen as with a network that reads them again for each score."""
+    problem = make_problem("linear", make_table(3), numbers=4, categories=CARDINALITIES, num_classes=3)
+    held, read = problem.validation.make(np.arange(len(problem.validation)), None)["target"], []
+
+    def count(index, generator):
+        read.extend(index)
+        return problem.validation.make(index, generator)
+
+    lengths = np.random.default_rng(0).permutation(len(problem.validation))  # batches are made in the order of length
+    counted = dataclasses.replace(
+        problem,
+        validation=Batches(len(problem.validation), count, lengths),
+        score_outputs=lambda outputs: -float(torch.nn.functional.cross_entropy(outputs, held)),
+    )
+    one, other = solvers.solve(problem), solvers.solve(counted)
+    assert sorted(read) == list(range(len(problem.validation)))
+    assert one.chosen == other.chosen and one.score == pytest.approx(other.score, abs=1e-5)
+
+
+def test_neighbors_are_those_of_the_most_similar_users():
+    """Counted from histories, by the definition of the cosine; the decay with the best score is kept."""
+    rng = np.random.default_rng(0)
+    histories = torch.from_numpy(rng.integers(1, 12, (80, 6)))
+    card, batches = registry.card("item-neighbors"), Batches(80, lambda index, generator: {"seen": histories[index]})
+    config = card.resolve_config(None, items=12, neighbors=4)
+    score = lambda network: -abs(network.config.decay - 0.9)
+    solution = solvers.solve(solvers.Problem(card, config, batches, batches, score))
+    users = [{i for i, h in enumerate(histories.tolist()) if item in h} for item in range(12)]
+    for item in range(1, 12):
+        cosine = [len(users[item] & u) / max(len(users[item]) * len(u), 1) ** 0.5 for u in users]
+        best = sorted((value, other) for other, value in enumerate(cosine) if other != item)[-4:]
+        found = dict(zip(solution.network.index[item].tolist(), solution.network.weight[item].tolist()))
+        assert sorted(found.values()) == pytest.approx([value for value, _ in best], abs=1e-6)
+        assert all(found[other] == pytest.approx(cosine[other], abs=1e-6) for other in found)
+    assert solution.network.config.decay == 0.9 and solution.chosen == "decay 0.9"

@@ -87,6 +87,7 @@ def test_settings_have_meanings():
         assert rows and all(row["key"] and row["meaning"] for row in rows)
 
 
+@pytest.mark.slow
 def test_run_is_repeated_by_its_config(tmp_path):
     settings = {"steps": 12, "precision": "float32", "model.dim": 16, "column.species": "category"}
     first = fieldguide.fit("iris", model="mlp-s", seed=3, out=tmp_path / "first", settings=settings)

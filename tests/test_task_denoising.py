@@ -22,7 +22,7 @@ from fieldguide.models.registry import card, cards, create
 from fieldguide.objectives import DenoisingObjective
 from fieldguide.tasks import get_requested_task, task
 from fieldguide.tasks.text.denoising import SENTINELS
-from fieldguide.training.trainer import Interrupted
+from fieldguide.training.state import Interrupted
 from test_task_encoders import NOUNS, sentences
 from test_task_encoders import WORDS as WORDS_OF
 from test_task_writers import tokenizer

@@ -186,6 +186,7 @@ def test_invalid_options_are_rejected(tmp_path):
         whole.read([tmp_path], answered=True)
 
 
+@pytest.mark.slow
 def test_network_learns_to_detect(tmp_path):
     run = fit(
         "scattered",

@@ -21,7 +21,7 @@ from fieldguide.data.samples import path as sample
 from fieldguide.models.registry import card, cards, create
 from fieldguide.objectives.detectors import DETECTORS
 from fieldguide.tasks.vision.object_detection import ObjectDetection
-from fieldguide.training.trainer import Interrupted
+from fieldguide.training.state import Interrupted
 from test_tasks_resume import StopAt
 
 NAMES = [name for name, known in cards().items() if known.output_types[0] in DETECTORS]
@@ -59,6 +59,7 @@ def test_detector_trains_and_predicts(name, images, tmp_path):
     assert steps[0] == "decode_boxes" and steps[-3:] == ["undo_letterbox", "threshold", "draw"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_falls_on_one_batch(name, images):
     """The loss of the objective that the card gets, with boxes of real images."""

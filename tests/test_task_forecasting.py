@@ -88,6 +88,7 @@ def test_evaluation_on_the_same_and_other_data(run, tmp_path):
     assert [r["value"] for r in run.predict(parts)] == pytest.approx([r["value"] for r in answers])  # one series, two files
 
 
+@pytest.mark.slow
 def test_future_covariates_are_used(tmp_path):
     """The future depends on a known column only."""
     rng = np.random.default_rng(0)

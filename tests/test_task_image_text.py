@@ -289,6 +289,7 @@ def test_too_many_unusable_rows_are_rejected(tmp_path):
 SETTINGS = {"model.patch": 4, "model.dim": 64, "model.depth": 2, "precision": "float32", "lr": 2e-3, "minutes": 0}
 
 
+@pytest.mark.slow
 def test_captions_end_to_end(tmp_path):
     table = album(tmp_path / "data", 400)
     run = fit(
@@ -311,6 +312,7 @@ def test_captions_end_to_end(tmp_path):
     assert "Attention" in page and "Captions retrieved for images" in page
 
 
+@pytest.mark.slow
 def test_questions_end_to_end(tmp_path):
     table = album(tmp_path / "data", 400, "questions")
     run = fit(

@@ -263,6 +263,7 @@ def test_damaged_images_with_masks(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.slow
 def test_network_learns_to_segment(tmp_path):
     run = fit(
         "inked",
@@ -289,3 +290,28 @@ def sample():
     from fieldguide.data import samples
 
     return samples.path("inked")
+
+
+class GlobalContext(nn.Module):
+    """A network in which every pixel sees the whole canvas."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.weight * torch.cat([x, x.mean((2, 3), keepdim=True) - x], 1)
+
+
+def test_an_image_has_the_same_mask_alone_and_in_company():
+    objective, generator = Segmentation(GlobalContext(), 2), torch.Generator().manual_seed(0)
+    sizes, images = [(20, 33), (70, 40), (25, 60), (20, 33)], torch.zeros(4, 1, 96, 64)
+    for image, (height, width) in zip(images, sizes):
+        image[:, :height, :width] = torch.randn(height, width, generator=generator) * 0.01 - 0.001
+    found = objective.outputs({"image": images, "inner": torch.tensor(sizes), "size": torch.tensor(sizes)})["map"]
+    for row, (height, width) in enumerate(sizes):
+        alone = images[row : row + 1, :, : -(-height // 32) * 32, : -(-width // 32) * 32]
+        size = torch.tensor([sizes[row]])
+        want = objective.outputs({"image": alone, "inner": size, "size": size})["map"][0]
+        assert want.unique().tolist() == [0, 1]
+        assert torch.equal(found[row, :height, :width], want)

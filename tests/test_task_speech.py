@@ -26,6 +26,7 @@ from fieldguide.data.media.media_types import MEDIA
 from fieldguide.data.preprocessing.transcripts import normalize_text
 from fieldguide.data.samples import voice
 from fieldguide.data.validation.checks import BadData
+from fieldguide.models.registry import card
 from fieldguide.tasks.audio.speech_recognition import SpeechRecognition, stack_waves
 
 WORDS = list(voice.WORDS)
@@ -360,7 +361,10 @@ def test_long_recordings_are_noted_and_not_trained_on(folder):
     cut = float(data.rows[SECONDS].sort()[8])
     _, task = prepared(folder, longest=str(cut))
     assert any(n.startswith("3 recordings are longer") for n in task.notes)
-    assert len(task.train_batches(data, None, Settings())) == 9 and len(task.batches(data, None, Settings())) == 12
+    assert (
+        len(task.train_batches(data, card("conformer"), Settings())) == 9
+        and len(task.batches(data, card("conformer"), Settings())) == 12
+    )
     _, tight = prepared(folder, hop="0.1")
     assert any("fewer frames than their transcripts need" in n for n in tight.notes)
 
@@ -368,16 +372,16 @@ def test_long_recordings_are_noted_and_not_trained_on(folder):
 def test_batches_depend_on_the_generator_only(folder):
     data, task = prepared(folder, masks="true")
     chance = lambda n: torch.Generator().manual_seed(n)
-    batches = task.batches(data, None, Settings(augmentation="standard"))
+    batches = task.batches(data, card("conformer"), Settings(augmentation="standard"))
     rows = np.array([4, 0, 7])
     plain, again = batches.make(rows, None), batches.make(rows, None)
     one, same, other = (batches.make(rows, chance(n)) for n in (3, 3, 4))
     assert all(torch.equal(plain[k], again[k]) for k in plain) and all(torch.equal(one[k], same[k]) for k in one)
     assert one["features"].shape != other["features"].shape or not torch.equal(one["features"], other["features"])
     assert not torch.equal(one["lengths"], plain["lengths"])  # speed
-    light = task.batches(data, None, Settings(augmentation="none")).make(rows, chance(3))
-    hidden = task.batches(data, None, Settings(augmentation="standard")).make(rows, chance(3))
-    without = task.batches(data, None, Settings(augmentation="light")).make(rows, chance(3))
+    light = task.batches(data, card("conformer"), Settings(augmentation="none")).make(rows, chance(3))
+    hidden = task.batches(data, card("conformer"), Settings(augmentation="standard")).make(rows, chance(3))
+    without = task.batches(data, card("conformer"), Settings(augmentation="light")).make(rows, chance(3))
     assert torch.equal(light["features"], plain["features"])  # none: as it is
     assert torch.equal(hidden["lengths"], without["lengths"])
     assert (hidden["features"] == 0).sum() > (without["features"] == 0).sum()  # standard hides stripes, light does not
@@ -529,6 +533,20 @@ def test_predict_reads_any_recording(run, tmp_path):
     (tmp_path / "bad.wav").write_bytes(path.read_bytes()[:900])
     with pytest.raises(DataError, match=r"bad.wav"):
         run.predict(str(tmp_path / "bad.wav"))
+
+
+def test_search_with_a_language_model(run, tmp_path):
+    """Its n-grams are those of the training transcripts, saved with the run."""
+    path = str(sound(tmp_path / "a.wav", ["seven"], 3))
+    again = open_run(run.path)
+    assert again.task.ngrams.counts == run.task.ngrams.counts and again.task.ngrams.size == again.task.transcripts.size
+    [record] = again.predict(path, num_beams=8, language_weight=0.5, symbol_bonus=0.5)
+    assert record["text"] and again.predict(path, num_beams=8)[0]["text"]
+    with pytest.raises(SettingsError, match="num_beams"):
+        again.predict(path, language_weight=0.5)
+    again.task.ngrams = None
+    with pytest.raises(SettingsError, match="n-gram model of transcripts"):
+        again.predict(path, num_beams=4, language_weight=0.5)
 
 
 def test_evaluate_scores_the_test_rows(run):

@@ -264,6 +264,7 @@ def test_tables_of_pairs(tmp_path):
 # From data to answers
 
 
+@pytest.mark.slow
 def test_network_learns_to_generate_text(tmp_path):
     (tmp_path / "story.txt").write_text(STORY)
     run = fit(

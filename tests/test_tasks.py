@@ -620,8 +620,8 @@ def test_only_promising_networks_are_measured(monkeypatch):
     from fieldguide.automl import profile
     from fieldguide.automl.advisor import Variant, rank_networks
 
-    made, count = [], profile.count_multiply_adds
-    monkeypatch.setattr(profile, "count_multiply_adds", lambda name, config, **k: made.append(name) or count(name, config, **k))
+    made, count = [], profile.count_costs
+    monkeypatch.setattr(profile, "count_costs", lambda name, config, **k: made.append(name) or count(name, config, **k))
     advice = rank_networks(
         variants=[
             Variant(

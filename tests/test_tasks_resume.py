@@ -11,7 +11,7 @@ import pytest
 from fieldguide.automl.fit import NullCallback, fit, resume
 from fieldguide.data import samples
 from fieldguide.tasks import task
-from fieldguide.training.trainer import Interrupted
+from fieldguide.training.state import Interrupted
 
 TINY = {
     "tabular-classification": "mlp-test",
@@ -23,16 +23,27 @@ TINY = {
     "recommendation": "sasrec-test",
     "image-segmentation": "unet-mini",
     "object-detection": "yolov8-test",
+    "keypoint-detection": "yolov8-pose-test",
+    "instance-segmentation": "yolov8-seg-test",
     "automatic-speech-recognition": "conformer-test",
+    "audio-classification": "simplecnn-test",
+    "anomaly-detection": "conv-autoencoder-test",
+    "time-series-classification": "inceptiontime-test",
     "image-text": "clip-test",
+    "image-to-text": "blip-test",
     "visual-question-answering": "vilt-test",
     "question-answering": "bert-test",
     "summarization": "transformer-test",
+    "text-embedding": "bert-test",
+    "reranking": "bert-test",
+    "preference-tuning": "gpt2-test",
 }
 SMALL = {
+    "preference-tuning": {"task.vocab": "400"},
     "text-generation": {"task.vocab": "300"},
     "translation": {"task.vocab": "300"},
     "summarization": {"task.vocab": "300"},
+    "image-to-text": {"task.vocab": "300", "task.side": "16"},
     "question-answering": {"task.vocab": "300", "task.length": "128"},
 }
 ONE = {sample.task: name for name, sample in samples.SAMPLES.items()}  # a sample of each task

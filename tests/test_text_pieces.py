@@ -82,3 +82,68 @@ def test_other_files_are_rejected(content, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer\.model (is damaged|contains no SentencePiece pieces)"):
         TextTokenizer.load(tmp_path)
+
+
+def marian(tmp_path, **said):
+    """Write a folder as for OPUS-MT: two files with pieces, and a vocabulary for both."""
+    for side in ("source", "target"):
+        shutil.copy(GOLDEN / f"Marian.{side}.model", tmp_path / f"{side}.spm")
+    golden = json.loads((GOLDEN / "Marian.json").read_text(encoding="utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(golden["vocab"]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"source_lang": "en", "target_lang": "de", **said}))
+    return golden
+
+
+def test_marian_pairs_equal_sentencepiece(tmp_path):
+    """Each side is split by its own file; ids are those of the vocabulary, in which characters of the other side are found."""
+    golden = marian(tmp_path)
+    text = TextTokenizer.load(tmp_path)
+    (tmp_path / "saved").mkdir()
+    text.save(tmp_path / "saved")
+    for found in (text, TextTokenizer.load(tmp_path / "saved")):
+        for one, source, target, back in golden["encoded"]:
+            assert found.encode_exact([one])[0].tolist() == source, one
+            assert found.for_targets.encode_exact([one])[0].tolist() == target, one
+            assert found.tokenizer.encode(one).ids == [*source, golden["vocab"]["</s>"]]
+            assert found.unknown in target or found.decode(target) == back
+        assert found.tokenizer.encode(">>deu<< the cat").ids[0] == golden["vocab"][">>deu<<"]
+        assert (found.end, found.pad) == (golden["vocab"]["</s>"], golden["vocab"]["<pad>"])
+        assert found.size == len(golden["vocab"])
+
+
+def test_damaged_marian_vocabularies_are_rejected(tmp_path):
+    marian(tmp_path, separate_vocabs=True)
+    with pytest.raises(DataError, match="separate_vocabs"):
+        TextTokenizer.load(tmp_path)
+    golden = marian(tmp_path)
+    for change, said in (({"<pad>": 999}, "each once"), ({"<pad>": None}, "ids of the tokens")):
+        (tmp_path / "vocab.json").write_text(json.dumps(golden["vocab"] | change))
+        with pytest.raises(DataError, match=said):
+            TextTokenizer.load(tmp_path)
+    vocab = {("<blank>" if token == "<pad>" else token): i for token, i in golden["vocab"].items()}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(DataError, match="lacks the token <pad>"):
+        TextTokenizer.load(tmp_path)
+
+
+def test_pegasus_and_albert(tmp_path):
+    """Pegasus inserts the tokens of its pre-training; ALBERT lowers letters, removes accents and frames texts like BERT."""
+    found = sentencepiece.parse_file(GOLDEN / "T5.model").pieces
+    shutil.copy(GOLDEN / "T5.model", tmp_path / "spiece.model")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "pegasus"}))
+    text = TextTokenizer.load(tmp_path)
+    assert text.size == len(found) + 103 and [text.tokenizer.id_to_token(i) for i in (2, 3, 4, 104)] == [
+        "<mask_1>",
+        "<mask_2>",
+        "<unk_2>",
+        "<unk_102>",
+    ]
+    one, ids, _ = next(row for row in SAID["T5"] if len(row[1]) > 4)
+    assert text.tokenizer.encode(one).ids == [*(i if i < 2 else i + 103 for i in ids), 1]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "AlbertTokenizer", "cls_token": "<pad>", "sep_token": "</s>", "mask_token": "<unk>"})
+    )
+    text = TextTokenizer.load(tmp_path)
+    plain, framed = text.encode_exact(["the cat cafe"])[0].tolist(), text.tokenizer.encode("The CAT café", "a")
+    assert framed.ids[1 : 1 + len(plain)] == plain and framed.type_ids[-1] == 1

@@ -26,7 +26,8 @@ from fieldguide.inference.run import open_run
 from fieldguide.models.registry import create, find
 from fieldguide.objectives import Classification, Supervised
 from fieldguide.training import peft
-from fieldguide.training.trainer import Interrupted, Trainer
+from fieldguide.training.state import Interrupted
+from fieldguide.training.trainer import Trainer
 from test_tasks_resume import StopAt, log
 from tv import timm, torchvision, transformers
 
@@ -381,7 +382,7 @@ def test_missing_head_is_initialized_randomly(folder):
     assert model.head.weight.std() > 0.01 and not model.training
 
 
-@pytest.mark.parametrize("way", ["whole", "frozen", "lora"])
+@pytest.mark.parametrize("way", ["whole", pytest.param("frozen", marks=pytest.mark.slow), "lora"])
 def test_fit_from_a_folder_resumes_bit_exact(way, folder, table, tmp_path):
     """Also if stopped before the first checkpoint."""
     more = {"whole": {"layer_decay": 0.7, "unfreeze": 0.5, "recompute": "true"}, "lora": {"lora_rank": 2}}.get(way, {})

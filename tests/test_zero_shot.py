@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fieldguide.automl.fit import fit
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.load import load
-from fieldguide.cli import commands
+from fieldguide.cli import commands, run_commands
 from fieldguide.core.card import OPENAI
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.inference.zero_shot import ZeroShotClassifier, build_transform
@@ -234,7 +234,7 @@ def test_on_the_command_line(folder, pictures, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     done = run_cli("predict", folder, pictures / "a.png", tmp_path / "bad.png", "--json", "--set", "classes=cat,dog")
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.exit_code == commands.PARTIAL_FAILURE and "label" in records[0] and set(records[1]) == {"input", "error"}
+    assert done.exit_code == run_commands.PARTIAL_FAILURE and "label" in records[0] and set(records[1]) == {"input", "error"}
     for label in ("cat", "dog"):
         (tmp_path / "all" / label).mkdir(parents=True)
         shutil.copy(pictures / "a.png", tmp_path / "all" / label)

@@ -14,7 +14,16 @@ from fieldguide.models.registry import card_of
 from tied import Tied
 from tv import transformers
 
-KINDS = {"t5": "T5", "bart": "Bart", "mbart": "MBart", "m2m_100": "M2M100", "nllb-moe": "NllbMoe"}
+KINDS = {
+    "t5": "T5",
+    "marian": "Marian",
+    "pegasus": "Pegasus",
+    "bart": "Bart",
+    "mbart": "MBart",
+    "m2m_100": "M2M100",
+    "nllb-moe": "NllbMoe",
+    "whisper": "Whisper",
+}
 moe = transformers.models.nllb_moe.modeling_nllb_moe
 
 
@@ -73,15 +82,40 @@ def configuration(model: nn.Module, **other: Any) -> Any:
 
 def network(model: nn.Module, **other: Any) -> nn.Module:
     config = configuration(model, **other)
-    peer = getattr(transformers, KINDS[config.model_type] + "ForConditionalGeneration")(config)
+    suffix = "MTModel" if config.model_type == "marian" else "ForConditionalGeneration"
+    peer = getattr(transformers, KINDS[config.model_type] + suffix)(config)
+    for module in peer.modules():  # computed positions are parameters there, which files lack
+        if type(module).__name__.endswith("SinusoidalPositionalEmbedding") and isinstance(module, nn.Embedding):
+            table = module.weight.detach()
+            del module.weight
+            module.register_buffer("weight", table, persistent=False)
     if not getattr(model.config, "tie_embeddings", True):  # transformers 5 ties every T5's head; those of version 1.1 are not
         peer.lm_head.weight = nn.Parameter(peer.lm_head.weight.detach().clone())
     return peer
 
 
-def writer(model: nn.Module, **other: Any) -> tuple[nn.Module, Any]:
+class Transcripts(Pairs):
+    """A peer that reads features instead of a source."""
+
+    def __init__(self, peer: nn.Module):
+        super().__init__(peer)
+        positions = peer.model.encoder.embed_positions  # parameters there that are not trained
+        table = positions.weight.detach()
+        del positions.weight
+        positions.register_buffer("weight", table)
+
+    def forward(self, features: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.peer(
+            input_features=features.transpose(1, 2),
+            decoder_input_ids=tokens,
+            decoder_attention_mask=mask.long(),
+            use_cache=False,
+        ).logits
+
+
+def writer(model: nn.Module, pairs: type[Pairs] = Pairs, **other: Any) -> tuple[nn.Module, Any]:
     """Return the peer of an encoder-decoder and the function that renames our tensors."""
-    peer, table = Pairs(network(model, **other)), get_tables(model)["huggingface"]
+    peer, table = pairs(network(model, **other)), get_tables(model)["huggingface"]
     there = {key for key in peer.state_dict() if key not in peer.tied()}
 
     def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:

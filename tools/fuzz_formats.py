@@ -439,6 +439,16 @@ def make_labelme(folder: Path) -> None:
         )
 
 
+def make_cvat(folder: Path) -> None:
+    shapes = (
+        '<polygon label="cat" points="4,4;20,4;20.5,20" group_id="0"/><box label="dog" xtl="1" ytl="2" xbr="30" ybr="25"/>'
+        '<mask label="dog" rle="1,3,2" left="3" top="4" width="3" height="2"/><ellipse label="cat" cx="10" cy="9" rx="3" ry="4"/>'
+    )
+    names = make_images(folder / "images")
+    listed = "\n".join(f'<image id="{i}" name="{n}" width="40" height="32">\n{shapes}</image>' for i, n in enumerate(names))
+    (folder / "annotations.xml").write_text(f"<annotations><version>1.1</version><meta></meta>\n{listed}</annotations>")
+
+
 def make_voc(folder: Path) -> None:
     (folder / "Annotations").mkdir()
     for name in make_images(folder / "JPEGImages"):
@@ -602,6 +612,7 @@ FORMATS = [
     Format("coco", make_coco, read_data, ("*.json",)),
     Format("coco-captions", make_captions, read_data, ("*.json",)),
     Format("labelme", make_labelme, read_data, ("*.json",)),
+    Format("cvat", make_cvat, read_data, ("*.xml",)),
     Format("voc", make_voc, read_data, ("*.xml",)),
     Format("yolo", make_yolo, read_data, ("*.yaml", "*.txt")),
     Format("squad", make_squad, read_data),

@@ -6,15 +6,18 @@ Make a folder once, when its schema is released; never make it anew to please a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import polars as pl
 
 import fieldguide
+from fieldguide.core.media import Media
 from fieldguide.core.run_record import SCHEMA
 from fieldguide.data import samples
 
@@ -25,7 +28,17 @@ RUNS = {
     "tabular-regression": ("diabetes", "mlp-s", {"model.dim": 12, "model.embedding": 4}),
     "image-classification": ("digits", "resnet20", {"model.widths": (4, 8), "model.depths": (1, 1)}),
     "text-classification": ("letters", "gru-s", {"model.dim": 8, "model.hidden": 8, "task.vocab": 320, "task.length": 16}),
+    "keypoint-detection": ("puppets", "yolov8-pose-test", {"batch": 16, "task.side": 96}),
+    "image-to-text": ("described", "blip-test", {"task.side": 16, "task.vocab": 300}),
+    "instance-segmentation": ("shapes", "yolov8-seg-test", {"batch": 16, "task.side": 96}),
+    "audio-classification": ("words", "resnet20", {"model.widths": (4, 8), "model.depths": (1, 1)}),
+    "anomaly-detection": ("pumps", "conv-autoencoder-test", {"task.length": 16}),
+    "text-embedding": ("helpdesk", "bert-test", {"task.vocab_size": 320, "task.length": 24}),
+    "reranking": ("shortlist", "bert-test", {"task.vocab_size": 320, "task.length": 48}),
+    "preference-tuning": ("replies", "gpt2-test", {"task.vocab_size": 320, "task.length": 48}),
+    "time-series-classification": ("motions", "inceptiontime-test", {"model.lengths": (10, 5)}),
 }
+ASKED = {"preference-tuning": {"max_new_tokens": 8, "temperature": 0.0}}  # prediction options
 KEPT = ("run.json", "model.safetensors", "preprocess", "splits.npz", "metrics.jsonl")
 
 
@@ -67,19 +80,49 @@ def orders(file: Path) -> Path:
 
 def inputs(task: str, home: Path, folder: Path) -> list[str]:
     """A few raw inputs, stored beside the answers that they got."""
-    if task == "image-classification":
+    if task in ("image-classification", "keypoint-detection", "instance-segmentation", "image-to-text"):
         chosen = sorted(home.rglob("*.png"))[::300]
-        names = [f"digit-{i}.png" for i in range(len(chosen))]
+        names = [f"image-{i}.png" for i in range(len(chosen))]
         for path, name in zip(chosen, names):
             shutil.copy(path, folder / name)
         return names
+    if task == "audio-classification":
+        chosen = sorted(home.rglob("*.wav"))[::300]
+        names = [f"recording-{i}.wav" for i in range(len(chosen))]
+        for path, name in zip(chosen, names):
+            shutil.copy(path, folder / name)
+        return names
+    if task == "time-series-classification":
+        columns = ["series", "step", "channel_1", "channel_2"]
+        rows = fieldguide.data.read(home).rows.filter(pl.col("series").cast(pl.Int64) % 150 == 1)
+        rows = rows.with_columns(("recording " + pl.col("series")).alias("series"))
+        rows.select(columns).write_csv(folder / "inputs.csv")
+        return ["inputs.csv"]
     rows = pl.read_csv(home, infer_schema=False)
+    if task == "anomaly-detection":
+        rows[2540:2580].select(rows.columns[:-1]).write_csv(folder / "inputs.csv")
+        return ["inputs.csv"]
+    if task == "preference-tuning":
+        rows[::300].select("prompt").write_csv(folder / "inputs.csv")
+        return ["inputs.csv"]
+    if task == "text-embedding":
+        rows[::300].select(text="passage").write_csv(folder / "inputs.csv")
+        return ["inputs.csv"]
     rows[:: len(rows) // 6].select(rows.columns[:-1]).write_csv(folder / "inputs.csv")
     return ["inputs.csv"]
 
 
+def remove_root(folder: Path, home: Path) -> None:
+    """Make the paths of shown examples in the task's state relative to the sample's folder, and correct the digest."""
+    file, run = folder / "preprocess" / "task.json", folder / "run.json"
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.write_text(file.read_text(encoding="utf-8").replace(f"{home.parent}/", ""), encoding="utf-8")
+    run.write_text(run.read_text().replace(before, hashlib.sha256(file.read_bytes()).hexdigest()))
+
+
 def main() -> None:
-    for task, (sample, model, settings) in RUNS.items():
+    for task in sys.argv[1:] or RUNS:
+        sample, model, settings = RUNS[task]
         folder = HERE / f"v{SCHEMA}-{task}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -87,7 +130,7 @@ def main() -> None:
             made = {"letters": letters, "orders": orders}.get(sample)
             home = made(Path(work) / f"{sample}.csv") if made else samples.path(sample)
             names = inputs(task, home, folder)
-            run = fieldguide.fit(home, model=model, out=Path(work) / "run", settings={**QUICK, **settings})
+            run = fieldguide.fit(home, task=task, model=model, out=Path(work) / "run", settings={**QUICK, **settings})
             for name in KEPT:
                 if (run.path / name).is_dir():
                     shutil.copytree(run.path / name, folder / name)
@@ -95,12 +138,15 @@ def main() -> None:
                     shutil.copy(run.path / name, folder / name)
         scored = [x for x in (folder / "metrics.jsonl").read_text().splitlines(True) if "scores" in x]
         (folder / "metrics.jsonl").write_text("".join(scored))  # the losses would be half of the folder
+        remove_root(folder, home)
         record = json.loads((folder / "run.json").read_text())
         record["data"] |= {"root": sample, "source": sample}  # no path of the machine that made it
         record["request"]["data"] = sample
         (folder / "run.json").write_text(json.dumps(record, indent=1))
-        answers = fieldguide.open_run(folder).predict([str(folder / n) for n in names])
-        expected = {"inputs": names, "answers": [{k: v for k, v in a.items() if k != "input"} for a in answers]}
+        answers = fieldguide.open_run(folder).predict([str(folder / n) for n in names], **ASKED.get(task, {}))
+        plain = lambda answer: {k: v for k, v in answer.items() if k != "input" and not isinstance(v, Media)}
+        expected = {"inputs": names, "answers": [plain(a) for a in answers]}
+        expected |= {"asked": ASKED[task]} if task in ASKED else {}
         (folder / "expected.json").write_text(json.dumps(expected, indent=1))
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         print(f"{folder.name}: {size / 1024:.0f} KiB, {run.scores}")

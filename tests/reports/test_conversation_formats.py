@@ -8,7 +8,6 @@ import polars as pl
 import pytest
 
 import fieldguide
-from fieldguide.core.errors import DataError
 from fieldguide.data import read
 from fieldguide.data.validation.checks import BadData
 from fieldguide.tasks import infer_task, task
@@ -196,8 +195,8 @@ def test_a_system_column_is_the_first_message(tmp_path, name):
     assert list(data.columns) == ["messages"]
 
 
-def test_preferences_are_named(tmp_path):
+def test_preferences_stay_columns(tmp_path):
+    """Pairs of answers are no conversations; the task preference-tuning reads them."""
     rows = [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(4)]
-    with pytest.raises(DataError, match=r"'chosen' and 'rejected'.*prompt and completion"):
-        read_rows(tmp_path, rows)
+    assert list(read_rows(tmp_path, rows).columns) == ["prompt", "chosen", "rejected"]
     assert read_rows(tmp_path, rows, target="chosen").target.name == "chosen"

@@ -60,7 +60,7 @@ def run(*arguments, **environment):
     return subprocess.run(command, capture_output=True, env={**plain, "PYTHONPATH": str(SOURCE.parent), **environment})
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", [pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "ascii", "utf-8")])
 def test_predictions_do_not_depend_on_the_locale(cities, encoding):
     done = run("predict", cities / "lauf", cities / "daten ü.csv", "--json", LC_ALL="C", PYTHONCOERCECLOCALE="0",
                PYTHONUTF8="0", PYTHONIOENCODING=encoding)  # fmt: skip
@@ -87,6 +87,7 @@ def test_controls_are_escaped():
     assert "owned" in console.file.getvalue() and "\x1b[1m" in console.file.getvalue()  # styles of rich still work
 
 
+@pytest.mark.slow
 def test_data_cannot_control_the_terminal(cities, tmp_path):
     rows = [(f"{ESCAPES}{i % 5}", i % 7, f"yes{ESCAPES}" if i % 2 else "no") for i in range(60)]
     table = tmp_path / "hostile.csv"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fieldguide.automl.progress import console
-from fieldguide.cli.commands import check
+from fieldguide.cli.train_commands import check
 from fieldguide.core.errors import DataError
 from fieldguide.data import read
 

@@ -18,7 +18,7 @@ import fieldguide
 from fieldguide.automl import output, progress
 from fieldguide.automl.fit import NullCallback
 from fieldguide.core.errors import RunError, SettingsError
-from fieldguide.training.trainer import Interrupted
+from fieldguide.training.state import Interrupted
 
 QUICK = {"steps": 12, "eval_steps": 2, "batch_size": 16, "precision": "float32"}
 
@@ -176,6 +176,7 @@ def start(*arguments, **options) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signal_to_all_processes_saves_although_it_reaches_the_workers(number, table, tmp_path):
     path = tmp_path / "run"
@@ -194,6 +195,7 @@ def test_signal_to_all_processes_saves_although_it_reaches_the_workers(number, t
     assert fieldguide.finish(path).status == "done"
 
 
+@pytest.mark.slow
 def test_closed_pipe_does_not_end_the_training(table, tmp_path):
     """`fieldguide fit ... | head -1`"""
     path = tmp_path / "run"

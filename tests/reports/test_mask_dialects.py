@@ -289,7 +289,7 @@ def test_gray_levels_up_to_255_are_classes(tmp_path, levels):
 
 def test_void_share_and_classes_with_counts_are_reported(tmp_path, capsys):
     from fieldguide.automl.progress import console
-    from fieldguide.cli.commands import check
+    from fieldguide.cli.train_commands import check
 
     pairs(tmp_path, border)
     (tmp_path / "classes.txt").write_text("Cell\ncell\n")

@@ -54,7 +54,7 @@ CALLS = {
     "checkpoint as data": ("fit hub/bert", "`fieldguide fit DATA --weights hub/bert`"),
     "half a task name": ("fit people.csv --task classification", "tabular-classification, text-classification"),
     "task that does not exist": ("fit people.csv --task regresion", "Did you mean 'tabular-regression'?"),
-    "task in settings": ("settings classification", "Did you mean one of tabular-classification"),
+    "task in settings": ("settings classification", "Did you mean one of audio-classification, tabular-classification"),
     "task that does not suit": ("fit people.csv --task object-detection", "lacks what object-detection needs"),
     "single image": ("fit photo.png", "the task cannot be inferred"),
     "misspelled column": ("fit people.csv --target boght", "Did you mean 'bought'?"),

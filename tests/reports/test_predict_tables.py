@@ -247,6 +247,7 @@ def test_labels_keep_names_that_differ():
     assert Labels(("a", "1")).apply(["true", "1.0"]).tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_command_line_exits_with_3(run, home):
     def call(*rows):
         path = write(home / "c.csv", [NAMES, *rows])

@@ -146,6 +146,7 @@ def squares(folder, count=20, side=40):
     return rows
 
 
+@pytest.mark.slow
 def test_segmentation_writes_masks_and_readable_overlays(tmp_path):
     for name, pixels, mask in squares(tmp_path):
         for part, values in (("images", pixels), ("masks", mask)):

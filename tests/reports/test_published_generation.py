@@ -151,9 +151,13 @@ def test_published_sampling_is_the_default_and_a_request_replaces_it(tmp_path):
 
 
 def test_unsupported_options_are_named(tmp_path):
-    path = save(llama(), tmp_path, do_sample=False, penalty_alpha=0.6, bad_words_ids=[[3]], typical_p=1.0, max_new_tokens=3)
+    path = save(llama(), tmp_path, do_sample=False, penalty_alpha=0.6, bad_words_ids=[[3, 4]], typical_p=1.0, max_new_tokens=3)
     answer = TextGenerator.load(path).predict(["the cat"])
-    assert len(answer.notes) == 1 and "bad_words_ids, penalty_alpha" in answer.notes[0] and "typical_p" not in answer.notes[0]
+    assert (
+        len(answer.notes) == 1
+        and "penalty_alpha, bad_words_ids of several tokens" in answer.notes[0]
+        and "typical_p" not in answer.notes[0]
+    )
 
 
 def test_streams_follow_the_rules_too(tmp_path):

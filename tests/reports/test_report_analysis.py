@@ -329,6 +329,7 @@ def test_reports_of_images_and_texts_show_what_matters(digits_run, text_run, iri
     assert {"Importance of the columns", "Examples"} <= set(titles(iris_run)) and "ROC curve" not in titles(iris_run)
 
 
+@pytest.mark.slow
 def test_a_network_that_reads_images_as_vectors_is_explained_too(digits_run):
     """`fnn` reads 64 numbers: the occlusion does not depend on the architecture."""
     run = fieldguide.fit("digits", model="fnn", out=digits_run.path.parent / "digits-fnn", settings={**SETTINGS, "steps": 5})

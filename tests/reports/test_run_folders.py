@@ -50,6 +50,7 @@ def rewrite(path: Path, **changes) -> None:
 # Kills
 
 
+@pytest.mark.slow
 def test_kill_after_any_write_leaves_a_resumable_run(table, done, tmp_path, monkeypatch):
     """The folder is copied after every write. Each copy is what a kill at that moment leaves, and ends like the whole run."""
     states, replace = [], os.replace

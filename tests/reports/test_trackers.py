@@ -13,7 +13,7 @@ import pytest
 import fieldguide
 from fieldguide.automl.fit import NullCallback
 from fieldguide.core.errors import SettingsError
-from fieldguide.training.trainer import Interrupted
+from fieldguide.training.state import Interrupted
 
 QUICK = {"steps": 8, "eval_steps": 4, "batch_size": 16, "precision": "float32"}
 

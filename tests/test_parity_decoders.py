@@ -1,0 +1,264 @@
+"""Decoders against transformers: folders both ways, generation with a cache, and the traps of each architecture."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fieldguide
+from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.models.generation import Sampling, generate
+from fieldguide.models.registry import cards, create
+from test_models import tiny
+from test_pretrained import settled
+from tv import transformers
+
+SHAPE = {
+    "vocab_size": 30,
+    "max_position_embeddings": 48,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 20,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 50.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0],
+        "long_factor": [3.0],
+        "original_max_position_embeddings": 12,
+    },
+    "original_max_position_embeddings": 12,
+}
+# Card -> changes of its configurations; the first is compared most.
+CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "qwen2": ({"num_key_value_heads": 2}, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "mistral": (
+        {"num_key_value_heads": 2, "sliding_window": 5},
+        {"num_key_value_heads": 1, "head_dim": 6, "sliding_window": None},
+    ),
+    "qwen3-moe": (
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7,
+            "norm_topk_prob": True,
+            "experts_implementation": "eager",
+        },
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 7,
+            "norm_topk_prob": True,
+            "experts_implementation": "eager",
+        },
+    ),
+    "olmo2": ({"num_key_value_heads": 2}, {}),
+    "gpt-neox": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+        {"use_parallel_residual": False, "hidden_act": "gelu_fast"},
+    ),
+    "opt": (
+        {"ffn_dim": 20, "word_embed_proj_dim": 16},
+        {"ffn_dim": 20, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+    ),
+    "phi3": ({"num_key_value_heads": 2, **LONGROPE}, {"num_key_value_heads": 4, "sliding_window": 5}),
+}
+CASES = [pytest.param(name, changes, id=f"{name}-{i}") for name, all_ in CONFIGS.items() for i, changes in enumerate(all_)]
+
+
+def theirs(name: str, changes: dict[str, Any]) -> nn.Module:
+    """Return the network of transformers with random weights."""
+    kind = next(row.value for key, row in cards()[name].configs["huggingface"].items() if key == "model_type")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **changes})
+    return settled(transformers.AutoModelForCausalLM.from_config(config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_folders_round_trip(name, changes, tmp_path):
+    """Recognized by config.json; saved so that transformers reads the same network."""
+    peer = theirs(name, changes)
+    peer.save_pretrained(tmp_path / "theirs")
+    ours, tokens = fieldguide.load(tmp_path / "theirs"), torch.randint(30, (2, 11))
+    assert type(ours) is cards()[name].model
+    torch.testing.assert_close(ours(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.last(tokens), ours(tokens)[:, -1])
+    fieldguide.save(ours, tmp_path / "ours", "hf")
+    more = {"pad_token_id": 0} if name == "phi3" else {}  # its own is beyond so small a vocabulary
+    more |= {"experts_implementation": "eager"} if name == "qwen3-moe" else {}
+    back, said = type(peer).from_pretrained(tmp_path / "ours", output_loading_info=True, **more)
+    assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
+    assert torch.equal(back.eval()(tokens).logits, peer(tokens).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_generation_with_a_cache_equals_transformers(name, changes, tmp_path):
+    peer = theirs(name, changes)
+    for p in peer.parameters():
+        p.mul_(1.5)
+    peer.save_pretrained(tmp_path)
+    ours, said = fieldguide.load(tmp_path), set()
+    for prompt in torch.randint(30, (4, 1, 7), generator=torch.Generator().manual_seed(3)):
+        want = peer.generate(prompt, max_new_tokens=14, do_sample=False, use_cache=name != "phi3")[0, 7:].tolist()
+        steps = generate(ours, [prompt[0].tolist()], 14, sampling=Sampling(temperature=0.0), eos_token_ids=(), seed=0)
+        assert [int(step) for step in steps] == want
+        said |= set(want)
+    assert len(said) > 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("pieces", [(16,), (5, 1, 1, 9), (1,) * 16, (9, 4, 3)], ids=str)
+def test_cache_equals_the_whole_row(name, pieces):
+    """Token by token and in pieces, with padding on the left."""
+    model = tiny(name, length=16)
+    tokens = torch.randint(30, (3, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(16) >= torch.tensor([[0], [4], [9]])
+    cache = model.new_cache(3)
+    parts = [model(a, b, cache) for a, b in zip(tokens.split(pieces, 1), mask.split(pieces, 1))]
+    got = torch.cat(parts, 1)
+    for row in range(3):
+        if name == "phi3" and pieces != (16,):  # the logits of earlier pieces belong to the row as it was then
+            last = pieces[-1]
+            alone = model(tokens[row : row + 1, mask[row]])[0]
+            keep = min(last, len(alone))
+            torch.testing.assert_close(got[row, -keep:], alone[-keep:], rtol=1e-9, atol=1e-10)
+            continue
+        torch.testing.assert_close(got[row, mask[row]], model(tokens[row : row + 1, mask[row]])[0], rtol=1e-9, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------- traps
+
+
+@torch.no_grad()
+def test_mistral_reads_only_its_window():
+    model = tiny("mistral", depth=1, window=4)
+    tokens = torch.randint(30, (1, 12))
+    changed = tokens.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 30
+    same = (model(tokens) == model(changed)).all(-1)[0]
+    assert same.tolist() == [True] * 5 + [False] * 4 + [True] * 3
+    assert not torch.equal(tiny("mistral", window=0)(tokens)[0, -1], tiny("mistral", window=4)(tokens)[0, -1])
+
+
+@torch.no_grad()
+def test_phi3_factors_follow_the_length_of_each_row(tmp_path):
+    """Rows of a batch that are shorter than the first training keep their factors; transformers takes those of the longest."""
+    peer = theirs("phi3", CONFIGS["phi3"][0])
+    peer.save_pretrained(tmp_path)
+    ours = fieldguide.load(tmp_path)
+    tokens = torch.randint(30, (2, 20))
+    for steps in (11, 12, 13, 20):
+        torch.testing.assert_close(ours(tokens[:, :steps]), peer(tokens[:, :steps]).logits, rtol=1e-4, atol=1e-4)
+    mask = torch.arange(20) < torch.tensor([[20], [12]])
+    got = ours(tokens, mask)
+    torch.testing.assert_close(got[0], peer(tokens[:1]).logits[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1, :12], peer(tokens[1:, :12]).logits[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(SettingsError, match="must hold 2 factors each"):
+        create("phi3-test", rope_short=(1.0,))
+
+
+def edit(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config.pop(key, None)
+        if value is not ...:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "changes", "old"),
+    [
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "num_key_value_heads": 2},
+            {"rope_theta": 1e6, "sliding_window": 40, "max_window_layers": 2},
+        ),
+        ("gpt-neox", CONFIGS["gpt-neox"][0], {"rotary_emb_base": 100, "rotary_pct": 0.5, "use_parallel_residual": ...}),
+        (
+            "phi3",
+            CONFIGS["phi3"][0],
+            {
+                "rope_theta": 50.0,
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [3.0]},
+            },
+        ),
+        ("opt", CONFIGS["opt"][0], {"layer_norm_elementwise_affine": ..., "enable_bias": ...}),
+        ("mistral", CONFIGS["mistral"][0], {"rope_theta": 10000.0, "head_dim": ...}),
+    ],
+    ids=str,
+)
+def test_configurations_as_published(name, changes, old, tmp_path):
+    """Files of before 2025 hold the rotary settings under other keys."""
+    peer = theirs(name, changes)
+    peer.save_pretrained(tmp_path)
+    edit(tmp_path, rope_parameters=..., **old)
+    tokens = torch.randint(30, (2, 17))
+    torch.testing.assert_close(fieldguide.load(tmp_path)(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ("gpt-neox", {"attention_bias": False}, "attention_bias=False"),
+        ("gpt-neox", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ("opt", {"activation_function": "gelu"}, "activation_function='gelu'"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ("qwen3-moe", {"norm_topk_prob": ...}, "norm_topk_prob=False"),
+        ("qwen3-moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("olmo2", {"attention_bias": True}, "attention_bias=True"),
+        ("mistral", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ],
+)
+def test_unsupported_configurations_are_rejected(name, changes, said, tmp_path):
+    theirs(name, CONFIGS[name][0]).save_pretrained(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(WeightsError, match=said):
+        fieldguide.load(tmp_path)
+
+
+@torch.no_grad()
+def test_opt_files_without_a_head(tmp_path):
+    """As facebook/opt-350m: no prefix `model.`, no output head."""
+    peer = theirs("opt", CONFIGS["opt"][1])
+    peer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {key.removeprefix("model."): x.clone() for key, x in peer.state_dict().items() if key != "lm_head.weight"}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    tokens = torch.randint(30, (2, 11))
+    torch.testing.assert_close(fieldguide.load(tmp_path)(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_opt_350m_and_olmo2():
+    """Post-norm without a last normalization; and normalization inside the residual connection."""
+    assert not any(key.startswith("norm.") for key in tiny("opt", post_norm=True).state_dict())
+    model = tiny("olmo2")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.norm1.weight.zero_()
+            block.norm2.weight.zero_()
+        tokens = torch.randint(30, (1, 5))
+        torch.testing.assert_close(model(tokens), model.head(model.norm(model.embed(tokens))))
