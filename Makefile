@@ -25,8 +25,9 @@ format: $(VENV)/ready-to-test
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-catalogue: $(VENV)/ready-to-run    ## docs/catalogue.md and the index of the command line, from the cards
+catalogue: $(VENV)/ready-to-run    ## docs/catalogue.md, docs/checkpoints.md and the index of the command line
 	$(BIN)/python docs/catalogue.py
+	$(BIN)/python docs/checkpoints.py
 
 fuzz: $(VENV)/ready-to-test          ## mutate a valid file of every format that is read
 	$(BIN)/python tools/fuzz.py

@@ -1,6 +1,6 @@
 """How good is the advised model? `fit` against each candidate alone, the baseline and peers, in the same minutes.
 
-    python benchmarks/advice.py --out advice.jsonl [--only iris,adult] [--minutes 1,3] [--load] [--table]
+    python benchmarks/advice.py --out advice.jsonl [--only iris,adult] [--minutes 1,3] [--candidates 3] [--load] [--table]
 
 For each data set and time: the test score of `fieldguide fit DATA --minutes M`, of the same with `--model` for each of the next best
 candidates, of the best baseline, and of a peer's default where one is installed (AutoGluon for tables, statsforecast's AutoETS for
@@ -27,7 +27,6 @@ from typing import Any
 
 import real_data
 
-CANDIDATES = 3  # networks that are trained alone, next to the advised one
 SAMPLES = "digits breast-cancer diabetes docstrings clicks demand phrases inked scattered series questions captions".split()
 REAL: dict[str, tuple[str, dict[str, str]]] = {
     "adult": ("adult.csv", {"target": "income"}),
@@ -122,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> None:
             key = {"data": name, "minutes": minutes, "load": arguments.load}
 
             first = run(lines, arguments, key, "advised", functools.partial(run_fit, path, minutes, options))
-            names = list(dict.fromkeys([*first.get("raced", ()), *first.get("others", ())]))[:CANDIDATES]
+            names = list(dict.fromkeys([*first.get("raced", ()), *first.get("others", ())]))[: arguments.candidates]
             for model in names:
                 run(lines, arguments, key, model, functools.partial(run_fit, path, minutes, options, model))
             if arguments.peers and name in ("adult", "california"):
@@ -202,6 +201,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="")
     parser.add_argument("--minutes", default="1")
+    parser.add_argument("--candidates", type=int, default=3, help="networks that are trained alone, next to the advised one")
     parser.add_argument("--load", action="store_true")
     parser.add_argument("--peers", action="store_true", help="run peers too, which must be installed")
     parser.add_argument("--table", action="store_true")

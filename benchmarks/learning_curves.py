@@ -36,7 +36,7 @@ from fieldguide.core.errors import FieldguideError
 from fieldguide.data.splits import Splits
 from fieldguide.tasks.evaluator import bootstrap_intervals
 from fieldguide.training.inference_loop import collect
-from fieldguide.training.trainer import Interrupted
+from fieldguide.training.state import Interrupted
 
 BUDGETS = (3.0, 9.0, 27.0)  # seconds of training
 MAX_CANDIDATES = 5  # networks for each data set, of different architectures but for the first

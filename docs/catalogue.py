@@ -1,11 +1,15 @@
-"""Write docs/catalogue.md from the cards, docs/catalogue.toml and the closed systems: python docs/catalogue.py."""
+"""Write docs/catalogue.md from the cards, docs/catalogue.toml and the closed systems: python docs/catalogue.py [--index]."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
+import sys
 import tomllib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +95,28 @@ def read() -> dict[str, Any]:
     return tomllib.loads((HERE / "catalogue.toml").read_text("utf-8"))
 
 
+def describe(name: str) -> dict[str, Any] | str:
+    """Return the description of a size, or the error."""
+    try:
+        return asdict(show(name))
+    except Exception as error:  # noqa: BLE001  all of them are listed
+        return f"{type(error).__name__}: {error}"
+
+
 def write_index() -> None:
-    """Write the index and the descriptions that listing commands read without importing torch."""
+    """Write the index that listing commands read without importing torch."""
+    index.INDEX.write_text(json.dumps(build_index(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_descriptions() -> None:
+    """Write the descriptions of all sizes; needs minutes."""
     built = build_index()
-    index.INDEX.write_text(json.dumps(built, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    described = {name: asdict(show(name)) for name, model in built["models"].items() if not model["test"]}
+    names = [name for name, model in built["models"].items() if not model["test"]]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = dict(zip(names, pool.map(describe, names, chunksize=4)))
+    if failed := {name: text for name, text in found.items() if isinstance(text, str)}:
+        raise SystemExit("\n".join(f"{name} cannot be described: {text}" for name, text in failed.items()))
+    described = found
     content = json.dumps(described, ensure_ascii=False, default=str).encode()
     index.DESCRIPTIONS.write_bytes(gzip.compress(content, mtime=0))
 
@@ -103,3 +124,5 @@ def write_index() -> None:
 if __name__ == "__main__":
     (HERE / "catalogue.md").write_text(page(read()), "utf-8")
     write_index()
+    if "--index" not in sys.argv:  # enough if no network has changed
+        write_descriptions()
