@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +152,7 @@ def shown(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return an image for each row, placed after its first token, followed by 1 to 9 text tokens."""
     text, mask = tokens(config, rows)
     text = torch.where(text == config.picture, 0, text)
-    patches = (config.image // config.patch) ** 2
+    patches = (config.image // (config.patch * getattr(config, "merge", 1))) ** 2
     row = torch.cat([text[:, :1], torch.full((rows, patches), config.picture), text], 1)
     return *image(config, rows), row, torch.cat([torch.ones(rows, 1 + patches, dtype=torch.bool), mask], 1)
 
@@ -1144,6 +1144,52 @@ def huggingface_llava(model: nn.Module) -> Peer:
     return Words(), rename
 
 
+def pack_patches(images: Sequence[Tensor], patch: int, merge: int) -> tuple[Tensor, Tensor]:
+    """Return images, C H W, as Qwen2.5-VL of transformers takes them: rows of patches, then frames, rows and columns of each."""
+    parts, grid = [], []
+    for image in images:
+        c, h, w = image.shape[0], image.shape[1] // patch, image.shape[2] // patch
+        x = image.reshape(c, h // merge, merge, patch, w // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+        parts.append(x[:, :, :, :, :, None].expand(*[-1] * 5, 2, -1, -1).reshape(h * w, -1))
+        grid.append([1, h, w])
+    return torch.cat(parts), torch.tensor(grid)
+
+
+def huggingface_qwen2_5_vl(model: nn.Module) -> Peer:
+    from fieldguide.checkpoints.config_mapping import to_public_config
+    from fieldguide.models.registry import card_of
+    from tv import transformers
+
+    card = card_of(model)
+    c, theirs = model.config, to_public_config(card, card.configs["huggingface"], model.config)
+    peer = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**theirs))
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+            pixels, grid = pack_patches(list(image), c.patch, c.merge)
+            with unrounded():
+                return self.peer(
+                    pixel_values=pixels,
+                    image_grid_thw=grid,
+                    input_ids=tokens,
+                    attention_mask=mask.long(),
+                    mm_token_type_ids=((tokens == c.picture) & mask).int(),
+                ).logits
+
+    def rename(state: State) -> dict[str, Tensor]:
+        """Return the names in memory, which differ from those on disk."""
+        names = translate(state, card.weights["huggingface"], reverse=True)
+        parts = {"visual": "model.visual", "model": "model.language_model", "lm_head": "lm_head"}
+        live = lambda key: f"peer.{parts[key.partition('.')[0]]}.{key.partition('.')[2]}"
+        return {live(key): x for key, x in names.items()}
+
+    return Words(), rename
+
+
 def huggingface_vilt(model: nn.Module) -> Peer:
     from fieldguide.models.transformer.vilt import HUGGINGFACE
     from tv import transformers
@@ -1503,6 +1549,7 @@ CASES = {
     "deit": Case(inputs=image, peer=timm_deit, lr=3e-3),
     "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),
     "llava": Case(inputs=shown, peer=huggingface_llava, lr=2e-2, skipped=("vision.blocks.1.", "vision.norm.")),
+    "qwen2.5-vl": Case(inputs=shown, peer=huggingface_qwen2_5_vl, lr=1e-2),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(
         inputs=row("z_dim"), peer=same(lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fieldguide
+from cases import pack_patches as pack
 from fieldguide.checkpoints.config_mapping import identify_config, to_config_fields
 from fieldguide.models.registry import card_of
 from test_pretrained import settled
@@ -76,6 +77,10 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     small |= {key: 4 * width if config[key] == 4 * wide else 24 for key in MLPS if key in config}
     if "conv_dim" in config:
         small |= {"conv_dim": [8] * len(config["conv_dim"]), "num_conv_pos_embedding_groups": 4, "num_codevectors_per_group": 5}
+    if "mrope_section" in (config.get("rope_scaling") or {}):
+        small["rope_scaling"] = {**config["rope_scaling"], "mrope_section": [1, 1, 2]}
+        tower = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 24, "fullatt_block_indexes": [1]}
+        small["vision_config"] = {**config["vision_config"], **tower, "out_hidden_size": width}
     layers = config.get("sliding_window_pattern", config.get("global_attn_every_n_layers", 1)) + 1
     return small | dict.fromkeys([key for key in DEPTHS if key in config], layers)
 
@@ -123,6 +128,17 @@ def compare(ours: nn.Module, theirs: nn.Module, config: dict[str, Any]) -> None:
     if card_of(ours).input_type == "image-text":
         found = theirs(pixel_values=image, input_ids=tokens[:1], attention_mask=torch.ones_like(tokens[:1]))
         torch.testing.assert_close(ours(image, tokens[:1]), found.logits, rtol=1e-3, atol=1e-4)
+        return
+    if card_of(ours).input_type == "captioned" and output == "tokens":
+        image = torch.randn(1, 3, 56, 140)
+        tokens = torch.cat([tokens[:1], torch.full((1, 10), config["image_token_id"]), tokens[1:]], 1)
+        pixels, grid = pack(list(image), 14, 2)
+        shown = {
+            "pixel_values": pixels,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (tokens == config["image_token_id"]).int(),
+        }
+        torch.testing.assert_close(ours(image, tokens), theirs(input_ids=tokens, **shown).logits, rtol=1e-3, atol=1e-3)
         return
     if card_of(ours).input_type == "captioned":
         tokens = tokens.repeat(1, 8)[:, : ours.config.length]  # SigLIP reads its texts at the maximum length only

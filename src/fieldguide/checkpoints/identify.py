@@ -25,7 +25,8 @@ MAX_MISSING_TENSORS = 3  # tensors that a file may lack, because they are tied
 def has_head(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> bool:
     """Return whether a file has its own head."""
     names = {name: tensor.to("meta") for name, tensor in state.items()}
-    return "head.weight" in map_to_ours(names, card.tables(card.config(**values))[origin]).state
+    ours = map_to_ours(names, card.tables(card.config(**values))[origin]).state
+    return any(name == "head.weight" or name.endswith(".head.weight") for name in ours)  # or that of a part, its decoder
 
 
 def lacks_head(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:

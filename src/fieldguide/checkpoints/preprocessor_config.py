@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fieldguide.checkpoints.config_mapping import read
 from fieldguide.core.card import Scale
 from fieldguide.core.errors import WeightsError
 from fieldguide.core.validation import get_checked, guard
+from fieldguide.data.preprocessing.image_transform import NativeTransform
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's constants
+NATIVE = "qwen2vl"  # processor of images that keep their size
 # model_type -> image processor of transformers, for files that do not name one.
 DEFAULT_PROCESSORS = {
     "vit": "vit",
@@ -27,10 +30,16 @@ DEFAULT_PROCESSORS = {
     "convnextv2": "convnext",
     "resnet": "convnext",
     "efficientnet": "efficientnet",
+    "qwen2_5_vl": NATIVE,
 }
 SQUARE_PROCESSORS = ("vit", "deit", "efficientnet")  # processors whose `size`, if it is one number, means both sides
 DEFAULT_FILTERS = {"vit": "bilinear"}  # resize filter if the file names none; the others use bicubic
+PIXEL_LIMITS = {
+    "min_pixels": "shortest_edge",
+    "max_pixels": "longest_edge",
+}  # key -> its name in newer files, where it is in `size`
 MAX_SIDE_PIXELS = 10_000  # of resized images
+MAX_TOTAL_PIXELS = 1 << 28  # limit of the limits of images that keep their size
 SPEECH_RATE = 16_000  # samples per second, if the file names no rate
 MIN_STD, MAX_COLOR = 1e-4, 1e4  # limits of means and standard deviations
 MIN_STRETCHED_SIDE_PIXELS = 384  # from this size on, ConvNeXt's processor stretches instead of cropping
@@ -91,6 +100,10 @@ def convert_transformers(content: Values, file: Path) -> Values:
             if edge >= MIN_STRETCHED_SIDE_PIXELS
             else {"size": {"shortest_edge": int(edge / (values.get("crop_pct") or 224 / 256))}, "crop_size": edge}
         )
+    if kind == NATIVE:
+        limits = values.pop("size", None) or {}
+        for ours, theirs in PIXEL_LIMITS.items():
+            values[ours] = limits.get(theirs) if values.get(ours) is None else values[ours]
     if kind == "efficientnet" and values.get("include_top", True) and "image_std" in values:
         values["image_std"] = [number**2 for number in values["image_std"]]  # it divides by the deviation twice
     if values.get("do_normalize") is False:
@@ -186,6 +199,33 @@ def get_image_options(folder: Path, side: int, channels: int, scale: Scale) -> d
     file, values = read_preprocessor(folder)
     with guard(file or folder, WeightsError):
         return build_image_options(file or folder, values, side, channels, scale)
+
+
+def build_native_transform(
+    folder: Path, patch: int, merge: int, side: int, channels: int, scale: Scale, max_pixels: int | None = None
+) -> NativeTransform:
+    """Return the preprocessing of images that keep their size, from the files next to the weights, else the authors' defaults.
+
+    `max_pixels` replaces that of the files. Raises `WeightsError` if they are for patches of another size.
+    """
+    file, values = read_preprocessor(folder)
+    place = file or folder
+    with guard(place, WeightsError):
+        for key, own in (("patch_size", patch), ("merge_size", merge)):
+            if values.get(key, own) != own:
+                raise WeightsError(f"{place}: {key}={values[key]!r}, but the network has {own}.")
+        usual = NativeTransform(side, channels, patch=patch, unit=patch * merge)
+        limits = {key: values.get(key) or getattr(usual, key) for key in PIXEL_LIMITS}
+        for key in limits:
+            get_checked(limits, key, int, place, WeightsError, 1, MAX_TOTAL_PIXELS)
+        most = max_pixels or limits["max_pixels"]
+        chosen = replace(
+            usual,
+            min_pixels=min(limits["min_pixels"], most),
+            max_pixels=most,
+            filter=values.get("resample", FILTERS.index("bicubic")),
+        )
+        return cast(NativeTransform, chosen.with_normalization(format_pixels(values, scale, channels)))
 
 
 def build_image_options(file: Path, values: Values, side: int, channels: int, scale: Scale) -> dict[str, str]:

@@ -58,6 +58,7 @@ OPTIONAL_INPUTS: dict[str, str] = {
     "segments": "B T int64: 0 for tokens of the first text of a row, 1 for those of the second",
     "profile": "B K int64: codes of the categories of the user, the first one the user (0 = unseen)",
     "profile_numbers": "B N float: numbers of the user",
+    "grid": "B 2 (B I 2 for I images in a row) int64: rows and columns of patches of each image, if images of several sizes are padded",
     "times": "B T 2 int64: times in seconds of each item, and of the request for the next one",
 }
 

@@ -60,6 +60,11 @@ def describe_optional_input(get: Get, name: str, others: list[TensorSpec]) -> Te
     if name == "profile_numbers":
         axes = BATCH, fix("profile_numbers", get("user_numbers", 0))
         return TensorSpec(name, "float32", axes, OPTIONAL_INPUTS[name], required=False)
+    if name == "grid":
+        patches = get("image", 224) // get("patch", 14)
+        return TensorSpec(
+            name, "int64", (BATCH, fix("sides", 2)), OPTIONAL_INPUTS[name], required=False, low=patches, high=patches
+        )
     first = next(spec for spec in others if spec.name in ("tokens", "items"))
     if name == "times":
         return TensorSpec(name, "int64", (*first.axes, fix("moments", 2)), OPTIONAL_INPUTS[name], required=False)
@@ -99,7 +104,7 @@ def describe_captioned(get: Get, card: Card) -> list[TensorSpec]:
     rules: tuple[TokenRule, ...] = ()
     most = get("length")
     if (picture := get("picture")) is not None:
-        patches = (get("image", 224) // get("patch", 14)) ** 2
+        patches = (get("image", 224) // (get("patch", 14) * get("merge", 1))) ** 2
         rules = (TokenRule(picture, patches, "inside"),)
         axis = Axis("tokens", least=patches + 1, most=most)
     else:

@@ -47,14 +47,14 @@ JsonType = Literal["number", "integer", "string", "boolean", "object", "map", "a
 class ImageFormat:
     """The size of images after preprocessing, in pixels, and what brings images of other sizes to it.
 
-    With fit="crop" the center is cut out, "pad" adds a border, "stretch" changes the aspect ratio, and "shrink" only makes images
-    smaller whose longer side exceeds `width`.
+    With fit="crop" the center is cut out, "pad" adds a border, "stretch" changes the aspect ratio, "shrink" only makes images
+    smaller whose longer side exceeds `width`, and "area" only those with more than `width` x `height` pixels.
     """
 
     width: int
     height: int
     channels: int  # 1 gray, 3 color
-    fit: Literal["crop", "pad", "stretch", "shrink"] = "crop"
+    fit: Literal["crop", "pad", "stretch", "shrink", "area"] = "crop"
     frames: int | None = None  # of a video
 
 

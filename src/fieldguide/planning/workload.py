@@ -170,7 +170,7 @@ def build_caption(get: Callable[..., Any], rows: int, length: int, text: Any, wh
     """Return the tokens of images' texts. Networks that place the image among the tokens get its tokens too."""
     tokens = text(length)
     if (picture := get("picture", None)) is not None:
-        patches = (get("image", 224) // get("patch", 14)) ** 2
+        patches = (get("image", 224) // (get("patch", 14) * get("merge", 1))) ** 2
         tokens = torch.where(tokens == picture, 1, tokens)
         tokens = torch.cat([tokens[:, :1], torch.full((rows, patches), picture, device=tokens.device), tokens[:, 1:]], 1)
     elif (end := get("end", None)) is not None:

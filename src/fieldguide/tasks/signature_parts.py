@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from fieldguide.core.network_tensors import BATCH
 from fieldguide.core.signature import Axis, ImageFormat, InputField, RecordField, Step, TensorSpec, list_values
 from fieldguide.data.dataset import Column
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
+from fieldguide.data.preprocessing.image_transform import NativeTransform
 
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff")
 AUDIO_TYPES = ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg")
@@ -41,18 +43,21 @@ def describe_column(column: Column, values: Sequence[str] = (), **changes: Any) 
 
 def describe_image_format(transform: ImageTransform, frames: int | None = None) -> ImageFormat:
     """Return the size of images that a transform makes."""
+    if isinstance(transform, NativeTransform):
+        side = math.isqrt(transform.max_pixels)
+        return ImageFormat(side, side, transform.channels, "area", frames)
     return ImageFormat(transform.side, transform.side, transform.channels, transform.fit, frames)
 
 
 def list_image_steps(transform: ImageTransform) -> list[Step]:
     """Return the steps from an image file to standardized pixels."""
     size = {"side": transform.side, "fit": transform.fit, "antialias": True}
-    for name in ("edge", "filter", "even"):  # of published models
+    for name in ("edge", "filter", "even", "unit", "min_pixels", "max_pixels"):  # of published models
         if hasattr(transform, name):
             size[name] = int(getattr(transform, name))
     return [
         describe_decoding(transform.channels, transform.scale),
-        Step("resize", f"resize to {transform.side} x {transform.side} pixels ({transform.fit})", True, size),
+        Step("resize", f"resize to {transform.size_text}", True, size),
         describe_normalization(transform.mean, transform.std),
     ]
 

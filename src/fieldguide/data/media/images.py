@@ -346,11 +346,42 @@ def load(
     import torch
 
     out = np.empty((len(paths), channels, side, side), dtype=np.uint8)
+
+    def one(index: int) -> None:
+        out[index] = load_pixels(paths[index], side, channels, fit, resize, scale)
+
+    decode_all(paths, one)
+    return torch.from_numpy(out)
+
+
+def load_each(
+    paths: Sequence[str | Path],
+    channels: int,
+    resize: Callable[[Image.Image], Image.Image],
+    scale: Scale | None = None,
+) -> list[torch.Tensor]:
+    """Load images that `resize` brings to sizes of their own, as uint8, C H W each. Otherwise like `load`."""
+    import torch
+
+    out: list[np.ndarray] = [np.empty(0)] * len(paths)
+
+    def one(index: int) -> None:
+        with open_image(paths[index]) as image:
+            check_pixels(image)
+            array = np.asarray(resize(convert_mode(image, "L" if channels == 1 else "RGB", scale)))
+            out[index] = np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
+
+    decode_all(paths, one)
+    return [torch.from_numpy(array) for array in out]
+
+
+def decode_all(paths: Sequence[str | Path], decode: Callable[[int], None]) -> None:
+    """Call `decode` with the number of each file, in threads. Raises DataError naming the files that cannot be read."""
     problems: list[str] = []
 
     def one(index: int) -> None:
         try:
-            out[index] = load_pixels(paths[index], side, channels, fit, resize, scale)
+            decode(index)
         except DECODE_ERRORS as error:
             problems.append(f"{paths[index]}: {error}")
 
@@ -360,7 +391,12 @@ def load(
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise DataError("images that cannot be read:\n" + "\n".join(sorted(problems)[:5]) + more)
-    return torch.from_numpy(out)
+
+
+def check_pixels(image: Image.Image) -> None:
+    """Raise ValueError for an opened image with more than `MAX_PIXELS` pixels."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
 
 
 def load_pixels(
@@ -375,8 +411,7 @@ def load_pixels(
     if isinstance(source, Image.Image):
         return to_array(source, side, channels, fit, resize, scale)
     with open_image(source) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
+        check_pixels(image)
         if resize is None and image.format == "JPEG" and min(image.size) >= 4 * side:
             image.draft(None, (2 * side, 2 * side))  # libjpeg decodes at reduced size, which is much faster
         return to_array(image, side, channels, fit, resize, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 REDUCED_SIDES = (2 / 3, 1 / 2, 1 / 3)  # fractions of a side that networks may get if time is short
 USUAL_SIDES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
 Side = Annotated[int, Limits(1, 10_000)]  # pixels
+PixelCount = Annotated[int, Limits(1, images.MAX_PIXELS)]  # of an image
 Channels = Annotated[int, Limits(1, 64)]
 MAX_FIT_IMAGES = 5000  # images used to estimate mean and standard deviation; more change only the third digit
 
@@ -105,6 +107,10 @@ class ImageTransform:
         "fit": images.Fit,
         "scale?": images.Scale | None,
         "edge?": Side,
+        "patch?": Side,
+        "unit?": Side,
+        "min_pixels?": PixelCount,
+        "max_pixels?": PixelCount,
         "filter?": Annotated[int, Limits(0, max(Image.Resampling))],
         "even?": bool,
     }
@@ -155,6 +161,19 @@ class ImageTransform:
         """Load files as uint8, N C S S. Raises DataError naming those that cannot be read."""
         return images.load(paths, self.side, self.channels, fit=self.fit, scale=self.scale)
 
+    def load_each(self, paths: Sequence[str | Path]) -> list[torch.Tensor]:
+        """Load files as uint8, C H W each, which may differ in size in subclasses."""
+        return list(self.load(paths))
+
+    def collate(self, rows: Sequence[Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the images of each row, uint8 C H W, as standardized tensors of a batch; see `collate_images`."""
+        return collate_images([[self.apply(image) for image in row] for row in rows], self.channels)
+
+    @property
+    def size_text(self) -> str:
+        """The size of the images and how they get it, as text."""
+        return f"{self.side} x {self.side} pixels ({self.fit})"
+
     def apply(self, pixels: torch.Tensor) -> torch.Tensor:
         """Convert uint8 ... C S S to standardized float32, on the device of `pixels`."""
         import torch
@@ -189,6 +208,9 @@ class ImageTransform:
         """Restore from `to_json`."""
         scale = tuple(saved["scale"]) if saved.get("scale") else None  # absent in older runs
         values = (saved["side"], saved["channels"], tuple(saved["mean"]), tuple(saved["std"]), saved["fit"], scale)
+        if "unit" in saved:
+            sizes = {name: saved[name] for name in ("patch", "unit", "min_pixels", "max_pixels", "filter")}
+            return NativeTransform(*values, **sizes)
         return (
             ResizeTransform(*values, saved["edge"], Image.Resampling(saved["filter"]), saved.get("even", False))
             if "edge" in saved
@@ -226,3 +248,77 @@ class ResizeTransform(ImageTransform):
         middle = (lambda room: round(room / 2)) if self.even else (lambda room: room // 2)
         left, top = (middle(length - self.side) for length in image.size)
         return image.crop((left, top, left + self.side, top + self.side))
+
+
+MAX_ASPECT_RATIO = 200  # of images that keep their size, as in the code of Qwen2-VL's authors
+
+
+@dataclass(frozen=True)
+class NativeTransform(ImageTransform):
+    """Image transform of networks that read images of any size: sides become multiples of `unit` pixels.
+
+    Images with more than `max_pixels` are made smaller, those with less than `min_pixels` larger; the aspect ratio is kept as far
+    as the multiples allow. `side` is only the usual size, for plans. `patch` is the side of a patch.
+    """
+
+    patch: int = 14
+    unit: int = 28
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    filter: int = Image.Resampling.BICUBIC
+
+    @property
+    def size_text(self) -> str:
+        """The size of the images and how they get it, as text."""
+        return f"multiples of {self.unit} pixels, {self.min_pixels:,} to {self.max_pixels:,} pixels in all"
+
+    def choose_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width after resizing. Raises ValueError for a side more than `MAX_ASPECT_RATIO` times the other."""
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+        unit = self.unit
+        fitted = round(height / unit) * unit, round(width / unit) * unit
+        if fitted[0] * fitted[1] > self.max_pixels:
+            factor = math.sqrt(height * width / self.max_pixels)
+            return max(unit, math.floor(height / factor / unit) * unit), max(unit, math.floor(width / factor / unit) * unit)
+        if fitted[0] * fitted[1] < self.min_pixels:
+            factor = math.sqrt(self.min_pixels / (height * width))
+            return math.ceil(height * factor / unit) * unit, math.ceil(width * factor / unit) * unit
+        return fitted
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """Resize one image."""
+        height, width = self.choose_size(image.height, image.width)
+        return image.resize((width, height), self.filter)
+
+    def load_each(self, paths: Sequence[str | Path]) -> list[torch.Tensor]:
+        """Load files as uint8, C H W each. Raises DataError naming those that cannot be read."""
+        return images.load_each(paths, self.channels, self.resize, self.scale)
+
+    def collate(self, rows: Sequence[Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the images of each row, uint8 C H W, as standardized tensors of a batch; see `collate_images`."""
+        return collate_images([[self.apply(image) for image in row] for row in rows], self.channels, self.patch)
+
+
+def collate_images(rows: Sequence[Sequence[torch.Tensor]], channels: int, patch: int = 0) -> dict[str, torch.Tensor]:
+    """Return the images of each row, C H W each, as `image`: B C H W, or B I C H W if a row has several, padded with zeros.
+
+    If their sizes differ, `grid` holds the rows and columns of patches of each, B 2 or B I 2; 0 if a row has fewer images. Without
+    any image, nothing is returned.
+    """
+    import torch
+
+    most = max(map(len, rows), default=0)
+    sizes = {tuple(image.shape[1:]) for row in rows for image in row}
+    if not sizes:
+        return {}
+    height, width = (max(lengths) for lengths in zip(*sizes))
+    found = torch.zeros(len(rows), most, channels, height, width)
+    grid = torch.zeros(len(rows), most, 2, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        for k, image in enumerate(row):
+            h, w = image.shape[1:]
+            found[i, k, :, :h, :w] = image
+            grid[i, k] = torch.tensor([h, w]) // max(patch, 1)
+    together = {"image": found, **({"grid": grid} if patch and len(sizes) > 1 else {})}
+    return {name: x[:, 0] for name, x in together.items()} if most == 1 else together

@@ -53,6 +53,10 @@ class Cache:
         self.count += steps if mask is None else mask.sum(1)
         self.padded |= mask is not None
 
+    def continue_at(self, places: Tensor) -> None:
+        """Set the position of the next token of each row, B int64, where positions do not count tokens, such as after images."""
+        self.count, self.padded = places.clone(), True  # positions differ between rows, as with padding
+
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values, B heads steps d; return all stored so far, B heads used d."""
         self.keys[layer][:, :, self.start : self.used] = key

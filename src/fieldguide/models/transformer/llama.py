@@ -174,12 +174,18 @@ class Llama(Decoder):
         """Return the final hidden states."""
         return self.forward_blocks(self.embed(tokens), mask, cache)
 
-    def forward_blocks(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T D -> B T D
-        """Apply all blocks to token embeddings, or to other vectors in their place."""
+    def forward_blocks(
+        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, places: Tensor | None = None
+    ) -> Tensor:  # B T D -> B T D
+        """Apply all blocks to token embeddings, or to other vectors in their place.
+
+        `places` are the positions of the new tokens if they do not count real tokens, in a form that `make_turn` accepts.
+        """
         steps = x.shape[1]
         self.extend_cache(steps, mask, cache)
         seen = self.mask_keys(steps, mask, cache, x.device)
-        turn = self.make_turn(token_positions(steps, mask, cache, x.device), cache, x)
+        places = token_positions(steps, mask, cache, x.device) if places is None else places
+        turn = self.make_turn(places, cache, x)
         for layer, block in enumerate(self.blocks):
             x = block(x, turn, seen, cache, layer)
         return self.norm(x)

@@ -11,7 +11,7 @@ language model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from fieldguide.models.mapping.config_rules import ConfigRow, Constant, Derived,
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
 from fieldguide.models.transformer import clip, llama
 from fieldguide.models.transformer._shared import clip_checkpoints
+from fieldguide.models.transformer._shared.image_decoder import ImageConditionedDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,8 @@ class LLaVA(nn.Module):
         """Number N of patches of an image."""
         return self.vision.grid**2
 
-    def expand_image_tokens(self, tokens: Sequence[int]) -> list[int]:
-        """Return the sequence with the image token repeated once per patch."""
+    def expand_image_tokens(self, tokens: Sequence[int], sizes: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Return the sequence with the image token repeated once per patch. All images have the same size."""
         return [token for one in tokens for token in [one] * (self.patches if one == self.config.picture else 1)]
 
     def embed_image(self, image: Tensor) -> Tensor:  # B C S S -> B N D
@@ -167,34 +168,6 @@ class LLaVA(nn.Module):
         prompts.
         """
         return ImageConditionedDecoder(self, image)
-
-
-class ImageConditionedDecoder:
-    """A LLaVA with given images, with the interface of a decoder (`new_cache`, `last`, `config`, `parameters`)."""
-
-    def __init__(self, network: LLaVA, image: Tensor):
-        self.network, self.image, self.config = network, image, network.config
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.network.parameters()
-
-    def new_cache(self, rows: int, length: int | None = None) -> Cache:
-        return self.network.language.new_cache(rows, length)
-
-    def last(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # B T -> B vocab
-        """Return the logits of the last position; the images are encoded with the first tokens.
-
-        Raises `DataError` if these contain no image token, such as those of a sequence that was truncated to the
-        model's length.
-        """
-        first = cache is None or not cache.used
-        if first and not (tokens == self.config.picture).any(1).all():
-            raise DataError(
-                "A sequence has no image token, or lost it by truncation. Prompt and output together must not exceed "
-                f"length={self.config.length} tokens."
-            )
-        x = self.network.features(self.image if first else None, tokens, mask, cache)
-        return self.network.language.head(x[:, -1])
 
 
 def prefix_row(row: Row, part: str) -> Row:
