@@ -671,11 +671,13 @@ def unrounded() -> Iterator[None]:
     to = Tensor.to
     kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
     whole = lambda x: x if x.dtype == torch.float64 else to(x, torch.float32)
+    typed, type_ = Tensor.type, lambda x, *a: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else typed(x, *a)
     softmax = nn.functional.softmax
     soft = lambda x, dim=None, dtype=None: softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype)
     with (
         mock.patch.object(Tensor, "to", kept),
         mock.patch.object(Tensor, "float", whole),
+        mock.patch.object(Tensor, "type", type_),
         mock.patch.object(nn.functional, "softmax", soft),
     ):
         yield
@@ -705,7 +707,8 @@ def huggingface_decoder(model: nn.Module) -> Peer:
 
     card = card_of(model)
     theirs = to_public_config(card, card.configs["huggingface"], model.config)
-    how = "plain" if theirs.get("attn_logit_softcapping") else "sdpa"  # torch's own knows no caps
+    # torch's own knows no caps and no sinks
+    how = "plain" if theirs.get("attn_logit_softcapping") else "eager" if card.name == "gpt-oss" else "sdpa"
     transformers.AttentionInterface.register("plain", plain_attention)
     transformers.AttentionMaskInterface.register("plain", transformers.masking_utils.eager_mask)
     config = transformers.AutoConfig.for_model(
@@ -717,7 +720,7 @@ def huggingface_decoder(model: nn.Module) -> Peer:
         attn_implementation=how,
         experts_implementation="eager",
     )
-    table = card.weights["huggingface"]
+    table = get_tables(model)["huggingface"]
 
     def rename(state: State) -> dict[str, Tensor]:
         names = translate(state, table, reverse=True)
@@ -1414,6 +1417,8 @@ CASES = {
     "phi3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "mixtral": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "qwen3-moe": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "gpt-oss": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "deepseek-v3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2, overrides=(("bias_speed", 0.0),), selects=True),
     "gemma": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "gemma2": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2, overrides=(("cap", 20.0),)),
     "gemma3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),

@@ -7,7 +7,8 @@ import torch
 
 from cases import huggingface_decoder
 from fieldguide.models.layers.moe_balance import load_balancing_loss
-from fieldguide.models.registry import create
+from fieldguide.models.registry import cards, create
+from fieldguide.models.transformer.deepseek_v3 import sequence_balance_loss
 from fieldguide.objectives import NextToken, Objective, Phase
 from fieldguide.training.phases import PhaseModule
 from test_models import batch, tiny
@@ -36,7 +37,7 @@ def test_load_balancing_loss_by_hand(used):
 
 def trained(name, model, inputs):
     """Return the batch of an objective and train one step."""
-    names = {"mixtral": ("tokens", "mask"), "nllb-moe": ("source", "source_mask", "tokens", "mask")}[name]
+    names = cards()[name].inputs
     said = dict(zip(names, inputs))
     target = torch.where(said["mask"], said["tokens"].roll(-1, 1), -1)
     target[:, -1] = -1
@@ -82,6 +83,57 @@ def test_nllb_load_balancing_ignores_padding():
     assert len(wanted) == 2 and found["balance_loss"].item() == pytest.approx(sum(wanted) / 2, rel=1e-5)
     plain = step.objective(said)["loss"]
     assert found["loss"].item() == pytest.approx(plain.item() + 0.3 * found["balance_loss"].item(), rel=1e-5)
+
+
+def test_deepseek_sequence_loss_by_hand():
+    torch.manual_seed(0)
+    scores, real = torch.randn(3, 7, 6, dtype=torch.float64), torch.rand(3, 7) > 0.3
+    total = 0.0
+    for row in range(3):
+        steps = [t for t in range(7) if real[row, t]]
+        share = scores[row].sigmoid()
+        for e in range(6):
+            load = sum(int(sum(int(s > share[t][e]) for s in share[t]) < 2) for t in steps) * 6 / (2 * len(steps))
+            total += load * sum(float(share[t][e] / share[t].sum()) for t in steps) / len(steps) / 3
+    assert sequence_balance_loss(scores, 2, real).item() == pytest.approx(total, rel=1e-9)
+    whole = sequence_balance_loss(scores, 2, None)
+    assert whole == sequence_balance_loss(scores, 2, torch.ones_like(real)) and whole.item() != pytest.approx(total)
+
+
+def test_deepseek_biases_follow_the_load():
+    """Experts with less than the mean load become more likely; padding does not count, and evaluation changes nothing."""
+    model = tiny("deepseek-v3", bias_speed=0.01)
+    tokens, mask = batch("deepseek-v3")
+    model(tokens, mask)
+    assert not any(layer.bias.any() for layer in model.get_experts())
+    model.train()(tokens, mask)
+    for layer in model.get_experts():
+        changed = layer.bias.clone()
+        layer.bias.zero_()  # the choice depends on the biases before
+        chosen = [e for row, real in zip(layer.route(layer.scores)[1].tolist(), mask.flatten()) if real for e in row]
+        load = torch.tensor([chosen.count(e) for e in range(8)]).double()
+        torch.testing.assert_close(changed, 0.01 * torch.sign(load.mean() - load))
+    step, said = trained("deepseek-v3", model, (tokens, mask))
+    assert step(said)["balance_loss"].isfinite()
+
+
+@torch.no_grad()
+def test_deepseek_biases_keep_all_experts_in_use():
+    """With three preferred experts at the start, biases alone spread the tokens."""
+    shares = {}
+    for speed in (0.0, 0.02):
+        torch.manual_seed(0)
+        model = create("deepseek-v3-test", bias_speed=speed, balancing=0.0).train()
+        used = torch.zeros(8)
+        for layer in model.get_experts():
+            layer.router.weight.mul_(0.1)[:3, 0] = 1.0
+        model.embed.weight[:, 0] += 1.0
+        for step in range(80):
+            model(torch.randint(30, (8, 10)))
+            for layer in model.get_experts() if step >= 60 else ():
+                used += layer.route(layer.scores)[1].flatten().bincount(minlength=8)
+        shares[speed] = (used / used.sum()).min().item()
+    assert shares[0.02] > 0.1 and shares[0.0] == 0, shares
 
 
 def test_networks_without_experts_have_no_auxiliary_loss():

@@ -39,6 +39,15 @@ LONGROPE = {
     },
     "original_max_position_embeddings": 12,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.3,
+    "original_max_position_embeddings": 12,
+}
+OLD_YARN = {"type" if key == "rope_type" else key: value for key, value in YARN.items()}
 # Card -> changes of its configurations; the first is compared most.
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "qwen2": ({"num_key_value_heads": 2}, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -66,6 +75,61 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
             "experts_implementation": "eager",
         },
     ),
+    "gpt-oss": (
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "swiglu_limit": 0.7,
+            "rope_parameters": {**YARN, "truncate": False},
+            "experts_implementation": "eager",
+        },
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+            "experts_implementation": "eager",
+        },
+    ),
+    "deepseek-v3": (
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 6,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 5,
+            "moe_intermediate_size": 7,
+            "n_routed_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.3},
+            "experts_implementation": "eager",
+        },
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 2,
+            "v_head_dim": 4,
+            "moe_intermediate_size": 7,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 0,
+            "rope_parameters": YARN,
+            "experts_implementation": "eager",
+        },
+    ),
     "olmo2": ({"num_key_value_heads": 2}, {}),
     "gpt-neox": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
@@ -85,7 +149,11 @@ def theirs(name: str, changes: dict[str, Any]) -> nn.Module:
     kind = next(row.value for key, row in cards()[name].configs["huggingface"].items() if key == "model_type")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **changes})
-    return settled(transformers.AutoModelForCausalLM.from_config(config))
+    made = settled(transformers.AutoModelForCausalLM.from_config(config))
+    for key, buffer in made.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.2)
+    return made
 
 
 @torch.no_grad()
@@ -100,7 +168,7 @@ def test_folders_round_trip(name, changes, tmp_path):
     torch.testing.assert_close(ours.last(tokens), ours(tokens)[:, -1])
     fieldguide.save(ours, tmp_path / "ours", "hf")
     more = {"pad_token_id": 0} if name == "phi3" else {}  # its own is beyond so small a vocabulary
-    more |= {"experts_implementation": "eager"} if name == "qwen3-moe" else {}
+    more |= {key: value for key, value in changes.items() if key == "experts_implementation"}
     back, said = type(peer).from_pretrained(tmp_path / "ours", output_loading_info=True, **more)
     assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
     assert torch.equal(back.eval()(tokens).logits, peer(tokens).logits)
@@ -204,6 +272,16 @@ def edit(folder, **changes) -> None:
         ),
         ("opt", CONFIGS["opt"][0], {"layer_norm_elementwise_affine": ..., "enable_bias": ...}),
         ("mistral", CONFIGS["mistral"][0], {"rope_theta": 10000.0, "head_dim": ...}),
+        (
+            "deepseek-v3",
+            CONFIGS["deepseek-v3"][0],
+            {"rope_theta": 100.0, "rope_scaling": {**OLD_YARN, "mscale": 0.8, "mscale_all_dim": 1.3}},
+        ),
+        (
+            "gpt-oss",
+            CONFIGS["gpt-oss"][0],
+            {"rope_theta": 100.0, "rope_scaling": {**YARN, "truncate": False}, "swiglu_alpha": ..., "experts_per_token": 2},
+        ),
     ],
     ids=str,
 )
@@ -231,6 +309,10 @@ def test_configurations_as_published(name, changes, old, tmp_path):
         ("qwen3-moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
         ("olmo2", {"attention_bias": True}, "attention_bias=True"),
         ("mistral", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gpt-oss", {"layer_types": ["full_attention"] * 3}, "must alternate"),
+        ("gpt-oss", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_type='llama3'"),
+        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ("deepseek-v3", {"rope_interleave": False}, "rope_interleave=False"),
     ],
 )
 def test_unsupported_configurations_are_rejected(name, changes, said, tmp_path):

@@ -27,7 +27,8 @@ MAX_ROTARY_LENGTH = 1 << 24  # tokens, of networks that store no table of positi
 MAX_DEPTH = 10_000  # layers
 MAX_ENTRIES = 10_000  # of a list
 DEPTH_WORDS = ("depth", "layers")  # in names of fields that count layers
-ZERO_FIELDS = ("pad", "begin", "end", "picture", "above")  # may be 0 although no size has it: ids of tokens, unused blocks
+# May be 0 although no size has it: ids of tokens, unused blocks.
+ZERO_FIELDS = ("pad", "begin", "end", "picture", "above", "dense_layers")
 SPARE_TENSORS, SPARE_ELEMENTS = 1_000, 1 << 26  # beyond twice the checkpoint: new heads, positions, buffers
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange, torch.linspace, torch.eye}
 

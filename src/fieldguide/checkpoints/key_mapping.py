@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldguide.core.errors import WeightsError
-from fieldguide.models.mapping.key_rules import Dropped, Fused, MovedRow, Reshaped, Row, Transposed, Zeros
+from fieldguide.models.mapping.key_rules import Dropped, Fused, MovedRow, Reshaped, Row, Stacked, Transposed, Zeros
 
 State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
@@ -85,7 +85,8 @@ def convert_layout(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> 
     if pairs := getattr(row, "pairs", 0):
         parts = (pairs // 2, 2) if side == "here" else (2, pairs // 2)
         return tensor.unflatten(0, (-1, *parts)).transpose(1, 2).flatten(0, 2)
-    return tensor.mT if isinstance(row, Transposed) and tensor.ndim == 2 else tensor
+    is_transposed = isinstance(row, Transposed) or (isinstance(row, Stacked) and row.transposed)
+    return tensor.mT if is_transposed and tensor.ndim == 2 else tensor
 
 
 def move_row(tensor: Tensor, source: int, target: int) -> Tensor:
@@ -129,6 +130,10 @@ def map_to_ours(state: State, table: Table) -> TranslatedState:
         if isinstance(row, Dropped):
             done.means |= row.means
             continue
+        if isinstance(row, Stacked):
+            for number, one in enumerate(tensor.unbind()):
+                done.put(fill_pattern(row.ours, values | {row.axis: number}), convert_layout(one, row, "here"), name)
+            continue
         ours = fill_pattern(row if isinstance(row, str) else row.ours, values)
         if isinstance(row, Fused):
             parts.setdefault((ours, row.parts), {})[row.part] = (name, convert_layout(tensor, row, "here"), row.span)
@@ -156,6 +161,7 @@ def map_to_ours(state: State, table: Table) -> TranslatedState:
 def map_to_public(state: State, table: Table) -> TranslatedState:
     """Map our names to public ones. If several public names mean one tensor, the first row counts."""
     done = TranslatedState()
+    stacks: dict[str, dict[int, Tensor]] = {}  # by public name
     for name, tensor in state.items():
         hits = [
             (public, row, values)
@@ -169,12 +175,18 @@ def map_to_public(state: State, table: Table) -> TranslatedState:
             for public, part, values in parts.values():
                 some = torch.cat(tensor.chunk(part.parts)[part.part : part.part + part.span])
                 done.put(fill_pattern(public, values), convert_layout(some, part, "there"), name)
+        elif isinstance(stacked := hits[0][1], Stacked):
+            public, values = hits[0][0], hits[0][2]
+            stack = stacks.setdefault(fill_pattern(public, values), {})
+            stack[int(values[stacked.axis])] = convert_layout(tensor, stacked, "there")
         elif isinstance(hits[0][1], Zeros):
             if tensor.any():
                 done.faults.append(f"{name} is not zero, so it cannot be written in this format")
         else:
             public, row, values = hits[0]
             done.put(fill_pattern(public, values), convert_layout(tensor, row, "there"), name)
+    for public, stack in stacks.items():
+        done.put(public, torch.stack([stack[number] for number in sorted(stack)]), public)
     return done
 
 

@@ -36,6 +36,7 @@ from fieldguide.checkpoints.key_mapping import (
 )
 from fieldguide.checkpoints.names import WEIGHT_SUFFIXES, get_head_names
 from fieldguide.checkpoints.pickle_check import check_pickle
+from fieldguide.checkpoints.quantized_blocks import dequantize_blocks
 from fieldguide.checkpoints.shard_index import read_shard_names
 from fieldguide.core.archives import FREE_BYTES, check_archive
 from fieldguide.core.errors import WeightsError, WeightsWarning, nearest
@@ -107,7 +108,7 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
             f"{path} lists {len(shards)} files, but {len(lost)} are missing: "
             f"{', '.join(lost[:MAX_LISTED_KEYS])}. Download them into {path.parent}."
         )
-    return {name: tensor for shard in shards for name, tensor in read(path.parent / shard).items()}
+    return {name: tensor for shard in shards for name, tensor in _read(path.parent / shard).items()}
 
 
 def find_shards(files: list[Path]) -> list[Path]:
@@ -130,21 +131,25 @@ def find_shards(files: list[Path]) -> list[Path]:
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint: .safetensors, .gguf, .pth/.pt/.bin/.ckpt, an index of shards, or a
-    folder.
+    folder. Matrices that are stored as blocks with scales become floats (see `dequantize_blocks`).
 
     Raises `WeightsError` if nothing can be read, or only by running code that the file contains.
     """
-    path = Path(path)
+    return dequantize_blocks(_read(Path(path)), str(path))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint as they are stored."""
     if path.is_dir():
         known = [path / name for name in WEIGHT_FILE_NAMES if (path / name).is_file()]
         single = [p for p in sorted(path.iterdir()) if p.suffix in WEIGHT_SUFFIXES]
         if not known and (shards := find_shards(single)):
-            return {name: tensor for shard in shards for name, tensor in read(shard).items()}
+            return {name: tensor for shard in shards for name, tensor in _read(shard).items()}
         if not known and len(single) != 1:
             raise WeightsError(
                 f"{path} holds none of {', '.join(WEIGHT_FILE_NAMES)}, and {len(single)} other weight files. Specify one file."
             )
-        return read((known or single)[0])
+        return _read((known or single)[0])
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Check the path.")
     if path.name.endswith(".index.json"):

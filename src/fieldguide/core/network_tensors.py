@@ -360,9 +360,9 @@ def describe_network_loop(card: Card, config: Any, network: Any) -> Loop | None:
 
 
 def describe_cache(network: Any) -> CacheFormat | None:
-    """Return the shape of a decoder's cache, seen from a cache of one token; None if the network has none."""
+    """Return the shape of a decoder's cache, seen from a cache of one token; None if the network has none of keys and values."""
     decoder = getattr(network, "language", network)  # of a vision-language model
     if not hasattr(decoder, "new_cache"):
         return None
     keys = decoder.new_cache(1, 1).keys
-    return CacheFormat(len(keys), keys[0].shape[1], keys[0].shape[3])
+    return None if not keys else CacheFormat(len(keys), keys[0].shape[1], keys[0].shape[3])

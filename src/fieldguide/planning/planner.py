@@ -152,7 +152,7 @@ class Planner:
             return 0
         with FakeTensorMode(allow_non_fake_inputs=True):
             cache = network.new_cache(shape.batch, shape.length + self.new_tokens)
-        tensors = [*cache.keys, *cache.values]
+        tensors = cache.tensors
         return sum(t.nbytes for t in tensors)  # in the dtype of the weights
 
     def plan_serving(self, shape: Shape, step: Step) -> dict[str, float]:

@@ -64,7 +64,7 @@ def trace_serving(workload: Workload, shape: Shape, new_tokens: int, precision: 
             tracer.phase = DECODE
             cache.used = context - 1
             wrap(network, {}).last(step, None, cache)
-    held = {tracer.number_of(t) for t in (*small.keys, *small.values)}
+    held = {tracer.number_of(t) for t in small.tensors}
     trace = tracer.finish()
     trace.initial = {number: size for number, size in trace.initial.items() if number not in held}  # rows of the large cache
     return trace
@@ -73,7 +73,7 @@ def trace_serving(workload: Workload, shape: Shape, new_tokens: int, precision: 
 def build_cache(tracer: Tracer, network: Any, text: dict[str, Tensor], rows: int, context: int) -> Cache:
     """Return a fake cache, with what a decoder needs of its encoded sources."""
     cache: Cache = network.new_cache(rows, context)
-    tensors = [*cache.keys, *cache.values]
+    tensors = cache.tensors
     if "source" in text:
         source = tracer.fake_tensor(text["source"][:1].expand(rows, -1).contiguous())
         state = EncoderDecoderState(network, source, None)

@@ -95,7 +95,7 @@ def count_cache(name: str) -> int:
     network: Any = make_on_meta(card, card.resolve_config(size)).to(torch.bfloat16)
     with torch.device("meta"):
         cache = network.new_cache(1, 1)
-    return sum(t.nbytes for t in (*cache.keys, *cache.values))
+    return sum(t.nbytes for t in cache.tensors)
 
 
 def tabulate_serving() -> str:

@@ -24,11 +24,12 @@ RANDOM_NUMBERS = 256  # drawn at once
 
 
 class SlotCache(Cache):
-    """A key/value cache whose rows join and leave. `keys`, `values`, `real` and `count` are views of the rows in use."""
+    """A cache whose rows join and leave. `keys`, `values`, `states`, `real` and `count` are views of the rows in use."""
 
     def __init__(self, slots: int, like: Cache):
         self.like, self.slots = like, slots
         self.buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.all_states = [state.new_zeros(slots, *state.shape[1:]) for state in like.states]
         self.marks = torch.zeros(slots, 0, dtype=torch.bool, device=like.real.device)
         self.counts = torch.zeros(slots, dtype=torch.int64, device=like.real.device)
         self.rows, self.used, self.start, self.padded, self.cross = 0, 0, 0, False, None
@@ -37,6 +38,7 @@ class SlotCache(Cache):
     def show(self) -> None:
         """Set the views after rows have joined, left or moved."""
         self.keys, self.values = ([buffer[: self.rows] for buffer in buffers] for buffers in self.buffers)
+        self.states = [state[: self.rows] for state in self.all_states]
         self.real, self.count = self.marks[: self.rows], self.counts[: self.rows]
         self.padded = bool((self.count != self.used).any())
 
@@ -83,6 +85,8 @@ class SlotCache(Cache):
         for buffers, others in zip(self.buffers, (row.keys, row.values)):
             for buffer, other in zip(buffers, others):
                 buffer[index, :, columns] = other[0, :, :tokens]
+        for state, one in zip(self.all_states, row.states):
+            state[index] = one[0]
         self.marks[index] = False
         self.marks[index, columns] = True
         self.counts[index] = tokens
@@ -92,7 +96,7 @@ class SlotCache(Cache):
         """Remove a row; the last one takes its place."""
         last = self.rows - 1
         if index != last:
-            for buffer in (*self.buffers[0], *self.buffers[1], self.marks, self.counts):
+            for buffer in (*self.buffers[0], *self.buffers[1], *self.all_states, self.marks, self.counts):
                 buffer[index] = buffer[last]
         self.rows = last
         if not last:

@@ -6,7 +6,7 @@ The backward pass of torch's fused kernel for bfloat16 on CPUs takes three to ei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -74,3 +74,25 @@ def attend_unfused(
         # A query that attends to no key gets zeros, as from the fused kernel.
         weights = torch._safe_softmax(scores, -1) if mask is not None else scores.softmax(-1)
         return F.dropout(weights, dropout) @ v if dropout else weights @ v
+
+
+Weigh = Callable[[Tensor, Tensor | None], Tensor]  # scores B groups heads/groups T K, and the mask of the keys -> weights
+
+
+def attend_groups(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, weigh: Weigh, is_causal: bool = False
+) -> Tensor:  # B heads T d, B groups K d -> B T D
+    """Return the output of grouped-query attention, heads concatenated, with weights that no fused kernel computes.
+
+    `weigh` receives the products of queries and keys, and the mask `seen` (T K, or B 1 T K) in a shape that they broadcast with.
+    With `is_causal`, no mask means that queries attend to the keys up to their own.
+    """
+    groups, steps, keys = k.shape[1], q.shape[2], k.shape[2]
+    if is_causal and seen is None and steps > 1:  # a whole sequence without padding
+        seen = torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
+    if seen is not None and seen.ndim == 4:
+        seen = seen[:, :, None]  # equal for all groups and heads
+    q = q.unflatten(1, (groups, -1)).flatten(2, 3)  # the heads of a group become rows: B groups heads/groups*T d
+    weights = weigh((q @ k.mT).unflatten(2, (-1, steps)), seen)
+    x = (weights.flatten(2, 3) @ v).unflatten(2, (-1, steps))
+    return x.flatten(1, 2).transpose(1, 2).flatten(2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,12 @@ from torch import Tensor
 class Cache:
     """A key/value cache of all layers, in buffers allocated once.
 
-    `keys[i]` and `values[i]` are B heads length d; the first `used` positions are filled. `real` (B length bool) is
-    True for tokens that are not padding; `count` (B int64) is the number of real tokens, which is the position of the
-    next token of each row. A model calls `reserve` once per forward pass and `update` once per layer. Use it under
+    `keys[i]` and `values[i]` are B heads length d, where values may have another d; the first `used` positions are filled.
+    `real` (B length bool) is True for tokens that are not padding; `count` (B int64) is the number of real tokens, which is
+    the position of the next token of each row. A model calls `reserve` once per forward pass and `update` once per layer. Use it under
     `torch.no_grad`.
+
+    `states` are tensors B ... that recurrent layers keep instead; their length does not grow. A layer changes them in place.
 
     `cross` holds what a decoder needs of its source: keys, values and mask. It may have fewer rows than the rest;
     each source row then serves several consecutive rows, the beams of a search.
@@ -26,16 +30,25 @@ class Cache:
         heads: int,
         dim: int,
         *,
+        value_dim: int | None = None,
+        states: Sequence[tuple[int, ...]] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        shape = (rows, heads, length, dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        shapes = [(heads, length, dim), (heads, length, dim if value_dim is None else value_dim)]
+        self.keys, self.values = (
+            [torch.zeros(rows, *shape, dtype=dtype, device=device) for _ in range(layers)] for shape in shapes
+        )
+        self.states = [torch.zeros(rows, *shape, dtype=dtype, device=device) for shape in states]
         self.real = torch.zeros(rows, length, dtype=torch.bool, device=device)
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)
         self.used, self.start, self.padded = 0, 0, False
         self.cross: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All keys, values and states."""
+        return [*self.keys, *self.values, *self.states]
 
     @property
     def length(self) -> int:
@@ -71,6 +84,8 @@ class Cache:
         """
         for buffer in (*self.keys, *self.values):
             buffer[:, :, : self.used] = buffer[rows, :, : self.used]
+        for state in self.states:
+            state[:] = state[rows]
         self.real, self.count = self.real[rows], self.count[rows]
         if self.cross is not None and len(self.cross[0][0][0]) == len(rows):
             pairs, mask = self.cross
@@ -78,7 +93,7 @@ class Cache:
 
     def widen(self, times: int) -> None:
         """Repeat each row `times` times, consecutively; used to start the beams after the prompt was read."""
-        for buffers in (self.keys, self.values):
+        for buffers in (self.keys, self.values, self.states):
             buffers[:] = [buffer.repeat_interleave(times, 0) for buffer in buffers]
         self.real, self.count = self.real.repeat_interleave(times, 0), self.count.repeat_interleave(times, 0)
 

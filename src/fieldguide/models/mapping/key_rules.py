@@ -42,6 +42,18 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """The public tensor holds ours for all numbers of the group `{axis}` along a first axis of its own, in this order.
+
+    With `transposed`, each of them is transposed (two axes).
+    """
+
+    ours: str
+    axis: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class InterleavedRotary:
     """The public tensor stores the rotary pairs of each head in adjacent rows (Meta's LLaMA files); ours stores them as
     two halves.
@@ -110,4 +122,4 @@ def place_submodel(table: Mapping[str, Row], theirs: str, ours: str, without: st
     return rows
 
 
-Row = str | Transposed | Reshaped | Fused | InterleavedRotary | MovedRow | Dropped | Zeros
+Row = str | Transposed | Reshaped | Fused | Stacked | InterleavedRotary | MovedRow | Dropped | Zeros

@@ -4,13 +4,14 @@ New here: local and global attention layers alternate; attention logits and outp
 every sublayer is normalized before and after.
 
 Initialization: N(0, 0.02), normalization weights 1.
-Shapes: B batch, T tokens, D width, d width of a head, K keys.
+Shapes: B batch, T tokens, D width, d width of a head, K tokens seen so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import WeightsError
+from fieldguide.models.layers.dot_product_attention import attend_groups
 from fieldguide.models.layers.gqa import CosSin, GroupedAttention
 from fieldguide.models.layers.kv_cache import Cache, causal_mask
 from fieldguide.models.mapping.config_rules import Derived, Expect
@@ -52,16 +54,15 @@ class Attention(GroupedAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:  # B heads T d, B groups K d -> B T D
         """Return the attention output, heads concatenated."""
         assert self.scale is not None
-        steps, keys = q.shape[2], k.shape[2]
-        if seen is None and steps > 1:  # a whole sequence without padding
-            seen = torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
-        q = q.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)  # the heads of a group become rows: B groups heads/groups*T d
-        logits = softcap((q @ k.mT) * self.scale, self.cap).unflatten(2, (-1, steps))
-        if seen is not None:  # B 1 T K or T K, equal for all groups and heads
-            logits = logits.masked_fill(~(seen[:, :, None] if seen.ndim == 4 else seen), -torch.inf)
-        share = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        x = (share.flatten(2, 3) @ v).unflatten(2, (-1, steps))
-        return x.flatten(1, 2).transpose(1, 2).flatten(2)
+        return attend_groups(q * self.scale, k, v, seen, partial(softmax_capped, cap=self.cap), is_causal=True)
+
+
+def softmax_capped(scores: Tensor, seen: Tensor | None, cap: float) -> Tensor:  # ... K -> ... K
+    """Return the softmax of soft-capped attention scores, computed in float32."""
+    scores = softcap(scores, cap)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 class Block(gemma.Block):

@@ -24,6 +24,7 @@ from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, RotaryAttention, cos_sin_at
 from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
 from fieldguide.models.layers.norm import RMSNorm
+from fieldguide.models.layers.rope_scaling import scale_llama3
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Dropped, Fused, InterleavedRotary, Row
 
@@ -80,12 +81,16 @@ class Decoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.blocks = nn.ModuleList(self.block(c) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(self.make_block(c, layer) for layer in range(c.depth))
         self.norm = norm
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embed.weight
         self.reset_parameters()
+
+    def make_block(self, c: Any, layer: int) -> nn.Module:
+        """Return the block of a layer."""
+        return self.block(c)
 
     def reset_parameters(self) -> None:
         for module in self.modules():
@@ -157,14 +162,15 @@ class Llama(Decoder):
         plain = inverse_frequencies(self.width, self.config.rope_theta, device)
         if not self.config.rope_scaling:
             return plain
-        factor, low, high, before = self.config.rope_scaling
-        made = before * plain / (2 * math.pi)  # number of rotations within the original length
-        keep = ((made - low) / (high - low)).clamp(0, 1)
-        return plain * (keep + (1 - keep) / factor)
+        return scale_llama3(plain, *self.config.rope_scaling)
 
     def mask_keys(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> Tensor | None:
         """Return which keys each new token attends to; see `causal_mask`."""
         return causal_mask(steps, mask, cache, device)
+
+    def mask_layers(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> list[Tensor | None]:
+        """Return the attention mask of each layer."""
+        return [self.mask_keys(steps, mask, cache, device)] * len(self.blocks)
 
     def make_turn(self, places: Tensor, cache: Cache | None, like: Tensor) -> CosSin:  # T or B T -> (B 1) T d, twice
         """Return the cosines and sines of the rotary angles at the positions of the new tokens."""
@@ -183,10 +189,10 @@ class Llama(Decoder):
         """
         steps = x.shape[1]
         self.extend_cache(steps, mask, cache)
-        seen = self.mask_keys(steps, mask, cache, x.device)
+        masks = self.mask_layers(steps, mask, cache, x.device)
         places = token_positions(steps, mask, cache, x.device) if places is None else places
         turn = self.make_turn(places, cache, x)
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, seen) in enumerate(zip(self.blocks, masks)):
             x = block(x, turn, seen, cache, layer)
         return self.norm(x)
 

@@ -45,24 +45,44 @@ class Config:
 
 
 class Experts(nn.Module):
-    """A sparse mixture of gated MLPs. `scores` keeps the router logits of the last training pass, N E."""
+    """A sparse mixture of gated MLPs. `scores` keeps the router logits of the last training pass, N E.
+
+    Subclasses may replace `make_router`, `make_expert`, `score` and `route`.
+    """
 
     def __init__(self, c: Any):
         super().__init__()
         if not 0 < c.used <= c.experts:
             raise SettingsError(f"used={c.used} must be between 1 and experts={c.experts}.")
         self.used = c.used
-        self.router = nn.Linear(c.dim, c.experts, bias=False)
-        self.experts = nn.ModuleList(GatedMlp(c.dim, c.hidden) for _ in range(c.experts))
+        self.router = self.make_router(c)
+        self.experts = nn.ModuleList(self.make_expert(c) for _ in range(c.experts))
         self.scores: Tensor | None = None
+
+    def make_router(self, c: Any) -> nn.Linear:
+        """Return the layer that scores the experts."""
+        return nn.Linear(c.dim, c.experts, bias=False)
+
+    def make_expert(self, c: Any) -> nn.Module:
+        """Return one expert."""
+        return GatedMlp(c.dim, c.hidden)
+
+    def score(self, x: Tensor) -> Tensor:  # N D -> N E
+        """Return the logits of the experts."""
+        return self.router(x)
+
+    def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:  # N E -> N used, N used
+        """Return the weights and the numbers of the experts that each token uses."""
+        # Equals a softmax over all experts, restricted to the chosen ones and renormalized.
+        best, chosen = scores.topk(self.used, 1)
+        return best.softmax(1), chosen
 
     def forward(self, x: Tensor) -> Tensor:  # B T D -> B T D
         flat = x.flatten(0, 1)
-        scores = self.router(flat)
+        scores = self.score(flat)
         self.scores = scores if self.training else None
-        # Equals a softmax over all experts, restricted to the chosen ones and renormalized.
-        best, chosen = scores.to(torch.promote_types(x.dtype, torch.float32)).topk(self.used, 1)
-        share = best.softmax(1).to(x.dtype)
+        share, chosen = self.route(scores.to(torch.promote_types(x.dtype, torch.float32)))
+        share = share.to(x.dtype)
         out = torch.zeros_like(flat)
         if x.is_meta:  # routing depends on values, the amount of work does not
             return sum((expert(flat) for expert in self.experts[: self.used]), out).view_as(x)

@@ -11,7 +11,6 @@ Shapes: B batch, T tokens, D width, d width of a head, r width of its rotated pa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.layers.gqa import CosSin, RotaryAttention, cos_sin_at
 from fieldguide.models.layers.kv_cache import Cache, causal_mask
+from fieldguide.models.layers.rope_scaling import get_longrope_factor, scale_longrope
 from fieldguide.models.mapping.config_rules import Derived, Expect
 from fieldguide.models.mapping.key_rules import Row
 from fieldguide.models.transformer import llama, mistral
@@ -144,10 +144,10 @@ class Phi3(llama.Llama):
     def make_turn(self, places: Tensor, cache: Cache | None, like: Tensor) -> CosSin:  # T or B T -> (B 1) T r, twice
         """Return the cosines and sines of the rotary angles at the positions of the new tokens."""
         c, device = self.config, like.device
+        plain = llama.inverse_frequencies(self.rotated, c.rope_theta, device)
         if not c.rope_short:
-            return cos_sin_at(places, llama.inverse_frequencies(self.rotated, c.rope_theta, device), like)
-        lengths = c.rope_theta ** (torch.arange(0, self.rotated, 2, device=device, dtype=torch.float32) / self.rotated)
-        short, long = (1.0 / (torch.tensor(factors, device=device) * lengths) for factors in (c.rope_short, c.rope_long))
+            return cos_sin_at(places, plain, like)
+        short, long = (scale_longrope(plain, divisors) for divisors in (c.rope_short, c.rope_long))
         is_long = places.amax(-1, keepdim=True)[..., None] >= c.rope_length  # (B) 1 1
         speed = torch.where(is_long, long, short)  # (B) 1 r/2
         return cos_sin_at(places, speed, like, c.rope_scale)
@@ -173,12 +173,11 @@ def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if kind in ("longrope", "su"):  # the former name
         original = rope.get("original_max_position_embeddings") or theirs.get("original_max_position_embeddings", 4096)
         factor = rope.get("factor") or theirs.get("max_position_embeddings", original) / original
-        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         values |= {
             "rope_short": tuple(map(float, rope["short_factor"])),
             "rope_long": tuple(map(float, rope["long_factor"])),
             "rope_length": original,
-            "rope_scale": rope.get("attention_factor") or scale,
+            "rope_scale": rope.get("attention_factor") or get_longrope_factor(factor, original),
         }
     elif kind != "default":
         raise WeightsError(f"rope_type={kind!r} is not supported. Supported are 'longrope' and 'default' (no scaling).")
@@ -239,7 +238,7 @@ CARD = Card(
             rotary=0.75,
             rope_short=(1.0,) * 48,
             rope_long=(1.0,) * 48,
-            rope_scale=math.sqrt(1 + math.log(32) / math.log(4096)),
+            rope_scale=get_longrope_factor(32, 4096),
             tie_embeddings=True,
             params=3_836_021_760,
             source="microsoft/Phi-4-mini-instruct",
