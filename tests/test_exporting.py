@@ -708,6 +708,76 @@ def test_forecasts_of_raw_series_are_equal(write, model, tmp_path):
     assert len((done.path / "run.py").read_text().splitlines()) < 150
 
 
+def write_labeled_steps(path: Path, rng) -> None:
+    """Write two channels of series with gaps, of 20 to 90 steps, whose rows are not in order of time."""
+    rows = []
+    for i in range(40):
+        steps = int(rng.integers(20, 90))
+        a, b = wave(rng, steps, 6 + 6 * (i % 2)), 100 * wave(rng, steps, 9)
+        for step in range(steps):
+            cells = ["" if rng.random() < 0.05 else f"{v:.3f}" for v in (a[step], b[step])]
+            rows.append(f"machine {i},{datetime.date(2024, 1, 1) + datetime.timedelta(step)},{','.join(cells)},{'xy'[i % 2]}")
+    rng.shuffle(rows)
+    path.write_text("\n".join(["sensor,day,a,b,kind", *rows]))
+
+
+def write_labeled_rows(path: Path, rng) -> None:
+    """Write a series per row, of different lengths, without names."""
+    lines = [",".join([*(f"V{i}" for i in range(60)), "kind"])]
+    for row in range(60):
+        steps = int(rng.integers(30, 61))
+        values = [f"{v:.3f}" for v in wave(rng, steps, 6 + 6 * (row % 2))]
+        values[3] = ""
+        lines.append(",".join([*values, *[""] * (60 - steps), "xy"[row % 2]]))
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    "write, model, settings, rows",
+    [
+        (write_labeled_steps, "inceptiontime-test", {"task.length": 30}, 40),
+        pytest.param(write_labeled_steps, "rocket-test", {"task.by_series": True}, 40, marks=pytest.mark.slow),
+        pytest.param(write_labeled_rows, "inceptiontime-test", {"task.by_series": True}, 60, marks=pytest.mark.slow),
+    ],
+)
+def test_classes_of_raw_series_are_equal(write, model, settings, rows, tmp_path):
+    write(tmp_path / "series.csv", np.random.default_rng(0))
+    settings = {"steps": 10, "precision": "float32", **settings}
+    read_as = {"task": "time-series-classification", "target": "kind"}
+    run = fieldguide.fit(tmp_path / "series.csv", model=model, out=tmp_path / "run", settings=settings, **read_as)
+    shutil.copy(tmp_path / "series.csv", tmp_path / "again.csv")
+    done = run.export(out=tmp_path / "export", data=str(tmp_path / "again.csv"))
+    assert done.passed, done.verification.problems
+    assert done.verification.largest < 1e-5 and done.verification.rows == rows
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
+
+
+def write_watched(path: Path, rng, times: list[object]) -> None:
+    """Write steps of two series, not in order of time, with missing values, also at the beginning."""
+    rows = []
+    for sensor in ("pump, north", "x"):
+        for step, (time, a, b) in enumerate(zip(times, wave(rng, len(times), 12), 50 * wave(rng, len(times), 7))):
+            cells = ["" if step < 2 or rng.random() < 0.05 else f"{v:.3f}" for v in (a, b)]
+            rows.append(f'"{sensor}",{time},{",".join(cells)}')
+    rng.shuffle(rows)
+    path.write_text("\n".join(["sensor,time,a,b", *rows]))
+
+
+@pytest.mark.parametrize("unit", ["days", "hours", "steps"])
+def test_anomalies_of_raw_series_are_equal(unit, tmp_path):
+    start = datetime.datetime(2024, 1, 1)
+    times = list(range(300)) if unit == "steps" else [start + datetime.timedelta(**{unit: i}) for i in range(300)]
+    times = [time.date() for time in times] if unit == "days" else times
+    write_watched(tmp_path / "series.csv", np.random.default_rng(0), times)
+    settings = {"steps": 5, "precision": "float32", "task.length": 8}
+    model = {"task": "anomaly-detection", "model": "conv-autoencoder-test"}
+    run = fieldguide.fit(tmp_path / "series.csv", out=tmp_path / "run", settings=settings, **model)
+    done = run.export(out=tmp_path / "export")
+    assert done.passed, done.verification.problems
+    assert done.verification.largest < 1e-4 and done.verification.rows == 600
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
+
+
 @pytest.mark.parametrize("size", [1, 3, 12])
 @pytest.mark.parametrize("day", ["2023-01-31", "2023-02-28", "2024-02-29", "2023-04-30", "2023-03-30", "2023-12-15"])
 def test_months_of_the_program_are_those_of_the_task(day, size):
@@ -840,7 +910,12 @@ def test_transcripts_of_raw_recordings_are_equal(tmp_path):
 def test_a_value_that_is_no_number_is_named(tmp_path):
     names = {"__file__": str(tmp_path / "run.py"), "__name__": "run"}
     (tmp_path / "export.json").write_text(json.dumps(describe_cells()))
-    exec(compile(build_program(("numbers", "dates", "times_clock", "series_steps", "series")), "run.py", "exec"), names)
+    exec(
+        compile(
+            build_program(("numbers", "dates", "times_clock", "series_steps", "series_values", "series")), "run.py", "exec"
+        ),
+        names,
+    )
     column = {"name": "load", "format": {}, "pattern": NumberFormat().build_pattern()}
     assert names["read_value"]({"load": " 1.5 "}, column) == 1.5 and np.isnan(names["read_value"]({"load": "n/a"}, column))
     with pytest.raises(SystemExit, match="column 'load': 'high' is no number"):

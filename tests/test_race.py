@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import fieldguide
-from fieldguide.automl import clock, race
+from fieldguide.automl import clock, further_networks, race, training
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.core.errors import TrainingError
 from fieldguide.tasks.tabular.tables import TabularClassification
@@ -269,6 +270,9 @@ def test_win_probability_compares_the_same_rows():
     assert 0.05 < compare(good, independent) < 0.95
 
 
+OTHERS = [SimpleNamespace(name=name) for name in ("mlp-test", "fnn-test")]  # options for `build_contender`
+
+
 @pytest.fixture
 def short_race(monkeypatch):
     monkeypatch.setattr(race, "MIN_SECONDS", 1.0)
@@ -295,6 +299,43 @@ def test_race_picks_a_winner_that_goes_on(product, tmp_path, short_race):
     assert "Race" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert any(text.startswith("race, round 1") for text in lines.lines) and run.scores["accuracy"] > 0.5
     assert time.monotonic() - started < 120
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_other_networks_use_the_time_that_training_leaves(product, tmp_path, monkeypatch, sign):
+    """With the sign of scores reversed, the winner is another one: it is then the model, with its own log and checkpoint."""
+    monkeypatch.setattr(further_networks, "MIN_SECONDS", 1.0)
+    monkeypatch.setattr(further_networks, "MIN_TIMES", 0.0)
+    monkeypatch.setattr(further_networks, "choose_options", lambda advice: OTHERS)
+    taken = []
+
+    def train_further(plan, loop, *rest):
+        found = further_networks.train_further(plan, loop, *rest)
+        for place, (_, own, _) in enumerate(found):
+            own.state.best = loop.state.best + sign * (1 + place)
+        taken.extend([plan.size, *(other.size for other, *_ in found)])
+        return found
+
+    monkeypatch.setattr(training, "train_further", train_further)
+    monkeypatch.setattr(training, "fit_baselines", lambda *rest: [])
+    settings = {"patience": 2, "evaluate": 10}
+    run = fieldguide.fit(product, "y", minutes=0.3, out=tmp_path / "run", settings=settings, callback=NullCallback())
+    assert len(taken) >= 2 and len(set(taken)) == len(taken)
+    winner = taken[-1] if sign == 1 else taken[0]
+    rivals = {r["name"] for r in run.record["choice"]["rivals"]}
+    assert run.record["model"]["size"] == winner and rivals >= set(taken) - {winner}
+    steps = [json.loads(text)["step"] for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert len(fieldguide.open_run(tmp_path / "run").predict(product)) == 600
+
+
+def test_a_race_names_its_contenders(product, tmp_path, short_race, monkeypatch):
+    """The first choice keeps its name if another network wins."""
+    monkeypatch.setattr(race, "choose_options", lambda advice: OTHERS)
+    monkeypatch.setattr(race.Race, "find_leader", lambda self: self.contenders[-1])
+    run = fieldguide.fit(product, "y", minutes=0.15, out=tmp_path / "run", callback=NullCallback())
+    names = [c["name"] for c in run.record["race"]["contenders"]]
+    assert len(set(names)) == len(names) and run.record["race"]["winner"] == names[-1]
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.4])

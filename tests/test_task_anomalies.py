@@ -243,6 +243,19 @@ def test_rows_of_a_table(tmp_path):
     assert list(records[0]) == ["input", "anomaly", "score", "due_to"]
 
 
+def test_fit_without_labels_reports_the_reconstruction_error(tmp_path, capsys):
+    table().write_csv(tmp_path / "rows.csv")
+    run = fit(
+        tmp_path / "rows.csv",
+        task="anomaly-detection",
+        model="autoencoder-test",
+        out=tmp_path / "run",
+        settings={**QUICK, "steps": 5},
+    )
+    assert f"{run.scores['reconstruction']:.4g} reconstruction error on held-out examples" in capsys.readouterr().out
+    assert {r["anomaly"] for r in run.predict(tmp_path / "rows.csv")} <= {True, False} and run.scores["auc"] is None
+
+
 def test_baselines_equal_their_definitions():
     made, task = fitted(table())
     reference, held = task.vectors(made), task.vectors(made.take(range(20)))

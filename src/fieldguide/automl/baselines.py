@@ -46,6 +46,7 @@ class Baseline:
     task: Task  # whose preprocessing its inputs need; a network that starts from a checkpoint has its own
     parameters: Mapping[str, Any] = field(default_factory=dict)  # of the fit, to repeat it with other rows
     size: str = ""  # name of a size of the card; the default one if empty
+    is_replaced: bool = False  # a network whose place a baseline took
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class Baseline:
         """Return the entry of run.json."""
         return {
             "name": self.name,
-            "network": not self.card.solver,
+            "network": self.is_replaced,
             "validation": self.score,
             "chosen": self.chosen,
             "seconds": round(self.seconds, 2),

@@ -238,6 +238,7 @@ class Plan:
             seconds=0.0,
             task=self.task,
             size=self.size,
+            is_replaced=True,
         )
         self.card, self.size, self.config, self.objective = baseline.card, baseline.name, baseline.config, baseline.objective
         self.part_networks, self.fresh, self.parameters = {}, None, baseline.parameters
@@ -255,6 +256,7 @@ class Plan:
             seconds=0.0,
             task=self.task,
             size=self.size,
+            is_replaced=True,
         )
         member = Member(baseline.objective.model, baseline.card.inputs, weight)
         assert isinstance(self.objective, Supervised)

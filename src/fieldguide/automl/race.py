@@ -9,6 +9,7 @@ on from its weights.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
@@ -69,8 +70,8 @@ class Contender:
         }
 
 
-def is_possible(plan: Plan, request: Mapping[str, Any]) -> bool:
-    """Return whether networks may race: the user left the choice open, and there is time for it."""
+def is_open(plan: Plan, request: Mapping[str, Any]) -> bool:
+    """Return whether other networks may be tried: the user left the choice and the number of steps open."""
     return (
         request["model"] == "auto"
         and request["weights"] is None
@@ -78,9 +79,13 @@ def is_possible(plan: Plan, request: Mapping[str, Any]) -> bool:
         and not plan.card.solver
         and not plan.settings.deterministic
         and plan.max_steps > 0
-        and has_time(plan.training_seconds or 0.0)
         and distributed.get_world_size() == 1
     )
+
+
+def is_possible(plan: Plan, request: Mapping[str, Any]) -> bool:
+    """Return whether networks may race: the choice is open, and there is time for it."""
+    return is_open(plan, request) and has_time(plan.training_seconds or 0.0)
 
 
 def has_time(seconds: float) -> bool:
@@ -114,7 +119,7 @@ class Race:
         self.contenders: list[Contender] = []
         if options:
             callback.on_phase(f"preparing a race of {1 + len(options)} networks")
-            plans = [plan]
+            plans = [copy.copy(plan)]  # `plan` becomes the winner
             for option in options:
                 try:
                     plans.append(plan.build_contender(option, NullCallback()))
@@ -122,7 +127,8 @@ class Race:
                     callback.log(f"{option.name} does not race: {error}")
             self.contenders = [Contender(each, build(each, NullCallback())) for each in plans]
         if (contender := self.build_pretrained()) is not None:
-            self.contenders = [*(self.contenders or [Contender(plan, build(plan, NullCallback()))]), contender]
+            first = copy.copy(plan)
+            self.contenders = [*(self.contenders or [Contender(first, build(first, NullCallback()))]), contender]
         self.left -= time.monotonic() - started
 
     def build_pretrained(self) -> Contender | None:

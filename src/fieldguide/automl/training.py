@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ from fieldguide.automl.build_plan import Plan
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.clock import Clock, get_training_seconds
 from fieldguide.automl.ensemble import find_ensemble
-from fieldguide.automl.race import Race, is_possible
+from fieldguide.automl.further_networks import describe, train_further
+from fieldguide.automl.race import Race, is_open, is_possible
 from fieldguide.automl.refit import TIME_FRACTION, refit
 from fieldguide.automl.run_writer import evaluate_and_save, save_trained
 from fieldguide.core import distributed
@@ -81,8 +85,7 @@ def race(path: Path, record: dict[str, Any], plan: Plan, callback: Clock) -> Tra
         is_interrupted = True
     loop = contest.winner.loop
     loop.attach(path)
-    record["model"], record["settings"] = plan.describe_model(), loop.settings.to_dict()
-    record["cost"] |= {"training_seconds": plan.training_seconds, "max_steps": plan.max_steps}
+    describe_choice(record, plan, loop)
     record["race"] = contest.to_record()
     if plan.weights is not None:  # resume starts from them too
         record["request"]["weights"] = plan.weights
@@ -96,6 +99,44 @@ def race(path: Path, record: dict[str, Any], plan: Plan, callback: Clock) -> Tra
     return loop
 
 
+def describe_choice(record: dict[str, Any], plan: Plan, loop: Trainer) -> None:
+    """Put the network that was chosen into the record of a run."""
+    record["model"], record["settings"] = plan.describe_model(), loop.settings.to_dict()
+    record["cost"] |= {"training_seconds": plan.training_seconds, "max_steps": plan.max_steps}
+
+
+def use_remaining_time(
+    path: Path, record: dict[str, Any], plan: Plan, loop: Trainer, rivals: list[Baseline], callback: Clock
+) -> Trainer:
+    """Train other networks in the time that is left, put the best one into the plan, and return its loop.
+
+    The others are appended to `rivals`.
+    """
+    others = train_further(plan, loop, build_trainer, callback)
+    if not others:
+        return loop
+    metric = plan.task.monitored_metric()
+    sign = 1 if metric.better == "max" else -1
+    trained = [(copy.copy(plan), loop, loop.state.seconds), *others]
+    rank = lambda entry: -math.inf if entry[1].state.best is None else sign * entry[1].state.best
+    best = max(trained, key=rank)
+    rivals += [describe(*entry) for entry in trained if entry is not best]
+    shown = "; ".join(
+        f"{p.size} {metric.text(t.state.best) if t.state.best is not None else 'no score'}" for p, t, _ in trained
+    )
+    callback.log(f"{metric.heading} on validation rows: {shown}; {best[0].size} is kept")
+    if best[1] is loop:
+        return loop
+    plan.become(best[0])
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)  # of the first network
+    (path / "metrics.jsonl").unlink(missing_ok=True)
+    best[1].attach(path)
+    best[1].callback = callback
+    best[1].save()
+    describe_choice(record, plan, best[1])
+    return best[1]
+
+
 def estimate_test_seconds(plan: Plan) -> float:
     """Return the seconds of a forward pass over the test rows: a third of the time of a training step for each batch."""
     rows = min(len(plan.splits.test), plan.task.max_test_examples or len(plan.splits.test))
@@ -103,20 +144,23 @@ def estimate_test_seconds(plan: Plan) -> float:
     return rows / plan.settings.resolved_batch_size * seconds / 3
 
 
-def train(
+def train(plan: Plan, loop: Trainer | SolverLoop) -> State:
+    """Train, and calibrate on the validation rows."""
+    return settle(plan, loop.train())
+
+
+def settle(
     plan: Plan,
-    loop: Trainer | SolverLoop,
+    state: State,
     save: Callable[[State], None] | None = None,
-    more_steps: bool = True,
     rivals: list[Baseline] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> State:
-    """Train, unless `more_steps` is False, then calibrate on the validation rows. `save` is called in between.
+    """Choose the model of the run after training, and calibrate it on the validation rows. `save` is called in between.
 
     If the mean with one of the fitted `rivals` is clearly better, both become the model; else, if a rival has a better validation
     score, it changes places with the network.
     """
-    state = loop.train() if more_steps else loop.finish()
     peft.merge(plan.objective)
     if rivals and (joined := find_ensemble(plan, rivals, state.best)) is not None:
         baseline, weight, score = joined
@@ -162,9 +206,9 @@ def train_and_test(
     path: Path, record: dict[str, Any], plan: Plan, callback: Clock, resume: bool = False, more_steps: bool = True
 ) -> Run:
     """Train a plan in its run folder, test it, and return the run."""
-    is_open = record["choice"].get("is_open", False)  # whether the user left the model open
+    is_left_open = record["choice"].get("is_open", False)  # whether the user left the model open
     baselines = fit_baselines(plan, callback)
-    if is_open and (downloaded := fit_downloaded(plan, callback)) is not None:
+    if is_left_open and (downloaded := fit_downloaded(plan, callback)) is not None:
         baselines.append(downloaded)
     is_begun = resume and any((path / "checkpoints").glob("step-*.json"))
     wants_frozen = record["choice"].get("frozen_features", False) and more_steps and not is_begun
@@ -176,6 +220,8 @@ def train_and_test(
         if distributed.rank() == 0:
             write_record(path, record)
     raced = race(path, record, plan, callback) if not resume and is_possible(plan, record["request"]) else None
+    can_continue = more_steps and not resume and raced is None and not plan.settings.refit and not plan.part_networks
+    can_continue = can_continue and is_left_open and is_open(plan, record["request"])
     loop = raced or build_trainer(plan, callback, path)
     if resume and loop.resume():
         callback.log(f"resumed at step {loop.state.step} of {loop.settings.steps}")
@@ -206,7 +252,10 @@ def train_and_test(
 
     finished = False
     try:
-        state = train(plan, loop, save, more_steps, baselines if is_open else None, callback.log)
+        state = loop.train() if more_steps else loop.finish()
+        if can_continue and isinstance(loop, Trainer):
+            loop = use_remaining_time(path, record, plan, loop, baselines, callback)
+        state = settle(plan, loop.state, save, baselines if is_left_open else None, callback.log)
         if state.stopped:
             callback.log(f"stopped at step {state.step}: {state.stopped}")
         if frozen is not None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fieldguide.exporting.anomalies import build_anomaly_detection
 from fieldguide.exporting.audio import build_audio_classification, build_speech_recognition
+from fieldguide.exporting.cases import build_series_classification
 from fieldguide.exporting.detection import build_detection
 from fieldguide.exporting.forecasting import build_forecast
 from fieldguide.exporting.graph import ExportError, Graph
 from fieldguide.exporting.segmentation import build_segmentation
 from fieldguide.exporting.steps.images import Resize, choose_reading, describe_image_reading, describe_pixels
 from fieldguide.exporting.supervised import finish
-from fieldguide.exporting.tables import build_anomaly_detection, build_table
+from fieldguide.exporting.tables import build_table
 from fieldguide.exporting.text import build_question_answering, build_text_classification, build_token_classification
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
     "text-classification": build_text_classification,
     "token-classification": build_token_classification,
     "question-answering": build_question_answering,
+    "time-series-classification": build_series_classification,
     "time-series-forecasting": build_forecast,
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.signature import Axis, TensorSpec
+from fieldguide.data.dataset import Column
 from fieldguide.data.number_formats import NumberFormat, list_replacements
 from fieldguide.data.text_values import MISSING_MARKERS
 from fieldguide.data.timeseries.frequency import DAY, SECOND
@@ -66,12 +67,7 @@ def build_forecast(predictor: TaskPredictor) -> Graph:
     if frequency.unit not in UNITS or (frequency.unit == MONTH and (frequency.anchor or frequency.days)) or frequency.days:
         raise ExportError(f"run.py does not know time steps of {frequency.article} yet.")
     time = next((c for c in columns if c.role == "time"), None)
-    if time is not None and any(
-        (time.date_format or {}).get(name) for name in ("order", "parts", "weeks", "compact", "region")
-    ):
-        raise ExportError(
-            f"column {time.name!r} has dates that run.py cannot read. Write them as 2026-01-31 18:00 and train again."
-        )
+    check_dates(time)
     targets = [c for c in columns if c.role == "target"]
     named = [c.name for c in columns if c.role == "series"]
     if task.layout == "rows":
@@ -104,7 +100,8 @@ def build_forecast(predictor: TaskPredictor) -> Graph:
     )
     module = build_pipeline(predictor, StandardizeWindow(), RescaleForecast(task), ("forecast",), keep_scale)
     dates = ("dates",) if frequency.unit != "number" else ()
-    parts = ("numbers", *dates, f"times_{frequency.unit}", f"series_{'rows' if task.layout == 'rows' else 'steps'}", "series")
+    arranging = "series_rows" if task.layout == "rows" else "series_steps"
+    parts = ("numbers", *dates, f"times_{frequency.unit}", arranging, "series_values", "series")
     return Graph(module, inputs, ("forecast",), parts, values)
 
 
@@ -113,7 +110,18 @@ def keep_scale(objective: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor
     return lambda batch: {**objective.outputs(batch), "mean": batch["mean"], "std": batch["std"]}
 
 
-def describe_target(column: Any) -> dict[str, Any]:
+def check_dates(column: Column | None) -> None:
+    """Raise `ExportError` if the program cannot read the dates of a time column."""
+    if column is None:
+        return
+    form = column.date_format or {}
+    if any(form.get(name) for name in ("order", "parts", "weeks", "compact", "region")):
+        raise ExportError(
+            f"column {column.name!r} has dates that run.py cannot read. Write them as 2026-01-31 18:00 and train again."
+        )
+
+
+def describe_target(column: Column) -> dict[str, Any]:
     """Return how the program reads the values of a column."""
     form = column.number_format or {}
     return {"name": column.name, "format": form, "pattern": NumberFormat(**form).build_pattern()}

@@ -55,7 +55,7 @@ def finish(predictor: TaskPredictor, front: nn.Module, inputs: tuple[TensorSpec,
         parts["names"] = (Names("label", "code", tuple(task.labels)),)
     else:
         back, outputs, values = Rescale(task.standard), ("value",), {}
-    answer = task.describe_record()[0].name
+    answer = parts.pop("answer", task.describe_record()[0].name)
     module = build_pipeline(predictor, front, back, outputs)
     values |= {"answer": answer} | parts.pop("values", {})
     return Graph(module, inputs, outputs, values=values, **parts)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from fieldguide.core.signature import Axis, TensorSpec
 from fieldguide.data.column_types import FALSE_WORDS, TRUE_WORDS
 from fieldguide.data.dataset import Column
 from fieldguide.data.number_formats import NumberFormat, list_replacements
 from fieldguide.data.preprocessing.labels import list_spellings
 from fieldguide.data.text_values import MISSING_MARKERS
-from fieldguide.exporting.graph import BATCH, ExportError, Graph, Lookup, build_pipeline
+from fieldguide.exporting.graph import BATCH, ExportError, Graph, Lookup
 from fieldguide.exporting.steps.tables import TableSteps
 from fieldguide.exporting.supervised import finish
 
@@ -46,39 +43,6 @@ def build_table(predictor: TaskPredictor) -> Graph:
     table = describe_table(task, predictor.card.number_scale, predictor.card.input_type == "vector")
     parts = {"columns": table.columns, "lookups": table.lookups, "values": table.values}
     return finish(predictor, table.front, table.inputs, parts=(*READING, "tables", "classes", "table_answers"), **parts)
-
-
-def build_anomaly_detection(predictor: TaskPredictor) -> Graph:
-    """Return the graph of anomaly detection in rows of a table."""
-    task: Any = predictor.task
-    if task.preparer is None:
-        raise ExportError("anomaly detection in series cannot be exported to a graph yet; in rows of a table it can.")
-    table, scores = describe_table(task, "standard", True), AnomalyScores(task)
-    module = build_pipeline(predictor, table.front, scores, ("score", "shares"))
-    values = table.values | {"features": scores.names}
-    parts = (*READING, "tables", "anomalies")
-    return Graph(module, table.inputs, ("score", "shares"), parts, values, table.columns, table.lookups)
-
-
-class AnomalyScores(nn.Module):
-    """Return the score of each row, 1 at the threshold, and the share of each column in it: `AnomalyDetection.postprocess`."""
-
-    scale: Tensor
-    owner: Tensor  # F columns, 1 where a feature is of a column
-
-    def __init__(self, task: Any):
-        super().__init__()
-        features = task.list_features()
-        self.names, self.threshold = list(dict.fromkeys(features)), float(task.find_threshold())
-        owner = torch.tensor([[float(name == other) for other in self.names] for name in features], dtype=torch.float64)
-        self.register_buffer("scale", torch.tensor(task.scale, dtype=torch.float64), persistent=False)
-        self.register_buffer("owner", owner, persistent=False)
-
-    def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        parts = outputs["errors"].double() / self.scale
-        shares = parts @ self.owner
-        least = torch.tensor(1e-12, dtype=torch.float64)
-        return {"score": parts.mean(1) / self.threshold, "shares": shares / torch.maximum(shares.sum(1, keepdim=True), least)}
 
 
 def describe_table(task: Any, scale: str, as_vector: bool) -> TableInput:

@@ -29,6 +29,7 @@ from fieldguide.core.media import Media
 from fieldguide.data.dataset import FILE, LINE
 from fieldguide.data.read import load
 from fieldguide.data.splits import sample_rows
+from fieldguide.data.timeseries.cases import CASE
 from fieldguide.exporting.graph import ExportError
 from fieldguide.exporting.precision import Precision
 from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
@@ -41,6 +42,8 @@ MAX_ROWS = 512  # that are compared
 ALLOWED = {"float32": (1e-4, 1.0), "float16": (0.01, 0.99), "int8": (0.1, 0.95)}
 BATCHES = ((1, 8), (7, 64), (64, MAX_ROWS))  # size of batches, and the number of rows that run in them
 TIMEOUT = 1800  # seconds
+MAX_STEPS = 2048  # of series, if each step has a record
+ROW = "#row"  # a column of row numbers
 MAX_EXAMPLES = 5  # of differences that are kept
 MAX_SERIES, CUTS = 32, 8  # of a request of series, and how many requests end at different steps
 ROUNDED = {"box": 0.101, "x": 0.101, "y": 0.101}  # values that are rounded to one decimal place: pixels
@@ -90,10 +93,38 @@ class Verification:
 
 def choose_requests(predictor: TaskPredictor, source: str) -> tuple[list[pl.DataFrame], Any]:
     """Return tables of raw inputs, each of which is a request, and the data of the first if scores are compared."""
-    if predictor.signature.record_for == "step":
+    if predictor.signature.series is not None:
         return cut_series(predictor, source), None
-    table, data = choose_rows(predictor, source)
+    if predictor.signature.record_for == "step":
+        return [choose_steps(predictor, source)], None
+    choose = choose_cases if predictor.signature.record_for == "series" else choose_rows
+    table, data = choose(predictor, source)
     return [table], data
+
+
+def choose_steps(predictor: TaskPredictor, source: str) -> pl.DataFrame:
+    """Return the last raw rows of the first series of a source, `MAX_STEPS` in all."""
+    raw, fields = load(source).raw.rows, predictor.signature.inputs
+    owners = [field.name for field in fields if field.role == "series"]
+    raw = raw.select(field.name for field in fields if field.name in raw.columns)
+    if owners:
+        raw = raw.join(raw.select(owners).unique(maintain_order=True).head(MAX_SERIES), on=owners, maintain_order="left")
+        most = -(-MAX_STEPS // raw.select(owners).n_unique())
+        return raw.filter(pl.int_range(pl.len(), 0, -1).over(owners) <= most)
+    return raw.tail(MAX_STEPS)
+
+
+def choose_cases(predictor: TaskPredictor, source: str) -> tuple[pl.DataFrame, Any]:
+    """Return the raw rows of labeled series as a table, and their data: held-out series if the run was trained on `source`."""
+    data = choose_held_out(predictor, source)
+    raw = load(source).raw.rows.with_row_index(ROW)
+    rows = [int(data.context.row[case]) for case in data.rows[CASE]]
+    owners = [field.name for field in predictor.signature.inputs if field.role == "series"]
+    first = raw.filter(pl.col(ROW).is_in(rows))
+    if predictor.task.layout == "long":  # type: ignore[attr-defined]
+        first = raw.join(first.select(*owners), on=owners, how="semi")
+    names = [field.name for field in predictor.signature.inputs if field.name in raw.columns]
+    return first.select(names), data
 
 
 def cut_series(predictor: TaskPredictor, source: str) -> list[pl.DataFrame]:
@@ -116,17 +147,23 @@ def cut_series(predictor: TaskPredictor, source: str) -> list[pl.DataFrame]:
 
 def choose_rows(predictor: TaskPredictor, source: str) -> tuple[pl.DataFrame, Any]:
     """Return raw input rows as a table, and their data: held-out rows if the run was trained on `source`."""
+    data = choose_held_out(predictor, source)
+    names = [field.name for field in predictor.signature.inputs if field.name in data.rows.columns]
+    return join_raw_cells(predictor, predictor.task.read([source]).inputs, data.rows, names), data
+
+
+def choose_held_out(predictor: TaskPredictor, source: str) -> Any:
+    """Return at most `MAX_ROWS` rows of a source, those held out if the run was trained on it. Raises `DataError` if there is none."""
     task = predictor.task.for_request(predictor.task.PredictOptions())
     data = task.read([source], answered=True)
     record = getattr(predictor, "record", None)
     if record and data.manifest.digest == record["data"]["digest"] and len(data) == record["data"]["rows"]:
         splits = predictor.read_splits()  # type: ignore[attr-defined]
         data = data.take(splits.test if len(splits.test) else splits.validation)
-    data = data.take(sample_rows(np.arange(len(data)), MAX_ROWS, 0))
+    data = data.take(np.sort(sample_rows(np.arange(len(data)), MAX_ROWS, 0)))
     if not len(data):
         raise DataError(f"{source} has no row to verify the export with. Give data with --data.")
-    names = [field.name for field in predictor.signature.inputs if field.name in data.rows.columns]
-    return join_raw_cells(predictor, task.read([source]).inputs, data.rows, names), data
+    return data
 
 
 def join_raw_cells(predictor: TaskPredictor, raw: pl.DataFrame | None, rows: pl.DataFrame, names: list[str]) -> pl.DataFrame:
@@ -160,6 +197,8 @@ def verify(
         for path, table in zip(paths, tables):
             (table.write_ndjson if has_lists(table) else table.write_csv)(path)
         expected = [record for path in paths for record in predictor.predict(str(path))]
+        if not any(field.name == "series" or field.role == "series" for field in predictor.signature.inputs):
+            expected = [{name: value for name, value in record.items() if name != "series"} for record in expected]
         found, notes = run_folder(folder, paths, batches)
     comparison = Comparison(tolerance, getattr(predictor.task, "score_threshold", 0.0))
     problems, largest, same = [], 0.0, 0

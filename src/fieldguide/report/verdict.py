@@ -56,7 +56,7 @@ def judge(record: Mapping[str, Any], metric: Metric) -> Badge | None:
     if a baseline is equally good.
     """
     scores = record["scores"]
-    known = [b["scores"][metric.name] for b in list_baselines(record) if b["scores"].get(metric.name) is not None]
+    known = [b["scores"][metric.name] for b in list_scored(list_baselines(record), metric)]
     own, interval = scores["test"][metric.name], scores["intervals"][metric.name]
     if not known or own != own:
         return None
@@ -78,12 +78,18 @@ def list_baselines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def find_better_baselines(record: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
     """Return the baselines that score better than the network."""
     sign, own = (1 if metric.better == "max" else -1), record["scores"]["test"][metric.name]
-    return [b for b in list_baselines(record) if metric.name in b["scores"] and sign * b["scores"][metric.name] > sign * own]
+    return [b for b in list_scored(list_baselines(record), metric) if sign * b["scores"][metric.name] > sign * own]
 
 
 def list_scores(baselines: Sequence[Mapping[str, Any]], metric: Metric) -> str:
     """Return names and scores of baselines as text."""
-    return "; ".join(f"{b['name']} {metric.text(b['scores'][metric.name])}" for b in baselines if metric.name in b["scores"])
+    return "; ".join(f"{b['name']} {metric.text(b['scores'][metric.name])}" for b in list_scored(baselines, metric))
+
+
+def list_scored(baselines: Sequence[Mapping[str, Any]], metric: Metric) -> list[Any]:
+    """Return the baselines that have a score; one that is undefined, such as for rows without labels, is None or NaN."""
+    has_score = lambda value: value is not None and value == value
+    return [b for b in baselines if has_score(b["scores"].get(metric.name))]
 
 
 def list_facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:

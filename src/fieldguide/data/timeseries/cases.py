@@ -40,7 +40,12 @@ FINDINGS: dict[str, tuple[Severity, str, str]] = {  # name: severity, descriptio
     ),
     "missing-label": ("warning", "series without a label; they are dropped", "Fill the label in."),
     "empty-series": ("warning", "series without values; they are dropped", "Fill the values in or remove the series."),
-    "short-series": ("warning", "series with a single step; they are dropped", "Provide longer series."),
+    "short-series": (
+        "warning",
+        "series with a single step; they are dropped",
+        "Provide longer series. If a row is one step of a series, name the column that tells the series apart: --set "
+        "role.series=COLUMN.",
+    ),
     "repeated-step": (
         "error",
         "rows with a repeated series and time: {names}",

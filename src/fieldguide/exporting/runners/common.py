@@ -41,7 +41,7 @@ class Model:  # in `folder`
             records[number] = build_record({k: v[i] for k, v in zip(self.outputs, outputs)}, rows[number], item)
 
 
-def read_rows(path):
+def read(path):
     """Yield the rows of a CSV, TSV or JSON Lines file as dictionaries."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         if Path(path).suffix in (".jsonl", ".ndjson"):

@@ -1,3 +1,6 @@
+read_rows = read
+
+
 def read(path):
     """Yield the files of a folder, of a table, or one file: `SUFFIXES` are those that the model reads."""
     path, column = Path(path), CONFIG["column"]

@@ -1,4 +1,4 @@
-read, prepare, shape_key = read_rows, dict, lambda item: None  # windows have one length
+prepare, shape_key = dict, lambda item: None  # windows have one length
 
 
 class Model(Model):
@@ -6,14 +6,6 @@ class Model(Model):
         """Return the steps of the forecasts of all series."""
         known = {name: values for name, values in list_series(rows).items() if np.isfinite([*values.values()]).any()}
         return [step for steps in super().predict(map(cut_window, known, known.values()), batch) for step in steps]
-
-
-def read_value(row, column):
-    value = row.get(column["name"])
-    try:
-        return np.nan if str(value).strip().lower() in CONFIG["missing"] else to_number(value, column)
-    except ValueError:
-        raise SystemExit(f"column {column['name']!r}: {value!r} is no number") from None
 
 
 def cut_window(name, values):

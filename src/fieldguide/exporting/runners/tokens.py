@@ -1,7 +1,6 @@
 from tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.from_file(str(HERE / "tokenizer.json"))
-read = read_rows
 
 
 def encode(text, exact):

@@ -31,6 +31,7 @@ from fieldguide.tasks.anomaly import report
 from fieldguide.tasks.anomaly.evaluator import AnomalyEvaluator
 from fieldguide.tasks.base import Arrays, Baseline, Task
 from fieldguide.tasks.signature_parts import describe_column
+from fieldguide.tasks.spec import Metric
 
 ANOMALY_WORDS = (
     "1",
@@ -143,8 +144,14 @@ class AnomalyDetection(AnomalyEvaluator, Task):
         return task
 
     def read_only(self, input_type: str) -> None:
-        """Restrict the networks to those with this input."""
+        """Restrict the networks to those with this input. Steps of series are no rows of their own: those before them count."""
         vars(self)["input_types"] = (input_type,)
+        vars(self)["record_for"] = "step" if input_type == "series" else "row"
+
+    def main_metric(self) -> Metric:
+        """Return the metric that results are summarized with. Without labels, only the reconstruction error is known."""
+        unlabeled = None if self.is_labeled else next(m for m in self.metrics if m.name == "reconstruction")
+        return unlabeled or super().main_metric()
 
     def find_normal_labels(self, data: Data) -> list[str]:
         """Return the labels of normal rows."""
