@@ -646,7 +646,7 @@ def timesfm_package(model: nn.Module) -> Peer:
     return TimesFmPackage(model.config), rename
 
 
-class Logits(nn.Module):
+class Logits(Tied):
     """A language model of transformers, with padding on the right and positions from 0."""
 
     def __init__(self, peer: nn.Module):
@@ -707,8 +707,9 @@ def huggingface_decoder(model: nn.Module) -> Peer:
 
     card = card_of(model)
     theirs = to_public_config(card, card.configs["huggingface"], model.config)
-    # torch's own knows no caps and no sinks
-    how = "plain" if theirs.get("attn_logit_softcapping") else "eager" if card.name == "gpt-oss" else "sdpa"
+    kind = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[theirs["model_type"]]
+    how = "sdpa" if getattr(transformers, kind)._supports_sdpa else "eager"
+    how = "plain" if theirs.get("attn_logit_softcapping") else how  # torch's own knows no caps
     transformers.AttentionInterface.register("plain", plain_attention)
     transformers.AttentionMaskInterface.register("plain", transformers.masking_utils.eager_mask)
     config = transformers.AutoConfig.for_model(
@@ -1418,6 +1419,8 @@ CASES = {
     "mixtral": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "qwen3-moe": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "gpt-oss": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "gpt-neo": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
+    "mamba2": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "deepseek-v3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2, overrides=(("bias_speed", 0.0),), selects=True),
     "gemma": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "gemma2": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2, overrides=(("cap", 20.0),)),

@@ -75,7 +75,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     small |= dict.fromkeys([key for key in WIDTHS if key in config], width)
     small |= dict.fromkeys([key for key in ("projection_dim", "pooler_hidden_size") if key in config], width)
     wide = next(config[key] for key in WIDTHS if key in config)
-    small |= {key: 4 * width if config[key] == 4 * wide else 24 for key in MLPS if key in config}
+    small |= {key: 4 * width if config[key] == 4 * wide else 24 for key in MLPS if config.get(key)}
     if "conv_dim" in config:
         small |= {"conv_dim": [8] * len(config["conv_dim"]), "num_conv_pos_embedding_groups": 4, "num_codevectors_per_group": 5}
     if "mrope_section" in (config.get("rope_scaling") or {}):
@@ -86,6 +86,10 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     layers = config.get("sliding_window_pattern", config.get("global_attn_every_n_layers", first)) + 1
     if "layer_types" in config:
         small["layer_types"] = config["layer_types"][:layers]
+    if "attention_types" in config:
+        small["attention_types"] = [[config["attention_types"][0][0], layers // 2]]
+    if "state_size" in config:  # heads of groups
+        small |= {"num_heads": 8, "hidden_size": 8 * HEAD_WIDTH // config["expand"]}
     return small | dict.fromkeys([key for key in DEPTHS if key in config], layers)
 
 

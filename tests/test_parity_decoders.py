@@ -12,6 +12,7 @@ from torch import nn
 import fieldguide
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.generation import Sampling, generate
+from fieldguide.models.recurrent.mamba2 import scan, sum_segments
 from fieldguide.models.registry import cards, create
 from test_models import tiny
 from test_pretrained import settled
@@ -130,6 +131,45 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
             "experts_implementation": "eager",
         },
     ),
+    "mamba2": (
+        {
+            **dict.fromkeys(("num_attention_heads", "intermediate_size", "max_position_embeddings"), ...),
+            "num_heads": 4,
+            "head_dim": 8,
+            "state_size": 6,
+            "n_groups": 2,
+            "chunk_size": 4,
+        },
+        {
+            **dict.fromkeys(("num_attention_heads", "intermediate_size", "max_position_embeddings"), ...),
+            "num_heads": 6,
+            "head_dim": 8,
+            "expand": 3,
+            "state_size": 3,
+            "n_groups": 1,
+            "conv_kernel": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt-neo": (
+        {
+            "intermediate_size": None,
+            "num_hidden_layers": ...,
+            "num_attention_heads": ...,
+            "num_layers": 3,
+            "num_heads": 4,
+            "window_size": 5,
+            "attention_types": [[["global", "local"], 1], [["global"], 1]],
+        },
+        {
+            "intermediate_size": None,
+            "num_hidden_layers": ...,
+            "num_attention_heads": ...,
+            "num_layers": 2,
+            "num_heads": 2,
+            "attention_types": [[["global", "local"], 1]],
+        },
+    ),
     "olmo2": ({"num_key_value_heads": 2}, {}),
     "gpt-neox": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
@@ -148,7 +188,7 @@ def theirs(name: str, changes: dict[str, Any]) -> nn.Module:
     """Return the network of transformers with random weights."""
     kind = next(row.value for key, row in cards()[name].configs["huggingface"].items() if key == "model_type")
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **changes})
+    config = transformers.AutoConfig.for_model(kind, **{key: x for key, x in {**SHAPE, **changes}.items() if x is not ...})
     made = settled(transformers.AutoModelForCausalLM.from_config(config))
     for key, buffer in made.named_buffers():
         if key.endswith("e_score_correction_bias"):
@@ -311,6 +351,10 @@ def test_configurations_as_published(name, changes, old, tmp_path):
         ("mistral", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("gpt-oss", {"layer_types": ["full_attention"] * 3}, "must alternate"),
         ("gpt-oss", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_type='llama3'"),
+        ("gpt-neo", {"attention_types": [[["global"], 3]]}, "must alternate"),
+        ("gpt-neo", {"intermediate_size": 20}, "intermediate_size=20"),
+        ("mamba2", {"time_step_limit": [0.0, 0.1]}, "time steps must be unlimited"),
+        ("mamba2", {"use_bias": True}, "use_bias=True"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ("deepseek-v3", {"rope_interleave": False}, "rope_interleave=False"),
     ],
@@ -319,6 +363,70 @@ def test_unsupported_configurations_are_rejected(name, changes, said, tmp_path):
     theirs(name, CONFIGS[name][0]).save_pretrained(tmp_path)
     edit(tmp_path, **changes)
     with pytest.raises(WeightsError, match=said):
+        fieldguide.load(tmp_path)
+
+
+def recur(x, decay, write, read, state):
+    """Return what `scan` does, token by token."""
+    found = []
+    for t in range(x.shape[3]):
+        state = decay[..., t, None, None].exp() * state + write[..., t, :, None] * x[..., t, None, :]
+        found.append((read[..., t, :, None] * state).sum(-2))
+    return torch.stack(found, 3), state
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 11, 50])
+def test_scan_equals_the_recurrence(chunk):
+    """Outputs, last states and gradients, from a state and for chunks that do not divide the length."""
+    torch.manual_seed(0)
+    shapes = (2, 2, 3, 11, 5), (2, 2, 3, 11), (2, 2, 1, 11, 4), (2, 2, 1, 11, 4), (2, 2, 3, 4, 5)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    inputs[1] = inputs[1].detach().abs().mul(-1).requires_grad_()
+    x, decay, write, read, state = inputs
+    found, want = scan(x, decay, write, read, chunk, state), recur(*inputs)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+    weights = [torch.randn_like(part) for part in want]
+    ours, theirs_ = (
+        torch.autograd.grad(sum((part * w).sum() for part, w in zip(parts, weights)), inputs) for parts in (found, want)
+    )
+    torch.testing.assert_close(ours, theirs_, rtol=1e-9, atol=1e-11)
+
+
+def test_decays_over_long_chunks_stay_precise():
+    """In float32, two neighbors late in a chunk of strong decays: one cumulative sum would lose digits."""
+    decay = torch.full((1, 1, 1, 256), -12.3)
+    sums = sum_segments(decay)[0, 0, 0]
+    assert sums[255, 254].item() == pytest.approx(-12.3, rel=1e-6) and sums[7, 7] == 0 and sums[3, 5] == -torch.inf
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_files_of_the_authors_of_mamba2(is_tied, tmp_path):
+    """As state-spaces/mamba2-130m: other keys and names, a pickle with the tied head, a vocabulary that is padded."""
+    changes = {**CONFIGS["mamba2"][0], "num_heads": 1, "head_dim": 64, "hidden_size": 32, "n_groups": 1, "state_size": 128}
+    peer = theirs("mamba2", {**changes, "vocab_size": 32, "tie_word_embeddings": is_tied})
+    state = {key.replace("embeddings", "embedding"): x for key, x in peer.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    said = {
+        "d_model": 32,
+        "d_intermediate": 0,
+        "n_layer": 3,
+        "vocab_size": 27,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": is_tied,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    ours, tokens = fieldguide.load(tmp_path), torch.randint(27, (2, 11))
+    assert (ours.head.weight is ours.embed.weight) == is_tied
+    torch.testing.assert_close(ours(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4)
+    edit(tmp_path, attn_layer_idx=[1])
+    with pytest.raises(WeightsError, match=r"attn_layer_idx=\[1\]"):
         fieldguide.load(tmp_path)
 
 

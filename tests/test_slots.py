@@ -10,7 +10,7 @@ from fieldguide.models.generation.slots import SlotEngine, SlotRow
 from fieldguide.models.generation.stop_strings import StreamDecoder, decode_stream, truncate_at_stop
 from fieldguide.models.registry import card
 
-NAMES = ("gpt2", "llama", "gemma2", "qwen3", "mixtral")
+NAMES = ("gpt2", "llama", "gemma2", "qwen3", "mixtral", "deepseek-v3", "mamba2")
 WINDOW = 24
 
 

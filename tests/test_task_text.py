@@ -299,6 +299,40 @@ def test_network_learns_to_generate_text(tmp_path):
     assert again["scores"] == pytest.approx(run.scores)
 
 
+SMALL = {  # model -> changes of its tiny size
+    "mixtral-test": {"dim": 64, "heads": 4, "kv_heads": 2, "hidden": 64},
+    "deepseek-v3-test": {"dim": 64, "heads": 4, "q_rank": 32, "kv_rank": 32, "width": 16, "expert_hidden": 32, "hidden": 128},
+    "gpt-oss-test": {"dim": 64, "width": 16, "hidden": 64, "window": 16, "limit": 7.0},
+    "gpt-neo-test": {"dim": 64, "heads": 4, "window": 16},
+    "mamba2-test": {"dim": 64, "heads": 8, "state": 16, "chunk": 32},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SMALL)
+def test_other_language_models_learn_a_sample(model, tmp_path):
+    """Loss, texts with a cache, and the saved run."""
+    run = fit(
+        "manual",
+        model=model,
+        minutes=2,
+        out=tmp_path / "run",
+        settings={
+            "steps": 150,
+            "batch": 16,
+            "precision": "float32",
+            "task.tokenizer": "characters",
+            "task.length": 64,
+            "evaluate": 75,
+            **{f"model.{key}": value for key, value in SMALL[model].items()},
+        },
+    )
+    assert run.scores["loss"] < 2.6  # the frequencies of characters alone give 3.2
+    said = run.predict(["The value "], tokens=100, temperature=0.0)[0]["text"]  # longer than the context
+    assert said == "".join(run.stream("The value ", tokens=100, temperature=0.0)) and len(said) == 100
+    assert open_run(tmp_path / "run").predict(["The value "], tokens=100, temperature=0.0)[0]["text"] == said
+
+
 @pytest.mark.slow
 def test_network_learns_to_translate(tmp_path):
     run = fit(

@@ -23,10 +23,17 @@ MAX_MISSING_TENSORS = 3  # tensors that a file may lack, because they are tied
 
 
 def has_head(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> bool:
-    """Return whether a file has its own head."""
+    """Return whether a file has its own head, which does not share its memory with the embedding."""
     names = {name: tensor.to("meta") for name, tensor in state.items()}
-    ours = map_to_ours(names, card.tables(card.config(**values))[origin]).state
-    return any(name == "head.weight" or name.endswith(".head.weight") for name in ours)  # or that of a part, its decoder
+    found = map_to_ours(names, card.tables(card.config(**values))[origin]).origin
+    heads = [name for name in found if name == "head.weight" or name.endswith(".head.weight")]  # or that of a part, its decoder
+    embeds = [found.get(f"{name.removesuffix('head.weight')}embed.weight", "") for name in heads]
+    return any(not is_same_memory(state[found[head]], state.get(embed)) for head, embed in zip(heads, embeds))
+
+
+def is_same_memory(tensor: Tensor, other: Tensor | None) -> bool:
+    """Return whether two tensors are one, as tied tensors are in files of torch.save."""
+    return other is not None and tensor.numel() > 0 and tensor.data_ptr() == other.data_ptr() != 0
 
 
 def lacks_head(card: Card, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:

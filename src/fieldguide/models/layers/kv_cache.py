@@ -13,8 +13,8 @@ class Cache:
 
     `keys[i]` and `values[i]` are B heads length d, where values may have another d; the first `used` positions are filled.
     `real` (B length bool) is True for tokens that are not padding; `count` (B int64) is the number of real tokens, which is
-    the position of the next token of each row. A model calls `reserve` once per forward pass and `update` once per layer. Use it under
-    `torch.no_grad`.
+    the position of the next token of each row. A model calls `reserve` once per forward pass and `update` once per layer.
+    Use it under `torch.no_grad`.
 
     `states` are tensors B ... that recurrent layers keep instead; their length does not grow. A layer changes them in place.
 

@@ -12,7 +12,9 @@ Shapes: B batch, T tokens, D width, K tokens seen so far.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class GPT2(nn.Module):
     block: type[nn.Module] = Block
     last_norm: type[nn.Module] = nn.LayerNorm
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Any):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)  # also the output head
@@ -96,6 +98,10 @@ class GPT2(nn.Module):
             device=weight.device,
         )
 
+    def mask_layers(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> list[Tensor | None]:
+        """Return the attention mask of each layer."""
+        return [causal_mask(steps, mask, cache, device)] * len(self.blocks)
+
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         """Return the final hidden states."""
         steps = tokens.shape[1]
@@ -106,9 +112,9 @@ class GPT2(nn.Module):
             )
         if cache is not None:
             cache.reserve(steps, mask)
-        seen = causal_mask(steps, mask, cache, tokens.device)
+        masks = self.mask_layers(steps, mask, cache, tokens.device)
         x = self.dropout(self.embed(tokens) + self.pos(token_positions(steps, mask, cache, tokens.device)))
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, seen) in enumerate(zip(self.blocks, masks)):
             x = block(x, seen, cache, layer)
         return self.norm(x)
 
