@@ -19,7 +19,7 @@ from fieldguide.automl.ensemble import find_ensemble
 from fieldguide.automl.further_networks import describe, train_further
 from fieldguide.automl.race import Race, is_open, is_possible
 from fieldguide.automl.refit import TIME_FRACTION, refit
-from fieldguide.automl.run_writer import evaluate_and_save, save_trained
+from fieldguide.automl.run_writer import MIN_TEST_ROWS, evaluate_and_save, save_trained
 from fieldguide.core import distributed
 from fieldguide.core.errors import RunError
 from fieldguide.core.run_files import update_run
@@ -138,10 +138,16 @@ def use_remaining_time(
 
 
 def estimate_test_seconds(plan: Plan) -> float:
-    """Return the seconds of a forward pass over the test rows: a third of the time of a training step for each batch."""
-    rows = min(len(plan.splits.test), plan.task.max_test_examples or len(plan.splits.test))
+    """Return the seconds of predicting the test rows: a third of the time of a training step for each forward pass of a batch.
+
+    If predictions are generated, only `MIN_TEST_ROWS` are certain to be predicted.
+    """
+    task = plan.task
+    rows = min(len(plan.splits.test), task.max_test_examples or len(plan.splits.test))
+    if task.prediction_passes > 1:
+        rows = min(rows, MIN_TEST_ROWS)
     seconds = plan.seconds_per_step if plan.seconds_per_step == plan.seconds_per_step else 0.0  # NaN if it was not measured
-    return rows / plan.settings.resolved_batch_size * seconds / 3
+    return rows / plan.settings.resolved_batch_size * task.prediction_passes * seconds / 3
 
 
 def train(plan: Plan, loop: Trainer | SolverLoop) -> State:

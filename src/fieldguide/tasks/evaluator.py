@@ -34,6 +34,7 @@ class Evaluator:
     max_validation_examples: ClassVar[int | None] = None  # maximum validation rows scored during training
     baseline_models: ClassVar[tuple[str, ...]] = ()  # architectures that are fitted in seconds, to compare networks with
     max_test_examples: ClassVar[int | None] = None  # maximum test rows that are predicted; set if prediction is slow
+    prediction_passes: ClassVar[float] = 1.0  # time of a prediction, in forward passes of training: more if it is generated
 
     def prepare_test(self, train: Data, held: Data) -> None:
         """Compute from the training rows what the test's scores and elements need in addition to the targets."""

@@ -62,6 +62,7 @@ class ImageToText(CaptioningSignature, ImageAndTextTask):
     monitor = "loss"  # scored without generating text
     recipe: ClassVar = {"augmentation": "light", "patience": 8}
     max_test_examples = 1000  # beam search is slow
+    prediction_passes = 16.0
 
     @dataclass(frozen=True)
     class Options:

@@ -39,6 +39,7 @@ SHOWN_SENTENCES = 40  # sentences in the report
 
 
 class Translation(EncoderDecoderSignature, TextTask):
+    prediction_passes = 16.0  # beam search with one token a step
     name = "translation"
     reads = (
         "a table with a text column and a translation column (--target), or two files of parallel lines (train.de, train.en)"
