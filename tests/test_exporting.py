@@ -607,6 +607,60 @@ def test_transformers_generates_as_the_run(language_run, tmp_path):
     assert tokenizer.decode(made[0, start:], skip_special_tokens=True).strip() == want.strip()
 
 
+def test_step_graphs_generate_as_the_run(language_run, tmp_path):
+    """Also where an answer is longer than the network reads, so that its newer half is read again."""
+    done = language_run.export(out=tmp_path / "export")
+    assert done.passed and done.verification.rows >= 15 and done.verification.largest == 0, done.verification.problems
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
+    loop = json.loads((done.path / "loop.json").read_text())
+    assert loop["kind"] == "autoregressive" and loop["inputs"] == ["tokens", "keys", "values"]
+    assert set(loop["eos_tokens"]) >= set(language_run.task.ends)
+    prompts = ["the cat sat", "", "the dog slept near an old green door " * 12, "a green door"]
+    program = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import run; model = run.Model()\n"
+        "rows = [{'text': prompt} for prompt in json.loads(sys.argv[2])]\n"
+        "long = model.predict(rows, max_new_tokens=100, temperature=0)\n"
+        "drawn = [model.predict(rows[:1], max_new_tokens=9, seed=seed, temperature=1.0, top_p=1.0) for seed in (0, 0, 1)]\n"
+        "cut = [model.predict(rows[:1], max_new_tokens=9, seed=seed, top_p=1e-9) for seed in range(4)]\n"
+        "json.dump([long, drawn, cut], sys.stdout)"
+    )
+    command = [sys.executable, "-I", "-c", program, str(done.path), json.dumps(prompts)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    long, drawn, cut = json.loads(found.stdout)
+    alone = [language_run.predict([prompt], max_new_tokens=100, temperature=0)[0]["text"] for prompt in prompts]
+    assert [record["text"] for record in long] == alone
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(one == cut[0] for one in cut) and long[0]["text"].startswith(
+        cut[0][0]["text"]
+    )  # only the most likely token is left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["gpt2", "gpt-neox", "opt", "mistral", "qwen2", "qwen3", "mixtral", "gemma", "gemma2", "gemma3", "olmo2", "gpt"]
+)
+def test_step_graphs_of_architectures(name, tmp_path):
+    settings = {"steps": 10, "precision": "float32", "task.length": 64}
+    run = fieldguide.fit("manual", task="text-generation", model=f"{name}-test", out=tmp_path / "run", settings=settings)
+    done = run.export(out=tmp_path / "export")
+    assert done.passed, done.verification.problems
+
+
+def test_conversations_of_step_graphs_are_those_of_the_run(tmp_path):
+    say = lambda who, text: {"role": who, "content": text}
+    rows = [
+        {"messages": [say("system", "be kind"), say("user", f"what is {i}"), say("assistant", f"it is {i}")]}
+        for i in range(120)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    settings = {"steps": 20, "precision": "float32", "task.length": 48}
+    run = fieldguide.fit(
+        tmp_path / "chat.jsonl", task="text-generation", model="gpt2-test", out=tmp_path / "run", settings=settings
+    )
+    done = run.export(out=tmp_path / "export")
+    assert done.passed and done.verification.rows > 5, done.verification.problems
+
+
 def test_other_models_have_no_gguf(bert_run, language_run, tmp_path):
     with pytest.raises(SettingsError, match="a format of language models"):
         bert_run.export("gguf", out=tmp_path / "export")

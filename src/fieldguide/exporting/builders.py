@@ -10,6 +10,7 @@ from fieldguide.exporting.audio import build_audio_classification, build_speech_
 from fieldguide.exporting.cases import build_series_classification
 from fieldguide.exporting.detection import build_detection
 from fieldguide.exporting.forecasting import build_forecast
+from fieldguide.exporting.generation import build_text_generation
 from fieldguide.exporting.graph import ExportError, Graph
 from fieldguide.exporting.segmentation import build_segmentation
 from fieldguide.exporting.steps.images import Resize, choose_reading, describe_image_reading, describe_pixels
@@ -41,6 +42,7 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
     "image-segmentation": build_segmentation,
     "object-detection": build_detection,
     "keypoint-detection": build_detection,
+    "text-generation": build_text_generation,
     "text-classification": build_text_classification,
     "token-classification": build_token_classification,
     "question-answering": build_question_answering,
@@ -52,6 +54,6 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
 def build_graph(predictor: TaskPredictor) -> Graph:
     """Return the graph of a run or pretrained task. Raises `ExportError` for a task without one."""
     name = predictor.signature.task
-    if predictor.signature.loop is not None or name not in BUILDERS:
+    if name not in BUILDERS:
         raise ExportError(f"{name} cannot be exported to a graph yet. Tasks that can: {', '.join(sorted(BUILDERS))}.")
     return BUILDERS[name](predictor)

@@ -90,7 +90,9 @@ def export_onnx(predictor: Any, out: Path, name: str, data: str | None, precisio
         ) from error
     write_folder(predictor, graph, out, name, precision)
     try:
-        result = verify(predictor, out, found, precision, chosen=requests)
+        result = verify(
+            predictor, out, found, precision, chosen=requests, options=graph.test_options, find_ties=graph.find_ties
+        )
     except BaseException:
         shutil.rmtree(out)
         raise

@@ -3,6 +3,7 @@
 model.onnx        the network with all steps that can be part of a graph
 signature.json    inputs, tensors, steps and records (docs/signature.md)
 export.json       what run.py needs: columns, names of classes, special tokens
+loop.json         how the graph is called several times for one prediction, if it is
 run.py            predicts from raw inputs with numpy and onnxruntime
 requirements.txt  the packages of run.py
 verify.json       the comparison with the run on held-out rows, made in a process without torch and fieldguide
@@ -115,6 +116,8 @@ def write_folder(predictor: TaskPredictor, graph: Graph, out: Path, source: str,
         signature = predictor.signature
         dump(folder / "signature.json", signature.to_json())
         dump(folder / "export.json", {"task": signature.task, "renamed": renamed, **graph.values})
+        if graph.loop:
+            dump(folder / "loop.json", {**graph.loop, "inputs": [i.name for i in graph.inputs], "outputs": graph.outputs})
         (folder / "run.py").write_text(build_program(graph.parts), encoding="utf-8")
         needed = [REQUIREMENTS[package] for package in ("numpy", "onnxruntime", *graph.requires)]
         (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")

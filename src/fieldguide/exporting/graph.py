@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,9 @@ class Graph:
         parts: the parts of `run.py` that turn raw inputs into graph inputs, and outputs into records (runners/).
         values: what that part needs, written to `export.json`.
         requires: packages that it imports in addition to numpy and onnxruntime.
+        loop: how the graph is called several times for one prediction, written to `loop.json`; empty if it is called once.
+        test_options: options of the predictions that are compared.
+        find_ties: returns the rows of a file whose answers depend on rounding, since two tokens were equally probable up to a tolerance.
     """
 
     module: nn.Module
@@ -70,6 +74,9 @@ class Graph:
     names: tuple[Names, ...] = ()
     requires: tuple[str, ...] = ()
     files: tuple[str, ...] = ()  # of the run's preprocess/ folder that the program reads
+    loop: Mapping[str, Any] = field(default_factory=dict)
+    test_options: Mapping[str, Any] = field(default_factory=dict)
+    find_ties: Callable[[Path, float], set[int]] | None = None
     min_close: float = 1.0  # fraction of values that must be close for random inputs: lower if outputs are ranked or chosen
     example: Callable[[int, int, int], dict[str, Tensor]] | None = (
         None  # makes inputs from a seed, rows and a size; None: random

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,13 @@ from PIL import Image
 from fieldguide.core.errors import DataError
 from fieldguide.core.media import Media
 from fieldguide.data.dataset import FILE, LINE
+from fieldguide.data.preprocessing.conversations import take_until_answer
 from fieldguide.data.read import load
 from fieldguide.data.splits import sample_rows
 from fieldguide.data.timeseries.cases import CASE
 from fieldguide.exporting.graph import ExportError
 from fieldguide.exporting.precision import Precision
+from fieldguide.tasks.text.text_generation import PROMPT_WORDS
 from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ MAX_ROWS = 512  # that are compared
 ALLOWED = {"float32": (1e-4, 1.0), "float16": (0.01, 0.99), "int8": (0.1, 0.95)}
 BATCHES = ((1, 8), (7, 64), (64, MAX_ROWS))  # size of batches, and the number of rows that run in them
 TIMEOUT = 1800  # seconds
+MAX_TIE_FRACTION = 0.5  # of rows whose answers depend on rounding
+MAX_PROMPTS = 64  # that are answered
 MAX_STEPS = 2048  # of series, if each step has a record
 ROW = "#row"  # a column of row numbers
 MAX_EXAMPLES = 5  # of differences that are kept
@@ -60,8 +64,8 @@ import run
 model, found = run.Model(sys.argv[1]), []
 for size, count in json.loads(sys.argv[2]):
     found.append([])
-    for path in sys.argv[3:]:
-        found[-1] += model.predict(list(run.read(path))[:count], size)
+    for path in sys.argv[4:]:
+        found[-1] += model.predict(list(run.read(path))[:count], size, **json.loads(sys.argv[3]))
 json.dump(found, sys.stdout)
 """
 
@@ -97,6 +101,8 @@ def choose_requests(predictor: TaskPredictor, source: str) -> tuple[list[pl.Data
         return cut_series(predictor, source), None
     if predictor.signature.record_for == "step":
         return [choose_steps(predictor, source)], None
+    if predictor.signature.loop is not None:
+        return [choose_prompts(predictor, source)], None
     choose = choose_cases if predictor.signature.record_for == "series" else choose_rows
     table, data = choose(predictor, source)
     return [table], data
@@ -112,6 +118,16 @@ def choose_steps(predictor: TaskPredictor, source: str) -> pl.DataFrame:
         most = -(-MAX_STEPS // raw.select(owners).n_unique())
         return raw.filter(pl.int_range(pl.len(), 0, -1).over(owners) <= most)
     return raw.tail(MAX_STEPS)
+
+
+def choose_prompts(predictor: TaskPredictor, source: str) -> pl.DataFrame:
+    """Return the first words of held-out texts, or conversations up to the first answer."""
+    data, column = choose_held_out(predictor, source), predictor.signature.inputs[0].name
+    if data.rows[column].dtype == pl.String:
+        return data.rows.head(MAX_PROMPTS).select(pl.col(column).str.split(" ").list.head(PROMPT_WORDS).list.join(" "))
+    turns = [[(m["role"], m["content"]) for m in said] for said in data.rows[column].head(MAX_PROMPTS)]
+    kept = [[{"role": who, "content": text} for who, text in take_until_answer(row) or []] for row in turns]
+    return pl.DataFrame({column: [said for said in kept if said]})
 
 
 def choose_cases(predictor: TaskPredictor, source: str) -> tuple[pl.DataFrame, Any]:
@@ -183,10 +199,13 @@ def verify(
     source: str,
     precision: Precision = "float32",
     chosen: tuple[list[pl.DataFrame], Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    find_ties: Callable[[Path, float], set[int]] | None = None,
 ) -> Verification:
     """Run an exported folder on raw inputs, by default those of `choose_requests`, and compare its records with the original's.
 
-    With weights in fewer bits, more may differ: see `ALLOWED`. Raises `ExportError` if answers differ because cells were not read.
+    `options` are those of the predictions, and `find_ties` returns the rows of a file whose answers depend on rounding. With weights in
+    fewer bits, more may differ: see `ALLOWED`. Raises `ExportError` if answers differ because cells were not read.
     """
     tolerance, required = ALLOWED[precision]
     started = time.perf_counter()
@@ -196,17 +215,18 @@ def verify(
         paths = [Path(home) / f"rows{i}.{'jsonl' if has_lists(table) else 'csv'}" for i, table in enumerate(tables)]
         for path, table in zip(paths, tables):
             (table.write_ndjson if has_lists(table) else table.write_csv)(path)
-        expected = [record for path in paths for record in predictor.predict(str(path))]
+        expected = [record for path in paths for record in predictor.predict(str(path), **(options or {}))]
         if not any(field.name == "series" or field.role == "series" for field in predictor.signature.inputs):
             expected = [{name: value for name, value in record.items() if name != "series"} for record in expected]
-        found, notes = run_folder(folder, paths, batches)
+        ties = find_ties(paths[0], tolerance) if find_ties else set()
+        found, notes = run_folder(folder, paths, batches, options or {})
     comparison = Comparison(tolerance, getattr(predictor.task, "score_threshold", 0.0))
     problems, largest, same = [], 0.0, 0
     for (size, _), records in zip(batches, found):
         for number, (want, got) in enumerate(zip(expected, records)):
             difference, problem = comparison.compare(want, got)
             largest = max(largest, difference)
-            if problem:
+            if problem and number not in ties:
                 problems.append(f"row {number + 1}, batches of {size}: {problem}")
             elif size == batches[-1][0]:
                 same += 1
@@ -214,6 +234,8 @@ def verify(
     is_complete = all(len(records) == min(rows, count or rows) for (_, count), records in zip(batches, found))
     if not is_complete:
         problems.insert(0, "the export returned another number of records")
+    if len(ties) > MAX_TIE_FRACTION * rows:
+        problems.insert(0, f"{len(ties)} of {rows} answers depend on rounding; give other rows with --data")
     passed = is_complete and (not problems if required == 1 else same >= required * rows)
     if notes and not passed:
         raise ExportError(f"run.py does not read the cells as training did: {notes[0]}")
@@ -239,13 +261,22 @@ def has_lists(table: pl.DataFrame) -> bool:
 
 
 def run_folder(
-    folder: Path, paths: Sequence[Path], batches: Sequence[tuple[int, int | None]]
+    folder: Path, paths: Sequence[Path], batches: Sequence[tuple[int, int | None]], options: Mapping[str, Any]
 ) -> tuple[list[list[dict[str, Any]]], list[str]]:
     """Return the records of each batch size and the printed notes, from a process without torch and fieldguide.
 
     Raises `ExportError` if it fails.
     """
-    command = [sys.executable, "-I", "-c", PROGRAM, str(folder.resolve()), json.dumps(batches), *map(str, paths)]
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        PROGRAM,
+        str(folder.resolve()),
+        json.dumps(batches),
+        json.dumps(dict(options)),
+        *map(str, paths),
+    ]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=TIMEOUT, env=env)
     lines = done.stderr.strip().splitlines()
