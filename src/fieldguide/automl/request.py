@@ -78,9 +78,11 @@ def read_request(request: Mapping[str, Any], data: Any) -> Data:
 
 def load_requested(request: Mapping[str, Any], data: Any) -> LoadedSource:
     """Read the files of the requested data once."""
-    wanted = task_named(request["task"]).column_spec.kinds.get("target") if request.get("task") else None
+    spec = task_named(request["task"]).column_spec if request.get("task") else ColumnSpec()
+    wanted = spec.kinds.get("target")
     kind = wanted if isinstance(wanted, str) else None
-    return load(request["data"] if data is None else data, target=request["target"], target_kind=kind)
+    source = request["data"] if data is None else data
+    return load(source, target=request["target"], target_kind=kind, target_names=spec.names)
 
 
 def interpret(loaded: LoadedSource, request: Mapping[str, Any], *, last: bool) -> Data:

@@ -74,6 +74,7 @@ def read(
         names=tuple(c.name for c in known),
         labels_optional=labels_optional,
         target_kind=wanted,
+        target_names=column_spec.names if column_spec else (),
     )
     return loaded.interpret(
         kinds=kinds,
@@ -94,14 +95,15 @@ def load(
     names: tuple[str, ...] = (),
     labels_optional: bool = False,
     target_kind: str | None = None,
+    target_names: tuple[str, ...] = (),
 ) -> LoadedSource:
     """Read a source without interpreting its columns. The parameters are those of `read`.
 
-    `names` are expected columns; `target_kind` is the type of the target that the task requires, for sources that can be read in
-    several ways. Raises DataError for a path that does not exist and for an unsupported format.
+    `names` are expected columns; `target_kind` and `target_names` are the type and the names of the target that the task requires,
+    for sources that can be read in several ways. Raises DataError for a path that does not exist and for an unsupported format.
     """
     where, name = locate(source)
-    options = RawOptions(target, header, names, labels_optional, target_kind)
+    options = RawOptions(target, header, names, labels_optional, target_kind, target_names)
     raw = load_raw(where, options)
     with guard_interpretation(name, raw):
         split_by_folders(raw)

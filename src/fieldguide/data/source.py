@@ -71,6 +71,7 @@ class Options:
     names: tuple[str, ...] = ()  # columns of a known schema, for prediction
     labels_optional: bool = False
     target_kind: str | None = None  # type of the target that the task requires, such as "mask"
+    target_names: tuple[str, ...] = ()  # names of the target that the task looks for
 
 
 @dataclass

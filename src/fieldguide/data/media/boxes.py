@@ -145,6 +145,38 @@ CHECKS: dict[str, tuple[Severity, str, str]] = {  # name: severity, description,
     ),
     "duplicate-picture": ("warning", "images that are listed more than once; repetitions are dropped", "List each once."),
     "wrong-encoding": ("warning", "annotations that are not UTF-8 text", "Save them as UTF-8."),
+    "no-segments": ("warning", "images without an annotation of their segments", "Add it, or remove the images."),
+    "segments-file": (
+        "warning",
+        "images whose file of segments is missing, damaged, or of another kind",
+        "Copy or export it again.",
+    ),
+    "segments-size": (
+        "warning",
+        "images whose file of segments has another size",
+        "Export both together; segments must not be scaled like photographs.",
+    ),
+    "duplicate-segment": (
+        "warning",
+        "segments with an id that their image has twice; only the first counts",
+        "Give each its own id.",
+    ),
+    "segment-unlisted": (
+        "warning",
+        "images whose file of segments has numbers that are not annotated; these pixels belong to no segment",
+        "Annotate them. Many of them in thin lines are a sign that the file was smoothed, or compressed with loss.",
+    ),
+    "segment-without-pixels": (
+        "warning",
+        "annotated segments without any pixel in their file; they are dropped",
+        "Export both together.",
+    ),
+    "segment-area": (
+        "warning",
+        "segments whose annotated area differs from their pixels: perhaps the file belongs to another image, or was scaled",
+        "Export both together.",
+    ),
+    "stuff-parts": ("note", "segments of stuff next to another of the same class in their image; they are joined", ""),
     "malformed-json": ("warning", "annotations that are not valid JSON or lack shapes", "Export them again."),
     "malformed-xml": ("warning", "annotations that are not well-formed XML or are incomplete", "Export them again."),
     "xml-doctype": (
@@ -371,7 +403,7 @@ def check_boxes(shot: AnnotatedImage, size: tuple[int, int] | None, notes: Findi
             notes.add("malformed-outline", place)
             one["runs"] = None
         left, top, right, bottom = (one[s] for s in SIDES)
-        key = (one["label"], round(left, 2), round(top, 2), round(right, 2), round(bottom, 2))
+        key = (one["label"], *(round(side, 2) for side in (left, top, right, bottom)), tuple(one["runs"] or ()))
         if not (right > left and bottom > top):
             notes.add("degenerate-box", place)
         elif right <= 0 or bottom <= 0 or left >= width or top >= height:

@@ -54,7 +54,8 @@ def has_coco_keys(file: Path) -> bool:
         seen += opened.read(HEAD_BYTES)
     begins = seen.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
     listed = any(k in seen for k in KEYS[:2])  # descriptions of features may have the other keys
-    return begins and listed and sum(k in seen for k in KEYS) >= 2 and b'"caption"' not in seen
+    other = b'"caption"' in seen or b'"segments_info"' in seen
+    return begins and listed and sum(k in seen for k in KEYS) >= 2 and not other
 
 
 def find_documents(root: Path) -> list[Path]:
@@ -175,24 +176,8 @@ def read_images(
 
     Raises DataError if an image lacks its id or file_name.
     """
-    where, shots = relative_path(file, root), []
-    by_id: dict[Any, AnnotatedImage] = {}
-    places = find_image_folders(document["images"], file, root)
-    for number, image in enumerate(document["images"]):
-        if not isinstance(image, dict) or as_id(image.get("id")) is None or not isinstance(image.get("file_name"), str):
-            raise DataError(f"{file}: image {number} lacks id or file_name.")
-        name = image["file_name"]
-        short = name.replace("\\", "/").rpartition("/")[2]
-        path = next((p / n for p in places for n in (name, short) if (p / n).is_file()), None)
-        path = path or index.find(name, places) or places[0] / name
-        key = as_id(image["id"])
-        size = parse_finite((image.get("width"), image.get("height")), 2)
-        added = AnnotatedImage(path, f"{where}: {name}", split, size=(size[0], size[1]) if size else None)
-        shots.append(added)
-        if key in by_id:
-            for one in (by_id[key], added):
-                notes.mark_invalid("duplicate-id", f"{one.place} (id {image['id']})", one)
-        by_id.setdefault(key, added)
+    shots, by_id = list_images(document, file, root, split, notes, index)
+    where = relative_path(file, root)
     for number, annotation in enumerate(document["annotations"]):
         place = f"{where}: annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
         shot = by_id.get(as_id(annotation.get("image_id"))) if isinstance(annotation, dict) else None
@@ -232,6 +217,31 @@ def read_images(
             if not whole:
                 notes.add("malformed-outline", place)
     return shots
+
+
+def list_images(
+    document: dict[str, Any], file: Path, root: Path, split: str | None, notes: FindingCollector, index: ImageIndex
+) -> tuple[list[AnnotatedImage], dict[Any, AnnotatedImage]]:
+    """Return the images of a document, and those by id. Raises DataError if an image lacks its id or file_name."""
+    where, shots = relative_path(file, root), []
+    by_id: dict[Any, AnnotatedImage] = {}
+    places = find_image_folders(document["images"], file, root)
+    for number, image in enumerate(document["images"]):
+        if not isinstance(image, dict) or as_id(image.get("id")) is None or not isinstance(image.get("file_name"), str):
+            raise DataError(f"{file}: image {number} lacks id or file_name.")
+        name = image["file_name"]
+        short = name.replace("\\", "/").rpartition("/")[2]
+        path = next((p / n for p in places for n in (name, short) if (p / n).is_file()), None)
+        path = path or index.find(name, places) or places[0] / name
+        key = as_id(image["id"])
+        size = parse_finite((image.get("width"), image.get("height")), 2)
+        added = AnnotatedImage(path, f"{where}: {name}", split, size=(size[0], size[1]) if size else None)
+        shots.append(added)
+        if key in by_id:
+            for one in (by_id[key], added):
+                notes.mark_invalid("duplicate-id", f"{one.place} (id {image['id']})", one)
+        by_id.setdefault(key, added)
+    return shots, by_id
 
 
 def as_id(value: Any) -> int | str | None:
