@@ -74,6 +74,7 @@ def test_fit_under_torchrun_scores_like_one_process(tmp_path, digits_run):
     [
         "scattered",
         "inked",
+        "scenery",
         "manual",
         "phrases",
         "demand",

@@ -25,6 +25,7 @@ TINY = {
     "object-detection": "yolov8-test",
     "keypoint-detection": "yolov8-pose-test",
     "instance-segmentation": "yolov8-seg-test",
+    "panoptic-segmentation": "mask2former-test",
     "automatic-speech-recognition": "conformer-test",
     "audio-classification": "simplecnn-test",
     "anomaly-detection": "conv-autoencoder-test",

@@ -23,6 +23,16 @@ from fieldguide.data import samples
 
 HERE = Path(__file__).parent
 QUICK = {"steps": 150, "precision": "float32", "batch": 32, "lr": 0.01, "ema": 0, "evaluate": 50}
+SMALL_MASK_SET = {
+    "model.backbone": "resnet",
+    "model.block": "basic",
+    "model.widths": (8, 8, 16, 16),
+    "model.depths": (1, 1, 1, 1),
+    "model.dim": 32,
+    "model.hidden": 16,
+    "model.decoder_hidden": 32,
+    "model.queries": 10,
+}
 RUNS = {
     "tabular-classification": ("orders", "mlp-s", {"model.dim": 12, "model.embedding": 4}),
     "tabular-regression": ("diabetes", "mlp-s", {"model.dim": 12, "model.embedding": 4}),
@@ -31,6 +41,7 @@ RUNS = {
     "keypoint-detection": ("puppets", "yolov8-pose-test", {"batch": 16, "task.side": 96}),
     "image-to-text": ("described", "blip-test", {"task.side": 16, "task.vocab": 300}),
     "instance-segmentation": ("shapes", "yolov8-seg-test", {"batch": 16, "task.side": 96}),
+    "panoptic-segmentation": ("scenery", "mask2former-test", {"batch": 8, "task.side": 96, **SMALL_MASK_SET}),
     "audio-classification": ("words", "resnet20", {"model.widths": (4, 8), "model.depths": (1, 1)}),
     "anomaly-detection": ("pumps", "conv-autoencoder-test", {"task.length": 16}),
     "text-embedding": ("helpdesk", "bert-test", {"task.vocab_size": 320, "task.length": 24}),
@@ -80,8 +91,14 @@ def orders(file: Path) -> Path:
 
 def inputs(task: str, home: Path, folder: Path) -> list[str]:
     """A few raw inputs, stored beside the answers that they got."""
-    if task in ("image-classification", "keypoint-detection", "instance-segmentation", "image-to-text"):
-        chosen = sorted(home.rglob("*.png"))[::300]
+    if task in (
+        "image-classification",
+        "keypoint-detection",
+        "instance-segmentation",
+        "panoptic-segmentation",
+        "image-to-text",
+    ):
+        chosen = sorted(p for p in home.rglob("*.png") if "annotations" not in p.parts)[::300]
         names = [f"image-{i}.png" for i in range(len(chosen))]
         for path, name in zip(chosen, names):
             shutil.copy(path, folder / name)

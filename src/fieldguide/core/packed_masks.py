@@ -100,3 +100,15 @@ def overlap_masks(found: Sequence[Runs], true: Sequence[Runs], crowd: np.ndarray
     if not len(found) or not len(true):
         return np.zeros((len(found), len(true)))
     return np.asarray(coco.iou(list(found), list(true), [int(c) for c in crowd]), dtype=np.float64)
+
+
+def number_pixels(arrays: Arrays, image: int) -> np.ndarray:  # -> H W int32
+    """Return which mask of an image covers each pixel, from 1; 0 where none does. A later mask covers earlier ones."""
+    height, width = (int(v) for v in arrays["size"][image])
+    flat = np.zeros(height * width, dtype=np.int32)
+    for number, runs in enumerate(unpack_masks(arrays, image), 1):
+        counts = decode_run_lengths(runs["counts"].decode("ascii"))
+        assert counts is not None  # written by `encode_mask`
+        if len(counts) > 1:
+            flat[np.repeat(np.arange(len(counts)) % 2 == 1, counts)] = number
+    return flat.reshape(width, height).T

@@ -143,7 +143,11 @@ class MaskSetInstances(Objective):
         layers = self.model.predict_layers(*(batch[name] for name in self.inputs))
         logits, masks = (promote(torch.stack(parts)) for parts in zip(*layers))
         true = batch["masks"].flatten(2).to(masks.dtype)
-        return self.measure(logits, masks.flatten(3), batch["labels"], true, torch.ones_like(true[:, 0]))
+        return self.measure(logits, masks.flatten(3), batch["labels"], true, self.find_known(true))
+
+    def find_known(self, true: Tensor) -> Tensor:  # B N P -> B P
+        """Return 1 for positions whose masks are scored, 0 for others."""
+        return torch.ones_like(true[:, 0])
 
     @torch.no_grad()
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,6 +158,23 @@ class MaskSetInstances(Objective):
         """
         logits, masks = self.model.predict_layers(*(batch[name] for name in self.inputs))[-1]
         return rank_masks(promote(logits), promote(masks), self.max_detections)
+
+
+class MaskSetPanoptic(MaskSetInstances):
+    """Panoptic segmentation by a set of masks: the segments of an image are its objects and its regions of other classes.
+
+    Positions that no segment covers are not scored: it is not known what is there.
+    """
+
+    def find_known(self, true: Tensor) -> Tensor:  # B N P -> B P
+        return (true.sum(1) > 0).to(true.dtype)
+
+    @torch.no_grad()
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the predictions of the queries: `scores` B Q, `labels` B Q (-1 = no segment), and `masks` B Q h w logits."""
+        logits, masks = self.model.predict_layers(*(batch[name] for name in self.inputs))[-1]
+        scores, labels = promote(logits).softmax(-1).max(-1)
+        return {"scores": scores, "labels": torch.where(labels < logits.shape[-1] - 1, labels, -1), "masks": promote(masks)}
 
 
 def rank_masks(logits: Tensor, masks: Tensor, max_detections: int) -> dict[str, Tensor]:  # B Q K+1, B Q h w

@@ -16,19 +16,28 @@ from fieldguide.core.packed_masks import encode_mask, pack_masks
 from fieldguide.data.preprocessing.detection import Letterbox
 
 
-def place_logits(
-    logits: Tensor, stride: float, scale: tuple[float, float], corner: tuple[float, float], rows: range, columns: range
-) -> Tensor:  # h w -> rows columns
-    """Return the logits of cells of `stride` pixels at the centers of pixels of the image, interpolated linearly.
+def build_grid(
+    size: tuple[int, int],
+    stride: float,
+    scale: tuple[float, float],
+    corner: tuple[float, float],
+    rows: range,
+    columns: range,
+    like: Tensor,
+) -> Tensor:  # -> 1 rows columns 2
+    """Return where the centers of pixels of the image are in a map of `size` cells of `stride` pixels, as `grid_sample` has it.
 
     `scale` and `corner` are those of the letterbox, for x and y.
     """
-    span = lambda one: torch.arange(one.start, one.stop, device=logits.device, dtype=logits.dtype) + 0.5
+    span = lambda one: torch.arange(one.start, one.stop, device=like.device, dtype=like.dtype) + 0.5
     x, y = (
-        2 * (span(one) * scale[axis] + corner[axis]) / (stride * logits.shape[1 - axis]) - 1
-        for axis, one in enumerate((columns, rows))
+        2 * (span(one) * scale[axis] + corner[axis]) / (stride * size[1 - axis]) - 1 for axis, one in enumerate((columns, rows))
     )
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]
+
+
+def place_logits(logits: Tensor, grid: Tensor) -> Tensor:  # h w, 1 H W 2 -> H W
+    """Return logits at the positions of a grid, interpolated linearly."""
     return F.grid_sample(logits[None, None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0, 0]
 
 
@@ -59,7 +68,8 @@ def trace_mask(
             spans.append(range(max(0, math.floor(low)), min(size[axis], math.ceil(high))))
     rows, columns = spans
     if len(rows) and len(columns):
-        inside = place_logits(logits, stride, scale, corner, rows, columns) > 0
+        cells = (logits.shape[0], logits.shape[1])
+        inside = place_logits(logits, build_grid(cells, stride, scale, corner, rows, columns, logits)) > 0
         out[rows.start : rows.stop, columns.start : columns.stop] = inside.cpu().numpy()
     return out
 

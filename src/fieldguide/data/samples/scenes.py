@@ -254,6 +254,84 @@ def write_instances(folder: Path) -> None:
     (folder / "annotations" / "instances.json").write_text(document, encoding="utf-8")
 
 
+STUFF = {"sky": (120, 165, 215), "meadow": (95, 140, 70), "water": (60, 95, 135)}  # and their mean colors
+THINGS = {"balloon": "sky", "tree": "meadow", "boat": "water"}  # and where they are
+
+
+def make_landscape(rng: Any, side: int) -> tuple[Any, Any]:
+    """Return a ground (uint8, side x side x 3) of sky above meadow or water or both, and the number of each pixel's class, from 0."""
+    import numpy as np
+
+    x, y = np.arange(side), np.arange(side)[:, None]
+    wave = lambda low, high: rng.uniform(low, high) * side + 3 * np.sin(x / rng.uniform(6, 14) + rng.uniform(0, 6))
+    kinds = rng.permutation([1, 2])[: int(rng.integers(1, 3))]
+    number = np.where(y >= wave(0.3, 0.5), kinds[0], 0)
+    if len(kinds) > 1:
+        number = np.where(y >= wave(0.6, 0.8), kinds[1], number)
+    tones = np.array(list(STUFF.values())) + rng.normal(0, 14, (3, 3))
+    texture = np.stack([np.zeros((side, side)), rng.normal(0, 14, (side, side)), 9 * np.sin(y / 1.5 + 0 * x)])
+    light = np.linspace(12, -12, side)[:, None]
+    return np.clip(tones[number] + (np.choose(number, texture) + light)[..., None], 0, 255).astype(np.uint8), number
+
+
+def draw_thing(rng: Any, pen: Any, kind: str, x: float, y: float, size: float) -> None:
+    """Draw a balloon, a tree or a boat around x, y."""
+    place = lambda *points: [(x + size * a, y + size * b) for a, b in points]
+    shade = int(rng.integers(-25, 25))
+    if kind == "balloon":
+        color = [(225, 70, 60), (240, 200, 60), (170, 80, 190)][int(rng.integers(3))]
+        pen.ellipse(place((-0.42, -0.5), (0.42, 0.35)), fill=tuple(c + shade for c in color))
+        pen.rectangle(place((-0.1, 0.38), (0.1, 0.5)), fill=(110, 75, 45))
+    elif kind == "tree":
+        pen.rectangle(place((-0.07, 0.2), (0.07, 0.5)), fill=(100, 70, 45))
+        pen.polygon(place((-0.35, 0.25), (0.0, -0.5), (0.35, 0.25)), fill=(30, 85 + shade, 50))
+    else:
+        pen.polygon(place((0.0, -0.5), (0.4, 0.15), (0.0, 0.15)), fill=(235, 235, 225 + shade // 2))
+        pen.polygon(place((-0.5, 0.2), (0.5, 0.2), (0.3, 0.45), (-0.3, 0.45)), fill=(140 + shade, 80, 50))
+
+
+def write_panoptic(folder: Path) -> None:
+    """Write 600 landscapes with balloons, trees and boats in COCO's panoptic format; a strip of some images belongs to no segment."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    rng, side, fine = np.random.default_rng(0), 96, 3
+    names = [*STUFF, *THINGS]
+    categories = [{"id": k + 1, "name": name, "isthing": int(name in THINGS)} for k, name in enumerate(names)]
+    listed: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": categories}
+    (folder / "annotations" / "panoptic").mkdir(parents=True)
+    (folder / "images").mkdir()
+    for number in range(600):
+        ground, classes = make_landscape(rng, side)
+        drawn, ids = Image.fromarray(ground).resize((side * fine, side * fine)), classes + 1
+        kinds = {k + 1: k for k in range(len(STUFF))}
+        for kind, where in THINGS.items():
+            rows, columns = np.nonzero(classes == names.index(where))
+            for _ in range(int(rng.choice([0, 1, 2], p=[0.3, 0.45, 0.25])) if len(rows) else 0):
+                place, size = int(rng.integers(len(rows))), rng.uniform(18, 34)
+                mask = Image.new("RGB", drawn.size)
+                seed, spot = int(rng.integers(1 << 31)), (fine * columns[place], fine * rows[place], fine * size)
+                for target in (drawn, mask):
+                    draw_thing(np.random.default_rng(seed), ImageDraw.Draw(target), kind, *spot)
+                inside = np.asarray(mask).any(-1).reshape(side, fine, side, fine).mean((1, 3)) >= 0.5
+                key = int(rng.integers(1000, 1 << 24))
+                ids[inside], kinds[key] = key, names.index(kind)
+        if number % 6 == 0:
+            ids[-int(rng.integers(4, 9)) :] = 0
+        small = np.asarray(drawn).astype(np.float32).reshape(side, fine, side, fine, 3).mean((1, 3))
+        pixels = np.clip(small + rng.normal(0, 4, small.shape), 0, 255).astype(np.uint8)
+        name, areas = f"{number:04d}.png", {key: int((ids == key).sum()) for key in kinds}
+        Image.fromarray(pixels).save(folder / "images" / name)
+        codes = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
+        Image.fromarray(codes).save(folder / "annotations" / "panoptic" / name)
+        segments = [
+            {"id": key, "category_id": kind + 1, "area": areas[key], "iscrowd": 0} for key, kind in kinds.items() if areas[key]
+        ]
+        listed["images"].append({"id": number, "file_name": name, "width": side, "height": side})
+        listed["annotations"].append({"image_id": number, "file_name": name, "segments_info": segments})
+    (folder / "annotations" / "panoptic.json").write_text(json.dumps(listed), encoding="utf-8")
+
+
 SCENE_SIDE = 32  # side in pixels of scenes with captions or questions
 
 

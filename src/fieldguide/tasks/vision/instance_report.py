@@ -13,10 +13,8 @@ from fieldguide.tasks.vision.detection_report import class_color, draw_boxes
 MASK_OPACITY = 0.5
 
 
-def draw_masks(
-    picture: Image.Image, objects: Arrays, image: int, which: np.ndarray, names: Sequence[str], scale: float = 1.0
-) -> Image.Image:
-    """Return a picture, reduced by `scale`, with the masks of some objects of an image, and their boxes and names.
+def paint_masks(picture: Image.Image, objects: Arrays, image: int, which: np.ndarray) -> Image.Image:
+    """Return a picture of any size with the masks of some objects of an image.
 
     Objects of one class differ in brightness, and borders are opaque, so that neighbors can be told apart.
     """
@@ -32,6 +30,13 @@ def draw_masks(
         core = whole[:-2, 1:-1] & whole[2:, 1:-1] & whole[1:-1, :-2] & whole[1:-1, 2:]
         opacity = np.where(inside & ~core, 1.0, np.where(inside, MASK_OPACITY, 0.0))[..., None]
         pixels = pixels * (1 - opacity) + tone * opacity
-    drawn = Image.fromarray(pixels.astype(np.uint8))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def draw_masks(
+    picture: Image.Image, objects: Arrays, image: int, which: np.ndarray, names: Sequence[str], scale: float = 1.0
+) -> Image.Image:
+    """Return a picture, reduced by `scale`, with the masks of some objects of an image, and their boxes and names."""
+    drawn = paint_masks(picture, objects, image, which)
     scores = objects["scores"][image][which] if "scores" in objects else None
     return draw_boxes(drawn, objects["boxes"][image][which] * scale, objects["labels"][image][which], names, scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class InstanceSegmentation(InstanceSignature, ObjectDetection):
     column_spec = ColumnSpec(
         "named", names=("objects", "boxes"), kinds={"target": "boxes"}, checks=(*checks.CHECKS, check_outlines)
     )
-    metrics = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("map", "max", "mean average precision of masks (IoU 0.50 to 0.95)", percent=True, label="mask mAP"),
         Metric("map50", "max", "mean average precision of masks at IoU 0.50", percent=True, label="mask mAP50"),
     )

@@ -70,7 +70,7 @@ class ObjectDetection(DetectionSignature, Task):
     feature = ("image",)
     output_types = tuple(DETECTORS)
     column_spec = ColumnSpec("named", names=("objects", "boxes"), kinds={"target": "boxes"})
-    metrics = (
+    metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("map", "max", "COCO mean average precision (IoU 0.50 to 0.95)", percent=True, label="mAP"),
         Metric("map50", "max", "mean average precision at IoU 0.50", percent=True, label="mAP50"),
     )
@@ -106,8 +106,8 @@ class ObjectDetection(DetectionSignature, Task):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        posed = isinstance(data.context, Mapping) and "skeleton" in data.context
-        if len(data.features("image")) == 1 and data.target and data.required_target.kind == "boxes" and not posed:
+        other = isinstance(data.context, Mapping) and not {"skeleton", "things"}.isdisjoint(data.context)  # poses, segments
+        if len(data.features("image")) == 1 and data.target and data.required_target.kind == "boxes" and not other:
             every = data.rows[data.required_target.name]
             drawn = every.dtype.is_nested() and any(o["outline"] or o["runs"] for row in every.to_list() for o in row or [])
             return "images with boxes" + (" (for masks: --task instance-segmentation)" if drawn else "")

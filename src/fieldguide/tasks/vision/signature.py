@@ -25,6 +25,7 @@ from fieldguide.data.media import images, video
 from fieldguide.data.media.boxes import Skeleton
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.data.preprocessing.masks import Canvas
+from fieldguide.objectives.segment_merging import RULES
 from fieldguide.objectives.segmentation import find_padding
 from fieldguide.tasks.signature_builder import SignatureBuilder
 from fieldguide.tasks.signature_parts import (
@@ -234,6 +235,47 @@ class InstanceSignature(DetectionSignature):
                 one = replace(one, items=replace(one.items, fields=(*one.items.fields, mask)))
             found.append(one)
         return found
+
+
+class PanopticSignature(InstanceSignature):
+    """The signature of panoptic segmentation: segments that do not overlap, as one image of their ids."""
+
+    def describe_options(self) -> tuple[OptionSpec, ...]:
+        return tuple(replace(o, choices=RULES) if o.name == "merge" else o for o in super().describe_options())
+
+    def describe_decoding(self, card: Card) -> Sequence[Step]:
+        return [
+            Step("softmax", "probabilities of the classes and of no object", True),
+            Step("best_class", "the most probable class of each query; queries of no object are left out", True),
+        ]
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        about = "give each pixel to the query with the highest product of score and probability, join the queries of a class of stuff"
+        return [
+            Step("threshold", "keep queries above a score", True, {"threshold": self.threshold}),
+            Step("resize_masks", "logits of masks at the pixels of the image (bilinear), then sigmoid", True),
+            Step("merge", about, False),
+            Step("encode_ids", "a PNG with R + 256 G + 65536 B = id", False),
+            Step("draw", "the image with the segments", False),
+        ]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        sides = "left, top, right, bottom in pixels of the image, from its top left corner"
+        found = (
+            RecordField("id", "integer", "its number in `panoptic`", low=1),
+            RecordField("label", "string", "the class", **list_values(self.names)),
+            RecordField("isthing", "boolean", "whether it is a countable object"),
+            RecordField("score", "number", "the probability of the class", low=0, high=1),
+            RecordField("area", "integer", "pixels", low=0),
+            RecordField("box", "array", sides, size=4, items=RecordField("", "number")),
+        )
+        items = RecordField("", "object", fields=found)
+        return [
+            RecordField("found", "string", "how many of each class, as text"),
+            RecordField("segments", "array", "the segments, most certain first", items=items),
+            RecordField("picture", "string", "the image with the segments", required=False, media_types=("image/jpeg",)),
+            RecordField("panoptic", "string", "the id of the segment of each pixel; 0 is none", media_types=("image/png",)),
+        ]
 
 
 class SegmentationSignature(SignatureBuilder):
