@@ -1427,6 +1427,7 @@ CASES = {
     "gemma3": Case(inputs=tokens, peer=huggingface_decoder, lr=3e-2),
     "transformer": Case(inputs=pair, peer=torch_transformer, lr=2e-2),
     "t5": Case(inputs=pair, peer=writer, lr=3e-2),
+    "t5gemma": Case(inputs=pair, peer=writer, lr=3e-2),
     "bart": Case(inputs=pair, peer=writer, lr=2e-2),
     "mbart": Case(inputs=pair, peer=writer, lr=2e-2),
     "whisper": Case(inputs=speech_text, peer=transcriber, lr=1e-2),

@@ -48,6 +48,8 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
         if "encoder_hidden_size" in config["text_config"]:
             parts["text_config"]["encoder_hidden_size"] = parts["vision_config"]["hidden_size"]
         return {**small, **parts, "projection_dim": 16}
+    if "decoder" in config:
+        return {**small, **{part: shrink(config[part]) for part in ("encoder", "decoder")}}
     if "encoder_config" in config:
         return {**small, "encoder_config": {**shrink(config["encoder_config"]), "subsampling_conv_channels": 8}}
     if "depths" in config:

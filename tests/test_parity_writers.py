@@ -11,7 +11,8 @@ from torch import nn
 import fieldguide
 from fieldguide.checkpoints import weights
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
-from fieldguide.models.generation import beam_search
+from fieldguide.models.generation import Sampling, beam_search, generate
+from fieldguide.models.generation.encoder_decoder import EncoderDecoderState
 from fieldguide.models.registry import create
 from fieldguide.models.transformer.nllb import SinusoidalPositions
 from fieldguide.models.transformer.nllb_moe import Experts
@@ -20,7 +21,7 @@ from test_models import batch, gradients, tiny
 from tv import transformers
 from writers import network, writer
 
-NAMES = ["t5", "bart", "mbart", "marian", "pegasus", "nllb", "nllb-moe"]
+NAMES = ["t5", "t5gemma", "bart", "mbart", "marian", "pegasus", "nllb", "nllb-moe"]
 EVERY = pytest.mark.parametrize("name", NAMES)
 CACHED = pytest.mark.parametrize("name", [*NAMES, "transformer"])  # whose peer and files stand elsewhere
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -113,6 +114,68 @@ def test_marian_translates_as_in_transformers(tmp_path):
         (found,) = ready.predict([text])
         assert found["text"] == ready.text.decode([i for i in want.tolist() if i not in (pad, end)]) != ""
     assert not ready.published.notes
+
+
+# ---------------------------------------------------------------------------------------------- T5Gemma
+
+
+@torch.no_grad()
+def test_t5gemma_generates_as_transformers(tmp_path):
+    """Greedy, from a folder, for sources of different lengths; longer than the windows, with encoder and decoder of other sizes."""
+    theirs = random(network(create("t5gemma-test", length=40)))
+    for p in theirs.parameters():
+        p.mul_(1.5)
+    theirs.save_pretrained(tmp_path)
+    ours, said = fieldguide.load(tmp_path), set()
+    for length in (3, 9, 14):
+        source = torch.randint(3, 30, (1, length), generator=torch.Generator().manual_seed(length))
+        want = theirs.generate(
+            source, max_new_tokens=16, do_sample=False, bos_token_id=2, decoder_start_token_id=2, eos_token_id=29
+        )
+        want = want[0, 1:].tolist()
+        state = EncoderDecoderState(ours, source, None)
+        steps = generate(state, [[2]], 16, sampling=Sampling(temperature=0.0), eos_token_ids=(29,), seed=0)
+        assert [int(step) for step in steps] == want
+        said |= set(want)
+    assert len(said) > 3
+
+
+@torch.no_grad()
+def test_t5gemma_windows():
+    """A local encoder layer sees `window` tokens to each side, a local decoder layer `window` with its own; other layers see all."""
+    local = tiny("t5gemma", depth=1, decoder_depth=1, window=2)
+    source = torch.randint(30, (1, 9))
+    changed = source.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 30
+    same = (local.encode(source) == local.encode(changed)).all(-1)[0]
+    assert same.tolist() == [True] * 2 + [False] * 5 + [True] * 2
+    target = torch.randint(30, (1, 9))
+    other = torch.cat([target[:, :4], (target[:, 4:5] + 1) % 30, target[:, 5:]], 1)
+    same = (local(source, None, target) == local(source, None, other)).all(-1)[0]
+    assert same.tolist() == [True] * 4 + [False] * 2 + [True] * 3
+    assert (
+        not (tiny("t5gemma", depth=2, window=2).encode(source) == tiny("t5gemma", depth=2, window=2).encode(changed))
+        .all(-1)
+        .any()
+    )
+
+
+@torch.no_grad()
+def test_t5gemma_end_tokens_as_published(tmp_path):
+    """Instruction-tuned files list several end tokens, and hold the rotary base under its former key."""
+    theirs = random(network(create("t5gemma-test")))
+    theirs.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    for side in ("encoder", "decoder"):
+        said[side] |= {"eos_token_id": [1, 7], "rope_theta": said[side].pop("rope_parameters")["rope_theta"]}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    ours, inputs = fieldguide.load(tmp_path), batch("t5gemma")
+    assert (ours.config.begin, ours.config.end, ours.config.pad) == (2, 1, 0)
+    torch.testing.assert_close(asked(ours, *inputs), asked(theirs, *inputs), rtol=2e-4, atol=2e-5)
+    said["decoder"]["layer_types"] = ["full_attention"] * 3
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(WeightsError, match="must alternate"):
+        fieldguide.load(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- T5
@@ -282,7 +345,7 @@ def test_balance_is_minimal_for_a_uniform_load():
 @EVERY
 @pytest.mark.parametrize("field", ["dropout", "attn_dropout", "mlp_dropout"])
 def test_dropout_only_in_training(name, field):
-    if name == "t5" and field != "dropout":
+    if name in ("t5", "t5gemma") and field != "dropout":
         return
     inputs, model = batch(name, dtype=torch.float32), tiny(name, torch.float32, **{field: 0.5})
     assert torch.equal(model(*inputs), tiny(name, torch.float32)(*inputs))

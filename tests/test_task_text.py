@@ -333,23 +333,34 @@ def test_other_language_models_learn_a_sample(model, tmp_path):
     assert open_run(tmp_path / "run").predict(["The value "], tokens=100, temperature=0.0)[0]["text"] == said
 
 
+TRANSLATORS = {  # model -> settings
+    "transformer-mini": {"steps": 90, "model.dim": 96, "model.depth": 2, "model.dropout": 0.0, "lr": 6e-3},
+    "t5gemma-test": {
+        "steps": 200,
+        "lr": 1e-2,
+        "model.dim": 96,
+        "model.decoder_dim": 96,
+        "model.decoder_depth": 2,
+        "model.width": 24,
+        "model.scale": 24,
+        "model.hidden": 192,
+        "model.decoder_hidden": 192,
+        "model.window": 8,
+        "model.attn_cap": 50.0,
+        "model.cap": 30.0,
+    },
+}
+
+
 @pytest.mark.slow
-def test_network_learns_to_translate(tmp_path):
+@pytest.mark.parametrize("model", TRANSLATORS)
+def test_network_learns_to_translate(model, tmp_path):
     run = fit(
         "phrases",
         minutes=3,
-        model="transformer-mini",
+        model=model,
         out=tmp_path / "run",
-        settings={
-            "steps": 90,
-            "batch": 64,
-            "precision": "float32",
-            "evaluate": 45,
-            "model.dim": 96,
-            "model.depth": 2,
-            "model.dropout": 0.0,
-            "lr": 6e-3,
-        },
+        settings={"batch": 64, "precision": "float32", "evaluate": 45, **TRANSLATORS[model]},
     )
     assert run.scores["bleu"] > 85 and run.scores["chrf"] > 85
     assert run.record["scores"]["baselines"][0]["scores"]["bleu"] < 20

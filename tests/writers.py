@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from tv import transformers
 
 KINDS = {
     "t5": "T5",
+    "t5gemma": "T5Gemma",
     "marian": "Marian",
     "pegasus": "Pegasus",
     "bart": "Bart",
@@ -55,13 +55,13 @@ class Pairs(Tied):
                 module.padding_idx = None  # it would keep the gradient of one token from its embedding
 
     def forward(self, source: Tensor, source_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        from cases import unrounded  # which imports this module
+
         double = next(self.parameters()).dtype == torch.float64
         for module in self.modules():
             if isinstance(module, moe.NllbMoeTop2Router):
                 module.dtype = torch.float64 if double else torch.float32
-        to = Tensor.to
-        kept = lambda x, *a, **k: x if x.dtype == torch.float64 and a[:1] == (torch.float32,) else to(x, *a, **k)
-        with mock.patch.object(Tensor, "to", kept):
+        with unrounded():
             return self.peer(
                 input_ids=source,
                 attention_mask=source_mask.long(),
