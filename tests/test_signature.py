@@ -19,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fieldguide
+from fieldguide.checkpoints import load
 from fieldguide.cli import commands
 from fieldguide.core.errors import RunError, SettingsError
 from fieldguide.core.network_tensors import describe_network
@@ -31,6 +32,7 @@ from fieldguide.models import registry
 from fieldguide.tasks import task as task_named
 from fieldguide.tasks import tasks
 from fieldguide.tasks.timeseries.forecasting import LEVELS
+from visual_chats import write_checkpoint, write_digits
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = sorted(p.parent.name for p in GOLDEN.glob("v*/run.json"))
@@ -207,6 +209,16 @@ def variant_events(folder, architecture="hstu"):
     return fit_task(write_table(folder, "events.csv", rows), "recommendation", architecture), rows[:6], {"count": 2}
 
 
+def variant_visual_chat(folder):
+    """A network that reads images of any size."""
+    weights = write_checkpoint(folder / "qwen", "qwen2.5-vl")
+    found = load.inspect_checkpoint(weights)
+    options = found.preprocessing_defaults()
+    path = write_digits(folder)
+    made = fit_task(path, "image-text-to-text", "qwen2.5-vl", options=options, fields={"picture": options["picture"]})
+    return made, [str(folder / f"images/{i}.png") for i in range(3)], {"prompt": "Which?", "max_new_tokens": 2}
+
+
 def variant_hidden_items(folder):
     return variant_events(folder, "bert4rec")
 
@@ -239,6 +251,7 @@ VARIANTS = {
     "recordings": variant_recordings,
     "events": variant_events,
     "hidden-items": variant_hidden_items,
+    "visual-chat": variant_visual_chat,
     "towers": variant_towers,
 }
 CASES = [*RUNS, *VARIANTS]

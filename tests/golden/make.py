@@ -22,6 +22,9 @@ from fieldguide.core.run_record import SCHEMA
 from fieldguide.data import samples
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from visual_chats import QUESTION, write_checkpoint, write_digits  # noqa: E402
+
 QUICK = {"steps": 150, "precision": "float32", "batch": 32, "lr": 0.01, "ema": 0, "evaluate": 50}
 SMALL_MASK_SET = {
     "model.backbone": "resnet",
@@ -47,9 +50,13 @@ RUNS = {
     "text-embedding": ("helpdesk", "bert-test", {"task.vocab_size": 320, "task.length": 24}),
     "reranking": ("shortlist", "bert-test", {"task.vocab_size": 320, "task.length": 48}),
     "preference-tuning": ("replies", "gpt2-test", {"task.vocab_size": 320, "task.length": 48}),
+    "image-text-to-text": ("messages", "auto", {"batch": 16, "finetune": "whole", "keep_frozen": False}),
     "time-series-classification": ("motions", "inceptiontime-test", {"model.lengths": (10, 5)}),
 }
-ASKED = {"preference-tuning": {"max_new_tokens": 8, "temperature": 0.0}}  # prediction options
+ASKED = {
+    "image-text-to-text": {"prompt": QUESTION, "max_new_tokens": 8},
+    "preference-tuning": {"max_new_tokens": 8, "temperature": 0.0},
+}  # prediction options
 KEPT = ("run.json", "model.safetensors", "preprocess", "splits.npz", "metrics.jsonl")
 
 
@@ -67,6 +74,12 @@ def letters(file: Path) -> Path:
     ]
     pl.DataFrame(rows, schema=["text", "topic"], orient="row").write_csv(file)
     return file
+
+
+def messages(file: Path) -> Path:
+    """Conversations about digits, next to a tiny network that answers them."""
+    write_checkpoint(file.parent / "checkpoint")
+    return write_digits(file.parent)
 
 
 def orders(file: Path) -> Path:
@@ -97,8 +110,10 @@ def inputs(task: str, home: Path, folder: Path) -> list[str]:
         "instance-segmentation",
         "panoptic-segmentation",
         "image-to-text",
+        "image-text-to-text",
     ):
-        chosen = sorted(p for p in home.rglob("*.png") if "annotations" not in p.parts)[::300]
+        place, each = (home, 300) if home.is_dir() else (home.parent, 12)
+        chosen = sorted(p for p in place.rglob("*.png") if "annotations" not in p.parts)[::each]
         names = [f"image-{i}.png" for i in range(len(chosen))]
         for path, name in zip(chosen, names):
             shutil.copy(path, folder / name)
@@ -144,10 +159,12 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         with tempfile.TemporaryDirectory() as work:
-            made = {"letters": letters, "orders": orders}.get(sample)
+            made = {"letters": letters, "orders": orders, "messages": messages}.get(sample)
             home = made(Path(work) / f"{sample}.csv") if made else samples.path(sample)
             names = inputs(task, home, folder)
-            run = fieldguide.fit(home, task=task, model=model, out=Path(work) / "run", settings={**QUICK, **settings})
+            weights = home.parent / "checkpoint" if sample == "messages" else None
+            told = {**QUICK, **settings}
+            run = fieldguide.fit(home, task=task, model=model, out=Path(work) / "run", settings=told, weights=weights)
             for name in KEPT:
                 if (run.path / name).is_dir():
                     shutil.copytree(run.path / name, folder / name)
@@ -159,6 +176,8 @@ def main() -> None:
         record = json.loads((folder / "run.json").read_text())
         record["data"] |= {"root": sample, "source": sample}  # no path of the machine that made it
         record["request"]["data"] = sample
+        if record["request"].get("weights"):
+            record["request"]["weights"] = "checkpoint"
         (folder / "run.json").write_text(json.dumps(record, indent=1))
         answers = fieldguide.open_run(folder).predict([str(folder / n) for n in names], **ASKED.get(task, {}))
         plain = lambda answer: {k: v for k, v in answer.items() if k != "input" and not isinstance(v, Media)}

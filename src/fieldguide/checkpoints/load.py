@@ -36,7 +36,13 @@ from fieldguide.checkpoints.identify import (
     recognize,
 )
 from fieldguide.checkpoints.names import CONFIG_FILE, CONFIG_FILES, HUB_PREFIX
-from fieldguide.checkpoints.preprocessor_config import format_pixels, get_image_options, read_audio_options, read_preprocessor
+from fieldguide.checkpoints.preprocessor_config import (
+    build_native_transform,
+    format_pixels,
+    get_image_options,
+    read_audio_options,
+    read_preprocessor,
+)
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
@@ -44,6 +50,7 @@ from fieldguide.core.files import make_folder, write_atomically
 from fieldguide.core.network_tensors import describe_network
 from fieldguide.core.validation import guard
 from fieldguide.data.preprocessing import ImageTransform, tokenizer_files
+from fieldguide.data.preprocessing.image_transform import NativeTransform, ResizeTransform
 from fieldguide.data.preprocessing.symbol_files import has_symbols
 from fieldguide.models.initialization import SkipInitialization, make_on_meta
 from fieldguide.models.registry import card_of, cards, find
@@ -184,6 +191,8 @@ class Checkpoint:
     def get_image_text_defaults(self, folder: Path) -> dict[str, Any]:
         """Return the task options for a network of images and texts, including image size and text length."""
         card, config = self.card, self.card.config(**self.values)
+        if "tokens" in card.output_types and card.accepts("picture"):
+            return self.get_image_token_defaults(folder, config)
         side, length = (getattr(config, card.names.get(word, word)) for word in ("image", "length"))
         offered = {"side": side, "channels": self.channels, "length": length}
         if card.accepts("end"):
@@ -200,6 +209,24 @@ class Checkpoint:
         offered["pixels"] = "/".join(",".join(map(str, values)) for values in (transform.mean, transform.std))
         resize, template = getattr(transform, "method", None), options.get("template")
         return offered | ({"resize": resize} if resize else {}) | ({"template": template} if template else {})
+
+    def get_image_token_defaults(self, folder: Path, config: Any) -> dict[str, Any]:
+        """Return the task options for a decoder with image tokens: image size, patches, and the image token."""
+        offered = {name: getattr(config, name) for name in ("channels", "patch", "length", "picture")}
+        offered |= {"side": config.image, "merge": getattr(config, "merge", 1)}
+        state = run_folder.read_preprocessing(folder)[0] if (folder / "run.json").is_file() else {}
+        if state:
+            transform = ImageTransform.from_json(state["pictures"])
+        elif "grid" in self.card.optional_inputs:
+            transform = build_native_transform(
+                folder, config.patch, config.merge, config.image, config.channels, self.card.scale
+            )
+        else:
+            return offered | get_image_options(folder, config.image, config.channels, self.card.scale)
+        offered["pixels"] = format_pixels({}, (transform.mean, transform.std), self.channels)
+        names = ("min_pixels", "max_pixels") if isinstance(transform, NativeTransform) else ()
+        resize = {"resize": transform.method} if isinstance(transform, ResizeTransform) else {}
+        return offered | {name: getattr(transform, name) for name in names} | resize
 
 
 def inspect_checkpoint(

@@ -3,6 +3,7 @@
 Read are: `messages` whose content is a text or a list of parts, or that are written as JSON; ShareGPT (`conversations` of {from,
 value}); lists of exchanges, such as {human, assistant}; the columns `prompt` and `completion` or `response`; and the columns
 `instruction`, `input` or `context`, and `output` or `response` of Alpaca and Dolly. A column `system` holds the first message.
+Images become a column `image` (`conversation_images`).
 Identifiers, sources and the like are left out. Pairs of a chosen and a rejected answer are left as they are.
 """
 
@@ -15,6 +16,8 @@ from typing import Any
 
 import polars as pl
 
+from fieldguide.data import conversation_images
+from fieldguide.data.conversation_images import IMAGE, IMAGE_MARK, PART_TYPES, find_path, list_paths, place_image
 from fieldguide.data.dataset import BOOKKEEPING
 
 MESSAGES = "messages"
@@ -65,17 +68,27 @@ class Conversations:
     rows: pl.DataFrame
     problems: dict[str, list[int]] = field(default_factory=dict)  # description -> rows
     unused: list[str] = field(default_factory=list)  # columns that are left out
+    images: str | None = None  # column with the paths of images, which may be empty
+
+    def add_problem(self, problem: str, row: int) -> None:
+        """Note what the messages of a row hold that is not supported."""
+        rows_with = self.problems.setdefault(problem, [])
+        if not rows_with or rows_with[-1] != row:
+            rows_with.append(row)
 
 
 def to_messages(rows: pl.DataFrame) -> Conversations | None:
     """Return the rows with their conversations as `messages`, or None if they hold none in a format other than ours."""
     written, rows = rows.schema, split_exchanges(parse_written(rows))
+    pictured = conversation_images.find_column(rows)
     names = [name for name in rows.columns if name not in BOOKKEEPING]
     if {"chosen", "rejected"} <= set(names):
         return None  # pairs of answers, which the task preference-tuning reads
     for name in names:
         inner = getattr(rows.schema[name], "inner", None)
         keys = {f.name for f in inner.fields} if isinstance(inner, pl.Struct) else set()
+        if pictured and name in MESSAGE_NAMES and keys & {"content", "value"}:
+            return drop_side(convert_lists(put_system_first(rows, name) if "system" in names else rows, name, pictured))
         with_system = name in MESSAGE_NAMES and rows.schema.get("system") == pl.String
         if {"from", "value"} <= keys or (
             {"role", "content"} <= keys and (with_system or written[name] != rows.schema[name] or not is_plain(rows[name]))
@@ -169,51 +182,69 @@ def is_plain(messages: pl.Series) -> bool:
     return not messages.list.eval(odd.fill_null(True)).list.any().any()
 
 
-def convert_lists(rows: pl.DataFrame, name: str) -> Conversations:
-    """Convert a column of lists of messages."""
+def convert_lists(rows: pl.DataFrame, name: str, pictured: str | None = None) -> Conversations:
+    """Convert a column of lists of messages; `pictured` is the column of their images, if there is one."""
     found = Conversations(rows)
     converted: list[Any] = []
+    paths: list[str | None] = []
+    given = rows[pictured].to_list() if pictured else [None] * rows.height
     for i, messages in enumerate(rows[name].to_list()):
         if messages is None:
             converted.append(None)
+            paths.append(None)
             continue
-        turns = []
+        turns: list[dict[str, Any]] = []
+        parts: list[Any] = []
         for message in messages:
             message = message or {}
             role = message.get("role") or message.get("from")
             content = message["content"] if "content" in message else message.get("value")
-            text, problem = to_text(content)
+            text, problem, own = to_text(content)
+            if own and ROLE_OF.get(str(role).lower()) != "user":
+                problem = "image parts"
+            parts += own
             if problem is None and text is None and message.get("tool_calls"):
                 problem = "tool calls"
             if problem:
-                rows_with = found.problems.setdefault(problem, [])
-                if not rows_with or rows_with[-1] != i:
-                    rows_with.append(i)
+                found.add_problem(problem, i)
                 text = text or ""
             turns.append({"role": ROLE_OF.get(str(role).lower(), role), "content": text})
+        path = None
+        if not any(i in rows_with[-1:] for rows_with in found.problems.values()):
+            turns, path, problem = place_image(turns, parts, list_paths(given[i]))
+            if problem:
+                found.add_problem(problem, i)
         converted.append(turns)
+        paths.append(path)
     found.rows = rows.with_columns(pl.Series(name, converted, dtype=MESSAGE_TYPE))
+    if pictured or any(paths):
+        found.rows = found.rows.drop(pictured or []).with_columns(pl.Series(IMAGE, paths, dtype=pl.String))
+        found.images = IMAGE
     if name in MESSAGE_NAMES and MESSAGES not in found.rows.columns:
         found.rows = found.rows.rename({name: MESSAGES})
     return found
 
 
-def to_text(content: Any) -> tuple[str | None, str | None]:
-    """Return the text of a message, and what it holds that is not text ("images"), if anything."""
+def to_text(content: Any) -> tuple[str | None, str | None, list[Any]]:
+    """Return the text of a message, what it holds that is neither text nor image, if anything, and the paths of its images.
+
+    An image is a mark in the text; its path is None if the part has none.
+    """
     if isinstance(content, str) and content.startswith('[{"'):  # polars keeps mixed values as JSON
         try:
             content = json.loads(content)
         except ValueError:
-            return content, None
+            return content, None, []
     if not isinstance(content, list):
-        return (content if content is None else str(content)), None
+        return (content if content is None else str(content)), None, []
     if content and all(isinstance(part, str) for part in content):
-        return "\n".join(content), None
+        return "\n".join(content), None, []
     if not all(isinstance(part, dict) and "type" in part for part in content):
-        return json.dumps(content), None
-    text = "".join(str(part.get("text") or "") for part in content if part["type"] == "text")
-    other = sorted({str(part["type"]).replace("_url", "") for part in content} - {"text"})
-    return text, f"{' and '.join(other)} parts" if other else None
+        return json.dumps(content), None, []
+    show = lambda part: IMAGE_MARK if part["type"] in PART_TYPES else str(part.get("text") or "") * (part["type"] == "text")
+    images = [find_path({k: v for k, v in part.items() if k != "type"}) for part in content if part["type"] in PART_TYPES]
+    other = sorted({str(part["type"]).replace("_url", "") for part in content if part["type"] not in PART_TYPES} - {"text"})
+    return "".join(map(show, content)), f"{' and '.join(other)} parts" if other else None, images
 
 
 def convert_pairs(rows: pl.DataFrame, answers: str) -> Conversations:

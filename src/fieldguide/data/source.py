@@ -90,6 +90,7 @@ class RawTable:
     context: Any = None  # data shared by all rows, such as class names or full series
     unusable: int = 0  # examples that could not be added to `rows`
     message_problems: dict[str, list[int]] = field(default_factory=dict)  # what messages hold other than text -> rows
+    optional_media: tuple[str, ...] = ()  # columns of media whose cells may be empty
     boundary: Path | None = None  # the folder outside of which no media are opened; None for a table that the user named
     delimiter: str | None = None  # of a delimited file; a hint for its number formats
 

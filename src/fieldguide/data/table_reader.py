@@ -217,7 +217,8 @@ class TableReader(TableColumns):
                 allowed.append(path)
         self.media |= {(column.kind, path): found for path, found in zip(allowed, medium.check(allowed))}
         seen = {path: self.media[column.kind, path] for path in unique}
-        checked = [seen.get(p, medium.missing) for p in paths]
+        absent = replace(medium.missing, problem="", detail="") if column.name in self.raw.optional_media else medium.missing
+        checked = [seen.get(p, absent) for p in paths]
         bad = np.array([bool(c.problem) for c in checked], dtype=bool)
         files = self.data.manifest.files
         own = FILE not in rows.columns  # a folder of images: one file per row
@@ -230,7 +231,7 @@ class TableReader(TableColumns):
             )
         files += entries
         rows = rows.with_columns(
-            pl.Series(fact, [getattr(c, attribute) for c in checked], dtype=kind)
+            pl.Series(fact, [getattr(c, attribute) if p else None for p, c in zip(paths, checked)], dtype=kind)
             for fact, (attribute, kind) in medium.facts.items()
             if fact not in rows.columns
         )

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from fieldguide.checkpoints import config_mapping
 from fieldguide.checkpoints.generation_config import PublishedGeneration, read_generation_config
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
 from fieldguide.checkpoints.preprocessor_config import build_native_transform
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
         def with_images(self, image: Tensor, **sizes: Tensor) -> GenerativeModel: ...
 
 
-TEMPLATE_FILE = "chat_template.json"  # of processors in folders written before 2025
 IMAGES_PER_BATCH = 4  # each image is many tokens
 
 
@@ -89,8 +87,6 @@ class ImageToText(Predictor):
         network = cast("VisionLanguageNetwork", filled_network)  # all networks with this input and output have its methods
         folder, c = found.path if found.path.is_dir() else found.path.parent, network.config
         files = read_tokenizer(found)
-        if files.template is None and (folder / TEMPLATE_FILE).is_file():
-            files = replace(files, template=config_mapping.read(folder / TEMPLATE_FILE).get("chat_template"))
         size = files.tokenizer.get_vocab_size()
         if size > c.vocab_size or files.tokenizer.id_to_token(c.picture) is None:
             raise WeightsError(

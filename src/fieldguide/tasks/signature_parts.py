@@ -77,12 +77,28 @@ def describe_normalization(mean: Sequence[float], std: Sequence[float]) -> Step:
 
 def set_image(tensors: Sequence[TensorSpec], name: str, transform: ImageTransform) -> list[TensorSpec]:
     """Return the tensors with the image's size and normalization set."""
+    if isinstance(transform, NativeTransform):
+        return [set_any_size(spec, name, transform) for spec in tensors]
     sizes = {"height": transform.side, "width": transform.side, "channels": transform.channels}
     normal = {"mean": tuple(transform.mean), "std": tuple(transform.std)}
     return [
         replace(spec, axes=fix_axes(spec.axes, sizes), **normal) if spec.name == name else spec  # type: ignore[arg-type]
         for spec in tensors
     ]
+
+
+def set_any_size(spec: TensorSpec, name: str, transform: NativeTransform) -> TensorSpec:
+    """Return a tensor of a network that reads images of any size: their number of tokens follows from each."""
+    if spec.name == name:
+        sides = [replace(axis, size=None, least=transform.unit, multiple=transform.unit) for axis in spec.axes[2:]]
+        channels = Axis("channels", transform.channels)
+        axes = (spec.axes[0], channels, *sides)
+        return replace(spec, axes=axes, mean=tuple(transform.mean), std=tuple(transform.std))
+    if spec.name == "grid":
+        longest = transform.max_pixels // transform.unit // transform.patch  # of an image that is one token wide
+        return replace(spec, low=0, high=longest)
+    axes = tuple(replace(axis, least=1) if axis.name == "tokens" else axis for axis in spec.axes)
+    return replace(spec, axes=axes, tokens=tuple(replace(rule, count=0) for rule in spec.tokens))
 
 
 def fix_axes(axes: Sequence[Axis], sizes: dict[str, int]) -> tuple[Axis, ...]:

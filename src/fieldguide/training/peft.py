@@ -65,7 +65,10 @@ def prepare(model: nn.Module, settings: Settings, fresh: Iterable[str] | None) -
         p.requires_grad_(name in fresh)
     if settings.finetune == "lora":
         shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        frozen = tuple(f"{part}." for part in getattr(model, "frozen_parts", ())) if settings.keep_frozen else ()
         for name, module in list(model.named_modules()):
+            if f"{name}.".startswith(frozen):
+                continue
             if isinstance(module, nn.Linear) and f"{name}.weight" not in fresh and id(module.weight) not in shared:
                 parametrize.register_parametrization(
                     module, "weight", LowRank(module.weight, settings.lora_rank, settings.lora_scale)

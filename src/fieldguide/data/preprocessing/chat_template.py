@@ -89,7 +89,7 @@ class ChatTemplate:
                 before, after = self(messages[:i]), self(messages[: i + 1], answer=False)
             except DataError:
                 return whole, None
-            content = message["content"].strip()
+            content = get_text(message["content"]).strip()
             begin = whole.find(content, len(before))
             closing = after[after.rfind(content) + len(content) :].rstrip()
             if not whole.startswith(before) or begin < 0 or (spans and len(before) < spans[-1][1]):
@@ -100,11 +100,22 @@ class ChatTemplate:
 
     def closing_text(self) -> str:
         """Return the text that follows an answer, such as <|im_end|>, or "" if it cannot be determined."""
-        try:
-            after = self([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], answer=False)
-        except DataError:
-            return ""
-        return after[after.rfind("answer") + len("answer") :].strip()
+        for write in (str, lambda text: [{"type": "text", "text": text}]):  # some templates read lists of parts only
+            try:
+                turns = {"user": write("question"), "assistant": write("answer")}
+                after = self([{"role": role, "content": content} for role, content in turns.items()], answer=False)
+            except DataError:
+                continue
+            if "answer" in after:
+                return after[after.rfind("answer") + len("answer") :].strip()
+        return ""
+
+
+def get_text(content: Any) -> str:
+    """Return the text of a message, whose content is a text or a list of parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text") or "") for part in content if part.get("type") == "text")
 
 
 def generation_extension() -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,14 @@ Turns = Sequence[tuple[str, str]]  # (role, content)
 
 
 class Conversations:
-    """Encoder of conversations. `text` must have a template; `closing` is the token that ends an answer, or None."""
+    """Encoder of conversations. `text` must have a template; `closing` is the token that ends an answer, or None.
 
-    def __init__(self, text: TextTokenizer):
+    `write` returns turns in the form that the template reads.
+    """
+
+    def __init__(self, text: TextTokenizer, write: Callable[[Turns], Sequence[Mapping[str, Any]]] | None = None):
         assert text.template is not None
+        self.write = write or to_messages
         self.text, self.template = text, ChatTemplate(text.template, text.special)
         self.closing = text.tokenizer.token_to_id(self.template.closing_text())
 
@@ -30,7 +35,7 @@ class Conversations:
         found = []
         for row, turns in enumerate(rows):
             try:
-                found.append(self.template.render_with_spans(to_messages(turns)))
+                found.append(self.template.render_with_spans(self.write(turns)))
             except DataError as error:
                 raise DataError(f"{place(row)}: {error}") from None
         return found
@@ -40,7 +45,7 @@ class Conversations:
         rejected = {}
         for row, turns in enumerate(rows):
             try:
-                self.template(to_messages(turns))
+                self.template(self.write(turns))
             except DataError as error:
                 rejected[row] = str(error)
         return rejected
@@ -58,7 +63,7 @@ class Conversations:
 
     def prompt(self, turns: Turns) -> list[int]:
         """Return the token ids of a conversation up to the start of the assistant's next turn."""
-        return self.text.encode_rendered([self.template(to_messages(turns))])[0][0].tolist()
+        return self.text.encode_rendered([self.template(self.write(turns))])[0][0].tolist()
 
     def describe(self, rows: Sequence[Turns], place: Callable[[int], str]) -> str:
         """Describe which parts of these conversations are used for training."""

@@ -167,7 +167,8 @@ class ImageTransform:
 
     def collate(self, rows: Sequence[Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return the images of each row, uint8 C H W, as standardized tensors of a batch; see `collate_images`."""
-        return collate_images([[self.apply(image) for image in row] for row in rows], self.channels)
+        found = collate_images(rows, self.channels)
+        return {**found, "image": self.apply(found["image"])} if found else {}
 
     @property
     def size_text(self) -> str:
@@ -297,11 +298,12 @@ class NativeTransform(ImageTransform):
 
     def collate(self, rows: Sequence[Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return the images of each row, uint8 C H W, as standardized tensors of a batch; see `collate_images`."""
-        return collate_images([[self.apply(image) for image in row] for row in rows], self.channels, self.patch)
+        found = collate_images(rows, self.channels, self.patch)
+        return {**found, "image": self.apply(found["image"])} if found else {}
 
 
 def collate_images(rows: Sequence[Sequence[torch.Tensor]], channels: int, patch: int = 0) -> dict[str, torch.Tensor]:
-    """Return the images of each row, C H W each, as `image`: B C H W, or B I C H W if a row has several, padded with zeros.
+    """Return the images of each row, uint8 C H W, as `image`: B C H W, or B I C H W if a row has several, padded with black.
 
     If their sizes differ, `grid` holds the rows and columns of patches of each, B 2 or B I 2; 0 if a row has fewer images. Without
     any image, nothing is returned.
@@ -313,7 +315,7 @@ def collate_images(rows: Sequence[Sequence[torch.Tensor]], channels: int, patch:
     if not sizes:
         return {}
     height, width = (max(lengths) for lengths in zip(*sizes))
-    found = torch.zeros(len(rows), most, channels, height, width)
+    found = torch.zeros(len(rows), most, channels, height, width, dtype=torch.uint8)
     grid = torch.zeros(len(rows), most, 2, dtype=torch.int64)
     for i, row in enumerate(rows):
         for k, image in enumerate(row):

@@ -29,6 +29,7 @@ TRIAL_TEXT = "A text, 123."
 TARGET_FILE = "target_tokenizer.json"  # written by `Text.save` if target texts have a tokenizer of their own
 SETTINGS_FILE = "text.json"  # written next to tokenizer.json by `Text.save`
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"  # of processors in folders written before 2025
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):
         named = {t["name"]: t["template"] for t in template}
         template = named.get("default", next(iter(named.values()), None))
+    if template is None and (folder / PROCESSOR_TEMPLATE_FILE).is_file():
+        template = read_json(folder / PROCESSOR_TEMPLATE_FILE).get("chat_template")
     return template
 
 

@@ -164,6 +164,8 @@ def resolve_images(raw: RawTable, folder: Path, index: ImageIndex, options: Opti
         some = values.gather_every(max(1, values.len() // 200)).to_list()
         matched[name] = sum(looks_named(v, index) for v in some) / max(1, len(some))
     chosen = [c for c, share in matched.items() if share >= MIN_MATCHED_FRACTION]
+    if not chosen and any(kind.is_nested() for kind in raw.rows.schema.values()):
+        return raw  # the images are named inside of lists, such as messages
     if not chosen:
         example = next(iter(next(iter(index.scan().values()), [])), folder)
         raise DataError(

@@ -28,10 +28,10 @@ def simplify_label(label: str) -> str:
     return " ".join(label.replace("_", " ").casefold().split()).rstrip(".")
 
 
-def locate_file(data: Data, row: int, column: str) -> str:
-    """Return the location of a row, with the name of the media file if the location does not tell which one it is."""
+def locate_file(data: Data, row: int, column: str, named: bool = False) -> str:
+    """Return the location of a row, with the name of the media file if the location does not tell which one it is, or if `named`."""
     place, file = data.locate_row(row), data.rows[column][row]
-    has_line = LINE in data.rows.columns and data.rows[LINE][row] is not None
+    has_line = not named and LINE in data.rows.columns and data.rows[LINE][row] is not None
     return place if has_line or file is None or Path(place).name == Path(file).name else f"{place}: {Path(file).name}"
 
 
@@ -41,7 +41,8 @@ def media_findings(data: Data, medium: Medium, checked: Sequence[MediaCheck], ba
     for name, (what, remedy) in medium.problems.items():
         rows = [i for i, c in enumerate(checked) if c.problem == name]
         if rows:
-            named = tuple(f"{locate_file(data, i, column)} ({checked[i].detail})" for i in rows[:MAX_SHOWN_PLACES])
+            is_lost = name == "missing-file"  # its name may be what is wrong
+            named = tuple(f"{locate_file(data, i, column, is_lost)} ({checked[i].detail})" for i in rows[:MAX_SHOWN_PLACES])
             unusable = sum(1 for i in rows if not bad[i])
             findings.append(Finding(name, "warning", what, named, len(rows), remedy, unusable))
     for trait, (name, severity, what, remedy) in medium.traits.items():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,8 @@ class LLaVA(nn.Module):
     either side. For generation see `with_images`. Raises `DataError` for sequences longer than `length`, images of
     another size, and sequences with another number of image tokens.
     """
+
+    frozen_parts: ClassVar[tuple[str, ...]] = ("vision",)  # in fine-tuning, as published
 
     def __init__(self, config: Config):
         super().__init__()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -218,6 +218,8 @@ class Qwen2_5VL(nn.Module):
     Padding of tokens may be on either side. For generation see `with_images`. Raises `DataError` for sequences longer than
     `length`, other sides, and another number of image tokens, and `SettingsError` if `sections` do not add up to d / 2.
     """
+
+    frozen_parts: ClassVar[tuple[str, ...]] = ("vision.patch", "vision.blocks")  # in fine-tuning, as the authors' scripts do
 
     def __init__(self, config: Config):
         super().__init__()

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from fieldguide.core.card import Card
-from fieldguide.core.signature import InputField, Limits, Loop, RecordField, Signature, Step, TensorSpec
+from fieldguide.core.signature import Axis, InputField, Limits, Loop, RecordField, Signature, Step, TensorSpec
+from fieldguide.data.dataset import Column
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.tasks.signature_builder import SignatureBuilder
@@ -117,3 +118,51 @@ class ImageTextSignature(ImageAndTextSignature):
         cosine = RecordField("", "number", low=-1.001, high=1.001)
         about = "cosine similarity of the image and each text"
         return [label, *probabilities, RecordField("similarity", "map", about, items=cosine)]
+
+
+class VisualChatSignature(ImageAndTextSignature):
+    """The signature of visual instruction tuning: a conversation about an image is continued."""
+
+    max_request_rows: ClassVar[int] = 64
+
+    @property
+    def conversations(self) -> Any:
+        """Return the encoder of conversations."""
+        raise NotImplementedError
+
+    def input_columns(self) -> list[Column]:
+        return [c for c in self.columns if c.kind in ("messages", "image") and c.role == "feature"]
+
+    def describe_inputs(self) -> Sequence[InputField]:
+        """Return image and conversation: one without an image is possible, and the prompt is asked about an image alone."""
+        fields = sorted(super().describe_inputs(), key=lambda field: field.kind != "image")
+        return [replace(field, nullable=True, required=field.kind == "image") for field in fields]
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        picture = {"token": self.options.picture}
+        return [
+            *list_image_steps(self.pictures),
+            Step("render_chat", "the conversation as one text, by the chat template", False),
+            describe_tokenization(self.text, None),
+            Step("expand_image_token", "one token for each patch of the image", False, picture),
+            Step("pad", "pad prompts on the left", False),
+        ]
+
+    def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        return set_vocabulary(set_image(tensors, "image", self.pictures), ("tokens",), self.text)
+
+    def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
+        about = "token ids of the prompts; -1 is padding on the left"
+        return [
+            request_tensor("prompt", "int64", Axis("prompt_tokens"), about=about, low=-1, high=self.text.size - 1),
+            request_tensor("row", "int64", about="number of the row, which seeds its sampling", low=0),
+        ]
+
+    def describe_loop(self, loop: Loop | None) -> Loop | None:
+        return loop and replace(loop, eos_tokens=self.conversations.ends, pad_token=self.text.pad)
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        return list_generation_steps()
+
+    def describe_record(self) -> Sequence[RecordField]:
+        return [RecordField("text", "string", "the answer")]
