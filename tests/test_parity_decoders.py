@@ -251,6 +251,23 @@ def test_cache_equals_the_whole_row(name, pieces):
         torch.testing.assert_close(got[row, mask[row]], model(tokens[row : row + 1, mask[row]])[0], rtol=1e-9, atol=1e-10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_beams_carry_their_cache(name):
+    """Rows that are repeated and reordered, as in beam search, go on as if each had been read alone."""
+    model = tiny(name, length=16)
+    prompt, first, second = (
+        torch.randint(30, shape, generator=torch.Generator().manual_seed(2)) for shape in ((2, 5), (6, 1), (6, 1))
+    )
+    order, cache = torch.tensor([2, 0, 0, 5, 3, 4]), model.new_cache(2)
+    model.last(prompt, None, cache)
+    cache.widen(3)
+    model.last(first, None, cache)
+    cache.select(order)
+    rows = torch.cat([prompt.repeat_interleave(3, 0)[order], first[order], second], 1)
+    torch.testing.assert_close(model.last(second, None, cache), model(rows)[:, -1], rtol=1e-9, atol=1e-10)
+
+
 # ---------------------------------------------------------------------------------------------- traps
 
 
