@@ -280,17 +280,17 @@ def test_checkpoints_without_template_use_that_of_llava(folders, tmp_path):
 
 @pytest.mark.slow
 def test_learns_to_name_digits(tmp_path):
-    """From random weights, with the image encoder trained as well: at least 80 % of the answers about new images are right."""
-    data = write_digits(tmp_path, 1797, size=32)
+    """From random weights, with the image encoder trained as well: at least 90 % of the answers about new images are right."""
+    data = write_digits(tmp_path, 1797, size=32, square=True)
     folder = write_checkpoint(
         tmp_path / "llava", image=32, seen_dim=48, seen_depth=3, seen_heads=4, dim=64, heads=4, kv_heads=2, hidden=128
     )
     settings = {
-        **{"finetune": "whole", "keep_frozen": False, "layer_decay": 1.0, "lr": 3e-3},
-        **{"steps": 700, "batch_size": 32, "precision": "float32"},
+        **{"finetune": "whole", "keep_frozen": False, "layer_decay": 1.0, "optimizer": "muon", "lr": 1e-2},
+        **{"steps": 500, "batch_size": 32, "precision": "float32"},
     }
     run = fieldguide.fit(data, weights=folder, settings=settings, out=tmp_path / "run")
-    assert run.scores["exact_match"] >= 0.8
+    assert run.scores["exact_match"] >= 0.9
     photos = [str(tmp_path / f"images/{i}.png") for i in range(20)]
     said = [record["text"] for record in run.predict(photos, prompt=QUESTION, max_new_tokens=8)]
     assert set(said) <= set(NAMES)

@@ -92,14 +92,14 @@ def make_row(form: str, image: str, answer: str) -> dict:
     }[form]
 
 
-def write_digits(folder: Path, count: int = 40, form: str = "path", size: int = 24) -> Path:
-    """Write conversations about the first digits of scikit-learn; return their file. Images alternate in size."""
+def write_digits(folder: Path, count: int = 40, form: str = "path", size: int = 24, square: bool = False) -> Path:
+    """Write conversations about the first digits of scikit-learn; return their file. Unless `square`, images alternate in size."""
     digits = load_digits()
     (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(count):
         made = Image.fromarray((15 * digits.images[i]).astype(np.uint8)).convert("RGB")
-        made.resize((size, size + size // 3 * (i % 2))).save(folder / f"images/{i}.png")
+        made.resize((size, size + size // 3 * (i % 2) * (not square))).save(folder / f"images/{i}.png")
         rows.append(make_row(form, f"images/{i}.png", NAMES[digits.target[i]]))
     return write_rows(folder / "messages.jsonl", rows)
 
