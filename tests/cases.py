@@ -58,6 +58,13 @@ def wide(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (0.3 * torch.randn(rows, config.channels, 64, 96),)  # no saturated probabilities, by which peers rank
 
 
+def prompted(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return images and two prompts each: of two points and no point, and of a box and a point."""
+    points = torch.rand(rows, 2, 3, 2) * config.image
+    labels = torch.tensor([[0, 1, -1], [1, 2, 3]]).expand(rows, 2, 3)
+    return (*image(config, rows), points, labels)
+
+
 def coarse(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return images of squares, for networks with coarse outputs."""
     return (torch.randn(rows, config.channels, 5, 5).repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :33, 1:],)
@@ -1390,6 +1397,7 @@ CASES = {
         skipped=("proposal", "known", "box.0.", "label.0."),
     ),
     "unet-resnet": Case(inputs=coarse, peer=smp_unet),
+    "sam": Case(inputs=prompted, peer=segmenters.sam, skipped=("mask_prompt.",)),
     "mask2former": Case(inputs=wide, peer=segmenters.mask2former, slack=50.0, lr=3e-3, selects=True),
     "segformer": Case(inputs=coarse, peer=segmenters.segformer, slack=10.0),
     "lstm-classifier": Case(inputs=tokens, peer=last_real, lr=3e-2),

@@ -134,3 +134,71 @@ def mask2former(model: nn.Module):
         return {f"peer.{to_live(name, SWIN_LIVE)}": tensor for name, tensor in public.items()}
 
     return peer, rename
+
+
+def sam_config(c, **options):
+    """Return a configuration of transformers, whose norms have the epsilon of `c`."""
+    from fieldguide.models.transformer._shared import sam_checkpoints as public
+    from tv import transformers
+
+    return transformers.SamConfig(
+        vision_config=public.write_vision(c),
+        prompt_encoder_config=public.write_prompts(c),
+        mask_decoder_config=public.write_decoder(c),
+        attn_implementation="sdpa",  # the other computes softmax in float32
+        **options,
+    )
+
+
+class PromptedMasks(nn.Module):
+    """A SAM of transformers that takes prompts of points, in which corners of boxes may be, and returns all masks in one tensor."""
+
+    def __init__(self, peer: nn.Module):
+        super().__init__()
+        self.peer = peer
+
+    def embed(self, points: Tensor, labels: Tensor) -> Tensor:
+        """Return the tokens of prompts, each of which has a box or none."""
+        encoder, found = self.peer.prompt_encoder, []
+        for row in range(labels.shape[1]):
+            own, kinds = points[:, row : row + 1], labels[:, row : row + 1]
+            corner = (labels[0, row] >= 2).nonzero().flatten().tolist()
+            plain = [i for i in range(labels.shape[2]) if i not in corner and labels[0, row, i] >= 0]
+            box = own[:, :, corner].flatten(2) if corner else None
+            given = (own[:, :, plain], kinds[:, :, plain]) if plain else (None, None)
+            found.append(encoder(*given, box, None)[0])
+        return torch.cat(found, 1)
+
+    def forward(self, x: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        peer = self.peer
+        places = peer.get_image_wide_positional_embeddings().repeat(len(x), 1, 1, 1)
+        dense = peer.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        size = peer.config.prompt_encoder_config.image_embedding_size
+        features = peer.vision_encoder(x).last_hidden_state
+        found = [
+            peer.mask_decoder(
+                features, places, self.embed(points, labels), dense.expand(len(x), -1, size, size), multimask_output=m
+            )
+            for m in (False, True)
+        ]
+        masks, scores = (torch.cat([pair[i] for pair in found], 2) for i in (0, 1))
+        return torch.cat([scores[..., None], masks.flatten(3)], -1)
+
+
+def sam(model: nn.Module):
+    from tv import transformers
+
+    peer = PromptedMasks(transformers.SamModel(sam_config(model.config)))
+    inner = peer.peer
+    for module in (inner.shared_image_embedding, inner.prompt_encoder.shared_embedding):
+        frequencies = module.positional_embedding.detach().clone()
+        del module.positional_embedding
+        module.register_buffer("positional_embedding", frequencies)
+
+    def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        public = translate(state, get_tables(model)["huggingface"], reverse=True)
+        name = "shared_image_embedding.positional_embedding"
+        also = {"prompt_encoder.shared_embedding.positional_embedding": public[name]} if name in public else {}
+        return {f"peer.{key}": tensor for key, tensor in {**public, **also}.items()}
+
+    return peer, rename

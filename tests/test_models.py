@@ -122,7 +122,7 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
             output[..., 4:], wanted.to(output.dtype).expand_as(output[..., 4:])
         )
         return classes + (output[..., :4] - 0.2).abs().mean()
-    if gives == "mask-queries":  # the same classes and masks for all
+    if gives in ("mask-queries", "prompted-masks"):  # the same classes or scores, and masks, for all
         wanted = torch.arange(output.shape[-1]) % 2
         return nn.functional.binary_cross_entropy_with_logits(output, wanted.to(output.dtype).expand_as(output))
     if gives == "regions":  # the same classes and offsets for all
@@ -235,6 +235,7 @@ def test_output_has_the_declared_shape(name):
         "scored-queries": output.shape == (3, getattr(config, "queries", 0), 4 + getattr(config, "num_classes", 0)),
         "mask-queries": output.shape[:2] == (3, getattr(config, "queries", 0))
         and output.shape[2] > getattr(config, "num_classes", 0) + 1,
+        "prompted-masks": output.shape[:3] == (3, inputs[1].shape[1], getattr(config, "candidates", 0) + 1),
         "regions": output.shape == (3, getattr(config, "proposals", 0), 5 + 5 * (getattr(config, "num_classes", 0) + 1)),
         "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1],
     }[gives]

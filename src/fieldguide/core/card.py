@@ -44,6 +44,12 @@ INPUT_TYPES: dict[str, tuple[str, ...]] = {
     "noisy-video": ("video", "time", "label"),  # B F C H W float: F frames; the others as for "noisy"
     "captioned": ("image", "tokens", "mask"),  # B C H W float and one text per image: B T int64, B T bool
     "image-text": ("image", "tokens", "mask"),  # as for "captioned", but the text so far, of which the next token is predicted
+    "prompted-image": (
+        "image",
+        "points",
+        "point_labels",
+    ),  # B C H W float, B N P 2 float: P points, x and y in pixels, of each of
+    # N prompts, B N P int64: 0 background, 1 object, 2 and 3 corners of a box, -1 no point, -2 padding
     "items": ("items", "mask"),  # B T int64: items of a user in order of time (0 = none), B T bool
     "speech-text": ("features", "tokens", "mask"),  # B T F float: log-mel features, and the text so far: B T int64, B T bool
     "speech": ("features", "lengths"),  # B T F float: log-mel features, B int64: number of real frames per row
@@ -92,6 +98,10 @@ OUTPUT_TYPES: dict[str, str] = {
     "mask-queries": 'B Q classes+1+S: for each of Q queries logits of the classes and of "no object", then mask logits of the S '
     "positions of a map with a quarter of the image's sides (rounded up), row by row. `model.predict_layers(...)` returns the same "
     "for the initial queries and each layer of the decoder",
+    "prompted-masks": "B N K 1+S: for each of N prompts K masks: the predicted IoU of the mask with the object, then its logits at the S "
+    "positions of a map with a quarter of the image's sides, row by row. The first mask is for prompts that leave no doubt about the "
+    "object, the others are of different objects at the same place. `model.encode(...)` reads images, `model.decode(...)` answers "
+    "prompts",
     "regions": "B P 4+1+C+4C with C = classes + 1: for each of P proposals its box (left, top, right, bottom in pixels; zeros if "
     "there are fewer), the logit of an object, logits of the background and the classes, and for each of these the offset of the "
     "box. `model.features`, `predict_anchors`, `propose`, `pool` and `classify` are its steps",

@@ -211,6 +211,16 @@ def describe_image_text(get: Get, card: Card) -> list[TensorSpec]:
     return [*describe_image(get, card), *describe_text(get, card, masked=False)]
 
 
+def describe_prompted_image(get: Get, card: Card) -> list[TensorSpec]:
+    prompts, points = Axis("prompts"), Axis("points")
+    kinds = "0 background, 1 object, 2 and 3 corners of a box, -1 no point, -2 padding"
+    return [
+        *describe_image(get, card),
+        TensorSpec("points", "float32", (BATCH, prompts, points, fix("xy", 2)), "pixels", low=0, high=get("image")),
+        TensorSpec("point_labels", "int64", (BATCH, prompts, points), kinds, low=-2, high=3),
+    ]
+
+
 INPUTS: dict[str, Callable[[Get, Card], list[TensorSpec]]] = {
     "image": describe_image,
     "tokens": describe_tokens,
@@ -229,6 +239,7 @@ INPUTS: dict[str, Callable[[Get, Card], list[TensorSpec]]] = {
     "speech": describe_speech,
     "speech-text": describe_speech_text,
     "image-text": describe_image_text,
+    "prompted-image": describe_prompted_image,
     "waveform": describe_waveform,
 }
 
@@ -260,6 +271,7 @@ OUTPUT_NAMES = {
     "scored-queries": "queries",
     "regions": "regions",
     "mask-queries": "queries",
+    "prompted-masks": "masks",
 }
 
 
@@ -304,6 +316,9 @@ def describe_output_axes(
             fix("queries", get("queries")),
             Axis("values"),
         ), "logits of classes and of no object, then of the positions of a mask"
+    if output == "prompted-masks":
+        axes = inputs["points"].axes[1], fix("masks", get("candidates", 3) + 1), Axis("values")
+        return axes, "the predicted IoU, then the logits at the positions of a mask"
     if output == "regions":
         values = 5 + 5 * (get("num_classes", 80) + 1)
         return (fix("proposals", get("proposals")), fix("values", values)), "a box, its logit, logits of classes, their offsets"

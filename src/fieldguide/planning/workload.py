@@ -155,6 +155,9 @@ def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
         return {"features": floats(frames, get("features", 80)), "tokens": text(length), "mask": whole(length)}
     if card.input_type == "image-text":
         return {"image": floats(channels, side, side), "tokens": text(length), "mask": whole(length)}
+    if card.input_type == "prompted-image":
+        labels = torch.ones(rows, 1, 2, dtype=torch.int64, device="meta" if device == "meta" else "cpu")
+        return {"image": floats(channels, side, side), "points": floats(1, 2, 2), "point_labels": labels}
     if card.input_type == "captioned":
         return {"image": floats(channels, side, side), **build_caption(get, rows, length, text, whole)}
     if card.input_type in ("noisy", "noisy-video"):
