@@ -155,6 +155,7 @@ def test_runs_of_numbers():
     for number, runs in found.items():
         mask = ids == number
         assert runs == encode_run_lengths(mask) and bound_runs(runs, 7) == find_box(mask)
+    assert bound_runs([6, 2, 27], 7) == (0, 0, 2, 7)  # the end of a column and the start of the next
     assert merge_runs([found[1], found[3]], (5, 7)) == encode_run_lengths((ids == 1) | (ids == 3))
     assert merge_runs([found[0], found[1], found[2], found[3]], (5, 7)) == [0, 35]
 

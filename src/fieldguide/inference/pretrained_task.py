@@ -35,6 +35,7 @@ from fieldguide.tasks.text.base import TextTask
 from fieldguide.tasks.text.signature import EmbeddingSignature
 from fieldguide.tasks.timeseries.zero_shot import ZeroShotForecasting
 from fieldguide.tasks.vision.image_classification import ImageClassification
+from fieldguide.tasks.vision.prompted_segmentation import PromptedSegmentation
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network
@@ -50,7 +51,8 @@ class PretrainedTask(TaskPredictor):
     LOAD_OPTIONS: ClassVar = {"output_type": str, "gives": str, "columns": str, "horizon": int}
 
     def __init__(self, network: Network, card: Card, task: Task, pooling: Pooling | None = None):
-        super().__init__(task, card, task.objective(network, card, Settings()).to(distributed.device()).eval(), pooling=pooling)
+        objective = task.objective(network, card, Settings()).to(distributed.device()).eval()
+        super().__init__(task, card, objective, batch_size=min(self.batch_size, task.max_batch_size), pooling=pooling)
 
     @classmethod
     def load(
@@ -83,7 +85,7 @@ class PretrainedTask(TaskPredictor):
             values["output_type"] = output_type or gives
         chosen = values.get("output_type", found.card.output_types[0])
         assets = replace(read_assets(found, values, chosen), columns=tuple(filter(None, columns.split(","))))
-        kinds: list[type[Task]] = [*tasks().values(), ZeroShotForecasting, TextVectors, ImageVectors]
+        kinds: list[type[Task]] = [*tasks().values(), ZeroShotForecasting, TextVectors, ImageVectors, PromptedSegmentation]
         candidates = (
             kind.published(assets)
             for kind in kinds
@@ -128,7 +130,7 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
         words, why = found.find_tokenizer()
         if words is None:
             raise WeightsError(f"no tokenizer found in {folder}; this model needs one. {why}")
-    if card.input_type in ("image", "captioned", "image-text"):
+    if card.input_type in ("image", "captioned", "image-text", "prompted-image"):
         from fieldguide.inference.zero_shot import build_transform
 
         side = getattr(config, "image", None) or get_input_side(folder) or DEFAULT_SIDE_PIXELS

@@ -278,6 +278,67 @@ class PanopticSignature(InstanceSignature):
         ]
 
 
+class PromptedSignature(SignatureBuilder):
+    """The signature of segmentation by prompts. Images keep their aspect ratio; the right and the bottom of the input are padded."""
+
+    pictures: ImageTransform
+
+    def describe_inputs(self) -> Sequence[InputField]:
+        side = self.pictures.side
+        size = ImageFormat(side, side, self.pictures.channels, "pad")
+        return [describe_column(c, image=size) for c in self.input_columns()]
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        side = self.pictures.side
+        about = f"scale the longest side to {side} pixels"
+        return [
+            describe_decoding(self.pictures.channels, None),
+            Step("resize", about, True, {"side": side, "fit": "longest", "antialias": True}),
+            describe_normalization(self.pictures.mean, self.pictures.std),
+            Step("pad", "zeros at the right and bottom", True),
+            Step("place_points", "points and corners of boxes in pixels of the input; without any, a grid", True),
+        ]
+
+    def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        return set_image(tensors, "image", self.pictures)
+
+    def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
+        return [request_tensor("size", "float32", Axis("xy", 2), about="width and height of the image", low=1)]
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        about = "logits of masks at the pixels of the input without its padding, then of the image (bilinear), above 0"
+        return [
+            Step(
+                "choose_masks", "the best of each prompt by its predicted IoU; without prompts, all good and stable ones", True
+            ),
+            Step("resize_masks", about, True),
+            Step("nms", "without prompts, drop masks whose box overlaps that of a better one", False),
+            Step("encode_masks", "compressed run lengths of COCO", False),
+            Step("draw", "the image with the masks", False),
+        ]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        sides = "left, top, right, bottom in pixels of the image, from its top left corner"
+        size = RecordField("size", "array", "height and width of the image", size=2, items=RecordField("", "integer"))
+        counts = RecordField("counts", "string", "compressed run lengths of COCO, column by column")
+        found = (
+            RecordField("prompt", "integer", "the number of its prompt, from 0", required=False, low=0),
+            RecordField("score", "number", "the predicted IoU of the mask with the object"),
+            RecordField("stability", "number", "the IoU of the masks at a higher and a lower threshold", low=0, high=1),
+            RecordField("area", "integer", "pixels", low=0),
+            RecordField("box", "array", sides, size=4, items=RecordField("", "number")),
+            RecordField("mask", "object", "the pixels of the object", fields=(size, counts)),
+        )
+        return [
+            RecordField("found", "string", "how many masks, as text"),
+            RecordField("masks", "array", "the masks", items=RecordField("", "object", fields=found)),
+            RecordField("picture", "string", "the image with the masks", required=False, media_types=("image/jpeg",)),
+        ]
+
+    def describe_limits(self) -> Limits:
+        return replace(super().describe_limits(), pixels=images.MAX_PIXELS)
+
+
 class SegmentationSignature(SignatureBuilder):
     """The signature of semantic segmentation. Images keep their aspect ratio; a batch is a canvas that holds all of them."""
 

@@ -1,0 +1,139 @@
+"""Masks of prompts, for networks with output type "prompted-masks": from logits to masks of the images, and masks of everything.
+
+Kirillov et al. 2023 (arXiv:2304.02643, sections 3, 5 and appendix B) and the authors' code.
+Shapes: B batch, N prompts, P points, K masks of a prompt, D masks that are returned, h w sides of a map of logits, S side of the square
+input, H W sides of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fieldguide.core.packed_masks import encode_mask, pack_masks
+from fieldguide.models.layers.boxes import nms
+from fieldguide.objectives.base import Objective
+from fieldguide.objectives.object_masks import find_box
+
+PROMPTS_AT_ONCE = 32  # that the decoder answers together
+STABILITY_OFFSET = 1.0  # by which the threshold of logits is raised and lowered
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which masks are returned.
+
+    Args:
+        every: masks of all objects: those of good prompts whose predicted IoU and stability exceed the limits, without duplicates.
+        candidates: all masks of different objects at the place of a prompt, instead of the best one.
+        min_quality: of the predicted IoU, for `every`.
+        min_stability: of the IoU between the masks with a higher and a lower threshold, for `every`.
+        overlap: IoU of boxes above which the mask with the lower predicted IoU is a duplicate.
+    """
+
+    every: bool = False
+    candidates: bool = False
+    min_quality: float = 0.88
+    min_stability: float = 0.95
+    overlap: float = 0.7
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask of an image, H W bool, of a prompt; its predicted IoU and its stability."""
+
+    mask: np.ndarray
+    prompt: int
+    quality: float
+    stability: float
+
+
+def fit_longest(width: int, height: int, side: int) -> tuple[int, int]:
+    """Return width and height of an image whose longest side becomes `side` pixels."""
+    scale = side / max(width, height)
+    return int(width * scale + 0.5), int(height * scale + 0.5)
+
+
+def place_mask(logits: Tensor, size: tuple[int, int], side: int) -> Tensor:  # h w -> H W
+    """Return logits at the pixels of an image of (width, height), which was fitted and padded to a square."""
+    width, height = fit_longest(*size, side)
+    square = F.interpolate(logits[None, None], (side, side), mode="bilinear", align_corners=False)[..., :height, :width]
+    return F.interpolate(square, (size[1], size[0]), mode="bilinear", align_corners=False)[0, 0]
+
+
+def measure_stability(logits: Tensor) -> float:
+    """Return the IoU of the masks with a higher and a lower threshold, of which one contains the other; 0 for an empty mask."""
+    inner, outer = (int((logits > offset).sum()) for offset in (STABILITY_OFFSET, -STABILITY_OFFSET))
+    return inner / outer if outer else 0.0
+
+
+class PromptedMasks(Objective):
+    """Masks of the prompts of each image. The batch holds `image`, `points`, `point_labels`, and `size` B 2: width and height."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.selection = model, Selection()
+
+    @torch.no_grad()
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return `scores` B D, the predicted IoU (-1 is padding), `stability` B D, `prompts` B D, `boxes` B D 4 and packed masks."""
+        found = []
+        for image, points, labels, size in zip(batch["image"], batch["points"], batch["point_labels"], batch["size"].tolist()):
+            features = self.model.encode(image[None])
+            found.append(self.answer(features, points, labels, (int(size[0]), int(size[1])), image.shape[-1]))
+        count = max([1, *map(len, found)])
+        pad = lambda values, shape: values + [shape] * (count - len(values))
+        sizes = [(int(height), int(width)) for width, height in batch["size"].tolist()]
+        packed = pack_masks([[encode_mask(one.mask) for one in some] for some in found], sizes, count)
+        return {
+            "scores": torch.tensor([pad([one.quality for one in some], -1.0) for some in found]),
+            "stability": torch.tensor([pad([one.stability for one in some], -1.0) for some in found]),
+            "prompts": torch.tensor([pad([one.prompt for one in some], -1) for some in found]),
+            "boxes": torch.tensor([pad([list(find_box(one.mask)) for one in some], [0.0] * 4) for some in found]),
+            **{name: torch.from_numpy(values) for name, values in packed.items()},
+        }
+
+    def answer(self, features: Tensor, points: Tensor, labels: Tensor, size: tuple[int, int], side: int) -> list[Mask]:
+        """Return the masks of an image: those of each prompt in order, or of everything by descending quality."""
+        found: list[Mask] = []
+        for first in range(0, len(points), PROMPTS_AT_ONCE):
+            part = slice(first, first + PROMPTS_AT_ONCE)
+            quality, masks = self.model.decode(features, points[None, part], labels[None, part])
+            for row, (own, logits) in enumerate(zip(quality[0].float(), masks[0].float())):
+                for k in self.choose(own, labels[first + row]):
+                    placed = place_mask(logits[k], size, side)
+                    stability = measure_stability(placed)
+                    if not self.selection.every or stability > self.selection.min_stability:
+                        found.append(Mask((placed > 0).cpu().numpy(), first + row, float(own[k]), stability))
+        return self.remove_duplicates(found) if self.selection.every else found
+
+    def choose(self, quality: Tensor, labels: Tensor) -> Sequence[int]:  # K, P -> masks
+        """Return which masks of a prompt are returned: the best one, the first if the prompt leaves no doubt."""
+        others = range(1, len(quality))
+        if self.selection.every:
+            return [k for k in others if quality[k] > self.selection.min_quality]
+        if self.selection.candidates:
+            return others
+        return [0] if int((labels >= 0).sum()) > 1 else [max(others, key=lambda k: float(quality[k]))]
+
+    def remove_duplicates(self, found: list[Mask]) -> list[Mask]:
+        """Return masks by descending quality, without those whose box overlaps that of a better one."""
+        kept = [one for one in found if one.mask.any()]
+        if not kept:
+            return []
+        # Boxes end at the last pixel, not behind it, as in the authors' code.
+        boxes = torch.tensor([find_box(one.mask) for one in kept]) - torch.tensor([0.0, 0.0, 1.0, 1.0])
+        scores = torch.tensor([one.quality for one in kept])
+        stays = nms(boxes, scores, torch.zeros(len(kept), dtype=torch.int64), self.selection.overlap)
+        return sorted((one for one, stay in zip(kept, stays.tolist()) if stay), key=lambda one: -one.quality)
+
+
+def build_grid(count: int) -> np.ndarray:  # -> count^2 2
+    """Return points in even distances, as fractions of width and height, row by row."""
+    steps = (np.arange(count) + 0.5) / count
+    return np.stack([np.tile(steps, count), np.repeat(steps, count)], -1)
