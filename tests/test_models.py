@@ -235,7 +235,7 @@ def test_output_has_the_declared_shape(name):
         "scored-queries": output.shape == (3, getattr(config, "queries", 0), 4 + getattr(config, "num_classes", 0)),
         "mask-queries": output.shape[:2] == (3, getattr(config, "queries", 0))
         and output.shape[2] > getattr(config, "num_classes", 0) + 1,
-        "prompted-masks": output.shape[:3] == (3, inputs[1].shape[1], getattr(config, "candidates", 0) + 1),
+        "prompted-masks": output.shape[:3] == (3, *inputs[-1].shape[1:2], getattr(config, "candidates", 0) + 1),
         "regions": output.shape == (3, getattr(config, "proposals", 0), 5 + 5 * (getattr(config, "num_classes", 0) + 1)),
         "forecast": output.ndim == 4 and output.shape[2] == inputs[0].shape[-1],
     }[gives]
