@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.checkpoints.weights import get_tables, translate
-from fieldguide.models.convolutional import efficientnet_v2, mobilenet_v3
+from fieldguide.models.convolutional import efficientnet_v2, mobilenet_v3, mobilenet_v4
 from tv import timm, torchvision, transformers
 
 tvm = torchvision.models
@@ -251,6 +251,35 @@ def timm_mobilenet_v3(model: nn.Module) -> nn.Module:
         drop_rate=c.dropout,
         pad_type="same" if c.padding == "same" else "",
         se_layer=partial(module.SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=round8),
+    )
+
+
+def timm_mobilenet_v4(model: nn.Module) -> nn.Module:
+    c, module = model.config, timm.models.mobilenetv3
+    names = {
+        "conv": "cn_r1_k{1}_s{s}_e1_c{3}",
+        "fused": "er_r1_k{1}_s{s}_e{2}_c{3}",
+        "universal": "uir_r1_a{0}_k{1}_s{s}_e{2}_c{3}",
+    }
+    arch = [
+        [names[kind].format(*row, s=1 if i else stride) for i, (kind, *row) in enumerate(rows)]
+        for rows, stride in zip(c.stages, mobilenet_v4.get_strides(c))
+    ]
+    return module.MobileNetV3(
+        module.decode_arch_def([*arch, [f"cn_r1_k1_s1_c{c.top}"]]),
+        c.num_classes,
+        c.channels,
+        c.stem,
+        fix_stem=True,
+        num_features=c.hidden,
+        head_bias=False,
+        head_norm=True,
+        act_layer=nn.ReLU,
+        norm_layer=nn.BatchNorm2d,
+        round_chs_fn=partial(timm.models._efficientnet_builder.round_channels, multiplier=c.width),
+        drop_rate=c.dropout,
+        drop_path_rate=c.drop_path,
+        layer_scale_init_value=None,
     )
 
 

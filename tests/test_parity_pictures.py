@@ -14,7 +14,7 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.convolutional.alexnet_2012 import response_norm
 from fieldguide.models.layers.conv import SameConv2d
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
-from fieldguide.models.registry import cards, create, names
+from fieldguide.models.registry import cards, create, find, names
 from tv import timm, torchvision, transformers
 
 SHORT = {"num_classes": 5}
@@ -33,6 +33,8 @@ SHAPES = {  # our small networks: size, what differs from it
     ),
     "mobilenetv3-large": ("mobilenetv3-large", {}),
     "mobilenetv3-small": ("mobilenetv3-small", {}),
+    "mobilenetv4": ("mobilenetv4-conv-small", {"width": 0.25, "hidden": 40}),
+    "mobilenetv4-fused": ("mobilenetv4-conv-large", {"width": 0.125, "stem": 8, "hidden": 40}),
     "convnext": ("convnext-tiny", {"depths": (1, 2, 1, 2), "widths": (8, 12, 16, 20)}),
     "convnextv2": ("convnextv2-atto", {"depths": (1, 2, 1, 2), "widths": (8, 12, 16, 20)}),
     "convnextv2-wide": ("convnextv2-tiny", {"depths": (1, 1, 1, 1), "widths": (96, 8, 8, 8)}),
@@ -56,6 +58,8 @@ LIBRARIES = [  # network, origin, their network, how its file comes
     ("mobilenetv3-small", "torchvision", pictures.torchvision_mobilenet_v3, "safetensors"),
     ("mobilenetv3-large", "timm", pictures.timm_mobilenet_v3, "pth"),
     ("mobilenetv3-small", "timm", pictures.timm_mobilenet_v3, "ckpt"),
+    ("mobilenetv4", "timm", pictures.timm_mobilenet_v4, "pth"),
+    ("mobilenetv4-fused", "timm", pictures.timm_mobilenet_v4, "safetensors"),
     ("convnext", "timm", pictures.timm_convnext, "safetensors"),
     ("convnext", "torchvision", pictures.torchvision_convnext, "pth"),
     ("convnext", "huggingface", pictures.huggingface_convnext, "folder"),
@@ -161,7 +165,7 @@ def test_author_names_equal_timms_conversion(name, tmp_path):
     [
         (name, build)
         for name, origin, build, _ in LIBRARIES
-        if name in ("efficientnet", "tf-efficientnetv2", "mobilenetv3-small", "convnext")
+        if name in ("efficientnet", "tf-efficientnetv2", "mobilenetv3-small", "mobilenetv4", "convnext")
     ],
 )
 def test_training_equals_the_reference(name, build):
@@ -169,11 +173,7 @@ def test_training_equals_the_reference(name, build):
     torch.manual_seed(0)
     mine = ours(
         name,
-        **{
-            key: 0.0
-            for key in ("dropout", "drop_path")
-            if key in cards()[SHAPES[name][0].rpartition("-")[0].removeprefix("tf-")].config.__dataclass_fields__
-        },
+        **{key: 0.0 for key in ("dropout", "drop_path") if key in find(SHAPES[name][0])[0].config.__dataclass_fields__},
     )
     theirs = shaken(build(mine)).double().train()
     table = next(
@@ -206,6 +206,10 @@ THEIR_NAMES = {
     **{
         f"convnextv2-{s}": (timm, f"convnextv2_{s}") for s in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
     },
+    **{
+        f"mobilenetv4-conv-{s}": (timm, f"mobilenetv4_conv_{s.replace('-', '_')}")
+        for s in ("small", "small-050", "medium", "large")
+    },
     **{f"mobilenetv3-{s}": (torchvision, f"mobilenet_v3_{s}") for s in ("large", "small")},
     **{f"vgg{n}{bn}": (torchvision, f"vgg{n}{bn.replace('-', '_')}") for n in (11, 13, 16, 19) for bn in ("", "-bn")},
     "alexnet": (torchvision, "alexnet"),
@@ -221,6 +225,8 @@ QUICK = (
     "convnextv2-tiny",
     "mobilenetv3-large",
     "mobilenetv3-small",
+    "mobilenetv4-conv-small-050",
+    "mobilenetv4-conv-medium",
     "vgg13-bn",
     "alexnet",
 )
@@ -255,7 +261,17 @@ def test_published_sizes_equal_the_reference_networks(name):
 
 
 def test_every_published_size_is_compared():
-    mine = {"alexnet", "vgg", "efficientnet", "efficientnet-lite", "efficientnetv2", "mobilenetv3", "convnext", "convnextv2"}
+    mine = {
+        "alexnet",
+        "vgg",
+        "efficientnet",
+        "efficientnet-lite",
+        "efficientnetv2",
+        "mobilenetv3",
+        "mobilenetv4",
+        "convnext",
+        "convnextv2",
+    }
     assert set(THEIR_NAMES) == {name for card in mine for name in names() if name in cards()[card].sizes}
 
 
