@@ -419,7 +419,7 @@ def test_corrections_are_learnt_from_cells(tmp_path):
     write_cells(path := tmp_path / "errors.csv", 1.1, 20 * MIB)
     rule = errors.get_correction("nets", "train", path)
     assert rule.memory == pytest.approx(1.1, abs=1e-3) and rule.extra == pytest.approx(20 * MIB, rel=0.02)
-    assert rule.factors["matmul"] == pytest.approx(2.0) and rule.memory_p95 < 1e-3 and rule.cells == 24
+    assert rule.factors["matmul"] == pytest.approx(2.0, rel=0.02) and rule.memory_p95 < 1e-3 and rule.cells == 24
     assert errors.get_process_bytes("train", path) == 300 * MIB
     judged = errors.judge(path)
     assert max(abs(row["net"]) for row in judged) < 1e-3 and not any(row["over"] for row in judged)

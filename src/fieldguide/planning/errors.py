@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 
 from fieldguide.planning.timing import TERMS
 
@@ -36,6 +36,8 @@ UPPER_MARGIN, FEW_CELLS_MARGIN = 1.05, 2.0  # the second is divided by the numbe
 DEFAULT_UPPER, DEFAULT_EXTRA = 1.5, 100 << 20  # for a family without measurements
 FACTORS = np.arange(0.8, 1.31, 0.02)  # of what is planned, among which the best is chosen
 PROCESS_BYTES = 350 << 20  # of a process that has loaded torch and this library, if nothing was measured
+PRIOR_WEIGHT = 0.00003  # of a factor of 1, relative to all cells
+MAX_FACTOR = 10.0
 ROUNDS = 20  # of reweighting
 MIN_CELLS = 16  # below this number, a family takes the corrections of all families
 
@@ -139,9 +141,10 @@ def fit_memory(rows: list[dict[str, Any]]) -> tuple[float, int]:
 
 
 def fit_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the factors, none of them negative, of the terms of a step's time, by least squares of the relative error.
+    """Return the factors of the terms of a step's time, by least squares of the relative error.
 
-    Rows whose error stays large count less, as those of steps that were disturbed do.
+    Rows whose error stays large count less, as those of steps that were disturbed do. A term that is a small part of all these steps
+    keeps a factor near 1, and none exceeds `MAX_FACTOR`: other shapes may consist of it.
     """
     used = [name for name in TERMS if any(name in row["terms"] for row in rows)]
     if len(rows) < 2 * len(used) or not used:
@@ -150,7 +153,9 @@ def fit_seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
     weight = np.ones(len(rows))
     factors = np.ones(len(used))
     for _ in range(ROUNDS):
-        factors, _residual = nnls(table * weight[:, None], weight)
+        prior = np.sqrt(PRIOR_WEIGHT * (weight**2).sum()) * np.eye(len(used))
+        system = np.concatenate([table * weight[:, None], prior])
+        factors = lsq_linear(system, np.concatenate([weight, prior.sum(1)]), (1 / MAX_FACTOR, MAX_FACTOR)).x
         weight = 1 / np.sqrt(np.maximum(np.abs(table @ factors - 1), 0.05))  # towards the least sum of absolute errors
     return dict(zip(used, factors.tolist()))
 
