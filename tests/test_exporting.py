@@ -661,6 +661,29 @@ def test_conversations_of_step_graphs_are_those_of_the_run(tmp_path):
     assert done.passed and done.verification.rows > 5, done.verification.problems
 
 
+@pytest.mark.parametrize("name, data", [("translation", "phrases"), ("summarization", "reports")])
+def test_beams_of_step_graphs_find_the_answers_of_the_run(name, data, tmp_path):
+    done = export(GOLDEN / f"v1-{name}", data=data, out=tmp_path / "export")
+    assert done.passed and done.verification.rows == 64, done.verification.problems
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
+    settings = json.loads((done.path / "export.json").read_text())
+    changed = {"beams": 1, "end": settings["end"] + 1, "limits": [3] * len(settings["limits"]), "prefix": "x "}
+    run, found = fieldguide.open_run(GOLDEN / f"v1-{name}"), []
+    for key, value in changed.items():
+        (done.path / "export.json").write_text(json.dumps(settings | {key: value}))
+        found.append(verify(run, done.path, data).passed)
+    assert found == [False] * len(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart", "marian", "pegasus", "nllb", "nllb-moe", "transformer"])
+def test_step_graphs_of_encoder_decoders(name, tmp_path):
+    settings = {"steps": 10, "precision": "float32", "task.length": 32}
+    run = fieldguide.fit("phrases", model=f"{name}-test", out=tmp_path / "run", settings=settings)
+    done = run.export(out=tmp_path / "export")
+    assert done.passed, done.verification.problems
+
+
 def test_other_models_have_no_gguf(bert_run, language_run, tmp_path):
     with pytest.raises(SettingsError, match="a format of language models"):
         bert_run.export("gguf", out=tmp_path / "export")

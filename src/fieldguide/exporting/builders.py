@@ -17,6 +17,7 @@ from fieldguide.exporting.steps.images import Resize, choose_reading, describe_i
 from fieldguide.exporting.supervised import finish
 from fieldguide.exporting.tables import build_table
 from fieldguide.exporting.text import build_question_answering, build_text_classification, build_token_classification
+from fieldguide.exporting.translation import build_translation
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
@@ -46,6 +47,8 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
     "text-classification": build_text_classification,
     "token-classification": build_token_classification,
     "question-answering": build_question_answering,
+    "translation": build_translation,
+    "summarization": build_translation,
     "time-series-classification": build_series_classification,
     "time-series-forecasting": build_forecast,
 }

@@ -1,6 +1,7 @@
 """Exported folders: the model, its signature, the program that runs it, and the report of its verification.
 
 model.onnx        the network with all steps that can be part of a graph
+encoder.onnx      the part that is called once before the steps of a loop, if there is one
 signature.json    inputs, tensors, steps and records (docs/signature.md)
 export.json       what run.py needs: columns, names of classes, special tokens
 loop.json         how the graph is called several times for one prediction, if it is
@@ -113,6 +114,8 @@ def write_folder(predictor: TaskPredictor, graph: Graph, out: Path, source: str,
 
     with make_folder(out) as folder:
         renamed = write_onnx(graph, folder / "model.onnx", precision)
+        if graph.encoder is not None:
+            write_onnx(graph.encoder, folder / "encoder.onnx", precision)
         signature = predictor.signature
         dump(folder / "signature.json", signature.to_json())
         dump(folder / "export.json", {"task": signature.task, "renamed": renamed, **graph.values})

@@ -59,6 +59,7 @@ class Graph:
         parts: the parts of `run.py` that turn raw inputs into graph inputs, and outputs into records (runners/).
         values: what that part needs, written to `export.json`.
         requires: packages that it imports in addition to numpy and onnxruntime.
+        encoder: a graph that is called once before this one, written to `encoder.onnx`.
         loop: how the graph is called several times for one prediction, written to `loop.json`; empty if it is called once.
         test_options: options of the predictions that are compared.
         find_ties: returns the rows of a file whose answers depend on rounding, since two tokens were equally probable up to a tolerance.
@@ -74,6 +75,7 @@ class Graph:
     names: tuple[Names, ...] = ()
     requires: tuple[str, ...] = ()
     files: tuple[str, ...] = ()  # of the run's preprocess/ folder that the program reads
+    encoder: Graph | None = None
     loop: Mapping[str, Any] = field(default_factory=dict)
     test_options: Mapping[str, Any] = field(default_factory=dict)
     find_ties: Callable[[Path, float], set[int]] | None = None

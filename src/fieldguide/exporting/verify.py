@@ -101,8 +101,9 @@ def choose_requests(predictor: TaskPredictor, source: str) -> tuple[list[pl.Data
         return cut_series(predictor, source), None
     if predictor.signature.record_for == "step":
         return [choose_steps(predictor, source)], None
-    if predictor.signature.loop is not None:
-        return [choose_prompts(predictor, source)], None
+    if (loop := predictor.signature.loop) is not None:
+        choose_texts = choose_prompts if loop.kind == "autoregressive" else choose_sources
+        return [choose_texts(predictor, source)], None
     choose = choose_cases if predictor.signature.record_for == "series" else choose_rows
     table, data = choose(predictor, source)
     return [table], data
@@ -118,6 +119,11 @@ def choose_steps(predictor: TaskPredictor, source: str) -> pl.DataFrame:
         most = -(-MAX_STEPS // raw.select(owners).n_unique())
         return raw.filter(pl.int_range(pl.len(), 0, -1).over(owners) <= most)
     return raw.tail(MAX_STEPS)
+
+
+def choose_sources(predictor: TaskPredictor, source: str) -> pl.DataFrame:
+    """Return held-out inputs of a network that generates."""
+    return choose_rows(predictor, source)[0].head(MAX_PROMPTS)
 
 
 def choose_prompts(predictor: TaskPredictor, source: str) -> pl.DataFrame:

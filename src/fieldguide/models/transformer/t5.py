@@ -191,7 +191,8 @@ class T5(EncoderDecoder):
         c = self.config
         distance = torch.arange(1 - keys, steps, device=table.weight.device)  # for the last token; the earlier ones are shifted
         line = table(relative_position_bucket(distance, both, c.buckets, c.far)).T  # H K+T-1
-        return line.unfold(1, keys, 1).flip(1)[None]
+        place = lambda size: torch.arange(size, device=table.weight.device)
+        return line[:, place(keys) - place(steps)[:, None] + steps - 1][None]
 
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S, B S bool -> B S D
         bias = self.bias(self.encoder_bias, source.shape[1], source.shape[1], True)

@@ -1,0 +1,123 @@
+"""Graphs of encoder-decoders: the encoder, and one step of the decoder with its cache. The program searches with beams."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fieldguide.core.signature import Axis, TensorSpec
+from fieldguide.exporting.generation import GrowingCache
+from fieldguide.exporting.graph import BATCH, ExportError, Graph
+from fieldguide.models.transformer._shared.encoder_decoder import EncoderDecoder
+
+if TYPE_CHECKING:
+    from fieldguide.inference.predictor import TaskPredictor
+
+PERTURBATION, PERTURBED = 1e-5, 2  # relative noise of the weights, and how often it is drawn
+
+
+class EncoderStep(nn.Module):
+    """Return the keys and values of a source for all layers of the decoder, layers B heads S d."""
+
+    def __init__(self, network: EncoderDecoder):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        pairs, _ = self.network.encode_source(inputs[0], None)
+        return torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs])
+
+
+class DecoderStep(nn.Module):
+    """Return the log-probabilities of the next token, B vocab, and all keys and values, layers B heads T d."""
+
+    def __init__(self, network: EncoderDecoder):
+        super().__init__()
+        self.network = network
+        network.check_length = lambda *rest: None  # type: ignore[method-assign]  # the program never exceeds it
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, keys, values, cross_keys, cross_values = inputs
+        cache = GrowingCache(keys, values)
+        cache.cross = list(zip(cross_keys, cross_values)), None
+        logits = self.network.last(tokens, None, cache)
+        return logits.float().log_softmax(-1), torch.stack(cache.keys), torch.stack(cache.values)
+
+
+def build_translation(predictor: TaskPredictor) -> Graph:
+    """Return the step graph of an encoder-decoder, with the graph of its encoder. Raises `ExportError` for recurrent ones."""
+    task: Any = predictor.task
+    network: Any = predictor.objective.model
+    if not isinstance(network, EncoderDecoder):
+        raise ExportError(f"{predictor.name} is no Transformer; encoder-decoders of other kinds have no step graph yet.")
+    network = copy.deepcopy(network).eval().requires_grad_(False).float().cpu()
+    frame, text, options = task.frame, task.text, task.PredictOptions()
+    if text.target is not None:
+        raise ExportError("run.py knows one tokenizer, but this model has another one for its targets. Use --to huggingface.")
+    cache = network.new_cache(1, 1)
+    heads, width, layers, most = cache.keys[0].shape[1], cache.keys[0].shape[3], len(cache.keys), task.options.length
+    block = lambda name, axis: TensorSpec(
+        name, "float32", (Axis("layers", layers), BATCH, Axis("heads", heads), axis, Axis("width", width))
+    )
+    words = Axis("source_tokens", most=max(most // 2, 1))
+    past, steps = Axis("past", most=max(most // 2, 1)), Axis("steps", most=max(most // 2, 1))
+    ids = lambda name, axis: TensorSpec(name, "int64", (BATCH, axis), low=0, high=text.size - 1)
+    encoder = Graph(EncoderStep(network), (ids("source", words),), ("cross_keys", "cross_values"), parts=())
+    inputs = (
+        ids("tokens", steps),
+        block("keys", past),
+        block("values", past),
+        block("cross_keys", words),
+        block("cross_values", words),
+    )
+    limits = task.for_request(options).limits(torch.arange(most + 1)).clamp(max=most - len(frame.target_start))
+    values = {
+        "column": task.column,
+        "limits": limits.tolist(),  # tokens of an answer, by the number of tokens of the source
+        "prefix": task.options.prefix,
+        "before": list(frame.before),
+        "after": list(frame.after),
+        "start": list(frame.target_start),
+        "end": frame.end,
+        "unknown": text.unknown,
+        "exact": bool(task.options.tokenizer),
+        "length": most,
+        "beams": options.effective_beams,
+        "length_penalty": options.length_penalty,
+        "shape": [layers, heads, width],
+    }
+    return Graph(
+        DecoderStep(copy.deepcopy(network)),
+        inputs,
+        ("log_probabilities", "keys_after", "values_after"),
+        ("tokens", "beams"),
+        values,
+        requires=("tokenizers",),
+        files=("tokenizer.json",),
+        loop=asdict(predictor.signature.loop) if predictor.signature.loop else {},
+        encoder=encoder,
+        find_ties=partial(find_unstable, predictor),
+    )
+
+
+def find_unstable(predictor: TaskPredictor, path: Path, tolerance: float) -> set[int]:
+    """Return the rows of a file whose answers change if the weights change by noise of the size of rounding errors."""
+    parameters = list(predictor.objective.model.parameters())
+    stored, generator = [p.detach().clone() for p in parameters], torch.Generator().manual_seed(0)
+    answers = [predictor.predict(str(path))]
+    try:
+        for _ in range(PERTURBED):
+            for parameter, own in zip(parameters, stored):
+                noise = torch.randn(own.shape, generator=generator).to(own)
+                parameter.data = own * (1 + PERTURBATION * noise)
+            answers.append(predictor.predict(str(path)))
+    finally:
+        for parameter, own in zip(parameters, stored):
+            parameter.data = own
+    return {row for row, records in enumerate(zip(*answers)) if any(record != records[0] for record in records)}
