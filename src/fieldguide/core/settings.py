@@ -50,6 +50,11 @@ class Settings:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     teacher: str | None = None  # run folder of the teacher for distillation
     distillation: str = "hard"  # hard | soft: learn the teacher's predicted class or its probabilities
+    loss: str | None = None  # GANs: non-saturating | hinge | wasserstein | relativistic; None = as published with the model
+    penalty: str = "none"  # GANs: none | gp (WGAN-GP) | r1 | r1r2: gradient penalty of the critic
+    penalty_weight: float | None = None  # factor of the penalty; None = as published: gp 10, r1 10 (halved), r1r2 1 (halved)
+    critic_steps: int = 1  # GANs: steps of the critic per step of the generator, each with its own batch
+    weight_clip: float = 0.0  # GANs: largest absolute value of the critic's parameters, 0.01 for WGAN; 0 = no clipping
     precision: str = "auto"  # auto | float32 | bfloat16
     channels_last: bool | None = None  # memory layout of images
     metric: str | None = None  # score that selects the best weights and the model; None = chosen from task and data
@@ -143,6 +148,8 @@ CHOICES = {
     "tracker": ("none", "tensorboard", "mlflow", "wandb"),
     "finetune": ("whole", "frozen", "lora"),
     "distillation": ("hard", "soft"),
+    "loss": ("non-saturating", "hinge", "wasserstein", "relativistic"),
+    "penalty": ("none", "gp", "r1", "r1r2"),
 }
 AT_LEAST = {
     "steps": 1,
@@ -161,6 +168,9 @@ AT_LEAST = {
     "seed": 0,
     "lora_rank": 1,
     "layer_decay": 0,
+    "penalty_weight": 0,
+    "critic_steps": 1,
+    "weight_clip": 0,
     "threads": 1,
 }
 WORKERS_PER_CORE = 4  # more only take memory and time to start
@@ -172,6 +182,7 @@ AT_MOST: dict[str, tuple[float, str]] = {  # the limit and its reason
     "grad_accum_steps": (10**5, "a step would never end"),
     "num_workers": (max(16, WORKERS_PER_CORE * cores()), f"this machine has {cores()} cores, and each worker is a process"),
     "threads": (max(64, WORKERS_PER_CORE * cores()), f"this machine has {cores()} cores"),
+    "critic_steps": (1000, "the generator would hardly be trained"),
     "lora_rank": (10**4, "a rank above the width of the matrices has no effect"),
     "seed": (2**62, "the generators hold no larger number"),
 }

@@ -1,6 +1,6 @@
 """Training objectives: losses as modules around the networks that they train."""
 
-from fieldguide.objectives.adversarial import Adversarial
+from fieldguide.objectives.adversarial import Adversarial, build_adversarial
 from fieldguide.objectives.base import Objective, Phase
 from fieldguide.objectives.contrastive import Contrastive, SigmoidContrastive
 from fieldguide.objectives.ctc import CTC
@@ -9,6 +9,8 @@ from fieldguide.objectives.diffusion import DDIM, DDPM, Diffusion, MinSNR, Proce
 from fieldguide.objectives.distillation import Distillation
 from fieldguide.objectives.embedding import EmbeddingObjective
 from fieldguide.objectives.forecast import Forecast
+from fieldguide.objectives.gan_losses import LOSSES, GANLoss
+from fieldguide.objectives.gradient_penalties import PENALTIES, GradientPenalty
 from fieldguide.objectives.language import DenoisingObjective, NextToken
 from fieldguide.objectives.masked_lm import MaskedLM, SpanPrediction, TokenClassificationObjective
 from fieldguide.objectives.reconstruction import Reconstruction
@@ -18,6 +20,8 @@ __all__ = [
     "CTC",
     "DDIM",
     "DDPM",
+    "LOSSES",
+    "PENALTIES",
     "Adversarial",
     "Classification",
     "Contrastive",
@@ -27,6 +31,8 @@ __all__ = [
     "Distillation",
     "EmbeddingObjective",
     "Forecast",
+    "GANLoss",
+    "GradientPenalty",
     "MaskedLM",
     "MinSNR",
     "NextToken",
@@ -40,4 +46,5 @@ __all__ = [
     "Supervised",
     "TokenClassificationObjective",
     "Uniform",
+    "build_adversarial",
 ]

@@ -34,7 +34,7 @@ class Objective(nn.Module):
     By convention `model` is the network that predicts. `keep` names the networks that a finished run saves.
     """
 
-    phases: ClassVar[tuple[Phase, ...]] = (Phase("train", ("model",)),)
+    phases: tuple[Phase, ...] = (Phase("train", ("model",)),)
     keep: ClassVar[tuple[str, ...]] = ("model",)
     model: Any  # an nn.Module; its type depends on the objective
 
@@ -45,6 +45,9 @@ class Objective(nn.Module):
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors from which metrics and predictions are computed. The first axis of each is the batch."""
         raise NotImplementedError
+
+    def after_step(self, phase: str) -> None:
+        """Change parameters after each optimizer step of a phase, such as to clip them. The base class changes nothing."""
 
     def with_auxiliary_losses(self, losses: dict[str, Tensor], phase: str) -> dict[str, Tensor]:
         """Return the losses of a phase plus the auxiliary losses of the networks that it trains.

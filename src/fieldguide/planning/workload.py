@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.card import SAMPLES_PER_FRAME, Card
+from fieldguide.core.settings import Settings
 from fieldguide.models import registry
 from fieldguide.models.initialization import make_on_meta
 from fieldguide.objectives import (
     CTC,
-    Adversarial,
     Classification,
     Diffusion,
     Forecast,
@@ -30,6 +30,7 @@ from fieldguide.objectives import (
     Supervised,
     TokenClassificationObjective,
 )
+from fieldguide.objectives.adversarial import build_adversarial as build_gan
 from fieldguide.objectives.contrastive import IMAGE_TEXT_OBJECTIVES, build_contrastive
 from fieldguide.objectives.contrastive_frames import ContrastiveFrames, sample_distractors, sample_hidden_frames
 from fieldguide.objectives.detection import decode
@@ -371,7 +372,8 @@ def build_adversarial(card: Card, network: nn.Module, shape: Shape, get: Any) ->
     needs = {key: value for key, value in (("image", side), ("channels", channels)) if critic_card.accepts(key)}
     critic = build_network(critic_card, critic_card.resolve_config(size, **needs), shape.device)
     batch = {"image": torch.zeros(shape.batch, channels, side, side, device=shape.device)}
-    return Workload(Adversarial(network, critic, noise=get("noise", 100), real="image"), batch)
+    settings = Settings().with_(card.recipe)
+    return Workload(build_gan(network, critic, settings, noise=get("noise", 100), real="image"), batch)
 
 
 def build_mean_square(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:

@@ -368,6 +368,7 @@ class Trainer:
         for optimizer in runner.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.objective.after_step(runner.phase.name)
 
     def raise_nonfinite(
         self, runner: PhaseRunner, batches: list[dict[str, Tensor]], parts: dict[str, float], norm: float | None

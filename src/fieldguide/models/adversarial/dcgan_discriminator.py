@@ -65,11 +65,15 @@ class Discriminator(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:  # B C S S -> B 1
+        return self.forward_logits(x).sigmoid()
+
+    def forward_logits(self, x: Tensor) -> Tensor:  # B C S S -> B 1
+        """Return the scores whose sigmoid is the probability that an image is real."""
         if x.shape[2:] != (self.config.image, self.config.image):
             raise DataError(
                 f"the images have {x.shape[3]} x {x.shape[2]} pixels, but the network was created for image={self.config.image}"
             )
-        return self.main(x).flatten(1)
+        return self.main[:-1](x).flatten(1)
 
 
 CARD = Card(

@@ -38,6 +38,10 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B F -> B 1
         return self.net(x)
 
+    def forward_logits(self, x: Tensor) -> Tensor:  # B F -> B 1
+        """Return the scores whose sigmoid is the probability that an image is real."""
+        return self.net[:-1](x)
+
 
 CARD = Card(
     name="simple-gan-discriminator",

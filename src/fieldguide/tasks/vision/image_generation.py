@@ -31,7 +31,7 @@ from fieldguide.data.preprocessing.image_transform import describe_scale, learn_
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.data.text_values import blank_missing, has_sentences
 from fieldguide.metrics import generative
-from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process
+from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process, build_adversarial
 from fieldguide.objectives.diffusion import Sampler
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.report_builder import ExampleInput
@@ -196,7 +196,10 @@ class ImageGeneration(GenerationSignature, Task):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         if card.input_type == "noise":
             classes = len(self.labels)
-            return Adversarial(model, parts["critic"], noise=model.config.noise - classes, real="image", num_classes=classes)
+            noise = model.config.noise - classes
+            return build_adversarial(model, parts["critic"], settings, noise=noise, real="image", num_classes=classes)
+        if settings.loss or settings.penalty != "none" or settings.weight_clip:
+            raise SettingsError(f"loss, penalty and weight_clip are settings of GANs, but {card.name} is a diffusion model.")
         return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts))
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
