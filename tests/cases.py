@@ -1358,6 +1358,48 @@ def huggingface_dinov2(model: nn.Module) -> Peer:
     return Classes(inner), rename
 
 
+def huggingface_dinov3(model: nn.Module) -> Peer:
+    """Build the peer, an encoder with a head on its class token and the mean of its patches. Its mask token is unused."""
+    from tv import transformers
+
+    c = model.config
+    inner = transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(
+            hidden_size=c.dim,
+            intermediate_size=c.hidden,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            image_size=c.image,
+            patch_size=c.patch,
+            num_channels=c.channels,
+            num_register_tokens=c.registers,
+            use_gated_mlp=c.gated,
+            hidden_act="silu" if c.gated else "gelu",
+            query_bias=c.bias,
+            value_bias=c.bias,
+            rope_theta=c.rope_theta,
+            pos_embed_rescale=None,
+        )
+    )
+    del inner.embeddings.mask_token
+    inner.embeddings.register_buffer("mask_token", torch.zeros(1, 1, c.dim))
+
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.peer, self.classifier = inner, nn.Linear(2 * c.dim, c.num_classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.peer(x).last_hidden_state
+            return self.classifier(torch.cat([x[:, 0], x[:, 1 + c.registers :].mean(1)], 1))
+
+    table = get_tables(model)["huggingface"]
+    return Headed(), lambda state: {
+        name if name.startswith("classifier.") else f"peer.{'model.' * name.startswith('layer.')}{name}": x
+        for name, x in translate(state, table, reverse=True).items()
+    }
+
+
 CASES = {
     "fnn": Case(
         inputs=row("in_dim"), peer=same(lambda m: guide.FNN(m.net[0].in_features, m.net[0].out_features, m.net[4].out_features))
@@ -1562,6 +1604,7 @@ CASES = {
     "clip-resnet": Case(inputs=captioned, peer=clips.official, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
     "swin": Case(inputs=image, peer=huggingface_swin, lr=3e-3),
+    "dinov3": Case(inputs=image, peer=huggingface_dinov3, lr=3e-3),
     "dinov2": Case(inputs=image, peer=huggingface_dinov2, lr=3e-3),
     "vit": Case(inputs=image, peer=timm_vit, lr=3e-3),
     "deit": Case(inputs=image, peer=timm_deit, lr=3e-3),

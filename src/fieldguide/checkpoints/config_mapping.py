@@ -149,8 +149,13 @@ def to_public_config(card: Card, table: Mapping[str, ConfigRow], config: Any) ->
             value = row.value(config) if callable(row.value) else row.value
         elif isinstance(row, ValueMap):
             own = getattr(config, row.ours)
-            value = next(theirs for theirs, ours in row.values.items() if ours == own)
-            value = [value] if key == "architectures" else value
+            found = [theirs for theirs, ours in row.values.items() if ours == own]
+            if not found:
+                raise WeightsError(
+                    f"{card.name} with {row.ours}={own!r} cannot be exported to this format, whose {key} supports only "
+                    f"{', '.join(f'{row.ours}={ours!r}' for ours in row.values.values())}."
+                )
+            value = found[:1] if key == "architectures" else found[0]
         elif isinstance(row, Derived):
             value = row.write(config)
         elif isinstance(row, LabelCount):
