@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 import lightgbm
@@ -122,6 +123,22 @@ def test_fewer_iterations_suffice_for_many_classes():
             ((_, _, weight, bias),) = solvers.fit_logistic(x[:900], y[:900], 60, (1.0,))
         accuracy.append(((x[900:] @ weight.T + bias).argmax(1) == y[900:]).mean())
     assert 0.3 < accuracy[1] < accuracy[0] + 0.02
+
+
+def test_logistic_regression_ends_at_the_deadline(monkeypatch):
+    monkeypatch.setattr(solvers, "TIMED_ITERATIONS", 2)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 30))
+    y = (x[:, :5] @ rng.normal(size=(5, 4)) + rng.gumbel(size=(400, 4))).argmax(1)
+
+    def fit(deadline: float) -> np.ndarray:
+        ((_, _, weight, bias),) = solvers.fit_logistic(x, y, 4, (10.0,), deadline)
+        logits = x @ weight.T + bias
+        return np.exp(logits - np.logaddexp.reduce(logits, 1)[:, None])
+
+    free, slow, over = fit(math.inf), fit(time.monotonic() + 60), fit(time.monotonic())
+    np.testing.assert_allclose(slow, free, atol=5e-3)
+    assert 1e-3 < abs(over - free).max() < 0.5  # stopped after the iterations that are timed, but fitted
 
 
 def test_bag_of_ngrams_equals_tf_idf_of_scikit_learn():

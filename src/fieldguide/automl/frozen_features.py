@@ -132,7 +132,9 @@ def solve(plan: Plan, head: nn.Linear, started: float) -> tuple[float, str, int]
         deadline=started + limit,
         seed=plan.settings.seed,
     )
-    best, weights = solvers.keep_best(problem, ((chosen, head, {}) for chosen, _ in solvers.iterate_heads(head, x, y)))
+    best, weights = solvers.keep_best(
+        problem, ((chosen, head, {}) for chosen, _ in solvers.iterate_heads(head, x, y, deadline=problem.deadline))
+    )
     if not math.isfinite(best.score):
         raise TrainingError("the validation score is not finite.")
     head.load_state_dict(weights)

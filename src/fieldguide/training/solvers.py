@@ -28,6 +28,7 @@ MAX_VALUES = 100_000_000  # features times rows of a dense linear fit; more rows
 PENALTIES = (1.0, 10.0, 1e-1, 100.0, 1e-2, 1000.0, 1e-3)
 MANY_CLASSES = 50  # above, an iteration of a logistic regression takes long, and scores hardly change after 30 (docs/log.md)
 MAX_ITERATIONS, MAX_ITERATIONS_OF_MANY = 200, 40
+TIMED_ITERATIONS = 20
 MAX_WORSE = 2  # penalties in a row without improvement after which no more are tried
 DECAYS = (1.0, 0.9, 0.7, 0.4)  # factors of older items of a history
 UNSEEN_LOGIT = -20.0  # bias of a class that the fitted rows lack
@@ -136,7 +137,9 @@ def fit_linear(problem: Problem) -> Solution:
         problem.log(f"{problem.card.name}: fitted on {most:,} of {len(problem.train):,} training rows, drawn at random")
     x, y = collect_features(network, iterate_rows(problem, problem.train, most), names)
     penalties = PENALTIES if problem.fixed is None else (problem.fixed["penalty"],)
-    candidates = ((chosen, network, {"penalty": c}) for chosen, c in iterate_heads(network.head, x, y, penalties))
+    candidates = (
+        (chosen, network, {"penalty": c}) for chosen, c in iterate_heads(network.head, x, y, penalties, problem.deadline)
+    )
     score = None
     if (score_outputs := problem.score_outputs) is not None:
         held = collect_in_row_order(network, problem.validation, names)
@@ -170,7 +173,7 @@ def count_rows_in_time(problem: Problem) -> int:
 
 
 def iterate_heads(
-    head: nn.Linear, x: Any, y: np.ndarray, penalties: Sequence[float] = PENALTIES
+    head: nn.Linear, x: Any, y: np.ndarray, penalties: Sequence[float] = PENALTIES, deadline: float = math.inf
 ) -> Iterator[tuple[str, float]]:
     """Fit a linear layer to features and targets with one penalty after the other, and yield it in words and as a number.
 
@@ -182,7 +185,7 @@ def iterate_heads(
         mean, std = x.mean(0), x.std(0)
         std = np.where(std < 1e-6, 1.0, std)  # constant features stay 0
         x = (x - mean) / std
-    fits = fit_logistic(x, y, head.out_features, penalties) if y.dtype.kind == "i" else fit_ridge(x, y, penalties)
+    fits = fit_logistic(x, y, head.out_features, penalties, deadline) if y.dtype.kind == "i" else fit_ridge(x, y, penalties)
     for chosen, penalty, weight, bias in fits:
         set_head(head, weight / std, bias - (weight / std) @ np.broadcast_to(mean, weight.shape[1:]))
         yield chosen, penalty
@@ -235,8 +238,8 @@ def collect_in_row_order(network: Any, batches: Batches, names: Sequence[str]) -
     return features[np.argsort(np.concatenate(places))]
 
 
-def fit_logistic(x: Any, y: np.ndarray, classes: int, penalties: Sequence[float]) -> Iterator[Fit]:
-    """Yield multinomial logistic regressions, one for each penalty."""
+def fit_logistic(x: Any, y: np.ndarray, classes: int, penalties: Sequence[float], deadline: float = math.inf) -> Iterator[Fit]:
+    """Yield multinomial logistic regressions, one for each penalty, with as many iterations as end before the deadline."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -246,18 +249,31 @@ def fit_logistic(x: Any, y: np.ndarray, classes: int, penalties: Sequence[float]
         yield "one class", penalties[0], np.zeros((classes, x.shape[1])), bias
         return
     most = MAX_ITERATIONS if len(present) <= MANY_CLASSES else MAX_ITERATIONS_OF_MANY
-    model = LogisticRegression(max_iter=most, warm_start=True)
+    model = LogisticRegression(warm_start=True)
     for c in penalties:
         model.set_params(C=c)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(x, y)
+            fit_in_time(model, x, y, most, deadline)
         weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, UNSEEN_LOGIT)
         if len(present) == 2:  # one row of weights, for the second class
             weight[present[1]], bias[present] = model.coef_[0], (0.0, model.intercept_[0])
         else:
             weight[present], bias[present] = model.coef_, model.intercept_
         yield f"logistic regression with C={c:g}", c, weight, bias
+
+
+def fit_in_time(model: Any, x: Any, y: np.ndarray, most: int, deadline: float) -> None:
+    """Fit a model with `warm_start` by at most this many iterations: a few are timed, and others follow if there is time."""
+    if math.isinf(deadline):
+        model.set_params(max_iter=most).fit(x, y)
+        return
+    first, started = min(most, TIMED_ITERATIONS), time.monotonic()
+    model.set_params(max_iter=first).fit(x, y)
+    seconds = (time.monotonic() - started) / first
+    more = min(most - first, int((deadline - time.monotonic()) / max(seconds, 1e-9)))
+    if max(model.n_iter_) >= first and more > 0:
+        model.set_params(max_iter=more).fit(x, y)
 
 
 def fit_ridge(x: Any, y: np.ndarray, penalties: Sequence[float]) -> Iterator[Fit]:
