@@ -1251,6 +1251,25 @@ def timm_vit(model: nn.Module) -> Peer:
     return peer, lambda state: translate(state, get_tables(model)["timm"], reverse=True)
 
 
+def timm_beit(model: nn.Module) -> Peer:
+    from tv import timm
+
+    c = model.config
+    peer = timm.models.beit.Beit(
+        img_size=c.image,
+        patch_size=c.patch,
+        in_chans=c.channels,
+        num_classes=c.num_classes,
+        embed_dim=c.dim,
+        depth=c.depth,
+        num_heads=c.heads,
+        init_values=c.scale,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
+    )
+    return peer, lambda state: translate(state, get_tables(model)["timm"], reverse=True)
+
+
 def timm_deit(model: nn.Module) -> Peer:
     from tv import timm
 
@@ -1604,6 +1623,7 @@ CASES = {
     "clip-resnet": Case(inputs=captioned, peer=clips.official, lr=3e-3),
     "ddpm-unet": Case(inputs=noisy, peer=diffusers_unet),
     "swin": Case(inputs=image, peer=huggingface_swin, lr=3e-3),
+    "beit": Case(inputs=image, peer=timm_beit, lr=3e-3),
     "dinov3": Case(inputs=image, peer=huggingface_dinov3, lr=3e-3),
     "dinov2": Case(inputs=image, peer=huggingface_dinov2, lr=3e-3),
     "vit": Case(inputs=image, peer=timm_vit, lr=3e-3),
