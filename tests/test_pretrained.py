@@ -14,7 +14,7 @@ import fieldguide
 from fieldguide.checkpoints import config_mapping, identify, weights
 from fieldguide.core.errors import WeightsError, WeightsWarning
 from fieldguide.models import initialization
-from fieldguide.models.mapping.config_rules import Constant
+from fieldguide.models.mapping.config_rules import Constant, ValueMap
 from fieldguide.models.registry import cards, create
 from tv import timm, torchvision, transformers
 
@@ -218,9 +218,12 @@ def test_configurations_round_trip(name, origin):
     for size in card.sizes:
         config = card.config(**card.sizes[size].overrides)
         if unsaid := [
-            row for row in card.configs[origin].values() if isinstance(row, Constant) and getattr(config, row.ours) != row.value
+            row
+            for row in card.configs[origin].values()
+            if (isinstance(row, Constant) and getattr(config, row.ours) != row.value)
+            or (isinstance(row, ValueMap) and getattr(config, row.ours) not in row.values.values())
         ]:
-            with pytest.raises(WeightsError, match=rf"{unsaid[0].ours}=.* cannot be exported to this format: "):
+            with pytest.raises(WeightsError, match=rf"{unsaid[0].ours}=.* cannot be exported to this format"):
                 config_mapping.to_public_config(card, card.configs[origin], config)
             continue
         written = json.loads(json.dumps(config_mapping.to_public_config(card, card.configs[origin], config)))
