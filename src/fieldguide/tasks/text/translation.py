@@ -33,6 +33,7 @@ from fieldguide.tasks.text.base import TextTask
 from fieldguide.tasks.text.signature import EncoderDecoderSignature
 
 MAX_VOCAB_SIZE = 8192  # maximum tokens of the vocabulary of both languages, if the user sets no size
+RESAMPLES = 400  # of the sentences, for intervals of BLEU and chrF
 MAX_SENTENCE_TOKENS = 200  # maximum tokens of a sentence, if the user sets no length
 TOKENS_PER_STEP = 4096  # approximate target tokens per step, if the user sets no batch size
 SHOWN_SENTENCES = 40  # sentences in the report
@@ -253,9 +254,16 @@ class Translation(EncoderDecoderSignature, TextTask):
         return scores
 
     def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
+        """Return bootstrap intervals over sentences, those of BLEU and chrF from counts that sacreBLEU takes once."""
         from fieldguide.tasks.base import bootstrap_intervals
 
-        return bootstrap_intervals(self, outputs, targets, repeats=40)  # corpus scores are slow
+        found = bootstrap_intervals(self, {name: values for name, values in outputs.items() if name != "text"}, targets)
+        if "text" in outputs:
+            said, right = list(map(compose, outputs["text"])), list(map(compose, targets["text"]))
+            for name, metric in zip(("bleu", "chrf"), build_bleu_and_chrf(right)):
+                score = metric.corpus_score(said, [right], n_bootstrap=RESAMPLES)
+                found[name] = (float(score._mean - score._ci), float(score._mean + score._ci))
+        return found
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{"text": text} for text in outputs["text"]]
