@@ -52,7 +52,7 @@ def test_training_gets_what_is_left_after_a_reserve_for_the_test():
     seconds = clock.get_training_seconds(3, 20.0, 2.0)
     assert seconds == pytest.approx(180 - 20 - (4 + 0.03 * 180 + 2 * 2))
     assert clock.get_training_seconds(3, 20.0, 1000.0) == pytest.approx(180 - 20 - 0.3 * 180)  # the reserve has a limit
-    assert clock.get_training_seconds(1, 100.0, 0.0) == pytest.approx(24)  # training has a least share
+    assert clock.get_training_seconds(1, 100.0, 0.0) == pytest.approx(15)  # training has a least share
 
 
 def test_parts_of_a_run_add_up_to_its_time():
@@ -430,11 +430,19 @@ def test_refit_uses_the_batches_that_training_ended_with(product, monkeypatch):
 
 
 def test_a_network_that_failed_does_not_win():
-    from types import SimpleNamespace
-
     contest = race.Race.__new__(race.Race)
     contest.sign = 1
     failed = SimpleNamespace(scores=[0.9], outputs=None)
     other = SimpleNamespace(scores=[0.6], outputs={})
     contest.contenders = [other, failed]
     assert contest.find_leader() is other
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_leader_has_the_best_score_of_any_round(sign):
+    contest = race.Race.__new__(race.Race)
+    contest.sign = sign
+    make = lambda *scores: SimpleNamespace(scores=[sign * score for score in scores], outputs={})
+    worse, best, same = make(0.2, 0.3), make(0.5, 0.4), make(0.1, 0.4)
+    contest.contenders = [worse, best, same]
+    assert contest.find_leader() is best

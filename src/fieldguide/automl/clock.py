@@ -28,7 +28,7 @@ FIXED_RESERVE = 4.0  # seconds that report and start of the test take at least
 RESERVE_FRACTION = 0.03  # of the minutes, for the same
 TEST_FACTOR = 2.0  # the test and its analyses take this many forward passes over the test rows
 MAX_RESERVE_FRACTION = 0.3  # of the minutes that are kept for the test
-MIN_TRAINING_FRACTION = 0.4  # of the minutes that training gets, even if everything else was slow
+MIN_TRAINING_FRACTION = 0.25  # of the minutes that training gets, even if everything else was slow
 
 
 class Clock(NullCallback):

@@ -1,6 +1,6 @@
 """Other networks in the time that is left where training ends early: on small data, or because its score no longer improves.
 
-They are those that would race if there were more time (`race.choose_options`). Each is trained to its end, if there is time for it,
+They are those that race if there is time for it (`race.choose_options`), and also those that lost, since a race is short. Each is trained to its end, if there is time for it,
 and the one with the best score on the same validation rows becomes the model of the run.
 """
 
@@ -30,7 +30,9 @@ def train_further(plan: Plan, loop: Trainer, build: Callable[..., Any], callback
     found: list[tuple[Plan, Trainer, float]] = []
     total = plan.training_seconds or 0.0
     longest, left = loop.state.seconds, total - loop.state.seconds
-    for option in choose_options(plan.advice):
+    for option in [plan.advice.best, *choose_options(plan.advice)]:
+        if option.name == plan.size:
+            continue
         if total < MIN_SECONDS or left < MIN_TIMES * longest:
             break
         started = time.monotonic()

@@ -220,7 +220,7 @@ class Race:
     def find_leader(self) -> Contender:
         """Return the contender with the best last score; the first choice of the rules if there is none."""
         scored = [c for c in self.contenders if c.outputs is not None and np.isfinite(c.scores[-1])]  # none that failed
-        return max(scored, key=lambda c: self.sign * max(self.sign * s for s in c.scores), default=self.contenders[0])
+        return max(scored, key=lambda c: max(self.sign * s for s in c.scores), default=self.contenders[0])
 
     def drop(self, alive: list[Contender]) -> list[Contender]:
         """Return the contenders that stay in the race."""

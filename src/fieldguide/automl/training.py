@@ -161,14 +161,15 @@ def settle(
     save: Callable[[State], None] | None = None,
     rivals: list[Baseline] | None = None,
     log: Callable[[str], None] = lambda text: None,
+    can_join: bool = True,
 ) -> State:
     """Choose the model of the run after training, and calibrate it on the validation rows. `save` is called in between.
 
-    If the mean with one of the fitted `rivals` is clearly better, both become the model; else, if a rival has a better validation
-    score, it changes places with the network.
+    If the mean with one of the fitted `rivals` is clearly better, both become the model, where `can_join`; else, if a rival has a
+    better validation score, it changes places with the network.
     """
     peft.merge(plan.objective)
-    if rivals and (joined := find_ensemble(plan, rivals, state.best)) is not None:
+    if rivals and can_join and (joined := find_ensemble(plan, rivals, state.best)) is not None:
         baseline, weight, score = joined
         metric = plan.task.monitored_metric()
         log(
@@ -226,7 +227,7 @@ def train_and_test(
         if distributed.rank() == 0:
             write_record(path, record)
     raced = race(path, record, plan, callback) if not resume and is_possible(plan, record["request"]) else None
-    can_continue = more_steps and not resume and raced is None and not plan.settings.refit and not plan.part_networks
+    can_continue = more_steps and not resume and not plan.settings.refit and not plan.part_networks and plan.weights is None
     can_continue = can_continue and is_left_open and is_open(plan, record["request"])
     loop = raced or build_trainer(plan, callback, path)
     if resume and loop.resume():
@@ -261,7 +262,9 @@ def train_and_test(
         state = loop.train() if more_steps else loop.finish()
         if can_continue and isinstance(loop, Trainer):
             loop = use_remaining_time(path, record, plan, loop, baselines, callback)
-        state = settle(plan, loop.state, save, baselines if is_left_open else None, callback.log)
+        minutes = math.inf if plan.settings.deterministic else plan.settings.minutes or math.inf
+        can_join = callback.elapsed < 60 * minutes  # all validation rows are predicted again
+        state = settle(plan, loop.state, save, baselines if is_left_open else None, callback.log, can_join)
         if state.stopped:
             callback.log(f"stopped at step {state.step}: {state.stopped}")
         if frozen is not None:
