@@ -53,6 +53,11 @@ def image(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (torch.randn(rows, config.channels, side, side),)
 
 
+def labeled_image(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return images with further channels for the class."""
+    return (torch.randn(rows, config.channels + config.num_classes, config.image, config.image),)
+
+
 def wide(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return oblong images of multiples of 32 pixels, to which other sizes are padded."""
     return (0.3 * torch.randn(rows, config.channels, 64, 96),)  # no saturated probabilities, by which peers rank
@@ -1617,6 +1622,10 @@ CASES = {
     ),
     "dcgan": Case(inputs=row("noise"), peer=equations(references.dcgan)),
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
+    "sngan": Case(inputs=row("noise"), peer=equations(references.sngan)),
+    "sngan-discriminator": Case(inputs=labeled_image, peer=equations(references.sngan_discriminator)),
+    "wgan-gp": Case(inputs=row("noise"), peer=equations(references.sngan), slack=4.0),  # biases before norms
+    "wgan-gp-discriminator": Case(inputs=image, peer=equations(references.wgan_gp_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
     "blip": Case(inputs=written, peer=huggingface_blip, lr=2e-2),
     "siglip": Case(inputs=captioned, peer=huggingface_siglip, lr=3e-3),

@@ -847,6 +847,88 @@ def dcgan_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
     return sigmoid(convolve(x, p[f"main.{place}.weight"])).flatten(1)
 
 
+# ---------------------------------------------------------------------------------------------- SNGAN
+
+
+def class_normalise(p: dict[str, Tensor], name: str, x: Tensor, label: Tensor) -> Tensor:
+    """Normalize without scale and shift, then apply those of each row's class, weighted by its one-hot vector."""
+    if f"{name}.embed.weight" not in p:
+        return batch_normalise(p, f"{name}.norm", x)
+    ones, table = torch.ones(x.shape[1], dtype=x.dtype), p[f"{name}.embed.weight"]  # 2D K
+    plain = {f"{name}.norm.weight": ones, f"{name}.norm.bias": 0 * ones}
+    x = batch_normalise({**p, **plain}, f"{name}.norm", x)
+    rows = []
+    for y, weights in zip(x, label):
+        pairs = sum(weight * table[:, k] for k, weight in enumerate(weights))
+        scale, shift = pairs[: len(y)], pairs[len(y) :]
+        rows.append(torch.stack([y[d] * (1 + scale[d]) + shift[d] for d in range(len(y))]))
+    return torch.stack(rows)
+
+
+def sngan(p: dict[str, Tensor], noise: Tensor) -> Tensor:
+    """Project to a small map; residual blocks that repeat each pixel 2 x 2 between norm and convolution."""
+    convolved = lambda name, x, border: convolve(x, p[f"{name}.weight"], p[f"{name}.bias"], border=border)
+    repeat = lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    width = p["l1.weight"].shape[1]
+    noise, label = noise[:, :width], noise[:, width:]
+    dim = p["blocks.0.c1.weight"].shape[1]
+    side = round((len(p["l1.weight"]) / dim) ** 0.5)
+    x, i = (noise @ p["l1.weight"].T + p["l1.bias"]).reshape(-1, dim, side, side), 0
+    while f"blocks.{i}.c1.weight" in p:
+        y = convolved(f"blocks.{i}.c1", repeat(class_normalise(p, f"blocks.{i}.b1", x, label).clamp(min=0)), 1)
+        y = convolved(f"blocks.{i}.c2", class_normalise(p, f"blocks.{i}.b2", y, label).clamp(min=0), 1)
+        x, i = y + convolved(f"blocks.{i}.c_sc", repeat(x), 0), i + 1
+    return torch.tanh(convolved("last", batch_normalise(p, "norm", x).clamp(min=0), 1))
+
+
+def spectrally_normalised(p: dict[str, Tensor], name: str) -> Tensor:
+    """Return a weight divided by its largest singular value; in training after one step of the power iteration."""
+    weight = p[f"{name}.parametrizations.weight.original"]
+    u, v = (p[f"{name}.parametrizations.weight.0._{letter}"] for letter in "uv")
+    matrix = weight.reshape(len(weight), -1)
+    if p["training"]:
+        with torch.no_grad():
+            u.copy_(matrix @ v / (matrix @ v).square().sum().sqrt())
+            v.copy_(u @ matrix / (u @ matrix).square().sum().sqrt())
+    return weight / (u[:, None] * matrix * v).sum()
+
+
+def halve_side(x: Tensor) -> Tensor:
+    """Return the means of 2 x 2 pixels, without a last odd row or column."""
+    height, width = (n // 2 * 2 for n in x.shape[2:])
+    return sum(x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)) / 4
+
+
+def residual_critic(p: dict[str, Tensor], x: Tensor, weight: Callable[..., Tensor]) -> Tensor:
+    """Residual blocks, of which those with a convolution beside them halve the side, and a last ReLU."""
+    convolved = lambda name, x, border: convolve(x, weight(p, name), p[f"{name}.bias"], border=border)
+    y = convolved("blocks.0.c2", convolved("blocks.0.c1", x, 1).clamp(min=0), 1)
+    x, i = halve_side(y) + convolved("blocks.0.c_sc", halve_side(x), 0), 1
+    while f"blocks.{i}.c1.bias" in p:
+        y = convolved(f"blocks.{i}.c2", convolved(f"blocks.{i}.c1", x.clamp(min=0), 1).clamp(min=0), 1)
+        if f"blocks.{i}.c_sc.bias" in p:
+            x = halve_side(y) + halve_side(convolved(f"blocks.{i}.c_sc", x, 0))
+        else:
+            x = y + x
+        i += 1
+    return x.clamp(min=0)
+
+
+def sngan_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """Residual blocks, the sum over places, a linear score, and the projection on the class."""
+    channels = p["blocks.0.c1.parametrizations.weight.original"].shape[1]
+    features = residual_critic(p, pictures[:, :channels], spectrally_normalised).sum((2, 3))
+    score = features @ spectrally_normalised(p, "last")[0] + p["last.bias"]
+    label = pictures[:, channels:, 0, 0]
+    return (score + (features * (label @ spectrally_normalised(p, "l_y"))).sum(1))[:, None]
+
+
+def wgan_gp_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """Residual blocks, the mean over places and a linear score."""
+    x = residual_critic(p, pictures, lambda p, name: p[f"{name}.weight"])
+    return (x.sum((2, 3)) / x[0, 0].numel() @ p["last.weight"][0] + p["last.bias"])[:, None]
+
+
 # ---------------------------------------------------------------------------------------------- speech
 
 

@@ -134,8 +134,8 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
     if gives == "sigmoid-embeddings":  # whether each belongs to each
         logits, target = output[:, 0] @ output[:, 1].T, torch.eye(len(output), dtype=output.dtype)
         return nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(output)
-    if gives == "score":
-        return nn.functional.binary_cross_entropy(output, torch.randint(2, output.shape).to(output.dtype))
+    if gives == "score":  # probabilities or unbounded
+        return nn.functional.mse_loss(output, torch.randint(2, output.shape).to(output.dtype))
     if gives in ("image", "video"):
         wide = first if first.shape == output.shape else (torch.rand(len(output), 1, 1, 1) - 0.5).expand_as(output)
         return nn.functional.mse_loss(output, wide.to(output.dtype))
