@@ -1,7 +1,7 @@
 """Other networks in the time that is left where training ends early: on small data, or because its score no longer improves.
 
-They are those that race if there is time for it (`race.choose_options`), and also those that lost, since a race is short. Each is trained to its end, if there is time for it,
-and the one with the best score on the same validation rows becomes the model of the run.
+They are those that race if there is time for it (`race.choose_options`), and also those that lost, since a race is short. Each is
+trained to its end, if there is time for it, and the one with the best score on the same validation rows becomes the model of the run.
 """
 
 from __future__ import annotations
