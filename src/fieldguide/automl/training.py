@@ -110,7 +110,7 @@ def use_remaining_time(
 ) -> Trainer:
     """Train other networks in the time that is left, put the best one into the plan, and return its loop.
 
-    The others are appended to `rivals`.
+    The others are appended to `rivals` if the task compares its networks with fitted baselines.
     """
     others = train_further(plan, loop, build_trainer, callback)
     if not others:
@@ -120,7 +120,8 @@ def use_remaining_time(
     trained = [(copy.copy(plan), loop, loop.state.seconds), *others]
     rank = lambda entry: -math.inf if entry[1].state.best is None else sign * entry[1].state.best
     best = max(trained, key=rank)
-    rivals += [describe(*entry) for entry in trained if entry is not best]
+    if plan.task.baseline_models:  # predictions of the others can be scored like those of a baseline
+        rivals += [describe(*entry) for entry in trained if entry is not best]
     shown = "; ".join(
         f"{p.size} {metric.text(t.state.best) if t.state.best is not None else 'no score'}" for p, t, _ in trained
     )
