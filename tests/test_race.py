@@ -446,3 +446,11 @@ def test_the_leader_has_the_best_score_of_any_round(sign):
     worse, best, same = make(0.2, 0.3), make(0.5, 0.4), make(0.1, 0.4)
     contest.contenders = [worse, best, same]
     assert contest.find_leader() is best
+
+
+def test_none_is_dropped_before_something_is_learnt():
+    contest = race.Race.__new__(race.Race)
+    contest.sign = 1
+    first, other = (SimpleNamespace(scores=[score], outputs={}, dropped="") for score in (0.005, 0.04))
+    contest.contenders = [first, other]
+    assert contest.drop([first, other]) == [first, other]

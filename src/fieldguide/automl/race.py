@@ -39,6 +39,7 @@ MAX_MEMORY_FRACTION = 0.1  # of the machine's memory, for the weights and optimi
 BYTES_PER_PARAMETER = 20  # weight, gradient, two moments and an average in float32
 ROUND_FRACTIONS = (0.06, 0.06, 0.08)  # of the training time, for each contender in each round
 MIN_PROBABILITY = 0.05  # contenders that are better than the leader with a lower probability are dropped
+LEAST_SCORE = 0.1  # of the leader, below which none is dropped: who begins to learn first is not who learns most
 BOOTSTRAP_REPEATS = 100
 MAX_BOOTSTRAP_SECONDS = 3.0
 
@@ -225,6 +226,8 @@ class Race:
     def drop(self, alive: list[Contender]) -> list[Contender]:
         """Return the contenders that stay in the race."""
         leader, kept = self.find_leader(), []
+        if self.sign > 0 and 0 <= max(leader.scores, default=1.0) < LEAST_SCORE:
+            return [contender for contender in alive if not contender.dropped]  # nothing is learnt yet
         for contender in alive:
             if contender.dropped:
                 continue
