@@ -608,14 +608,20 @@ def test_transformers_generates_as_the_run(language_run, tmp_path):
 
 
 def test_step_graphs_generate_as_the_run(language_run, tmp_path):
-    """Also where an answer is longer than the network reads, so that its newer half is read again."""
-    done = language_run.export(out=tmp_path / "export")
+    """Also where an answer is longer than the network reads, so that its newer half is read again.
+
+    Noise on the weights makes answers that do not repeat one word, so that each token depends on those before it.
+    """
+    run, generator = fieldguide.open_run(language_run.path), torch.Generator().manual_seed(0)
+    for parameter in run.model.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    done = run.export(out=tmp_path / "export")
     assert done.passed and done.verification.rows >= 15 and done.verification.largest == 0, done.verification.problems
     assert len((done.path / "run.py").read_text().splitlines()) < 150
     loop = json.loads((done.path / "loop.json").read_text())
     assert loop["kind"] == "autoregressive" and loop["inputs"] == ["tokens", "keys", "values"]
-    assert set(loop["eos_tokens"]) >= set(language_run.task.ends)
-    prompts = ["the cat sat", "", "the dog slept near an old green door " * 12, "a green door"]
+    assert set(loop["eos_tokens"]) >= set(run.task.ends)
+    prompts = [" the cat sat\n", "", "the dog slept near an old green door " * 12, "a green door"]
     program = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import run; model = run.Model()\n"
         "rows = [{'text': prompt} for prompt in json.loads(sys.argv[2])]\n"
@@ -627,8 +633,9 @@ def test_step_graphs_generate_as_the_run(language_run, tmp_path):
     command = [sys.executable, "-I", "-c", program, str(done.path), json.dumps(prompts)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     long, drawn, cut = json.loads(found.stdout)
-    alone = [language_run.predict([prompt], max_new_tokens=100, temperature=0)[0]["text"] for prompt in prompts]
+    alone = [run.predict([prompt], max_new_tokens=100, temperature=0)[0]["text"] for prompt in prompts]
     assert [record["text"] for record in long] == alone
+    assert max(len(set(run.task.text.encode_exact([text])[0])) for text in alone) > 10
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(one == cut[0] for one in cut) and long[0]["text"].startswith(
         cut[0][0]["text"]
@@ -649,7 +656,7 @@ def test_step_graphs_of_architectures(name, tmp_path):
 def test_conversations_of_step_graphs_are_those_of_the_run(tmp_path):
     say = lambda who, text: {"role": who, "content": text}
     rows = [
-        {"messages": [say("system", "be kind"), say("user", f"what is {i}"), say("assistant", f"it is {i}")]}
+        {"messages": [say("system", "be kind"), say("user", f" what is {i} "), say("assistant", f"it is {i}")]}
         for i in range(120)
     ]
     (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

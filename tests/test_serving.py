@@ -186,6 +186,12 @@ def test_which_runs_share_batches(models):
     }
 
 
+def test_steps_of_series_are_no_rows_of_their_own(models):
+    """Records come in the order of series and time, so they are not named by the rows of the request."""
+    signature = models["v2-anomaly-detection"].signature
+    assert signature.record_for == "step" and {field.role for field in signature.inputs} >= {"series", "time"}
+
+
 def test_a_row_with_a_note_is_computed_alone(models):
     """A note belongs to the request of its row; the others get none."""
     model = models["v1-click-prediction"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.signature import Axis, TensorSpec
+from fieldguide.data.text_values import MISSING_MARKERS
 from fieldguide.exporting.graph import BATCH, ExportError, Graph
 from fieldguide.models.layers.kv_cache import Cache
 from fieldguide.tasks.text.text_generation import CHAT_SPECIAL_TOKENS
@@ -93,6 +94,7 @@ def build_text_generation(predictor: TaskPredictor) -> Graph:
     begin = [text.end] if task.chat else text.prefix_ids() or [text.end]
     values = {
         "column": task.column,
+        "missing": MISSING_MARKERS,
         "length": length,
         "begin": begin,
         "end": text.end,
@@ -107,7 +109,7 @@ def build_text_generation(predictor: TaskPredictor) -> Graph:
         module,
         (tokens, *past),
         outputs,
-        ("tokens", "generation"),
+        ("tokens", "to_text", "generation"),
         values,
         requires=("tokenizers",),
         files=("tokenizer.json",),

@@ -47,7 +47,7 @@ def build_text_classification(predictor: TaskPredictor) -> Graph:
         predictor,
         PassTensors(names),
         inputs,
-        parts=("tokens", "classes", "texts"),
+        parts=("tokens", "classes", "to_text", "texts"),
         values=values,
         **TOKENIZER,
     )

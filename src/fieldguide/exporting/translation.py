@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.signature import Axis, TensorSpec
+from fieldguide.data.text_values import MISSING_MARKERS
 from fieldguide.exporting.generation import GrowingCache
 from fieldguide.exporting.graph import BATCH, ExportError, Graph
 from fieldguide.models.transformer._shared.encoder_decoder import EncoderDecoder
@@ -79,6 +80,7 @@ def build_translation(predictor: TaskPredictor) -> Graph:
     limits = task.for_request(options).limits(torch.arange(most + 1)).clamp(max=most - len(frame.target_start))
     values = {
         "column": task.column,
+        "missing": MISSING_MARKERS,
         "limits": limits.tolist(),  # tokens of an answer, by the number of tokens of the source
         "prefix": task.options.prefix,
         "before": list(frame.before),
@@ -96,7 +98,7 @@ def build_translation(predictor: TaskPredictor) -> Graph:
         DecoderStep(copy.deepcopy(network)),
         inputs,
         ("log_probabilities", "keys_after", "values_after"),
-        ("tokens", "beams"),
+        ("tokens", "to_text", "beams"),
         values,
         requires=("tokenizers",),
         files=("tokenizer.json",),

@@ -39,7 +39,7 @@ class Model(Model):
 
 def encode_source(row):
     """Return the token ids of a source in its frame of special tokens."""
-    text = CONFIG["prefix"] + ("" if row[CONFIG["column"]] is None else str(row[CONFIG["column"]]))
+    text = CONFIG["prefix"] + to_text(row[CONFIG["column"]])
     room = CONFIG["length"] - len(CONFIG["before"]) - len(CONFIG["after"])
     ids = encode(text, CONFIG["exact"]).ids or [CONFIG["unknown"]]
     return [*CONFIG["before"], *ids[:room], *CONFIG["after"]]

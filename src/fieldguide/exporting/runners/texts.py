@@ -1,8 +1,3 @@
-def to_text(value):
-    text = "" if value is None else str(value).strip()
-    return "" if text.lower() in CONFIG["missing"] else text
-
-
 def prepare(row):
     """Return the token ids of a row: a text, or two texts in the frame of special tokens that training had."""
     texts, frame, length = [to_text(row.get(name)) for name in CONFIG["columns"]], CONFIG["frame"], CONFIG["length"]
