@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fieldguide.core.signature import Axis, TensorSpec
 from fieldguide.data.number_formats import list_replacements
 from fieldguide.data.text_values import MISSING_MARKERS
-from fieldguide.exporting.cases import describe_steps
+from fieldguide.exporting.cases import StandardizeChannels, describe_steps
 from fieldguide.exporting.forecasting import describe_target
 from fieldguide.exporting.graph import BATCH, Graph, build_pipeline
 from fieldguide.exporting.tables import READING, describe_table
@@ -48,24 +48,9 @@ def build_series_anomalies(predictor: TaskPredictor) -> Graph:
         "characters": list_replacements(),
     }
     axes = (BATCH, Axis("time", task.options.length), Axis("channels", len(task.channels)))
-    module = build_pipeline(predictor, StandardizeSteps(task.mean, task.std), scores, OUTPUTS)
+    module = build_pipeline(predictor, StandardizeChannels(task.mean, task.std), scores, OUTPUTS)
     parts = ("numbers", "series_values", "steps", "stacked", "anomalies", "anomaly_steps")
     return Graph(module, (TensorSpec("values", "float64", axes),), OUTPUTS, parts, values)
-
-
-class StandardizeSteps(nn.Module):
-    """Standardize channels: `AnomalyDetection.standardize`. `forward` takes `values` B T C float64."""
-
-    mean: Tensor  # C
-    std: Tensor
-
-    def __init__(self, mean: list[float], std: list[float]):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float64), persistent=False)
-
-    def forward(self, values: Tensor) -> dict[str, Tensor]:
-        return {"series": ((values - self.mean) / self.std).float()}
 
 
 class AnomalyScores(nn.Module):

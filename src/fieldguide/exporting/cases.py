@@ -22,24 +22,25 @@ if TYPE_CHECKING:
 
 
 class StandardizeChannels(nn.Module):
-    """Standardize channels, with 0 after the end of a series: the last steps of `SeriesPreparer.apply`.
+    """Standardize channels: `(values - mean) / std`.
 
-    `forward` takes `values` B T C float64 and the number of their steps, B.
+    `forward` takes `values`, B T C float64, and optionally the number of their steps, B: what follows them is 0.
     """
 
     mean: Tensor  # C
     std: Tensor
 
-    def __init__(self, preparer: Any):
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        one = [1.0] * len(preparer.mean)
-        mean, std = ([0.0] * len(one), one) if preparer.by_series else (preparer.mean, preparer.std)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64), persistent=False)
 
-    def forward(self, values: Tensor, steps: Tensor) -> dict[str, Tensor]:
-        inside = torch.arange(values.shape[1]) < steps[:, None]  # B T
-        return {"series": torch.where(inside[..., None], (values - self.mean) / self.std, 0.0).float()}
+    def forward(self, values: Tensor, steps: Tensor | None = None) -> dict[str, Tensor]:
+        series = (values - self.mean) / self.std
+        if steps is not None:
+            inside = torch.arange(values.shape[1]) < steps[:, None]  # B T
+            series = torch.where(inside[..., None], series, 0.0)
+        return {"series": series.float()}
 
 
 def build_series_classification(predictor: TaskPredictor) -> Graph:
@@ -70,7 +71,10 @@ def build_series_classification(predictor: TaskPredictor) -> Graph:
     arranging = ("steps", "cases_long") if is_long else ("cases_rows",)
     parts = ("numbers", "series_values", *arranging, "stacked", "classes", "cases")
     answer = task.describe_record()[1].name  # after the name of the series
-    return finish(predictor, StandardizeChannels(preparer), inputs, parts=parts, values=values, answer=answer)
+    channels = len(task.channels)
+    unscaled = [0.0] * channels, [1.0] * channels  # the program standardizes each series by its own mean
+    front = StandardizeChannels(*(unscaled if preparer.by_series else (preparer.mean, preparer.std)))
+    return finish(predictor, front, inputs, parts=parts, values=values, answer=answer)
 
 
 def describe_steps(columns: Sequence[Column]) -> dict[str, Any]:

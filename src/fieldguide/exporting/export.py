@@ -90,9 +90,7 @@ def export_onnx(predictor: Any, out: Path, name: str, data: str | None, precisio
         ) from error
     write_folder(predictor, graph, out, name, precision)
     try:
-        result = verify(
-            predictor, out, found, precision, chosen=requests, options=graph.test_options, find_ties=graph.find_ties
-        )
+        result = verify(predictor, out, found, precision, chosen=requests, options=graph.test_options)
     except BaseException:
         shutil.rmtree(out)
         raise

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,22 +113,4 @@ def build_text_generation(predictor: TaskPredictor) -> Graph:
         files=("tokenizer.json",),
         loop=asdict(predictor.signature.loop) if predictor.signature.loop else {},
         test_options=TEST_OPTIONS,
-        find_ties=partial(find_ties, task, network),
     )
-
-
-@torch.inference_mode()
-def find_ties(task: Any, network: Any, path: Path, tolerance: float) -> set[int]:
-    """Return the rows whose two most probable tokens have log-probabilities within twice the tolerance at some step of a greedy answer."""
-    found = set()
-    for row, turns in enumerate(task.turns(task.read([path]))):
-        tokens, made = torch.tensor([task.prompt(turns)[-(network.config.length - 1) :]]), 0
-        cache = network.new_cache(1, min(network.config.length, tokens.shape[1] + TEST_OPTIONS["max_new_tokens"]))
-        while cache.used < cache.length and made < TEST_OPTIONS["max_new_tokens"]:
-            (best, second), (token, _) = network.last(tokens, None, cache)[0].log_softmax(-1).topk(2)
-            if best - second < 2 * tolerance:
-                found.add(row)
-            if int(token) in task.ends:
-                break
-            tokens, made = token[None, None], made + 1
-    return found

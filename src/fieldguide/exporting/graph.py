@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +61,6 @@ class Graph:
         encoder: a graph that is called once before this one, written to `encoder.onnx`.
         loop: how the graph is called several times for one prediction, written to `loop.json`; empty if it is called once.
         test_options: options of the predictions that are compared.
-        find_ties: returns the rows of a file whose answers depend on rounding, since two tokens were equally probable up to a tolerance.
     """
 
     module: nn.Module
@@ -78,7 +76,6 @@ class Graph:
     encoder: Graph | None = None
     loop: Mapping[str, Any] = field(default_factory=dict)
     test_options: Mapping[str, Any] = field(default_factory=dict)
-    find_ties: Callable[[Path, float], set[int]] | None = None
     min_close: float = 1.0  # fraction of values that must be close for random inputs: lower if outputs are ranked or chosen
     example: Callable[[int, int, int], dict[str, Tensor]] | None = (
         None  # makes inputs from a seed, rows and a size; None: random

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +17,6 @@ from fieldguide.models.transformer._shared.encoder_decoder import EncoderDecoder
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
-
-PERTURBATION, PERTURBED = 1e-5, 2  # relative noise of the weights, and how often it is drawn
 
 
 class EncoderStep(nn.Module):
@@ -104,22 +100,4 @@ def build_translation(predictor: TaskPredictor) -> Graph:
         files=("tokenizer.json",),
         loop=asdict(predictor.signature.loop) if predictor.signature.loop else {},
         encoder=encoder,
-        find_ties=partial(find_unstable, predictor),
     )
-
-
-def find_unstable(predictor: TaskPredictor, path: Path, tolerance: float) -> set[int]:
-    """Return the rows of a file whose answers change if the weights change by noise of the size of rounding errors."""
-    parameters = list(predictor.objective.model.parameters())
-    stored, generator = [p.detach().clone() for p in parameters], torch.Generator().manual_seed(0)
-    answers = [predictor.predict(str(path))]
-    try:
-        for _ in range(PERTURBED):
-            for parameter, own in zip(parameters, stored):
-                noise = torch.randn(own.shape, generator=generator).to(own)
-                parameter.data = own * (1 + PERTURBATION * noise)
-            answers.append(predictor.predict(str(path)))
-    finally:
-        for parameter, own in zip(parameters, stored):
-            parameter.data = own
-    return {row for row, records in enumerate(zip(*answers)) if any(record != records[0] for record in records)}

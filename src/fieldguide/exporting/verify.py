@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+import torch
 from PIL import Image
 
 from fieldguide.core.errors import DataError
@@ -45,6 +46,7 @@ ALLOWED = {"float32": (1e-4, 1.0), "float16": (0.01, 0.99), "int8": (0.1, 0.95)}
 BATCHES = ((1, 8), (7, 64), (64, MAX_ROWS))  # size of batches, and the number of rows that run in them
 TIMEOUT = 1800  # seconds
 MAX_TIE_FRACTION = 0.5  # of rows whose answers depend on rounding
+PERTURBATIONS = 2  # how often weights are changed to find them
 MAX_PROMPTS = 64  # that are answered
 MAX_STEPS = 2048  # of series, if each step has a record
 ROW = "#row"  # a column of row numbers
@@ -206,12 +208,11 @@ def verify(
     precision: Precision = "float32",
     chosen: tuple[list[pl.DataFrame], Any] | None = None,
     options: Mapping[str, Any] | None = None,
-    find_ties: Callable[[Path, float], set[int]] | None = None,
 ) -> Verification:
     """Run an exported folder on raw inputs, by default those of `choose_requests`, and compare its records with the original's.
 
-    `options` are those of the predictions, and `find_ties` returns the rows of a file whose answers depend on rounding. With weights in
-    fewer bits, more may differ: see `ALLOWED`. Raises `ExportError` if answers differ because cells were not read.
+    `options` are those of the predictions. Answers that a loop generates may differ where they depend on rounding (`find_unstable`). With
+    weights in fewer bits, more may differ: see `ALLOWED`. Raises `ExportError` if answers differ because cells were not read.
     """
     tolerance, required = ALLOWED[precision]
     started = time.perf_counter()
@@ -224,7 +225,7 @@ def verify(
         expected = [record for path in paths for record in predictor.predict(str(path), **(options or {}))]
         if not any(field.name == "series" or field.role == "series" for field in predictor.signature.inputs):
             expected = [{name: value for name, value in record.items() if name != "series"} for record in expected]
-        ties = find_ties(paths[0], tolerance) if find_ties else set()
+        ties = find_unstable(predictor, paths[0], tolerance, options or {}) if predictor.signature.loop else set()
         found, notes = run_folder(folder, paths, batches, options or {})
     comparison = Comparison(tolerance, getattr(predictor.task, "score_threshold", 0.0))
     problems, largest, same = [], 0.0, 0
@@ -234,15 +235,16 @@ def verify(
             largest = max(largest, difference)
             if problem and number not in ties:
                 problems.append(f"row {number + 1}, batches of {size}: {problem}")
-            elif size == batches[-1][0]:
+            elif not problem and size == batches[-1][0]:
                 same += 1
     rows = len(expected)
     is_complete = all(len(records) == min(rows, count or rows) for (_, count), records in zip(batches, found))
     if not is_complete:
         problems.insert(0, "the export returned another number of records")
-    if len(ties) > MAX_TIE_FRACTION * rows:
+    is_decisive = len(ties) <= MAX_TIE_FRACTION * rows
+    if not is_decisive:
         problems.insert(0, f"{len(ties)} of {rows} answers depend on rounding; give other rows with --data")
-    passed = is_complete and (not problems if required == 1 else same >= required * rows)
+    passed = is_complete and is_decisive and (not problems if required == 1 else same >= required * (rows - len(ties)))
     if notes and not passed:
         raise ExportError(f"run.py does not read the cells as training did: {notes[0]}")
     return Verification(
@@ -259,6 +261,23 @@ def verify(
         scores=compare_scores(predictor, data, expected, found[-1]),
         versions=list_versions(),
     )
+
+
+def find_unstable(predictor: TaskPredictor, path: Path, tolerance: float, options: Mapping[str, Any]) -> set[int]:
+    """Return the rows of a file whose answers change if the weights change by noise of a tenth of the tolerance."""
+    parameters = list(predictor.objective.model.parameters())
+    stored, generator = [p.detach().clone() for p in parameters], torch.Generator().manual_seed(0)
+    answers = [predictor.predict(str(path), **options)]
+    try:
+        for _ in range(PERTURBATIONS):
+            for parameter, own in zip(parameters, stored):
+                noise = torch.randn(own.shape, generator=generator).to(own)
+                parameter.data = own * (1 + 0.1 * tolerance * noise)
+            answers.append(predictor.predict(str(path), **options))
+    finally:
+        for parameter, own in zip(parameters, stored):
+            parameter.data = own
+    return {row for row, records in enumerate(zip(*answers)) if any(record != records[0] for record in records)}
 
 
 def has_lists(table: pl.DataFrame) -> bool:

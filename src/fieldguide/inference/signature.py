@@ -144,7 +144,7 @@ def describe_transcriber(predictor: Transcriber) -> Signature:
             Step("cut", "phrases by their times", False),
         ),
         record=(
-            RecordField("text", "string", "what is said"),
+            RecordField("text", "string", "the transcript"),
             RecordField("language", "string", "code of the language"),
             RecordField("segments", "array", "the phrases", items=RecordField("", "object", fields=segment)),
         ),

@@ -42,7 +42,7 @@ RECORD_DIGITS = 4  # of the numbers of a segment
 
 
 class Transcriber(Predictor):
-    """A Whisper network with its tokenizer, which writes down what is said in recordings, or translates it to English."""
+    """A Whisper network with its tokenizer, which transcribes recordings or translates them to English."""
 
     LOAD_OPTIONS: ClassVar[dict[str, type]] = {}
     config_type: ClassVar[type] = TranscriptionConfig

@@ -45,7 +45,7 @@ class Config:
 
 class HalvedSinusoids(nn.Module):
     """Sinusoidal positions: all sines, then all cosines, of wavelengths from 2 pi to nearly 10000 * 2 pi (Vaswani et al. 2017,
-    section 3.5), computed in float64. Position p is asked for as p + `bart.OFFSET`.
+    section 3.5), computed in float64. The index of position p is p + `bart.OFFSET`.
     """
 
     weights: Tensor  # length D

@@ -134,7 +134,7 @@ class VisualChatSignature(ImageAndTextSignature):
         return [c for c in self.columns if c.kind in ("messages", "image") and c.role == "feature"]
 
     def describe_inputs(self) -> Sequence[InputField]:
-        """Return image and conversation: one without an image is possible, and the prompt is asked about an image alone."""
+        """Return image and conversation: either may be missing; the prompt is used for an image without a conversation."""
         fields = sorted(super().describe_inputs(), key=lambda field: field.kind != "image")
         return [replace(field, nullable=True, required=field.kind == "image") for field in fields]
 

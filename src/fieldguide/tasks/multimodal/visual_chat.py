@@ -259,7 +259,7 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
         return replace(data, rows=self.ask(data.rows), columns={c.name: c for c in self.columns})
 
     def ask(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """Return rows in which the prompt is asked about images without a conversation. Raises `SettingsError` without a prompt."""
+        """Return rows with the prompt for images that have no conversation. Raises `SettingsError` without a prompt."""
         has_messages = rows[self.column].is_not_null() if self.column in rows.columns else pl.Series([False] * len(rows))
         if has_messages.all() or IMAGE not in rows.columns:
             return rows

@@ -16,7 +16,7 @@ MASK_OPACITY = 0.5
 def paint_masks(picture: Image.Image, objects: Arrays, image: int, which: np.ndarray) -> Image.Image:
     """Return a picture of any size with the masks of some objects of an image.
 
-    Objects of one class differ in brightness, and borders are opaque, so that neighbors can be told apart.
+    Objects of one class differ in brightness, and borders are opaque, which separates neighbors.
     """
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     masks, places = unpack_masks(objects, image), np.flatnonzero(which)
