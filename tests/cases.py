@@ -22,6 +22,7 @@ import clips
 import detectors
 import forecasters
 import guide
+import latents
 import pictures
 import references
 import segmenters
@@ -1640,6 +1641,8 @@ CASES = {
     "vilt": Case(inputs=captioned, peer=huggingface_vilt, lr=3e-3),
     "llava": Case(inputs=shown, peer=huggingface_llava, lr=2e-2, skipped=("vision.blocks.1.", "vision.norm.")),
     "qwen2.5-vl": Case(inputs=shown, peer=huggingface_qwen2_5_vl, lr=1e-2),
+    "autoencoder-kl": Case(inputs=image, lr=3e-3, peer=latents.autoencoder_kl),
+    "dit": Case(inputs=noisy, lr=3e-3, peer=latents.dit),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(
         inputs=row("z_dim"), peer=same(lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3

@@ -11,6 +11,7 @@ from fieldguide.models.layers.dot_product_attention import (
     attend_unfused,
     dot_product_attention,
     is_unfused_faster,
+    slice_attention,
     use_fused_kernels,
 )
 
@@ -79,3 +80,15 @@ def test_the_fused_kernel_is_kept_in_float32_for_prediction_and_for_long_texts()
             assert not is_unfused_faster(q, k)
         long = torch.empty(1, 1, 1, 1, requires_grad=True).expand(1, 1, MAX_SCORES, 1)
         assert not is_unfused_faster(long, long)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [1, 3, 7, 50])
+def test_sliced_attention_equals_the_whole(case, size):
+    options = CASES[case]
+    inputs = draw()
+    want = dot_product_attention(*inputs, **options)
+    with slice_attention(size):
+        torch.testing.assert_close(dot_product_attention(*inputs, **options), want)
+    with slice_attention(3), slice_attention(0):
+        assert torch.equal(dot_product_attention(*inputs, **options), want)

@@ -14,7 +14,8 @@ from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.weights import translate
 from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data.loader import Batches
-from fieldguide.models.diffusion.latte import OFFICIAL, position_embedding, sinusoidal_embedding
+from fieldguide.models.diffusion._shared.embeddings import position_embedding, sinusoidal_embedding
+from fieldguide.models.diffusion.latte import OFFICIAL
 from fieldguide.models.registry import create
 from fieldguide.objectives import DDIM, Diffusion, Process
 from test_loop import trainer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldguide.core.errors import WeightsError
-from fieldguide.models.mapping.key_rules import Dropped, Fused, MovedRow, Reshaped, Row, Stacked, Transposed, Zeros
+from fieldguide.models.mapping.key_rules import Dropped, Fused, MovedRow, Repeated, Reshaped, Row, Stacked, Transposed, Zeros
 
 State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
@@ -179,6 +179,10 @@ def map_to_public(state: State, table: Table) -> TranslatedState:
             public, values = hits[0][0], hits[0][2]
             stack = stacks.setdefault(fill_pattern(public, values), {})
             stack[int(values[stacked.axis])] = convert_layout(tensor, stacked, "there")
+        elif isinstance(repeated := hits[0][1], Repeated):
+            for number in range(repeated.count):
+                copy = tensor.clone() if number else tensor  # tensors that share memory would be written once
+                done.put(fill_pattern(hits[0][0], hits[0][2] | {repeated.axis: number}), copy, name)
         elif isinstance(hits[0][1], Zeros):
             if tensor.any():
                 done.faults.append(f"{name} is not zero, so it cannot be written in this format")

@@ -47,7 +47,8 @@ OURS = "fieldguide"
 LEGACY_PICKLES = 5  # at the start of files from before torch 1.6: magic number, version, system, object, keys of the storages
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 MAX_COMPARED_CHARACTERS = 100  # of an unknown name, for which similar ones are looked up
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys that hold the tensors
+# Keys that hold the tensors. Averaged weights, if a file has them, are those that the authors publish results of.
+WRAPPERS = ("ema", "state_dict", "model_state_dict", "model", "net")
 # Classes that hold values and run nothing: fairseq keeps its arguments in one.
 SAFE_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 WEIGHT_FILE_NAMES = (

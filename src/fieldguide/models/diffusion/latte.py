@@ -12,7 +12,6 @@ Shapes: B batch, F frames, C channels, S side, P side of a patch, N = (S/P)^2 pa
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.diffusion._shared.embeddings import embed_time, position_embedding, sinusoidal_embedding
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.mapping.key_rules import Dropped, Row
 
@@ -38,19 +38,6 @@ class Config:
     depth: int = 28  # blocks: space, time, space, time, ...
     heads: int = 16
     variance: bool = False  # whether the output includes variances, as in the authors' checkpoints; they are not used
-
-
-def sinusoidal_embedding(places: Tensor, dim: int) -> Tensor:  # ... -> ... dim
-    """Return sines, then cosines of positions at `dim // 2` frequencies."""
-    rate = torch.exp(torch.arange(dim // 2, dtype=torch.float64) * (-2 * math.log(10_000) / dim))
-    angle = places.double()[..., None] * rate
-    return torch.cat([angle.sin(), angle.cos()], -1).float()
-
-
-def position_embedding(side: int, dim: int) -> Tensor:  # -> N D
-    """Return the embedding of a square of positions: the column in the first half, the row in the second."""
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return torch.cat([sinusoidal_embedding(column.flatten(), dim // 2), sinusoidal_embedding(row.flatten(), dim // 2)], 1)
 
 
 class Modulated(nn.Module):
@@ -135,10 +122,7 @@ class Latte(nn.Module):
 
     def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B -> B D
         """Return the embedding of the time plus that of the label."""
-        places = torch.arange(TIME_EMBEDDING_DIM // 2, dtype=torch.float32, device=time.device)
-        rate = torch.exp(-math.log(10_000) * places / (TIME_EMBEDDING_DIM // 2))
-        angle = time.float()[:, None] * rate  # in float32, as in training
-        x = torch.cat([angle.cos(), angle.sin()], 1).to(self.time1.weight.dtype)
+        x = embed_time(time, TIME_EMBEDDING_DIM).to(self.time1.weight.dtype)
         x = self.time2(F.silu(self.time1(x)))
         if self.label is None:
             return x

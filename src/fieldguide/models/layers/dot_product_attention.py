@@ -29,6 +29,21 @@ def use_fused_kernels() -> Iterator[None]:
         FUSED_ONLY.reset(before)
 
 
+SLICE: ContextVar[int] = ContextVar("slice", default=0)
+
+
+@contextmanager
+def slice_attention(queries: int) -> Iterator[None]:
+    """Compute attention for at most this many queries at a time inside the block, so that large images need less memory where no
+    fused kernel avoids storing all scores. 0 computes all at once. Results are equal up to rounding.
+    """
+    before = SLICE.set(queries)
+    try:
+        yield
+    finally:
+        SLICE.reset(before)
+
+
 def dot_product_attention(
     q: Tensor,
     k: Tensor,
@@ -41,8 +56,27 @@ def dot_product_attention(
 ) -> Tensor:
     """Return what `F.scaled_dot_product_attention` does, and by it unless bfloat16 is trained on a CPU.
 
-    `mask` is True where a query attends to a key, or is added to the scores.
+    `mask` is True where a query attends to a key, or is added to the scores. See `slice_attention` for less memory.
     """
+    if 0 < (size := SLICE.get()) < q.shape[-2] and not is_causal:
+        several = mask is not None and mask.shape[-2] > 1  # a row for each query
+        masks = mask.split(size, -2) if mask is not None and several else [mask] * -(-q.shape[-2] // size)
+        parts = zip(q.split(size, -2), masks)
+        return torch.cat([compute_attention(part, k, v, seen, dropout, False, scale, enable_gqa) for part, seen in parts], -2)
+    return compute_attention(q, k, v, mask, dropout, is_causal, scale, enable_gqa)
+
+
+def compute_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """Return the attention output of all queries, by the faster kernel."""
     if is_unfused_faster(q, k):
         return attend_unfused(q, k, v, mask, dropout, is_causal, scale)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -54,6 +54,17 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """The public files hold our tensor several times, with equal values: once for each number below `count` of the group
+    `{axis}`.
+    """
+
+    ours: str
+    axis: str
+    count: int
+
+
+@dataclass(frozen=True)
 class InterleavedRotary:
     """The public tensor stores the rotary pairs of each head in adjacent rows (Meta's LLaMA files); ours stores them as
     two halves.
@@ -122,4 +133,4 @@ def place_submodel(table: Mapping[str, Row], theirs: str, ours: str, without: st
     return rows
 
 
-Row = str | Transposed | Reshaped | Fused | Stacked | InterleavedRotary | MovedRow | Dropped | Zeros
+Row = str | Transposed | Reshaped | Fused | Stacked | Repeated | InterleavedRotary | MovedRow | Dropped | Zeros
