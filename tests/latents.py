@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fieldguide.checkpoints.config_mapping import to_public_config
@@ -75,5 +76,33 @@ def autoencoder_kl(model: nn.Module) -> Peer:
 
         def forward(self, image: Tensor) -> Tensor:
             return self.peer.decode(self.peer.encode(image).latent_dist.mean).sample
+
+    return Sample(), rename(model)
+
+
+def noisy_latent(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return latents, times, and the states of a text of five tokens; and its vector if the network takes one."""
+    inputs = (
+        torch.randn(rows, config.channels + getattr(config, "extra", 0), config.image, config.image),
+        torch.randint(1000, (rows,)).float(),
+        torch.randn(rows, 5, config.text_dim),
+    )
+    return (*inputs, torch.randn(rows, config.pooled_dim)) if hasattr(config, "pooled_dim") else inputs
+
+
+def conditional_unet(model: nn.Module) -> Peer:
+    """Return diffusers' text-conditional U-Net, told that images were neither scaled nor cropped."""
+    peer = build(model)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, latent: Tensor, time: Tensor, text: Tensor, pooled: Tensor | None = None) -> Tensor:
+            height, width = (8 * side for side in latent.shape[2:])
+            sizes = torch.tensor([height, width, 0, 0, height, width]).expand(len(latent), 6)
+            added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
+            return self.peer(latent, time, text, added_cond_kwargs=added).sample
 
     return Sample(), rename(model)

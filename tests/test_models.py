@@ -159,7 +159,7 @@ def test_docstring_has_the_required_parts(name):
     assert "\nInitialization" in text
     assert re.search(r"^Shapes: .*B batch", text, re.M)
     source = Path(inspect.getsourcefile(card.model.forward)).read_text()  # its own file, or its base's
-    forwards = re.findall(r"def forward\(.*", source)
+    forwards = re.findall(r"def forward\(.*?\) -> [^\n]*", source, re.S)  # to the last line of the signature
     assert forwards and all("# " in line and "->" in line.split("#")[-1] for line in forwards)
 
 

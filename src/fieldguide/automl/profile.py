@@ -100,6 +100,15 @@ def build_example_inputs(
                 batch, *([min(length, get("length", length))] if get("vocab_size", 0) else []), dtype=torch.int64, device=device
             ),
         )
+    if "latent" in card.inputs:
+        side, channels = get("image", side), get("channels", 4) + get("extra", 0)
+        inputs = {
+            "latent": torch.zeros(batch, channels, side, side, device=device),
+            "time": torch.zeros(batch, device=device),
+            "text": torch.zeros(batch, min(length, get("length", length)), get("text_dim", 768), device=device),
+            "pooled": torch.zeros(batch, get("pooled_dim", 768), device=device),
+        }
+        return tuple(inputs[name] for name in card.inputs)
     width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.input_type]
     return (torch.zeros(batch, width, device=device),)
 

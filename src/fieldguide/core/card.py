@@ -42,6 +42,18 @@ INPUT_TYPES: dict[str, tuple[str, ...]] = {
     "noisy": ("image", "time", "label"),  # B C H W float, B float: noise level, B int64: class (0 = unconditional); if the
     # config has a vocabulary, B T int64: caption tokens (0 = none)
     "noisy-video": ("video", "time", "label"),  # B F C H W float: F frames; the others as for "noisy"
+    "noisy-latent": (
+        "latent",
+        "time",
+        "text",
+    ),  # B C H W float: what an autoencoder made of images, and channels to compare with, if
+    # any; B float: noise level 0 .. 1000; B T D float: the states of a text encoder
+    "noisy-latent-pooled": (
+        "latent",
+        "time",
+        "text",
+        "pooled",
+    ),  # as for "noisy-latent", and B E float: one vector for the text
     "captioned": ("image", "tokens", "mask"),  # B C H W float and one text per image: B T int64, B T bool
     "image-text": ("image", "tokens", "mask"),  # as for "captioned", but the text so far, of which the next token is predicted
     "prompted-image": (
@@ -65,6 +77,9 @@ OPTIONAL_INPUTS: dict[str, str] = {
     "profile": "B K int64: codes of the categories of the user, the first one the user (0 = unseen)",
     "profile_numbers": "B N float: numbers of the user",
     "grid": "B 2 (B I 2 for I images in a row) int64: rows and columns of patches of each image, if images of several sizes are padded",
+    "text_mask": "B T bool: True for real tokens of the text; without it, all are attended to",
+    "sizes": "B N float: sizes in pixels that images of a data set had: height and width, and what else the network knows",
+    "guidance": "B float: scale of classifier-free guidance whose result the network computes in one call",
     "times": "B T 2 int64: times in seconds of each item, and of the request for the next one",
 }
 

@@ -65,6 +65,13 @@ def describe_optional_input(get: Get, name: str, others: list[TensorSpec]) -> Te
         return TensorSpec(
             name, "int64", (BATCH, fix("sides", 2)), OPTIONAL_INPUTS[name], required=False, low=patches, high=patches
         )
+    if name == "sizes":
+        return TensorSpec(name, "float32", (BATCH, fix("sizes", get("sizes", 6))), OPTIONAL_INPUTS[name], required=False)
+    if name == "guidance":
+        return TensorSpec(name, "float32", (BATCH,), OPTIONAL_INPUTS[name], required=False)
+    if name == "text_mask":
+        words = next(spec for spec in others if spec.name == "text").axes[1]
+        return TensorSpec(name, "bool", (BATCH, words), OPTIONAL_INPUTS[name], required=False, counts="tokens")
     first = next(spec for spec in others if spec.name in ("tokens", "items"))
     if name == "times":
         return TensorSpec(name, "int64", (*first.axes, fix("moments", 2)), OPTIONAL_INPUTS[name], required=False)
@@ -178,6 +185,22 @@ def describe_noisy(get: Get, card: Card) -> list[TensorSpec]:
     ]
 
 
+def describe_noisy_latent(get: Get, card: Card) -> list[TensorSpec]:
+    """Return noisy latents, the noise level, and what text encoders return for a text."""
+    sides = (fix(name, get("image", 64)) for name in ("height", "width"))
+    channels = fix("channels", get("channels", 4) + get("extra", 0))
+    text = BATCH, Axis("tokens"), fix("text_features", get("text_dim"))
+    found = [
+        TensorSpec("latent", "float32", (BATCH, channels, *sides), "noisy latents, normalized"),
+        TensorSpec("time", "float32", (BATCH,), "noise level", low=0, high=TIMESTEPS),
+        TensorSpec("text", "float32", text, "states of the text encoder"),
+    ]
+    if "pooled" in card.inputs:
+        axes = BATCH, fix("pooled_features", get("pooled_dim"))
+        found.append(TensorSpec("pooled", "float32", axes, "one vector for the text"))
+    return found
+
+
 def describe_items(get: Get, card: Card) -> list[TensorSpec]:
     axes = BATCH, Axis("time", most=get("length"))
     return [
@@ -234,6 +257,8 @@ INPUTS: dict[str, Callable[[Get, Card], list[TensorSpec]]] = {
     "static-covariates": describe_static_covariates,
     "noisy": describe_noisy,
     "noisy-video": describe_noisy,
+    "noisy-latent": describe_noisy_latent,
+    "noisy-latent-pooled": describe_noisy_latent,
     "captioned": describe_captioned,
     "items": describe_items,
     "speech": describe_speech,
@@ -350,6 +375,8 @@ def describe_output_axes(
         return (fix("features", get_vector_width(get, network, card)),), "features"
     if output == "image" and card.input_type == "noise":
         return (fix("channels", get("channels", 3)), *(fix(n, get("image")) for n in ("height", "width"))), "pixels, -1 to 1"
+    if "latent" in inputs:  # the channels to compare with are not predicted
+        return (fix("channels", get("channels", 4)), *inputs["latent"].axes[2:]), "predicted noise, or velocity"
     data = next(inputs[name] for name in ("video", "image", "sequence") if name in inputs)
     return data.axes[1:], "predicted noise, or velocity" if output in ("image", "video") else "vectors"
 
@@ -368,6 +395,8 @@ def describe_network_loop(card: Card, config: Any, network: Any) -> Loop | None:
     if card.input_type in ("noisy", "noisy-video"):
         latent = describe_network_inputs(card, config)[0].axes[1:]
         return Loop("diffusion", latent=latent, timesteps=TIMESTEPS, guidance=bool(get("num_classes") or get("vocab_size")))
+    if "latent" in card.inputs:
+        return Loop("diffusion", latent=describe_network_inputs(card, config)[0].axes[1:], timesteps=TIMESTEPS, guidance=True)
     if "tokens" not in card.output_types:
         return None
     kind: Any = "encoder-decoder" if card.input_type in ("pair", "speech-text", "image-text") else "autoregressive"

@@ -166,6 +166,14 @@ def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
         data = floats(channels, side, side) if card.input_type == "noisy" else floats(get("frames", 16), channels, side, side)
         name = "image" if card.input_type == "noisy" else "video"
         return {name: data, "time": torch.ones(rows) if device != "meta" else torch.empty(rows, device="meta"), "label": label}
+    if "latent" in card.inputs:
+        inputs = {
+            "latent": floats(channels + get("extra", 0), side, side),
+            "time": floats(),
+            "text": floats(min(shape.length, get("length", shape.length)), get("text_dim", 768)),
+            "pooled": floats(get("pooled_dim", 768)),
+        }
+        return {name: inputs[name] for name in card.inputs}
     width = {"vector": get("features", 784), "noise": get("noise", 100)}[card.input_type]
     return {card.input_type: floats(width)}
 
@@ -354,6 +362,8 @@ def build_contrastive_frames(card: Card, network: Any, inputs: dict[str, Tensor]
 def build_image(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
     if card.input_type == "noise":
         return build_adversarial(card, network, shape, get)
+    if "latent" in inputs:  # the error of a prediction, as of noise
+        return build_mean_square(card, network, inputs, shape, get)
     data = "video" if "video" in inputs else "image"
     del inputs["time"]
 
