@@ -26,6 +26,7 @@ import latents
 import pictures
 import references
 import segmenters
+import stylegans
 from fieldguide.checkpoints.weights import get_tables, translate
 from references import Equations
 from tied import Tied
@@ -1625,6 +1626,12 @@ CASES = {
     "dcgan-discriminator": Case(inputs=image, peer=equations(references.dcgan_discriminator)),
     "sngan": Case(inputs=row("noise"), peer=equations(references.sngan)),
     "sngan-discriminator": Case(inputs=labeled_image, peer=equations(references.sngan_discriminator)),
+    "stylegan2": Case(inputs=row("noise"), peer=lambda model: equations(stylegans.stylegan2(model.config))(model), slack=4.0),
+    "stylegan2-discriminator": Case(
+        inputs=labeled_image,
+        peer=lambda model: equations(stylegans.stylegan2_discriminator(model.config))(model),
+        overrides=(("group", 1),),  # larger groups, of which images depend on each other: test_stylegan2.py
+    ),
     "wgan-gp": Case(inputs=row("noise"), peer=equations(references.sngan), slack=4.0),  # biases before norms
     "wgan-gp-discriminator": Case(inputs=image, peer=equations(references.wgan_gp_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),

@@ -185,7 +185,7 @@ class Plan:
         """Return a plan for another architecture on the same examples."""
         card, size = registry.find(option.name)
         dims = {"output_type": self.task.output_types, **self.task.model_dims()}
-        parts = {name: configure_part(part, self.task.model_dims()) for name, part in card.parts.items()}
+        parts = {name: configure_part(part, self.task.model_dims(), card, size) for name, part in card.parts.items()}
         config = build_config(card, size, dims)
         plan = Plan(self.source, self.task, self.why, self.splits, card, size, config, Settings(), self.advice, parts)
         plan.complete(self.requested, callback, shared=self)
@@ -202,7 +202,10 @@ class Plan:
         task.metric = self.task.metric
         dims = {"output_type": task.output_types, **task.model_dims()}
         config = config or build_config(checkpoint.card, checkpoint.size, dims)
-        parts = {name: configure_part(part, task.model_dims()) for name, part in checkpoint.card.parts.items()}
+        parts = {
+            name: configure_part(part, task.model_dims(), checkpoint.card, checkpoint.size)
+            for name, part in checkpoint.card.parts.items()
+        }
         plan = Plan(
             self.source,
             task,
@@ -349,7 +352,7 @@ def build_plan(
     except TypeError as error:
         raise SettingsError(f"--set model.FIELD: {error}") from None
     callback.on_plan(choice.advice, config)
-    parts = {name: configure_part(part, fitted.model_dims()) for name, part in card.parts.items()}
+    parts = {name: configure_part(part, fitted.model_dims(), card, size) for name, part in card.parts.items()}
     plan = Plan(
         choice.source, fitted, choice.why, choice.splits, card, size, config, Settings(), choice.advice, parts, choice.location
     )
@@ -375,7 +378,12 @@ def has_same_batches(a: Settings, b: Settings) -> bool:
     return all(getattr(a, name) == getattr(b, name) for name in ("augmentation", "mixup"))
 
 
-def configure_part(name: str, dims: Mapping[str, Any]) -> tuple[Card, str, Any]:
-    """Return card, size and config of a further network that a card names, such as a generator's critic."""
+def configure_part(name: str, dims: Mapping[str, Any], whole: Card, whole_size: str) -> tuple[Card, str, Any]:
+    """Return card, size and config of a further network that a card names, such as a generator's critic.
+
+    The size is the one with the same ending as that of the network it belongs to, if there is one.
+    """
     card, size = registry.find(name)
+    same = card.name + whole_size.removeprefix(whole.name)
+    size = same if same in card.sizes else size
     return card, size, build_config(card, size, dims)

@@ -46,9 +46,11 @@ from fieldguide.core.validation import AGAIN, describe, guard
 OURS = "fieldguide"
 LEGACY_PICKLES = 5  # at the start of files from before torch 1.6: magic number, version, system, object, keys of the storages
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+CODE_SUFFIXES = (".pkl", ".pickle")  # pickles that were not written by torch.save
 MAX_COMPARED_CHARACTERS = 100  # of an unknown name, for which similar ones are looked up
 # Keys that hold the tensors. Averaged weights, if a file has them, are those that the authors publish results of.
 WRAPPERS = ("ema", "state_dict", "model_state_dict", "model", "net")
+AVERAGED = "g_ema"  # key of the averaged generator, in files that also hold other networks
 # Classes that hold values and run nothing: fairseq keeps its arguments in one.
 SAFE_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 WEIGHT_FILE_NAMES = (
@@ -165,6 +167,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     if ctranslate2.find_kind(path):
         with guard(path, WeightsError):
             return ctranslate2.read_tensors(path)
+    if path.suffix in CODE_SUFFIXES:
+        raise WeightsError(
+            f"{path} is a pickle of Python objects, such as NVIDIA's files of StyleGAN, and reading it would run the code in it. If "
+            "you trust the file, convert it in an environment with the authors' code: net = pickle.load(open(PATH, 'rb'))['G_ema']; "
+            "safetensors.torch.save_file({k: v.contiguous() for k, v in net.state_dict().items()}, 'model.safetensors'). Then load "
+            "model.safetensors."
+        )
     with guard(path, WeightsError):
         is_torchscript = torchscript.is_archive(path)
         state = torchscript.read_tensors(path) if is_torchscript else _extract_tensors(_read_pickle(path), str(path))
@@ -208,6 +217,8 @@ def _check_tensors(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def _extract_tensors(content: object, where: str) -> dict[str, Tensor]:
     """Return the dictionary of tensors in a loaded object: the object itself, or its value under a usual key."""
+    if isinstance(content, Mapping) and isinstance(content.get(AVERAGED), Mapping):
+        content = content[AVERAGED]
     for _ in WRAPPERS:  # a dictionary may contain itself
         if not isinstance(content, Mapping) or any(isinstance(v, Tensor) for v in content.values()):
             break

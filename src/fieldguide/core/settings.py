@@ -53,6 +53,19 @@ class Settings:
     loss: str | None = None  # GANs: non-saturating | hinge | wasserstein | relativistic; None = as published with the model
     penalty: str = "none"  # GANs: none | gp (WGAN-GP) | r1 | r1r2: gradient penalty of the critic
     penalty_weight: float | None = None  # factor of the penalty; None = as published: gp 10, r1 10 (halved), r1r2 1 (halved)
+    penalty_interval: int = (
+        1  # GANs: steps of the critic from one penalty to the next, which counts as often more (lazy regularization)
+    )
+    path_length_weight: float = 0.0  # GANs with styles: factor of the path-length regularization, 2 for StyleGAN 2; 0 = none
+    path_length_interval: int = (
+        4  # GANs with styles: steps from one path-length regularization to the next, which counts as often more
+    )
+    style_mixing: float = 0.0  # GANs with styles: probability that the styles of a training image come from two noises
+    augment_critic: str = "none"  # GANs: none | ada: augment all images that the critic sees, as often as its overfitting needs
+    ada_target: float = 0.6  # GANs with ada: mean sign of the critic's scores of training images above which more is augmented
+    ada_images: int = (
+        500_000  # GANs with ada: images after which the probability of each augmentation can have risen from 0 to 1
+    )
     critic_steps: int = 1  # GANs: steps of the critic per step of the generator, each with its own batch
     weight_clip: float = 0.0  # GANs: largest absolute value of the critic's parameters, 0.01 for WGAN; 0 = no clipping
     precision: str = "auto"  # auto | float32 | bfloat16
@@ -150,6 +163,7 @@ CHOICES = {
     "distillation": ("hard", "soft"),
     "loss": ("non-saturating", "hinge", "wasserstein", "relativistic"),
     "penalty": ("none", "gp", "r1", "r1r2"),
+    "augment_critic": ("none", "ada"),
 }
 AT_LEAST = {
     "steps": 1,
@@ -169,6 +183,12 @@ AT_LEAST = {
     "lora_rank": 1,
     "layer_decay": 0,
     "penalty_weight": 0,
+    "penalty_interval": 1,
+    "path_length_weight": 0,
+    "path_length_interval": 1,
+    "style_mixing": 0,
+    "ada_target": -1,
+    "ada_images": 1,
     "critic_steps": 1,
     "weight_clip": 0,
     "threads": 1,
@@ -182,6 +202,8 @@ AT_MOST: dict[str, tuple[float, str]] = {  # the limit and its reason
     "grad_accum_steps": (10**5, "a step would never end"),
     "num_workers": (max(16, WORKERS_PER_CORE * cores()), f"this machine has {cores()} cores, and each worker is a process"),
     "threads": (max(64, WORKERS_PER_CORE * cores()), f"this machine has {cores()} cores"),
+    "style_mixing": (1, "it is a probability"),
+    "ada_target": (1, "a mean of signs is not larger"),
     "critic_steps": (1000, "the generator would hardly be trained"),
     "lora_rank": (10**4, "a rank above the width of the matrices has no effect"),
     "seed": (2**62, "the generators hold no larger number"),

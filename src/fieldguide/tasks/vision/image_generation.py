@@ -108,6 +108,7 @@ class ImageGeneration(GenerationSignature, Task):
         eta: Annotated[float, Limits(0, 1)] = 0.0  # noise that ddim adds at each step; 1 = as much as ddpm
         guidance: Annotated[float, Limits(0, 100)] = 1.5  # classifier-free guidance scale; 1 = none
         seed: Annotated[int, Limits(0, MAX_SEED)] = 0  # seed of the noise
+        truncation: Annotated[float, Limits(0, 2)] = 1.0  # StyleGAN: below 1 images are more typical and less varied
 
     pictures: ImageTransform
     labels: list[str]  # empty if the data has no classes
@@ -198,8 +199,10 @@ class ImageGeneration(GenerationSignature, Task):
             classes = len(self.labels)
             noise = model.config.noise - classes
             return build_adversarial(model, parts["critic"], settings, noise=noise, real="image", num_classes=classes)
-        if settings.loss or settings.penalty != "none" or settings.weight_clip:
-            raise SettingsError(f"loss, penalty and weight_clip are settings of GANs, but {card.name} is a diffusion model.")
+        if settings.loss or settings.penalty != "none" or settings.weight_clip or settings.augment_critic != "none":
+            raise SettingsError(
+                f"loss, penalty, weight_clip and augment_critic are settings of GANs, but {card.name} is a diffusion model."
+            )
         return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts))
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -225,7 +228,11 @@ class ImageGeneration(GenerationSignature, Task):
         p = self.pictures
         if isinstance(objective, Adversarial):
             check_one_step_options(predict_options)
-            return objective.sample([int(n) for n in numbers], label, seed=predict_options.seed).clamp(-1, 1)
+            return objective.sample(
+                [int(n) for n in numbers], label, seed=predict_options.seed, truncation=predict_options.truncation
+            ).clamp(-1, 1)
+        if predict_options.truncation != 1:
+            raise SettingsError("truncation: not supported. It is an option of StyleGAN, and this is a diffusion model.")
         guidance = predict_options.guidance if self.labels or self.text else 1.0
         return objective.sample(
             label,

@@ -1,0 +1,153 @@
+"""Slow references of the StyleGANs and of R3GAN, equation by equation from the papers.
+
+Resampling inserts zeros and convolves; each example has its own kernel, in a loop. `convolve` and `Equations` are those of
+`references`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from references import convolve
+
+Tensors = dict[str, Any]
+
+
+def leak(x: Tensor) -> Tensor:
+    """Return x, a fifth of it where it is negative, times sqrt(2)."""
+    return torch.where(x > 0, x, 0.2 * x) * math.sqrt(2)
+
+
+def insert_zeros(x: Tensor, up: int) -> Tensor:
+    large = x.new_zeros(*x.shape[:2], x.shape[2] * up, x.shape[3] * up)
+    large[:, :, ::up, ::up] = x
+    return large
+
+
+def pad(x: Tensor, low: int, high: int) -> Tensor:
+    """Add zeros before and after both axes, or cut pixels off."""
+    x = x[:, :, max(0, -low) : x.shape[2] - max(0, -high), max(0, -low) : x.shape[3] - max(0, -high)]
+    low, high = max(0, low), max(0, high)
+    out = x.new_zeros(*x.shape[:2], x.shape[2] + low + high, x.shape[3] + low + high)
+    out[:, :, low : low + x.shape[2], low : low + x.shape[3]] = x
+    return out
+
+
+def resample(x: Tensor, taps: Tensor, up: int = 1, down: int = 1, low: int = 0, high: int = 0, gain: float = 1.0) -> Tensor:
+    """Insert zeros, pad, convolve each map with a matrix, keep every `down`-th pixel."""
+    taps = taps[:, None] * taps if taps.ndim == 1 else taps
+    x, (rows, columns) = pad(insert_zeros(x, up), low, high), taps.shape
+    height, width = x.shape[2] - rows + 1, x.shape[3] - columns + 1
+    out = 0
+    for i in range(rows):
+        for j in range(columns):
+            top, left = rows - 1 - i, columns - 1 - j  # a convolution: the first tap meets the last pixel
+            out = out + taps[i, j] * x[:, :, top : top + height, left : left + width]
+    return gain * out[:, :, ::down, ::down]
+
+
+def normalised(x: Tensor) -> Tensor:
+    return x / (x.square().mean(1, keepdim=True) + 1e-8).sqrt()
+
+
+def dense(p: Tensors, name: str, x: Tensor, rate: float = 1.0) -> Tensor:
+    """Weights are scaled by rate / sqrt(inputs), biases by the rate."""
+    weight = p[f"{name}.weight"]
+    return rate * (x @ weight.T / math.sqrt(weight.shape[1]) + p[f"{name}.bias"])
+
+
+def map_style(p: Tensors, z: Tensor, width: int, average: bool = True) -> Tensor:
+    """Normalize noise and embedded class, apply the dense layers; in training, update the average."""
+    parts = [normalised(z[:, :width])] if width else []
+    if "mapping.embed.weight" in p:
+        parts.append(normalised(dense(p, "mapping.embed", z[:, width:])))
+    w, i = torch.cat(parts, 1), 0
+    while f"mapping.layers.{i}.weight" in p:
+        w, i = leak(dense(p, f"mapping.layers.{i}", w, 0.01)), i + 1
+    if p["training"] and average:
+        old = p["mapping.average"]
+        old.copy_(old + 0.002 * (w.detach().mean(0) - old))
+    return w
+
+
+def styled(p: Tensors, name: str, x: Tensor, w: Tensor, up: bool, taps: Tensor) -> Tensor:
+    """Scale the kernel by the style of an example (equation 1), divide it by its norm (equation 3), convolve; noise and bias."""
+    style, rows = dense(p, f"{name}.style", w), []
+    for image, s in zip(x, style):
+        kernel = p[f"{name}.weight"] * s[None, :, None, None]
+        kernel = kernel / (kernel.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        if up:
+            full = convolve(insert_zeros(image[None], 2), kernel.flip(2, 3), border=2)  # 2H + 2, of which the last is zero
+            rows.append(resample(full[:, :, :-1, :-1], taps, low=1, high=1, gain=4.0))
+        else:
+            rows.append(convolve(image[None], kernel, border=1))
+    x = torch.cat(rows)
+    noise = p[f"{name}.noise"]
+    if p["training"]:
+        noise = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype)
+    return leak(x + p[f"{name}.strength"] * noise + p[f"{name}.bias"][:, None, None])
+
+
+def stylegan2(config: Any) -> Callable[..., Tensor]:
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+
+    def function(p: Tensors, z: Tensor) -> Tensor:
+        w, smooth = map_style(p, z, config.noise - config.num_classes), taps.to(z.dtype)
+        x, image, i = p["synthesis.blocks.0.const"].expand(len(z), -1, -1, -1), None, 0
+        while f"synthesis.blocks.{i}.rgb.weight" in p:
+            name = f"synthesis.blocks.{i}"
+            if i:
+                x = styled(p, f"{name}.conv0", x, w, True, smooth)
+            x = styled(p, f"{name}.conv1", x, w, False, smooth)
+            style = dense(p, f"{name}.rgb.style", w) / math.sqrt(x.shape[1])
+            own = torch.einsum("bdhw,bd,cd->bchw", x, style, p[f"{name}.rgb.weight"][:, :, 0, 0])
+            own = own + p[f"{name}.rgb.bias"][:, None, None]
+            image = own if image is None else resample(image, smooth, up=2, low=2, high=1, gain=4.0) + own
+            i += 1
+        return image
+
+    return function
+
+
+def equalised(p: Tensors, name: str, x: Tensor, stride: int = 1, border: int = 0) -> Tensor:
+    weight = p[f"{name}.weight"]
+    return convolve(x, weight / math.sqrt(weight[0].numel()), p.get(f"{name}.bias"), stride, border)
+
+
+def group_deviation(x: Tensor, group: int) -> Tensor:
+    """Append a map of the mean standard deviation over the images i, i + n, i + 2n, ... of a batch."""
+    count = math.ceil(len(x) / group)
+    rows = []
+    for i in range(len(x)):
+        members = torch.stack([x[j] for j in range(len(x)) if j % count == i % count])
+        deviation = (members - members.mean(0)).square().mean(0).add(1e-8).sqrt().mean()
+        rows.append(torch.cat([x[i], deviation.expand(1, *x.shape[2:])]))
+    return torch.stack(rows)
+
+
+def stylegan2_discriminator(config: Any) -> Callable[..., Tensor]:
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+
+    def function(p: Tensors, pictures: Tensor) -> Tensor:
+        x, label = pictures[:, : config.channels], pictures[:, config.channels :, 0, 0]
+        smooth, i = taps.to(x.dtype), 0
+        x = leak(equalised(p, "from_image", x))
+        while f"blocks.{i}.skip.weight" in p:
+            x = x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
+            y = leak(equalised(p, f"blocks.{i}.conv0", x, border=1))
+            y = leak(equalised(p, f"blocks.{i}.conv1", resample(y, smooth, low=2, high=2), stride=2))
+            skip = resample(equalised(p, f"blocks.{i}.skip", x), smooth, low=1, high=1)[:, :, ::2, ::2]
+            x, i = (y + skip) / math.sqrt(2), i + 1
+        x = leak(equalised(p, "conv", group_deviation(x, config.group), border=1))
+        score = dense(p, "last", leak(dense(p, "dense", x.flatten(1))))
+        if not config.num_classes:
+            return score
+        known = normalised(map_style(p, label, 0, average=False))
+        return torch.stack([(a @ b)[None] / math.sqrt(len(a)) for a, b in zip(score, known)])
+
+    return function
