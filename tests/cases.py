@@ -1635,6 +1635,7 @@ CASES = {
     "wgan-gp": Case(inputs=row("noise"), peer=equations(references.sngan), slack=4.0),  # biases before norms
     "wgan-gp-discriminator": Case(inputs=image, peer=equations(references.wgan_gp_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
+    "clip-text": Case(inputs=tokens, peer=latents.clip_text, lr=1e-2),
     "blip": Case(inputs=written, peer=huggingface_blip, lr=2e-2),
     "siglip": Case(inputs=captioned, peer=huggingface_siglip, lr=3e-3),
     "clip-resnet": Case(inputs=captioned, peer=clips.official, lr=3e-3),

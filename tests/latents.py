@@ -106,3 +106,30 @@ def conditional_unet(model: nn.Module) -> Peer:
             return self.peer(latent, time, text, added_cond_kwargs=added).sample
 
     return Sample(), rename(model)
+
+
+def clip_text_model(model: nn.Module) -> nn.Module:
+    """Return transformers' text encoder for one of ours."""
+    from tv import transformers
+
+    config = public_config(model, "huggingface")
+    (name,) = config.pop("architectures")
+    return getattr(transformers, name)(transformers.CLIPTextConfig(**config, pad_token_id=1, bos_token_id=0))
+
+
+def clip_text(model: nn.Module) -> Peer:
+    """Return the last states."""
+    peer = clip_text_model(model)
+    table = get_tables(model)["huggingface"]
+
+    class States(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            return self.peer(tokens, mask.long()).last_hidden_state
+
+    return States(), lambda state: {
+        f"peer.{name.removeprefix('text_model.')}": tensor for name, tensor in translate(state, table, reverse=True).items()
+    }

@@ -375,6 +375,8 @@ def describe_output_axes(
         return (fix("features", get_vector_width(get, network, card)),), "features"
     if output == "image" and card.input_type == "noise":
         return (fix("channels", get("channels", 3)), *(fix(n, get("image")) for n in ("height", "width"))), "pixels, -1 to 1"
+    if output == "sequence" and "tokens" in inputs:
+        return (tokens, fix("features", get("dim"))), "the state of each token"
     if "latent" in inputs:  # the channels to compare with are not predicted
         return (fix("channels", get("channels", 4)), *inputs["latent"].axes[2:]), "predicted noise, or velocity"
     data = next(inputs[name] for name in ("video", "image", "sequence") if name in inputs)

@@ -52,6 +52,8 @@ class SDXLUNet(sd.StableDiffusionUNet):
     Raises `DataError` if `sizes` are missing and the network knows others than the six of `Config.sizes`.
     """
 
+    config: Config
+
     def __init__(self, config: Config):
         super().__init__(config)
         width = 4 * config.dim
