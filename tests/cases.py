@@ -1632,6 +1632,10 @@ CASES = {
         peer=lambda model: equations(stylegans.stylegan2_discriminator(model.config))(model),
         overrides=(("group", 1),),  # larger groups, of which images depend on each other: test_stylegan2.py
     ),
+    "r3gan": Case(inputs=row("noise"), peer=lambda model: equations(stylegans.r3gan(model.config))(model), slack=4.0),
+    "r3gan-discriminator": Case(
+        inputs=labeled_image, peer=lambda model: equations(stylegans.r3gan_discriminator(model.config))(model), slack=4.0
+    ),
     "wgan-gp": Case(inputs=row("noise"), peer=equations(references.sngan), slack=4.0),  # biases before norms
     "wgan-gp-discriminator": Case(inputs=image, peer=equations(references.wgan_gp_discriminator)),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),

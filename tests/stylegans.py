@@ -151,3 +151,60 @@ def stylegan2_discriminator(config: Any) -> Callable[..., Tensor]:
         return torch.stack([(a @ b)[None] / math.sqrt(len(a)) for a, b in zip(score, known)])
 
     return function
+
+
+# ---------------------------------------------------------------------------------------------- R3GAN
+
+
+def grouped(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve each group of channels by itself."""
+    width = weight.shape[1]
+    count = x.shape[1] // width
+    parts = zip(x.split(width, 1), weight.split(len(weight) // count))
+    return torch.cat([convolve(part, kernel, border=weight.shape[-1] // 2) for part, kernel in parts], 1)
+
+
+def bottleneck(p: Tensors, name: str, x: Tensor) -> Tensor:
+    """x plus three convolutions of it, with bias and leaky ReLU after the first two."""
+    slope = lambda y: torch.where(y > 0, y, 0.2 * y)
+    y = slope(grouped(x, p[f"{name}.conv1.weight"]) + p[f"{name}.bias1"][:, None, None])
+    y = slope(grouped(y, p[f"{name}.conv2.weight"]) + p[f"{name}.bias2"][:, None, None])
+    return x + grouped(y, p[f"{name}.conv3.weight"])
+
+
+def bottlenecks(p: Tensors, name: str, x: Tensor) -> Tensor:
+    i = 0
+    while f"{name}.{i}.bias1" in p:
+        x, i = bottleneck(p, f"{name}.{i}", x), i + 1
+    return x
+
+
+def r3gan(config: Any) -> Callable[..., Tensor]:
+    def function(p: Tensors, z: Tensor) -> Tensor:
+        width = config.noise - config.num_classes
+        z = torch.cat([z[:, :width], z[:, width:] @ p["embed.weight"].T], 1) if config.num_classes else z
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=z.dtype) / 8
+        x = torch.einsum("bi,di,dhw->bdhw", z, p["first.weight"], p["basis"])
+        x, i = bottlenecks(p, "blocks", x), 0
+        while f"stages.{i}.blocks.0.bias1" in p:
+            weight = p.get(f"stages.{i}.conv.weight")
+            x = resample(x if weight is None else convolve(x, weight), taps, up=2, low=2, high=1, gain=4.0)
+            x, i = bottlenecks(p, f"stages.{i}.blocks", x), i + 1
+        return convolve(x, p["last.weight"])
+
+    return function
+
+
+def r3gan_discriminator(config: Any) -> Callable[..., Tensor]:
+    def function(p: Tensors, pictures: Tensor) -> Tensor:
+        x, label = pictures[:, : config.channels], pictures[:, config.channels :, 0, 0]
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype) / 8
+        x, i = convolve(x, p["first.weight"]), 0
+        while f"stages.{i}.blocks.0.bias1" in p:
+            x = bottlenecks(p, f"stages.{i}.blocks", x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2])
+            x, weight = resample(x, taps, down=2, low=1, high=1), p.get(f"stages.{i}.conv.weight")
+            x, i = x if weight is None else convolve(x, weight), i + 1
+        x = (bottlenecks(p, "blocks", x) * p["basis.weight"][:, 0]).sum((2, 3)) @ p["last.weight"].T
+        return (x * (label @ p["embed.weight"].T)).sum(1, keepdim=True) if config.num_classes else x
+
+    return function
