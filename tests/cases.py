@@ -1632,6 +1632,12 @@ CASES = {
         peer=lambda model: equations(stylegans.stylegan2_discriminator(model.config))(model),
         overrides=(("group", 1),),  # larger groups, of which images depend on each other: test_stylegan2.py
     ),
+    "stylegan1": Case(inputs=row("noise"), peer=lambda model: equations(stylegans.stylegan1(model.config))(model), slack=8.0),
+    "stylegan1-discriminator": Case(
+        inputs=labeled_image,
+        peer=lambda model: equations(stylegans.stylegan1_discriminator(model.config))(model),
+        overrides=(("group", 1),),
+    ),
     "r3gan": Case(inputs=row("noise"), peer=lambda model: equations(stylegans.r3gan(model.config))(model), slack=4.0),
     "r3gan-discriminator": Case(
         inputs=labeled_image, peer=lambda model: equations(stylegans.r3gan_discriminator(model.config))(model), slack=4.0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from references import convolve
+from references import convolve, halve_side
 
 Tensors = dict[str, Any]
 
@@ -149,6 +149,76 @@ def stylegan2_discriminator(config: Any) -> Callable[..., Tensor]:
             return score
         known = normalised(map_style(p, label, 0, average=False))
         return torch.stack([(a @ b)[None] / math.sqrt(len(a)) for a, b in zip(score, known)])
+
+    return function
+
+
+# ---------------------------------------------------------------------------------------------- StyleGAN 1
+
+
+def styled_maps(p: Tensors, name: str, x: Tensor, w: Tensor) -> Tensor:
+    """Noise, bias, leaky ReLU; each map of each image gets the mean and deviation of its style (equation 1)."""
+    noise = p[f"{name}.noise"]
+    if p["training"]:
+        noise = torch.randn(len(x), 1, *x.shape[2:], dtype=x.dtype)
+    x = x + p[f"{name}.strength"][:, None, None] * noise + p[f"{name}.bias"][:, None, None]
+    x, style, rows = torch.where(x > 0, x, 0.2 * x), dense(p, f"{name}.style", w), []
+    for image, s in zip(x, style):
+        dim, maps = len(image), []
+        for d in range(dim):
+            centered = image[d] - image[d].mean()
+            maps.append((1 + s[d]) * centered / (centered.square().mean() + 1e-8).sqrt() + s[dim + d])
+        rows.append(torch.stack(maps))
+    return torch.stack(rows)
+
+
+def enlarge(x: Tensor, kernel: Tensor, mirrored: bool) -> Tensor:
+    """Repeat pixels 2 x 2 and convolve; `mirrored` as a transposed convolution does."""
+    large = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return convolve(large, kernel.flip(2, 3) if mirrored else kernel, border=1)
+
+
+def stylegan1(config: Any) -> Callable[..., Tensor]:
+    def function(p: Tensors, z: Tensor) -> Tensor:
+        w = map_style(p, z, config.noise - config.num_classes)
+        gained = lambda name: p[f"{name}.weight"] * math.sqrt(2 / p[f"{name}.weight"][0].numel())
+        taps, i = torch.tensor([0.25, 0.5, 0.25], dtype=z.dtype), 0
+        x = styled_maps(p, "synthesis.maps0", p["synthesis.const"].expand(len(z), -1, -1, -1), w)
+        x = styled_maps(p, "synthesis.maps1", convolve(x, gained("synthesis.conv1"), border=1), w)
+        while (name := f"synthesis.blocks.{i}") + ".conv0.weight" in p:
+            x = enlarge(x, gained(f"{name}.conv0"), 2 * x.shape[2] >= 128)
+            x = styled_maps(p, f"{name}.maps0", resample(x, taps, low=1, high=1), w)
+            x = styled_maps(p, f"{name}.maps1", convolve(x, gained(f"{name}.conv1"), border=1), w)
+            i += 1
+        last = max(int(key.split(".")[2]) for key in p if key.startswith("synthesis.to_image"))
+        return equalised(p, f"synthesis.to_image.{last}", x)
+
+    return function
+
+
+def stylegan1_discriminator(config: Any) -> Callable[..., Tensor]:
+    def function(p: Tensors, pictures: Tensor) -> Tensor:
+        x, label = pictures[:, : config.channels], pictures[:, config.channels :, 0, 0]
+        taps, i = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype), 0
+        slope = lambda y: torch.where(y > 0, y, 0.2 * y)
+
+        def gained(name: str, x: Tensor, border: int = 0) -> Tensor:
+            weight = p[f"{name}.weight"]
+            return convolve(x, weight * math.sqrt(2 / weight[0].numel()), p[f"{name}.bias"], border=border)
+
+        last = max(int(key.split(".")[1]) for key in p if key.startswith("from_image"))
+        x = slope(gained(f"from_image.{last}", x))
+        while f"blocks.{i}.conv0.weight" in p:
+            x = slope(gained(f"blocks.{i}.conv0", x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2], 1))
+            x = halve_side(gained(f"blocks.{i}.conv1", resample(x, taps, low=1, high=1), 1))
+            x, i = slope(x), i + 1
+        x = slope(gained("conv", group_deviation(x, config.group), 1)).flatten(1)
+        weight = p["dense.weight"]
+        score = dense(p, "last", slope(x @ weight.T * math.sqrt(2 / weight.shape[1]) + p["dense.bias"]))
+        if not config.num_classes:
+            return score
+        chosen = (score * label).sum(1) + (1 - label.sum(1)) * score.sum(1) / config.num_classes
+        return chosen[:, None]
 
     return function
 

@@ -18,12 +18,15 @@ class EqualizedLinear(nn.Module):
 
     Args:
         rate: factor of the learning rate of weights and biases: the stored weights are larger by 1 / rate.
+        gain: factor of the weights, such as sqrt(2) before a leaky ReLU.
         first_bias: initial value of the bias.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rate: float = 1.0, first_bias: float = 0.0):
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool = True, rate: float = 1.0, gain: float = 1.0, first_bias: float = 0.0
+    ):
         super().__init__()
-        self.rate, self.scale = rate, rate / math.sqrt(inputs)
+        self.rate, self.scale = rate, gain * rate / math.sqrt(inputs)
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         nn.init.normal_(self.weight, 0.0, 1 / rate)
         self.bias = nn.Parameter(torch.full((outputs,), first_bias)) if bias else None
@@ -33,11 +36,21 @@ class EqualizedLinear(nn.Module):
 
 
 class EqualizedConv2d(nn.Module):
-    """Convolution with equalized learning rate. `padding` is the same on all sides."""
+    """Convolution with equalized learning rate. `padding` is the same on all sides, `gain` a factor of the weights."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, bias: bool = True, stride: int = 1, padding: int = 0):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        bias: bool = True,
+        stride: int = 1,
+        padding: int = 0,
+        gain: float = 1.0,
+    ):
         super().__init__()
-        self.scale, self.stride, self.padding = 1 / math.sqrt(inputs * kernel**2), stride, padding
+        self.scale, self.stride, self.padding = gain / math.sqrt(inputs * kernel**2), stride, padding
         self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
         nn.init.normal_(self.weight)
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
