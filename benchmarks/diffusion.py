@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cases import diffusers_unet
 from fieldguide import create
 from fieldguide.checkpoints import weights
-from fieldguide.objectives import DDIM, Diffusion, Process
+from fieldguide.objectives import DDIM, Diffusion, DiscreteProcess
 from fieldguide.objectives.diffusion import sample
 from tv import diffusers
 
@@ -39,7 +39,7 @@ def theirs() -> nn.Module:
 
 
 def train(**settings: object) -> Run:
-    return trainer(Diffusion(new(), Process("linear")), fixed({"image": images()}), 1, **settings)
+    return trainer(Diffusion(new(), DiscreteProcess("linear")), fixed({"image": images()}), 1, **settings)
 
 
 def peer(**settings: object) -> Run:
@@ -54,7 +54,7 @@ def peer(**settings: object) -> Run:
 
 def drawn(model: nn.Module) -> Tensor:
     """Ours: noise to pictures in a few steps."""
-    return sample(model, Process("linear"), DDIM(steps=STEPS), torch.zeros(BATCH, dtype=torch.int64), (3, SIDE, SIDE))
+    return sample(model, DiscreteProcess("linear"), DDIM(steps=STEPS), torch.zeros(BATCH, dtype=torch.int64), (3, SIDE, SIDE))
 
 
 def drawn_by_peer(model: nn.Module) -> Tensor:

@@ -17,7 +17,7 @@ from loops import LIKE, answers, fixed, recipe, stepped, trainer
 from torch import Tensor, nn
 
 from fieldguide import create
-from fieldguide.objectives import Diffusion, Process
+from fieldguide.objectives import Diffusion, DiscreteProcess
 from tv import diffusers
 
 SIZE, BATCH, TEXT = "latte-pixels-32", 8, 8
@@ -60,7 +60,7 @@ def said(model: nn.Module, x: Tensor, time: Tensor) -> Tensor:
 
 
 def train(**settings: object) -> Run:
-    return trainer(Diffusion(new(), Process("linear"), data="video"), fixed({"video": videos()}), 1, **settings)
+    return trainer(Diffusion(new(), DiscreteProcess("linear"), data="video"), fixed({"video": videos()}), 1, **settings)
 
 
 def peer(**settings: object) -> Run:

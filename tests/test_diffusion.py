@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fieldguide import create
 from fieldguide.core.errors import SettingsError
 from fieldguide.data.loader import Batches, mix_seeds
-from fieldguide.objectives import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
+from fieldguide.objectives import DDIM, DDPM, Diffusion, DiscreteProcess, MinSNR, Uniform
 from fieldguide.objectives.diffusion import EVAL_NOISE_LEVELS, predict_with_guidance, sample
 from fieldguide.objectives.noise import Noise
 from test_loop import trainer
@@ -26,7 +26,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 SHAPES = pytest.mark.parametrize("shape", [(2, 4, 4), (3, 2, 4, 4)], ids=["picture", "video"])
 
 
-def scheduler(kind: str, process: Process, schedule: str, **options):
+def scheduler(kind: str, process: DiscreteProcess, schedule: str, **options):
     """Return a scheduler of diffusers whose float32 table of alphas is recomputed from its betas in float64."""
     from tv import diffusers
 
@@ -53,7 +53,7 @@ def scheduler(kind: str, process: Process, schedule: str, **options):
 def test_noise_schedules_equal_those_of_diffusers(schedule, steps):
     from tv import diffusers
 
-    process, scale = Process(schedule, steps), 1000 / steps
+    process, scale = DiscreteProcess(schedule, steps), 1000 / steps
     peer = diffusers.DDPMScheduler(
         num_train_timesteps=steps, beta_schedule=NAMES[schedule], beta_start=1e-4 * scale, beta_end=0.02 * scale
     )
@@ -65,7 +65,7 @@ def test_noise_schedules_equal_those_of_diffusers(schedule, steps):
 
 def test_cosine_schedule_equals_the_paper():
     curve = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    left = Process("cosine", 1000).alpha_bar
+    left = DiscreteProcess("cosine", 1000).alpha_bar
     for t in (0, 10, 500, 900, 990):
         assert left[t] == pytest.approx(curve(t + 1) / curve(0), rel=1e-9)
 
@@ -73,17 +73,18 @@ def test_cosine_schedule_equals_the_paper():
 @SHAPES
 @BOTH
 def test_noising_and_targets_equal_diffusers(predicts, shape):
-    process = Process("cosine", predicts=predicts).double()
+    process = DiscreteProcess("cosine", predicts=predicts).double()
     peer = scheduler("DDPMScheduler", process, "cosine")
     torch.manual_seed(0)
     clean, noise, time = *torch.randn(2, 5, *shape, dtype=torch.float64), torch.tensor([0, 1, 300, 998, 999])
-    torch.testing.assert_close(process.add_noise(clean, noise, time), peer.add_noise(clean, noise, time), rtol=1e-6, atol=1e-6)
+    level = process.get_level(time, clean.ndim)
+    torch.testing.assert_close(process.add_noise(clean, noise, level), peer.add_noise(clean, noise, time), rtol=1e-6, atol=1e-6)
     want = noise if predicts == "eps" else peer.get_velocity(clean, noise, time)
-    torch.testing.assert_close(process.compute_target(clean, noise, time), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(process.compute_target(clean, noise, level), want, rtol=1e-6, atol=1e-6)
     for i, t in enumerate(time.tolist()):  # what was mixed comes out again, but for the last steps
-        x, output = process.add_noise(clean, noise, time), process.compute_target(clean, noise, time)
+        x, output = process.add_noise(clean, noise, level), process.compute_target(clean, noise, level)
         if process.alpha_bar[t] > 1e-3:
-            torch.testing.assert_close(process.predict_clean(x, output, t)[i], clean[i], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(process.predict_clean(x, output, process.level_at(t))[i], clean[i], rtol=1e-4, atol=1e-4)
 
 
 class Wavy(nn.Module):
@@ -121,7 +122,7 @@ def trajectory(peer, model: nn.Module, x: Tensor, label: Tensor, draw: Noise, st
     [(1, 0.0, (2, 4, 4)), (4, 0.6, (2, 4, 4)), (50, 0.0, (3, 2, 4, 4)), (50, 1.0, (2, 4, 4)), (250, 0.3, (7,))],
 )
 def test_ddim_steps_equal_diffusers(predicts, schedule, steps, eta, shape):
-    model, process = Wavy(), Process(schedule, predicts=predicts)
+    model, process = Wavy(), DiscreteProcess(schedule, predicts=predicts)
     peer, label = scheduler("DDIMScheduler", process, schedule), torch.tensor([0, 1, 2])
     ours = sample(model, process, DDIM(steps=steps, eta=eta), label, shape, seed=3, guidance=1.5)
     draw = Noise(3, range(3), shape, model.scale.data)
@@ -142,7 +143,7 @@ def test_ddim_steps_equal_diffusers(predicts, schedule, steps, eta, shape):
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize(("steps", "shape"), [(3, (2, 4, 4)), (50, (3, 2, 4, 4)), (1000, (4,))])
 def test_ddpm_steps_equal_diffusers(predicts, schedule, variance, steps, shape, monkeypatch):
-    model, process = Wavy(), Process(schedule, predicts=predicts)
+    model, process = Wavy(), DiscreteProcess(schedule, predicts=predicts)
     peer, label = scheduler("DDPMScheduler", process, schedule, variance_type=f"fixed_{variance}"), torch.tensor([0, 1, 2])
     ours = sample(model, process, DDPM(steps=steps, variance=variance), label, shape, seed=3)
     draw = Noise(3, range(3), shape, model.scale.data)
@@ -159,29 +160,33 @@ def test_ddpm_steps_equal_diffusers(predicts, schedule, variance, steps, shape, 
 
 @BOTH
 def test_ddim_with_eta_1_equals_ddpm(predicts):
-    model, process, label = Wavy(), Process(predicts=predicts), torch.tensor([1, 2])
+    model, process, label = Wavy(), DiscreteProcess(predicts=predicts), torch.tensor([1, 2])
     ddpm, ddim = (sample(model, process, sampler, label, (6,), seed=1) for sampler in (DDPM(steps=30), DDIM(steps=30, eta=1.0)))
     torch.testing.assert_close(ddpm, ddim, rtol=1e-7, atol=1e-9)
 
 
 def test_sampling_times_are_evenly_spaced_from_the_last():
-    process = Process(steps=1000)
+    process = DiscreteProcess(steps=1000)
     for steps in (1, 2, 3, 7, 20, 49, 333, 999, 1000):
-        times = DDIM(steps=steps).get_timesteps(process)
+        times = get_times(DDIM(steps=steps), process)
         assert len(times) == steps and times[0] == 999 and times[-1] >= 0
         gaps = -np.diff([*times, -1])
         assert gaps.min() >= 1000 // steps and gaps.max() <= math.ceil(1000 / steps)
-    assert DDIM(steps=1000).get_timesteps(process) == list(range(999, -1, -1))
+    assert get_times(DDIM(steps=1000), process) == list(range(999, -1, -1))
+
+
+def get_times(sampler, process) -> list[float]:
+    return [level.time for level in sampler.build_schedule(process).levels]
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Process("square"), "schedule must be linear or cosine"),
-        (lambda: Process(predicts="x"), "predicts eps or v"),
-        (lambda: Process(steps=0), "steps at least 1"),
-        (lambda: DDIM(steps=0).get_timesteps(Process()), "1 to 1000"),
-        (lambda: DDIM(steps=1001).get_timesteps(Process()), "1 to 1000"),
+        (lambda: DiscreteProcess("square"), "schedule must be linear, cosine"),
+        (lambda: DiscreteProcess(predicts="z"), "predicts eps, x, v or velocity"),
+        (lambda: DiscreteProcess(steps=0), "steps at least 1"),
+        (lambda: DDIM(steps=0).build_schedule(DiscreteProcess()), "1 to 1000"),
+        (lambda: DDIM(steps=1001).build_schedule(DiscreteProcess()), "1 to 1000"),
     ],
 )
 def test_invalid_settings_are_rejected(make, words):
@@ -230,7 +235,9 @@ def slow_loss(
 def test_loss_equals_the_paper(predicts, schedule, gamma, shape):
     torch.manual_seed(1)
     batch = {"image": torch.rand(12, *shape, dtype=torch.float64) * 2 - 1, "label": torch.randint(0, 4, (12,))}
-    objective = Diffusion(Wavy(), Process(schedule, predicts=predicts), Uniform() if gamma is None else MinSNR(gamma), drop=0.3)
+    objective = Diffusion(
+        Wavy(), DiscreteProcess(schedule, predicts=predicts), Uniform() if gamma is None else MinSNR(gamma), drop=0.3
+    )
     torch.manual_seed(7)
     loss = objective(batch)["loss"]
     with torch.no_grad():
@@ -246,15 +253,16 @@ def test_min_snr_weights_of_eps_and_v_are_equivalent():
     time = torch.tensor([1, 100, 300, 500, 700, 800, 900, 950])
     found = []
     for predicts in ("eps", "v"):
-        process = Process("linear", predicts=predicts).double()
-        signal, share = process.get_rates(time, clean)
-        x = process.add_noise(clean, noise, time)
+        process = DiscreteProcess("linear", predicts=predicts).double()
+        level = process.get_level(time, 2)
+        signal, share = level.signal, level.noise
+        x = process.add_noise(clean, noise, level)
         seen = clean + wrong
         eps = (x - signal * seen) / share  # what belongs to that wrong x_0
         output = eps if predicts == "eps" else signal * eps - share * seen
-        error = ((output - process.compute_target(clean, noise, time)) ** 2).mean(1)
-        found.append(MinSNR(5.0)(process, time) * error)
-    want = process.compute_snr(time).clamp(max=5) * (wrong**2).mean(1)
+        error = ((output - process.compute_target(clean, noise, level)) ** 2).mean(1)
+        found.append(MinSNR(5.0)(process, level)[:, 0] * error)
+    want = ((signal / share) ** 2)[:, 0].clamp(max=5) * (wrong**2).mean(1)
     torch.testing.assert_close(found[0], want, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(found[1], want, rtol=1e-5, atol=1e-9)
 
@@ -301,7 +309,7 @@ class BestDenoiser(nn.Module):
     E[x_0 | x_t] is the mean of the posterior means of the components, weighted by their likelihood of x_t.
     """
 
-    def __init__(self, process: Process):
+    def __init__(self, process: DiscreteProcess):
         super().__init__()
         self.process, self.still = process, nn.Parameter(torch.zeros((), dtype=torch.float64))
 
@@ -342,7 +350,7 @@ def distances(samples: Tensor, dims: int) -> float:
 )
 @pytest.mark.parametrize("dims", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_samples_follow_the_mixture(predicts, schedule, sampler, dims):
-    process = Process(schedule, predicts=predicts)
+    process = DiscreteProcess(schedule, predicts=predicts)
     count = 3000
     found = sample(BestDenoiser(process), process, sampler, torch.zeros(count, dtype=torch.int64), (dims,), seed=5)
     # 3000 true draws stay below 0.030 in 99 of 100 cases (Kolmogorov); a few hundred steps are not infinitely many.
@@ -354,7 +362,7 @@ def test_samples_follow_the_mixture(predicts, schedule, sampler, dims):
 
 
 def test_label_and_guidance_select_a_component():
-    process = Process()
+    process = DiscreteProcess()
     model, label = BestDenoiser(process), torch.arange(1, 4).repeat_interleave(800)
     # Without noise, few steps end up too close to the middle: 17 % at 60 steps, a few at 400.
     found = sample(model, process, DDIM(steps=400, clip=0), label, (1,), seed=1).view(3, 800)
@@ -372,7 +380,7 @@ def test_label_and_guidance_select_a_component():
 
 @pytest.mark.parametrize("sampler", [DDPM(steps=10), DDIM(steps=10), DDIM(steps=10, eta=1.0)], ids=["ddpm", "ddim", "eta"])
 def test_samples_depend_on_seed_and_number_only(sampler):
-    model, process, label = Wavy().double(), Process(), torch.tensor([0, 1, 2, 1, 2])
+    model, process, label = Wavy().double(), DiscreteProcess(), torch.tensor([0, 1, 2, 1, 2])
     whole = sample(model, process, sampler, label, (2, 5), seed=4)
     torch.testing.assert_close(sample(model, process, sampler, label, (2, 5), seed=4), whole, rtol=0, atol=0)
     parts = [
@@ -390,7 +398,7 @@ def test_sampling_has_no_side_effects():
     model = Wavy().train()
     torch.manual_seed(0)
     before, steps = torch.get_rng_state(), []
-    out = sample(model, Process(), DDIM(steps=3), torch.zeros(2, dtype=torch.int64), (3,), callback=steps.append)
+    out = sample(model, DiscreteProcess(), DDIM(steps=3), torch.zeros(2, dtype=torch.int64), (3,), callback=steps.append)
     assert model.training and torch.equal(torch.get_rng_state(), before) and steps == [1, 2, 3] and not out.requires_grad
 
 
@@ -417,7 +425,7 @@ def test_learns_to_generate_the_requested_digit(side, steps):
     model = create(
         "ddpm-unet-test", image=side, channels=1, num_classes=10, dim=16, attend=(4,), growth=(1, 2) if side == 8 else (1, 2, 2)
     )
-    objective = Diffusion(model, Process("cosine", predicts="v"))
+    objective = Diffusion(model, DiscreteProcess("cosine", predicts="v"))
     data = Batches(len(x), lambda index, _: {"image": x[index], "label": y[index]})
     trainer(objective, data, steps=steps, batch=64, lr=4e-3, ema=0.98, weight_decay=0.0).train()
     asked = torch.arange(100) % 10 + 1

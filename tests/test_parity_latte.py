@@ -17,7 +17,7 @@ from fieldguide.data.loader import Batches
 from fieldguide.models.diffusion._shared.embeddings import position_embedding, sinusoidal_embedding
 from fieldguide.models.diffusion.latte import OFFICIAL
 from fieldguide.models.registry import create
-from fieldguide.objectives import DDIM, Diffusion, Process
+from fieldguide.objectives import DDIM, Diffusion, DiscreteProcess
 from test_loop import trainer
 from test_models import batch, tiny
 
@@ -199,7 +199,7 @@ def test_learns_the_requested_motion():
     video, label = moving(512)
     torch.manual_seed(0)
     model = create("latte-test", frames=4, channels=1, image=8, patch=4, num_classes=2, dim=64, depth=4, heads=4)
-    objective = Diffusion(model, Process("cosine", predicts="v"), data="video")
+    objective = Diffusion(model, DiscreteProcess("cosine", predicts="v"), data="video")
     data = Batches(512, lambda i, _: {"video": video[i], "label": label[i]})
     trainer(objective, data, steps=400, batch=32, lr=2e-3, ema=0.98, weight_decay=0.0).train()
     asked = torch.arange(40) % 2 + 1

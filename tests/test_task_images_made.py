@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,12 @@ from PIL import Image
 from fieldguide.automl.fit import fit
 from fieldguide.automl.request import read_for
 from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.metrics import generative
+from fieldguide.models.registry import find
+from fieldguide.objectives import DiscreteProcess, EDMProcess, FlowProcess
+from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
 from fieldguide.tasks import infer_task
 from fieldguide.tasks.base import Media
 from fieldguide.tasks.vision.image_generation import (
@@ -146,6 +151,39 @@ def test_accepted_data(tmp_path):
     assert [f.places[0].split(" ")[0] for f in found] == ["a/1.png"]
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "predicts"),
+    [
+        ({}, DiscreteProcess, "v"),
+        ({"schedule": "scaled-linear", "predicts": "x"}, DiscreteProcess, "x"),
+        ({"schedule": "edm", "weighting": "min-snr"}, EDMProcess, "v"),
+        ({"schedule": "flow"}, FlowProcess, "velocity"),
+    ],
+)
+def test_options_choose_the_noise_process(tmp_path, options, kind, predicts):
+    data = read(folder(tmp_path / "two"))
+    task, (card, size) = ImageGeneration.fit(data, ImageGeneration.Options(**options)), find("ddpm-8")
+    assert task.options.predicts == predicts
+    config = card.resolve_config(size, **task.model_dims(), dim=8, groups=4)
+    objective = task.objective(card.model(config), card, Settings())
+    assert type(objective.process) is kind and objective.process.predicts == predicts
+    assert isinstance(objective.weighting, WEIGHTINGS[options.get("weighting", "uniform")])
+    batch = task.batches(data, card).make(np.arange(4), None)
+    assert objective(batch)["loss"].isfinite() and objective.outputs(batch)["loss"].shape == (4,)
+    times = []
+    objective.model.register_forward_pre_hook(lambda module, inputs: times.append(float(inputs[1].min())))
+    task.predict_options = ImageGeneration.PredictOptions(steps=6)
+    assert task.generate(objective, torch.tensor([1, 2]), range(2), task.predict_options).shape == (2, 1, 8, 8)
+    described = {t.name: t for t in task.build_signature(card, config, objective.model).tensors}["time"]
+    assert described.low <= min(times) < max(times) <= described.high
+    for wrong, words in (({"schedule": "square"}, "square"), ({"schedule": "flow", "predicts": "eps"}, "eps")):
+        with pytest.raises(SettingsError, match=words):
+            ImageGeneration.fit(data, ImageGeneration.Options(**wrong))
+    task.options = replace(task.options, weighting="heavy")
+    with pytest.raises(SettingsError, match="weighting='heavy' is unknown"):
+        task.objective(objective.model, card, Settings())
+
+
 @pytest.mark.slow
 def test_diffusion_network_learns_to_generate(tmp_path):
     run = fit(
@@ -166,8 +204,8 @@ def test_diffusion_network_learns_to_generate(tmp_path):
     assert [a["class"] for a in run.predict(count=4, steps=2)] == ["a", "b", "a", "b"]
     with pytest.raises(DataError, match="unknown class 'c'"):
         run.predict(["c"])
-    with pytest.raises(SettingsError, match="sampler='euler'"):
-        run.predict(["a"], sampler="euler")
+    with pytest.raises(SettingsError, match="sampler='magic'"):
+        run.predict(["a"], sampler="magic")
     page = (run.path / "report.html").read_text()
     assert "Memorization" in page and "By sampler steps" in page and "Samples during training" in page
     assert run.evaluate(tmp_path / "two")["scores"] == pytest.approx(scores, rel=1e-4)

@@ -209,6 +209,6 @@ def test_network_learns_to_generate_videos(tmp_path):
     page = (run.path / "report.html").read_text()
     assert "data:image/webp" in page and "Next frame" in page and "nearest training videos" in page
     assert run.evaluate(tmp_path / "films")["scores"] == pytest.approx(run.scores, rel=1e-4)
-    with pytest.raises(SettingsError, match="sampler='euler'"):
-        run.predict(["left"], sampler="euler")
+    with pytest.raises(SettingsError, match="sampler='magic'"):
+        run.predict(["left"], sampler="magic")
     assert "copy-last" not in summarize_result(run.record, VideoGeneration.metrics[0])  # which has no such score

@@ -237,7 +237,7 @@ class Loop:
     latent: tuple[Axis, ...] = ()
     timesteps: int = 0
     schedule: str = ""
-    predicts: str = ""  # eps or v
+    predicts: str = ""  # eps, v, x or velocity
     guidance: bool = False
 
 

@@ -5,7 +5,20 @@ from fieldguide.objectives.base import Objective, Phase
 from fieldguide.objectives.contrastive import Contrastive, SigmoidContrastive
 from fieldguide.objectives.ctc import CTC
 from fieldguide.objectives.detection import Detection
-from fieldguide.objectives.diffusion import DDIM, DDPM, Diffusion, MinSNR, Process, Uniform
+from fieldguide.objectives.diffusion import (
+    DDIM,
+    DDPM,
+    Diffusion,
+    DiscreteProcess,
+    DPMSolver,
+    EDMProcess,
+    Euler,
+    FlowProcess,
+    Heun,
+    MinSNR,
+    Uniform,
+    build_process,
+)
 from fieldguide.objectives.distillation import Distillation
 from fieldguide.objectives.embedding import EmbeddingObjective
 from fieldguide.objectives.forecast import Forecast
@@ -25,20 +38,25 @@ __all__ = [
     "Adversarial",
     "Classification",
     "Contrastive",
+    "DPMSolver",
     "DenoisingObjective",
     "Detection",
     "Diffusion",
+    "DiscreteProcess",
     "Distillation",
+    "EDMProcess",
     "EmbeddingObjective",
+    "Euler",
+    "FlowProcess",
     "Forecast",
     "GANLoss",
     "GradientPenalty",
+    "Heun",
     "MaskedLM",
     "MinSNR",
     "NextToken",
     "Objective",
     "Phase",
-    "Process",
     "Reconstruction",
     "Regression",
     "SigmoidContrastive",
@@ -47,4 +65,5 @@ __all__ = [
     "TokenClassificationObjective",
     "Uniform",
     "build_adversarial",
+    "build_process",
 ]

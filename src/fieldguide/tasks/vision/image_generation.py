@@ -31,8 +31,20 @@ from fieldguide.data.preprocessing.image_transform import describe_scale, learn_
 from fieldguide.data.preprocessing.tokenizer import suggest_length
 from fieldguide.data.text_values import blank_missing, has_sentences
 from fieldguide.metrics import generative
-from fieldguide.objectives import DDIM, DDPM, Adversarial, Diffusion, Objective, Process, build_adversarial
+from fieldguide.objectives import (
+    DDIM,
+    DDPM,
+    Adversarial,
+    Diffusion,
+    DPMSolver,
+    Euler,
+    Heun,
+    Objective,
+    build_adversarial,
+    build_process,
+)
 from fieldguide.objectives.diffusion import Sampler
+from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options, is_discrete
@@ -97,8 +109,11 @@ class ImageGeneration(GenerationSignature, Task):
         flip: bool = False  # mirror training images at random
         vocab_size: int | None = None  # vocabulary size of captions
         length: int | None = None  # maximum tokens of a caption; longer captions are truncated and counted
-        schedule: str = "cosine"  # noise schedule of diffusion: cosine | linear
-        predicts: str = "v"  # prediction target of the diffusion model: eps | v
+        schedule: str = "cosine"  # noise of the diffusion model: cosine | linear | scaled-linear | edm | flow
+        predicts: str | None = (
+            None  # prediction target of the diffusion model: eps | v | x | velocity; of a flow velocity, else v
+        )
+        weighting: str = "uniform"  # weight of noise levels in the loss: uniform | min-snr | sigmoid
 
     @dataclass(frozen=True)
     class PredictOptions:
@@ -144,7 +159,8 @@ class ImageGeneration(GenerationSignature, Task):
         task.pictures = ImageTransform(side, channels, half, half, scale=scale)  # -1 .. 1
         task.notes += describe_scale(scale)
         task.labels = list(Labels.fit(data.rows[data.required_target.name]).names) if data.target and not captioned else []
-        task.options = fill_options(options, side=side, channels=channels)
+        predicts = build_process(options.schedule, options.predicts).predicts
+        task.options = fill_options(options, side=side, channels=channels, predicts=predicts)
         task.note_classes()
         if captioned:
             task.fit_captions(data.rows[data.required_target.name].fill_null("").to_list())
@@ -203,7 +219,14 @@ class ImageGeneration(GenerationSignature, Task):
             raise SettingsError(
                 f"loss, penalty, weight_clip and augment_critic are settings of GANs, but {card.name} is a diffusion model."
             )
-        return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts))
+        return self.build_diffusion(model, "image")
+
+    def build_diffusion(self, model: Any, data: str) -> Diffusion:
+        """Return the objective of a diffusion model. Raises `SettingsError` for an unknown option."""
+        name = self.options.weighting
+        if name not in WEIGHTINGS:
+            raise SettingsError(f"weighting={name!r} is unknown. Choose one of {', '.join(WEIGHTINGS)}.")
+        return Diffusion(model, build_process(self.options.schedule, self.options.predicts), WEIGHTINGS[name](), data=data)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, p = data.rows[self.column].to_list(), self.pictures
@@ -539,13 +562,21 @@ class ImageGeneration(GenerationSignature, Task):
 
 def build_sampler(predict_options: Any) -> Sampler:
     """Return the sampler that the options name. Raises `SettingsError` for an unknown one."""
-    samplers = {
-        "ddim": lambda: DDIM(steps=predict_options.steps, eta=predict_options.eta),
-        "ddpm": lambda: DDPM(steps=predict_options.steps),
+    name, steps, eta = predict_options.sampler, predict_options.steps, predict_options.eta
+    samplers: dict[str, Callable[[], Sampler]] = {
+        "dpm++": lambda: DPMSolver(steps=steps),
+        "ddim": lambda: DDIM(steps=steps, eta=eta),
+        "ddpm": lambda: DDPM(steps=steps),
+        "euler": lambda: Euler(steps=steps),
+        "heun": lambda: Heun(steps=steps),
     }
-    if predict_options.sampler not in samplers:
-        raise SettingsError(f"sampler={predict_options.sampler!r} is unknown. Choose one of {', '.join(samplers)}.")
-    return samplers[predict_options.sampler]()
+    if name not in samplers:
+        raise SettingsError(f"sampler={name!r} is unknown. Choose one of {', '.join(samplers)}.")
+    if eta and name != "ddim":
+        raise SettingsError(
+            f"eta={eta} is an option of sampler=ddim, but the sampler is {name}. Leave eta out, or choose ddim."
+        )
+    return samplers[name]()
 
 
 def check_one_step_options(predict_options: Any) -> None:

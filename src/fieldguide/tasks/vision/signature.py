@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from fieldguide.core.card import Card
+from fieldguide.core.network_tensors import TIMESTEPS
 from fieldguide.core.signature import (
     Axis,
     ImageFormat,
@@ -40,7 +41,8 @@ from fieldguide.tasks.signature_parts import (
     set_image,
 )
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("dpm++", "ddim", "ddpm", "euler", "heun")
+EDM_TIMES = (-1.56, 1.1)  # log(sigma) / 4 at both ends of the noise levels
 PROBE_SIDE = 256  # pixels per side of the image that shows whether a network keeps its size
 MIN_SEGMENTED_SIDE = 32  # pixels per side of the smallest example of an image to segment
 
@@ -433,6 +435,12 @@ class GenerationSignature(SignatureBuilder):
         if card.input_type == "noise":
             return [*steps, Step("draw_noise", "standard normal noise, with the class one-hot at its end", False)]
         return [*steps, Step("draw_noise", "standard normal noise by seed and number of the sample", False)]
+
+    def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        if self.options.schedule not in ("edm", "flow"):
+            return tensors
+        ends = {"edm": EDM_TIMES, "flow": (0.0, float(TIMESTEPS))}[self.options.schedule]
+        return [replace(t, low=ends[0], high=ends[1]) if t.name == "time" else t for t in tensors]
 
     def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
         row = request_tensor("row", "int64", about="number of the sample, which seeds its noise", low=0)

@@ -25,8 +25,8 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.media import video
 from fieldguide.data.preprocessing import ImageTransform, Labels, suggest_side
 from fieldguide.metrics import generative
-from fieldguide.objectives import DDIM, Diffusion, Objective, Process
-from fieldguide.objectives.diffusion import predict_with_guidance
+from fieldguide.objectives import Objective, build_process
+from fieldguide.objectives.diffusion import evaluate
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
 from fieldguide.tasks.supervised import fill_options, is_discrete
@@ -102,7 +102,8 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
         frames = options.frames or max(2, min(FRAMES_BY_DEVICE[kind], shortest // options.stride))
         task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
         task.labels = list(Labels.fit(data.rows[data.required_target.name]).names) if data.target else []
-        task.options = fill_options(options, side=side, channels=channels, frames=frames)
+        predicts = build_process(options.schedule, options.predicts).predicts
+        task.options = fill_options(options, side=side, channels=channels, frames=frames, predicts=predicts)
         task.note_classes()
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
             task.notes.append(f"{short} videos are shorter than {frames} frames: their last frame is repeated")
@@ -112,7 +113,7 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
         return {**super().model_dims(), "frames": self.options.frames}
 
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
-        return Diffusion(model, Process(self.options.schedule, predicts=self.options.predicts), data="video")
+        return self.build_diffusion(model, "video")
 
     def load_videos(self, data: Data) -> list[np.ndarray]:
         return video.load(data.rows[self.column].to_list(), self.pictures.side, self.pictures.channels)
@@ -176,15 +177,13 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
         arXiv:2201.09865, equation 8, without resampling).
         """
         film, label, process = batch["video"], batch["label"], objective.process
-        sampler = DDIM(steps=self.predict_options.steps)
         draw = Noise(self.predict_options.seed, batch["row"].tolist(), film.shape[1:], film)
-        noise = draw()
-        x, times = noise.clone(), sampler.get_timesteps(process)
-        for time, before in zip(times, [*times[1:], -1]):
-            at = torch.full((len(x),), time, device=x.device)
-            x[:, :-1] = process.add_noise(film, noise, at)[:, :-1]
-            x = sampler.step(process, x, predict_with_guidance(objective.model, x, at.float(), label, 1.0), time, before, draw)
-        return x[:, -1].clamp(-1, 1)
+        noise, sampler = draw(), build_sampler(self.predict_options)
+        state = sampler.start(process, draw, noise=noise)
+        while not state.done:
+            state.x[:, :-1] = process.add_noise(film, noise, state.level)[:, :-1]
+            sampler.step(state, evaluate(objective.model, process, state, label))
+        return state.x[:, -1].clamp(-1, 1)
 
     def postprocess(self, outputs: Arrays) -> Arrays:
         return {**outputs, **{k: np.concatenate(list(outputs[k])) for k in ("samples", "label")}}
