@@ -1638,6 +1638,7 @@ CASES = {
         peer=lambda model: equations(stylegans.stylegan1_discriminator(model.config))(model),
         overrides=(("group", 1),),
     ),
+    "stylegan3": Case(inputs=row("noise"), peer=lambda model: equations(stylegans.stylegan3(model.config))(model), slack=8.0),
     "r3gan": Case(inputs=row("noise"), peer=lambda model: equations(stylegans.r3gan(model.config))(model), slack=4.0),
     "r3gan-discriminator": Case(
         inputs=labeled_image, peer=lambda model: equations(stylegans.r3gan_discriminator(model.config))(model), slack=4.0

@@ -10,6 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import scipy.signal
+import scipy.special
 import torch
 from torch import Tensor
 
@@ -219,6 +222,102 @@ def stylegan1_discriminator(config: Any) -> Callable[..., Tensor]:
             return score
         chosen = (score * label).sum(1) + (1 - label.sum(1)) * score.sum(1) / config.num_classes
         return chosen[:, None]
+
+    return function
+
+
+# ---------------------------------------------------------------------------------------------- StyleGAN 3
+
+
+def kaiser_filter(taps: int, cutoff: float, width: float, rate: float, radial: bool) -> np.ndarray:
+    """Return a low-pass filter: scipy's along one axis, the jinc function of the distance under a window for both."""
+    if not radial:
+        return scipy.signal.firwin(taps, cutoff, width=width, fs=rate)
+    beta = scipy.signal.kaiser_beta(scipy.signal.kaiser_atten(taps, width / (rate / 2)))
+    window, out = np.kaiser(taps, beta), np.zeros((taps, taps))
+    for i in range(taps):
+        for j in range(taps):
+            r = math.hypot(i - (taps - 1) / 2, j - (taps - 1) / 2) / rate
+            out[i, j] = scipy.special.j1(2 * cutoff * math.pi * r) / (math.pi * r) * window[i] * window[j]
+    return out / out.sum()
+
+
+def bands(config: Any) -> list[dict[str, float]]:
+    """Return cutoffs, stopbands, sampling rates, sides and channels of the maps: equations of section 3.2."""
+    n, nc, s = config.layers, 2, config.image
+    out = []
+    for i in range(n + 1):
+        t = min(i / (n - nc), 1)
+        fc = 2 * (s / 2 / 2) ** t
+        ft = 2**2.1 * (s / 2 * 2**0.3 / 2**2.1) ** t
+        rate = 2 ** math.ceil(math.log2(min(2 * ft, s)))
+        side = s if i >= n - 1 else rate + 2 * config.margin
+        channels = config.channels if i == n else round(min(config.base / 2 / fc, config.dim))
+        out.append({"fc": fc, "rate": rate, "side": side, "half": max(ft, rate / 2) - fc, "channels": channels})
+    return out
+
+
+def waves(p: Tensors, w: Tensor, band: dict[str, float], motion: Tensor | None) -> Tensor:
+    """Evaluate sin(2 pi (f R x + phase)) at each pixel, with matrices of the translation and the rotation of the style."""
+    rows = []
+    for b, t in enumerate(dense(p, "synthesis.input.affine", w)):
+        t = t / t[:2].square().sum().sqrt()
+        one, zero = torch.ones((), dtype=w.dtype), torch.zeros((), dtype=w.dtype)
+        stack = lambda *values: torch.stack(values).reshape(3, 3)
+        matrix = stack(t[0], -t[1], zero, t[1], t[0], zero, zero, zero, one)
+        matrix = matrix @ stack(one, zero, -t[2], zero, one, -t[3], zero, zero, one)
+        matrix = matrix if motion is None else matrix @ motion[b]
+        maps = []
+        for f, phase in zip(p["synthesis.input.freqs"], p["synthesis.input.phases"]):
+            turned, moved = f @ matrix[:2, :2], phase + f @ matrix[:2, 2]
+            fade = ((turned.square().sum().sqrt() - band["fc"]) / (band["rate"] / 2 - band["fc"])).clamp(0, 1)
+            axis = (torch.arange(band["side"], dtype=w.dtype) + 0.5 - band["side"] / 2) / band["rate"]
+            angle = turned[0] * axis[None] + turned[1] * axis[:, None] + moved
+            maps.append((1 - fade) * torch.sin(2 * math.pi * angle))
+        weight = p["synthesis.input.weight"] / math.sqrt(len(maps))
+        rows.append(torch.einsum("dhw,ed->ehw", torch.stack(maps), weight))
+    return torch.stack(rows)
+
+
+def alias_free(p: Tensors, name: str, x: Tensor, w: Tensor, i: int, config: Any) -> Tensor:
+    """Normalize the expected magnitude, convolve by the style, enlarge, apply leaky ReLU, filter and reduce."""
+    plan, last = bands(config), i == config.layers
+    before, after = plan[max(0, i - 1)], plan[i]
+    kernel = p[f"{name}.weight"]
+    size = kernel.shape[-1]
+    if p["training"]:
+        old = p[f"{name}.magnitude"]
+        old.copy_(0.999 * old + 0.001 * x.detach().square().mean())
+    style, rows = dense(p, f"{name}.affine", w), []
+    for image, s in zip(x, style):
+        own = kernel * s[None, :, None, None]
+        if last:
+            own = own / math.sqrt(own[0].numel())
+        else:
+            own = own / (own.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        rows.append(convolve(image[None], own / p[f"{name}.magnitude"].sqrt(), border=size - 1))
+    x = torch.cat(rows) + p[f"{name}.bias"][:, None, None]
+    rate = max(before["rate"], after["rate"]) * (1 if last else 2)
+    up, down = rate // before["rate"], rate // after["rate"]
+    first = second = np.ones(1)
+    if up > 1 and not last:
+        first = kaiser_filter(6 * up, before["fc"], 2 * before["half"], rate, False)
+    if down > 1 and not last:
+        second = kaiser_filter(6 * down, after["fc"], 2 * after["half"], rate, config.radial and i < config.layers - 2)
+    first, second = (torch.from_numpy(np.float32(h)).to(x.dtype) for h in (first, second))
+    total = (after["side"] - 1) * down + 1 - (before["side"] + size - 1) * up + len(first) + len(second) - 2
+    low = (total + up) // 2
+    x = resample(x, first, up=up, low=low, high=total - low, gain=up**2)
+    return resample((x if last else leak(x)).clamp(-256, 256), second, down=down)
+
+
+def stylegan3(config: Any, motion: Tensor | None = None) -> Callable[..., Tensor]:
+    def function(p: Tensors, z: Tensor) -> Tensor:
+        w = map_style(p, z, config.noise - config.num_classes)
+        x = waves(p, w, bands(config)[0], motion)
+        for i in range(config.layers + 1):
+            x = alias_free(p, f"synthesis.layers.{i}", x, w, i, config)
+        return 0.25 * x
 
     return function
 

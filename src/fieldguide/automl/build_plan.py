@@ -384,6 +384,6 @@ def configure_part(name: str, dims: Mapping[str, Any], whole: Card, whole_size: 
     The size is the one with the same ending as that of the network it belongs to, if there is one.
     """
     card, size = registry.find(name)
-    same = card.name + whole_size.removeprefix(whole.name)
+    same = f"{card.name}-{whole_size.removeprefix(whole.name).rpartition('-')[2]}"
     size = same if same in card.sizes else size
     return card, size, build_config(card, size, dims)
