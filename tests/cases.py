@@ -1663,6 +1663,14 @@ CASES = {
     "autoencoder-kl": Case(inputs=image, lr=3e-3, peer=latents.autoencoder_kl),
     "stable-diffusion-unet": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.conditional_unet),
     "sdxl-unet": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.conditional_unet),
+    "pixart": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.pixart),
+    "sd3": Case(
+        inputs=latents.noisy_latent,
+        lr=3e-3,
+        peer=latents.sd3,
+        skipped=("blocks.2.text.attn.q.", "blocks.2.text.attn.norm_q."),  # nobody reads what the last text attends to
+    ),
+    "flux": Case(inputs=latents.noisy_flux, lr=3e-3, peer=latents.flux, slack=10.0),
     "dit": Case(inputs=noisy, lr=3e-3, peer=latents.dit),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -133,3 +135,92 @@ def clip_text(model: nn.Module) -> Peer:
     return States(), lambda state: {
         f"peer.{name.removeprefix('text_model.')}": tensor for name, tensor in translate(state, table, reverse=True).items()
     }
+
+
+def pixart(model: nn.Module) -> Peer:
+    """Return diffusers' PixArt without variances, told the sizes of the latents in pixels."""
+    peer = build(model)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, latent: Tensor, time: Tensor, text: Tensor) -> Tensor:
+            height, width = (8 * side for side in latent.shape[2:])
+            sizes = {
+                "resolution": torch.tensor([[height, width]]).expand(len(latent), 2),
+                "aspect_ratio": torch.tensor([[height / width]]).expand(len(latent), 1),
+            }
+            found = self.peer(latent, text, time, added_cond_kwargs=sizes if model.config.sizes else None)
+            return found.sample[:, : model.config.channels]
+
+    return Sample(), rename(model)
+
+
+def keep_double(module: nn.Module) -> None:
+    """Replace norms of diffusers that compute in float32, also in a network of float64."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "RMSNorm" and not isinstance(child, nn.RMSNorm):
+                setattr(parent, name, nn.RMSNorm(child.dim, eps=child.eps))
+
+
+def sd3(model: nn.Module) -> Peer:
+    peer = build(model)
+    keep_double(peer)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, latent: Tensor, time: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+            return self.peer(latent, text, pooled, time).sample
+
+    return Sample(), rename(model)
+
+
+def noisy_flux(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return what `noisy_latent` does, with times that remain exact if they are divided by 1,000, as in diffusers' pipeline."""
+    latent, _, *texts = noisy_latent(config, rows)
+    return latent, 125 * torch.randint(8, (rows,)).float(), *texts
+
+
+def flux(model: nn.Module) -> Peer:
+    """Return diffusers' FLUX on packed latents with positions of their own, as in its pipeline."""
+    peer = build(model)
+    module = sys.modules[type(peer).__module__]
+    plain, single = module.apply_rotary_emb, Tensor.float
+
+    def rotate(*args: Any, **options: Any) -> Tensor:
+        """Rotate as diffusers, but in float64 if that is what it gets."""
+        with mock.patch.object(Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x)):
+            return plain(*args, **options)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, latent: Tensor, time: Tensor, text: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
+            rows, columns = latent.shape[2] // 2, latent.shape[3] // 2
+            x = latent.unflatten(2, (rows, 2)).unflatten(4, (columns, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+            ids = torch.zeros(rows, columns, 3)
+            ids[..., 1] += torch.arange(rows)[:, None]
+            ids[..., 2] += torch.arange(columns)
+            scale = torch.full_like(time, 3.5) if guidance is None else guidance
+            with mock.patch.object(module, "apply_rotary_emb", rotate):
+                x = self.peer(
+                    x,
+                    text,
+                    pooled,
+                    time / 1000,
+                    ids.flatten(0, 1),
+                    torch.zeros(text.shape[1], 3),
+                    scale if model.config.guidance else None,
+                ).sample
+            x = x.unflatten(1, (rows, columns)).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+            return x.flatten(4).flatten(2, 3)
+
+    return Sample(), rename(model)

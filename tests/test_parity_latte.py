@@ -47,7 +47,7 @@ def test_parameter_names_and_counts_equal_the_authors_xl2():
 def test_position_and_time_embeddings_equal_diffusers():
     embeddings = part("embeddings")
     theirs = embeddings.get_2d_sincos_pos_embed(16, 5, base_size=5, output_type="pt")
-    torch.testing.assert_close(position_embedding(5, 16), theirs.float().view(25, 16), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(position_embedding(5, 5, 16), theirs.float().view(25, 16), rtol=1e-5, atol=1e-6)
     theirs = embeddings.get_1d_sincos_pos_embed_from_grid(16, torch.arange(7), output_type="pt")
     torch.testing.assert_close(sinusoidal_embedding(torch.arange(7), 16), theirs.float(), rtol=1e-5, atol=1e-6)
 

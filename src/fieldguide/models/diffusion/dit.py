@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.diffusion._shared.embeddings import embed_time, position_embedding
+from fieldguide.models.diffusion._shared.patches import join_patches
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.mapping.config_rules import Derived, Expect
 from fieldguide.models.mapping.key_rules import Dropped, Fused, Repeated, Row
@@ -82,7 +83,7 @@ class DiT(nn.Module):
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.time1, self.time2 = nn.Linear(TIME_EMBEDDING_DIM, c.dim), nn.Linear(c.dim, c.dim)
         self.label = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None  # the last row is for no label
-        self.register_buffer("places", position_embedding(c.image // c.patch, c.dim), persistent=False)
+        self.register_buffer("places", position_embedding(c.image // c.patch, c.image // c.patch, c.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(c.dim, c.heads) for _ in range(c.depth))
         self.norm, self.condition = nn.LayerNorm(c.dim, eps=EPS, elementwise_affine=False), nn.Linear(c.dim, 2 * c.dim)
         self.head = nn.Linear(c.dim, c.patch**2 * c.channels * (1 + c.variance))
@@ -125,9 +126,7 @@ class DiT(nn.Module):
             x = block(x, condition)
         shift, scale = self.condition(F.silu(condition))[:, None].chunk(2, -1)
         x = self.head(self.norm(x) * (1 + scale) + shift)  # B N P*P*C'
-        side = c.image // c.patch
-        x = x.unflatten(-1, (c.patch, c.patch, -1)).unflatten(1, (side, side))  # B rows columns P P C'
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return join_patches(x, c.image // c.patch, c.image // c.patch, c.patch)
 
     def forward(self, image: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:  # B C S S, B, B -> B C S S
         return self.predict_all(image, time, label)[:, : self.config.channels]

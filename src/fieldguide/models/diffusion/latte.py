@@ -99,7 +99,7 @@ class Latte(nn.Module):
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.time1, self.time2 = nn.Linear(TIME_EMBEDDING_DIM, c.dim), nn.Linear(c.dim, c.dim)
         self.label = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None  # the last row is for no label
-        self.register_buffer("places", position_embedding(c.image // c.patch, c.dim), persistent=False)
+        self.register_buffer("places", position_embedding(c.image // c.patch, c.image // c.patch, c.dim), persistent=False)
         self.register_buffer("moments", sinusoidal_embedding(torch.arange(c.frames), c.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(c, over_time=bool(i % 2)) for i in range(c.depth))
         self.norm, self.condition = Modulated(c.dim), nn.Linear(c.dim, 2 * c.dim)

@@ -127,6 +127,7 @@ CARD = Card(
             attend=(False, True, True, False),
             layers=(4, 4, 4, 4),
             heads=(6, 12, 24, 24),
+            params=2_259_526_660,
             source="stabilityai/stable-diffusion-xl-refiner-1.0",
         ),
         "lcm-sdxl-unet": Size(guidance_dim=256, params=2_567_545_604, source="latent-consistency/lcm-sdxl"),

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError
+from fieldguide.models.diffusion._shared.attention import Attention
 from fieldguide.models.diffusion._shared.embeddings import MAX_PERIOD, embed_time
 from fieldguide.models.diffusion._shared.unet_checkpoints import CONFIG, compvis_keys, diffusers_keys
-from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.mapping.config_rules import ConfigRow, Expect
 
 GUIDANCE_SCALE = 1000.0  # of guidance scales in their embedding
@@ -61,22 +61,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:  # B D H W, B E -> B D' H W
         y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[:, :, None, None]
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
-
-
-class Attention(nn.Module):
-    """Multi-head attention to given states, of width K, without biases except in the last layer."""
-
-    def __init__(self, dim: int, states: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.k, self.v = nn.Linear(states, dim, bias=False), nn.Linear(states, dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, states: Tensor, mask: Tensor | None = None) -> Tensor:  # B N D, B T K, B T -> B N D
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(states), self.v(states)))
-        x = dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
-        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):

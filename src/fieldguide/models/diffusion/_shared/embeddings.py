@@ -17,12 +17,15 @@ def sinusoidal_embedding(places: Tensor, dim: int) -> Tensor:  # ... -> ... dim
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 
-def position_embedding(side: int, dim: int, spacing: float = 1.0) -> Tensor:  # -> side*side dim
-    """Return the embedding of a square of positions: the column in the first half, the row in the second.
+def position_embedding(
+    rows: int, columns: int, dim: int, base: int = 0, interpolation: float = 1.0
+) -> Tensor:  # -> rows*columns dim
+    """Return the embedding of a grid of positions: the column in the first half, the row in the second.
 
-    `spacing` is the distance between neighbors.
+    Both run from 0 to `base` / `interpolation`, however many there are; by default, neighbors have a distance of 1.
     """
-    row, column = torch.meshgrid(torch.arange(side) * spacing, torch.arange(side) * spacing, indexing="ij")
+    row, column = (torch.arange(n, dtype=torch.float32) / (n / (base or n)) / interpolation for n in (rows, columns))
+    row, column = torch.meshgrid(row, column, indexing="ij")
     return torch.cat([sinusoidal_embedding(column.flatten(), dim // 2), sinusoidal_embedding(row.flatten(), dim // 2)], 1)
 
 
