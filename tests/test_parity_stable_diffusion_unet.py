@@ -117,6 +117,12 @@ def test_published_configurations_and_names(size):
     assert {name: x.shape for name, x in renamed.items()} == theirs
     single = translate(ours.state_dict(), get_tables(ours)["compvis"], reverse=True)
     assert single["input_blocks.1.0.in_layers.0.weight"].shape == (config.dim,)
+    resized = {"sd1-unet": {"2.1", "5.2", "8.2"}, "sdxl-base-unet": {"2.2", "5.2"}}  # as in the published files
+    if size in resized:
+        found = {
+            name.removeprefix("output_blocks.")[:3] for name in single if name.endswith("conv.weight") and "blocks" in name
+        }
+        assert found == resized[size]
     back = convert(single, PUBLISHED[size])
     assert {name: x.shape for name, x in back.items()} == {k: x for k, x in theirs.items() if ".cond_proj." not in k}
     heads = [m.heads for name, m in peer.named_modules() if name.endswith("attn1")]
