@@ -1671,6 +1671,9 @@ CASES = {
         skipped=("blocks.2.text.attn.q.", "blocks.2.text.attn.norm_q."),  # nobody reads what the last text attends to
     ),
     "flux": Case(inputs=latents.noisy_flux, lr=3e-3, peer=latents.flux, slack=10.0),
+    "vqgan": Case(inputs=image, lr=2e-3, peer=latents.vqgan, skipped=("codebook.",), selects=True),
+    "consistency-unet": Case(inputs=latents.labeled_noisy, lr=3e-3, peer=latents.consistency_unet),
+    "unclip-prior": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.unclip_prior),
     "dit": Case(inputs=noisy, lr=3e-3, peer=latents.dit),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(

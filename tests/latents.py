@@ -224,3 +224,60 @@ def flux(model: nn.Module) -> Peer:
             return x.flatten(4).flatten(2, 3)
 
     return Sample(), rename(model)
+
+
+def vqgan(model: nn.Module) -> Peer:
+    peer = build(model)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.peer(image).sample
+
+    return Sample(), rename(model)
+
+
+def consistency_unet(model: nn.Module) -> Peer:
+    peer = build(model)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor, time: Tensor, label: Tensor) -> Tensor:
+            return self.peer(image, time, label - 1 if model.config.num_classes else None).sample
+
+    return Sample(), rename(model)
+
+
+def labeled_noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return noisy images with a label each, for networks without a class for none."""
+    image = torch.randn(rows, config.channels, config.image, config.image)
+    return image, torch.randint(1000, (rows,)).float(), 1 + torch.arange(rows) % config.num_classes
+
+
+def unclip_prior(model: nn.Module) -> Peer:
+    """Return diffusers' prior, which is causal only if it gets a mask; its mean and deviation are no parameters here."""
+    peer = build(model)
+    for name in ("clip_mean", "clip_std"):
+        values = getattr(peer, name).detach()
+        delattr(peer, name)
+        peer.register_buffer(name, values)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(
+            self, latent: Tensor, time: Tensor, text: Tensor, pooled: Tensor, text_mask: Tensor | None = None
+        ) -> Tensor:
+            mask = torch.ones_like(text[..., 0], dtype=torch.bool) if text_mask is None else text_mask
+            found = self.peer(latent.flatten(1), time, pooled, text, mask)
+            return found.predicted_image_embedding[:, :, None, None]
+
+    return Sample(), rename(model)

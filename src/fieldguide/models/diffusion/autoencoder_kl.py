@@ -42,14 +42,14 @@ class Config:
     shift: float = 0.0  # mean of the latents
 
 
-def norm(c: Config, dim: int) -> nn.GroupNorm:
+def norm(c: Any, dim: int) -> nn.GroupNorm:
     return nn.GroupNorm(c.groups, dim, eps=1e-6)
 
 
 class Block(nn.Module):
     """Residual block: twice group norm, SiLU and 3x3 convolution."""
 
-    def __init__(self, c: Config, inputs: int, dim: int):
+    def __init__(self, c: Any, inputs: int, dim: int):
         super().__init__()
         self.norm1, self.conv1 = norm(c, inputs), nn.Conv2d(inputs, dim, 3, padding=1)
         self.norm2, self.conv2 = norm(c, dim), nn.Conv2d(dim, dim, 3, padding=1)
@@ -63,7 +63,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all positions, with a residual connection."""
 
-    def __init__(self, c: Config, dim: int):
+    def __init__(self, c: Any, dim: int):
         super().__init__()
         self.norm = norm(c, dim)
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 class Level(nn.Module):
     """Blocks of one resolution, and a convolution that changes the resolution, except for the last level."""
 
-    def __init__(self, c: Config, inputs: int, dim: int, depth: int, resize: nn.Conv2d | None):
+    def __init__(self, c: Any, inputs: int, dim: int, depth: int, resize: nn.Conv2d | None):
         super().__init__()
         self.blocks = nn.ModuleList(Block(c, inputs if j == 0 else dim, dim) for j in range(depth))
         self.resize = resize
@@ -91,7 +91,7 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """The lowest resolution: block, attention, block."""
 
-    def __init__(self, c: Config, dim: int):
+    def __init__(self, c: Any, dim: int):
         super().__init__()
         self.blocks, self.attn = nn.ModuleList(Block(c, dim, dim) for _ in range(2)), Attention(c, dim)
 
@@ -100,9 +100,9 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image -> mean and logarithm of the variance of each latent, before `quant`."""
+    """Image -> `outputs` channels of latents, before `quant`."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Any, outputs: int):
         super().__init__()
         widths = [c.dim * growth for growth in c.growth]
         self.conv_in = nn.Conv2d(c.channels, c.dim, 3, padding=1)
@@ -111,9 +111,9 @@ class Encoder(nn.Module):
             for i, (before, dim) in enumerate(zip([c.dim, *widths], widths))
         )
         self.mid = Middle(c, widths[-1])
-        self.norm, self.conv_out = norm(c, widths[-1]), nn.Conv2d(widths[-1], 2 * c.latent, 3, padding=1)
+        self.norm, self.conv_out = norm(c, widths[-1]), nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B 2*L h w
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B outputs h w
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents, after `post_quant` -> image."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Any):
         super().__init__()
         widths = [c.dim * growth for growth in reversed(c.growth)]
         self.conv_in, self.mid = nn.Conv2d(c.latent, widths[0], 3, padding=1), Middle(c, widths[0])
@@ -154,7 +154,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         c = self.config = config
         self.stride = 2 ** (len(c.growth) - 1)  # sides of the image by those of the latents
-        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.encoder, self.decoder = Encoder(c, 2 * c.latent), Decoder(c)
         self.quant = nn.Conv2d(2 * c.latent, 2 * c.latent, 1) if c.quant else nn.Identity()
         self.post_quant = nn.Conv2d(c.latent, c.latent, 1) if c.quant else nn.Identity()
 
@@ -216,7 +216,7 @@ def diffusers_keys(query: str, key: str, value: str, out: str) -> dict[str, Row]
     return names
 
 
-def compvis_keys(c: Config) -> dict[str, Row]:
+def compvis_keys(c: Any) -> dict[str, Row]:
     """Return the key table of CompVis, whose decoder numbers the levels from the highest resolution and whose attention has
     1 x 1 convolutions.
     """

@@ -266,7 +266,7 @@ CONFIG = {  # of diffusers
     "freq_shift": Expect(1, absent=0),
     "time_embedding_type": Expect("positional"),
     "time_embedding_dim": Expect(None),
-    "downsample_type": Expect("conv"),
+    "downsample_type": Expect("conv", among=("conv", None)),  # "resnet" is the consistency U-Net
     "upsample_type": Expect("conv"),
     "resnet_time_scale_shift": Expect("default"),
     "mid_block_scale_factor": Expect(1),
