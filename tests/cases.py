@@ -77,6 +77,12 @@ def coarse(config: Any, rows: int) -> tuple[Tensor, ...]:
     return (torch.randn(rows, config.channels, 5, 5).repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :33, 1:],)
 
 
+def soft(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return soft images in -1 .. 1, the range of outputs."""
+    rough = torch.randn(rows, config.channels, 12, 12)
+    return (torch.nn.functional.interpolate(rough, (33, 33), mode="bicubic").tanh(),)
+
+
 def tokens(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return rows of every length from 1 to 9; the content of the padding is arbitrary."""
     vocab = getattr(config, "vocab", None) or getattr(config, "vocab_size", 30)
@@ -1645,6 +1651,11 @@ CASES = {
     ),
     "wgan-gp": Case(inputs=row("noise"), peer=equations(references.sngan), slack=4.0),  # biases before norms
     "wgan-gp-discriminator": Case(inputs=image, peer=equations(references.wgan_gp_discriminator)),
+    "pix2pix": Case(inputs=image, peer=equations(references.pix2pix), slack=4.0),
+    "patchgan": Case(inputs=image, peer=equations(references.patchgan), slack=4.0),  # biases before norms
+    "cyclegan": Case(
+        inputs=soft, peer=equations(references.cyclegan), overrides=(("dim", 4), ("depth", 1)), lr=1e-2, slack=4.0
+    ),
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
     "clip-text": Case(inputs=tokens, peer=latents.clip_text, lr=1e-2),
     "blip": Case(inputs=written, peer=huggingface_blip, lr=2e-2),

@@ -929,6 +929,73 @@ def wgan_gp_discriminator(p: dict[str, Tensor], pictures: Tensor) -> Tensor:
     return (x.sum((2, 3)) / x[0, 0].numel() @ p["last.weight"][0] + p["last.bias"])[:, None]
 
 
+def normalise_maps(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Normalize each map of each image by its own mean and variance."""
+    count = x.shape[2] * x.shape[3]
+    mean = x.sum((2, 3), keepdim=True) / count
+    x = (x - mean) / (((x - mean) ** 2).sum((2, 3), keepdim=True) / count + 1e-5) ** 0.5
+    return x * p[f"{name}.weight"][:, None, None] + p[f"{name}.bias"][:, None, None] if f"{name}.weight" in p else x
+
+
+def extend(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column until the sides are multiples."""
+    rows, columns = (torch.arange(-(-n // multiple) * multiple).clamp(max=n - 1) for n in x.shape[2:])
+    return x[:, :, rows][:, :, :, columns]
+
+
+def mirror(x: Tensor, border: int) -> Tensor:
+    """Extend maps by their reflection at the first and last row and column."""
+    rows, columns = ([abs(i) if i < n else 2 * (n - 1) - i for i in range(-border, n + border)] for n in x.shape[2:])
+    return x[:, :, rows][:, :, :, columns]
+
+
+def pix2pix(p: dict[str, Tensor], image: Tensor) -> Tensor:
+    """Section 6.1.1 of arXiv:1611.07004, level by level: what a level returns is joined to its input."""
+    depth = max(int(name.split(".")[1]) for name in p if name.startswith("down.")) + 1
+
+    def level(number: int, x: Tensor) -> Tensor:
+        x = convolve(torch.where(x > 0, x, 0.2 * x) if number else x, p[f"down.{number}.weight"], stride=2, border=1)
+        if 0 < number < depth - 1:
+            x = normalise_maps(p, f"down_norms.{number}", x)
+        if number < depth - 1:
+            x = torch.cat([x, level(number + 1, x)], 1)
+        y = spread(x.clamp(min=0), p[f"up.{number}.weight"], p.get(f"up.{number}.bias"), 2, 1)
+        return normalise_maps(p, f"up_norms.{number}", y) if number else y
+
+    return torch.tanh(level(0, extend(image, 1 << depth))[:, :, : image.shape[2], : image.shape[3]])
+
+
+def patchgan(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Section 6.1.2 of arXiv:1611.07004: convolutions of 4 x 4, with norms from the second to the last but one."""
+    places = sorted(int(name.split(".")[1]) for name in p if name.endswith(".weight") and p[name].ndim == 4)
+    for i, place in enumerate(places):
+        stride = 2 if i < len(places) - 2 else 1
+        x = convolve(x, p[f"model.{place}.weight"], p.get(f"model.{place}.bias"), stride, 1)
+        if 0 < i < len(places) - 1:
+            x = normalise_maps(p, f"model.{place + 1}", x)
+        if i < len(places) - 1:
+            x = torch.where(x > 0, x, 0.2 * x)
+    return x
+
+
+def cyclegan(p: dict[str, Tensor], image: Tensor) -> Tensor:
+    """Appendix 7.2 of arXiv:1703.10593."""
+    halvings = len({name.split(".")[1] for name in p if name.startswith("down.")})
+    blocks = len({name.split(".")[1] for name in p if name.startswith("blocks.")})
+    layer = lambda name, x, *where: convolve(x, p[f"{name}.weight"], p[f"{name}.bias"], *where)
+    norm = lambda x: normalise_maps(p, "", x)
+    x = norm(layer("first", mirror(extend(image, 1 << halvings), 3))).clamp(min=0)
+    for i in range(halvings):
+        x = norm(layer(f"down.{i}", x, 2, 1)).clamp(min=0)
+    for i in range(blocks):
+        y = norm(layer(f"blocks.{i}.conv1", mirror(x, 1))).clamp(min=0)
+        x = x + norm(layer(f"blocks.{i}.conv2", mirror(y, 1)))
+    for i in range(halvings):  # the output is twice as large: one row and column more than without padding
+        y = spread(x, p[f"up.{i}.weight"], None, 2)[:, :, 1 : 1 + 2 * x.shape[2], 1 : 1 + 2 * x.shape[3]]
+        x = norm(y + p[f"up.{i}.bias"][:, None, None]).clamp(min=0)
+    return torch.tanh(layer("last", mirror(x, 3)))[:, :, : image.shape[2], : image.shape[3]]
+
+
 # ---------------------------------------------------------------------------------------------- speech
 
 

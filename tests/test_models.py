@@ -211,8 +211,10 @@ def test_output_has_the_declared_shape(name):
         "towers": "items",
     }.get(gives, "")
     width = getattr(config, card.names.get(word, word), None)
+    width = getattr(config, "outputs", width) if gives == "image" else width  # of networks that translate images
     assert {
         "score": output.shape[1:] == (1,),
+        "scores": output.ndim == 4 and output.shape[1] == 1,
         "sequence": output.ndim == 3 and output.shape[:2] == inputs[0].shape[:2],
         "reconstruction": output.shape == inputs[0].shape,
         "vector": output.ndim == 2,

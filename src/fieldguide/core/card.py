@@ -89,6 +89,7 @@ OUTPUT_TYPES: dict[str, str] = {
     "sequence": "B T D float",
     "vector": "B F float",
     "score": "B 1 float: how realistic the input is",
+    "scores": "B 1 h w float: how realistic each of h x w overlapping patches of the input is",
     "tokens": "logits B T vocab of the next token at each position",
     "words": "logits B T vocab of the token at each position, for masked tokens. `model.features(...)` returns B T D, "
     "`model.forward_head(...)` maps ... D to logits, so the head can be applied to the masked positions only",

@@ -1,8 +1,9 @@
-"""Helpers for padded batches of sequences."""
+"""Helpers for padded batches of sequences, and for images whose sides a network must halve."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,3 +35,9 @@ def reverse(x: Tensor, length: Tensor) -> Tensor:  # B T D, B int64 -> B T D
     place = torch.arange(x.shape[1], device=x.device)
     place = torch.where(place < length[:, None], length[:, None] - 1 - place, place)
     return x.gather(1, place[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def extend_image(image: Tensor, multiple: int) -> Tensor:  # B C H W -> B C H' W'
+    """Repeat the last row and column of images until the sides are multiples of `multiple`."""
+    high, wide = (-side % multiple for side in image.shape[2:])
+    return F.pad(image, (0, wide, 0, high), mode="replicate") if high or wide else image
