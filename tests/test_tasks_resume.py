@@ -27,6 +27,7 @@ TINY = {
     "instance-segmentation": "yolov8-seg-test",
     "panoptic-segmentation": "mask2former-test",
     "automatic-speech-recognition": "conformer-test",
+    "image-to-image": "cyclegan-test",
     "audio-classification": "simplecnn-test",
     "anomaly-detection": "conv-autoencoder-test",
     "time-series-classification": "inceptiontime-test",

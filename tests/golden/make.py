@@ -45,6 +45,7 @@ RUNS = {
     "image-to-text": ("described", "blip-test", {"task.side": 16, "task.vocab": 300}),
     "instance-segmentation": ("shapes", "yolov8-seg-test", {"batch": 16, "task.side": 96}),
     "panoptic-segmentation": ("scenery", "mask2former-test", {"batch": 8, "task.side": 96, **SMALL_MASK_SET}),
+    "image-to-image": ("outlines", "pix2pix-test", {"model.dim": 8, "task.adversarial": 0}),
     "audio-classification": ("words", "resnet20", {"model.widths": (4, 8), "model.depths": (1, 1)}),
     "anomaly-detection": ("pumps", "conv-autoencoder-test", {"task.length": 16}),
     "text-embedding": ("helpdesk", "bert-test", {"task.vocab_size": 320, "task.length": 24}),
@@ -111,9 +112,10 @@ def inputs(task: str, home: Path, folder: Path) -> list[str]:
         "panoptic-segmentation",
         "image-to-text",
         "image-text-to-text",
+        "image-to-image",
     ):
         place, each = (home, 300) if home.is_dir() else (home.parent, 12)
-        chosen = sorted(p for p in place.rglob("*.png") if "annotations" not in p.parts)[::each]
+        chosen = sorted(p for p in place.rglob("*.png") if not {"annotations", "B"} & set(p.parts))[::each]
         names = [f"image-{i}.png" for i in range(len(chosen))]
         for path, name in zip(chosen, names):
             shutil.copy(path, folder / name)

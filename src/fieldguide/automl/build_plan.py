@@ -185,7 +185,9 @@ class Plan:
         """Return a plan for another architecture on the same examples."""
         card, size = registry.find(option.name)
         dims = {"output_type": self.task.output_types, **self.task.model_dims()}
-        parts = {name: configure_part(part, self.task.model_dims(), card, size) for name, part in card.parts.items()}
+        parts = {
+            name: configure_part(part, self.task.model_dims(), card, size) for name, part in self.task.part_names(card).items()
+        }
         config = build_config(card, size, dims)
         plan = Plan(self.source, self.task, self.why, self.splits, card, size, config, Settings(), self.advice, parts)
         plan.complete(self.requested, callback, shared=self)
@@ -204,7 +206,7 @@ class Plan:
         config = config or build_config(checkpoint.card, checkpoint.size, dims)
         parts = {
             name: configure_part(part, task.model_dims(), checkpoint.card, checkpoint.size)
-            for name, part in checkpoint.card.parts.items()
+            for name, part in task.part_names(checkpoint.card).items()
         }
         plan = Plan(
             self.source,
@@ -352,7 +354,7 @@ def build_plan(
     except TypeError as error:
         raise SettingsError(f"--set model.FIELD: {error}") from None
     callback.on_plan(choice.advice, config)
-    parts = {name: configure_part(part, fitted.model_dims(), card, size) for name, part in card.parts.items()}
+    parts = {name: configure_part(part, fitted.model_dims(), card, size) for name, part in fitted.part_names(card).items()}
     plan = Plan(
         choice.source, fitted, choice.why, choice.splits, card, size, config, Settings(), choice.advice, parts, choice.location
     )

@@ -31,8 +31,8 @@ def plan(
     devices: int = 1,
     strategy: str = "ddp",
     batch: int | None = None,
-    length: int = 128,
-    side: int = 224,
+    length: int | None = None,
+    side: int | None = None,
     dtype: str = "float32",
     new_tokens: int = 0,
     task: str | None = None,
@@ -53,7 +53,8 @@ def plan(
     devices : number of devices, whose work is shared by `strategy`: "ddp", "fsdp" for training, or
         "tensor" for serving.
     batch : rows per device and step; by default as chosen for the data, or 32.
-    length, side : tokens per row and pixels per side, where the network leaves them open.
+    length, side : tokens per row and pixels per side, where the network leaves them open; by default those of the run, else 128
+        and 224.
     dtype : of the stored weights of a network that is named: "float32" or "bfloat16".
     new_tokens : tokens that a language model writes for each row, whose keys and values are cached.
     settings : training settings by name, and fields of the network as `model.FIELD`.
@@ -77,8 +78,7 @@ def plan(
         "machine": on,
         "devices": devices,
         "strategy": strategy,
-        "length": length,
-        "side": side,
+        **{name: value for name, value in (("length", length), ("side", side)) if value is not None},
         "new_tokens": new_tokens,
     }
     if (Path(source) / "run.json").is_file():
@@ -122,6 +122,8 @@ def plan_run(
     if card.solver:
         modes = tuple(mode for mode in modes if mode != "train")  # it is fitted in seconds, without steps
     chosen = run.settings.override(requested)
+    sizes = {name: getattr(run.task.options, name, None) for name in ("length", "side")}
+    shared = {**{name: size for name, size in sizes.items() if isinstance(size, int)}, **shared}
     return [
         planning.estimate(
             make,

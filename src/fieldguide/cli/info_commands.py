@@ -28,8 +28,12 @@ def plan(
         str, typer.Option(help="How several devices share the work: ddp, fsdp (training) or tensor (serving).")
     ] = "ddp",
     batch: Annotated[int | None, typer.Option(help="Rows per device and step.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens per row, where the network leaves it open.")] = 128,
-    side: Annotated[int, typer.Option(help="Pixels per side, where the network leaves it open.")] = 224,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per row, where the network leaves it open: that of the run, else 128.")
+    ] = None,
+    side: Annotated[
+        int | None, typer.Option(help="Pixels per side, where the network leaves it open: those of the run, else 224.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Type of stored weights: float32 or bfloat16.")] = "float32",
     new_tokens: Annotated[int, typer.Option(help="Tokens that a language model writes for each row.")] = 0,
     as_json: Json = False,

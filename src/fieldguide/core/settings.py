@@ -50,7 +50,9 @@ class Settings:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     teacher: str | None = None  # run folder of the teacher for distillation
     distillation: str = "hard"  # hard | soft: learn the teacher's predicted class or its probabilities
-    loss: str | None = None  # GANs: non-saturating | hinge | wasserstein | relativistic; None = as published with the model
+    loss: str | None = (
+        None  # GANs: non-saturating | hinge | wasserstein | relativistic | least-squares; None = as published with the model
+    )
     penalty: str = "none"  # GANs: none | gp (WGAN-GP) | r1 | r1r2: gradient penalty of the critic
     penalty_weight: float | None = None  # factor of the penalty; None = as published: gp 10, r1 10 (halved), r1r2 1 (halved)
     penalty_interval: int = (
@@ -161,7 +163,7 @@ CHOICES = {
     "tracker": ("none", "tensorboard", "mlflow", "wandb"),
     "finetune": ("whole", "frozen", "lora"),
     "distillation": ("hard", "soft"),
-    "loss": ("non-saturating", "hinge", "wasserstein", "relativistic"),
+    "loss": ("non-saturating", "hinge", "wasserstein", "relativistic", "least-squares"),
     "penalty": ("none", "gp", "r1", "r1r2"),
     "augment_critic": ("none", "ada"),
 }

@@ -99,7 +99,9 @@ class TableReader(TableColumns):
             self.raw.splits,
             self.raw.context,
         )
-        for column in columns.values():
+        for column in sorted(
+            columns.values(), key=lambda c: c.role == "target"
+        ):  # sizes are those of the input, if both are images
             is_absent_target = (
                 column.role == "target"
                 and self.options.labels_optional

@@ -327,7 +327,7 @@ class Comparison:
     def compare(self, want: Any, got: Any, rounded: bool = False) -> tuple[float, str]:
         """Return the largest relative difference of numbers, and the first problem, or "". With `rounded`, pixels may differ by 0.1."""
         if isinstance(want, Media):
-            return self.compare_masks(np.asarray(Image.open(io.BytesIO(want.content))), decode_mask(got))
+            return self.compare_images(Image.open(io.BytesIO(want.content)), decode_image(got))
         if isinstance(want, Mapping):
             keys = [key for key, value in want.items() if not is_left_out(key, value, want)]
             if missing := [key for key in keys if not isinstance(got, Mapping) or key not in got]:
@@ -359,12 +359,17 @@ class Comparison:
                 first = f"{key}: {problem}"
         return largest, first
 
-    def compare_masks(self, want: np.ndarray, got: np.ndarray | None) -> tuple[float, str]:
-        """Return the fraction of pixels whose class differs, and the problem if it exceeds the tolerance."""
-        if got is None or got.shape != want.shape:
-            return 1.0, "the mask has another size or is missing"
-        difference = float(np.mean(want != got))
-        return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels have another class"
+    def compare_images(self, want: Image.Image, got: Image.Image | None) -> tuple[float, str]:
+        """Return the fraction of pixels that differ, and the problem if it exceeds the tolerance.
+
+        Of masks, whose pixels are numbers of classes, all differences count; of other images, those by more than one level.
+        """
+        a, b = np.asarray(want), np.asarray(got) if got is not None else None
+        if b is None or b.shape != a.shape:
+            return 1.0, "the image has another size or is missing"
+        allowed = 0 if want.mode == "P" else 1
+        difference = float(np.mean(np.abs(a.astype(int) - b.astype(int)) > allowed))
+        return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels differ"
 
     def compare_objects(self, want: list[Any], got: list[Any]) -> tuple[float, str]:
         """Return what `compare` does for objects in the order of their scores; those of equal score may be in another order.
@@ -395,11 +400,11 @@ class Comparison:
         return any(one["score"] <= min(other["score"] for other in record) + self.tolerance for record in full)
 
 
-def decode_mask(value: Any) -> np.ndarray | None:
-    """Return the pixels of a PNG file in a data URL; None for anything else."""
+def decode_image(value: Any) -> Image.Image | None:
+    """Return a PNG file in a data URL as an image; None for anything else."""
     if not isinstance(value, str) or not value.startswith("data:image/png;base64,"):
         return None
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2]))))
+    return Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2])))
 
 
 def is_left_out(key: str, value: Any, record: Mapping[str, Any]) -> bool:

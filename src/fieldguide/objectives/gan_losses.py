@@ -98,11 +98,25 @@ class Relativistic(GANLoss):
         return F.softplus(r - f).mean()
 
 
+class LeastSquares(GANLoss):
+    """Squared distance of the scores from 1 for real and from 0 for generated examples (Mao et al. 2017, arXiv:1611.04076, equation 9).
+
+    Both sums are without the factor 1/2 of the paper, as in CycleGAN.
+    """
+
+    def critic(self, r: Tensor, f: Tensor) -> dict[str, Tensor]:
+        return {"real": ((r - 1) ** 2).mean(), "fake": (f**2).mean()}
+
+    def generator(self, f: Tensor, r: Tensor | None = None) -> Tensor:
+        return ((f - 1) ** 2).mean()
+
+
 LOSSES: dict[str, type[GANLoss]] = {
     "non-saturating": NonSaturating,
     "hinge": Hinge,
     "wasserstein": Wasserstein,
     "relativistic": Relativistic,
+    "least-squares": LeastSquares,
 }
 
 

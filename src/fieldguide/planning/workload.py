@@ -35,6 +35,7 @@ from fieldguide.objectives.contrastive import IMAGE_TEXT_OBJECTIVES, build_contr
 from fieldguide.objectives.contrastive_frames import ContrastiveFrames, sample_distractors, sample_hidden_frames
 from fieldguide.objectives.detection import decode
 from fieldguide.objectives.detectors import DETECTORS
+from fieldguide.objectives.image_translation import PairedTranslation
 from fieldguide.objectives.mask_set import MaskSetInstances
 from fieldguide.objectives.pose_detection import PoseDetection
 from fieldguide.objectives.prototype_masks import PrototypeDetection
@@ -364,6 +365,8 @@ def build_image(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape
         return build_adversarial(card, network, shape, get)
     if "latent" in inputs:  # the error of a prediction, as of noise
         return build_mean_square(card, network, inputs, shape, get)
+    if card.input_type == "image":
+        return build_translation(card, network, inputs, shape, get)
     data = "video" if "video" in inputs else "image"
     del inputs["time"]
 
@@ -384,6 +387,15 @@ def build_adversarial(card: Card, network: nn.Module, shape: Shape, get: Any) ->
     batch = {"image": torch.zeros(shape.batch, channels, side, side, device=shape.device)}
     settings = Settings().with_(card.recipe)
     return Workload(build_gan(network, critic, settings, noise=get("noise", 100), real="image"), batch)
+
+
+def build_translation(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    critic_card, size = registry.find(card.parts["critic"])
+    needs = {"channels": get("channels", 3), "outputs": get("outputs", 3), "image": inputs["image"].shape[-1], "paired": True}
+    adapted = critic_card.adapt(needs) if critic_card.adapt else {}
+    critic = build_network(critic_card, critic_card.resolve_config(size, **adapted), shape.device)
+    inputs["target"] = inputs["image"].new_zeros(shape.batch, needs["outputs"], *inputs["image"].shape[2:])
+    return Workload(PairedTranslation(network, critic), inputs, labels=("target",))
 
 
 def build_mean_square(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:

@@ -141,6 +141,10 @@ class Preprocessor(TaskSpec):
         """Return the dimensions that the data requires of a model, by their standard names: num_classes, channels, ..."""
         raise NotImplementedError
 
+    def part_names(self, card: Card) -> Mapping[str, str]:
+        """Return the further networks that the objective takes, by name in `objective`, such as the critic of a generator."""
+        return card.parts
+
     def data_facts(self) -> dict[str, Any]:
         """Return facts about the data that the advisor's rules compare."""
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fieldguide.data.samples.writers import write_csv
 
@@ -19,6 +20,60 @@ def write_digits(folder: Path) -> None:
     for i, (pixels, digit) in enumerate(zip(data.images, data.target)):
         gray = (pixels * (255 / 16)).round().astype("uint8")
         Image.fromarray(gray).save(folder / str(digit) / f"{i:04d}.png")
+
+
+CANVAS, DIGIT_SIDE = 32, 22  # pixels per side of drawings, and of the digit in them
+INK_THRESHOLD = 0.45  # of the brightness of an enlarged digit: more is inside of its stroke
+
+
+def draw_digits() -> list[Any]:
+    """Return each scanned digit enlarged to a smooth stroke at a random place: bool arrays of `CANVAS` pixels per side."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    rng, drawn = np.random.default_rng(0), []
+    for pixels in load_digits().images:
+        gray = Image.fromarray((pixels * (255 / 16)).round().astype("uint8")).resize(
+            (DIGIT_SIDE,) * 2, Image.Resampling.BICUBIC
+        )
+        top, left = rng.integers(0, CANVAS - DIGIT_SIDE + 1, 2)
+        inside = np.zeros((CANVAS, CANVAS), dtype=bool)
+        inside[top : top + DIGIT_SIDE, left : left + DIGIT_SIDE] = np.asarray(gray) > 255 * INK_THRESHOLD
+        drawn.append(inside)
+    return drawn
+
+
+def write_outlines(folder: Path) -> None:
+    """Write pairs: A holds the outlines of digits, B the digits filled with a gradient from orange to blue, 32 x 32 pixels."""
+    import numpy as np
+    from PIL import Image
+
+    (folder / "A").mkdir()
+    (folder / "B").mkdir()
+    gradient = np.linspace((255, 150, 40), (40, 110, 255), CANVAS)[:, None]  # S 1 3
+    for i, inside in enumerate(draw_digits()):
+        moved = [np.roll(inside, step, axis) for axis in (0, 1) for step in (-1, 1)]
+        outline = inside & ~np.logical_and.reduce(moved)
+        Image.fromarray(np.where(outline, 0, 255).astype("uint8")).save(folder / "A" / f"{i:04d}.png")
+        filled = np.where(inside[..., None], gradient, (24.0, 24.0, 32.0))
+        Image.fromarray(filled.round().astype("uint8")).save(folder / "B" / f"{i:04d}.png")
+
+
+def write_inks(folder: Path) -> None:
+    """Write two domains without pairs, 32 x 32 pixels: digits in chalk on a green board, and other digits in ink on paper."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(1)
+    colors = {"chalk": ((38, 70, 54), (236, 236, 226)), "ink": ((244, 236, 214), (30, 44, 120))}  # ground and stroke
+    for name in colors:
+        (folder / name).mkdir()
+    for i, inside in enumerate(draw_digits()):
+        name = ("chalk", "ink")[i % 2]
+        ground, stroke = colors[name]
+        image = np.where(inside[..., None], stroke, ground) + rng.normal(0, 4, (CANVAS, CANVAS, 3))
+        Image.fromarray(image.round().clip(0, 255).astype("uint8")).save(folder / name / f"{i:04d}.png")
 
 
 def build_table_writer(loader: str, target: str) -> Callable[[Path], None]:

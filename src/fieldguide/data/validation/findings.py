@@ -11,6 +11,7 @@ import numpy as np
 from fieldguide.data.column_types import TypedColumn
 from fieldguide.data.dataset import LINE, CellProblems, Data, Finding
 from fieldguide.data.media.media_types import MediaCheck, Medium
+from fieldguide.data.source import relative_path
 
 MAX_SHOWN_PLACES = 5  # maximum number of locations in a finding
 MAX_PROBLEM_EXAMPLES = 3  # maximum number of cells that are shown for a problem of a column
@@ -29,10 +30,17 @@ def simplify_label(label: str) -> str:
 
 
 def locate_file(data: Data, row: int, column: str, named: bool = False) -> str:
-    """Return the location of a row, with the name of the media file if the location does not tell which one it is, or if `named`."""
+    """Return the location of a row, with the name of the media file if the location does not tell which one it is, or if `named`.
+
+    Of pairs of files with equal names, such as an image and its mask, it is the path of the file itself.
+    """
     place, file = data.locate_row(row), data.rows[column][row]
     has_line = not named and LINE in data.rows.columns and data.rows[LINE][row] is not None
-    return place if has_line or file is None or Path(place).name == Path(file).name else f"{place}: {Path(file).name}"
+    if has_line or file is None:
+        return place
+    if Path(place).name == Path(file).name:
+        return relative_path(Path(file), Path(data.manifest.root))
+    return f"{place}: {Path(file).name}"
 
 
 def media_findings(data: Data, medium: Medium, checked: Sequence[MediaCheck], bad: np.ndarray, column: str) -> list[Finding]:

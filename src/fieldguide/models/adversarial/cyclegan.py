@@ -111,6 +111,6 @@ CARD = Card(
         "cyclegan-test": Size(channels=2, outputs=2, dim=2, depth=2, halvings=1),
     },
     weights={"junyanz": list_names},
-    recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0, "grad_clip": 0.0, "warmup": 0.0},
+    recipe={"optimizer": "adamw", "lr": 2e-3, "beta1": 0.5, "weight_decay": 0.0, "grad_clip": 0.0, "warmup": 0.0},
     parts={"critic": "patchgan"},
 )

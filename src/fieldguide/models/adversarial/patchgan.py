@@ -11,7 +11,9 @@ Shapes: B batch, C channels, H W height and width, h w rows and columns of patch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,9 +66,23 @@ class PatchGAN(nn.Module):
         return self.model(image)
 
 
-JUNYANZ: dict[str, Row] = {f"model.{{i}}.{name}": f"model.{{i}}.{name}" for name in ("weight", "bias")} | {
-    f"model.{{i}}.{name}": Dropped("statistics are those of each image")
-    for name in ("running_mean", "running_var", "num_batches_tracked")
+def adapt_to_images(need: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that follow from the images of a generator.
+
+    The critic of pairs sees input and output. On small images, patches of 70 pixels would be whole images, and a critic of full width
+    would take most of the time.
+    """
+    paired, side = bool(need.get("paired")), need.get("image", 256)
+    small = {"dim": 16, "depth": 2} if side <= 32 else {"dim": 32} if side <= 64 else {}
+    return {"channels": need["channels"] + (need["outputs"] if paired else 0), "scaled": paired, **small}
+
+
+JUNYANZ: dict[str, Row] = {
+    **{f"model.{{i}}.{name}": f"model.{{i}}.{name}" for name in ("weight", "bias")},
+    **{
+        f"model.{{i}}.{name}": Dropped("statistics are those of each image")
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+    },
 }
 
 CARD = Card(
@@ -88,12 +104,5 @@ CARD = Card(
     },
     weights={"junyanz": JUNYANZ},
     recipe={"optimizer": "adamw", "lr": 2e-4, "beta1": 0.5, "weight_decay": 0.0},
-    # The critic of pairs sees input and output.
-    adapt=lambda need: (
-        {"channels": need["channels"] + need["outputs"]}
-        if need.get("paired")
-        else {"scaled": False}
-        if "outputs" in need
-        else {}
-    ),
+    adapt=lambda need: adapt_to_images(need) if "outputs" in need else {},
 )

@@ -46,7 +46,7 @@ class Pix2Pix(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
-        widths = [c.dim * min(1 << level, 8) for level in range(c.depth)]
+        widths = self.widths = [c.dim * min(1 << level, 8) for level in range(c.depth)]
         inside = range(1, c.depth - 1)  # levels with a norm on the way down: neither the first nor the lowest
         self.down = nn.ModuleList(nn.Conv2d(i, o, 4, 2, 1, bias=False) for i, o in zip([c.channels, *widths[:-1]], widths))
         self.down_norms = nn.ModuleDict({str(level): make_norm(widths[level]) for level in inside})
@@ -66,7 +66,7 @@ class Pix2Pix(nn.Module):
     def dropout_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """Return the shape D H W of the map of each level with dropout, for images of this size."""
         sides = [-(-side >> self.config.depth) << self.config.depth for side in (height, width)]
-        return [(self.up[level].out_channels, sides[0] >> level, sides[1] >> level) for level in self.dropped]
+        return [(self.widths[level - 1], sides[0] >> level, sides[1] >> level) for level in self.dropped]
 
     def forward(self, image: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:  # B C H W -> B K H W in -1 .. 1
         """Translate images.
@@ -130,12 +130,11 @@ CARD = Card(
     weights={"junyanz": lambda config: list_names(config.depth)},
     recipe={
         "optimizer": "adamw",
-        "lr": 2e-4,
+        "lr": 2e-3,
         "beta1": 0.5,
         "weight_decay": 0.0,
         "grad_clip": 0.0,
         "warmup": 0.0,
-        "schedule": "constant",
-    },  # section 3.3 of the paper
+    },  # section 3.3 of the paper; the rate of 2e-4 is meant for hundreds of epochs
     parts={"critic": "patchgan"},
 )
