@@ -438,12 +438,8 @@ def test_a_run_of_pairs(paired_run, pairs, tmp_path):
     alone = paired_run.predict([str(pairs / "A" / "00.png")])
     assert alone[0]["image"].content == answers[1]["image"].content
     found = paired_run.evaluate(pairs)
-    assert (
-        found["rows"] == 8
-        and found["scores"]["l1"] == pytest.approx(paired_run.scores["l1"], rel=1e-4)
-       
+    assert found["rows"] == 8 and found["scores"]["l1"] == pytest.approx(paired_run.scores["l1"], rel=1e-4)
     assert "<html" in (paired_run.path / "report.html").read_text(encoding="utf-8")[:200].lower()
-    )
 
 
 def test_a_run_without_pairs(tmp_path):
