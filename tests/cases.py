@@ -1649,6 +1649,10 @@ CASES = {
     "r3gan-discriminator": Case(
         inputs=labeled_image, peer=lambda model: equations(stylegans.r3gan_discriminator(model.config))(model), slack=4.0
     ),
+    "wgan": Case(inputs=row("noise"), peer=equations(references.dcgan)),
+    "wgan-discriminator": Case(inputs=image, peer=equations(stylegans.wgan_discriminator)),
+    "wgan-mlp": Case(inputs=row("noise"), peer=equations(stylegans.wgan_mlp), lr=3e-2),
+    "wgan-mlp-discriminator": Case(inputs=image, peer=equations(stylegans.wgan_mlp_discriminator)),
     "wgan-gp": Case(inputs=row("noise"), peer=equations(references.sngan), slack=4.0),  # biases before norms
     "wgan-gp-discriminator": Case(inputs=image, peer=equations(references.wgan_gp_discriminator)),
     "pix2pix": Case(inputs=image, peer=equations(references.pix2pix), slack=4.0),

@@ -1,4 +1,4 @@
-"""Slow references of the StyleGANs and of R3GAN, equation by equation from the papers.
+"""Slow references of the StyleGANs, of R3GAN and of WGAN, equation by equation from the papers.
 
 Resampling inserts zeros and convolves; each example has its own kernel, in a loop. `convolve` and `Equations` are those of
 `references`.
@@ -16,7 +16,7 @@ import scipy.special
 import torch
 from torch import Tensor
 
-from references import convolve, halve_side
+from references import batch_normalise, convolve, halve_side
 
 Tensors = dict[str, Any]
 
@@ -377,3 +377,33 @@ def r3gan_discriminator(config: Any) -> Callable[..., Tensor]:
         return (x * (label @ p["embed.weight"].T)).sum(1, keepdim=True) if config.num_classes else x
 
     return function
+
+
+# ---------------------------------------------------------------------------------------------- WGAN
+
+
+def wgan_discriminator(p: Tensors, pictures: Tensor) -> Tensor:
+    """Halve the side and normalize, except in the first and last layer; no sigmoid."""
+    slope = lambda x: torch.where(x > 0, x, 0.2 * x)
+    x, place = slope(convolve(pictures, p["main.0.weight"], stride=2, border=1)), 2
+    while f"main.{place + 1}.weight" in p:
+        x = convolve(x, p[f"main.{place}.weight"], stride=2, border=1)
+        x, place = slope(batch_normalise(p, f"main.{place + 1}", x)), place + 3
+    return convolve(x, p[f"main.{place}.weight"]).flatten(1)
+
+
+def wgan_layers(p: Tensors, x: Tensor) -> Tensor:
+    """Four dense layers with ReLU in between."""
+    for place in (0, 2, 4, 6):
+        x = torch.stack([p[f"main.{place}.weight"] @ row + p[f"main.{place}.bias"] for row in x])
+        x = x if place == 6 else torch.where(x > 0, x, torch.zeros_like(x))
+    return x
+
+
+def wgan_mlp(p: Tensors, z: Tensor) -> Tensor:
+    x = wgan_layers(p, z)
+    return x.reshape(len(z), 2, -1, round((x.shape[1] / 2) ** 0.5))  # two channels
+
+
+def wgan_mlp_discriminator(p: Tensors, pictures: Tensor) -> Tensor:
+    return wgan_layers(p, pictures.reshape(len(pictures), -1))

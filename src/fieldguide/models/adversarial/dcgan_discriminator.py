@@ -69,11 +69,15 @@ class Discriminator(nn.Module):
 
     def forward_logits(self, x: Tensor) -> Tensor:  # B C S S -> B 1
         """Return the scores whose sigmoid is the probability that an image is real."""
+        self.check_side(x)
+        return self.main[:-1](x).flatten(1)
+
+    def check_side(self, x: Tensor) -> None:  # B C S S
+        """Raise `DataError` for images of another side."""
         if x.shape[2:] != (self.config.image, self.config.image):
             raise DataError(
                 f"the images have {x.shape[3]} x {x.shape[2]} pixels, but the network was created for image={self.config.image}"
             )
-        return self.main[:-1](x).flatten(1)
 
 
 CARD = Card(

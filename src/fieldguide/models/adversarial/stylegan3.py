@@ -102,8 +102,7 @@ class FourierInput(nn.Module):
         self.weight = nn.Parameter(nn.init.normal_(torch.empty(dim, dim)))
         self.affine = EqualizedLinear(style, 4)  # cosine, sine, and the shift
         nn.init.zeros_(self.affine.weight)
-        with torch.no_grad():
-            self.affine.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        self.affine.bias = nn.Parameter(torch.tensor([1.0, 0.0, 0.0, 0.0]))
 
     def forward(self, w: Tensor, motion: Tensor | None = None) -> Tensor:  # B W, B 3 3 -> B D H H
         """Return the waves at all pixels. `motion` maps places of the new image to places of the old one (x, y, 1)."""
