@@ -115,4 +115,4 @@ def test_r3gan_learns_figures(tmp_path):
     )
     assert run.record["settings"]["loss"] == "relativistic" and run.record["settings"]["penalty"] == "r1r2"
     assert run.record["model"]["parts"]["critic"]["size"] == "r3gan-discriminator-mini"
-    assert run.scores["classifier_accuracy"] > 0.7
+    assert run.scores["classifier_accuracy"] > 0.75

@@ -410,10 +410,19 @@ def test_stylegan2_learns_figures(tmp_path):
         task="image-generation",
         model="stylegan2-mini",
         out=tmp_path / "run",
-        settings={"steps": 700, "batch": 32, "evaluate": 100, "ema": 0.98, "minutes": 0, "precision": "float32"},
+        settings={
+            "steps": 700,
+            "batch": 64,
+            "evaluate": 100,
+            "lr": 0.02,
+            "ema": 0.98,
+            "penalty_weight": 0.1,
+            "minutes": 0,
+            "precision": "float32",
+        },
     )
     assert run.record["settings"]["path_length_weight"] == 2 and run.record["settings"]["penalty_interval"] == 16
     assert run.record["model"]["parts"]["critic"]["size"] == "stylegan2-discriminator-mini"
     plain, typical = (run.predict(["3"], count=4, truncation=t) for t in (1.0, 0.5))
     assert [a["class"] for a in typical] == ["3"] * 4 and plain[0]["image"] != typical[0]["image"]
-    assert run.scores["classifier_accuracy"] > 0.7
+    assert run.scores["classifier_accuracy"] > 0.75

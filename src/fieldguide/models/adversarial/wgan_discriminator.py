@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.models.adversarial import dcgan_discriminator
@@ -29,7 +29,7 @@ class Discriminator(dcgan_discriminator.Discriminator):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.main = self.main[:-1]  # no sigmoid
+        self.main = nn.Sequential(*list(self.main)[:-1])  # no sigmoid
 
     def forward(self, x: Tensor) -> Tensor:  # B C S S -> B 1
         return self.forward_logits(x)
