@@ -96,18 +96,24 @@ def styled(p: Tensors, name: str, x: Tensor, w: Tensor, up: bool, taps: Tensor) 
     return leak(x + p[f"{name}.strength"] * noise + p[f"{name}.bias"][:, None, None])
 
 
-def stylegan2(config: Any) -> Callable[..., Tensor]:
+def pick(styles: Tensor | None, w: Tensor) -> Callable[[int], Tensor]:
+    """Return a function that gives the style of a layer: the same for all, or its own of B L W."""
+    return lambda layer: w if styles is None else styles[:, layer]
+
+
+def stylegan2(config: Any, styles: Tensor | None = None) -> Callable[..., Tensor]:
+    """The layer to the image of a resolution has the style of the first convolution of the next one."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 
     def function(p: Tensors, z: Tensor) -> Tensor:
-        w, smooth = map_style(p, z, config.noise - config.num_classes), taps.to(z.dtype)
+        w, smooth = pick(styles, map_style(p, z, config.noise - config.num_classes)), taps.to(z.dtype)
         x, image, i = p["synthesis.blocks.0.const"].expand(len(z), -1, -1, -1), None, 0
         while f"synthesis.blocks.{i}.rgb.weight" in p:
             name = f"synthesis.blocks.{i}"
             if i:
-                x = styled(p, f"{name}.conv0", x, w, True, smooth)
-            x = styled(p, f"{name}.conv1", x, w, False, smooth)
-            style = dense(p, f"{name}.rgb.style", w) / math.sqrt(x.shape[1])
+                x = styled(p, f"{name}.conv0", x, w(2 * i - 1), True, smooth)
+            x = styled(p, f"{name}.conv1", x, w(2 * i), False, smooth)
+            style = dense(p, f"{name}.rgb.style", w(2 * i + 1)) / math.sqrt(x.shape[1])
             own = torch.einsum("bdhw,bd,cd->bchw", x, style, p[f"{name}.rgb.weight"][:, :, 0, 0])
             own = own + p[f"{name}.rgb.bias"][:, None, None]
             image = own if image is None else resample(image, smooth, up=2, low=2, high=1, gain=4.0) + own
@@ -181,17 +187,17 @@ def enlarge(x: Tensor, kernel: Tensor, mirrored: bool) -> Tensor:
     return convolve(large, kernel.flip(2, 3) if mirrored else kernel, border=1)
 
 
-def stylegan1(config: Any) -> Callable[..., Tensor]:
+def stylegan1(config: Any, styles: Tensor | None = None) -> Callable[..., Tensor]:
     def function(p: Tensors, z: Tensor) -> Tensor:
-        w = map_style(p, z, config.noise - config.num_classes)
+        w = pick(styles, map_style(p, z, config.noise - config.num_classes))
         gained = lambda name: p[f"{name}.weight"] * math.sqrt(2 / p[f"{name}.weight"][0].numel())
         taps, i = torch.tensor([0.25, 0.5, 0.25], dtype=z.dtype), 0
-        x = styled_maps(p, "synthesis.maps0", p["synthesis.const"].expand(len(z), -1, -1, -1), w)
-        x = styled_maps(p, "synthesis.maps1", convolve(x, gained("synthesis.conv1"), border=1), w)
+        x = styled_maps(p, "synthesis.maps0", p["synthesis.const"].expand(len(z), -1, -1, -1), w(0))
+        x = styled_maps(p, "synthesis.maps1", convolve(x, gained("synthesis.conv1"), border=1), w(1))
         while (name := f"synthesis.blocks.{i}") + ".conv0.weight" in p:
             x = enlarge(x, gained(f"{name}.conv0"), 2 * x.shape[2] >= 128)
-            x = styled_maps(p, f"{name}.maps0", resample(x, taps, low=1, high=1), w)
-            x = styled_maps(p, f"{name}.maps1", convolve(x, gained(f"{name}.conv1"), border=1), w)
+            x = styled_maps(p, f"{name}.maps0", resample(x, taps, low=1, high=1), w(2 * i + 2))
+            x = styled_maps(p, f"{name}.maps1", convolve(x, gained(f"{name}.conv1"), border=1), w(2 * i + 3))
             i += 1
         last = max(int(key.split(".")[2]) for key in p if key.startswith("synthesis.to_image"))
         return equalised(p, f"synthesis.to_image.{last}", x)
@@ -311,12 +317,12 @@ def alias_free(p: Tensors, name: str, x: Tensor, w: Tensor, i: int, config: Any)
     return resample((x if last else leak(x)).clamp(-256, 256), second, down=down)
 
 
-def stylegan3(config: Any, motion: Tensor | None = None) -> Callable[..., Tensor]:
+def stylegan3(config: Any, motion: Tensor | None = None, styles: Tensor | None = None) -> Callable[..., Tensor]:
     def function(p: Tensors, z: Tensor) -> Tensor:
-        w = map_style(p, z, config.noise - config.num_classes)
-        x = waves(p, w, bands(config)[0], motion)
+        w = pick(styles, map_style(p, z, config.noise - config.num_classes))
+        x = waves(p, w(0), bands(config)[0], motion)
         for i in range(config.layers + 1):
-            x = alias_free(p, f"synthesis.layers.{i}", x, w, i, config)
+            x = alias_free(p, f"synthesis.layers.{i}", x, w(i + 1), i, config)
         return 0.25 * x
 
     return function

@@ -155,6 +155,16 @@ def test_mixed_styles_change_at_one_layer():
     torch.testing.assert_close(styles[:, 0], first[:, 0])
 
 
+@pytest.mark.parametrize("name", ["stylegan1", "stylegan2", "stylegan3"])
+def test_each_layer_has_its_own_style(name):
+    model = tiny(name)
+    torch.manual_seed(1)
+    styles = torch.randn(2, model.layers, 6, dtype=torch.float64)
+    peer = Equations(model, getattr(stylegans, name)(model.config, styles=styles)).double().eval()
+    peer.load_state_dict(Equations.translate(model.state_dict()))
+    torch.testing.assert_close(model.synthesis(styles), peer(torch.zeros(2, 8, dtype=torch.float64)), rtol=1e-9, atol=1e-10)
+
+
 def test_noise_is_drawn_in_training_only():
     model = tiny("stylegan2")
     z = torch.randn(2, 8, dtype=torch.float64)
