@@ -206,6 +206,12 @@ def test_dpm_solver(double, config, steps, order):
     compare({"_class_name": "DPMSolverMultistepScheduler", "solver_order": order, **config}, steps)
 
 
+@pytest.mark.parametrize("steps", [14, 15])  # the last steps have full order from 15 on
+def test_orders_of_the_last_steps(double, steps):
+    config = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "final_sigmas_type": "sigma_min"}
+    compare({**config, **STABLE}, steps)
+
+
 @pytest.mark.parametrize(
     "config", [STABLE, {**STABLE, "solver_type": "heun", "use_karras_sigmas": True}], ids=["plain", "heun"]
 )

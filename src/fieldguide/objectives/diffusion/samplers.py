@@ -265,8 +265,7 @@ class DPMSolver(Sampler):
         """Return the order of the present step."""
         left = len(state.schedule) - state.index
         order = min(self.order, left) if self.low_order_end and len(state.schedule) < MIN_STEPS_OF_HIGH_ORDER else self.order
-        known = sum(level.signal > 0 for level, _ in state.history[:-1])  # without signal, a step is infinitely long
-        return 1 if left == 1 and (self.euler_end or not state.target.noise) else min(order, known + 1)
+        return 1 if left == 1 and (self.euler_end or not state.target.noise) else min(order, len(state.history))
 
     def update(self, state: SamplingState, clean: Tensor, noise: Tensor) -> Tensor:
         if self.order not in (1, 2, 3):

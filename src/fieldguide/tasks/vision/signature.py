@@ -41,7 +41,7 @@ from fieldguide.tasks.signature_parts import (
     set_image,
 )
 
-SAMPLERS = ("dpm++", "ddim", "ddpm", "euler", "heun")
+SAMPLERS = ("dpm++-sde", "dpm++", "ddim", "ddpm", "euler", "heun")
 EDM_TIMES = (-1.56, 1.1)  # log(sigma) / 4 at both ends of the noise levels
 PROBE_SIDE = 256  # pixels per side of the image that shows whether a network keeps its size
 MIN_SEGMENTED_SIDE = 32  # pixels per side of the smallest example of an image to segment
