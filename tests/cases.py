@@ -144,6 +144,11 @@ def noisy(config: Any, rows: int) -> tuple[Tensor, ...]:
     )
 
 
+def noisy_target(config: Any, rows: int) -> tuple[Tensor, ...]:
+    target, time, _ = noisy(config, rows)
+    return target, time, torch.randn(rows, config.condition, *target.shape[2:])
+
+
 def speech(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return recordings of 9 to 21 frames, the longest first; the content after their end is arbitrary."""
     return torch.randn(rows, 21, config.features), torch.linspace(21, 9, rows).long()
@@ -889,11 +894,11 @@ def diffusers_unet(model: nn.Module) -> Peer:
     from fieldguide.models.diffusion.ddpm_unet import DIFFUSERS
     from tv import diffusers
 
-    c = model.config
+    c, extra = model.config, getattr(model.config, "condition", 0)
     attends = [c.image >> level in c.attend for level in range(len(c.growth))]
     peer = diffusers.UNet2DModel(
         sample_size=c.image,
-        in_channels=c.channels,
+        in_channels=c.channels + extra,
         out_channels=c.channels,
         layers_per_block=c.depth,
         block_out_channels=tuple(c.dim * growth for growth in c.growth),
@@ -914,6 +919,8 @@ def diffusers_unet(model: nn.Module) -> Peer:
             self.peer = peer
 
         def forward(self, image: Tensor, time: Tensor, label: Tensor) -> Tensor:
+            if extra:  # the third input is an image
+                return self.peer(torch.cat([image, label], 1), time).sample
             return self.peer(image, time, label if c.num_classes else None).sample
 
     return Sample(), lambda state: {
@@ -1656,6 +1663,7 @@ CASES = {
     "wgan-gp": Case(inputs=row("noise"), peer=equations(references.sngan), slack=4.0),  # biases before norms
     "wgan-gp-discriminator": Case(inputs=image, peer=equations(references.wgan_gp_discriminator)),
     "pix2pix": Case(inputs=image, peer=equations(references.pix2pix), slack=4.0),
+    "palette": Case(inputs=noisy_target, peer=diffusers_unet),
     "patchgan": Case(inputs=image, peer=equations(references.patchgan), slack=4.0),  # biases before norms
     "cyclegan": Case(
         inputs=soft, peer=equations(references.cyclegan), overrides=(("dim", 4), ("depth", 1)), lr=1e-2, slack=4.0

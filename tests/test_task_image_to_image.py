@@ -479,6 +479,34 @@ def test_exports_equal_predictions(how, paired_run, pairs, tmp_path):
     assert len((tmp_path / "out" / "run.py").read_text(encoding="utf-8").splitlines()) < 150
 
 
+def decode(answers) -> np.ndarray:  # N H W K
+    """Return the pixels of predicted images."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(answer["image"].content))).astype(int) for answer in answers])
+
+
+def test_diffusion_of_targets(pairs, tmp_path):
+    """A run of Palette: samples depend on seed, steps and number, not on the batch; graphs and domains are refused."""
+    run = fit(pairs, model="palette-test", out=tmp_path / "run", settings={**QUICK, "task.side": 16})
+    names = [str(pairs / "A" / f"0{i}.png") for i in range(3)]
+    made = decode(run.predict(names, seed=3, steps=4))
+    assert np.abs(decode(run.predict(names[:2], seed=3, steps=4)) - made[:2]).max() <= 1  # a level may be rounded either way
+    for other in ({"seed": 4, "steps": 4}, {"seed": 3, "steps": 5}, {"seed": 3, "steps": 4, "guidance": 2.0}):
+        assert np.abs(decode(run.predict(names, **other)) - made).max() > 1
+    with pytest.raises(FieldguideError, match="samples in several steps"):
+        run.export("onnx", out=tmp_path / "out")
+    assert run.scores["l1"] < 1
+    for name in ("a", "b"):
+        for i in range(8):
+            write_image(tmp_path / "data" / name / f"{name}{i}.png", i, (16, 16))
+    with pytest.raises(SettingsError, match="palette needs pairs"):
+        fit(tmp_path / "data", task="image-to-image", model="palette-test", out=tmp_path / "two", settings=QUICK)
+
+
+def test_options_of_samplers_need_a_diffusion_model(paired_run, pairs):
+    with pytest.raises(SettingsError, match="steps: not supported"):
+        paired_run.predict([str(pairs / "A" / "00.png")], steps=5)
+
+
 def test_settings_of_losses(pairs, tmp_path):
     run = fit(
         pairs,
@@ -516,8 +544,7 @@ def test_domains_are_learned(tmp_path):
     for answer, path in zip(run.predict([str(p) for p in paths]), paths):
         is_stroke = np.asarray(Image.open(path)).mean(-1) > 140
         true = np.where(is_stroke[..., None], stroke, ground)
-        made = np.asarray(Image.open(io.BytesIO(answer["image"].content))).astype(float)
-        errors.append(np.abs(made - true).mean() / 255)
+        errors.append(np.abs(decode([answer])[0] - true).mean() / 255)
     assert np.mean(errors) < 0.08  # the mean of ink images has 0.25
 
 

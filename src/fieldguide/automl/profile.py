@@ -84,6 +84,13 @@ def build_example_inputs(
             torch.zeros(batch, 1, 2, 2, device=device),
             torch.ones(batch, 1, 2, dtype=torch.int64, device=device),
         )
+    if card.input_type == "noisy-target":
+        side = get("image", side)
+        return (
+            torch.zeros(batch, get("outputs", 3), side, side, device=device),
+            torch.zeros(batch, device=device),
+            torch.zeros(batch, get("channels", 3), side, side, device=device),
+        )
     if card.input_type == "noisy-video":
         side = get("image", side)
         return (

@@ -41,6 +41,11 @@ INPUT_TYPES: dict[str, tuple[str, ...]] = {
     "static-covariates": ("series", "past", "known", "static"),  # as for "covariates", and B S float: properties of the series
     "noisy": ("image", "time", "label"),  # B C H W float, B float: noise level, B int64: class (0 = unconditional); if the
     # config has a vocabulary, B T int64: caption tokens (0 = none)
+    "noisy-target": (
+        "target",
+        "time",
+        "image",
+    ),  # B K H W float: noisy target, B float: noise level, B C H W float: the image that it belongs to
     "noisy-video": ("video", "time", "label"),  # B F C H W float: F frames; the others as for "noisy"
     "noisy-latent": (
         "latent",

@@ -185,11 +185,23 @@ def describe_noisy(get: Get, card: Card) -> list[TensorSpec]:
     ]
 
 
+def describe_noisy_target(get: Get, card: Card) -> list[TensorSpec]:
+    """Return noisy targets, the noise level, and the images that they belong to."""
+    sides = tuple(fix(name, get("image", 32)) for name in ("height", "width"))
+    target = (BATCH, fix("outputs", get("outputs", 3)), *sides)
+    return [
+        TensorSpec("target", "float32", target, "noisy targets, -1 to 1 without noise"),
+        TensorSpec("time", "float32", (BATCH,), "noise level", low=0, high=TIMESTEPS - 1),
+        TensorSpec("image", "float32", (BATCH, fix("channels", get("channels", 3)), *sides), "images, standardized"),
+    ]
+
+
 def describe_noisy_latent(get: Get, card: Card) -> list[TensorSpec]:
     """Return noisy latents, the noise level, and what text encoders return for a text."""
     sides = (fix(name, get("image", 64)) for name in ("height", "width"))
     channels = fix("channels", get("channels", 4) + get("extra", 0))
-    text = BATCH, Axis("tokens"), fix("text_features", get("text_dim"))
+    tokens = fix("tokens", get("length")) if get("length") else Axis("tokens")
+    text = BATCH, tokens, fix("text_features", get("text_dim"))
     found = [
         TensorSpec("latent", "float32", (BATCH, channels, *sides), "noisy latents, normalized"),
         TensorSpec("time", "float32", (BATCH,), "noise level", low=0, high=TIMESTEPS),
@@ -256,6 +268,7 @@ INPUTS: dict[str, Callable[[Get, Card], list[TensorSpec]]] = {
     "covariates": describe_covariates,
     "static-covariates": describe_static_covariates,
     "noisy": describe_noisy,
+    "noisy-target": describe_noisy_target,
     "noisy-video": describe_noisy,
     "noisy-latent": describe_noisy_latent,
     "noisy-latent-pooled": describe_noisy_latent,
@@ -375,6 +388,11 @@ def describe_output_axes(
         return (fix("features", get_vector_width(get, network, card)),), "features"
     if output == "image" and card.input_type == "noise":
         return (fix("channels", get("channels", 3)), *(fix(n, get("image")) for n in ("height", "width"))), "pixels, -1 to 1"
+    if output == "image" and card.accepts("outputs"):  # of networks that translate images
+        sides = inputs["image"].axes[2:]
+        return (fix("channels", get("outputs", 3)), *sides), "the translated image, or the prediction of its noise, -1 to 1"
+    if output == "scores":
+        return (fix("score", 1), Axis("patch_rows"), Axis("patch_columns")), "how realistic each patch is"
     if output == "sequence" and "tokens" in inputs:
         return (tokens, fix("features", get("dim"))), "the state of each token"
     if "latent" in inputs:  # the channels to compare with are not predicted
@@ -397,6 +415,8 @@ def describe_network_loop(card: Card, config: Any, network: Any) -> Loop | None:
     if card.input_type in ("noisy", "noisy-video"):
         latent = describe_network_inputs(card, config)[0].axes[1:]
         return Loop("diffusion", latent=latent, timesteps=TIMESTEPS, guidance=bool(get("num_classes") or get("vocab_size")))
+    if card.input_type == "noisy-target":
+        return Loop("diffusion", latent=describe_network_inputs(card, config)[0].axes[1:], timesteps=TIMESTEPS, guidance=False)
     if "latent" in card.inputs:
         return Loop("diffusion", latent=describe_network_inputs(card, config)[0].axes[1:], timesteps=TIMESTEPS, guidance=True)
     if "tokens" not in card.output_types:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fieldguide.exporting.graph import Graph, build_pipeline
+from fieldguide.exporting.graph import ExportError, Graph, build_pipeline
 from fieldguide.exporting.steps.images import Resize, choose_reading, describe_image_reading, describe_pixels
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ class ToLevels(nn.Module):
 
 
 def build_image_to_image(predictor: TaskPredictor) -> Graph:
-    """Return the graph of image to image. Without pairs, it translates to the second domain, as predictions do by default."""
+    """Return the graph of image to image. Without pairs, it translates to the second domain, as predictions do by default.
+
+    Raises `ExportError` for diffusion models.
+    """
+    if predictor.signature.loop is not None:
+        raise ExportError(f"{predictor.name} samples in several steps, which has no graph yet. Train pix2pix.")
     task: Any = predictor.task
     values = {"column": task.column, "zoom": task.zoom, **describe_image_reading(task.pictures, task.pictures.side)}
     translate = lambda objective: lambda batch: {"made": objective.model(batch["image"]).float()}

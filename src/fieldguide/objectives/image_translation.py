@@ -1,18 +1,19 @@
-"""Translation of images: with pairs (Pix2Pix) and without (CycleGAN).
+"""Translation of images: with pairs (Pix2Pix, or a diffusion model as Palette) and without (CycleGAN).
 
-Both train generators against critics of patches; what differs is the second term: the distance to the known target, or the change
-of an image that is translated there and back.
+Pix2Pix and CycleGAN train generators against critics of patches; what differs is the second term: the distance to the known target,
+or the change of an image that is translated there and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fieldguide.objectives.base import Objective, Phase
+from fieldguide.objectives.diffusion import Diffusion, DPMSolver, NoiseProcess, Sampler
 from fieldguide.objectives.gan_losses import GANLoss, LeastSquares, NonSaturating
 from fieldguide.objectives.noise import Noise
 
@@ -81,6 +82,35 @@ class PairedTranslation(Objective):
         sources = [Noise(self.draw + level, batch["row"].tolist(), shape, image) for level, shape in enumerate(shapes)]
         uniform = [torch.special.ndtr(source()) for source in sources]  # of the same quantile as the normal noise
         return {"made": self.model(image, uniform).float()}
+
+
+class TranslationDiffusion(Diffusion):
+    """Palette: a diffusion model of the targets, given the inputs (Saharia et al. 2021, arXiv:2111.05826, equation 1).
+
+    The batch holds `image` B C H W and `target` B K H W in -1 .. 1. In training the input is replaced by zeros with probability `drop`.
+
+    Attributes:
+        sampler: of predictions. By default a single step, which scores training quickly.
+        seed: of the noise.
+        guidance: scale of classifier-free guidance.
+    """
+
+    def __init__(self, model: nn.Module, process: NoiseProcess | None = None, *, outputs: int = 3, drop: float = 0.1):
+        super().__init__(model, process, data="target", drop=drop)
+        self.sampler: Sampler = DPMSolver(steps=1)
+        self.target_channels, self.seed, self.guidance = outputs, 0, 1.0
+
+    def get_data_and_label(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the targets and the inputs, which are their condition."""
+        return batch["target"], batch["image"]
+
+    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return `made`, a sample for each input, whose noise depends on `seed` and the number of the row."""
+        image = batch["image"]
+        numbers = batch["row"].tolist() if "row" in batch else None
+        options: dict[str, Any] = {"seed": self.seed, "numbers": numbers, "guidance": self.guidance}
+        made = self.sample(image, (self.target_channels, *image.shape[2:]), self.sampler, **options)
+        return {"made": made.float()}
 
 
 class ImagePool(nn.Module):

@@ -35,7 +35,7 @@ from fieldguide.objectives.contrastive import IMAGE_TEXT_OBJECTIVES, build_contr
 from fieldguide.objectives.contrastive_frames import ContrastiveFrames, sample_distractors, sample_hidden_frames
 from fieldguide.objectives.detection import decode
 from fieldguide.objectives.detectors import DETECTORS
-from fieldguide.objectives.image_translation import PairedTranslation
+from fieldguide.objectives.image_translation import PairedTranslation, TranslationDiffusion
 from fieldguide.objectives.mask_set import MaskSetInstances
 from fieldguide.objectives.pose_detection import PoseDetection
 from fieldguide.objectives.prototype_masks import PrototypeDetection
@@ -162,6 +162,8 @@ def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
         return {"image": floats(channels, side, side), "points": floats(1, 2, 2), "point_labels": labels}
     if card.input_type == "captioned":
         return {"image": floats(channels, side, side), **build_caption(get, rows, length, text, whole)}
+    if card.input_type == "noisy-target":
+        return {"target": floats(get("outputs", 3), side, side), "time": floats(), "image": floats(channels, side, side)}
     if card.input_type in ("noisy", "noisy-video"):
         label = text(length) if get("vocab_size", 0) else torch.ones(rows, dtype=torch.int64)
         data = floats(channels, side, side) if card.input_type == "noisy" else floats(get("frames", 16), channels, side, side)
@@ -367,6 +369,9 @@ def build_image(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape
         return build_mean_square(card, network, inputs, shape, get)
     if card.input_type == "image":
         return build_translation(card, network, inputs, shape, get)
+    if card.input_type == "noisy-target":
+        del inputs["time"]
+        return Workload(TranslationDiffusion(network), inputs, labels=("target",))
     data = "video" if "video" in inputs else "image"
     del inputs["time"]
 

@@ -111,10 +111,11 @@ class Middle(nn.Module):
 class DDPMUNet(nn.Module):
     """DDPM U-Net: a noisy image, its time (0 .. 999 in the paper), its label or caption -> the predicted noise.
 
-    Raises `DataError` if a side of the image is not divisible by the total stride.
+    `extra` is the number of channels that the input has in addition to those of the output (see `palette`). Raises `DataError` if a
+    side of the image is not divisible by the total stride.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, extra: int = 0):
         super().__init__()
         c = self.config = config
         widths = [c.dim * growth for growth in c.growth]
@@ -122,7 +123,7 @@ class DDPMUNet(nn.Module):
         self.label = nn.Embedding(c.num_classes + 1, 4 * c.dim) if c.num_classes else None
         self.caption = CaptionEncoder(c.vocab_size, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab_size else None
         pixels, side = c.channels * c.patch**2, c.image // c.patch
-        self.conv_in = nn.Conv2d(pixels, c.dim, 3, padding=1)
+        self.conv_in = nn.Conv2d(pixels + extra * c.patch**2, c.dim, 3, padding=1)
         last, dim, skips = len(widths) - 1, c.dim, [c.dim]
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):

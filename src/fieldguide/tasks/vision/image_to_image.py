@@ -30,8 +30,9 @@ from fieldguide.data.preprocessing import ImageTransform
 from fieldguide.data.preprocessing.image_transform import describe_scale, learn_scale
 from fieldguide.metrics import generative, image_quality
 from fieldguide.objectives import Objective
+from fieldguide.objectives.diffusion import DPMSolver, build_process
 from fieldguide.objectives.gan_losses import LOSSES
-from fieldguide.objectives.image_translation import PairedTranslation, UnpairedTranslation
+from fieldguide.objectives.image_translation import PairedTranslation, TranslationDiffusion, UnpairedTranslation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.image_generation import compute_thumbnails, encode_png
@@ -59,7 +60,7 @@ class ImageToImage(ImageToImageSignature, Task):
         "table of two image columns; two domains without pairs: folders A and B, or trainA, trainB, testA, testB; or images that "
         "are degraded (task.degrade)"
     )
-    input_types = ("image",)
+    input_types = ("image", "noisy-target")
     output_types = ("image",)
     feature = ("image",)
     column_spec = ColumnSpec(
@@ -97,7 +98,9 @@ class ImageToImage(ImageToImageSignature, Task):
     @dataclass(frozen=True)
     class PredictOptions:
         to: str = ""  # no pairs: the domain to translate to, by default the second
-        seed: Annotated[int, Limits(-1, MAX_SEED)] = -1  # seed of the dropout of Pix2Pix; -1: nothing is dropped
+        seed: Annotated[int, Limits(-1, MAX_SEED)] = -1  # of the noise of diffusion and the dropout of Pix2Pix; -1: 0, and none
+        steps: Annotated[int, Limits(1, 1000)] = 10  # sampler steps of diffusion
+        guidance: Annotated[float, Limits(0, 100)] = 1.0  # of diffusion: how much the input counts; 1 = as trained
 
     pictures: ImageTransform
     target_pictures: ImageTransform
@@ -240,6 +243,11 @@ class ImageToImage(ImageToImageSignature, Task):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         loss = LOSSES[settings.loss]() if settings.loss else None
         o = self.options
+        if card.input_type == "noisy-target":
+            if not self.paired:
+                raise SettingsError(f"{card.name} needs pairs, but this data has two domains without pairs. Use cyclegan.")
+            process = build_process("cosine", "v")
+            return TranslationDiffusion(model, process, outputs=self.target_pictures.channels)
         if self.paired:
             critic = parts.get("critic") or torch.nn.Identity()
             return PairedTranslation(model, critic, distance=o.distance, adversarial=o.adversarial, loss=loss)
@@ -378,8 +386,14 @@ class ImageToImage(ImageToImageSignature, Task):
 
     def predict_step(self, objective: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         self.check_options()
-        if isinstance(objective, PairedTranslation) and self.predict_options.seed >= 0:
-            objective.draw = self.predict_options.seed
+        o, usual = self.predict_options, self.PredictOptions()
+        if isinstance(objective, TranslationDiffusion):
+            objective.sampler, objective.guidance = DPMSolver(steps=o.steps), o.guidance
+            objective.seed = max(o.seed, 0)
+        elif changed := [name for name in ("steps", "guidance") if getattr(o, name) != getattr(usual, name)]:
+            raise SettingsError(f"{', '.join(changed)}: not supported. This model translates an image in one step.")
+        if isinstance(objective, PairedTranslation) and o.seed >= 0:
+            objective.draw = o.seed
         return objective.outputs
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
