@@ -26,6 +26,7 @@ EQUATIONS = {
     "non-saturating": lambda r, f: (-math.log(sigmoid(r)) - math.log(1 - sigmoid(f)), -math.log(sigmoid(f))),
     "hinge": lambda r, f: (-min(0, r - 1) - min(0, -f - 1), -f),
     "wasserstein": lambda r, f: (f - r, -f),
+    "least-squares": lambda r, f: ((r - 1) ** 2 + f**2, (f - 1) ** 2),
     "relativistic": lambda r, f: (-math.log(sigmoid(r - f)), -math.log(sigmoid(f - r))),
 }
 
