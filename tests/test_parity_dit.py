@@ -145,7 +145,7 @@ def test_published_configuration():
     ):
         with pytest.raises(WeightsError, match=words):
             to_config_fields(found, table, PUBLISHED | wrong, "config.json")
-    assert identify_config(PUBLISHED | {"norm_type": "ada_norm_single"}) is None  # PixArt
+    assert identify_config(PUBLISHED | {"norm_type": "ada_norm_single"})[0].name == "pixart"
 
 
 @torch.no_grad()
