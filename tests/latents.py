@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.checkpoints.config_mapping import to_public_config
@@ -135,6 +136,29 @@ def clip_text(model: nn.Module) -> Peer:
     return States(), lambda state: {
         f"peer.{name.removeprefix('text_model.')}": tensor for name, tensor in translate(state, table, reverse=True).items()
     }
+
+
+def t5_encoder(model: nn.Module) -> Peer:
+    """Return the states of transformers' encoder, whose norms compute in float32 also in a network of float64."""
+    from tv import transformers
+
+    T5LayerNorm = transformers.models.t5.modeling_t5.T5LayerNorm
+    normalize = lambda norm, x: F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    config = public_config(model, "huggingface")
+    config.pop("architectures")
+    peer = transformers.T5EncoderModel(transformers.T5Config(**config))
+    table = get_tables(model)["huggingface"]
+
+    class States(Tied):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            with mock.patch.object(T5LayerNorm, "forward", normalize):
+                return self.peer(tokens, mask.long()).last_hidden_state
+
+    return States(), lambda state: {f"peer.{name}": tensor for name, tensor in translate(state, table, reverse=True).items()}
 
 
 def pixart(model: nn.Module) -> Peer:

@@ -38,7 +38,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def identify_config(config: Mapping[str, Any]) -> IdentifiedConfig | None:
-    """Return card, origin and key table of a configuration, or None if no card matches."""
+    """Return card, origin and key table of a configuration, or None if no card matches.
+
+    Of several, the one that requires most keys matches: T5's encoder alone differs from T5 by one more key.
+    """
+    best: IdentifiedConfig | None = None
+    required = -1
     for card in cards().values():
         for origin, table in card.configs.items():
             identity = {
@@ -47,11 +52,12 @@ def identify_config(config: Mapping[str, Any]) -> IdentifiedConfig | None:
                 if isinstance(row, Expect) and (key in IDENTITY_KEYS or row.among)
             }
             plain = [] if identity.keys() & set(IDENTITY_KEYS) else [key for key, row in table.items() if isinstance(row, str)]
-            if all(look_up(config, key)[1] in values for key, values in identity.items()) and all(
+            matches = all(look_up(config, key)[1] in values for key, values in identity.items()) and all(
                 look_up(config, key)[1] is not None for key in plain
-            ):
-                return card, origin, table
-    return None
+            )
+            if matches and len(identity) > required:
+                best, required = (card, origin, table), len(identity)
+    return best
 
 
 def resolve_timm_name(config: Mapping[str, Any], where: Any) -> tuple[Card, str, dict[str, Any]]:

@@ -35,7 +35,8 @@ from fieldguide.checkpoints.identify import (
     lacks_head,
     recognize,
 )
-from fieldguide.checkpoints.names import CONFIG_FILE, CONFIG_FILES, HUB_PREFIX
+from fieldguide.checkpoints.names import CONFIG_FILE, CONFIG_FILES, HUB_PREFIX, PIPELINE_FILE
+from fieldguide.checkpoints.pipeline_parts import find_denoiser
 from fieldguide.checkpoints.preprocessor_config import (
     build_native_transform,
     format_pixels,
@@ -237,13 +238,7 @@ def inspect_checkpoint(
     `download` must be False for a name that comes from a file and not from the user: then `hf:...` is found among earlier
     downloads only. Raises `WeightsError` if the checkpoint cannot be identified.
     """
-    if isinstance(source, str) and source.startswith(HUB_PREFIX):
-        from fieldguide.checkpoints import hub
-
-        model = source.removeprefix(HUB_PREFIX)
-        with distributed.main_process_first():  # one process of a machine downloads, the others find the files in the cache
-            source = hub.download_model(model, callback or hub.print_stderr) if download else hub.find_model(model)
-    path = Path(source)
+    path = locate_source(source, callback, download)
     if path.is_dir() and adapter.is_adapter(path):
         return inspect_adapter(path, name, callback)
     if not path.exists():
@@ -252,6 +247,17 @@ def inspect_checkpoint(
             "network with random weights use fieldguide.create."
         )
     return inspect_folder(path, name)
+
+
+def locate_source(source: str | Path, callback: Callable[[str], None] | None = None, download: bool = True) -> Path:
+    """Return the path of a source, after the download of a model of the hub (see `inspect_checkpoint`)."""
+    if isinstance(source, str) and source.startswith(HUB_PREFIX):
+        from fieldguide.checkpoints import hub
+
+        model = source.removeprefix(HUB_PREFIX)
+        with distributed.main_process_first():  # one process of a machine downloads, the others find the files in the cache
+            return hub.download_model(model, callback or hub.print_stderr) if download else hub.find_model(model)
+    return Path(source)
 
 
 def inspect_folder(path: Path, name: str | None) -> Checkpoint:
@@ -264,6 +270,8 @@ def _inspect_folder(path: Path, name: str | None) -> Checkpoint:
     if run_folder.is_run(path):
         card, config, state = run_folder.read_network(path)
         return Checkpoint(path, card, weights.OURS, asdict(config), state)
+    if (path / PIPELINE_FILE).is_file():  # of its networks, the one that denoises
+        return _inspect_folder(find_denoiser(path), name)
     folder = path if path.is_dir() else path.parent
     config_path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
     if path.suffix == ".gguf":  # contains its own configuration
@@ -345,9 +353,9 @@ def inspect_adapter(folder: Path, name: str | None, callback: Callable[[str], No
 def load(source: str | Path, *, name: str | None = None, head: Literal["load", "skip"] = "load", **overrides: Any) -> nn.Module:
     """Load a pretrained network, in evaluation mode.
 
-    `source` is a folder of transformers, diffusers or a fieldguide run; a file of timm, torchvision, llama.cpp
-    or the authors; or `hf:organization/name`, which is downloaded first. `name` is the size if it cannot be
-    identified. `overrides` replace fields of the implied config, such as `output_type="vector"` or another
+    `source` is a folder of transformers, diffusers (of a pipeline, its denoiser is loaded) or a fieldguide run; a file of
+    timm, torchvision, llama.cpp or the authors; or `hf:organization/name`, which is downloaded first. `name` is the size
+    if it cannot be identified. `overrides` replace fields of the implied config, such as `output_type="vector"` or another
     `image`. `head="skip"` leaves a head that the file lacks, or has for other classes, randomly initialized
     (see `fieldguide.checkpoints.weights.load`). The network's `signature` describes its tensors.
 

@@ -3,6 +3,7 @@
 CONFIG_FILE = "config.json"
 CONFIG_FILES = (CONFIG_FILE, "params.json", "open_clip_config.json")  # params.json is of Meta's checkpoints
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
+PIPELINE_FILE = "model_index.json"  # of diffusers, which lists the folders of the parts
 HUB_PREFIX = "hf:"
 
 

@@ -59,9 +59,18 @@ WEIGHT_FILE_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",  # names used by diffusers
     "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
+    # Half precision, where a folder has nothing else.
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.fp16.safetensors.index.json",
+    "model.fp16.safetensors",
+    "model.safetensors.index.fp16.json",
+    "model.fp16.safetensors.index.json",
 )
 
 
@@ -155,7 +164,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return _read((known or single)[0])
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Check the path.")
-    if path.name.endswith(".index.json"):
+    if path.name.endswith((".index.json", ".index.fp16.json")):
         return _read_shards(path)
     if path.suffix == ".safetensors":
         with guard(path, WeightsError):

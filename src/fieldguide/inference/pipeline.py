@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fieldguide.checkpoints.names import PIPELINE_FILE
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.core.options import parse_options
 from fieldguide.core.run_record import read_record
@@ -45,10 +46,16 @@ def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predict
         from fieldguide.inference.run import open_run
 
         return open_run(source), dict(options)
-    from fieldguide.checkpoints.load import inspect_checkpoint
+    from fieldguide.checkpoints.load import inspect_checkpoint, locate_source
 
-    options = dict(options)
-    checkpoint = inspect_checkpoint(source, options.pop("name", None))
+    options, place = dict(options), locate_source(source)
+    if (place / PIPELINE_FILE).is_file():
+        from fieldguide.inference.text_to_image import TextToImage
+
+        chosen = {key: options.pop(key) for key in TextToImage.LOAD_OPTIONS if key in options}
+        with guard(source, WeightsError):
+            return TextToImage.load(place, **parse_options(TextToImage.LOAD_OPTIONS, chosen, owner="text-to-image")), options
+    checkpoint = inspect_checkpoint(place, options.pop("name", None))
     kind = predictor_type(checkpoint.card)
     chosen = {key: options.pop(key) for key in kind.LOAD_OPTIONS if key in options}
     load_options = parse_options(kind.LOAD_OPTIONS, chosen, owner=checkpoint.card.name)

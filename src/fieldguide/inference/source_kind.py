@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from fieldguide.checkpoints.names import CONFIG_FILES, HUB_PREFIX, WEIGHT_SUFFIXES
+from fieldguide.checkpoints.names import CONFIG_FILES, HUB_PREFIX, PIPELINE_FILE, WEIGHT_SUFFIXES
 from fieldguide.core.errors import RunError, SettingsError, nearest
 
 MAX_INSPECTED_FOLDERS = 200
@@ -26,7 +26,7 @@ def detect_kind(source: str | Path) -> SourceKind:
         return "checkpoint" if path.suffix in WEIGHT_SUFFIXES else "data"
     if (path / "run.json").exists():
         return "run"
-    return "checkpoint" if any((path / name).is_file() for name in CONFIG_FILES) else "data"
+    return "checkpoint" if any((path / name).is_file() for name in (*CONFIG_FILES, PIPELINE_FILE)) else "data"
 
 
 def find_models(folder: Path) -> list[Path]:

@@ -254,12 +254,22 @@ ROBERTA_TOKENS = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
+CLIP_TOKENS = {
+    "unk_token": "<|endoftext|>",
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
+CLIP_NAMES = ("<|startoftext|>", "<|endoftext|>")
+# Words, with the endings of English as words of their own, digits and other signs, as CLIP's authors split texts.
+CLIP_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 # Tokenizer class -> special tokens used if the configuration does not define them.
 BPE_CLASSES = {
     "GPT2": GPT2_TOKENS,
     "Roberta": ROBERTA_TOKENS,
     "Bart": ROBERTA_TOKENS,
     "Deberta": {**BERT_TOKENS, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+    "CLIP": CLIP_TOKENS,
     "Qwen2": {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
 }
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -279,17 +289,24 @@ def build_byte_level_bpe(folder: Path, config: dict[str, Any]) -> Tokenizer:
     kind = tokenizer_class(config) or next(
         (
             kind
-            for kind, needed in (("Roberta", ("<s>", "</s>")), ("Deberta", ("[CLS]", "[SEP]")), ("GPT2", ("<|endoftext|>",)))
+            for kind, needed in (
+                ("CLIP", CLIP_NAMES),
+                ("Roberta", ("<s>", "</s>")),
+                ("Deberta", ("[CLS]", "[SEP]")),
+                ("GPT2", ("<|endoftext|>",)),
+            )
             if set(needed) <= set(vocab)
         ),
         "",
     )
-    if kind not in BPE_CLASSES or any(second.endswith("</w>") for _, second in merges[:1000]):
+    if kind not in BPE_CLASSES or (kind == "CLIP") != any(second.endswith("</w>") for _, second in merges[:1000]):
         raise DataError(
             f"{folder / 'vocab.json'} and merges.txt belong to a tokenizer of the class "
             f"{kind or '(not specified)'}; supported are {', '.join(BPE_CLASSES)}."
         )
     set_default_tokens(config, BPE_CLASSES[kind])
+    if kind == "CLIP":
+        return build_clip(folder, config, vocab, merges)
     made, prefix = Tokenizer(models.BPE(vocab, merges, fuse_unk=False)), bool(config.get("add_prefix_space"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel()
     if kind == "Qwen2":
@@ -311,6 +328,28 @@ def build_byte_level_bpe(folder: Path, config: dict[str, Any]) -> Tokenizer:
         made.post_processor = processors.TemplateProcessing(
             f"{begin} $A", f"{begin} $A {begin} $B", [(begin, find_token(made, folder, begin))]
         )
+    return made
+
+
+def build_clip(folder: Path, config: dict[str, Any], vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """Build the tokenizer of CLIP: lowercase byte-level BPE whose words end in "</w>", between a start and an end token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    unknown = config["unk_token"]
+    made = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, end_of_word_suffix="</w>", fuse_unk=False))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_PATTERN), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)])
+    add_tokens(made, folder, config)
+    begin, end = ((config[name], find_token(made, folder, config[name])) for name in ("bos_token", "eos_token"))
+    made.post_processor = processors.TemplateProcessing(f"{begin[0]} $A {end[0]}", special_tokens=[begin, end])
     return made
 
 

@@ -162,12 +162,7 @@ class T5(EncoderDecoder):
 
     def reset_parameters(self) -> None:
         c = self.config
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if name.endswith(("attn.qkv", "cross.q")):  # query weights, alone or in front of those of keys and values
-                    with torch.no_grad():
-                        module.weight[: c.heads * c.width] *= c.width**-0.5
+        init_matrices(self)
         nn.init.normal_(self.embed.weight)
         for table in (self.encoder_bias, self.decoder_bias):
             nn.init.normal_(table.weight, std=c.dim**-0.5)
@@ -187,21 +182,10 @@ class T5(EncoderDecoder):
         return self.make_cache(rows, length or self.config.length)
 
     def bias(self, table: nn.Embedding, steps: int, keys: int, both: bool) -> Tensor:  # -> 1 H T K
-        """Return the position bias of the last `steps` of `keys` tokens for each key."""
-        c = self.config
-        distance = torch.arange(1 - keys, steps, device=table.weight.device)  # for the last token; the earlier ones are shifted
-        line = table(relative_position_bucket(distance, both, c.buckets, c.far)).T  # H K+T-1
-        place = lambda size: torch.arange(size, device=table.weight.device)
-        return line[:, place(keys) - place(steps)[:, None] + steps - 1][None]
+        return position_bias(self.config, table, steps, keys, both)
 
     def encode(self, source: Tensor, mask: Tensor | None = None) -> Tensor:  # B S, B S bool -> B S D
-        bias = self.bias(self.encoder_bias, source.shape[1], source.shape[1], True)
-        if mask is not None:
-            bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
-        x = self.dropout(self.embed(source))
-        for block in self.encoder:
-            x = block(x, bias)
-        return self.dropout(self.encoder_norm(x))
+        return encode(self, source, mask)
 
     def decode(
         self, tokens: Tensor, mask: Tensor | None, memory: list[Memory], source_mask: Tensor | None, cache: Cache | None
@@ -220,6 +204,36 @@ class T5(EncoderDecoder):
 
     def forward_head(self, x: Tensor) -> Tensor:  # ... D -> ... vocab
         return self.head(x * self.config.dim**-0.5 if self.config.scaled else x)
+
+
+def init_matrices(model: Any) -> None:
+    """Initialize the linear layers of T5, or of its encoder."""
+    c = model.config
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if name.endswith(("attn.qkv", "cross.q")):  # query weights, alone or in front of those of keys and values
+                with torch.no_grad():
+                    module.weight[: c.heads * c.width] *= c.width**-0.5
+
+
+def position_bias(c: Any, table: nn.Embedding, steps: int, keys: int, both: bool) -> Tensor:  # -> 1 H T K
+    """Return the position bias of the last `steps` of `keys` tokens for each key."""
+    distance = torch.arange(1 - keys, steps, device=table.weight.device)  # for the last token; the earlier ones are shifted
+    line = table(relative_position_bucket(distance, both, c.buckets, c.far)).T  # H K+T-1
+    place = lambda size: torch.arange(size, device=table.weight.device)
+    return line[:, place(keys) - place(steps)[:, None] + steps - 1][None]
+
+
+def encode(model: Any, source: Tensor, mask: Tensor | None) -> Tensor:  # B S, B S bool -> B S D
+    """Return the states of a source by T5, or by its encoder."""
+    bias = position_bias(model.config, model.encoder_bias, source.shape[1], source.shape[1], True)
+    if mask is not None:
+        bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
+    x = model.dropout(model.embed(source))
+    for block in model.encoder:
+        x = block(x, bias)
+    return model.dropout(model.encoder_norm(x))
 
 
 def huggingface(c: Config) -> dict[str, Row]:

@@ -1,0 +1,73 @@
+"""Folders of diffusers' pipelines: `model_index.json` and a folder for each part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fieldguide.checkpoints.names import PIPELINE_FILE
+from fieldguide.core.errors import WeightsError
+from fieldguide.core.validation import read_json
+
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+REQUIRED = ("scheduler", "vae")
+# Parts that images do not depend on: the filter of images that are not safe for work, and encoders of images for adapters.
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+KNOWN = (*DENOISERS, *TEXT_ENCODERS, *TOKENIZERS, *REQUIRED, *UNUSED)
+SCHEDULER_FILE = "scheduler_config.json"
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline on disk: the folders of its parts by name, without those that are absent, and its other settings."""
+
+    path: Path
+    name: str  # class of diffusers
+    parts: Mapping[str, Path]
+    settings: Mapping[str, Any]
+
+    @property
+    def denoiser(self) -> Path:
+        """The folder of the network that removes noise. Raises `WeightsError` if there is none."""
+        found = next((self.parts[name] for name in DENOISERS if name in self.parts), None)
+        if found is None:
+            raise WeightsError(
+                f"{self.path / PIPELINE_FILE} lists neither {' nor '.join(DENOISERS)}. It is not a pipeline of images."
+            )
+        return found
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The settings of the scheduler."""
+        return read_json(self.parts["scheduler"] / SCHEDULER_FILE, WeightsError)
+
+
+def read_pipeline(folder: Path) -> PipelineFolder:
+    """Return the parts of a pipeline. Raises `WeightsError` if a part is missing, or of a kind that is not supported."""
+    index = read_json(folder / PIPELINE_FILE, WeightsError)
+    listed = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    parts = {name: folder / name for name, value in listed.items() if len(value) == 2 and value[1] is not None}
+    if unknown := [name for name in parts if name not in KNOWN]:
+        raise WeightsError(
+            f"{folder / PIPELINE_FILE} lists the part {unknown[0]!r} of {index.get('_class_name')}, which is not supported. Supported "
+            f"are pipelines of {', '.join(name for name in KNOWN if name not in UNUSED)}."
+        )
+    if unlisted := [name for name in REQUIRED if name not in parts]:
+        raise WeightsError(f"{folder / PIPELINE_FILE} lists no {unlisted[0]}, which every pipeline needs.")
+    used = {name: path for name, path in parts.items() if name not in UNUSED}
+    if missing := [name for name, path in used.items() if not path.is_dir()]:
+        raise WeightsError(
+            f"{folder} lacks the folder{'s' if len(missing) > 1 else ''} {', '.join(missing)}, which {PIPELINE_FILE} lists. Download "
+            "the missing parts, or set a text encoder and its tokenizer to [null, null] there to go without."
+        )
+    settings = {name: value for name, value in index.items() if name not in listed and not name.startswith("_")}
+    return PipelineFolder(folder, str(index.get("_class_name", "")), parts, settings)
+
+
+def find_denoiser(folder: Path) -> Path:
+    """Return the folder of a pipeline's network that removes noise."""
+    return read_pipeline(folder).denoiser

@@ -1,0 +1,209 @@
+"""The networks of a text-to-image pipeline, loaded from a folder of diffusers, and what its family means by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_folder
+from fieldguide.checkpoints.names import PIPELINE_FILE
+from fieldguide.checkpoints.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, PipelineFolder, read_pipeline
+from fieldguide.core import distributed
+from fieldguide.core.card import Card
+from fieldguide.core.errors import SettingsError, WeightsError, nearest
+from fieldguide.inference import prompt_encoding
+from fieldguide.inference.prompt_encoding import Prompts, TextEncoder, load_tokenizer
+from fieldguide.objectives.diffusion.noise_process import NoiseProcess
+from fieldguide.objectives.diffusion.samplers import Sampler
+from fieldguide.objectives.diffusion.scheduler_config import SAMPLERS, read_scheduler
+
+if TYPE_CHECKING:
+    from fieldguide.core.card import Network
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Samplers that a request may choose -> schedulers of diffusers, which take over the settings of the pipeline's own.
+CHOICES = {
+    "dpm-solver": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+REPLACEMENT = "dpm-solver"  # for samplers that are not supported
+EncodePrompts = Callable[[Sequence[TextEncoder | None], Sequence[str], Any], Prompts]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the networks of a family have in common: how they read prompts, and the defaults of their authors' pipelines.
+
+    `patch` is the number of latents along the side of a patch. With `distilled` guidance, the network is told the
+    scale, and there is no negative prompt.
+    """
+
+    encode: EncodePrompts
+    steps: int
+    guidance: float
+    patch: int = 1
+    distilled: bool = False
+    times: str | None = None  # of a flow, see `read_scheduler`
+
+
+FAMILIES = {
+    "stable-diffusion-unet": Family(prompt_encoding.encode_stable_diffusion, 50, 7.5),
+    "sdxl-unet": Family(prompt_encoding.encode_sdxl, 50, 5.0),
+    "pixart": Family(prompt_encoding.encode_pixart, 20, 4.5, 2),
+    "sd3": Family(prompt_encoding.encode_sd3, 28, 7.0, 2, times="linspace"),
+    "flux": Family(prompt_encoding.encode_flux, 28, 3.5, 2, distilled=True, times="trailing"),
+}
+SCHNELL_STEPS = 4  # of FLUX without guidance, which was distilled to few steps
+LCM_STEPS = 4  # of latent consistency models
+
+
+@dataclass
+class DiffusionPipeline:
+    """Networks of a pipeline, on a device, in evaluation mode."""
+
+    card: Card
+    family: Family
+    network: Network
+    vae: Network
+    encoders: Sequence[TextEncoder | None]
+    scheduler: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    notes: list[str]
+    path: Path
+
+    @property
+    def side(self) -> int:
+        """Default side of images, in pixels."""
+        return int(self.network.config.image) * self.stride
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae.config.growth) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of images must be multiples of, in pixels."""
+        return self.stride * self.family.patch
+
+    def build_sampler(self, steps: int, chosen: str | None) -> tuple[NoiseProcess, Sampler, str]:
+        """Return the noise process, the sampler, and a note if it is not the pipeline's own. Raises `SettingsError` for a sampler
+        that is unknown or not for this process.
+        """
+        config, note = dict(self.scheduler), ""
+        own = str(config.get("_class_name"))
+        if chosen is None and own not in SAMPLERS:
+            chosen = REPLACEMENT
+            note = f"the sampler {own} of {self.path} is not supported; {REPLACEMENT} is used in its place"
+        if chosen is not None:
+            if chosen not in CHOICES:
+                raise SettingsError(
+                    f"sampler={chosen!r} is unknown.{nearest(chosen, CHOICES)} Choose one of {', '.join(CHOICES)}."
+                )
+            if own.startswith("FlowMatch"):
+                raise SettingsError(f"sampler={chosen!r} is not for rectified flows such as {self.card.name}. Leave it out.")
+            config["_class_name"] = CHOICES[chosen]
+        return *read_scheduler(config, steps, self.family.times), note
+
+
+def load_pipeline(
+    folder: Path, precision: str | None = None, adapt: Callable[[Checkpoint], Checkpoint] = lambda found: found
+) -> DiffusionPipeline:
+    """Load the parts of a pipeline. `adapt` changes the denoiser's tensors, before it is built.
+
+    Raises `WeightsError` for parts that are missing or unknown, and `SettingsError` for an unknown precision.
+    """
+    parts = read_pipeline(folder)
+    found = inspect_folder(parts.denoiser, None)
+    if found.card.name not in FAMILIES:
+        raise WeightsError(
+            f"{folder / PIPELINE_FILE}: {parts.name} with the network {found.card.name} is not supported. Supported networks are "
+            f"{', '.join(FAMILIES)}."
+        )
+    device = distributed.device()
+    dtype = choose_dtype(precision, found.card, device)
+    texts = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
+    with default_dtype(dtype):
+        network = build(adapt(found)).to(device)
+        vae = build(inspect_folder(parts.parts["vae"], None)).to(device)
+    with default_dtype(texts):
+        encoders = [load_encoder(parts, i, device) for i in range(len(TEXT_ENCODERS))]
+    notes = ["the safety checker is left out: images are not filtered"] if "safety_checker" in parts.parts else []
+    family = specialize(FAMILIES[found.card.name], network, parts.name)
+    return DiffusionPipeline(found.card, family, network, vae, encoders, parts.scheduler, parts.settings, notes, folder)
+
+
+def specialize(family: Family, network: Any, name: str) -> Family:
+    """Return a family with what differs for some of its networks."""
+    if family.encode is prompt_encoding.encode_pixart and "Sigma" in name:
+        return replace(family, encode=partial(prompt_encoding.encode_pixart, sigma=True))
+    if getattr(network.config, "guidance_dim", 0):
+        return replace(family, steps=LCM_STEPS, distilled=True)
+    if family.distilled and not network.config.guidance:
+        return replace(family, steps=SCHNELL_STEPS)
+    return family
+
+
+def choose_dtype(precision: str | None, card: Card, device: torch.device) -> torch.dtype:
+    """Return the precision of the networks: float32 on CPUs, else what the family was published in."""
+    if precision is None:
+        return torch.float32 if device.type == "cpu" else torch.float16 if "unet" in card.name else torch.bfloat16
+    if precision not in PRECISIONS:
+        raise SettingsError(f"precision={precision!r} is unknown. Choose one of {', '.join(PRECISIONS)}.")
+    return PRECISIONS[precision]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Create parameters in a precision inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build(found: Checkpoint) -> Network:
+    """Return the network of a checkpoint."""
+    return build_network(found.card, found.values, found.state, found.origin, str(found.path))
+
+
+def load_encoder(parts: PipelineFolder, number: int, device: torch.device) -> TextEncoder | None:
+    """Return a text encoder with its tokenizer, or None if the pipeline has none with this number."""
+    name, words = TEXT_ENCODERS[number], TOKENIZERS[number]
+    if name not in parts.parts:
+        return None
+    if words not in parts.parts:
+        raise WeightsError(f"{parts.path / PIPELINE_FILE} lists {name}, but not its tokenizer {words}.")
+    found = inspect_folder(parts.parts[name], None)
+    if found.card.name not in ("clip-text", "t5-encoder"):
+        raise WeightsError(f"{found.path} is {found.card.name}, but {name} must be a text encoder of CLIP or T5.")
+    network, (tokenizer, limit) = build(found), load_tokenizer(parts.parts[words])
+    if tokenizer.size > network.config.vocab_size:
+        raise WeightsError(
+            f"{parts.parts[words]} has {tokenizer.size:,} tokens, but {name} {network.config.vocab_size:,}. They belong to different "
+            "pipelines."
+        )
+    return TextEncoder(network.to(device), tokenizer, limit)
+
+
+def decode_latents(vae: Any, latents: Tensor, tile: int = 0) -> Tensor:  # B C h w -> B 3 H W in -1 .. 1
+    """Return the images of latents. What half precision cannot hold is computed again in float32."""
+    dtype = next(vae.parameters()).dtype
+    image = vae.decode(vae.denormalize(latents.to(dtype)), tile=tile)
+    if dtype != torch.float32 and not image.isfinite().all():
+        vae.float()
+        image = vae.decode(vae.denormalize(latents.float()), tile=tile)
+    return image.float().clamp(-1, 1)
