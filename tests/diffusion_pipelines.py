@@ -182,7 +182,7 @@ def sd3(kind: str = "StableDiffusion3Pipeline", **changes: Any) -> Any:
 
     return getattr(diffusers, kind)(
         **{
-            "vae": autoencoder(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
+            "vae": autoencoder(16, shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False),
             "text_encoder": clip_encoder(12, 3, projected=True),
             "text_encoder_2": clip_encoder(16, 4, projected=True),
             "text_encoder_3": t5_encoder(32),
@@ -192,8 +192,8 @@ def sd3(kind: str = "StableDiffusion3Pipeline", **changes: Any) -> Any:
             "transformer": randomize(
                 diffusers.SD3Transformer2DModel(
                     sample_size=16,
-                    in_channels=4,
-                    out_channels=4,
+                    in_channels=16,
+                    out_channels=16,
                     num_layers=2,
                     attention_head_dim=8,
                     num_attention_heads=2,

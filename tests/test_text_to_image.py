@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import functools
+import importlib
+import io
 import json
 import shutil
 import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 
 import diffusion_pipelines as peers
 import fieldguide
 from fieldguide.cli import commands as cli
-from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.inference.diffusion_pipeline import CHOICES
 from fieldguide.inference.text_to_image import ImageRequest, TextToImage
+from fieldguide.serving.app import build_app
+from fieldguide.serving.models import LoadedModel
+from fieldguide.serving.settings import ServerSettings
 
 PROMPT, NEGATIVE = "A cat, the dog of", "the dog"
 CLOSE = {"rtol": 0, "atol": 1e-4}
 BUILD = {
     "sd": peers.stable_diffusion,
+    "painted": functools.partial(peers.stable_diffusion, "StableDiffusionInpaintPipeline", in_channels=9),
     "sdxl": peers.sdxl,
     "sd3": peers.sd3,
     "flux": peers.flux,
@@ -85,7 +94,7 @@ def ask_peer(name: str, noise, prompt: str = PROMPT, **options):
     return made.images
 
 
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", [name for name in BUILD if name != "painted"])
 def test_images_equal_diffusers(name):
     noise = draw(name, 32, 40, count=2)
     expected, found = ask_peer(name, noise), ask(name, noise)
@@ -168,6 +177,107 @@ def test_tokenizer_of_clip(tmp_path):
     for text in ("A cat's  of THE cat!!  ", "naïve 123 éÉ 你好 <|endoftext|> x", "", "don't I'll we've; 5.0%", " 's"):
         assert ours.tokenizer.encode(text).ids == theirs(text).input_ids
     assert ours.pad == theirs.pad_token_id == 0 and ours.decode(ours.tokenizer.encode("a cat of").ids) == "a cat of"
+
+
+# Images that are changed
+
+
+def build_peer(name: str, kind: str, noise, monkeypatch):
+    """Return a pipeline of diffusers with the networks of another, whose latents are means and whose noise is given."""
+    from tv import diffusers
+
+    parts = make(name)[0].components
+    unused = ("image_encoder", "feature_extractor") if kind.startswith("Flux") else ()
+    peer = getattr(diffusers, kind)(**{key: part for key, part in parts.items() if key not in unused})
+    peer.set_progress_bar_config(disable=True)
+    module = importlib.import_module(type(peer).__module__)
+    monkeypatch.setattr(module, "randn_tensor", lambda shape, **options: noise.clone())
+    distribution = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+    monkeypatch.setattr(distribution, "sample", lambda self, generator=None: self.mode())
+
+    def call(**options):
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if kind != "StableDiffusion3InpaintPipeline":
+                return peer(PROMPT, output_type="pt", **options).images
+            latents = peer(PROMPT, output_type="latent", **options).images  # it forgets the shift of latents
+            config = peer.vae.config
+            images = peer.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+            return (images / 2 + 0.5).clamp(0, 1)
+
+    return call
+
+
+def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def hole(width: int = 32, height: int = 32) -> Image.Image:
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[4:21, 10:27] = 255
+    return Image.fromarray(mask)
+
+
+CHANGED = {"sd": "StableDiffusionImg2ImgPipeline", "sdxl": "StableDiffusionXLImg2ImgPipeline"}
+CHANGED |= {"sd3": "StableDiffusion3Img2ImgPipeline", "flux": "FluxImg2ImgPipeline"}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_image_to_image_equals_diffusers(name, monkeypatch):
+    noise = draw(name)
+    call = build_peer(name, CHANGED[name], noise, monkeypatch)
+    for strength in (0.5, 1.0):
+        more = {"height": 32, "width": 32} if name in ("sd3", "flux") else {}
+        guidance = 3.0
+        expected = call(image=picture(), strength=strength, num_inference_steps=4, guidance_scale=guidance, **more)
+        found = ask(name, noise, picture(), steps=4, strength=strength, guidance=guidance)
+        torch.testing.assert_close(found, expected, **CLOSE)
+    other = ask(name, noise, picture(seed=1), steps=4, strength=0.5, guidance=guidance)
+    assert (other - ask(name, noise, picture(), steps=4, strength=0.5, guidance=guidance)).abs().max() > 1e-2
+
+
+def test_the_size_is_that_of_the_image(tmp_path):
+    picture(45, 31).save(tmp_path / "a.png")
+    made = load("sd").predict({"prompt": PROMPT, "image": tmp_path / "a.png"}, steps=2, strength=0.5)
+    with Image.open(io.BytesIO(made[0]["image"].content)) as image:
+        assert image.size == (44, 30)
+    assert made[0]["image"] == load("sd").predict(PROMPT, image=str(tmp_path / "a.png"), steps=2, strength=0.5)[0]["image"]
+    with pytest.raises(SettingsError, match="leaves none of 2 steps"):
+        load("sd").predict(PROMPT, image=str(tmp_path / "a.png"), steps=2, strength=0.3)
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        load("sd").predict(PROMPT, image=str(tmp_path / "b.png"), steps=2)
+
+
+FILLED = {"sd": "StableDiffusionInpaintPipeline", "painted": "StableDiffusionInpaintPipeline"}
+FILLED |= {"sdxl": "StableDiffusionXLInpaintPipeline", "sd3": "StableDiffusion3InpaintPipeline", "flux": "FluxInpaintPipeline"}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_inpainting_equals_diffusers(name, monkeypatch):
+    """By a network with channels for the mask (`painted`), and by those without."""
+    noise = draw(name)
+    call = build_peer(name, FILLED[name], noise, monkeypatch)
+    for strength in (1.0, 0.75):
+        options = {"strength": strength, "guidance": 3.0}
+        expected = call(
+            image=picture(),
+            mask_image=hole(),
+            strength=strength,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            height=32,
+            width=32,
+        )
+        found = ask(name, noise, picture(), hole(), steps=4, **options)
+        torch.testing.assert_close(found, expected, **CLOSE)
+    assert (found - ask(name, noise, picture(), hole().rotate(90), steps=4, **options)).abs().max() > 1e-2
+
+
+def test_inpainting_needs_image_and_mask():
+    for options, words in (({}, "Set image and mask"), ({"image": picture()}, "Set mask as well")):
+        with pytest.raises(SettingsError, match=words):
+            load("painted").predict(PROMPT, steps=1, height=32, width=32, **options)
 
 
 # Files
@@ -263,3 +373,26 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "predictions" / "00001.png") as image:
         assert image.size == (32, 48)
     assert "predictions/00001.png" in capsys.readouterr().out
+
+
+def test_server():
+    app = build_app([LoadedModel("painter", str(make("sd")[1]), ServerSettings(), load("sd"))], ServerSettings())
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        request = {"prompt": PROMPT, "n": 2, "seed": 3, "steps": 2, "guidance": 3.0, "negative": NEGATIVE}
+        answer = client.post("/v1/images/generations", json=request | {"size": "32x48"})
+        assert answer.status_code == 200, answer.text
+        options = {"count": 2, "seed": 3, "steps": 2, "guidance": 3.0, "negative": NEGATIVE, "width": 32, "height": 48}
+        expected = load("sd").predict(PROMPT, **options)
+        images = [base64.b64decode(image["b64_json"]) for image in answer.json()["data"]]
+        assert images == [record["image"].content for record in expected] and len(images) == 2
+        for wrong, words in (
+            ({"size": "33x32"}, "multiples of 2"),
+            ({"size": "large"}, "is no size"),
+            ({"image": "/etc/hosts"}, "image"),
+        ):
+            answer = client.post("/v1/images/generations", json=request | wrong)
+            assert answer.status_code in (400, 422) and words in answer.text
+        for rows, options in (([PROMPT], {"image": "/etc/hosts"}), ([{"prompt": PROMPT, "image": "/etc/hosts"}], {})):
+            answer = client.post("/v1/predict", json={"rows": rows, "options": {"steps": 1} | options})
+            assert answer.status_code in (400, 422), answer.text  # a request must not make the server read its files
+        assert "size" in client.get("/openapi.json").text

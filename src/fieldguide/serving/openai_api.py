@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -493,7 +494,8 @@ async def draw(http: HttpRequest) -> Response:
         "count": request.n or 1,
         "seed": secrets.randbelow(1 << 31) if request.seed is None else request.seed,
     }
-    options |= {name: v for name in ("steps", "guidance") if (v := getattr(request, name)) is not None}
+    options |= {name: v for name in ("steps", "guidance", "negative") if (v := getattr(request, name)) is not None}
+    options |= read_size(request.size)
     options = convert_options(model, options)
     rows = convert_value([request.prompt], list[model.reader.kind], "prompt")  # type: ignore[name-defined]
     ready = await read_in_thread(model.read_rows, rows, options)
@@ -502,6 +504,16 @@ async def draw(http: HttpRequest) -> Response:
     if request.size not in (None, "auto") and images:
         check_size(request.size or "", base64.b64decode(images[0]))
     return respond({"created": int(time.time()), "data": [{"b64_json": image} for image in images]})
+
+
+def read_size(size: str | None) -> dict[str, int]:
+    """Return width and height of a size such as "512x768". Raises `RequestError` for other texts."""
+    if size in (None, "auto"):
+        return {}
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size or "")
+    if found is None:
+        raise RequestError(400, f"{size!r} is no size", place="size", remedy='Send "WIDTHxHEIGHT", such as "512x512".')
+    return {"width": int(found[1]), "height": int(found[2])}
 
 
 def convert_options(model: LoadedModel, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -513,7 +525,7 @@ def convert_options(model: LoadedModel, options: Mapping[str, Any]) -> dict[str,
 
 
 def check_size(size: str, content: bytes) -> None:
-    """Raise `RequestError` if the images have another size than was asked for: a model makes images of one size."""
+    """Raise `RequestError` if the images have another size than was asked for: some models make images of one size."""
     from io import BytesIO
 
     from PIL import Image

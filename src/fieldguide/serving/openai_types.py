@@ -147,6 +147,7 @@ class ImageRequest(Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
     steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
     guidance: Annotated[float, Meta(ge=0, le=100)] | None = None
+    negative: str | None = None
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     output_format: Literal["png"] | None = None

@@ -193,7 +193,8 @@ def add_openai_paths(document: dict[str, Any], models: Sequence[LoadedModel]) ->
             del schema["properties"]["response_format"]
         schema["properties"].pop("dimensions", None)  # only the model's own is possible
         if kind is ImageRequest:
-            schema["properties"].pop("size")
+            if not any(option.name == "width" for m in models for option in m.signature.options):
+                schema["properties"].pop("size")  # each makes images of one size
             prompts = [m.reader.fields[0] for m in models if m.image_field]
             if all(field.closed for field in prompts):
                 schema["properties"]["prompt"] = {"enum": sorted({value for field in prompts for value in field.values})}
