@@ -29,6 +29,7 @@ from fieldguide.cli import commands
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.media import Media
 from fieldguide.core.signature import Axis, TensorSpec
+from fieldguide.data import samples
 from fieldguide.data.media import audio, images
 from fieldguide.data.number_formats import NumberFormat
 from fieldguide.data.preprocessing.image_transform import ImageTransform, ResizeTransform
@@ -44,12 +45,14 @@ from fieldguide.exporting.export import export
 from fieldguide.exporting.folder import build_program, write_folder
 from fieldguide.exporting.gguf import make_probes
 from fieldguide.exporting.graph import BATCH, ExportError, Graph
+from fieldguide.exporting.image_generation import tabulate_sampler
 from fieldguide.exporting.steps.images import Resize
 from fieldguide.exporting.steps.tables import compute_normal_quantile, find_day_of_year, interpolate
 from fieldguide.exporting.tables import describe_cells
 from fieldguide.exporting.verify import Comparison, verify
 from fieldguide.models.feedforward.bag_of_ngrams import BagOfNgrams, Config
 from fieldguide.objectives.ctc_decoding import align, collapse
+from fieldguide.objectives.diffusion import DDIM, DDPM, DPMSolver, Euler, Heun, build_process
 from tv import transformers
 
 
@@ -1032,3 +1035,94 @@ def test_words_of_frames_are_those_of_the_task(tmp_path):
         assert found["text"] == task.transcripts.decode(said[0].tolist())
         assert found["words"] == task.words(want, 0)
     assert len(found["words"]) > 3
+
+
+@pytest.fixture(scope="module")
+def sampled_run(tmp_path_factory):
+    """A diffusion model of digits by class."""
+    settings = {"steps": 20, "eval_steps": 20, "batch_size": 16, "precision": "float32"}
+    return fieldguide.fit("figures", model="ddpm-unet-test", out=tmp_path_factory.mktemp("made") / "run", settings=settings)
+
+
+def test_samples_of_step_graphs_are_those_of_the_run(sampled_run, tmp_path):
+    """From the same noise, in three sizes of batches, with guidance and new noise in each step. Wrong tables are found."""
+    done = sampled_run.export(out=tmp_path / "export")
+    assert done.passed and done.verification.rows == 64, done.verification.problems
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
+    loop = json.loads((done.path / "loop.json").read_text())
+    assert loop["kind"] == "diffusion" and len(loop["steps"]) == sampled_run.task.PredictOptions().steps
+    settings = json.loads((done.path / "export.json").read_text())
+    sampler, found = settings["sampler"], []
+    changes = (
+        {"guidance": 1.0},
+        {"clip": 0.5},
+        {"steps": [{**step, "time": 0.0} for step in sampler["steps"]]},
+        {"steps": [{**step, "next": [*step["next"][:2], 0.0, *step["next"][3:]]} for step in sampler["steps"]]},
+    )
+    for change in changes:
+        (done.path / "export.json").write_text(json.dumps(settings | {"sampler": sampler | change}))
+        found.append(verify(sampled_run, done.path, "figures", options={"count": 1}).passed)
+    (done.path / "export.json").write_text(json.dumps(settings | {"classes": settings["classes"][::-1]}))
+    found.append(verify(sampled_run, done.path, "figures", options={"count": 1}).passed)
+    assert found == [False] * (len(changes) + 1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "edm", "flow"])
+@pytest.mark.parametrize("name", ["dpm++", "dpm++-sde", "ddim", "ddim-noisy", "euler", "dpm++3"])
+def test_tables_of_samplers_equal_their_steps(schedule, name):
+    process = build_process(schedule)
+    sampler = {
+        "dpm++": DPMSolver(steps=7),
+        "dpm++-sde": DPMSolver(steps=16, stochastic=True),
+        "ddim": DDIM(steps=5),
+        "ddim-noisy": DDIM(steps=5, eta=0.7),
+        "euler": Euler(steps=6, clip=0.0),
+        "dpm++3": DPMSolver(steps=17, order=3),
+    }[name]
+    table = tabulate_sampler(process, sampler)
+    generator = torch.Generator().manual_seed(0)
+    noises = [torch.randn(4, 3, dtype=torch.float64, generator=generator) for _ in range(len(table["steps"]) + 1)]
+    answer = lambda x, time: torch.sin(3 * x) * (0.5 + time / 2000)
+    source = iter(noises)
+    state = sampler.start(process, lambda: next(source))
+    while not state.done:
+        scale = process.get_input_scale(state.level)
+        sampler.step(state, answer(state.x * scale, state.level.time))
+    fresh, history = iter(noises), []
+    x = table["prior"] * next(fresh)
+    for step in table["steps"]:
+        clean = step["clean"][0] * x + step["clean"][1] * answer(step["scale"] * x, step["time"])
+        history = [clean.clamp(-1, 1) if table["clip"] else clean, *history[:2]]
+        *factors, new = step["next"]
+        x = sum(factor * part for factor, part in zip(factors, (x, *history)) if factor)
+        x = x + new * next(fresh) if new else x
+    assert torch.allclose(x, state.x, atol=1e-9)
+
+
+def test_samplers_that_call_the_network_twice_have_no_table():
+    with pytest.raises(ExportError, match="Heun has no table of steps"):
+        tabulate_sampler(build_process("cosine"), Heun(steps=4))
+    with pytest.raises(ExportError, match="DDPM has no table of steps"):
+        tabulate_sampler(build_process("cosine"), DDPM(steps=4))
+
+
+@pytest.mark.parametrize("kind", ["gan", "captions"])
+def test_other_generators(kind, tmp_path):
+    settings = {"steps": 4, "eval_steps": 4, "batch_size": 16, "precision": "float32"}
+    if kind == "gan":
+        source, model, extra = "figures", "dcgan-32", {"model.dim": 4, "task.side": 16, "model.image": 16}
+    else:
+        source, model, extra = captioned_digits(tmp_path / "data"), "ddpm-unet-test", {"task.vocab_size": 300}
+    run = fieldguide.fit(source, task="image-generation", model=model, out=tmp_path / "run", settings={**settings, **extra})
+    done = run.export(out=tmp_path / "export")
+    assert done.passed and done.verification.rows == 64, done.verification.problems
+
+
+def captioned_digits(folder: Path) -> Path:
+    """Write digits with a caption next to each."""
+    folder.mkdir()
+    names = "zero one two three four five six seven eight nine".split()
+    for i, path in enumerate(sorted(samples.path("digits").rglob("*.png"))[::8]):
+        shutil.copy(path, folder / f"{i:03}.png")
+        (folder / f"{i:03}.txt").write_text(f"a scan of the number {names[int(path.parent.name)]}, drawn by hand {i % 7}")
+    return folder

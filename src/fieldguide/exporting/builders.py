@@ -12,6 +12,7 @@ from fieldguide.exporting.detection import build_detection
 from fieldguide.exporting.forecasting import build_forecast
 from fieldguide.exporting.generation import build_text_generation
 from fieldguide.exporting.graph import ExportError, Graph
+from fieldguide.exporting.image_generation import build_image_generation
 from fieldguide.exporting.image_to_image import build_image_to_image
 from fieldguide.exporting.segmentation import build_segmentation
 from fieldguide.exporting.steps.images import Resize, choose_reading, describe_image_reading, describe_pixels
@@ -39,6 +40,7 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
     "tabular-regression": build_table,
     "click-prediction": build_table,
     "image-classification": build_image_classification,
+    "image-generation": build_image_generation,
     "image-to-image": build_image_to_image,
     "audio-classification": build_audio_classification,
     "automatic-speech-recognition": build_speech_recognition,

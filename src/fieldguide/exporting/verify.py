@@ -34,6 +34,7 @@ from fieldguide.data.splits import sample_rows
 from fieldguide.data.timeseries.cases import CASE
 from fieldguide.exporting.graph import ExportError
 from fieldguide.exporting.precision import Precision
+from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.text.text_generation import PROMPT_WORDS
 from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
 
@@ -48,6 +49,7 @@ TIMEOUT = 1800  # seconds
 MAX_TIE_FRACTION = 0.5  # of rows whose answers depend on rounding
 PERTURBATIONS = 2  # how often weights are changed to find them
 MAX_PROMPTS = 64  # that are answered
+MAX_SAMPLES = 64  # that are generated
 MAX_STEPS = 2048  # of series, if each step has a record
 ROW = "#row"  # a column of row numbers
 MAX_EXAMPLES = 5  # of differences that are kept
@@ -99,6 +101,8 @@ class Verification:
 
 def choose_requests(predictor: TaskPredictor, source: str) -> tuple[list[pl.DataFrame], Any]:
     """Return tables of raw inputs, each of which is a request, and the data of the first if scores are compared."""
+    if predictor.signature.record_for == "sample":
+        return [choose_samples(predictor)], None
     if predictor.signature.series is not None:
         return cut_series(predictor, source), None
     if predictor.signature.record_for == "step":
@@ -121,6 +125,14 @@ def choose_steps(predictor: TaskPredictor, source: str) -> pl.DataFrame:
         most = -(-MAX_STEPS // raw.select(owners).n_unique())
         return raw.filter(pl.int_range(pl.len(), 0, -1).over(owners) <= most)
     return raw.tail(MAX_STEPS)
+
+
+def choose_samples(predictor: TaskPredictor) -> pl.DataFrame:
+    """Return classes or captions to generate images of; numbers if there are neither."""
+    task: Any = predictor.task
+    known = task.captions or task.labels or [str(number) for number in range(MAX_SAMPLES)]
+    column = next((field.name for field in predictor.signature.inputs), "class")
+    return pl.DataFrame({column: [known[i % len(known)] for i in range(MAX_SAMPLES)]})
 
 
 def choose_sources(predictor: TaskPredictor, source: str) -> pl.DataFrame:
@@ -222,11 +234,17 @@ def verify(
         paths = [Path(home) / f"rows{i}.{'jsonl' if has_lists(table) else 'csv'}" for i, table in enumerate(tables)]
         for path, table in zip(paths, tables):
             (table.write_ndjson if has_lists(table) else table.write_csv)(path)
-        expected = [record for path in paths for record in predictor.predict(str(path), **(options or {}))]
+        given = dict(options or {})
+        if predictor.signature.record_for == "sample":
+            expected = generate_samples(predictor, tables[0], given)
+            given = {"noise": str(write_noise(predictor, Path(home), len(tables[0])))}
+        else:
+            expected = [record for path in paths for record in predictor.predict(str(path), **given)]
         if not any(field.name == "series" or field.role == "series" for field in predictor.signature.inputs):
             expected = [{name: value for name, value in record.items() if name != "series"} for record in expected]
-        ties = find_unstable(predictor, paths[0], tolerance, options or {}) if predictor.signature.loop else set()
-        found, notes = run_folder(folder, paths, batches, options or {})
+        is_text = predictor.signature.loop is not None and predictor.signature.loop.kind != "diffusion"
+        ties = find_unstable(predictor, paths[0], tolerance, given) if is_text else set()
+        found, notes = run_folder(folder, paths, batches, given)
     comparison = Comparison(tolerance, getattr(predictor.task, "score_threshold", 0.0))
     problems, largest, same = [], 0.0, 0
     for (size, _), records in zip(batches, found):
@@ -261,6 +279,24 @@ def verify(
         scores=compare_scores(predictor, data, expected, found[-1]),
         versions=list_versions(),
     )
+
+
+def generate_samples(predictor: TaskPredictor, table: pl.DataFrame, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the images that the original generates for the classes or captions of a table."""
+    if predictor.signature.inputs:
+        return list(predictor.predict(table.to_series().to_list(), **options))
+    return list(predictor.predict([], **{**options, "count": len(table)}))
+
+
+def write_noise(predictor: TaskPredictor, home: Path, rows: int) -> Path:
+    """Write the noise from which the original generates: rows, draws, then the axes of a sample."""
+    objective: Any = predictor.objective
+    task: Any = predictor.task
+    options, is_gan = task.PredictOptions(), predictor.signature.loop is None
+    shape = (objective.noise,) if is_gan else (task.pictures.channels, *(task.pictures.side,) * 2)
+    draw = Noise(options.seed, range(rows), shape, torch.empty(()))
+    np.save(home / "noise.npy", torch.stack([draw() for _ in range(1 if is_gan else 1 + options.steps)], 1).numpy())
+    return home / "noise.npy"
 
 
 def find_unstable(predictor: TaskPredictor, path: Path, tolerance: float, options: Mapping[str, Any]) -> set[int]:
