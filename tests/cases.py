@@ -1699,6 +1699,7 @@ CASES = {
     "consistency-unet": Case(inputs=latents.labeled_noisy, lr=3e-3, peer=latents.consistency_unet),
     "unclip-prior": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.unclip_prior),
     "dit": Case(inputs=noisy, lr=3e-3, peer=latents.dit),
+    "wan": Case(inputs=latents.noisy_latent_video, lr=3e-3, peer=latents.wan),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(
         inputs=row("z_dim"), peer=same(lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3

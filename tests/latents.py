@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -190,6 +191,14 @@ def keep_double(module: nn.Module) -> None:
                 setattr(parent, name, nn.RMSNorm(child.dim, eps=child.eps))
 
 
+@contextmanager
+def keep_float64() -> Iterator[None]:
+    """Let diffusers, where it computes in float32, compute in float64 if that is what it gets."""
+    single = Tensor.float
+    with mock.patch.object(Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x)):
+        yield
+
+
 def sd3(model: nn.Module) -> Peer:
     peer = build(model)
     keep_double(peer)
@@ -215,11 +224,11 @@ def flux(model: nn.Module) -> Peer:
     """Return diffusers' FLUX on packed latents with positions of their own, as in its pipeline."""
     peer = build(model)
     module = sys.modules[type(peer).__module__]
-    plain, single = module.apply_rotary_emb, Tensor.float
+    plain = module.apply_rotary_emb
 
     def rotate(*args: Any, **options: Any) -> Tensor:
         """Rotate as diffusers, but in float64 if that is what it gets."""
-        with mock.patch.object(Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x)):
+        with keep_float64():
             return plain(*args, **options)
 
     class Sample(nn.Module):
@@ -303,5 +312,29 @@ def unclip_prior(model: nn.Module) -> Peer:
             mask = torch.ones_like(text[..., 0], dtype=torch.bool) if text_mask is None else text_mask
             found = self.peer(latent.flatten(1), time, pooled, text, mask)
             return found.predicted_image_embedding[:, :, None, None]
+
+    return Sample(), rename(model)
+
+
+def noisy_latent_video(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return latents of videos, and what `noisy_latent` returns."""
+    _, *rest = noisy_latent(config, rows)
+    channels = config.channels + getattr(config, "extra", 0)
+    return torch.randn(rows, config.frames, channels, config.image, config.image + 2), *rest
+
+
+def wan(model: nn.Module) -> Peer:
+    """Return diffusers' Wan, whose latents have the channels first. Times are embedded in float32."""
+    peer = build(model)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, latent: Tensor, time: Tensor, text: Tensor, image_states: Tensor | None = None) -> Tensor:
+            time = time.float()
+            with keep_float64():
+                return self.peer(latent.transpose(1, 2), time, text, image_states).sample.transpose(1, 2)
 
     return Sample(), rename(model)

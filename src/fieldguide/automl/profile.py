@@ -107,10 +107,14 @@ def build_example_inputs(
                 batch, *([min(length, get("length", length))] if get("vocab_size", 0) else []), dtype=torch.int64, device=device
             ),
         )
+    if card.input_type == "video":
+        side = get("image", side)
+        return (torch.zeros(batch, get("frames", 16), get("channels", 3), side, side, device=device),)
     if "latent" in card.inputs:
         side, channels = get("image", side), get("channels", 4) + get("extra", 0)
+        frames = (get("frames", 16),) if "video" in card.input_type else ()
         inputs = {
-            "latent": torch.zeros(batch, channels, side, side, device=device),
+            "latent": torch.zeros(batch, *frames, channels, side, side, device=device),
             "time": torch.zeros(batch, device=device),
             "text": torch.zeros(batch, min(length, get("length", length)), get("text_dim", 768), device=device),
             "pooled": torch.zeros(batch, get("pooled_dim", 768), device=device),

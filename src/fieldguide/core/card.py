@@ -59,6 +59,15 @@ INPUT_TYPES: dict[str, tuple[str, ...]] = {
         "text",
         "pooled",
     ),  # as for "noisy-latent", and B E float: one vector for the text
+    "noisy-latent-video": ("latent", "time", "text"),  # B F C H W float: F frames of what an autoencoder made of videos, frames
+    # first as in "noisy-video", also where public networks put the channels first; the others as for "noisy-latent"
+    "noisy-latent-video-pooled": (
+        "latent",
+        "time",
+        "text",
+        "pooled",
+    ),  # as for "noisy-latent-video", and B E float: one vector for the text
+    "video": ("video",),  # B F C H W float: F frames
     "captioned": ("image", "tokens", "mask"),  # B C H W float and one text per image: B T int64, B T bool
     "image-text": ("image", "tokens", "mask"),  # as for "captioned", but the text so far, of which the next token is predicted
     "prompted-image": (
@@ -84,6 +93,7 @@ OPTIONAL_INPUTS: dict[str, str] = {
     "grid": "B 2 (B I 2 for I images in a row) int64: rows and columns of patches of each image, if images of several sizes are padded",
     "text_mask": "B T bool: True for real tokens of the text; without it, all are attended to",
     "sizes": "B N float: sizes in pixels that images of a data set had: height and width, and what else the network knows",
+    "image_states": "B I D float: the states of an image encoder for an image with which the video begins",
     "guidance": "B float: scale of classifier-free guidance whose result the network computes in one call",
     "times": "B T 2 int64: times in seconds of each item, and of the request for the next one",
 }

@@ -47,7 +47,8 @@ def describe_network_inputs(card: Card, config: Any) -> tuple[TensorSpec, ...]:
     """Return the arguments of `forward`, in order; optional ones last."""
     get = make_getter(card, config)
     found = INPUTS[card.input_type](get, card)
-    optional = [describe_optional_input(get, name, found) for name in card.optional_inputs]
+    names = [name for name in card.optional_inputs if name != "image_states" or get("image_dim")]
+    optional = [describe_optional_input(get, name, found) for name in names]
     return (*found, *optional)
 
 
@@ -69,6 +70,9 @@ def describe_optional_input(get: Get, name: str, others: list[TensorSpec]) -> Te
         return TensorSpec(name, "float32", (BATCH, fix("sizes", get("sizes", 6))), OPTIONAL_INPUTS[name], required=False)
     if name == "guidance":
         return TensorSpec(name, "float32", (BATCH,), OPTIONAL_INPUTS[name], required=False)
+    if name == "image_states":
+        states = BATCH, Axis("image_positions"), fix("image_features", get("image_dim"))
+        return TensorSpec(name, "float32", states, OPTIONAL_INPUTS[name], required=False)
     if name == "text_mask":
         words = next(spec for spec in others if spec.name == "text").axes[1]
         return TensorSpec(name, "bool", (BATCH, words), OPTIONAL_INPUTS[name], required=False, counts="tokens")
@@ -185,6 +189,12 @@ def describe_noisy(get: Get, card: Card) -> list[TensorSpec]:
     ]
 
 
+def describe_video(get: Get, card: Card) -> list[TensorSpec]:
+    sides = (fix(name, get("image")) for name in ("height", "width"))
+    axes = (BATCH, fix("frames", get("frames")), fix("channels", get("channels", 3)), *sides)
+    return [TensorSpec("video", "float32", axes, "frames, -1 to 1")]
+
+
 def describe_noisy_target(get: Get, card: Card) -> list[TensorSpec]:
     """Return noisy targets, the noise level, and the images that they belong to."""
     sides = tuple(fix(name, get("image", 32)) for name in ("height", "width"))
@@ -199,11 +209,12 @@ def describe_noisy_target(get: Get, card: Card) -> list[TensorSpec]:
 def describe_noisy_latent(get: Get, card: Card) -> list[TensorSpec]:
     """Return noisy latents, the noise level, and what text encoders return for a text."""
     sides = (fix(name, get("image", 64)) for name in ("height", "width"))
+    frames = (fix("frames", get("frames")),) if "video" in card.input_type else ()
     channels = fix("channels", get("channels", 4) + get("extra", 0))
     tokens = fix("tokens", get("length")) if get("length") else Axis("tokens")
     text = BATCH, tokens, fix("text_features", get("text_dim"))
     found = [
-        TensorSpec("latent", "float32", (BATCH, channels, *sides), "noisy latents, normalized"),
+        TensorSpec("latent", "float32", (BATCH, *frames, channels, *sides), "noisy latents, normalized"),
         TensorSpec("time", "float32", (BATCH,), "noise level", low=0, high=TIMESTEPS),
         TensorSpec("text", "float32", text, "states of the text encoder"),
     ]
@@ -272,6 +283,9 @@ INPUTS: dict[str, Callable[[Get, Card], list[TensorSpec]]] = {
     "noisy-video": describe_noisy,
     "noisy-latent": describe_noisy_latent,
     "noisy-latent-pooled": describe_noisy_latent,
+    "noisy-latent-video": describe_noisy_latent,
+    "noisy-latent-video-pooled": describe_noisy_latent,
+    "video": describe_video,
     "captioned": describe_captioned,
     "items": describe_items,
     "speech": describe_speech,
@@ -395,7 +409,8 @@ def describe_output_axes(
     if output == "sequence" and "tokens" in inputs:
         return (tokens, fix("features", get("dim"))), "the state of each token"
     if "latent" in inputs:  # the channels to compare with are not predicted
-        return (fix("channels", get("channels", 4)), *inputs["latent"].axes[2:]), "predicted noise, or velocity"
+        *before, _, height, width = inputs["latent"].axes[1:]  # of videos, the frames
+        return (*before, fix("channels", get("channels", 4)), height, width), "predicted noise, or velocity"
     data = next(inputs[name] for name in ("video", "image", "sequence") if name in inputs)
     return data.axes[1:], "predicted noise, or velocity" if output in ("image", "video") else "vectors"
 

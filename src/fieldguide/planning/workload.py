@@ -169,9 +169,12 @@ def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
         data = floats(channels, side, side) if card.input_type == "noisy" else floats(get("frames", 16), channels, side, side)
         name = "image" if card.input_type == "noisy" else "video"
         return {name: data, "time": torch.ones(rows) if device != "meta" else torch.empty(rows, device="meta"), "label": label}
+    if card.input_type == "video":
+        return {"video": floats(get("frames", 16), channels, side, side)}
     if "latent" in card.inputs:
+        frames = (get("frames", 16),) if "video" in card.input_type else ()
         inputs = {
-            "latent": floats(channels + get("extra", 0), side, side),
+            "latent": floats(*frames, channels + get("extra", 0), side, side),
             "time": floats(),
             "text": floats(min(shape.length, get("length", shape.length)), get("text_dim", 768)),
             "pooled": floats(get("pooled_dim", 768)),

@@ -12,7 +12,7 @@ E width of the vector of the text, d width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.diffusion._shared.attention import Stream, attend_jointly, place_mask
-from fieldguide.models.diffusion._shared.embeddings import MAX_PERIOD, embed_time
+from fieldguide.models.diffusion._shared.embeddings import embed_time
 from fieldguide.models.diffusion._shared.patches import count_patches
+from fieldguide.models.diffusion._shared.rotary import Rotate, make_rotation, place_grid
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Row
 
@@ -33,8 +34,6 @@ TIME_DIM = 256  # sines and cosines of times and of the guidance scale
 EPS = 1e-6  # of the norms without parameters
 GUIDANCE_SCALE = 1000.0  # of guidance scales in their embedding
 DEFAULT_GUIDANCE = 3.5  # that the authors recommend for images of [dev]
-
-Rotate = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,18 +140,8 @@ class Flux(nn.Module):
         """Return a function that rotates pairs of neighboring values of queries and keys, B heads T+N d, by their positions: those
         of patches by row and column, those of tokens by nothing.
         """
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        places = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)  # N 3
-        places = F.pad(places, (0, 0, tokens, 0)).double()  # T+N 3
-        rates = [MAX_PERIOD ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim) for dim in self.config.axes]
-        angle = torch.cat([place[:, None] * rate for place, rate in zip(places.unbind(1), rates)], 1)  # T+N d/2
-        cos, sin = (wave.float().to(like) for wave in (angle.cos(), angle.sin()))
-
-        def rotate(x: Tensor) -> Tensor:  # B heads T+N d -> B heads T+N d
-            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-
-        return rotate
+        places = F.pad(place_grid(1, rows, columns), (0, 0, tokens, 0))  # T+N 3
+        return make_rotation(places, self.config.axes, like)
 
     def embed_condition(self, time: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:  # B, B E, B -> B D
         """Return the sum of the embeddings of time, guidance scale and text's vector."""

@@ -1,0 +1,32 @@
+"""Rotary positions of diffusion Transformers: pairs of neighboring values of queries and keys rotate by frame, row and column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fieldguide.models.diffusion._shared.embeddings import MAX_PERIOD
+
+Rotate = Callable[[Tensor], Tensor]
+
+
+def make_rotation(places: Tensor, dims: Sequence[int], like: Tensor, base: float = MAX_PERIOD) -> Rotate:
+    """Return a function that rotates queries or keys, B heads N d, by their places, N A: the first `dims[0]` values of each head by
+    the first coordinate, and so on. Angles are computed in float64, their cosines and sines have the precision of float32.
+    """
+    rates = [base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim) for dim in dims]
+    angle = torch.cat([place[:, None] * rate for place, rate in zip(places.double().unbind(1), rates)], 1)  # N d/2
+    cos, sin = (wave.float().to(like) for wave in (angle.cos(), angle.sin()))
+
+    def rotate(x: Tensor) -> Tensor:  # B heads N d -> B heads N d
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+    return rotate
+
+
+def place_grid(*sizes: int) -> Tensor:  # -> N A
+    """Return the coordinates of all places of a grid, the last axis fastest."""
+    return torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), -1).flatten(0, -2)

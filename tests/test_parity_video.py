@@ -1,0 +1,152 @@
+"""Networks of video diffusion: published configurations, image to video, other sizes and files, against diffusers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cases import CASES
+from fieldguide.checkpoints import load as checkpoints
+from fieldguide.checkpoints import weights
+from fieldguide.checkpoints.config_mapping import identify_config, to_config_fields
+from fieldguide.checkpoints.weights import get_tables, translate
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.models.layers.dot_product_attention import slice_attention
+from fieldguide.models.registry import card, create
+from test_models import batch, tiny
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+WAN = {  # as published with Wan 2.1, 14B, for texts
+    "_class_name": "WanTransformer3DModel",
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 40,
+    "num_layers": 40,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+PUBLISHED = {
+    "wan2.1-t2v-14b": WAN,
+    "wan2.1-t2v-1.3b": WAN | {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30},
+    "wan2.1-i2v-14b": WAN | {"added_kv_proj_dim": 5120, "image_dim": 1280, "in_channels": 36},
+    "wan2.2-i2v-a14b": WAN | {"in_channels": 36},
+}
+CLASSES = {"wan": "WanTransformer3DModel"}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_configurations_and_names(size):
+    from tv import diffusers
+
+    config = PUBLISHED[size]
+    found, _, table = identify_config(config)
+    assert found is card(size)
+    assert found.config(**to_config_fields(found, table, config, "config.json")) == found.resolve_config(size)
+    with torch.device("meta"):
+        peer, model = getattr(diffusers, CLASSES[found.name]).from_config(config), create(size)
+    assert sum(p.numel() for p in peer.parameters()) == found.sizes[size].params
+    renamed = translate(model.state_dict(), get_tables(model)["diffusers"], reverse=True)
+    assert {name: x.shape for name, x in renamed.items()} == {name: x.shape for name, x in peer.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong", "words"),
+    [
+        (WAN, {"patch_size": [2, 2, 2]}, "patch_size"),
+        (WAN, {"qk_norm": "rms_norm"}, "qk_norm"),
+        (WAN, {"added_kv_proj_dim": 5120}, "added_kv_proj_dim"),
+        (WAN, {"pos_embed_seq_len": 514}, "pos_embed_seq_len"),
+    ],
+)
+def test_other_networks_are_rejected(config, wrong, words):
+    found, _, table = identify_config(config)
+    with pytest.raises(WeightsError, match=words):
+        to_config_fields(found, table, config | wrong, "config.json")
+
+
+def peer_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the peer of a network with its weights."""
+    peer, rename = CASES[name].peer(model)
+    peer = peer.to(next(model.parameters()).dtype).eval()
+    peer.load_state_dict(rename(model.state_dict()))
+    return peer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("sides", [(1, 8, 8), (2, 4, 12), (4, 10, 6)])
+def test_other_sizes(name, sides):
+    ours, (_, time, *texts) = tiny(name), batch(name, 3)
+    frames, *sides = sides
+    latent = torch.randn(3, frames, ours.config.channels, *sides, dtype=torch.float64)
+    got = ours(latent, time, *texts)
+    torch.testing.assert_close(got, peer_of(ours, name)(latent, time, *texts), **CLOSE)
+    with slice_attention(4):
+        torch.testing.assert_close(ours(latent, time, *texts), got, **CLOSE)
+    with pytest.raises(DataError, match="must be multiples of 2"):
+        ours(latent[..., 1:], time, *texts)
+
+
+@torch.no_grad()
+def test_wan_continues_images():
+    """diffusers takes the last 512 states for those of the text."""
+    ours, (_, time, _) = tiny("wan", extra=3, image_dim=6), batch("wan", 2)
+    peer = peer_of(ours, "wan")
+    latent, text, states = (torch.randn(2, *size, dtype=torch.float64) for size in ((3, 5, 4, 6), (512, 10), (7, 6)))
+    got = ours(latent, time, text, states)
+    assert got.shape == (2, 3, 2, 4, 6)
+    torch.testing.assert_close(got, peer(latent, time, text, states), **CLOSE)
+    without = ours(latent, time, text)
+    assert not torch.allclose(got, without)
+    # Wan 2.2 has the channels alone.
+    later = tiny("wan", extra=3)
+    torch.testing.assert_close(later(latent, time, text), peer_of(later, "wan")(latent, time, text), **CLOSE)
+    with pytest.raises(DataError, match="image_dim is 0"):
+        later(latent, time, text, states)
+
+
+@torch.no_grad()
+def test_wan_attends_to_padding():
+    """As in training, whose texts are padded with zeros to 512 tokens."""
+    ours, (latent, time, text) = tiny("wan"), batch("wan", 2)
+    padded = nn.functional.pad(text, (0, 0, 0, 4))
+    got = ours(latent, time, padded)
+    torch.testing.assert_close(got, peer_of(ours, "wan")(latent, time, padded), **CLOSE)
+    assert not torch.allclose(got, ours(latent, time, text))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CLASSES)
+def test_diffusers_folders(tmp_path, name):
+    from tv import diffusers
+
+    ours, inputs = tiny(name, torch.float32), batch(name, 2, torch.float32)
+    checkpoints.save(ours, tmp_path / "ours", "diffusers")
+    peer = getattr(diffusers, CLASSES[name]).from_pretrained(tmp_path / "ours").eval()
+    peer.save_pretrained(tmp_path / "theirs")
+    state = peer.state_dict()
+    for folder in ("ours", "theirs"):
+        torch.testing.assert_close(checkpoints.load(tmp_path / folder)(*inputs), ours(*inputs))
+    back = weights.read(tmp_path / "ours")
+    assert back.keys() == state.keys() and all(torch.equal(back[key], x) for key, x in state.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["wan"])
+def test_untrained_networks_predict_zero(name):
+    assert not create(f"{name}-test")(*batch(name, 2, torch.float32)).any()
+
+
+def test_invalid_sizes_are_rejected():
+    with pytest.raises(SettingsError, match="heads=3"):
+        create("wan-test", heads=3)
