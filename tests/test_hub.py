@@ -335,3 +335,50 @@ def test_a_resumed_run_finds_its_checkpoint_without_the_hub(server, tmp_path, mo
     with pytest.raises(WeightsError, match="recorded"):
         fieldguide.resume(run.path)
     assert asked == [("hf:org/tiny", False)] and not server.requests
+
+
+def test_pipelines_of_diffusers(server, tmp_path, monkeypatch):
+    """The parts of a pipeline: one form of each weight, without the safety checker and the whole pipeline as a single file."""
+    import diffusion_pipelines
+
+    diffusion_pipelines.stable_diffusion().save_pretrained(tmp_path / "sd")
+    files = {p.relative_to(tmp_path / "sd").as_posix(): p.read_bytes() for p in (tmp_path / "sd").rglob("*") if p.is_file()}
+    more = ("v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "safety_checker/model.safetensors", "safety_checker/config.json")
+    forms = (
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+    )
+    server.versions["main"] = files | dict.fromkeys(
+        (*more, *forms, "unet/diffusion_pytorch_model.non_ema.safetensors"), b"other"
+    )
+    predictor = fieldguide.pipeline("hf:org/tiny")
+    assert len(predictor.predict("a cat", steps=1, width=32, height=32)) == 1
+    folder = hub.find_model("org/tiny")
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == files.keys()
+    assert hub.is_downloaded("org/tiny")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fieldguide.pipeline("hf:org/tiny").signature == predictor.signature
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert not hub.is_downloaded("org/tiny")
+    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
+        fieldguide.pipeline("hf:org/tiny")
+
+
+def test_forms_of_the_weights_of_pipelines():
+    index, shards = (
+        "diffusion_pytorch_model.safetensors.index.json",
+        [f"diffusion_pytorch_model-0000{i}-of-00002" for i in (1, 2)],
+    )
+    transformer = {f"transformer/{name}" for name in ("config.json", index, *(f"{name}.safetensors" for name in shards))}
+    half = {"text_encoder/model.fp16.safetensors", "text_encoder/config.json", "scheduler/scheduler_config.json"}
+    words = {"tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/spiece.model", "tokenizer_2/tokenizer.json"}
+    wanted = {"model_index.json", *transformer, *half, *words}
+    others = {
+        "flux1-dev.safetensors",
+        "README.md",
+        "text_encoder/pytorch_model.bin",
+        "ae.safetensors",
+        "tokenizer/flax.msgpack",
+    }
+    assert hub.choose_files(wanted | others) == wanted

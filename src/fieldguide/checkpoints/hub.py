@@ -15,6 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fieldguide.checkpoints.names import PIPELINE_FILE
+from fieldguide.checkpoints.pipeline_parts import choose_pipeline_files, has_all_parts
 from fieldguide.checkpoints.shard_index import read_shard_names
 from fieldguide.core.errors import WeightsError
 from fieldguide.core.terminal import echo
@@ -166,6 +168,8 @@ def choose_files(paths: Iterable[str]) -> set[str]:
         return {path for path in paths if any(fnmatch(path, p) and path.count("/") == p.count("/") for p in patterns)}
 
     paths = list(paths)
+    if PIPELINE_FILE in paths:
+        return choose_pipeline_files(paths)
     found = matching([*PATTERNS, *(MODULE_PATTERNS if "modules.json" in paths else [])])
     if "model.safetensors" in found:  # some repositories hold the same weights in other forms as well
         same = {path for path in found if path.endswith(".safetensors") and "/" not in path}
@@ -202,6 +206,8 @@ def find_download(revision: str, where: dict[str, Any], single: str = "") -> Pat
 
 def has_all_weights(folder: Path) -> bool:
     """Return whether a folder of the cache has all files of its weights."""
+    if (folder / PIPELINE_FILE).is_file():
+        return has_all_parts(folder)
     names = choose_files([path.name for path in folder.iterdir()])
     needed = {name for name in names if name.endswith(WEIGHTS)}
     if "model.safetensors" not in names:

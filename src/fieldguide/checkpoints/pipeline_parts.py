@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fieldguide.checkpoints.names import PIPELINE_FILE
+from fieldguide.checkpoints.names import CONFIG_FILE, PIPELINE_FILE
+from fieldguide.checkpoints.shard_index import read_shard_names
 from fieldguide.core.errors import WeightsError
 from fieldguide.core.validation import read_json
 
@@ -19,6 +21,15 @@ REQUIRED = ("scheduler", "vae")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 KNOWN = (*DENOISERS, *TEXT_ENCODERS, *TOKENIZERS, *REQUIRED, *UNUSED)
 SCHEDULER_FILE = "scheduler_config.json"
+TOKENIZER_SUFFIXES = (".json", ".txt", ".model")
+# Patterns of the names of weights, in order of preference; the files of all patterns of a form belong together.
+WEIGHT_FORMS = (
+    (r"{}\.safetensors",),
+    (r"{}-\d+-of-\d+\.safetensors", r"{}\.safetensors\.index\.json"),
+    (r"{}\.fp16\.safetensors",),
+    (r"{}\.fp16-\d+-of-\d+\.safetensors", r"{}(\.fp16\.safetensors\.index|\.safetensors\.index\.fp16)\.json"),
+    (r"(pytorch_model|diffusion_pytorch_model)\.bin",),
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,44 @@ def read_pipeline(folder: Path) -> PipelineFolder:
         )
     settings = {name: value for name, value in index.items() if name not in listed and not name.startswith("_")}
     return PipelineFolder(folder, str(index.get("_class_name", "")), parts, settings)
+
+
+def choose_pipeline_files(paths: Iterable[str]) -> set[str]:
+    """Return the files of a pipeline's repository to download, without unused parts and without other forms of the same weights.
+
+    Of each network these are safetensors in the precision of training, else in half precision, else files of torch.save; whole files
+    rather than shards.
+    """
+    paths = list(paths)
+    found = {PIPELINE_FILE}
+    for part in (*DENOISERS, *TEXT_ENCODERS, "vae"):
+        inside = {path.removeprefix(f"{part}/"): path for path in paths if path.startswith(f"{part}/") and path.count("/") == 1}
+        found |= {path for name, path in inside.items() if name == CONFIG_FILE}
+        stem = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
+        forms = [
+            [name for name in inside if any(re.fullmatch(pattern.format(stem), name) for pattern in patterns)]
+            for patterns in WEIGHT_FORMS
+        ]
+        found |= {inside[name] for name in next(filter(None, forms), [])}
+    found |= {f"scheduler/{SCHEDULER_FILE}"} & set(paths)
+    folders = tuple(f"{name}/" for name in TOKENIZERS)
+    return found | {path for path in paths if path.startswith(folders) and path.endswith(TOKENIZER_SUFFIXES)}
+
+
+def has_all_parts(folder: Path) -> bool:
+    """Return whether a folder holds the weights of all parts of its pipeline."""
+    paths = [path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file()]
+    chosen = choose_pipeline_files(paths)
+    listed = read_json(folder / PIPELINE_FILE, WeightsError)
+    for part in (*DENOISERS, *TEXT_ENCODERS, "vae"):
+        value = listed.get(part)
+        if not isinstance(value, list) or value[1:] in ([], [None]):
+            continue
+        inside = {path for path in chosen if path.startswith(f"{part}/") and not path.endswith(CONFIG_FILE)}
+        shards = {f"{part}/{name}" for path in inside if path.endswith(".json") for name in read_shard_names(folder / path)}
+        if not inside or not shards <= inside:
+            return False
+    return True
 
 
 def find_denoiser(folder: Path) -> Path:
