@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_folder
+from fieldguide.checkpoints.lora_files import DENOISER, FILE, find_lora, merge_updates, read_updates
 from fieldguide.checkpoints.names import PIPELINE_FILE
 from fieldguide.checkpoints.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, PipelineFolder, read_pipeline
 from fieldguide.core import distributed
@@ -38,6 +39,7 @@ CHOICES = {
     "heun": "HeunDiscreteScheduler",
 }
 REPLACEMENT = "dpm-solver"  # for samplers that are not supported
+Adapt = Callable[[str, Checkpoint], Checkpoint]  # name of a part and its checkpoint -> the checkpoint with a LoRA merged
 EncodePrompts = Callable[[Sequence[TextEncoder | None], Sequence[str], Any], Prompts]
 
 
@@ -118,13 +120,14 @@ class DiffusionPipeline:
 
 
 def load_pipeline(
-    folder: Path, precision: str | None = None, adapt: Callable[[Checkpoint], Checkpoint] = lambda found: found
+    folder: Path, precision: str | None = None, lora: str | Path | None = None, lora_scale: float = 1.0
 ) -> DiffusionPipeline:
-    """Load the parts of a pipeline. `adapt` changes the denoiser's tensors, before it is built.
+    """Load the parts of a pipeline, with a LoRA merged; by default the one in its folder, if there is one.
 
     Raises `WeightsError` for parts that are missing or unknown, and `SettingsError` for an unknown precision.
     """
     parts = read_pipeline(folder)
+    adapt, note = read_adapter(folder, parts, lora, lora_scale)
     found = inspect_folder(parts.denoiser, None)
     if found.card.name not in FAMILIES:
         raise WeightsError(
@@ -135,13 +138,26 @@ def load_pipeline(
     dtype = choose_dtype(precision, found.card, device)
     texts = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
     with default_dtype(dtype):
-        network = build(adapt(found)).to(device)
+        network = build(adapt(DENOISER, found)).to(device)
         vae = build(inspect_folder(parts.parts["vae"], None)).to(device)
     with default_dtype(texts):
-        encoders = [load_encoder(parts, i, device) for i in range(len(TEXT_ENCODERS))]
+        encoders = [load_encoder(parts, i, device, adapt) for i in range(len(TEXT_ENCODERS))]
     notes = ["the safety checker is left out: images are not filtered"] if "safety_checker" in parts.parts else []
+    notes += [note] if note else []
     family = specialize(FAMILIES[found.card.name], network, parts.name)
     return DiffusionPipeline(found.card, family, network, vae, encoders, parts.scheduler, parts.settings, notes, folder)
+
+
+def read_adapter(folder: Path, parts: PipelineFolder, lora: str | Path | None, scale: float) -> tuple[Adapt, str]:
+    """Return what merges a LoRA into the checkpoints of parts, and a note about it. Raises `WeightsError` if it is not for them."""
+    if lora is None and not (folder / FILE).is_file():
+        return lambda name, found: found, ""
+    path = find_lora(lora or folder)
+    updates = read_updates(path, scale)
+    if strange := updates.keys() - {DENOISER, *parts.parts}:
+        raise WeightsError(f"{path} changes {', '.join(sorted(strange))}, which {folder} does not have.")
+    merge = lambda name, found: merge_updates(found, updates[name], path) if name in updates else found
+    return merge, f"the LoRA {path} is merged into {', '.join(sorted(updates))}"
 
 
 def specialize(family: Family, network: Any, name: str) -> Family:
@@ -180,7 +196,7 @@ def build(found: Checkpoint) -> Network:
     return build_network(found.card, found.values, found.state, found.origin, str(found.path))
 
 
-def load_encoder(parts: PipelineFolder, number: int, device: torch.device) -> TextEncoder | None:
+def load_encoder(parts: PipelineFolder, number: int, device: torch.device, adapt: Adapt) -> TextEncoder | None:
     """Return a text encoder with its tokenizer, or None if the pipeline has none with this number."""
     name, words = TEXT_ENCODERS[number], TOKENIZERS[number]
     if name not in parts.parts:
@@ -190,7 +206,7 @@ def load_encoder(parts: PipelineFolder, number: int, device: torch.device) -> Te
     found = inspect_folder(parts.parts[name], None)
     if found.card.name not in ("clip-text", "t5-encoder"):
         raise WeightsError(f"{found.path} is {found.card.name}, but {name} must be a text encoder of CLIP or T5.")
-    network, (tokenizer, limit) = build(found), load_tokenizer(parts.parts[words])
+    network, (tokenizer, limit) = build(adapt(name, found)), load_tokenizer(parts.parts[words])
     if tokenizer.size > network.config.vocab_size:
         raise WeightsError(
             f"{parts.parts[words]} has {tokenizer.size:,} tokens, but {name} {network.config.vocab_size:,}. They belong to different "

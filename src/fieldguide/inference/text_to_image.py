@@ -64,23 +64,26 @@ class ImageRequest:
 class TextToImage(Predictor):
     """A pipeline that generates images of texts."""
 
-    LOAD_OPTIONS: ClassVar[dict[str, type]] = {"precision": str}
+    LOAD_OPTIONS: ClassVar[dict[str, type]] = {"precision": str, "lora": str, "lora_scale": float}
     config_type: ClassVar[type] = ImageOptions
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline, self.card = pipeline, pipeline.card
 
     @classmethod
-    def load(cls, source: str | Path, *, precision: str | None = None) -> TextToImage:
+    def load(
+        cls, source: str | Path, *, precision: str | None = None, lora: str | Path | None = None, lora_scale: float = 1.0
+    ) -> TextToImage:
         """Load a folder of diffusers with `model_index.json`, or hf:organization/name.
 
-        `precision` is float32, bfloat16 or float16; by default float32 on CPUs, half precision on GPUs. Raises `WeightsError` if a
-        part is missing or not supported.
+        `lora` is a LoRA of diffusers, peft or kohya's scripts, merged with the factor `lora_scale`; by default the file
+        `pytorch_lora_weights.safetensors` in the folder, if there is one. `precision` is float32, bfloat16 or float16; by default
+        float32 on CPUs, half precision on GPUs. Raises `WeightsError` if a part is missing or not supported.
         """
         folder = locate_source(source)
         if not (folder / PIPELINE_FILE).is_file():
             raise WeightsError(f"{folder} holds no {PIPELINE_FILE}, so it is not a pipeline of diffusers.")
-        return cls(load_pipeline(folder, precision))
+        return cls(load_pipeline(folder, precision, lora, lora_scale))
 
     @property
     def model(self) -> Network:
