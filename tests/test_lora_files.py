@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def draw_factors(peer, parts=None):
 def change(name: str, factors, scale: float):
     """Return the image of diffusers with weights changed by convolutions with the two matrices."""
     peer = copy.deepcopy(make(name)[0])
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of diffusers about numpy
         for (part, module), (down, up) in factors.items():
             weight = getattr(peer, part).get_submodule(module).weight
             weight += scale * torch.einsum("or,ri...->oi...", up.flatten(1), down)

@@ -403,7 +403,10 @@ def describe_output_axes(
     if output == "image" and card.input_type == "noise":
         return (fix("channels", get("channels", 3)), *(fix(n, get("image")) for n in ("height", "width"))), "pixels, -1 to 1"
     if output == "image" and card.accepts("outputs"):  # of networks that translate images
-        return (fix("channels", get("outputs", 3)), *inputs["image"].axes[2:]), "the translated image, or the prediction of its noise, -1 to 1"
+        return (
+            fix("channels", get("outputs", 3)),
+            *inputs["image"].axes[2:],
+        ), "the translated image, or the prediction of its noise, -1 to 1"
     if output == "scores":
         return (fix("score", 1), Axis("patch_rows"), Axis("patch_columns")), "how realistic each patch is"
     if output == "sequence" and "tokens" in inputs:
