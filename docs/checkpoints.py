@@ -18,6 +18,14 @@ but fewer and narrower layers, fieldguide loads it without being told what it is
 parameters is that of the published configuration, with tied tensors counted once and without layers that are not used here.
 
 """
+PIPELINES = """
+## Text-to-image
+
+Pipelines of diffusers, for `fieldguide predict hf:NAME "a prompt"`. `tests/test_text_to_image.py` proves each class: diffusers
+writes a tiny pipeline with random weights, and the images for the same noise are equal. The networks at their published sizes
+are in [catalogue.md](catalogue.md).
+
+"""
 
 
 def read() -> dict[str, Any]:
@@ -59,6 +67,9 @@ def page(data: dict[str, Any]) -> str:
         + f"{loaded} of {len(rows)} load.\n\n"
         + "| checkpoint | architecture | task | parameters | loads |\n| --- | --- | --- | ---: | --- |\n"
         + "".join(f"{format_row(row)}\n" for row in rows)
+        + PIPELINES
+        + "| pipeline | class of diffusers | network |\n| --- | --- | --- |\n"
+        + "".join(f"| `{row['name']}` | {row['class']} | {row['size']} |\n" for row in data["pipeline"])
     )
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import tempfile
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -24,8 +25,11 @@ import fieldguide
 from fieldguide.cli import commands as cli
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.data.preprocessing import TextTokenizer
-from fieldguide.inference.diffusion_pipeline import CHOICES
+from fieldguide.inference import diffusion_memory, text_to_image
+from fieldguide.inference.diffusion_memory import MemoryPlan, plan_memory
+from fieldguide.inference.diffusion_pipeline import CHOICES, FAMILIES, decode_latents
 from fieldguide.inference.text_to_image import ImageRequest, TextToImage
+from fieldguide.models.registry import find
 from fieldguide.serving.app import build_app
 from fieldguide.serving.models import LoadedModel
 from fieldguide.serving.settings import ServerSettings
@@ -286,6 +290,48 @@ def test_inpainting_needs_image_and_mask():
             load("painted").predict(PROMPT, steps=1, height=32, width=32, **options)
 
 
+# Memory and precision
+
+
+def test_what_does_not_fit_is_computed_in_parts(monkeypatch):
+    made = load("sd").pipeline
+    assert plan_memory(made, 16, 16, 2, free=2**34) == MemoryPlan(8)
+    small = plan_memory(made, 16, 16, 2, free=2**18)
+    assert small.images == 1 and small.tile == 16 and not small.queries
+    monkeypatch.setattr(diffusion_memory, "UNFUSED_DEVICES", ("cpu",))
+    assert 64 <= plan_memory(made, 64, 64, 2, free=2**24).queries < 64 * 64
+    noise, expected = draw("sd", count=2), ask("sd", draw("sd", count=2))
+    monkeypatch.setattr(text_to_image, "plan_memory", lambda *_: MemoryPlan(1, queries=50))
+    torch.testing.assert_close(ask("sd", noise), expected, **CLOSE)
+    monkeypatch.setattr(text_to_image, "plan_memory", lambda *_: MemoryPlan(1, tile=8))
+    tiled = ask("sd", noise)
+    assert tiled.shape == expected.shape and 1e-4 < (tiled - expected).abs().mean() < 0.2  # norms of groups are those of a tile
+
+
+def test_autoencoders_that_overflow_in_half_precision():
+    vae = copy.deepcopy(load("sd").pipeline.vae)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(1e5)  # a norm follows, so that images do not
+        vae.decoder.conv_in.bias.mul_(1e5)
+    latents = 10 * draw("sd")
+    expected = decode_latents(vae, latents)
+    half = copy.deepcopy(vae).half()
+    with torch.no_grad():
+        assert not half.decode(half.denormalize(latents.half())).isfinite().all()
+        found = decode_latents(half, latents)
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.05
+
+
+def test_half_precision():
+    noise, expected = draw("sd"), ask("sd", draw("sd"))
+    ours = fieldguide.pipeline(make("sd")[1], precision="bfloat16")
+    assert next(ours.model.parameters()).dtype == torch.bfloat16
+    found = ours.generate(ImageRequest(PROMPT), ours.parse({"steps": 3, "height": 32, "width": 32}), noise=noise) / 2 + 0.5
+    assert 0 < (found - expected).abs().max() < 0.1
+    with pytest.raises(SettingsError, match="precision='int4' is unknown"):
+        fieldguide.pipeline(make("sd")[1], precision="int4")
+
+
 # Files
 
 
@@ -402,3 +448,13 @@ def test_server():
             answer = client.post("/v1/predict", json={"rows": rows, "options": {"steps": 1} | options})
             assert answer.status_code in (400, 422), answer.text  # a request must not make the server read its files
         assert "size" in client.get("/openapi.json").text
+
+
+def test_listed_pipelines():
+    """The network of each pipeline in docs/checkpoints.toml has a size of its own, and its class is tested here."""
+    listed = tomllib.loads((Path(__file__).parents[1] / "docs" / "checkpoints.toml").read_text("utf-8"))["pipeline"]
+    tested = {type(make(name)[0]).__name__ for name in BUILD}
+    for row in listed:
+        card, size = find(row["size"])
+        assert row["name"] in card.sizes[size].source and card.name in FAMILIES and row["class"] in tested
+    assert {row["class"] for row in listed} == tested
