@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fieldguide.automl import finetune, pretrained, profile
+from fieldguide.automl import distillation, finetune, pretrained, profile
 from fieldguide.automl.advisor import Advice, Variant, get_speed, rank_networks
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.automl.clock import Clock, get_training_seconds
@@ -85,6 +85,9 @@ def choose_network(
     if checkpoint is not None:
         model = checkpoint.size
         task_options = finetune.get_default_options(kind, checkpoint, task_options, callback)
+    task_options, model, model_fields = distillation.follow_teacher(
+        kind, requested, task_options, model, model_fields, callback
+    )
     options = kind.options_from(task_options)
     source = build_examples(kind, source, options, callback.log)
     if subgroup := Settings().with_(requested).subgroup:

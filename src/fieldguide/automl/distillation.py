@@ -1,8 +1,11 @@
-"""Distillation from a finished run (`fit --set teacher=RUN`)."""
+"""Distillation from a finished run (`fit --set teacher=RUN`): of classifiers, or of diffusion models to generate in fewer steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +14,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.splits import Splits
 from fieldguide.inference.run import Run, open_run
-from fieldguide.objectives import Classification, Distillation, Objective, Supervised
+from fieldguide.objectives import Classification, ConsistencyTraining, Distillation, Objective, Supervised
 from fieldguide.tasks import Task
 
 
@@ -20,10 +23,42 @@ def with_absolute_teacher(settings: Settings) -> Settings:
     return settings.with_({"teacher": str(Path(settings.teacher).absolute())}) if settings.teacher else settings
 
 
+def follow_teacher(
+    kind: type[Task],
+    requested: Mapping[str, Any],
+    task_options: Mapping[str, Any],
+    model: str,
+    model_fields: Mapping[str, Any],
+    callback: Any,
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return task options, model and its fields, with those of the teacher where its student must have the same network.
+
+    Raises `RunError` if the run cannot be opened, and `SettingsError` if another model is requested.
+    """
+    unchanged = dict(task_options), model, dict(model_fields)
+    if not requested.get("teacher"):
+        return unchanged
+    run = open_run(requested["teacher"])
+    if run.record["task"] != kind.name or not run.is_trained:  # reported by `add_teacher`
+        return unchanged
+    options = kind.student_options(run.task, run.card)
+    if options is None:
+        return unchanged
+    size = run.record["model"]["size"]
+    if model not in ("auto", size, run.card.name):
+        raise SettingsError(
+            f"teacher={run.path}: the student starts from its weights, so the model must be {size}, not {model}. Leave the model out."
+        )
+    callback.log(f"the student starts from its teacher, {size} of {run.path}: same network, preprocessing and noise process")
+    config = {field.name: getattr(run.config, field.name) for field in fields(run.config)}
+    return {**options, **task_options}, size, {**config, **model_fields}
+
+
 def add_teacher(objective: Objective, task: Task, settings: Settings, source: Data, splits: Splits) -> Objective:
     """Return a distillation objective around the network if `settings.teacher` names a run, else the objective unchanged.
 
-    Any task that predicts classes can have a teacher of any architecture. Raises `RunError` if the run cannot be opened,
+    Any task that predicts classes can have a teacher of any architecture. A diffusion model is distilled to a network like it, which
+    starts from its weights. Raises `RunError` if the run cannot be opened,
     and `SettingsError` if it was trained for another task or has seen the test rows.
     """
     if not settings.teacher:
@@ -35,8 +70,20 @@ def add_teacher(objective: Objective, task: Task, settings: Settings, source: Da
         )
     if run.record["task"] != task.name:
         raise SettingsError(f"teacher={run.path} was trained for {run.record['task']}, but this task is {task.name}.")
+    if isinstance(objective, ConsistencyTraining):
+        check_unseen(run, source, splits)
+        task.teacher_inputs(run.task, run.card)  # raises if they differ
+        try:
+            objective.model.load_state_dict(run.model.state_dict())
+        except RuntimeError as error:
+            raise SettingsError(
+                f"teacher={run.path}: the student must have the same network. Leave out --model and --set model.*. ({error})"
+            ) from None
+        return task.distill(objective.model, run.model)
     if type(objective) is not Supervised or not isinstance(objective.loss, Classification):
-        raise SettingsError(f"teacher={run.path}: distillation supports classification only, not {task.name}.")
+        raise SettingsError(
+            f"teacher={run.path}: only classifiers and diffusion models of images can be distilled, not {task.name}."
+        )
     check_unseen(run, source, splits)
     show = task.teacher_inputs(run.task, run.card)
     return Distillation(

@@ -78,6 +78,7 @@ def is_open(plan: Plan, request: Mapping[str, Any]) -> bool:
         and request["weights"] is None
         and not any(key.startswith("model.") for key in request["settings"])
         and not plan.card.solver
+        and not plan.objective.starts_from_teacher
         and not plan.settings.deterministic
         and plan.max_steps > 0
         and distributed.get_world_size() == 1

@@ -2,6 +2,7 @@
 
 from fieldguide.objectives.adversarial import Adversarial, build_adversarial
 from fieldguide.objectives.base import Objective, Phase
+from fieldguide.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from fieldguide.objectives.contrastive import Contrastive, SigmoidContrastive
 from fieldguide.objectives.ctc import CTC
 from fieldguide.objectives.detection import Detection
@@ -37,6 +38,8 @@ __all__ = [
     "PENALTIES",
     "Adversarial",
     "Classification",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
     "Contrastive",
     "DPMSolver",
     "DenoisingObjective",

@@ -37,6 +37,8 @@ class Objective(nn.Module):
     phases: tuple[Phase, ...] = (Phase("train", ("model",)),)
     keep: ClassVar[tuple[str, ...]] = ("model",)
     model: Any  # an nn.Module; its type depends on the objective
+    starts_from_teacher: ClassVar[bool] = False  # whether the network is that of its teacher, so that no other is possible
+    progress: float = 0.0  # fraction of the training steps that are done; the training loop sets it before each step
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         """Return the losses of one phase: `{"loss": scalar, named parts...}`. The training loop differentiates `loss`."""

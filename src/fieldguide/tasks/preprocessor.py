@@ -205,6 +205,19 @@ class Preprocessor(TaskSpec):
 
         return show
 
+    @classmethod
+    def student_options(cls, teacher: Any, card: Card) -> dict[str, Any] | None:
+        """Return the options of a task whose network starts from the weights of a teacher, and has its architecture.
+
+        `teacher` is the teacher's task. None, as by default, means that teacher and student are independent networks. Raises
+        `SettingsError` if the network with card `card` cannot be a teacher.
+        """
+        return None
+
+    def distill(self, model: Any, teacher: Any) -> Any:
+        """Return the objective of a network that starts from the weights of its teacher (see `student_options`)."""
+        raise NotImplementedError
+
     def targets(self, data: Data) -> Arrays:
         """Return the known targets of the rows."""
         raise NotImplementedError

@@ -85,10 +85,10 @@ class TaskSpec:
         """Return the options with `changes` over the defaults. Raises `SettingsError` for unknown keys and wrong values."""
         return cls.Options(**parse_options(cls.Options, changes, owner=cls.name, prefix="task.", aliases=OPTION_ALIASES))
 
-    @classmethod
-    def parse_predict_options(cls, changes: Mapping[str, Any]) -> Any:
+    def parse_predict_options(self, changes: Mapping[str, Any]) -> Any:
         """Return prediction options with `changes` over the defaults. Raises `SettingsError` for unknown keys and values."""
-        return cls.PredictOptions(**parse_options(cls.PredictOptions, changes, owner=cls.name, aliases=PREDICT_ALIASES))
+        kind = self.PredictOptions  # a fitted task may have other defaults than its class
+        return kind(**parse_options(kind, changes, owner=self.name, aliases=PREDICT_ALIASES))
 
     @classmethod
     def select_columns(cls, data: Data) -> Data:

@@ -306,6 +306,7 @@ class Trainer:
         losses: dict[str, float] = {}
         seed_generators(mix_seeds(settings.seed, self.state.step, distributed.rank()), self.device)  # dropout and noise
         batches = self.load_batches(stream)
+        self.objective.progress = self.state.step / settings.resolved_steps
         for runner in self.runners:
             for turn in range(runner.phase.times):
                 scope = require_grad_only(runner.parameters, self.objective) if len(self.runners) > 1 else nullcontext()

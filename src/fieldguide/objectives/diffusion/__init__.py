@@ -7,12 +7,14 @@ of the network (Karras et al. 2022, arXiv:2206.00364, table 1).
     loss_weighting.py    the weight of each noise level in the loss
     objective.py         the training objective
     spacing.py           the noise levels of a sampling run
+    boundary.py          boundary conditions of consistency models
     samplers.py          from one noise level to the next
     guidance.py          classifier-free guidance and autoguidance
     sampling.py          the loop from noise to data
     scheduler_config.py  process and sampler from the `scheduler_config.json` of diffusers
 """
 
+from fieldguide.objectives.diffusion.boundary import Boundary, SigmaBoundary, TimeBoundary
 from fieldguide.objectives.diffusion.guidance import Guidance, predict_with_guidance
 from fieldguide.objectives.diffusion.loss_weighting import MinSNR, SigmoidSNR, Uniform
 from fieldguide.objectives.diffusion.noise_process import (
@@ -25,7 +27,7 @@ from fieldguide.objectives.diffusion.noise_process import (
     build_process,
 )
 from fieldguide.objectives.diffusion.objective import EVAL_NOISE_LEVELS, Diffusion
-from fieldguide.objectives.diffusion.samplers import DDIM, DDPM, DPMSolver, Euler, Heun, Sampler, SamplingState
+from fieldguide.objectives.diffusion.samplers import DDIM, DDPM, Consistency, DPMSolver, Euler, Heun, Sampler, SamplingState
 from fieldguide.objectives.diffusion.sampling import evaluate, sample
 from fieldguide.objectives.diffusion.spacing import DynamicShift, FlowTimes, Schedule, SigmaSpacing, Spacing, Timesteps
 from fieldguide.objectives.diffusion.time_sampling import LogitNormalTimes, LogNormalNoise, TimeDistribution, UniformTimes
@@ -35,6 +37,8 @@ __all__ = [
     "DDPM",
     "EVAL_NOISE_LEVELS",
     "PREDICTION_TYPES",
+    "Boundary",
+    "Consistency",
     "DPMSolver",
     "Diffusion",
     "DiscreteProcess",
@@ -53,9 +57,11 @@ __all__ = [
     "Sampler",
     "SamplingState",
     "Schedule",
+    "SigmaBoundary",
     "SigmaSpacing",
     "SigmoidSNR",
     "Spacing",
+    "TimeBoundary",
     "TimeDistribution",
     "Timesteps",
     "Uniform",

@@ -97,6 +97,15 @@ class NoiseProcess(nn.Module):
         raise NotImplementedError
 
     @property
+    def least_sigma(self) -> float:
+        """The ratio of noise to signal at which consistency models return their input."""
+        return self.sigma_range[0]
+
+    def space_times(self, count: int) -> Tensor:  # -> N
+        """Return ascending training times from `least_sigma` to the most noise, which divide it evenly for consistency models."""
+        return self.time_at(torch.linspace(0, 1, count))
+
+    @property
     def default_spacing(self) -> Spacing:
         """The noise levels at which samplers call the network, if they do not choose."""
         raise NotImplementedError
@@ -219,6 +228,9 @@ class DiscreteProcess(NoiseProcess):
     def sigma_range(self) -> tuple[float, float]:
         return float(self.sigmas[0]), float(self.sigmas[-1])
 
+    def space_times(self, count: int) -> Tensor:  # -> N int64
+        return torch.linspace(0, self.steps - 1, count, dtype=torch.float64).round().long()
+
     @property
     def default_spacing(self) -> Spacing:
         from fieldguide.objectives.diffusion.spacing import Timesteps
@@ -263,6 +275,11 @@ class EDMProcess(NoiseProcess):
     @property
     def sigma_range(self) -> tuple[float, float]:
         return self.sigma_min, self.sigma_max
+
+    def space_times(self, count: int) -> Tensor:  # -> N; Karras et al., equation 5
+        from fieldguide.objectives.diffusion.spacing import space_sigmas
+
+        return torch.tensor(space_sigmas("karras", self.sigma_min, self.sigma_max, count)[::-1])
 
     @property
     def default_spacing(self) -> Spacing:
@@ -321,6 +338,13 @@ class FlowProcess(NoiseProcess):
     @property
     def sigma_range(self) -> tuple[float, float]:
         return 0.0, math.inf
+
+    @property
+    def least_sigma(self) -> float:
+        return 1 / (self.time_scale - 1)  # at the first of `time_scale` times
+
+    def space_times(self, count: int) -> Tensor:  # -> N
+        return torch.linspace(1 / self.time_scale, 1, count)
 
     @property
     def default_spacing(self) -> Spacing:

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.objectives.diffusion.boundary import Boundary, SigmaBoundary
 from fieldguide.objectives.diffusion.noise_process import Level, NoiseProcess
-from fieldguide.objectives.diffusion.spacing import Schedule, Spacing, check_kind
+from fieldguide.objectives.diffusion.spacing import Schedule, SigmaSpacing, Spacing, check_kind
 
 MIN_STEPS_OF_HIGH_ORDER = 15  # with fewer steps, the last ones have lower order
 
@@ -295,3 +296,32 @@ class DPMSolver(Sampler):
             half = gone / 2 if self.midpoint and order == 2 else 1 - gone / h
             x = x + there.signal * half * first
         return x + there.noise * math.sqrt(-math.expm1(-2 * step)) * state.draw() if self.stochastic else x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Sampler):
+    """Sampling from consistency models: each step jumps to the data, and all but the last add new noise (Song et al. 2023,
+    arXiv:2303.01469, algorithm 1).
+
+    `boundary` is that of the training. With a clip, the prediction of x_0 is clamped before it is mixed with x.
+    """
+
+    steps: int = 2
+    boundary: Boundary = field(default_factory=SigmaBoundary)
+
+    def build_schedule(self, process: NoiseProcess) -> Schedule:
+        spacing = self.spacing or process.default_spacing
+        if spacing == SigmaSpacing():  # its last level is the least noise, from which no step is left to do
+            spacing = SigmaSpacing(skip_last=True)
+        return spacing.build_schedule(process, self.steps)
+
+    def step(self, state: SamplingState, output: Tensor) -> None:
+        clean, _ = self.predict(state, output)
+        skip, out = self.boundary.get_factors(state.process, state.level)
+        clean, there = skip * state.x + out * clean, state.target
+        if not there.noise:
+            self.end_step(state, clean)
+            return
+        left = self.boundary.get_lowest(state.process) * there.signal  # the noise that is in `clean` already
+        fresh = math.sqrt(max(there.noise**2 - left**2, 0.0))
+        self.end_step(state, there.signal * clean + fresh * state.draw() if fresh else clean)

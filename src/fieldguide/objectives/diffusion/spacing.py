@@ -16,6 +16,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.diffusion.noise_process import DiscreteProcess, FlowProcess, Level, NoiseProcess
 
 DATA = Level(1.0, 0.0, 0.0)  # no noise
+LCM_TIMES = 50  # times that a latent consistency model is distilled for
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Timesteps:
 
     Args:
         kind: "trailing" starts at the last time, which is closest to pure noise, and leaves out 0; "leading" includes time 0 and
-            leaves out the last; "linspace" includes both.
+            leaves out the last; "linspace" includes both; "lcm" takes evenly spaced ones of 50 that end at the last time, as latent
+            consistency models.
         offset: added to each time of "leading" (`steps_offset` of diffusers).
         sigmas: "karras" or "exponential" to space the ratios of noise to signal so, instead of the times (see `SigmaSpacing`).
         final: "data" to end without noise, or "first" to end with the noise of time 0.
@@ -72,7 +74,7 @@ class Timesteps:
     stride: bool = False
 
     def build_schedule(self, process: NoiseProcess, steps: int) -> Schedule:
-        check_kind(self.kind, ("trailing", "leading", "linspace"), "timestep spacing")
+        check_kind(self.kind, ("trailing", "leading", "linspace", "lcm"), "timestep spacing")
         check_kind(self.final, ("data", "first"), "final noise level")
         if not isinstance(process, DiscreteProcess):
             raise SettingsError(f"timesteps are of discrete noise processes: {type(process).__name__} has other noise levels.")
@@ -100,6 +102,11 @@ class Timesteps:
         count = steps + self.skip_last
         if self.kind == "trailing":
             return [float(round(i * total / steps) - 1) for i in range(steps, 0, -1)]
+        if self.kind == "lcm":
+            if not steps <= LCM_TIMES <= total:
+                raise SettingsError(f"cannot sample in {steps} steps: kind='lcm' has {LCM_TIMES} times")
+            known = np.arange(LCM_TIMES, 0, -1) * (total // LCM_TIMES) - 1
+            return [float(known[int(i)]) for i in np.linspace(0, LCM_TIMES, steps, endpoint=False)]
         if self.kind == "leading":
             ascending = np.arange(count, dtype=np.float64) * (total // count) + self.offset
         else:
@@ -117,11 +124,15 @@ class SigmaSpacing:
             steps of log sigma.
         rho: see `kind`.
         final: "data" to end without noise, or "first" to end with the lowest noise.
+        skip_last: leave out the lowest of steps + 1 levels.
+        total: take every (total // steps)-th of so many levels from the first on, as consistency models of diffusers.
     """
 
     kind: str = "karras"
     rho: float = 7.0
     final: str = "data"
+    skip_last: bool = False
+    total: int | None = None
 
     def build_schedule(self, process: NoiseProcess, steps: int) -> Schedule:
         check_kind(self.final, ("data", "first"), "final noise level")
@@ -130,7 +141,10 @@ class SigmaSpacing:
             raise SettingsError(f"noise levels of {type(process).__name__} have no finite range that could be spaced by sigma.")
         if steps < 1:
             raise SettingsError(f"cannot sample in {steps} steps: choose at least 1")
-        levels = [process.level_at_sigma(sigma) for sigma in space_sigmas(self.kind, low, high, steps, self.rho)]
+        if self.total is not None and not steps <= self.total:
+            raise SettingsError(f"cannot sample in {steps} steps: choose 1 to {self.total}, the number of noise levels")
+        sigmas = space_sigmas(self.kind, low, high, self.total or steps + self.skip_last, self.rho)
+        levels = [process.level_at_sigma(sigma) for sigma in sigmas[:: (self.total or steps) // steps][:steps]]
         return chain_levels(levels, process.level_at_sigma(low) if self.final == "first" else DATA)
 
 

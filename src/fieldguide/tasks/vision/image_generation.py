@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -35,6 +35,8 @@ from fieldguide.objectives import (
     DDIM,
     DDPM,
     Adversarial,
+    ConsistencyDistillation,
+    ConsistencyTraining,
     Diffusion,
     DPMSolver,
     Euler,
@@ -43,7 +45,7 @@ from fieldguide.objectives import (
     build_adversarial,
     build_process,
 )
-from fieldguide.objectives.diffusion import Sampler
+from fieldguide.objectives.diffusion import Consistency, Sampler
 from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.report_builder import ExampleInput
@@ -51,12 +53,14 @@ from fieldguide.tasks.supervised import fill_options, is_discrete
 from fieldguide.tasks.supervised_evaluator import binomial_interval
 from fieldguide.tasks.vision.signature import GenerationSignature
 
+METHODS = ("diffusion", "consistency")
 IMAGE_SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
 MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
 MAX_EVALUATION_IMAGES = 10_000  # maximum training images for the evaluation models
 EVALUATION_STEPS = 800  # training steps of the CNN that is trained on generated images alone
 EVALUATION_MODELS = ("judge", "motion", "matcher")
+MAX_COMPARED_IMAGES = 300  # maximum images for each number of steps that is compared with the teacher
 SHEET_IMAGES = 16  # images of a sheet
 MAX_CAPTION_TOKENS = 64  # maximum tokens of a caption, if the user sets no length
 MAX_KNOWN_CAPTIONS = 256  # training captions kept for sampling without given captions
@@ -114,6 +118,10 @@ class ImageGeneration(GenerationSignature, Task):
             None  # prediction target of the diffusion model: eps | v | x | velocity; of a flow velocity, else v
         )
         weighting: str = "uniform"  # weight of noise levels in the loss: uniform | min-snr | sigmoid
+        method: str = (
+            "diffusion"  # diffusion | consistency: images in 1 to 4 steps; with a teacher, distilled from its diffusion model
+        )
+        teacher_guidance: float = 1.5  # guidance of a diffusion teacher, which its student learns; 1 = none
 
     @dataclass(frozen=True)
     class PredictOptions:
@@ -125,10 +133,20 @@ class ImageGeneration(GenerationSignature, Task):
         seed: Annotated[int, Limits(0, MAX_SEED)] = 0  # seed of the noise
         truncation: Annotated[float, Limits(0, 2)] = 1.0  # StyleGAN: below 1 images are more typical and less varied
 
+    @dataclass(frozen=True)
+    class FewStepOptions(PredictOptions):
+        """Options for prediction with a consistency model."""
+
+        steps: Annotated[int, Limits(1, 1000)] = 4
+        sampler: str = "consistency"
+        guidance: Annotated[float, Limits(0, 100)] = 1.0
+
     pictures: ImageTransform
     labels: list[str]  # empty if the data has no classes
 
     def __init__(self, columns: list[Column], options: Any):
+        if options.method == "consistency":
+            self.PredictOptions = self.FewStepOptions  # type: ignore[misc]
         super().__init__(columns, options)
         self.judge: Any = None  # a `FeatureClassifier`, trained for the test and saved with the run
         self.motion: generative.FeatureClassifier | None = None  # for videos
@@ -221,12 +239,40 @@ class ImageGeneration(GenerationSignature, Task):
             )
         return self.build_diffusion(model, "image")
 
+    @classmethod
+    def student_options(cls, teacher: Any, card: Card) -> dict[str, Any] | None:
+        if card.input_type == "noise" or teacher.options.method != "diffusion":
+            raise SettingsError(
+                f"the teacher must be a diffusion model: {card.name} of that run generates in a few steps already."
+            )
+        same = ("side", "channels", "schedule", "predicts", "vocab_size", "length")
+        return {
+            "method": "consistency",
+            **{name: value for name in same if (value := getattr(teacher.options, name)) is not None},
+        }
+
+    def distill(self, model: Any, teacher: Any) -> ConsistencyDistillation:
+        guidance = self.options.teacher_guidance
+        if not 0 <= guidance <= 100:
+            raise SettingsError(f"teacher_guidance={guidance} must be from 0 to 100")
+        process = build_process(self.options.schedule, self.options.predicts)
+        return ConsistencyDistillation(model, teacher, process, guidance=guidance if self.labels or self.text else 1.0)
+
     def build_diffusion(self, model: Any, data: str) -> Diffusion:
-        """Return the objective of a diffusion model. Raises `SettingsError` for an unknown option."""
+        """Return the objective of a diffusion or consistency model. Raises `SettingsError` for an unknown option."""
+        if self.options.method not in METHODS:
+            raise SettingsError(f"method={self.options.method!r} is unknown. Choose one of {', '.join(METHODS)}.")
         name = self.options.weighting
         if name not in WEIGHTINGS:
             raise SettingsError(f"weighting={name!r} is unknown. Choose one of {', '.join(WEIGHTINGS)}.")
-        return Diffusion(model, build_process(self.options.schedule, self.options.predicts), WEIGHTINGS[name](), data=data)
+        process = build_process(self.options.schedule, self.options.predicts)
+        if self.options.method == "diffusion":
+            return Diffusion(model, process, WEIGHTINGS[name](), data=data)
+        if name != "uniform":
+            raise SettingsError(
+                f"weighting={name!r} is an option of method=diffusion; consistency models have weights of their own."
+            )
+        return ConsistencyTraining(model, process, data=data)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
         paths, p = data.rows[self.column].to_list(), self.pictures
@@ -257,6 +303,7 @@ class ImageGeneration(GenerationSignature, Task):
         if predict_options.truncation != 1:
             raise SettingsError("truncation: not supported. It is an option of StyleGAN, and this is a diffusion model.")
         guidance = predict_options.guidance if self.labels or self.text else 1.0
+        check_sampler(predict_options, isinstance(objective, ConsistencyTraining))
         return objective.sample(
             label,
             (p.channels, p.side, p.side),
@@ -269,7 +316,8 @@ class ImageGeneration(GenerationSignature, Task):
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             made = self.generate(objective, batch["label"], batch["row"].tolist(), self.predict_options)
-            scored = objective.outputs(batch) if "image" in batch else {}
+            has_loss = "image" in batch and not isinstance(objective, ConsistencyTraining)
+            scored = objective.outputs(batch) if has_loss else {}
             return {**{k: v for k, v in scored.items() if k == "loss"}, "samples": made, "label": batch["label"]}
 
         return answer
@@ -493,10 +541,42 @@ class ImageGeneration(GenerationSignature, Task):
                     ),
                     f"{steps} steps",
                 )
-                for steps in (2, 5, 10, 20, 50)
+                for steps in ((1, 2, 4, 8) if isinstance(objective, ConsistencyTraining) else (2, 5, 10, 20, 50))
             ]
             shown.append(Gallery("By sampler steps", few, by_steps))
+        if isinstance(objective, ConsistencyDistillation):
+            shown.append(self.compare_with_teacher(objective, targets))
         return {"Samples": shown, "Memory": self.memorization_elements(samples, targets)}
+
+    def compare_with_teacher(self, objective: ConsistencyDistillation, targets: Arrays) -> Table:
+        """Return the scores of a student and its teacher by number of steps, for the first test images."""
+        targets = {name: values[:MAX_COMPARED_IMAGES] for name, values in targets.items()}
+        label = torch.from_numpy(targets["label"].astype(np.int64))
+        options, guidance = ImageGeneration.PredictOptions(sampler="dpm++", steps=50), self.options.teacher_guidance
+        teacher = Diffusion(objective.frozen_teacher[0], objective.process)
+        runs: list[tuple[str, Any, Any]] = [
+            (f"{steps} step{'s' if steps > 1 else ''}", objective, self.FewStepOptions(steps=steps)) for steps in (1, 2, 4)
+        ]
+        runs.append(("teacher, 50 steps", teacher, replace(options, guidance=guidance)))
+        shown = [m for m in self.metrics if m.name in ("classifier_accuracy", "caption_match", "feature_distance", "recall")]
+        scores = {}
+        for name, whole, chosen in runs:
+            made = [
+                self.generate(whole, part, list(range(i, i + len(part))), chosen).cpu().numpy()
+                for i, part in zip(range(0, len(label), 100), label.split(100))
+            ]
+            scores[name] = self.score({"samples": np.concatenate(made), "label": targets["label"]}, targets)
+        shown = [m for m in shown if all(m.name in found for found in scores.values())]
+        return Table(
+            "Fewer steps than the teacher",
+            f"Images of the labels of {len(label):,} test images, from the same noise. The teacher's guidance is {guidance:g}; its "
+            "network is called twice in each step if that is not 1.",
+            ("", *(m.title for m in shown)),
+            [
+                (name, *(f"{100 * found[m.name]:.0f} %" if m.percent else f"{found[m.name]:.2f}" for m in shown))
+                for name, found in scores.items()
+            ],
+        )
 
     def memorization_elements(self, samples: np.ndarray, targets: Arrays) -> list[ReportElement]:
         """Return the nearest training image of a few samples, and whether samples are closer than expected."""
@@ -570,6 +650,7 @@ def build_sampler(predict_options: Any) -> Sampler:
         "ddpm": lambda: DDPM(steps=steps),
         "euler": lambda: Euler(steps=steps),
         "heun": lambda: Heun(steps=steps),
+        "consistency": lambda: Consistency(steps=steps),
     }
     if name not in samplers:
         raise SettingsError(f"sampler={name!r} is unknown. Choose one of {', '.join(samplers)}.")
@@ -578,6 +659,26 @@ def build_sampler(predict_options: Any) -> Sampler:
             f"eta={eta} is an option of sampler=ddim, but the sampler is {name}. Leave eta out, or choose ddim."
         )
     return samplers[name]()
+
+
+def check_sampler(predict_options: Any, is_consistency: bool) -> None:
+    """Raise `SettingsError` if the sampler does not suit the model."""
+    name = predict_options.sampler
+    if is_consistency and name != "consistency":
+        raise SettingsError(
+            f"sampler={name!r}: this is a consistency model, which predicts where a path ends and not its direction. Leave the sampler "
+            "out, and choose steps=1 to 4."
+        )
+    if is_consistency and predict_options.guidance != 1:
+        raise SettingsError(
+            f"guidance={predict_options.guidance}: not supported by consistency models. The guidance of the teacher is learned: "
+            "--set task.teacher_guidance in training."
+        )
+    if not is_consistency and name == "consistency":
+        raise SettingsError(
+            "sampler='consistency' needs a consistency model, and this is a diffusion model. Distill one: fieldguide fit DATA --set "
+            "teacher=RUN"
+        )
 
 
 def check_one_step_options(predict_options: Any) -> None:

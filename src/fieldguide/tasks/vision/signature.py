@@ -449,10 +449,11 @@ class GenerationSignature(SignatureBuilder):
         return [request_tensor("label", "int64", about="class; 0 is none", low=0, high=len(self.labels)), row]
 
     def describe_options(self) -> tuple[OptionSpec, ...]:
-        return tuple(replace(o, choices=SAMPLERS) if o.name == "sampler" else o for o in super().describe_options())
+        samplers = SAMPLERS if self.options.method == "diffusion" else ("consistency",)
+        return tuple(replace(o, choices=samplers) if o.name == "sampler" else o for o in super().describe_options())
 
     def describe_loop(self, loop: Loop | None) -> Loop | None:
-        guided = bool(self.labels or self.text)
+        guided = bool(self.labels or self.text) and self.options.method == "diffusion"
         return loop and replace(loop, schedule=self.options.schedule, predicts=self.options.predicts, guidance=guided)
 
     def describe_postprocessing(self, members: int) -> Sequence[Step]:

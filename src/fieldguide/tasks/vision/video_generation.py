@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
-from fieldguide.core.errors import DataError
+from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
 from fieldguide.core.structure import Limits
@@ -31,7 +31,7 @@ from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
 from fieldguide.tasks.supervised import fill_options, is_discrete
 from fieldguide.tasks.supervised_evaluator import binomial_interval
-from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, encode_png
+from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, check_sampler, encode_png
 from fieldguide.tasks.vision.signature import VideoGenerationSignature
 
 VIDEO_SIDES = (16, 32, 64)
@@ -112,7 +112,13 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
     def model_dims(self) -> dict[str, Any]:
         return {**super().model_dims(), "frames": self.options.frames}
 
+    @classmethod
+    def student_options(cls, teacher: Any, card: Card) -> dict[str, Any] | None:
+        return None
+
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
+        if self.options.method != "diffusion":
+            raise SettingsError(f"method={self.options.method!r} is an option of image generation; videos have diffusion only.")
         return self.build_diffusion(model, "video")
 
     def load_videos(self, data: Data) -> list[np.ndarray]:
@@ -146,6 +152,7 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
 
     def generate(self, objective: Any, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
         p = self.pictures
+        check_sampler(predict_options, is_consistency=False)
         return objective.sample(
             label,
             (self.options.frames, p.channels, p.side, p.side),
