@@ -338,3 +338,27 @@ def wan(model: nn.Module) -> Peer:
                 return self.peer(latent.transpose(1, 2), time, text, image_states).sample.transpose(1, 2)
 
     return Sample(), rename(model)
+
+
+def video(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return videos of a color each, and noise."""
+    size = config.frames, config.channels, config.image, config.image + 4
+    return (torch.randn(rows, 1, config.channels, 1, 1) + 0.3 * torch.randn(rows, *size),)
+
+
+def wan_vae(model: nn.Module) -> Peer:
+    """Return videos decoded from the means, without limits for pixels, which stop gradients."""
+    peer = build(model, dim_mult=list(model.config.growth))
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, video: Tensor) -> Tensor:
+            with keep_float64():
+                mean = self.peer.encode(video.transpose(1, 2)).latent_dist.mean
+                with mock.patch.object(torch, "clamp", lambda x, **limits: x):
+                    return self.peer.decode(mean).sample.transpose(1, 2)
+
+    return Sample(), rename(model)
