@@ -12,24 +12,28 @@ import shutil
 import tempfile
 import tomllib
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from starlette.testclient import TestClient
 
 import diffusion_pipelines as peers
 import fieldguide
+from fieldguide.checkpoints import weights
 from fieldguide.cli import commands as cli
+from fieldguide.core.card import Size
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.data.preprocessing import TextTokenizer
-from fieldguide.inference import diffusion_memory, text_to_image
+from fieldguide.inference import diffusion_memory, single_file_pipeline, text_to_image
 from fieldguide.inference.diffusion_memory import MemoryPlan, plan_memory
 from fieldguide.inference.diffusion_pipeline import CHOICES, FAMILIES, decode_latents
 from fieldguide.inference.text_to_image import ImageRequest, TextToImage
-from fieldguide.models.registry import find
+from fieldguide.models.registry import card_of, find
 from fieldguide.serving.app import build_app
 from fieldguide.serving.models import LoadedModel
 from fieldguide.serving.settings import ServerSettings
@@ -357,6 +361,70 @@ def test_half_precision_variants_and_shards(tmp_path):
     assert 0 < (found - expected).abs().max() < 0.02  # of rounding the weights
 
 
+def write_single_file(name: str, file: Path, texts) -> None:
+    """Write our networks of a pipeline to one file, under the names of the authors, and the tokenizer next to it."""
+    made = load(name).pipeline
+    networks = {"model.diffusion_model.": (made.network, "compvis"), "first_stage_model.": (made.vae, "compvis")}
+    networks |= {prefix: (encoder.network, origin) for encoder, (prefix, origin) in zip(made.encoders, texts)}
+    state = {
+        prefix + key: x.contiguous()
+        for prefix, (network, origin) in networks.items()
+        for key, x in weights.translate(network.state_dict(), weights.get_tables(network)[origin], reverse=True).items()
+    }
+    state |= {"model_ema.decay": torch.ones(1), "betas": torch.ones(5)}
+    file.parent.mkdir(exist_ok=True)
+    (save_file if file.suffix == ".safetensors" else lambda x, path: torch.save({"state_dict": x}, path))(state, file)
+    peers.write_clip_tokenizer(file.parent)
+
+
+SINGLE = {
+    "sd": [("cond_stage_model.transformer.", "huggingface")],
+    "painted": [("cond_stage_model.transformer.", "huggingface")],
+    "sdxl": [("conditioner.embedders.0.transformer.", "huggingface"), ("conditioner.embedders.1.model.", "openai")],
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_single_files(name, suffix, tmp_path, monkeypatch):
+    """Sizes are given by the width of the text's states, so those of the tiny networks take the place of the published ones."""
+    made = load(name).pipeline
+    write_single_file(name, tmp_path / f"model{suffix}", SINGLE[name])
+    layout = single_file_pipeline.Layout("denoiser", "vae", {"text": ("text", "huggingface")}, (False,))
+    if name == "sdxl":
+        layout = replace(layout, texts={**layout.texts, "text_2": ("text_2", "openai")}, pads=(False, True))
+    monkeypatch.setattr(single_file_pipeline, "LAYOUTS", {28 if name == "sdxl" else 16: layout})
+    networks = {"denoiser": made.network, "vae": made.vae}
+    networks |= {key: encoder.network for key, encoder in zip(("text", "text_2"), made.encoders) if encoder}
+
+    def find_tiny(size):
+        config = asdict(networks[size].config) | ({"extra": 0} if size == "denoiser" else {})
+        card = card_of(networks[size])
+        return replace(card, sizes={size: Size(**config)}), size
+
+    monkeypatch.setattr(single_file_pipeline, "find", find_tiny)
+    ours = fieldguide.pipeline(tmp_path / f"model{suffix}")
+    assert type(ours) is TextToImage and ours.model.config == made.network.config
+    options = {"steps": 2, "height": 32, "width": 32, "sampler": "euler", "guidance": 2.0, "negative": NEGATIVE}
+    options |= {"count": 1, "seed": 3}
+    request = ImageRequest(PROMPT, *((picture(), hole()) if name == "painted" else ()))
+    found, expected = (x.generate(request, x.parse(options)) for x in (ours, load(name)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_problems_of_single_files(tmp_path):
+    write_single_file("sd", tmp_path / "model.safetensors", SINGLE["sd"])
+    with pytest.raises(WeightsError, match="attends to texts of width 16"):
+        fieldguide.pipeline(tmp_path / "model.safetensors")
+    with pytest.raises(SettingsError, match="prediction_type='v' is unknown"):
+        fieldguide.pipeline(tmp_path / "model.safetensors", prediction_type="v")
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(WeightsError, match=r"no tokenizer found.*Set tokenizer=PATH"):
+        fieldguide.pipeline(tmp_path / "model.safetensors")
+    with pytest.raises(SettingsError, match="tokenizer: only for single files"):
+        fieldguide.pipeline(make("sd")[1], tokenizer=str(tmp_path))
+
+
 def copy_folder(name: str, folder: Path) -> Path:
     shutil.copytree(make(name)[1], folder / name)
     return folder / name
@@ -408,6 +476,12 @@ def test_problems_of_folders(tmp_path):
 def test_wrong_options(options, words):
     with pytest.raises(SettingsError, match=words):
         load("sd").predict(PROMPT, **{"steps": 1, "height": 32, **options})
+
+
+def test_chosen_samplers_do_not_clip_latents():
+    """The scheduler of the tiny SDXL says nothing of clipping, and that of DDIM would clip."""
+    _, sampler, _ = load("sdxl").pipeline.build_sampler(2, "ddim")
+    assert sampler.clip == 0 == load("sdxl").pipeline.build_sampler(2, "ddpm")[1].clip
 
 
 def test_other_samplers_are_not_for_flows():

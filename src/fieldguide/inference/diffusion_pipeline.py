@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +19,10 @@ from fieldguide.checkpoints.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, Pip
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
+from fieldguide.data.preprocessing.tokenizer_files import find_tokenizer
 from fieldguide.inference import prompt_encoding
 from fieldguide.inference.prompt_encoding import Prompts, TextEncoder, load_tokenizer
+from fieldguide.inference.single_file_pipeline import read_single_file
 from fieldguide.objectives.diffusion.noise_process import NoiseProcess
 from fieldguide.objectives.diffusion.samplers import Sampler
 from fieldguide.objectives.diffusion.scheduler_config import SAMPLERS, read_scheduler
@@ -116,6 +118,7 @@ class DiffusionPipeline:
             if own.startswith("FlowMatch"):
                 raise SettingsError(f"sampler={chosen!r} is not for rectified flows such as {self.card.name}. Leave it out.")
             config["_class_name"] = CHOICES[chosen]
+            config.setdefault("clip_sample", False)  # latents have no limit, but some schedulers clip them by default
         return *read_scheduler(config, steps, self.family.times), note
 
 
@@ -127,7 +130,7 @@ def load_pipeline(
     Raises `WeightsError` for parts that are missing or unknown, and `SettingsError` for an unknown precision.
     """
     parts = read_pipeline(folder)
-    adapt, note = read_adapter(folder, parts, lora, lora_scale)
+    adapt, note = read_adapter(folder, parts.parts.keys(), lora, lora_scale)
     found = inspect_folder(parts.denoiser, None)
     if found.card.name not in FAMILIES:
         raise WeightsError(
@@ -148,13 +151,47 @@ def load_pipeline(
     return DiffusionPipeline(found.card, family, network, vae, encoders, parts.scheduler, parts.settings, notes, folder)
 
 
-def read_adapter(folder: Path, parts: PipelineFolder, lora: str | Path | None, scale: float) -> tuple[Adapt, str]:
+def load_single_file(
+    path: Path,
+    precision: str | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+) -> DiffusionPipeline:
+    """Load a single file of Stable Diffusion 1, 2 or XL with CLIP's tokenizer, by default from the folder of the file.
+
+    Raises `WeightsError` for other files, and if there is no tokenizer.
+    """
+    words = Path(tokenizer) if tokenizer else path.parent
+    if find_tokenizer(words)[0] is None:
+        raise WeightsError(
+            f"no tokenizer found in {words}; a single file has none. Set tokenizer=PATH to CLIP's: all of these networks share that of "
+            "openai/clip-vit-large-patch14."
+        )
+    file = read_single_file(path, prediction_type)
+    adapt, note = read_adapter(path, TEXT_ENCODERS[: len(file.texts)], lora, lora_scale)
+    device = distributed.device()
+    dtype = choose_dtype(precision, file.denoiser.card, device)
+    with default_dtype(dtype):
+        network, vae = build(adapt(DENOISER, file.denoiser)).to(device), build(file.vae).to(device)
+    encoders: list[TextEncoder | None] = []
+    with default_dtype(torch.bfloat16 if dtype == torch.float16 else dtype):
+        for name, found, pads_with_zero in zip(TEXT_ENCODERS, file.texts, file.layout.pads):
+            text, limit = load_tokenizer(words)
+            text.pad = 0 if pads_with_zero else text.end
+            encoders.append(TextEncoder(build(adapt(name, found)).to(device), text, limit))
+    card, family = file.denoiser.card, FAMILIES[file.denoiser.card.name]
+    return DiffusionPipeline(card, family, network, vae, encoders, file.scheduler, {}, [note] if note else [], path)
+
+
+def read_adapter(folder: Path, names: Collection[str], lora: str | Path | None, scale: float) -> tuple[Adapt, str]:
     """Return what merges a LoRA into the checkpoints of parts, and a note about it. Raises `WeightsError` if it is not for them."""
     if lora is None and not (folder / FILE).is_file():
         return lambda name, found: found, ""
     path = find_lora(lora or folder)
     updates = read_updates(path, scale)
-    if strange := updates.keys() - {DENOISER, *parts.parts}:
+    if strange := updates.keys() - {DENOISER, *names}:
         raise WeightsError(f"{path} changes {', '.join(sorted(strange))}, which {folder} does not have.")
     merge = lambda name, found: merge_updates(found, updates[name], path) if name in updates else found
     return merge, f"the LoRA {path} is merged into {', '.join(sorted(updates))}"

@@ -49,7 +49,7 @@ def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predict
     from fieldguide.checkpoints.load import inspect_checkpoint, locate_source
 
     options, place = dict(options), locate_source(source)
-    if (place / PIPELINE_FILE).is_file():
+    if (place / PIPELINE_FILE).is_file() or holds_pipeline(place):
         from fieldguide.inference.text_to_image import TextToImage
 
         chosen = {key: options.pop(key) for key in TextToImage.LOAD_OPTIONS if key in options}
@@ -61,6 +61,15 @@ def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predict
     load_options = parse_options(kind.LOAD_OPTIONS, chosen, owner=checkpoint.card.name)
     with guard(source, WeightsError):
         return kind.load(checkpoint, **load_options), options
+
+
+def holds_pipeline(path: Path) -> bool:
+    """Return whether a file holds all networks of a text-to-image pipeline."""
+    if not path.is_file() or path.suffix not in (".safetensors", ".ckpt"):
+        return False
+    from fieldguide.inference.single_file_pipeline import is_single_file
+
+    return is_single_file(path)
 
 
 def predictor_type(card: Any) -> Any:

@@ -23,9 +23,10 @@ from fieldguide.core.options import PREDICT_ALIASES, parse_options
 from fieldguide.core.signature import Signature
 from fieldguide.core.structure import MAX_SEED, Limits
 from fieldguide.inference.diffusion_memory import plan_memory
-from fieldguide.inference.diffusion_pipeline import DiffusionPipeline, decode_latents, load_pipeline
+from fieldguide.inference.diffusion_pipeline import DiffusionPipeline, decode_latents, load_pipeline, load_single_file
 from fieldguide.inference.latent_sampling import Start, denoise, fit_to_image
 from fieldguide.inference.predictor import Predictions, Predictor, as_list
+from fieldguide.inference.single_file_pipeline import is_single_file
 from fieldguide.inference.source_images import read_image, to_mask, to_pixels
 from fieldguide.models.layers.dot_product_attention import slice_attention
 from fieldguide.objectives.noise import Noise
@@ -64,7 +65,13 @@ class ImageRequest:
 class TextToImage(Predictor):
     """A pipeline that generates images of texts."""
 
-    LOAD_OPTIONS: ClassVar[dict[str, type]] = {"precision": str, "lora": str, "lora_scale": float}
+    LOAD_OPTIONS: ClassVar[dict[str, type]] = {
+        "precision": str,
+        "lora": str,
+        "lora_scale": float,
+        "tokenizer": str,
+        "prediction_type": str,
+    }
     config_type: ClassVar[type] = ImageOptions
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -72,18 +79,29 @@ class TextToImage(Predictor):
 
     @classmethod
     def load(
-        cls, source: str | Path, *, precision: str | None = None, lora: str | Path | None = None, lora_scale: float = 1.0
+        cls,
+        source: str | Path,
+        *,
+        precision: str | None = None,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
+        **single: str | Path | None,
     ) -> TextToImage:
-        """Load a folder of diffusers with `model_index.json`, or hf:organization/name.
+        """Load a folder of diffusers with `model_index.json`, a single file of Stable Diffusion 1, 2 or XL, or hf:organization/name.
 
         `lora` is a LoRA of diffusers, peft or kohya's scripts, merged with the factor `lora_scale`; by default the file
         `pytorch_lora_weights.safetensors` in the folder, if there is one. `precision` is float32, bfloat16 or float16; by default
-        float32 on CPUs, half precision on GPUs. Raises `WeightsError` if a part is missing or not supported.
+        float32 on CPUs, half precision on GPUs. `single` are what a single file lacks: `tokenizer`, the path of CLIP's, and
+        `prediction_type` (see `load_single_file`). Raises `WeightsError` if a part is missing or not supported.
         """
-        folder = locate_source(source)
-        if not (folder / PIPELINE_FILE).is_file():
-            raise WeightsError(f"{folder} holds no {PIPELINE_FILE}, so it is not a pipeline of diffusers.")
-        return cls(load_pipeline(folder, precision, lora, lora_scale))
+        path = locate_source(source)
+        if is_single_file(path):
+            return cls(load_single_file(path, precision, lora, lora_scale, **single))  # type: ignore[arg-type]
+        if not (path / PIPELINE_FILE).is_file():
+            raise WeightsError(f"{path} holds no {PIPELINE_FILE}, so it is not a pipeline of diffusers.")
+        if named := [name for name, value in single.items() if value is not None]:
+            raise SettingsError(f"{named[0]}: only for single files. {path} is a folder, which says what it is.")
+        return cls(load_pipeline(path, precision, lora, lora_scale))
 
     @property
     def model(self) -> Network:
