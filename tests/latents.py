@@ -362,3 +362,43 @@ def wan_vae(model: nn.Module) -> Peer:
                     return self.peer.decode(mean).sample.transpose(1, 2)
 
     return Sample(), rename(model)
+
+
+@contextmanager
+def exact_rotary(module: Any) -> Iterator[None]:
+    """Let a module of diffusers compute the angles of rotary positions in float64, as some do."""
+    plain = module.get_1d_rotary_pos_embed
+    exact = lambda dim, places, *args, **options: plain(dim, places.double(), *args, **options | {"freqs_dtype": torch.float64})
+    with mock.patch.object(module, "get_1d_rotary_pos_embed", exact):
+        yield
+
+
+def cogvideox(model: nn.Module) -> Peer:
+    """Return diffusers' CogVideoX, with rotations as its pipeline computes them. The positions that it adds have the precision of
+    float32 here, as those of networks of float32.
+    """
+    from tv import diffusers
+
+    c, peer = model.config, build(model)
+    if not c.rotary:
+        patches, embed = peer.patch_embed, peer.patch_embed._get_positional_embeddings
+        patches._get_positional_embeddings = lambda *args, **options: embed(*args, **options).to(torch.float32)
+        patches.pos_embedding = patches.pos_embedding.float()
+    pipeline, embeddings = diffusers.pipelines.cogvideo.pipeline_cogvideox, diffusers.models.embeddings
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, latent: Tensor, time: Tensor, text: Tensor) -> Tensor:
+            time, rotations = time.float(), None
+            if c.rotary:
+                grid = latent.shape[3] // 2, latent.shape[4] // 2
+                crop = pipeline.get_resize_crop_region_for_grid(grid, c.width // 2, c.image // 2)
+                with exact_rotary(embeddings):
+                    rotations = embeddings.get_3d_rotary_pos_embed(c.dim // c.heads, crop, grid, latent.shape[1])
+            with keep_float64():
+                return self.peer(latent, text, time, image_rotary_emb=rotations).sample
+
+    return Sample(), rename(model)

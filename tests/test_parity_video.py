@@ -35,13 +35,43 @@ WAN = {  # as published with Wan 2.1, 14B, for texts
     "rope_max_seq_len": 1024,
     "text_dim": 4096,
 }
+COGVIDEOX = {  # as published with CogVideoX-2b
+    "_class_name": "CogVideoXTransformer3DModel",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 64,
+    "dropout": 0.0,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 16,
+    "max_text_seq_length": 226,
+    "norm_elementwise_affine": True,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 30,
+    "num_layers": 30,
+    "out_channels": 16,
+    "patch_size": 2,
+    "sample_frames": 49,
+    "sample_height": 60,
+    "sample_width": 90,
+    "spatial_interpolation_scale": 1.875,
+    "temporal_compression_ratio": 4,
+    "temporal_interpolation_scale": 1.0,
+    "text_embed_dim": 4096,
+    "time_embed_dim": 512,
+    "timestep_activation_fn": "silu",
+    "use_rotary_positional_embeddings": False,
+}
+LARGE = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 PUBLISHED = {
+    "cogvideox-2b": COGVIDEOX,
+    "cogvideox-5b": COGVIDEOX | LARGE,
     "wan2.1-t2v-14b": WAN,
     "wan2.1-t2v-1.3b": WAN | {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30},
     "wan2.1-i2v-14b": WAN | {"added_kv_proj_dim": 5120, "image_dim": 1280, "in_channels": 36},
     "wan2.2-i2v-a14b": WAN | {"in_channels": 36},
 }
-CLASSES = {"wan": "WanTransformer3DModel"}
+CLASSES = {"wan": "WanTransformer3DModel", "cogvideox": "CogVideoXTransformer3DModel"}
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -66,6 +96,9 @@ def test_published_configurations_and_names(size):
         (WAN, {"qk_norm": "rms_norm"}, "qk_norm"),
         (WAN, {"added_kv_proj_dim": 5120}, "added_kv_proj_dim"),
         (WAN, {"pos_embed_seq_len": 514}, "pos_embed_seq_len"),
+        (COGVIDEOX, {"patch_size_t": 2}, "patch_size_t"),
+        (COGVIDEOX, {"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings"),
+        (COGVIDEOX, {"ofs_embed_dim": 512}, "ofs_embed_dim"),
     ],
 )
 def test_other_networks_are_rejected(config, wrong, words):
@@ -126,6 +159,27 @@ def test_wan_attends_to_padding():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sides", [(4, 6), (6, 4), (4, 16), (8, 8), (2, 2)])
+def test_rotations_of_cogvideox(sides):
+    """They are those of the sizes of training, stretched and moved to the middle."""
+    ours, (_, time, text) = tiny("cogvideox", rotary=True, extra=1), batch("cogvideox", 3)
+    latent = torch.randn(3, 4, 3, *sides, dtype=torch.float64)
+    got = ours(latent, time, text)
+    torch.testing.assert_close(got, peer_of(ours, "cogvideox")(latent, time, text), **CLOSE)
+    assert got.shape == (3, 4, 2, *sides)
+
+
+def test_texts_of_cogvideox_have_any_length():
+    """diffusers adds positions for `max_text_seq_length` tokens, whatever the text has."""
+    ours, (latent, time, text) = tiny("cogvideox"), batch("cogvideox", 2)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        peer_of(ours, "cogvideox")(latent, time, text[:, :3])
+    same = create("cogvideox-test", length=3).double().eval()
+    same.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(latent, time, text[:, :3]), peer_of(same, "cogvideox")(latent, time, text[:, :3]), **CLOSE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", CLASSES)
 def test_diffusers_folders(tmp_path, name):
     from tv import diffusers
@@ -142,11 +196,16 @@ def test_diffusers_folders(tmp_path, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["wan"])
+@pytest.mark.parametrize("name", CLASSES)
 def test_untrained_networks_predict_zero(name):
     assert not create(f"{name}-test")(*batch(name, 2, torch.float32)).any()
 
 
 def test_invalid_sizes_are_rejected():
-    with pytest.raises(SettingsError, match="heads=3"):
-        create("wan-test", heads=3)
+    for name, wrong, words in (
+        ("wan", {"heads": 3}, "heads=3"),
+        ("cogvideox", {"heads": 3}, "heads=3"),
+        ("cogvideox", {"heads": 4, "rotary": True}, "16 times heads"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            create(f"{name}-test", **wrong)

@@ -114,7 +114,7 @@ def build_example_inputs(
         side, channels = get("image", side), get("channels", 4) + get("extra", 0)
         frames = (get("frames", 16),) if "video" in card.input_type else ()
         inputs = {
-            "latent": torch.zeros(batch, *frames, channels, side, side, device=device),
+            "latent": torch.zeros(batch, *frames, channels, side, get("width", side), device=device),
             "time": torch.zeros(batch, device=device),
             "text": torch.zeros(batch, min(length, get("length", length)), get("text_dim", 768), device=device),
             "pooled": torch.zeros(batch, get("pooled_dim", 768), device=device),

@@ -208,7 +208,8 @@ def describe_noisy_target(get: Get, card: Card) -> list[TensorSpec]:
 
 def describe_noisy_latent(get: Get, card: Card) -> list[TensorSpec]:
     """Return noisy latents, the noise level, and what text encoders return for a text."""
-    sides = (fix(name, get("image", 64)) for name in ("height", "width"))
+    height = get("image", 64)
+    sides = fix("height", height), fix("width", get("width", height))
     frames = (fix("frames", get("frames")),) if "video" in card.input_type else ()
     channels = fix("channels", get("channels", 4) + get("extra", 0))
     tokens = fix("tokens", get("length")) if get("length") else Axis("tokens")

@@ -174,7 +174,7 @@ def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
     if "latent" in card.inputs:
         frames = (get("frames", 16),) if "video" in card.input_type else ()
         inputs = {
-            "latent": floats(*frames, channels + get("extra", 0), side, side),
+            "latent": floats(*frames, channels + get("extra", 0), side, get("width", side)),
             "time": floats(),
             "text": floats(min(shape.length, get("length", shape.length)), get("text_dim", 768)),
             "pooled": floats(get("pooled_dim", 768)),
