@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from fieldguide.core.errors import FieldguideError
-from fieldguide.exporting.graph import build_example
 from fieldguide.exporting.network import build_network_graph, flatten
 from fieldguide.exporting.onnx_file import check_sizes, trace
 from fieldguide.models import registry
@@ -44,10 +43,10 @@ def try_export(name: str) -> str:
     try:
         graph = build_network_graph(card, card.resolve_config(card.tiny), network)
         with torch.no_grad():
-            outputs = flatten(graph.module(*build_example(graph.inputs).values()))
+            outputs = flatten(graph.module(*graph.build_example().values()))
         graph.outputs = tuple(f"output_{i}" for i in range(len(outputs)))
         check_sizes(graph, trace(graph))
-    except (FieldguideError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OSError) as error:
+    except (FieldguideError, RuntimeError, ValueError, OSError) as error:
         return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON]
     finally:
         signal.alarm(0)

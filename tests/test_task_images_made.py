@@ -59,22 +59,51 @@ def test_precision_and_recall_equal_their_definition():
     assert generative.precision_recall(real, real + 100) == (0, 0)
 
 
+def test_kernel_distance_equals_its_definition():
+    rng = np.random.default_rng(1)
+    real, made = rng.normal(size=(12, 3)), rng.normal(0.5, 1, size=(9, 3))
+    kernel = lambda a, b: (float(np.dot(a, b)) / 3 + 1) ** 3
+    mean = lambda pairs: float(np.mean([kernel(a, b) for a, b in pairs]))
+    others = lambda x: [(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]
+    wanted = mean(others(real)) + mean(others(made)) - 2 * mean([(a, b) for a in real for b in made])
+    assert generative.kernel_distance(real, made) == pytest.approx(wanted, rel=1e-9)
+    same = [generative.kernel_distance(rng.normal(size=(60, 3)), rng.normal(size=(60, 3))) for _ in range(40)]
+    assert abs(np.mean(same)) < 2 * np.std(same) / 40**0.5 + 0.02  # without bias
+
+
+def test_density_and_coverage_equal_their_definitions():
+    rng = np.random.default_rng(1)
+    real, made = rng.normal(size=(40, 3)), rng.normal(0.7, 1, size=(30, 3))
+    k = generative.DENSITY_NEIGHBORS
+    near = [sorted(float(np.linalg.norm(c - o)) for j, o in enumerate(real) if j != i)[k - 1] for i, c in enumerate(real)]
+    hits = [[np.linalg.norm(m - c) <= r for c, r in zip(real, near)] for m in made]
+    density, coverage = np.sum(hits) / (k * len(made)), np.any(hits, 0).mean()
+    assert generative.density_coverage(real, made) == pytest.approx((density, coverage))
+    assert generative.density_coverage(real, real + 100) == (0, 0)
+    outlier = np.concatenate([real, [[50.0, 50.0, 50.0]]])  # one real outlier, whose neighborhood holds everything
+    far = made + 20
+    assert generative.precision_recall(outlier, far)[0] == 1.0 and generative.density_coverage(outlier, far)[0] < 0.25
+
+
 def test_intervals_match_the_spread_of_scores():
     """About 95 of 100 scores of data from one distribution are within an interval of their mean."""
     rng = np.random.default_rng(0)
     worlds = [(rng.normal(size=(150, 4)), rng.normal(0.5, 1.2, (150, 4))) for _ in range(80)]
     for score, around in (
         (generative.frechet_distance, generative.bootstrap_distance_interval),
-        (
-            lambda a, b: generative.precision_recall(a, b)[0],
-            lambda a, b: generative.jackknife_precision_recall_intervals(a, b)[0],
+        *(
+            (
+                lambda a, b, name=name: generative.compute_cloud_scores(a, b)[name],
+                lambda a, b, name=name: generative.jackknife_cloud_intervals(a, b)[name],
+            )
+            for name in ("kernel_distance", "precision", "density", "coverage")
         ),
         (lambda a, b: b[:, 0].mean(), lambda a, b: generative.bootstrap_mean_interval(b[:, 0])),
     ):
         true = 1.96 * np.std([score(*w) for w in worlds])
         said = np.mean([np.diff(around(*w)) / 2 for w in worlds[:5]])
         low, high = around(*worlds[0])
-        assert 0.75 < said / true < 1.2 and low < score(*worlds[0]) < high
+        assert 0.75 < said / true < 1.4 and low < score(*worlds[0]) < high
     films = np.repeat(worlds[0][0][:, None], 5, 1)  # frames of a film that say the same: no more is known for them
     wide, single = (
         np.diff(generative.bootstrap_distance_interval(x, x[:, ::-1] + 0.5)) for x in (films, worlds[0][0][:, None])

@@ -407,7 +407,7 @@ def describe_output_axes(
         return (
             fix("channels", get("outputs", 3)),
             *inputs["image"].axes[2:],
-        ), "the translated image, or the prediction of its noise, -1 to 1"
+        ), "the translated image, or the prediction of its noise"
     if output == "scores":
         return (fix("score", 1), Axis("patch_rows"), Axis("patch_columns")), "how realistic each patch is"
     if output == "sequence" and "tokens" in inputs:

@@ -16,6 +16,7 @@ BATCH_SIZE = 64
 CAPTION_CHOICES = 10  # captions among which the right one must be ranked first
 TOKEN_PAIR_BUCKETS = 2**13  # hash buckets of pairs of adjacent tokens
 MEAN_RESAMPLES, DISTANCE_RESAMPLES, HALF_SPLITS = 1000, 60, 20  # resamples for intervals
+DENSITY_NEIGHBORS = 5  # k of density and coverage (Naeem et al. 2020, section 4.3)
 NEAREST_NEIGHBORS = 3  # k of the nearest-neighbor radius (Kynkäänniemi et al. 2019, section 3)
 
 
@@ -184,18 +185,58 @@ def bootstrap_distance_interval(real: np.ndarray, made: np.ndarray, seed: int = 
     return max(0.0, middle - wide), middle + wide
 
 
-def jackknife_precision_recall_intervals(real: np.ndarray, made: np.ndarray, seed: int = 0) -> list[tuple[float, float]]:
-    """Return 95 % intervals of precision and recall by the delete-half jackknife (Shao and Wu 1989).
+def compute_cloud_scores(real: np.ndarray, made: np.ndarray) -> dict[str, float]:  # N D, M D
+    """Return the scores that compare generated with real images one by one: kernel_distance, precision, recall, density, coverage."""
+    precision, recall = precision_recall(real, made)
+    density, coverage = density_coverage(real, made)
+    return {
+        "kernel_distance": kernel_distance(real, made),
+        "precision": precision,
+        "recall": recall,
+        "density": density,
+        "coverage": coverage,
+    }
+
+
+def jackknife_cloud_intervals(real: np.ndarray, made: np.ndarray, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Return 95 % intervals of `compute_cloud_scores` by the delete-half jackknife (Shao and Wu 1989).
 
     The bootstrap is unsuitable, because duplicates would be their own nearest neighbors.
     """
     rng, resampled = np.random.default_rng(seed), []
     for _ in range(HALF_SPLITS):
-        resampled.append(precision_recall(*(x[rng.permutation(len(x))[: max(len(x) // 2, 1)]] for x in (real, made))))
-    return [
-        (max(0.0, whole - wide), min(1.0, whole + wide))
-        for whole, wide in zip(precision_recall(real, made), 1.96 * np.std(resampled, 0))
-    ]
+        halves = (x[rng.permutation(len(x))[: max(len(x) // 2, 1)]] for x in (real, made))
+        resampled.append(list(compute_cloud_scores(*halves).values()))
+    widths = 1.96 * np.std(resampled, 0)
+    whole = compute_cloud_scores(real, made)
+    most = {"kernel_distance": np.inf, "density": np.inf}
+    return {
+        name: (max(0.0, value - wide), float(min(most.get(name, 1.0), value + wide)))
+        for (name, value), wide in zip(whole.items(), widths)
+    }
+
+
+def kernel_distance(real: np.ndarray, made: np.ndarray) -> float:
+    """Return the unbiased squared maximum mean discrepancy with the kernel (x y / D + 1)^3 (Bińkowski et al. 2018, arXiv:1801.01401,
+    section 4 and equation 4): KID, in other features. It has no bias from the number of images, and may be slightly negative."""
+    kernel = lambda a, b: (a.astype(np.float64) @ b.T.astype(np.float64) / a.shape[1] + 1) ** 3
+    n, m = len(real), len(made)
+    if n < 2 or m < 2:
+        return float("nan")
+    own = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(real, real), kernel(made, made))]
+    return float(own[0] + own[1] - 2 * kernel(real, made).mean())
+
+
+def density_coverage(real: np.ndarray, made: np.ndarray) -> tuple[float, float]:
+    """Return density, how many neighborhoods of real images hold a generated one, relative to `DENSITY_NEIGHBORS`, and coverage, the
+    fraction of real images whose neighborhood holds one (Naeem et al. 2020, arXiv:2002.09797, equations 3 and 4).
+
+    Unlike precision and recall, both are robust to single outliers among the real and the generated images.
+    """
+    k = min(DENSITY_NEIGHBORS, len(real) - 1)
+    radius = np.sort(pairwise_distances(real, real), 1)[:, k]
+    inside = pairwise_distances(made, real) <= radius[None]  # M N
+    return float(inside.sum(1).mean() / max(k, 1)), float(inside.any(0).mean())
 
 
 def precision_recall(real: np.ndarray, made: np.ndarray) -> tuple[float, float]:

@@ -30,6 +30,6 @@ class CausalAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(layer, k, v)  # B heads K d
         x = dot_product_attention(
-            q, k, v, seen, self.dropout if self.training else 0.0, is_causal=seen is None and q.shape[2] == k.shape[2]
+            q, k, v, seen, self.dropout if self.training else 0.0, is_causal=bool(seen is None and q.shape[2] == k.shape[2])
         )
         return self.proj(x.transpose(1, 2).flatten(2))

@@ -85,8 +85,11 @@ class ImageGeneration(GenerationSignature, Task):
     column_spec = ColumnSpec("named", names=CAPTION_NAMES, kinds={"target": infer_target_kind})
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN trained on this data"),
+        Metric("kernel_distance", "min", "squared maximum mean discrepancy in the same features (KID in other features)"),
         Metric("precision", "max", "of generated images look real", percent=True),
         Metric("recall", "max", "of real images are covered by generated ones", percent=True),
+        Metric("density", "max", "how densely generated images lie where real ones are; about 1 for real images"),
+        Metric("coverage", "max", "of real images have a generated one among their neighbors", percent=True),
         Metric(
             "classifier_accuracy",
             "max",
@@ -414,11 +417,9 @@ class ImageGeneration(GenerationSignature, Task):
             found = self.evaluate_samples(outputs, targets)
             if "blind" in outputs:  # real images: only their match with the captions is scored
                 return {"caption_match": float(found["matched"].mean())}
-            precision, recall = generative.precision_recall(found["real"], found["made"])
             scores = {
                 "feature_distance": generative.frechet_distance(found["real"], found["made"]),
-                "precision": precision,
-                "recall": recall,
+                **generative.compute_cloud_scores(found["real"], found["made"]),
             }
             if "right" in found:
                 scores["classifier_accuracy"] = float(found["right"].mean())
@@ -433,10 +434,10 @@ class ImageGeneration(GenerationSignature, Task):
         return scores
 
     def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
-        """Return bootstrap intervals over images; precision and recall use halves."""
+        """Return bootstrap intervals over images; scores by neighbors use halves."""
         found = self.evaluate_samples(outputs, targets)
         ranges = {"feature_distance": generative.bootstrap_distance_interval(found["real"], found["made"])}
-        ranges["precision"], ranges["recall"] = generative.jackknife_precision_recall_intervals(found["real"], found["made"])
+        ranges |= generative.jackknife_cloud_intervals(found["real"], found["made"])
         ranges["held_out_loss"] = (
             generative.bootstrap_mean_interval(outputs["loss"])
             if "loss" in outputs

@@ -1,0 +1,139 @@
+"""GAN or diffusion? Every network that generates images, trained on Fashion-MNIST by `fit` for the same minutes.
+
+    python benchmarks/gan_or_diffusion.py [--minutes 2] [--seeds 0 1 2] [--only dcgan] [--out build/gan_or_diffusion.jsonl] [--page]
+
+Each network is trained by class on 6,000 images at 32 x 32 and scored on 1,000 others by `fit`: distances in the features of a small CNN
+trained on real images, precision, recall, density, coverage, and the accuracy of a CNN that is trained on samples alone. Seconds per
+image are those of `predict` with its default sampler. Finished fits are kept in --out, and --page writes docs/generative.md from them.
+
+The data is that of Debian's package dataset-fashion-mnist: `apt-get download dataset-fashion-mnist && dpkg -x *.deb FOLDER`, and
+FIELDGUIDE_FASHION=FOLDER/usr/share/datasets/fashion-mnist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import commit, machine
+from PIL import Image
+from samplers import read
+
+import fieldguide
+
+IMAGES = {"train": 6_000, "test": 1_000}
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # title -> size, settings
+    "DCGAN": ("dcgan-32", {}),
+    "SNGAN": ("sngan-32", {"model.dim": 32}),
+    "WGAN-GP": ("wgan-gp-32", {"model.dim": 32}),
+    "StyleGAN 2": ("stylegan2-mini", {}),
+    "R3GAN": ("r3gan-mini", {}),
+    "DDPM U-Net": ("ddpm-mini", {}),
+    "DDPM U-Net, EDM": ("ddpm-mini", {"task.schedule": "edm"}),
+    "DDPM U-Net, flow": ("ddpm-mini", {"task.schedule": "flow"}),
+    "DiT": ("dit-mini", {}),
+}
+SCORES = ("feature_distance", "kernel_distance", "precision", "recall", "density", "coverage", "classifier_accuracy")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "generative.md"
+
+
+def write_images(folder: Path) -> None:
+    """Write train and test images as PNG, one folder per class."""
+    for split, part in (("train", "train"), ("test", "t10k")):
+        images, label = read(part)
+        rows = np.random.default_rng(0).permutation(len(images))[: IMAGES[split]]
+        for row in rows:
+            path = folder / split / str(int(label[row])) / f"{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(((images[row, 0] + 1) * 127.5).round().byte().numpy()).save(path)
+
+
+def measure(title: str, seed: int, minutes: float, data: Path) -> dict[str, Any]:
+    """Train one network, and return its scores and the seconds of a sample."""
+    size, settings = NETWORKS[title]
+    with tempfile.TemporaryDirectory() as home:
+        run = fieldguide.fit(
+            data,
+            task="image-generation",
+            model=size,
+            minutes=minutes,
+            out=Path(home) / "run",
+            settings={"task.side": 32, "seed": seed, **settings},
+        )
+        record = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+        run.predict([], count=64)
+        started = time.perf_counter()
+        run.predict([], count=256)
+        seconds = (time.perf_counter() - started) / 256
+    return {
+        "network": title,
+        "seed": seed,
+        "minutes": minutes,
+        "parameters": record["model"]["parameters"],
+        "training": record["cost"]["parts"].get("training"),
+        "steps": record["settings"].get("steps") or record["cost"].get("steps"),
+        "calls": 1 if run.signature.loop is None else run.task.PredictOptions().steps,
+        "seconds_per_image": seconds,
+        "commit": commit(),
+        **{name: run.scores[name] for name in SCORES if name in run.scores},
+    }
+
+
+def summarize(rows: list[dict[str, Any]]) -> str:
+    """Return the table of means over seeds, with the spread of the first score."""
+    lines = [
+        "| network | parameters | feature distance | KID | precision / recall | density / coverage | accuracy of a classifier | calls | ms per image |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    groups = {title: [row for row in rows if row["network"] == title] for title in NETWORKS}
+    order = sorted((t for t in groups if groups[t]), key=lambda t: np.mean([row["feature_distance"] for row in groups[t]]))
+    for title in order:
+        mean = {name: float(np.mean([row[name] for row in groups[title]])) for name in (*SCORES, "seconds_per_image")}
+        spread = np.ptp([row["feature_distance"] for row in groups[title]])
+        lines.append(
+            f"| {title} | {groups[title][0]['parameters']:,} | {mean['feature_distance']:.2f} (range {spread:.2f}) | "
+            f"{mean['kernel_distance']:.3f} | {100 * mean['precision']:.0f} / {100 * mean['recall']:.0f} | "
+            f"{mean['density']:.2f} / {100 * mean['coverage']:.0f} | {100 * mean['classifier_accuracy']:.1f} % | "
+            f"{groups[title][0]['calls']} | {1000 * mean['seconds_per_image']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--out", type=Path, default=Path("build/gan_or_diffusion.jsonl"))
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()] if options.out.exists() else []
+    data = Path(tempfile.mkdtemp())
+    try:
+        write_images(data)
+        for seed in options.seeds:
+            for title in options.only:
+                if any((row["network"], row["seed"], row["minutes"]) == (title, seed, options.minutes) for row in done):
+                    continue
+                done.append(measure(title, seed, options.minutes, data))
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(done[-1]) + "\n")
+                print(json.dumps(done[-1]), flush=True)
+    finally:
+        shutil.rmtree(data)
+    table = summarize([row for row in done if row["minutes"] == options.minutes])
+    print(f"{machine()}\n\n{table}")
+    if options.page:
+        before, mark, _ = PAGE.read_text(encoding="utf-8").partition("<!-- measured -->\n")
+        PAGE.write_text(f"{before}{mark}{table}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
