@@ -88,8 +88,8 @@ def measure(title: str, seed: int, minutes: float, data: Path) -> dict[str, Any]
 def summarize(rows: list[dict[str, Any]]) -> str:
     """Return the table of means over seeds, with the spread of the first score."""
     lines = [
-        "| network | parameters | feature distance | KID | precision / recall | density / coverage | accuracy of a classifier | calls | ms per image |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| network | parameters | feature distance | KID | precision / recall | density / coverage | accuracy | calls | ms per image |",
+        "| --- " * 9 + "|",
     ]
     groups = {title: [row for row in rows if row["network"] == title] for title in NETWORKS}
     order = sorted((t for t in groups if groups[t]), key=lambda t: np.mean([row["feature_distance"] for row in groups[t]]))
