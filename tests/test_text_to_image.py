@@ -28,6 +28,7 @@ from fieldguide.checkpoints import weights
 from fieldguide.cli import commands as cli
 from fieldguide.core.card import Size
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.core.signature import Signature
 from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.inference import diffusion_memory, single_file_pipeline, text_to_image
 from fieldguide.inference.diffusion_memory import MemoryPlan, plan_memory
@@ -42,6 +43,7 @@ PROMPT, NEGATIVE = "A cat, the dog of", "the dog"
 CLOSE = {"rtol": 0, "atol": 1e-4}
 BUILD = {
     "sd": peers.stable_diffusion,
+    "lcm": functools.partial(peers.stable_diffusion, time_cond_proj_dim=16),
     "painted": functools.partial(peers.stable_diffusion, "StableDiffusionInpaintPipeline", in_channels=9),
     "sdxl": peers.sdxl,
     "sd3": peers.sd3,
@@ -147,6 +149,37 @@ def test_guidance_of_flux():
     assert (ask("flux", noise, guidance=7.0) - ask("flux", noise)).abs().max() > 1e-4
     with pytest.raises(SettingsError, match="negative: not supported"):
         ask("flux", noise, negative=NEGATIVE)
+
+
+def test_networks_that_are_told_the_guidance():
+    """Latent consistency models: no negative prompt, a call for each step."""
+    noise, calls = draw("lcm"), []
+    handle = load("lcm").model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["latent"])), with_kwargs=True
+    )
+    found = ask("lcm", noise, guidance=5.0)
+    handle.remove()
+    torch.testing.assert_close(found, ask_peer("lcm", noise, guidance_scale=5.0), **CLOSE)
+    assert calls == [1, 1, 1] and (found - ask("lcm", noise, guidance=2.0)).abs().max() > 1e-4
+    assert load("lcm").parse({}).steps == 4
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux"])
+def test_signatures(name):
+    signature, network = load(name).signature, load(name).model
+    assert Signature.from_json(json.loads(json.dumps(signature.to_json()))) == signature
+    assert signature.task == "text-to-image" and [field.name for field in signature.inputs] == ["prompt"]
+    options = {option.name: option for option in signature.options}
+    assert (
+        options["steps"].default == load(name).parse({}).steps and options["guidance"].default == load(name).parse({}).guidance
+    )
+    assert ("negative" in options) == (name != "flux") and options["sampler"].choices
+    assert set(options) <= vars(load(name).parse({})).keys()  # no option names a file
+    batch = signature.example_batch(
+        2, {axis: max(8, size.least) for axis, size in signature.dynamic_axes.items() if axis != "batch"}
+    )
+    with torch.no_grad():
+        assert network(**batch).shape == batch["latent"].shape
 
 
 def test_sd3_without_t5(tmp_path):
