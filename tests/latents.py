@@ -366,9 +366,13 @@ def wan_vae(model: nn.Module) -> Peer:
 
 @contextmanager
 def exact_rotary(module: Any) -> Iterator[None]:
-    """Let a module of diffusers compute the angles of rotary positions in float64, as some do."""
+    """Let a module of diffusers compute the angles of rotary positions in float64, as some do, and return float32."""
     plain = module.get_1d_rotary_pos_embed
-    exact = lambda dim, places, *args, **options: plain(dim, places.double(), *args, **options | {"freqs_dtype": torch.float64})
+
+    def exact(dim: int, places: Tensor, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        waves = plain(dim, places.double(), *args, **options | {"freqs_dtype": torch.float64})
+        return tuple(wave.to(torch.float32) for wave in waves)
+
     with mock.patch.object(module, "get_1d_rotary_pos_embed", exact):
         yield
 
@@ -400,5 +404,34 @@ def cogvideox(model: nn.Module) -> Peer:
                     rotations = embeddings.get_3d_rotary_pos_embed(c.dim // c.heads, crop, grid, latent.shape[1])
             with keep_float64():
                 return self.peer(latent, text, time, image_rotary_emb=rotations).sample
+
+    return Sample(), rename(model)
+
+
+def hunyuan_video(model: nn.Module) -> Peer:
+    """Return diffusers' HunyuanVideo, which takes the scale of guidance times 1,000, as its pipeline gives it."""
+    peer = build(model)
+    keep_double(peer)
+    module = sys.modules[type(peer).__module__]
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(
+            self,
+            latent: Tensor,
+            time: Tensor,
+            text: Tensor,
+            pooled: Tensor,
+            text_mask: Tensor | None = None,
+            guidance: Tensor | None = None,
+        ) -> Tensor:
+            mask = torch.ones_like(text[..., 0], dtype=torch.bool) if text_mask is None else text_mask
+            scale = torch.full_like(time, 6.0) if guidance is None else guidance
+            time, scale = time.float(), 1000 * scale.float() if model.config.guidance else None
+            with keep_float64(), exact_rotary(module):
+                return self.peer(latent.transpose(1, 2), time, text, mask, pooled, scale).sample.transpose(1, 2)
 
     return Sample(), rename(model)

@@ -63,7 +63,27 @@ COGVIDEOX = {  # as published with CogVideoX-2b
     "use_rotary_positional_embeddings": False,
 }
 LARGE = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+HUNYUAN = {  # as published
+    "_class_name": "HunyuanVideoTransformer3DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 16,
+    "mlp_ratio": 4.0,
+    "num_attention_heads": 24,
+    "num_layers": 20,
+    "num_refiner_layers": 2,
+    "num_single_layers": 40,
+    "out_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "pooled_projection_dim": 768,
+    "qk_norm": "rms_norm",
+    "rope_axes_dim": [16, 56, 56],
+    "rope_theta": 256.0,
+    "text_embed_dim": 4096,
+}
 PUBLISHED = {
+    "hunyuan-video-13b": HUNYUAN,
     "cogvideox-2b": COGVIDEOX,
     "cogvideox-5b": COGVIDEOX | LARGE,
     "wan2.1-t2v-14b": WAN,
@@ -71,7 +91,11 @@ PUBLISHED = {
     "wan2.1-i2v-14b": WAN | {"added_kv_proj_dim": 5120, "image_dim": 1280, "in_channels": 36},
     "wan2.2-i2v-a14b": WAN | {"in_channels": 36},
 }
-CLASSES = {"wan": "WanTransformer3DModel", "cogvideox": "CogVideoXTransformer3DModel"}
+CLASSES = {
+    "wan": "WanTransformer3DModel",
+    "cogvideox": "CogVideoXTransformer3DModel",
+    "hunyuan-video": "HunyuanVideoTransformer3DModel",
+}
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -98,6 +122,8 @@ def test_published_configurations_and_names(size):
         (WAN, {"pos_embed_seq_len": 514}, "pos_embed_seq_len"),
         (COGVIDEOX, {"patch_size_t": 2}, "patch_size_t"),
         (COGVIDEOX, {"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings"),
+        (HUNYUAN, {"image_condition_type": "token_replace"}, "image_condition_type"),
+        (HUNYUAN, {"mlp_ratio": 2.0}, "mlp_ratio"),
         (COGVIDEOX, {"ofs_embed_dim": 512}, "ofs_embed_dim"),
     ],
 )
@@ -180,6 +206,33 @@ def test_texts_of_cogvideox_have_any_length():
 
 
 @torch.no_grad()
+def test_texts_of_hunyuan_video():
+    """Padding is as if it were not there, also in the mean of the states."""
+    ours, (latent, time, text, pooled) = tiny("hunyuan-video"), batch("hunyuan-video", 3)
+    lengths = (5, 2, 3)
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    found = ours(latent, time, text, pooled, mask)
+    torch.testing.assert_close(found, peer_of(ours, "hunyuan-video")(latent, time, text, pooled, mask), **CLOSE)
+    for i, length in enumerate(lengths):
+        alone = ours(*(x[i : i + 1] for x in (latent, time, text[:, :length], pooled)))
+        torch.testing.assert_close(found[i : i + 1], alone, **CLOSE)
+    assert not torch.allclose(found, ours(latent, time, text, pooled))
+
+
+@torch.no_grad()
+def test_guidance_of_hunyuan_video():
+    ours, inputs = tiny("hunyuan-video"), batch("hunyuan-video", 3)
+    scale = torch.tensor([1.0, 2.5, 4.0], dtype=torch.float64)
+    got = ours(*inputs, guidance=scale)
+    torch.testing.assert_close(got, peer_of(ours, "hunyuan-video")(*inputs, guidance=scale), **CLOSE)
+    torch.testing.assert_close(ours(*inputs), ours(*inputs, guidance=torch.full((3,), 6.0)))
+    assert not torch.allclose(got, ours(*inputs))
+    for changes in ({"guidance": False}, {"rope_theta": 1e4}):
+        other = tiny("hunyuan-video", **changes)
+        torch.testing.assert_close(other(*inputs), peer_of(other, "hunyuan-video")(*inputs), **CLOSE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", CLASSES)
 def test_diffusers_folders(tmp_path, name):
     from tv import diffusers
@@ -204,6 +257,7 @@ def test_untrained_networks_predict_zero(name):
 def test_invalid_sizes_are_rejected():
     for name, wrong, words in (
         ("wan", {"heads": 3}, "heads=3"),
+        ("hunyuan-video", {"axes": (2, 2, 2)}, "whose sum is dim / heads"),
         ("cogvideox", {"heads": 3}, "heads=3"),
         ("cogvideox", {"heads": 4, "rotary": True}, "16 times heads"),
     ):

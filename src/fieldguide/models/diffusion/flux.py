@@ -59,7 +59,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # B N D, B 1 D
 class Side(nn.Module):
     """The part of a block for one modality: modulation, its share in the joint attention, an MLP."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Any):
         super().__init__()
         self.condition, self.attn = nn.Linear(c.dim, 6 * c.dim), Stream(c.dim, c.heads, norm=True)
         self.up, self.down = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, c.dim)
@@ -73,7 +73,7 @@ class Side(nn.Module):
 class Block(nn.Module):
     """Joint attention of text and image, then an MLP for each."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Any):
         super().__init__()
         self.image, self.text = Side(c), Side(c)
 
@@ -89,7 +89,7 @@ class Block(nn.Module):
 class SingleBlock(nn.Module):
     """Attention and MLP side by side, from one norm and into one output layer."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Any):
         super().__init__()
         self.condition, self.attn = nn.Linear(c.dim, 3 * c.dim), Stream(c.dim, c.heads, norm=True, output=False)
         self.up, self.down = nn.Linear(c.dim, 4 * c.dim), nn.Linear(5 * c.dim, c.dim)
