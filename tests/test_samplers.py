@@ -302,6 +302,7 @@ def test_flow_with_the_times_of_pipelines(double):
 def test_files_in_float32(name):
     """Without the fixture: diffusers as it is, whose tables are rounded to float32."""
     config = {"_class_name": name, **(STABLE if "beta_start" in DEFAULTS[name] else {})}
+    config |= {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     model, draw = Wavy().float(), Noise(5, range(3), SHAPE, torch.zeros(()))
     process, sampler = read_scheduler(config, 8)
     made = sample(model, process, sampler, LABEL, SHAPE, seed=5)
@@ -347,8 +348,11 @@ def test_process_is_read_where_the_sampler_is_not_supported():
     assert process.predicts == "eps" and process.alpha_bar == pytest.approx(DiscreteProcess("scaled-linear").alpha_bar)
     peer = diffusers.PNDMScheduler(**{k: v for k, v in config.items() if k != "_class_name"})
     torch.testing.assert_close(torch.tensor(process.alpha_bar), peer.alphas_cumprod, rtol=1e-4, atol=1e-7)
-    with pytest.raises(SettingsError, match="sampler of PNDMScheduler is not supported"):
-        read_scheduler(config, 5)
+    with pytest.raises(SettingsError, match="sampler of LMSDiscreteScheduler is not supported"):
+        read_scheduler({"_class_name": "LMSDiscreteScheduler", **STABLE}, 5)
+    for changes, words in (({"skip_prk_steps": False}, "skip_prk_steps=False"), ({"timestep_spacing": "trailing"}, "trailing")):
+        with pytest.raises(SettingsError, match=words):
+            read_scheduler(config | changes, 5)
     betas = np.linspace(0.001, 0.3, 20).tolist()
     assert read_process({"_class_name": "DDPMScheduler", "trained_betas": betas}).steps == 20
     assert isinstance(read_process({"_class_name": "UniPCMultistepScheduler", **FLOW}), FlowProcess)

@@ -133,6 +133,33 @@ def test_samplers_equal_diffusers(sampler, monkeypatch):
     assert (found - ask("sd", noise, sampler="ddim", negative=NEGATIVE, guidance=3.0)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_the_sampler_of_stable_diffusion_1(steps, predicts, monkeypatch):
+    """PNDM without steps of Runge and Kutta, with the settings of the published file."""
+    from tv import diffusers
+
+    peer, noise = make("sd")[0], draw("sd")
+    settings = {
+        **peers.BETAS,
+        "skip_prk_steps": True,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": predicts,
+    }
+    monkeypatch.setattr(peer, "scheduler", diffusers.PNDMScheduler(**settings))
+    published = {
+        "_class_name": "PNDMScheduler",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "trained_betas": None,
+        **settings,
+    }
+    monkeypatch.setattr(load("sd").pipeline, "scheduler", published)
+    expected = ask_peer("sd", noise, num_inference_steps=steps, guidance_scale=2.0)
+    torch.testing.assert_close(ask("sd", noise, steps=steps, guidance=2.0), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart"])
 def test_negative_prompts_equal_diffusers(name):
     noise, options = draw(name), {"negative_prompt": NEGATIVE, "guidance_scale": 2.0}

@@ -39,6 +39,7 @@ CHOICES = {
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
+    "plms": "PNDMScheduler",
 }
 REPLACEMENT = "dpm-solver"  # for samplers that are not supported
 Adapt = Callable[[str, Checkpoint], Checkpoint]  # name of a part and its checkpoint -> the checkpoint with a LoRA merged
@@ -118,6 +119,7 @@ class DiffusionPipeline:
             if own.startswith("FlowMatch"):
                 raise SettingsError(f"sampler={chosen!r} is not for rectified flows such as {self.card.name}. Leave it out.")
             config["_class_name"] = CHOICES[chosen]
+            config.setdefault("skip_prk_steps", True)  # of PLMS
             config.setdefault("clip_sample", False)  # latents have no limit, but some schedulers clip them by default
         return *read_scheduler(config, steps, self.family.times), note
 

@@ -49,7 +49,9 @@ class ImageOptions:
     width: Annotated[int, Limits(8, MAX_SIDE)] | None = None  # pixels; that of the image, or of training
     height: Annotated[int, Limits(8, MAX_SIDE)] | None = None  # pixels; that of the image, or of training
     seed: Annotated[int, Limits(0, MAX_SEED)] = 0  # seed of the noise
-    sampler: str | None = None  # dpm-solver | ddim | ddpm | euler | euler-ancestral | heun; the pipeline's own by default
+    sampler: str | None = (
+        None  # dpm-solver | ddim | ddpm | euler | euler-ancestral | heun | plms; the pipeline's own by default
+    )
     strength: Annotated[float, Limits(0, 1)] | None = None  # part of the steps taken from an image; 0.8, or 1 with a mask
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.objectives.diffusion.noise_process import DiscreteProcess, EDMProcess, FlowProcess, NoiseProcess
 from fieldguide.objectives.diffusion.noise_schedules import cosine_betas
+from fieldguide.objectives.diffusion.plms import PLMS
 from fieldguide.objectives.diffusion.samplers import DDIM, DDPM, DPMSolver, Euler, Heun, Sampler
 from fieldguide.objectives.diffusion.spacing import DynamicShift, FlowTimes, SigmaSpacing, Timesteps
 
@@ -32,6 +33,7 @@ PROCESS = {
     "rescale_betas_zero_snr": False,
 }
 BETAS = {**PROCESS, "steps_offset": 0, "timestep_spacing": "leading"}
+WITHOUT_RESCALING = {key: value for key, value in BETAS.items() if key != "rescale_betas_zero_snr"}
 CLIPPING = {
     "clip_sample": True,
     "clip_sample_range": 1.0,
@@ -89,7 +91,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "EulerAncestralDiscreteScheduler": {**BETAS, "timestep_spacing": "linspace"},
     "HeunDiscreteScheduler": {
-        **{key: value for key, value in BETAS.items() if key != "rescale_betas_zero_snr"},
+        **WITHOUT_RESCALING,
         **SIGMAS,
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -114,8 +116,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "stochastic_sampling": False,
     },
     "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
+    "PNDMScheduler": {**WITHOUT_RESCALING, "skip_prk_steps": False, "set_alpha_to_one": False},
     # Of these, only the noise process is supported.
-    "PNDMScheduler": PROCESS,
     "UniPCMultistepScheduler": {**PROCESS, "use_flow_sigmas": False, "flow_shift": 1.0},
     "LMSDiscreteScheduler": PROCESS,
     "DEISMultistepScheduler": {**PROCESS, "use_flow_sigmas": False, "flow_shift": 1.0},
@@ -355,6 +357,14 @@ def build_heun(settings: SchedulerSettings, steps: int) -> Sampler:
     return Heun(steps=steps, clip=read_clip(settings), spacing=spacing, initial=scale, bounded=False)
 
 
+def build_plms(settings: SchedulerSettings, steps: int) -> Sampler:
+    settings.choose("skip_prk_steps", {True: None})  # else it starts with steps of Runge and Kutta
+    settings.choose("timestep_spacing", {"leading": None})  # with others, steps do not end where the next ones start
+    return PLMS(
+        steps=steps, spacing=read_spacing(settings, stride=True, final="data" if settings.get("set_alpha_to_one") else "first")
+    )
+
+
 def build_flow_sampler(settings: SchedulerSettings, steps: int, times: str | None) -> Sampler:
     if settings.name == "FlowMatchHeunDiscreteScheduler":
         return Heun(steps=steps, clip=0.0, spacing=FlowTimes(kind=times or "linspace", shift=settings.get("shift")))
@@ -382,6 +392,7 @@ SAMPLERS: dict[str, Callable[[SchedulerSettings, int], Sampler]] = {
     "EulerDiscreteScheduler": build_euler,
     "EulerAncestralDiscreteScheduler": build_ancestral,
     "HeunDiscreteScheduler": build_heun,
+    "PNDMScheduler": build_plms,
     "EDMEulerScheduler": build_edm_euler,
     "EDMDPMSolverMultistepScheduler": build_solver,
     "FlowMatchEulerDiscreteScheduler": lambda settings, steps: build_flow_sampler(settings, steps, None),
