@@ -1703,6 +1703,7 @@ CASES = {
     "wan-vae": Case(inputs=latents.video, lr=1e-2, peer=latents.wan_vae),
     "cogvideox": Case(inputs=latents.noisy_latent_video, lr=3e-3, peer=latents.cogvideox),
     "hunyuan-video": Case(inputs=latents.noisy_latent_video, lr=3e-3, peer=latents.hunyuan_video, slack=10.0),
+    "open-sora": Case(inputs=latents.noisy_video_flux, lr=3e-3, peer=latents.open_sora, slack=10.0),
     "latte": Case(inputs=noisy_video, lr=3e-3, peer=lambda model: equations(references.latte(model.config))(model)),
     "simple-gan": Case(
         inputs=row("z_dim"), peer=same(lambda m: guide.Generator(m.net[0].in_features, m.net[4].out_features)), lr=1e-3

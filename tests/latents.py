@@ -435,3 +435,79 @@ def hunyuan_video(model: nn.Module) -> Peer:
                 return self.peer(latent.transpose(1, 2), time, text, mask, pooled, scale).sample.transpose(1, 2)
 
     return Sample(), rename(model)
+
+
+def open_sora(model: nn.Module) -> Peer:
+    """Return diffusers' FLUX on packed frames, whose numbers are the first coordinate. It has neighboring rotary pairs, values apart from
+    the MLP, and scale before shift in the last modulation.
+    """
+    from tv import diffusers
+
+    c = model.config
+    peer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=c.channels * 4,
+        num_layers=c.depth,
+        num_single_layers=c.single,
+        attention_head_dim=c.dim // c.heads,
+        num_attention_heads=c.heads,
+        joint_attention_dim=c.text_dim,
+        pooled_projection_dim=c.pooled_dim,
+        guidance_embeds=False,
+        axes_dims_rope=c.axes,
+    )
+    peer.x_embedder = nn.Identity()
+    module = sys.modules[type(peer).__module__]
+    plain = module.apply_rotary_emb
+
+    def rotate(*args: Any, **options: Any) -> Tensor:
+        with keep_float64():
+            return plain(*args, **options)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer, self.patch, self.given = peer, nn.Linear(c.channels * 4, c.dim), nn.Linear(c.extra * 4, c.dim)
+
+        def forward(self, latent: Tensor, time: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+            rows, frames, _, height, width = latent.shape
+            x = latent.reshape(rows, frames, -1, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
+            ids = torch.cartesian_prod(*(torch.arange(size).float() for size in x.shape[1:4]))
+            noisy, given = x[..., : c.channels, :, :].flatten(4), x[..., c.channels :, :, :].flatten(4)
+            x = (self.patch(noisy) + self.given(given)).flatten(1, 3)
+            with mock.patch.object(module, "apply_rotary_emb", rotate):
+                x = self.peer(x, text, pooled, time / 1000, ids, torch.zeros(text.shape[1], 3)).sample
+            x = x.reshape(rows, frames, height // 2, width // 2, c.channels, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
+            return x.reshape(rows, frames, c.channels, height, width)
+
+    def convert(state: State) -> dict[str, Tensor]:
+        from fieldguide.models.diffusion import flux
+
+        found = {}
+        for name, tensor in state.items():
+            pairs = lambda x: x.unflatten(0, (-1, 2, c.dim // c.heads // 2)).transpose(1, 2).flatten(0, 2)
+            if name.split(".")[0] in ("patch", "given"):
+                found[name] = tensor
+                continue
+            if name.split(".")[-2] in ("q", "k", "norm_q", "norm_k"):
+                tensor = pairs(tensor)
+            for part in ("time", "pooled"):
+                name = name.replace(f"{part}.linear", part)
+            if name.startswith("condition"):
+                tensor = torch.cat(tensor.chunk(2)[::-1])
+            if name.startswith("singles") and name.split(".")[2] in ("q", "k", "norm_q", "norm_k"):
+                name = name.replace(".q.", ".attn.q.").replace(".k.", ".attn.k.").replace(".norm_", ".attn.norm_")
+            parts = {name: tensor}
+            if ".v_up." in name:
+                value, up = tensor.split([c.dim, 4 * c.dim])
+                parts = {name.replace(".v_up.", ".attn.v."): value, name.replace(".v_up.", ".up."): up}
+            found |= {f"peer.{key}": x for key, x in translate(parts, flux.DIFFUSERS, reverse=True).items()}
+        return found
+
+    return Sample(), convert
+
+
+def noisy_video_flux(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return what `noisy_latent_video` does, with the times of `noisy_flux`."""
+    latent, _, *texts = noisy_latent_video(config, rows)
+    return latent, 125 * torch.randint(8, (rows,)).float(), *texts

@@ -139,7 +139,11 @@ def loss(gives: str, output: Tensor, inputs: tuple[Tensor, ...] = ()) -> Tensor:
     if gives == "score":  # probabilities or unbounded
         return nn.functional.mse_loss(output, torch.randint(2, output.shape).to(output.dtype))
     if gives in ("image", "video"):
-        wide = first if first.shape == output.shape else (torch.rand(len(output), 1, 1, 1) - 0.5).expand_as(output)
+        wide = (
+            first
+            if first.shape == output.shape
+            else (torch.rand(len(output), *[1] * (output.ndim - 1)) - 0.5).expand_as(output)
+        )
         return nn.functional.mse_loss(output, wide.to(output.dtype))
     if gives == "forecast":  # the first value of each series goes on
         return nn.functional.mse_loss(output, first[:, :1, :, None].expand_as(output))
@@ -206,6 +210,7 @@ def test_output_has_the_declared_shape(name):
         "ctc": "vocab_size",
         "mask": "num_classes",
         "image": "channels",
+        "video": "channels",
         "items": "items",
         "masked-items": "items",
         "towers": "items",
@@ -228,7 +233,7 @@ def test_output_has_the_declared_shape(name):
         "ctc": output.ndim == 3 and output.shape[2] == width,
         "embeddings": output.shape == (3, 2, getattr(config, "embed", None)),
         "sigmoid-embeddings": output.shape == (3, 2, getattr(config, "dim", 0) + 1),
-        "video": output.shape == inputs[0].shape,
+        "video": output.shape == (*inputs[0].shape[:2], width, *inputs[0].shape[3:]),
         "mask": output.ndim == 4 and output.shape[1] == width,
         "image": output.ndim == 4 and output.shape[1] == width,
         "boxes": output.ndim == 3 and output.shape[2] == 4 * getattr(config, "bins", 0) + getattr(config, "num_classes", 0),

@@ -263,3 +263,27 @@ def test_invalid_sizes_are_rejected():
     ):
         with pytest.raises(SettingsError, match=words):
             create(f"{name}-test", **wrong)
+
+
+@torch.no_grad()
+def test_names_and_given_frames_of_open_sora():
+    with torch.device("meta"):
+        model = create("open-sora-2")
+    names = translate(model.state_dict(), get_tables(model)["official"], reverse=True)
+    assert sum(x.numel() for x in names.values()) == card("open-sora-2").sizes["open-sora-2"].params == 11_891_390_528
+    shapes = {
+        "cond_in.weight": (3072, 68),
+        "single_blocks.37.v_mlp.weight": (5 * 3072, 3072),
+        "double_blocks.18.txt_attn.norm.key_norm.scale": (128,),
+        "final_layer.linear.weight": (64, 3072),
+    }
+    assert {name: tuple(names[name].shape) for name in shapes} == shapes
+    ours, (latent, *rest) = tiny("open-sora"), batch("open-sora", 2)
+    other = latent.clone()
+    other[:, :, 2:] = 0
+    assert not torch.allclose(ours(latent, *rest), ours(other, *rest))
+    assert not create("open-sora-test").double()(latent, *rest).any()
+    with pytest.raises(DataError, match="have 2 channels, but the network takes 5"):
+        ours(latent[:, :, :2], *rest)
+    with pytest.raises(SettingsError, match="whose sum is dim / heads"):
+        create("open-sora-test", axes=(2, 2, 2))

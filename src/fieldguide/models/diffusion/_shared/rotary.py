@@ -1,4 +1,4 @@
-"""Rotary positions of diffusion Transformers: pairs of neighboring values of queries and keys rotate by frame, row and column."""
+"""Rotary positions of diffusion Transformers: pairs of values of queries and keys rotate by frame, row and column."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from fieldguide.models.diffusion._shared.embeddings import MAX_PERIOD
 Rotate = Callable[[Tensor], Tensor]
 
 
-def make_rotation(places: Tensor, dims: Sequence[int], like: Tensor, base: float = MAX_PERIOD) -> Rotate:
-    """Return a function that rotates queries or keys, B heads N d, by their places, N A: the first `dims[0]` values of each head by
-    the first coordinate, and so on. Angles are computed in float64, their cosines and sines have the precision of float32.
+def make_rotation(places: Tensor, dims: Sequence[int], like: Tensor, base: float = MAX_PERIOD, halves: bool = False) -> Rotate:
+    """Return a function that rotates queries or keys, B heads N d, by their places, N A: the first `dims[0]` / 2 pairs of values of each
+    head by the first coordinate, and so on. Pairs are neighbors; with `halves`, the first half of a head is paired with the second.
+
+    Angles are computed in float64, their cosines and sines have the precision of float32.
     """
     rates = [base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim) for dim in dims]
     angle = torch.cat([place[:, None] * rate for place, rate in zip(places.double().unbind(1), rates)], 1)  # N d/2
     cos, sin = (wave.float().to(like) for wave in (angle.cos(), angle.sin()))
 
     def rotate(x: Tensor) -> Tensor:  # B heads N d -> B heads N d
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        a, b = x.chunk(2, -1) if halves else x.unflatten(-1, (-1, 2)).unbind(-1)
+        if halves:
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
         return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
     return rotate
