@@ -67,6 +67,8 @@ def test_student_has_network_and_process_of_its_teacher(pictures, teacher):
     plan = build_plan(source, settings={**QUICK, "teacher": str(teacher.path)}, **kind)
     objective = plan.objective
     assert isinstance(objective, ConsistencyDistillation) and objective.guidance == 1.5 and objective.solver == "ddim"
+    assert objective.levels == (8, 8) and (plan.settings.optimizer, plan.settings.lr) == ("adamw", 5e-4)
+    assert teacher.settings.optimizer == "muon"
     assert plan.config == teacher.config and plan.size == "ddpm-8" and plan.task.options.schedule == "flow"
     assert type(objective.process).__name__ == "FlowProcess" and objective.process.predicts == "velocity"
     wanted = teacher.model.state_dict()

@@ -144,6 +144,8 @@ class Plan:
         if checkpoint is not None and not self.card.solver:
             rows = len(self.splits.train)
             chosen = finetune.choose_settings(chosen, requested, rows, checkpoint, callback, task.finetune_rate)
+        if requested.get("teacher"):
+            chosen = chosen.with_(task.student_recipe)
         chosen = distillation.with_absolute_teacher(chosen.override(requested))
         if chosen.deterministic and chosen.threads is None:
             chosen = chosen.with_({"threads": torch.get_num_threads()})  # a repetition uses as many

@@ -58,6 +58,9 @@ class TaskSpec:
     monitor: ClassVar[str] = ""  # the metric that selects the best checkpoint, if it is not the first one
     metric: str = ""  # name of the metric that the user chose, or that suits the data; empty for the task's own choice
     recipe: ClassVar[Mapping[str, Any]] = {}  # training settings that override the general defaults
+    student_recipe: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # settings of a network that starts from its teacher's weights, over the card's
     finetune_rate: ClassVar[float] = 1.0  # factor of the learning rates of fine-tuning
     needs_reference: ClassVar[bool] = False  # the objective takes a frozen copy of the initial model as `reference`
     column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # how the columns of a table are assigned to roles

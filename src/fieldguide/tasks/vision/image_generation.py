@@ -53,6 +53,7 @@ from fieldguide.tasks.supervised import fill_options, is_discrete
 from fieldguide.tasks.supervised_evaluator import binomial_interval
 from fieldguide.tasks.vision.signature import GenerationSignature
 
+STUDENT_LEVELS = (8, 8)  # intervals of noise of a distilled model; more need more than minutes of training
 METHODS = ("diffusion", "consistency")
 IMAGE_SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
@@ -104,6 +105,8 @@ class ImageGeneration(GenerationSignature, Task):
         ),
         Metric("held_out_loss", "min", "on held-out images: noise prediction error; for GANs a distance of thumbnails"),
     )
+    # Targets are the student's own outputs: steps of fixed size, as those of muon, add up to a drift.
+    student_recipe: ClassVar = {"optimizer": "adamw", "lr": 5e-4}
     monitor = "held_out_loss"
     recipe: ClassVar = {"patience": 0, "epochs": 1e6}  # train on small data until the time limit
     max_validation_examples, max_test_examples = 500, 1000
@@ -259,7 +262,8 @@ class ImageGeneration(GenerationSignature, Task):
         if not 0 <= guidance <= 100:
             raise SettingsError(f"teacher_guidance={guidance} must be from 0 to 100")
         process = build_process(self.options.schedule, self.options.predicts)
-        return ConsistencyDistillation(model, teacher, process, guidance=guidance if self.labels or self.text else 1.0)
+        guided = guidance if self.labels or self.text else 1.0
+        return ConsistencyDistillation(model, teacher, process, guidance=guided, levels=STUDENT_LEVELS)
 
     def build_diffusion(self, model: Any, data: str) -> Diffusion:
         """Return the objective of a diffusion or consistency model. Raises `SettingsError` for an unknown option."""
