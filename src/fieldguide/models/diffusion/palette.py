@@ -10,18 +10,14 @@ Shapes: B batch, C channels of the input, K channels of the target, H W height a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fieldguide.core.card import Card, Size
-from fieldguide.models.diffusion.ddpm_unet import CONFIG as DDPM_CONFIG
 from fieldguide.models.diffusion.ddpm_unet import DIFFUSERS, DIFFUSERS_2022, DDPMUNet
 from fieldguide.models.diffusion.ddpm_unet import Config as DDPMConfig
-from fieldguide.models.mapping.config_rules import Constant, Derived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +41,6 @@ class Palette(DDPMUNet):
         return super().forward(torch.cat([target, image.to(target.dtype)], 1), time)
 
 
-def parse_channels(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the channels of the input and of the target for a configuration of diffusers."""
-    return {"condition": raw["in_channels"] - raw["out_channels"], "channels": raw["out_channels"]}
-
-
-CONFIG = {
-    **{key: row for key, row in DDPM_CONFIG.items() if key != "out_channels"},
-    "in_channels": Derived(parse_channels, lambda c: c.channels + c.condition),
-    "out_channels": Derived(lambda raw: {}, lambda c: c.channels),
-    "<no classes>": Constant("num_classes", 0),
-}
-
 CARD = Card(
     name="palette",
     model=Palette,
@@ -74,6 +58,5 @@ CARD = Card(
         ),
     },
     weights={"diffusers": DIFFUSERS, "diffusers-2022": DIFFUSERS_2022},
-    configs={"diffusers": CONFIG},
     recipe={"optimizer": "muon", "lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "grad_clip": 1.0, "ema": 0.999},
 )
