@@ -40,6 +40,12 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # title -> size, settings
     "DiT": ("dit-mini", {}),
 }
 SCORES = ("feature_distance", "kernel_distance", "precision", "recall", "density", "coverage", "classifier_accuracy")
+HEAD = """# GAN or diffusion?
+
+Networks that generate images by class, each trained on 6,000 images of Fashion-MNIST at 32 x 32 for {minutes:g} minutes of one core ({machine}),
+{seeds} seeds, best first. Written by `python benchmarks/gan_or_diffusion.py --page`, which says what the scores are.
+
+"""
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "generative.md"
 
 
@@ -131,8 +137,8 @@ def main() -> None:
     table = summarize([row for row in done if row["minutes"] == options.minutes])
     print(f"{machine()}\n\n{table}")
     if options.page:
-        before, mark, _ = PAGE.read_text(encoding="utf-8").partition("<!-- measured -->\n")
-        PAGE.write_text(f"{before}{mark}{table}\n", encoding="utf-8")
+        minutes, seeds = options.minutes, len(options.seeds)
+        PAGE.write_text(f"{HEAD.format(minutes=minutes, seeds=seeds, machine=machine())}{table}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

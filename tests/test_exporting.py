@@ -50,6 +50,7 @@ from fieldguide.exporting.steps.images import Resize
 from fieldguide.exporting.steps.tables import compute_normal_quantile, find_day_of_year, interpolate
 from fieldguide.exporting.tables import describe_cells
 from fieldguide.exporting.verify import Comparison, verify
+from fieldguide.metrics import generative
 from fieldguide.models.feedforward.bag_of_ngrams import BagOfNgrams, Config
 from fieldguide.objectives.ctc_decoding import align, collapse
 from fieldguide.objectives.diffusion import DDIM, DDPM, DPMSolver, Euler, Heun, build_process
@@ -1038,7 +1039,16 @@ def test_words_of_frames_are_those_of_the_task(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sampled_run(tmp_path_factory):
+def brief_evaluation():
+    """Train the CNNs that score generated images for a few steps only."""
+    whole = generative.train_classifier
+    generative.train_classifier = lambda *values, steps=10, **named: whole(*values, steps=10, **named)
+    yield
+    generative.train_classifier = whole
+
+
+@pytest.fixture(scope="module")
+def sampled_run(tmp_path_factory, brief_evaluation):
     """A diffusion model of digits by class."""
     settings = {"steps": 20, "eval_steps": 20, "batch_size": 16, "precision": "float32"}
     return fieldguide.fit("figures", model="ddpm-unet-test", out=tmp_path_factory.mktemp("made") / "run", settings=settings)
@@ -1107,7 +1117,7 @@ def test_samplers_that_call_the_network_twice_have_no_table():
 
 
 @pytest.mark.parametrize("kind", ["gan", "captions"])
-def test_other_generators(kind, tmp_path):
+def test_other_generators(kind, tmp_path, brief_evaluation):
     settings = {"steps": 4, "eval_steps": 4, "batch_size": 16, "precision": "float32"}
     if kind == "gan":
         source, model, extra = "figures", "dcgan-32", {"model.dim": 4, "task.side": 16, "model.image": 16}

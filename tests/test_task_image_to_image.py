@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import shutil
@@ -29,10 +28,13 @@ from fieldguide.tasks.vision.image_to_image import ImageToImage, convert_channel
 from fieldguide.tasks.vision.image_to_image_baselines import fit_colors, match_colors
 
 
-@pytest.fixture(autouse=True)
-def train_evaluation_networks_briefly(request, monkeypatch):
-    if "slow" not in request.keywords:
-        monkeypatch.setattr(generative, "train_classifier", functools.partial(generative.train_classifier, steps=10))
+@pytest.fixture(autouse=True, scope="module")
+def train_evaluation_networks_briefly(request):
+    """Train the CNNs that scores are computed with for a few steps only; `slow` tests restore them."""
+    whole = generative.train_classifier
+    generative.train_classifier = lambda *values, steps=10, **named: whole(*values, steps=10, **named)
+    yield whole
+    generative.train_classifier = whole
 
 
 QUICK = {"steps": 6, "eval_steps": 3, "batch_size": 4, "precision": "float32"}
@@ -528,7 +530,8 @@ def test_critics_suit_small_images():
 
 
 @pytest.mark.slow
-def test_pairs_are_learned(tmp_path):
+def test_pairs_are_learned(tmp_path, monkeypatch, train_evaluation_networks_briefly):
+    monkeypatch.setattr(generative, "train_classifier", train_evaluation_networks_briefly)
     run = fit("outlines", minutes=1.5, out=tmp_path / "run")
     record = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
     nearest = next(b["scores"]["l1"] for b in record["scores"]["baselines"] if b["name"] == "nearest")
@@ -536,8 +539,9 @@ def test_pairs_are_learned(tmp_path):
 
 
 @pytest.mark.slow
-def test_domains_are_learned(tmp_path):
+def test_domains_are_learned(tmp_path, monkeypatch, train_evaluation_networks_briefly):
     """A digit in chalk, translated to ink, is close to the same digit drawn in ink, which no training image is."""
+    monkeypatch.setattr(generative, "train_classifier", train_evaluation_networks_briefly)
     run = fit("inks", task="image-to-image", minutes=2.5, out=tmp_path / "run")
     ground, stroke = np.array((244, 236, 214)), np.array((30, 44, 120))
     errors, paths = [], sorted((samples.path("inks") / "chalk").glob("*.png"))[:50]

@@ -55,6 +55,7 @@ ROW = "#row"  # a column of row numbers
 MAX_EXAMPLES = 5  # of differences that are kept
 MAX_SERIES, CUTS = 32, 8  # of a request of series, and how many requests end at different steps
 ROUNDED = {"box": 0.101, "x": 0.101, "y": 0.101}  # values that are rounded to one decimal place: pixels
+MADE_IMAGE = "image"  # of a record: a pixel may be rounded to one level or the next; pixels of masks are numbers of classes
 DERIVED = {"found": "objects", "classes": "shares"}  # texts that sum up another value of the record
 PROGRAM = """
 import json, sys
@@ -362,8 +363,6 @@ class Comparison:
 
     def compare(self, want: Any, got: Any, rounded: bool = False) -> tuple[float, str]:
         """Return the largest relative difference of numbers, and the first problem, or "". With `rounded`, pixels may differ by 0.1."""
-        if isinstance(want, Media):
-            return self.compare_images(Image.open(io.BytesIO(want.content)), decode_image(got))
         if isinstance(want, Mapping):
             keys = [key for key, value in want.items() if not is_left_out(key, value, want)]
             if missing := [key for key in keys if not isinstance(got, Mapping) or key not in got]:
@@ -389,22 +388,21 @@ class Comparison:
         for key, a, b in pairs:
             if rounded and key in ROUNDED and np.allclose(a, b, rtol=0, atol=ROUNDED[key]):
                 continue
-            difference, problem = self.compare(a, b, rounded)
+            if isinstance(a, Media):
+                difference, problem = self.compare_images(a, b, 1 if key == MADE_IMAGE else 0)
+            else:
+                difference, problem = self.compare(a, b, rounded)
             largest = max(largest, difference)
             if problem and not first and not (is_tie and isinstance(a, str)):
                 first = f"{key}: {problem}"
         return largest, first
 
-    def compare_images(self, want: Image.Image, got: Image.Image | None) -> tuple[float, str]:
-        """Return the fraction of pixels that differ, and the problem if it exceeds the tolerance.
-
-        Of masks, whose pixels are numbers of classes, all differences count; of other images, those by more than one level.
-        """
-        a, b = np.asarray(want), np.asarray(got) if got is not None else None
-        if b is None or b.shape != a.shape:
+    def compare_images(self, want: Media, got: Any, levels: int) -> tuple[float, str]:
+        """Return the fraction of pixels that differ by more than some levels, and the problem if it exceeds the tolerance."""
+        a, image = np.asarray(Image.open(io.BytesIO(want.content))), decode_image(got)
+        if image is None or np.asarray(image).shape != a.shape:
             return 1.0, "the image has another size or is missing"
-        allowed = 0 if want.mode == "P" else 1
-        difference = float(np.mean(np.abs(a.astype(int) - b.astype(int)) > allowed))
+        difference = float(np.mean(np.abs(a.astype(int) - np.asarray(image).astype(int)) > levels))
         return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels differ"
 
     def compare_objects(self, want: list[Any], got: list[Any]) -> tuple[float, str]:

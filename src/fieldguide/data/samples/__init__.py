@@ -320,7 +320,7 @@ SAMPLES: dict[str, Sample] = {
             BSD,
             "scikit-learn load_digits, enlarged and colored by our code",
             True,
-            "domain",
+            "label",
             digits.write_inks,
             reaches=("feature_distance", 2.0),
         ),
