@@ -42,7 +42,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # title -> size, settings
 SCORES = ("feature_distance", "kernel_distance", "precision", "recall", "density", "coverage", "classifier_accuracy")
 HEAD = """# GAN or diffusion?
 
-Networks that generate images by class, each trained on 6,000 images of Fashion-MNIST at 32 x 32 for {minutes:g} minutes of one core ({machine}),
+Networks that generate images by class, each trained on 6,000 images of Fashion-MNIST at 32 x 32 for {minutes:g} minutes of one core
+({machine}),
 {seeds} seeds, best first. Written by `python benchmarks/gan_or_diffusion.py --page`, which says what the scores are.
 
 """

@@ -204,6 +204,7 @@ def test_files_of_diffusers_and_of_compvis(tmp_path):
     assert checkpoints.load(tmp_path / "theirs").config == ours.config
 
 
+@pytest.mark.slow
 def test_learns_to_rebuild_figures():
     """Smooth images come back from 32 numbers instead of 784."""
     torch.manual_seed(0)
