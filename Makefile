@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CODE := src tests benchmarks docs tools
 
-.PHONY: run test test-all lint format catalogue fuzz plan-errors new-model clean
+.PHONY: run test quick test-all lint format catalogue fuzz plan-errors new-model clean
 
 run: $(VENV)/ready-to-run          ## train on real data: handwritten digits
 	$(BIN)/fieldguide fit digits
 
-test: lint                         ## style, types and quick tests: under 12 minutes on 2 cores
+test: $(VENV)/ready-to-test        ## style, types and quick tests, at the same time: about 12 minutes on 2 cores
+	$(MAKE) --no-print-directory --jobs=2 lint quick
+
+quick: $(VENV)/ready-to-test       ## the quick tests alone
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: lint                     ## the slow tests too

@@ -133,6 +133,7 @@ def test_pipeline_and_cross_validation(iris):
     assert cross_val_score(made, *iris, cv=2).min() > 0.85
 
 
+@pytest.mark.slow
 def test_grid_search():
     X, y = load_diabetes(return_X_y=True)
     search = GridSearchCV(FieldguideRegressor("mlp-s", settings=LONGER), {"model": ["mlp-s", "mlp-m"]}, cv=2).fit(X, y)

@@ -127,6 +127,7 @@ def test_report_compares_student_and_teacher(student):
     assert "Fewer steps than the teacher" in text and "teacher, 50 steps" in text
 
 
+@pytest.mark.slow
 def test_resume_is_exact(pictures, teacher, student, tmp_path):
     class Stop(NullCallback):
         def on_step(self, step, losses):

@@ -592,7 +592,7 @@ def advice_on_pictures(rows: int, minutes: float = 20):
     )
 
 
-@pytest.mark.parametrize("rows", [200, 100_000])
+@pytest.mark.parametrize("rows", [pytest.param(200, marks=pytest.mark.slow), 100_000])
 def test_measuring_all_networks_gives_the_same_choice(monkeypatch, rows):
     from fieldguide.automl import advisor
     from fieldguide.models import registry

@@ -67,7 +67,7 @@ def log(run):
     ]
 
 
-QUICK = {"tabular-classification", "tabular-regression", "recommendation", "time-series-forecasting", "text-generation"}
+QUICK = {"tabular-classification", "tabular-regression", "recommendation", "time-series-forecasting"}
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ONE])

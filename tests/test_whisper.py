@@ -488,6 +488,7 @@ class StopAt(NullCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_checkpoints_are_fine_tuned(checkpoint, spoken, recording, tmp_path):
     settings = {"steps": 4, "batch": 4, "evaluate": 2, "precision": "float32", "finetune": "whole", "task.language": "de"}
     run = fit(spoken, weights=str(checkpoint), out=tmp_path / "run", settings=settings)
