@@ -13,7 +13,7 @@ from fieldguide.checkpoints import load as checkpoints
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.config_mapping import identify_config, to_config_fields
 from fieldguide.checkpoints.weights import get_tables, translate
-from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.layers.dot_product_attention import slice_attention
 from fieldguide.models.registry import card, create
 from test_models import batch, tiny
@@ -189,8 +189,8 @@ def test_default_sizes_are_those_of_uncropped_images():
     latent = torch.randn(2, 4, 6, 8, dtype=torch.float64)
     sizes = torch.tensor([[48.0, 64, 0, 0, 48, 64]]).expand(2, 6)
     torch.testing.assert_close(ours(latent, time, text, pooled), ours(latent, time, text, pooled, sizes=sizes))
-    with pytest.raises(DataError, match="sizes is missing: this network knows 5 numbers"):
-        tiny("sdxl-unet", sizes=5)(latent, time, text, pooled)
+    refiner, sizes = tiny("sdxl-unet", sizes=5), torch.tensor([[48.0, 64, 0, 0, 6.0]]).expand(2, 5)
+    torch.testing.assert_close(refiner(latent, time, text, pooled), refiner(latent, time, text, pooled, sizes=sizes))
 
 
 @torch.no_grad()

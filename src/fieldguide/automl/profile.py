@@ -116,7 +116,7 @@ def build_example_inputs(
         inputs = {
             "latent": torch.zeros(batch, *frames, channels, side, get("width", side), device=device),
             "time": torch.zeros(batch, device=device),
-            "text": torch.zeros(batch, min(length, get("length", length)), get("text_dim", 768), device=device),
+            "text": torch.zeros(batch, get("length", 0) or length, get("text_dim", 768), device=device),
             "pooled": torch.zeros(batch, get("pooled_dim", 768), device=device),
         }
         return tuple(inputs[name] for name in card.inputs)

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.core.errors import DataError, WeightsError
+from fieldguide.core.errors import WeightsError
 from fieldguide.models.diffusion import stable_diffusion_unet as sd
 from fieldguide.models.diffusion._shared.embeddings import embed_time
 from fieldguide.models.diffusion._shared.unet_checkpoints import CONFIG, compvis_keys, diffusers_keys
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect
 
 PIXELS_PER_LATENT = 8  # along a side
+REFINER_SCORE = 6.0  # of quality, as the authors' pipeline tells the refiner for prompts
 POOLED_DIM = 1280  # width of the vector of the second text encoder
 
 
@@ -65,12 +66,11 @@ class SDXLUNet(sd.StableDiffusionUNet):
         numbers = embed_time(sizes.flatten(), self.config.size_dim).unflatten(0, (-1, self.config.sizes)).flatten(1)
         return self.add2(F.silu(self.add1(torch.cat([pooled, numbers.to(pooled.dtype)], 1))))
 
-    def default_sizes(self, latent: Tensor) -> Tensor:  # B C' H W -> B 6
-        """Return the sizes of images that are neither scaled nor cropped."""
-        if self.config.sizes != 6:
-            raise DataError(f"sizes is missing: this network knows {self.config.sizes} numbers, which have no default")
-        height, width = (PIXELS_PER_LATENT * side for side in latent.shape[2:])
-        return torch.tensor([height, width, 0, 0, height, width], device=latent.device).expand(latent.shape[0], 6)
+    def default_sizes(self, latent: Tensor) -> Tensor:  # B C' H W -> B 6, or B 5 for the refiner
+        """Return the sizes of images that are neither scaled nor cropped; the refiner is told a score instead of the last two."""
+        height, width = (float(PIXELS_PER_LATENT * side) for side in latent.shape[2:])
+        last = [height, width] if self.config.sizes == 6 else [REFINER_SCORE]
+        return torch.tensor([height, width, 0.0, 0.0, *last], device=latent.device).expand(latent.shape[0], -1)
 
     def forward(  # type: ignore[override]  # the vector of the text is required
         self,
