@@ -24,7 +24,9 @@ from fieldguide.models.registry import card, find
 from fieldguide.objectives.gan_losses import LOSSES, LeastSquares
 from fieldguide.objectives.image_translation import ImagePool, PairedTranslation, UnpairedTranslation
 from fieldguide.tasks import infer_task, task
-from fieldguide.tasks.vision.image_to_image import ImageToImage, convert_channels, degrade
+from fieldguide.tasks.vision import image_to_image
+from fieldguide.tasks.vision.image_restoration import convert_channels, degrade
+from fieldguide.tasks.vision.image_to_image import ImageToImage
 from fieldguide.tasks.vision.image_to_image_baselines import fit_colors, match_colors
 
 
@@ -181,10 +183,9 @@ def test_degraded_inputs(tmp_path):
     assert torch.equal(degrade(real, "gray", 1), real[:, :1])
     small = degrade(real.contiguous(), "4x", 3)
     assert small.shape == real.shape
-    mean = real.float().view(2, 3, 2, 4, 2, 4).mean((3, 5))
-    again = small.float().view(2, 3, 2, 4, 2, 4).mean((3, 5))
-    assert (mean - again).abs().max() < 4  # the means of squares remain, details are lost
-    assert (small.float() - real.float()).abs().mean() > 0.5
+    means = real[0, 0].float().view(2, 4, 2, 4).mean((1, 3)).round().byte().numpy()  # of squares of 4 x 4
+    enlarged = np.asarray(Image.fromarray(means).resize((8, 8), Image.Resampling.BILINEAR))
+    assert np.abs(small[0, 0].numpy().astype(int) - enlarged).max() <= 1 and torch.equal(small[1, 2], small[0, 0])
     made = fit_task(read(tmp_path), degrade="4x")
     assert made.zoom == 4 and made.paired and made.model_dims()["channels"] == 3
     gray = fit_task(read(tmp_path), degrade="gray")
@@ -197,16 +198,63 @@ def test_sizes_follow_from_the_targets(tmp_path):
 
 
 def test_gray_inputs_and_colored_targets(tmp_path):
-    made = fit_task(data.read(write_pairs(tmp_path, color=False)))
-    assert (made.pictures.channels, made.target_pictures.channels) == (1, 3)
+    made = fit_task(data.read(write_pairs(tmp_path, color=False, zoom=2)))
+    assert (made.pictures.channels, made.target_pictures.channels, made.zoom) == (1, 3, 2)
+    turned = fit_task(data.read(tmp_path), reverse=True)
+    assert (turned.pictures.channels, turned.target_pictures.channels, turned.zoom) == (3, 1, 0.5)
+
+
+def test_degraded_images_are_read_as_in_training(tmp_path):
+    """A small file gives the network what training made of the large image."""
+    pixels = write_image(tmp_path / "large" / "0.png", 0, (32, 32))
+    for i in range(1, 4):
+        write_image(tmp_path / "large" / f"{i}.png", i, (32, 32))
+    rows = read(tmp_path / "large")
+    made = fit_task(rows, degrade="4x")
+    row = [Path(p).name for p in rows.rows["image"]].index("0.png")
+    small = pixels.reshape(8, 4, 8, 4, 3).mean((1, 3)).round().astype(np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    loaded = made.pictures.load([str(tmp_path / "small.png")])[0].int()
+    assert (loaded - made.load_pairs(rows)[0][row].int()).abs().max() <= 1
+
+
+def test_images_that_are_reduced_are_noted(tmp_path):
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png", i, (96, 96))
+    made = fit_task(read(tmp_path), degrade="4x", side=32)
+    assert any("learns to enlarge images of 8 x 8" in note for note in made.notes)
+    request = made.for_request(made.PredictOptions())
+    request.predict_batches(read(tmp_path), card("pix2pix"))
+    assert any("larger than 8 pixels" in note for note in request.notes)
+
+
+def test_images_that_do_not_fit_into_memory_are_loaded_by_batch(tmp_path, monkeypatch):
+    rows = data.read(write_pairs(tmp_path))
+    made = fit_task(rows, shift=0.1)
+    batches = [made.batches(rows, card("pix2pix"))]
+    monkeypatch.setattr(image_to_image, "ram", lambda: 1)
+    read_pairs, counts = made.load_pairs, []
+    monkeypatch.setattr(made, "load_pairs", lambda some: counts.append(len(some)) or read_pairs(some))
+    batches.append(made.batches(rows, card("pix2pix")))
+    assert not counts
+    first, second = (b.make(np.array([3, 1]), torch.Generator().manual_seed(0)) for b in batches)
+    assert counts == [2] and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_networks_that_need_pairs_are_no_candidates_without_them(tmp_path):
+    assert "noisy-target" in fit_task(data.read(write_pairs(tmp_path / "pairs"))).input_types
+    for name in ("a", "b"):
+        for i in range(4):
+            write_image(tmp_path / "two" / name / f"{name}{i}.png", i, (16, 16))
+    assert fit_task(data.read(tmp_path / "two")).input_types == ("image",)
 
 
 def test_augmentation_changes_input_and_target_alike(tmp_path):
     rows = data.read(write_pairs(tmp_path))
     made = fit_task(rows, flip=True, shift=0.2)
     x = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    batch = made.augment({"image": x, "target": 255 - x, "row": torch.arange(6)}, torch.Generator().manual_seed(0))
-    assert torch.equal(batch["target"], 255 - batch["image"]) and torch.equal(batch["row"], torch.arange(6))
+    batch = made.augment({"image": x, "target": 255 - x}, torch.Generator().manual_seed(0))
+    assert torch.equal(batch["target"], 255 - batch["image"])
     assert sum(not torch.equal(a, b) for a, b in zip(x, batch["image"])) >= 5
     places = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(6, 3, 16, 16)  # each pixel its number
     moved = made.augment({"image": places}, torch.Generator().manual_seed(1))["image"][:, 0].long()
@@ -500,7 +548,7 @@ def test_diffusion_of_targets(pairs, tmp_path):
     for name in ("a", "b"):
         for i in range(8):
             write_image(tmp_path / "data" / name / f"{name}{i}.png", i, (16, 16))
-    with pytest.raises(SettingsError, match="palette needs pairs"):
+    with pytest.raises(SettingsError, match="Networks that can: cyclegan, pix2pix"):
         fit(tmp_path / "data", task="image-to-image", model="palette-test", out=tmp_path / "two", settings=QUICK)
 
 

@@ -152,7 +152,7 @@ class ImageGeneration(GenerationSignature, Task):
 
     def __init__(self, columns: list[Column], options: Any):
         if options.method == "consistency":
-            self.PredictOptions = self.FewStepOptions  # type: ignore[misc]
+            self.PredictOptions = self.FewStepOptions  # type: ignore[misc]  # other defaults, of this instance
         super().__init__(columns, options)
         self.judge: Any = None  # a `FeatureClassifier`, trained for the test and saved with the run
         self.motion: generative.FeatureClassifier | None = None  # for videos

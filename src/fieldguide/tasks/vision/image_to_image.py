@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 import polars as pl
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +18,8 @@ from torch import Tensor
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError, SettingsError, nearest
-from fieldguide.core.report_elements import Gallery, Picture, ReportElement
+from fieldguide.core.hardware import ram
+from fieldguide.core.report_elements import ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.core.structure import MAX_SEED, Limits
 from fieldguide.data.column_spec import ColumnSpec
@@ -35,14 +35,15 @@ from fieldguide.objectives.gan_losses import LOSSES
 from fieldguide.objectives.image_translation import PairedTranslation, TranslationDiffusion, UnpairedTranslation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.vision.image_generation import compute_thumbnails, encode_png
+from fieldguide.tasks.vision.image_generation import compute_thumbnails
+from fieldguide.tasks.vision.image_restoration import DEGRADATIONS, convert_channels, degrade
 from fieldguide.tasks.vision.image_to_image_baselines import fit_colors, match_colors
+from fieldguide.tasks.vision.image_to_image_report import show_domains, show_pairs
 from fieldguide.tasks.vision.image_to_image_signature import ImageToImageSignature
 
 IMAGE_SIDES = (16, 32, 64, 128, 256)  # sides that networks read
 MAX_SIDE_BY_DEVICE = {"cpu": 64, "mps": 128, "cuda": 256}  # maximum pixels per side by device, if the user sets no size
-DEGRADATIONS = ("", "gray", "2x", "3x", "4x", "8x")  # how inputs are made from images
-SHOWN_IMAGES = 12  # of each gallery
+MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
 EVALUATION_ROWS = 2000  # training images that the evaluation network is trained on
 ASPECT_OF_JOINED = 2  # width divided by height of files that hold the input on the left and the target on the right
 
@@ -110,7 +111,13 @@ class ImageToImage(ImageToImageSignature, Task):
     def __init__(self, columns: list[Column], options: Any):
         super().__init__(columns, options)
         self.judge: Any = None  # a `FeatureClassifier` of targets, trained for the test and saved with the run
-        self.domains, self.zoom, self.joined = [], 1.0, False
+        self.zoom, self.joined = 1.0, False
+        self.set_domains([])
+
+    def set_domains(self, domains: list[str]) -> None:
+        """Set the two domains; none for pairs. Networks that need pairs are no candidates without them."""
+        self.domains = domains
+        self.input_types = type(self).input_types if not domains else ("image",)  # type: ignore[misc]  # of this instance
 
     @classmethod
     def match(cls, data: Data) -> str | None:
@@ -143,17 +150,24 @@ class ImageToImage(ImageToImageSignature, Task):
         width, height = (data.rows[name].cast(pl.Float64).to_numpy() for name in (WIDTH, HEIGHT))
         if task.joined:
             width = width / ASPECT_OF_JOINED
-        target_sizes = task.measure_targets(data, width, height)
+        sizes = [np.stack([width, height], 1), task.measure_targets(data, width, height)]  # of inputs and targets, N 2
+        color = 3 if (data.rows[CHANNELS] == 3).any() else 1
+        counts = [color, color]  # channels of inputs and targets
+        if task.paired and not options.degrade:
+            counts[1] = task.count_target_channels(data)
+            if options.reverse:
+                sizes.reverse()
+                counts.reverse()
+        if options.degrade == "gray":
+            counts[0] = 1
         if options.degrade.endswith("x"):
             task.zoom = float(options.degrade[:-1])
         elif task.paired:
-            task.zoom = float(np.median(target_sizes[:, 1] / height))
-        largest = float(np.median(np.maximum(np.minimum(width, height), target_sizes.min(1))))
+            task.zoom = float(np.median(sizes[1][:, 1] / sizes[0][:, 1]))
+        largest = float(np.median(np.maximum(sizes[0].min(1), sizes[1].min(1))))
         limit = MAX_SIDE_BY_DEVICE[device().type]
         side = options.side or max((s for s in IMAGE_SIDES if s <= min(largest, limit)), default=IMAGE_SIDES[0])
-        color = 3 if (data.rows[CHANNELS] == 3).any() else 1
-        channels = options.channels or (1 if options.degrade == "gray" else color)
-        outputs = options.outputs or (color if options.degrade or not task.paired else task.count_target_channels(data))
+        channels, outputs = options.channels or counts[0], options.outputs or counts[1]
         if not task.paired:
             channels = outputs = options.outputs or options.channels or color
         scale = learn_scale(data.rows)
@@ -162,11 +176,18 @@ class ImageToImage(ImageToImageSignature, Task):
         task.notes += describe_scale(scale)
         task.options = fill_options(options, side=side, channels=channels, outputs=outputs)
         if largest > side:
-            task.notes.append(
-                f"images are resized to {side} x {side} pixels (change this with task.side=...), and predictions back to the size of "
-                "the input"
-            )
+            task.notes.append(task.describe_reduction(side))
         return task
+
+    def describe_reduction(self, side: int) -> str:
+        """Return a note for images that are larger than the network's input."""
+        if self.options.degrade.endswith("x"):
+            small = side // int(self.zoom)
+            return (
+                f"images are resized to {side} x {side} pixels first, so the network learns to enlarge images of {small} x {small}; larger "
+                "inputs gain no details (change this with task.side=...)"
+            )
+        return f"images are resized to {side} x {side} pixels (change this with task.side=...), and predictions to the size of the input"
 
     def find_layout(self, data: Data) -> None:
         """Find out whether the data has pairs, joined pairs, two domains, or images that are degraded."""
@@ -176,14 +197,13 @@ class ImageToImage(ImageToImageSignature, Task):
         if target is not None and target.kind == "image":
             return
         if target is not None:
-            self.domains = sorted(map(str, data.rows[target.name].drop_nulls().unique()))
-            if len(self.domains) != 2:
+            domains = sorted(map(str, data.rows[target.name].drop_nulls().unique()), reverse=self.options.reverse)
+            if len(domains) != 2:
                 raise DataError(
                     f"{data.source}: translation without pairs needs images of two domains, but {target.name!r} holds "
-                    f"{len(self.domains)}: {', '.join(self.domains[:5])}."
+                    f"{len(domains)}: {', '.join(domains[:5])}."
                 )
-            if self.options.reverse:
-                self.domains.reverse()
+            self.set_domains(domains)
             return
         if (data.rows[WIDTH] == ASPECT_OF_JOINED * data.rows[HEIGHT]).all():
             self.joined = True
@@ -244,10 +264,7 @@ class ImageToImage(ImageToImageSignature, Task):
         loss = LOSSES[settings.loss]() if settings.loss else None
         o = self.options
         if card.input_type == "noisy-target":
-            if not self.paired:
-                raise SettingsError(f"{card.name} needs pairs, but this data has two domains without pairs. Use cyclegan.")
-            process = build_process("cosine", "v")
-            return TranslationDiffusion(model, process, outputs=self.target_pictures.channels)
+            return TranslationDiffusion(model, build_process("cosine", "v"), outputs=self.target_pictures.channels)
         if self.paired:
             critic = parts.get("critic") or torch.nn.Identity()
             return PairedTranslation(model, critic, distance=o.distance, adversarial=o.adversarial, loss=loss)
@@ -275,6 +292,15 @@ class ImageToImage(ImageToImageSignature, Task):
             return self.pictures.load(second), self.target_pictures.load(paths)
         return first, self.target_pictures.load(second)
 
+    def open_pairs(self, data: Data) -> Callable[[np.ndarray], tuple[Tensor, Tensor | None]]:
+        """Return a function that loads rows as `load_pairs` does. They are kept in memory if all of them take a small part of it."""
+        p, q = self.pictures, self.target_pictures
+        size = len(data) * (p.channels * p.side**2 + q.channels * q.side**2)
+        if size > MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram():
+            return lambda index: self.load_pairs(data.take(index))
+        inputs, real = self.load_pairs(data)
+        return lambda index: (inputs[index], real[index] if real is not None else None)
+
     def load_halves(self, paths: list[str]) -> tuple[Tensor, Tensor]:
         """Return the halves of files that hold input and target."""
         side, halves = self.pictures.side, []
@@ -293,41 +319,36 @@ class ImageToImage(ImageToImageSignature, Task):
         return (data.rows[self.target.name].cast(pl.String) == self.domains[1]).fill_null(False).to_numpy()
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        inputs, real = self.load_pairs(data)
-        reverse = torch.from_numpy(self.is_second(data))
+        load, reverse = self.open_pairs(data), torch.from_numpy(self.is_second(data))
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             rows = torch.from_numpy(index)
-            batch = {"image": inputs[rows], "row": rows}
+            inputs, real = load(index)
             if not self.paired:
-                return {"image": self.pictures.apply(inputs[rows]), "row": rows, "reverse": reverse[rows]}
-            if real is not None:
-                batch["target"] = real[rows]
+                return {"image": self.pictures.apply(inputs), "row": rows, "reverse": reverse[rows]}
+            pair = {"image": inputs, **({"target": real} if real is not None else {})}
             if generator is not None:
-                batch = self.augment(batch, generator)
-            return batch | {
-                name: transform.apply(batch[name])
-                for name, transform in (("image", self.pictures), ("target", self.target_pictures))
-                if name in batch
-            }
+                pair = self.augment(pair, generator)
+            transforms = {"image": self.pictures, "target": self.target_pictures}
+            return {"row": rows, **{name: transforms[name].apply(x) for name, x in pair.items()}}
 
-        return Batches(len(inputs), make)
+        return Batches(len(data), make)
 
     def train_batches(self, data: Data, card: Card, settings: Settings) -> Batches:
         """Return pairs; or images of both domains, of which those of the smaller one are drawn more often."""
         if self.paired:
             return self.batches(data, card, settings)
-        inputs, second = self.load_pairs(data)[0], self.is_second(data)
-        own = [torch.from_numpy(np.flatnonzero(rows)) for rows in (~second, second)]
+        load, second = self.open_pairs(data), self.is_second(data)
+        own = [np.flatnonzero(rows) for rows in (~second, second)]
         larger = int(len(own[1]) > len(own[0]))
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
-            other = torch.randint(len(own[1 - larger]), (len(index),), generator=generator)
-            rows = [own[larger][torch.from_numpy(index)], own[1 - larger][other]]
+            other = torch.randint(len(own[1 - larger]), (len(index),), generator=generator).numpy()
+            rows = [own[larger][index], own[1 - larger][other]]
             if larger:
                 rows.reverse()
-            batch = {"image": inputs[rows[0]], "target": inputs[rows[1]]}
-            if generator is not None:
+            batch = {name: load(chosen)[0] for name, chosen in zip(("image", "target"), rows)}
+            if generator is not None:  # each domain is moved in its own way
                 batch = {name: self.augment({name: x}, generator)[name] for name, x in batch.items()}
             return {name: self.pictures.apply(x) for name, x in batch.items()}
 
@@ -344,8 +365,6 @@ class ImageToImage(ImageToImageSignature, Task):
         places = torch.where(places >= side, 2 * (side - 1) - places, places)
 
         def change(x: Tensor) -> Tensor:
-            if x.ndim != 4:
-                return x
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
             height, width = (p[:, None] for p in places)  # B 1 S
             x = x.gather(2, height[..., None].expand_as(x))
@@ -374,15 +393,17 @@ class ImageToImage(ImageToImageSignature, Task):
     def predict_batches(self, data: Data, card: Card) -> Batches:
         self.check_options()
         paths, sizes = data.rows[self.column].to_list(), data.rows.select(WIDTH, HEIGHT).to_numpy()
-        inputs = self.pictures.load(paths)
-        reverse = torch.full((len(inputs),), self.predict_options.to == next(iter(self.domains), None))
+        to_first = bool(self.domains) and self.predict_options.to == self.domains[0]
+        largest = self.pictures.side / self.zoom
+        if self.options.degrade.endswith("x") and (sizes.max(1) > largest).any():
+            self.add_note(f"images larger than {largest:.0f} pixels are reduced first, so they gain no details")
 
         def make(index: np.ndarray, _: torch.Generator | None) -> dict[str, Tensor]:
-            rows = torch.from_numpy(index)
-            batch = {"image": self.pictures.apply(inputs[rows]), "row": rows}
-            return batch if self.paired else batch | {"reverse": reverse[rows]}
+            image = self.pictures.apply(self.pictures.load([paths[i] for i in index]))
+            batch = {"image": image, "row": torch.from_numpy(index)}
+            return batch if self.paired else batch | {"reverse": torch.full((len(index),), to_first)}
 
-        return Batches(len(inputs), make, meta={"size": np.round(sizes * self.zoom).astype(np.int64)})
+        return Batches(len(paths), make, meta={"size": np.round(sizes * self.zoom).astype(np.int64)})
 
     def predict_step(self, objective: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         self.check_options()
@@ -510,37 +531,9 @@ class ImageToImage(ImageToImageSignature, Task):
     def report_elements(
         self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
     ) -> dict[str, list[ReportElement]]:
-        made, real = np.clip(outputs["made"], -1, 1), targets["real"]
-        rng = np.random.default_rng(0)
-        if not self.paired:
-            second = targets["reverse"].astype(bool)
-            galleries: list[ReportElement] = []
-            for rows, there in ((np.flatnonzero(~second), self.domains[1]), (np.flatnonzero(second), self.domains[0])):
-                chosen = rng.permutation(rows)[:SHOWN_IMAGES]
-                about = "Left the image, in the middle its translation, right the translation back. Not selected."
-                pictures = [self.join_images(targets["input"][i], made[i], np.clip(outputs["again"][i], -1, 1)) for i in chosen]
-                galleries.append(Gallery(f"To {there}", about, [Picture(p, "") for p in pictures]))
-            return {"Images": galleries}
-        errors = image_quality.absolute_error(torch.from_numpy(made), torch.from_numpy(real)).numpy()
-        found: list[ReportElement] = []
-        for title, rows in (
-            ("Random sample", rng.permutation(len(errors))[:SHOWN_IMAGES]),
-            ("Worst", np.argsort(-errors)[:SHOWN_IMAGES]),
-        ):
-            shown = [
-                Picture(
-                    self.join_images(targets["input"][i], made[i], real[i]),
-                    f"{Path(test.locate_row(int(i))).name}: {errors[i]:.3f}",
-                )
-                for i in rows
-            ]
-            found.append(Gallery(title, "Left the input, in the middle the prediction, right the target; L1.", shown))
-        return {"Images": found}
-
-    def join_images(self, *parts: np.ndarray) -> bytes:  # C S S each -> PNG
-        """Return images side by side."""
-        most = max(len(part) for part in parts)
-        return encode_png(np.concatenate([convert_channels(torch.from_numpy(p)[None], most)[0].numpy() for p in parts], 2))
+        if self.paired:
+            return {"Images": show_pairs(test, outputs, targets)}
+        return {"Images": show_domains(self.domains, outputs, targets)}
 
     # Saved with the run
 
@@ -567,7 +560,8 @@ class ImageToImage(ImageToImageSignature, Task):
         task.pictures, task.target_pictures = (
             ImageTransform.from_json(state[name]) for name in ("pictures", "target_pictures")
         )
-        task.domains, task.zoom, task.joined = list(state["domains"]), state["zoom"], state["joined"]
+        task.zoom, task.joined = state["zoom"], state["joined"]
+        task.set_domains(list(state["domains"]))
         if (folder / "judge.safetensors").exists():
             task.judge = generative.load_state(load_file(folder / "judge.safetensors"))
         return task
@@ -576,25 +570,6 @@ class ImageToImage(ImageToImageSignature, Task):
         super().save(folder)
         if self.judge is not None:
             save_file({k: t.contiguous() for k, t in self.judge.state_dict().items()}, folder / "judge.safetensors")
-
-
-def degrade(real: Tensor, how: str, channels: int) -> Tensor:  # N K S S uint8 -> N channels S S uint8
-    """Return the inputs that are made from images: gray, or smaller by a factor and resized back."""
-    x = convert_channels(real.float(), channels)
-    if how.endswith("x"):
-        side = max(1, x.shape[-1] // int(how[:-1]))
-        small = F.interpolate(x, (side, side), mode="area").round()
-        x = F.interpolate(small, x.shape[2:], mode="bicubic", align_corners=False)
-    return x.round().clamp(0, 255).to(torch.uint8)
-
-
-def convert_channels(x: Tensor, channels: int) -> Tensor:  # N C S S -> N channels S S
-    """Return images with 1 or 3 channels. Gray is the weighted sum of ITU-R BT.601, as in Pillow."""
-    if x.shape[1] == channels:
-        return x
-    if channels == 1:
-        return (x * torch.tensor((0.299, 0.587, 0.114), dtype=x.dtype).view(3, 1, 1)).sum(1, keepdim=True)
-    return x.expand(-1, channels, -1, -1)
 
 
 TASKS = (ImageToImage,)
