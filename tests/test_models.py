@@ -73,6 +73,14 @@ def batch(name: str, rows: int = 5, dtype: torch.dtype = torch.float64, seed: in
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
+def peer_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the peer of a network with its weights."""
+    peer, rename = CASES[name].peer(model)
+    peer = peer.to(next(model.parameters()).dtype).eval()
+    peer.load_state_dict(rename(model.state_dict()))
+    return peer
+
+
 def meant(name: str, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """Set outputs at padding positions to zero."""
     gives = cards()[name].output_types[0]

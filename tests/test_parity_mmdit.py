@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from cases import CASES
 from fieldguide.checkpoints import load as checkpoints
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.config_mapping import identify_config, to_config_fields
@@ -14,7 +12,7 @@ from fieldguide.checkpoints.weights import get_tables, translate
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.layers.dot_product_attention import slice_attention
 from fieldguide.models.registry import card, create
-from test_models import batch, tiny
+from test_models import batch, peer_of, tiny
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 PIXART = {  # as published, before diffusers had a class for PixArt
@@ -112,14 +110,6 @@ def test_other_networks_are_rejected(config, wrong, words):
     found, _, table = identify_config(config)
     with pytest.raises(WeightsError, match=words):
         to_config_fields(found, table, config | wrong, "config.json")
-
-
-def peer_of(model: nn.Module, name: str) -> nn.Module:
-    """Return the peer of a network with its weights."""
-    peer, rename = CASES[name].peer(model)
-    peer = peer.to(next(model.parameters()).dtype).eval()
-    peer.load_state_dict(rename(model.state_dict()))
-    return peer
 
 
 @torch.no_grad()

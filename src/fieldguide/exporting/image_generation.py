@@ -57,10 +57,8 @@ def tabulate_sampler(process: NoiseProcess, sampler: Sampler) -> dict[str, Any]:
     Each step has the `time` and the `scale` of the network's input, the factors of x and of the output in the prediction of the `clean`
     image, and those of `SYMBOLS` in the next x. Raises `ExportError` for a sampler that calls the network twice.
     """
-    if type(sampler).update is Sampler.update or hasattr(sampler, "bounded"):
-        raise ExportError(
-            f"the sampler {type(sampler).__name__} has no table of steps. Choose dpm++, dpm++-sde, ddim or euler."
-        )
+    if type(sampler).update is Sampler.update or sampler.calls_per_step > 1:
+        raise ExportError(f"the sampler {type(sampler).__name__} has no table of steps, so its models have no graph yet.")
     symbol = {name: torch.eye(len(SYMBOLS), dtype=torch.float64)[i] for i, name in enumerate(SYMBOLS)}
     state = sampler.start(process, lambda: symbol["noise"], noise=torch.ones(1, dtype=torch.float64))
     prior, steps = float(state.x), []

@@ -98,7 +98,7 @@ class TextToImage(Predictor):
         """
         path = locate_source(source)
         if is_single_file(path):
-            return cls(load_single_file(path, precision, lora, lora_scale, **single))  # type: ignore[arg-type]
+            return cls(load_single_file(path, precision, lora, lora_scale, **single))  # type: ignore[arg-type]  # options of single files only
         if not (path / PIPELINE_FILE).is_file():
             raise WeightsError(f"{path} holds no {PIPELINE_FILE}, so it is not a pipeline of diffusers.")
         if named := [name for name, value in single.items() if value is not None]:

@@ -1,7 +1,7 @@
 """Adaptive augmentation of what a critic sees, for GANs with little data (ADA; Karras et al. 2020, arXiv:2006.06676).
 
 Real and generated images are augmented alike, each transformation with the same probability p. As long as p is well below 1, the
-generator still learns the images as they are, because the augmentations can be told from the data (section 2.2). p rises while
+generator still learns the images as they are, because augmented images can be distinguished from the data (section 2.2). p rises while
 the critic overfits: while the signs of its scores of training images have a mean above a target (section 3).
 
 Everything is linear in the images and has second derivatives, so that gradient penalties work.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -61,6 +62,7 @@ class Sampler:
             the data is 1, or "" for that of the process.
     """
 
+    calls_per_step: ClassVar[int] = 1  # of the network; the last step may need fewer
     steps: int = 50
     clip: float = 1.0
     spacing: Spacing | None = None
@@ -220,6 +222,7 @@ class Heun(Euler):
     x / (signal + noise) if `bounded`, as for rectified flows, else x / signal, as in the paper. By default, the process chooses.
     """
 
+    calls_per_step: ClassVar[int] = 2
     bounded: bool | None = None
 
     def step(self, state: SamplingState, output: Tensor) -> None:
