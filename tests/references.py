@@ -21,11 +21,12 @@ class Equations(nn.Module):
     def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
         super().__init__()
         self.function = function
-        self.flat = {name: self.rename(name) for name in model.state_dict()}
-        for name, parameter in model.named_parameters():
+        state, parameters = model.state_dict(), dict(model.named_parameters())
+        self.flat = {name: self.rename(name) for name in state}
+        for name, parameter in parameters.items():
             self.register_parameter(self.rename(name), nn.Parameter(torch.empty_like(parameter)))
-        for name in model.state_dict().keys() - dict(model.named_parameters()).keys():
-            self.register_buffer(self.rename(name), torch.empty_like(model.state_dict()[name]))
+        for name in state.keys() - parameters.keys():
+            self.register_buffer(self.rename(name), torch.empty_like(state[name]))
 
     @staticmethod
     def rename(name: str) -> str:

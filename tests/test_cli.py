@@ -401,7 +401,9 @@ def test_help_of_every_verb(good):
         assert f"{verb} [OPTIONS]" in good(verb, "--help")
 
 
-@pytest.mark.parametrize("arguments", [("show", "resnet18"), ("models", "--json", "lenet5-1998")])
+@pytest.mark.parametrize(
+    "arguments", [("show", "resnet18"), pytest.param(("models", "--json", "lenet5-1998"), marks=pytest.mark.slow)]
+)
 def test_a_broken_pipe_is_no_error(arguments):
     """`fieldguide models | head -1` ends without an error."""
     reading, writing = os.pipe()

@@ -120,6 +120,7 @@ def test_batch_of_one_is_rejected():
         Contrastive(tiny("clip"))(inputs)
 
 
+@pytest.mark.slow
 def test_learns_to_match_digits_and_names():
     """Unseen images of digits find their name among ten."""
     from sklearn.datasets import load_digits

@@ -858,7 +858,7 @@ def write_watched(path: Path, rng, times: list[object]) -> None:
     path.write_text("\n".join(["sensor,time,a,b", *rows]))
 
 
-@pytest.mark.parametrize("unit", ["days", "hours", "steps"])
+@pytest.mark.parametrize("unit", ["hours", *(pytest.param(unit, marks=pytest.mark.slow) for unit in ("days", "steps"))])
 def test_anomalies_of_raw_series_are_equal(unit, tmp_path):
     start = datetime.datetime(2024, 1, 1)
     times = list(range(300)) if unit == "steps" else [start + datetime.timedelta(**{unit: i}) for i in range(300)]

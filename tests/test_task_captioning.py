@@ -232,6 +232,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_captions_end_to_end(tmp_path):
     table = album(tmp_path / "data", 300)
     run = fit(

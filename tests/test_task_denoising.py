@@ -291,7 +291,8 @@ def test_starts_from_a_checkpoint_and_serves_as_one(file, tmp_path):
     assert again.task.frame == run.task.frame == replace(run.task.frame) and again.record["model"]["fresh"] == []
 
 
-@pytest.mark.parametrize(("name", "steps"), [("t5", 120), pytest.param("bart", 50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "steps"), [("t5", 120), ("bart", 50)])
 def test_learns_to_restore(name, steps, file, tmp_path):
     """From texts to predictions: far better than token frequency."""
     run = fit(

@@ -231,6 +231,7 @@ def test_damaged_events(tmp_path):
     assert asked(tmp_path / "events.jsonl")[1] is Recommendation
 
 
+@pytest.mark.slow
 def test_network_learns_the_next_item(tmp_path):
     run = fit("series", minutes=2, out=tmp_path / "run", settings={"steps": 260, "precision": "float32", "evaluate": 65})
     scores, others = run.scores, {b["name"]: b["scores"]["ndcg_10"] for b in run.record["scores"]["baselines"]}

@@ -50,7 +50,7 @@ class TaskSpec:
 
     name: ClassVar[str]
     reads: ClassVar[str]  # description of the accepted data, for error messages and documentation
-    input_types: ClassVar[tuple[str, ...]]  # accepted values of card.input_type
+    input_types: tuple[str, ...]  # accepted values of card.input_type
     output_types: ClassVar[tuple[str, ...]]  # accepted values of card.output_type
     feature: ClassVar[tuple[str, ...]] = ()  # column kinds of the single feature column, if examples have only one
     further: ClassVar[tuple[str, ...]] = ()  # further column kinds that are read with it

@@ -62,7 +62,7 @@ class AnomalyDetection(AnomalyEvaluator, Task):
         "a table of rows, or of series with a time column (and a series column, if there are several); a column of labels (anomaly, "
         "label, ...) is used for scores only"
     )
-    input_types: ClassVar[tuple[str, ...]] = ("vector", "series")
+    input_types: tuple[str, ...] = ("vector", "series")
     output_types = ("reconstruction",)
     column_spec = ColumnSpec(
         target="named",
@@ -145,7 +145,7 @@ class AnomalyDetection(AnomalyEvaluator, Task):
 
     def read_only(self, input_type: str) -> None:
         """Restrict the networks to those with this input. Steps of series are no rows of their own: those before them count."""
-        vars(self)["input_types"] = (input_type,)
+        self.input_types = (input_type,)
         vars(self)["record_for"] = "step" if input_type == "series" else "row"
 
     def main_metric(self) -> Metric:

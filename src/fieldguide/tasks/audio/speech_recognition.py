@@ -55,7 +55,7 @@ class SpeechRecognition(SpeechSignature, Task):
         "recordings with transcripts: a folder of .wav, .flac, .ogg or .mp3 files with a table of file "
         "names and transcripts, or with x.txt next to x.wav; LJ Speech and Common Voice as distributed"
     )
-    input_types: ClassVar[tuple[str, ...]] = ("speech", "waveform")
+    input_types: tuple[str, ...] = ("speech", "waveform")
     feature = ("audio",)
     output_types = ("ctc",)
     column_spec = ColumnSpec("last", names=TRANSCRIPT_NAMES, kinds={"target": "text", "feature": "audio"})

@@ -27,7 +27,7 @@ USABLE_KINDS: tuple[Kind, ...] = (*TABLE_KINDS, "text")
 class Tabular(TabularSignature, SupervisedTask):
     """Base class of the tabular tasks, with the preprocessing of rows."""
 
-    input_types: ClassVar[tuple[str, ...]] = ("table", "vector")
+    input_types: tuple[str, ...] = ("table", "vector")
     baseline_models: ClassVar = ("linear", "gradient-boosting")
     recipe: ClassVar = {"weight_decay": 3e-4}
 

@@ -80,7 +80,7 @@ class ImageGeneration(GenerationSignature, Task):
         "a folder of images, optionally one folder per class or a .txt caption next to each; or a table "
         "of image paths, optionally with labels or captions"
     )
-    input_types: ClassVar[tuple[str, ...]] = ("noisy", "noise")
+    input_types: tuple[str, ...] = ("noisy", "noise")
     feature: ClassVar[tuple[str, ...]] = ("image",)
     output_types = ("image",)
     column_spec = ColumnSpec("named", names=CAPTION_NAMES, kinds={"target": infer_target_kind})

@@ -61,7 +61,7 @@ class ImageToImage(ImageToImageSignature, Task):
         "table of two image columns; two domains without pairs: folders A and B, or trainA, trainB, testA, testB; or images that "
         "are degraded (task.degrade)"
     )
-    input_types = ("image", "noisy-target")
+    input_types: tuple[str, ...] = ("image", "noisy-target")
     output_types = ("image",)
     feature = ("image",)
     column_spec = ColumnSpec(
@@ -117,7 +117,7 @@ class ImageToImage(ImageToImageSignature, Task):
     def set_domains(self, domains: list[str]) -> None:
         """Set the two domains; none for pairs. Networks that need pairs are no candidates without them."""
         self.domains = domains
-        self.input_types = type(self).input_types if not domains else ("image",)  # type: ignore[misc]  # of this instance
+        self.input_types = type(self).input_types if not domains else ("image",)
 
     @classmethod
     def match(cls, data: Data) -> str | None:
