@@ -155,12 +155,26 @@ def test_empty_lines_are_counted(tmp_path):
     [
         ("a,b,a,d,species", r"t\.csv:1: 'a' is the name of several columns \(1, 3\)"),
         ("a,,c,d,species", r"t\.csv:1: column 2 has no name"),
-        (",b,c,d,species", r"often an index"),
+        (",b,c,index,species", r"t\.csv:1: column 1 has no name"),
     ],
 )
 def test_bad_column_names(tmp_path, names, message):
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / "t.csv", [names, *lines("iris")[1:]]))
+
+
+def test_unnamed_first_column_is_an_index(tmp_path):
+    """As pandas and R write the names of rows."""
+    names, *rows = lines("iris")
+    data = read(write(tmp_path / "t.csv", ["," + names, *(f"{i},{row}" for i, row in enumerate(rows))]))
+    assert data.columns["index"].kind == "identifier" and data.columns["index"].role == "ignored"
+    assert "read as 'index'" in finding(data, "unnamed-index").what and data.columns.keys() >= set(names.split(","))
+
+
+def test_ignored_columns_are_one_finding(tmp_path):
+    path = write(tmp_path / "t.csv", ["a,b,c,x,y", *(f"0,7,0,{i % 13},{i % 3}" for i in range(40))])
+    note = finding(read(path), "constant-column")
+    assert note.count == 3 and note.places == ("column 'a'", "column 'b'", "column 'c'") and note.what.startswith("3 columns")
 
 
 def test_literal_quotation_marks_in_tsv(tmp_path):

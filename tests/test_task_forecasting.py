@@ -183,3 +183,28 @@ def test_seasonal_naive_scores_on_m4_hourly_equal_the_published_ones(tmp_path):
         csv.writer(file).writerows([[f"V{i}" for i in range(1, width + 1)], *([*r, *[""] * (width - len(r))] for r in rows)])
     scores = scores_of_naive(read(tmp_path / "hourly.csv", column_spec=Forecasting.column_spec))["seasonal naive"]
     assert (scores["smape"], scores["mase"]) == pytest.approx((13.912, 1.193), abs=5e-4)
+
+
+def write_series(path, dates, extra=False):
+    rows = [f"{day},{f'{i % 5},' if extra else ''}{50 + i % 12 + i / 7}" for i, day in enumerate(dates)]
+    path.write_text("\n".join([f"day,{'a,' if extra else ''}riders", *rows]) + "\n")
+    return read(path)
+
+
+def test_dates_and_one_number_are_a_series(tmp_path):
+    """Rows at regular steps without other features; other tables of dates remain tables."""
+    from fieldguide.tasks import infer_task
+
+    first = dt.date(2021, 1, 31)
+    daily = [first + dt.timedelta(i) for i in range(60)]
+    months = [f"{2000 + i // 12}-{i % 12 + 1:02}" for i in range(60)]
+    working = [day for day in daily if day.weekday() < 5]
+    for dates in (daily, months, working, daily[::-1]):
+        assert infer_task(write_series(tmp_path / "t.csv", dates))[0] is Forecasting
+    rng = np.random.default_rng(0)
+    scattered = [first + dt.timedelta(int(i)) for i in np.sort(rng.choice(900, 60, replace=False))]
+    for dates in (scattered, [day for day in daily[:30] for _ in range(2)], daily[:10]):
+        assert infer_task(write_series(tmp_path / "t.csv", dates))[0].name == "tabular-regression"
+    data = write_series(tmp_path / "t.csv", daily, extra=True)
+    assert infer_task(data)[0].name == "tabular-regression"
+    assert "one row per step" in next(f.what for f in data.findings if f.check == "looks-like-series")

@@ -59,7 +59,8 @@ def test_a_run_is_judged_by_its_baselines(found, metric, text, tone):
     badge = verdict.judge(found, metric)
     assert (badge and badge.text, badge and badge.tone) == (text, tone)
     sentence = verdict.summarize_result(found, metric)
-    assert ("does not beat" in sentence) == (text == "below the baseline")
+    assert ("does not beat" in sentence) == (tone == "bad")
+    assert ("within the interval" in sentence) == (text == "below the baseline" and tone == "warning")
     page = render.render(title="T", verdict=sentence, facts=[], sections=[], badge=badge)
     assert ('class="verdict bad"' in page) == (tone == "bad") and (text is None or f">{text}<" in page)
 

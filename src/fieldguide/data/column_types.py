@@ -103,6 +103,8 @@ def find_hints(columns: list[pl.Series], delimiter: str | None) -> FileHints:
         present = blank_missing(column.head(HINT_ROWS)).drop_nulls()
         if not present.len() or not bool(present.head(20).str.contains(r"\d").any()):
             continue
+        if not bool(present.str.contains(r"\D").any()):
+            continue  # digits alone have no marks
         if mark := find_decisive_mark(present):
             hints.decimals[mark] += 1
         elif order := find_decisive_order(present):

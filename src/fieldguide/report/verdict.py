@@ -21,10 +21,8 @@ def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
     else:
         result = f"{value} {metric.label or metric.words} on held-out examples"
     best = f" Upper bound: {list_scores(bounds, metric)}." if bounds else ""
-    better = [b["name"] for b in find_better_baselines(record, metric)]
-    advice = (
-        f" The network does not beat {' and '.join(better)}: use that, or train with more minutes or data." if better else ""
-    )
+    better = find_better_baselines(record, metric)
+    advice = describe_better(better, metric, scores["intervals"][metric.name])
     if replaced := find_replaced_network(record):
         advice = (
             f" {record['model']['size']} is the model of this run because {replaced} did not score better on the validation rows; "
@@ -34,6 +32,18 @@ def summarize_result(record: Mapping[str, Any], metric: Metric) -> str:
         advice += f" The model is the mean of {record['model']['size']} and {partner}, which is better than each alone."
     compared = list_scores(list_baselines(record), metric)
     return f"{result} (95 % interval {interval}).{f' Baselines: {compared}.' if compared else ''}{best}{advice}"
+
+
+def describe_better(better: Sequence[Mapping[str, Any]], metric: Metric, interval: Sequence[float]) -> str:
+    """Return what baselines that score better imply: those outside the 95 % interval are better beyond chance."""
+    if not better:
+        return ""
+    low, high = sorted(interval)
+    beyond = [b["name"] for b in better if not low <= b["scores"][metric.name] <= high]
+    if beyond:
+        return f" The network does not beat {' and '.join(beyond)}: use that, or train with more minutes or data."
+    names = " and ".join(b["name"] for b in better)
+    return f" The difference to {names} is within the interval: these examples do not show which is better."
 
 
 def find_replaced_network(record: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from fieldguide.data.text_values import (
     blank_missing,
 )
 
+INDEX_NAME = "index"  # of a first column without a name
 MAX_COLUMNS = 20_000  # of a table; checks and types take some milliseconds for each
 DELIMITERS = ",\t;|"
 CHUNK_BYTES = 1 << 22
@@ -166,6 +167,7 @@ def parse(raw: bytes, name: str, *, header: bool | None, names: tuple[str, ...] 
     if has:
         at, columns, rows = int(rows[LINE][0]), first, rows[1:]
         columns, rows = drop_unnamed_column(columns, rows, f"{name}:{at}", findings)
+        columns = name_index_column(columns, f"{name}:{at}", findings)
         check_names(columns, name, at)
     else:
         columns = default_names(width, names, target)
@@ -298,6 +300,15 @@ def drop_unnamed_column(
         return columns, rows
     findings.append(trailing_delimiters(place, rows.height + 1))
     return columns[:-1], rows.drop(rows.columns[len(columns) - 1])
+
+
+def name_index_column(columns: list[str], place: str, findings: list[Finding]) -> list[str]:
+    """Name a first column without a name: pandas and R write the names of rows this way."""
+    if len(columns) < 2 or columns[0] or INDEX_NAME in columns or not all(columns[1:]):
+        return columns
+    note = f"the first column has no name; it is read as {INDEX_NAME!r}"
+    findings.append(Finding("unnamed-index", "note", note, (place,), 1, "To leave it out, export with index=False."))
+    return [INDEX_NAME, *columns[1:]]
 
 
 def trailing_delimiters(place: str, count: int) -> Finding:
@@ -609,5 +620,4 @@ def check_names(columns: list[str], name: str, line: int) -> None:
     problems += [f"{c!r} is the name of several columns ({', '.join(map(str, where))})" for c, where in twice.items()]
     problems += [f"{c!r} is a reserved name" for c in hidden]
     if problems:
-        hint = " (An unnamed first column is often an index: export with index=False.)" if empty == [1] else ""
-        raise DataError(f"{name}:{line}: {'; '.join(problems)}. Every column needs a unique name.{hint}")
+        raise DataError(f"{name}:{line}: {'; '.join(problems)}. Every column needs a unique name.")

@@ -20,6 +20,9 @@ SEASONS |= {"half-month": 24, "third of a month": 36}
 # Horizons of the M4 competition (Makridakis et al. 2020, doi:10.1016/j.ijforecast.2019.04.014, table 1).
 HORIZONS = {"hour": 48, "day": 14, "business day": 14, "week": 13, "month": 18, "quarter": 8, "year": 6}
 HORIZONS |= {"half-month": 24, "third of a month": 36}
+MIN_REGULAR_STEPS = 20  # minimum number of times that show that rows are steps of a series
+MIN_REGULAR_FRACTION = 0.95  # minimum fraction of steps without a gap
+MAX_STEP_ERROR = 0.01  # maximum distance of a time from its step, in steps
 MAX_DAY_SHIFT = 4  # maximum number of days by which weekends move the dates of a month
 MIN_CALENDAR_FRACTION = 0.95  # minimum fraction of times that match a calendar pattern
 SEASON_LAGS = (24, 7, 12, 4, 52, 48, 96, 144, 5, 168, 30, 288)  # usual seasons, most likely first
@@ -232,6 +235,19 @@ def infer_frequency(times: Sequence[np.ndarray], dates: bool, zone: str = "") ->
     length, unit = next(((u, w) for u, w in UNITS if size % u == 0), (1, "microsecond"))
     many = int(size // length)
     return Frequency("clock", int(size), unit if many == 1 else f"{many} {unit}s", zone=zone)
+
+
+def are_regular_steps(times: np.ndarray) -> bool:
+    """Return whether times in microseconds, in any order, are distinct steps of one frequency, most of them without gaps."""
+    ordered = np.sort(times)
+    if len(times) < MIN_REGULAR_STEPS or (np.diff(ordered) <= 0).any():
+        return False
+    frequency = infer_frequency([ordered], dates=True)
+    if frequency is None:
+        return False
+    position = frequency.position(ordered)
+    whole = np.abs(position - position.round()) < MAX_STEP_ERROR
+    return bool(whole.all() and (np.diff(position.round()) == 1).mean() >= MIN_REGULAR_FRACTION)
 
 
 def week_mask(days: Sequence[int]) -> list[bool]:

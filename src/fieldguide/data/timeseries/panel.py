@@ -25,7 +25,7 @@ from fieldguide.data.dataset import Data, Finding, Severity
 from fieldguide.data.former_formats import as_numbers
 from fieldguide.data.number_formats import infer_format
 from fieldguide.data.time_zones import LOCAL
-from fieldguide.data.timeseries.frequency import DAY, Frequency, continues, infer_frequency
+from fieldguide.data.timeseries.frequency import DAY, Frequency, are_regular_steps, continues, infer_frequency
 from fieldguide.data.timestamps import infer_dates
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places
 from fieldguide.data.validation.sentinels import check_sentinels
@@ -202,6 +202,18 @@ def arrange_series(data: Data, known: Frequency | None = None) -> tuple[Panel | 
     if layout == "rows":
         return rows_as_series(data)
     return moments_as_series(data, layout, known)
+
+
+def find_single_series(data: Data) -> str | None:
+    """Return the column of dates if they are regular steps and the only feature of a numeric target, else None."""
+    target, features = data.target, data.features()
+    if target is None or target.kind != "number" or len(features) != 1 or features[0].kind != "date":
+        return None
+    times = data.rows[features[0].name]
+    if times.null_count() or any(c.role not in ("feature", "target", "ignored") for c in data.columns.values()):
+        return None
+    steps = times.cast(column_types.DATE_DTYPE).cast(pl.Int64).to_numpy()
+    return features[0].name if are_regular_steps(steps) else None
 
 
 def find_layout(data: Data) -> str:

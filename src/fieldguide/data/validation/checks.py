@@ -16,6 +16,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding, Kind
 from fieldguide.data.text_values import mean_value
+from fieldguide.data.timeseries.frequency import are_regular_steps
 from fieldguide.data.validation.class_names import find_unseen_classes
 from fieldguide.data.validation.duplicates import same_inputs
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places, simplify_label
@@ -93,15 +94,9 @@ def check_columns(data: Data) -> Iterator[Finding]:
                 1,
                 "Fill it or remove it.",
             )
-        elif column.role == "ignored":
-            yield Finding(
-                f"{column.kind}-column",
-                "note",
-                f"column {column.name!r} is ignored: {column.why}",
-                where,
-                1,
-                f"To use it, specify its type: --set 'column.{column.name}=category' (in Python: kinds=).",
-            )
+    ignored = [c for c in data.columns.values() if c.role == "ignored" and c.missing < len(data)]
+    for kind in dict.fromkeys(c.kind for c in ignored):
+        yield describe_ignored([c for c in ignored if c.kind == kind])
     if not data.features() and not data.columns_with_role("series") + data.columns_with_role("item") + data.columns_with_role(
         "time"
     ):
@@ -113,6 +108,19 @@ def check_columns(data: Data) -> Iterator[Finding]:
             1,
             "Every column is the target, constant, empty or an identifier; see the notes.",
         )
+
+
+def describe_ignored(columns: Sequence[Column]) -> Finding:
+    """Return the finding about ignored columns of one kind."""
+    first, reasons = columns[0], {c.why for c in columns}
+    if len(columns) == 1:
+        what = f"column {first.name!r} is ignored: {first.why}"
+    else:
+        reason = first.why if len(reasons) == 1 else f"{first.kind} columns, such as {first.name!r}: {first.why}"
+        what = f"{len(columns):,} columns are ignored: {reason}"
+    named = tuple(f"column {c.name!r}" for c in columns[:MAX_SHOWN_PLACES])
+    remedy = f"To use {'it' if len(columns) == 1 else 'one'}, specify its type: --set 'column.{first.name}=category' (in Python: kinds=)."
+    return Finding(f"{first.kind}-column", "note", what, named, len(columns), remedy)
 
 
 def check_target(data: Data) -> Iterator[Finding]:
@@ -439,15 +447,17 @@ def check_series(data: Data) -> Iterator[Finding]:
         pl.col("time").filter("held").min().alias("next"),
     )
     continues = bool(table["held"].any()) and bool((each["next"] > each["last"]).drop_nulls().all())
-    if mean_value(each["len"]) < MIN_SERIES_ROWS or not (continues or series):
+    steps = not series and data.columns[time].kind == "date" and are_regular_steps(table["time"].to_numpy())
+    if mean_value(each["len"]) < MIN_SERIES_ROWS or not (continues or series or steps):
         return
-    if spec.by_name("time", [time]) is None and not continues:  # the name alone says nothing
+    if spec.by_name("time", [time]) is None and not (continues or steps):  # the name alone says nothing
         return
     of = f"series in column {series!r}" if series else "one series"
     yield Finding(
         "looks-like-series",
         "warning",
         f"the table looks like time series: {of}, time in column {time!r}"
+        + (", one row per step" if steps else "")
         + (", and the test rows continue the training rows in time" if continues else ""),
         (f"column {time!r}",),
         1,

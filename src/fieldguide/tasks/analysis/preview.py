@@ -73,6 +73,8 @@ def show_examples(training: Data, columns: Sequence[Column]) -> list[ReportEleme
     chosen = np.random.default_rng(0).permutation(len(training))[:SHOWN_IMAGES]
     inputs = [c for c in columns if c.role != "target"]
     for column in inputs:
+        if column.kind not in ("image", "audio") and not (column.kind in ("text", "messages") and len(inputs) == 1):
+            continue
         others = [c for c in columns if c.name != column.name]
         captions = [describe_cells(training, row, others) for row in chosen]
         cells = [training.rows[column.name][int(row)] for row in chosen]
@@ -82,9 +84,8 @@ def show_examples(training: Data, columns: Sequence[Column]) -> list[ReportEleme
         if column.kind == "audio":
             sounds = [Sound(content, text) for path, text in zip(cells, captions) if (content := read_sound(path))]
             return [Sounds("Examples", "Random training examples.", sounds[:SHOWN_SOUNDS])] if sounds else []
-        if column.kind in ("text", "messages") and len(inputs) == 1:
-            quotes = [Quote(describe_cell(cell, MAX_TEXT_CHARACTERS), text) for cell, text in zip(cells, captions)]
-            return [Quotes("Examples", "Random training examples.", quotes[:SHOWN_TEXTS])]
+        quotes = [Quote(describe_cell(cell, MAX_TEXT_CHARACTERS), text) for cell, text in zip(cells, captions)]
+        return [Quotes("Examples", "Random training examples.", quotes[:SHOWN_TEXTS])]
     shown = [c.name for c in columns][:SHOWN_COLUMNS]
     if not shown:
         return []

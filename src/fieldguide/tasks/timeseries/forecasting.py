@@ -107,6 +107,11 @@ class Forecasting(ForecastSignature, Task):
     # Before training
 
     @classmethod
+    def match(cls, data: Data) -> str | None:
+        time = panels.find_single_series(data)
+        return f"a numeric target and no other column than its times {time!r}, which are regular steps" if time else None
+
+    @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         if panels.arrange_series(data)[0] is not None:
             return None
