@@ -1043,10 +1043,12 @@ def latte(c) -> Callable[..., Tensor]:
         linear = lambda name, x: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
         silu = lambda x: x * sigmoid(x)
         rate = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)  # in float32, as trained
-        angles = [time.float() * r for r in rate]
-        said = torch.stack([torch.cos(a) for a in angles] + [torch.sin(a) for a in angles], 1).to(video.dtype)
-        what = linear("time2", silu(linear("time1", said)))
-        what = what + torch.stack([p["label.weight"][int(one) - 1 if one else c.num_classes] for one in label])
+        whats = []  # of each frame, which may have a time of its own
+        for f in range(video.shape[1]):
+            angles = [(time if time.ndim == 1 else time[:, f]).float() * r for r in rate]
+            said = torch.stack([torch.cos(a) for a in angles] + [torch.sin(a) for a in angles], 1).to(video.dtype)
+            what = linear("time2", silu(linear("time1", said)))
+            whats.append(what + torch.stack([p["label.weight"][int(one) - 1 if one else c.num_classes] for one in label]))
         xs = {}
         for f in range(video.shape[1]):
             for row in range(side):
@@ -1059,10 +1061,14 @@ def latte(c) -> Callable[..., Tensor]:
             name = f"blocks.{i}"
             if i == 1:
                 xs = {key: x + torch.tensor(waves(key[0], dim), dtype=torch.float32) for key, x in xs.items()}
-            shift1, scale1, gate1, shift2, scale2, gate2 = (
-                linear(f"{name}.condition", silu(what))[:, part * dim : (part + 1) * dim] for part in range(6)
-            )
-            qkv = {key: linear(f"{name}.attn.qkv", normalise(x) * (1 + scale1) + shift1) for key, x in xs.items()}
+            parts = [
+                [linear(f"{name}.condition", silu(what))[:, part * dim : (part + 1) * dim] for part in range(6)]
+                for what in whats
+            ]
+            qkv = {
+                key: linear(f"{name}.attn.qkv", normalise(x) * (1 + parts[key[0]][1]) + parts[key[0]][0])
+                for key, x in xs.items()
+            }
             ys = {}
             for key, x in xs.items():
                 near = [other for other in xs if (other[1:] == key[1:] if i % 2 else other[0] == key[0])]
@@ -1071,13 +1077,14 @@ def latte(c) -> Callable[..., Tensor]:
                     q, k, v = (slice(part * dim + h * size, part * dim + (h + 1) * size) for part in range(3))
                     powers = [torch.exp((qkv[key][:, q] * qkv[other][:, k]).sum(1, keepdim=True) / size**0.5) for other in near]
                     heads.append(sum(power * qkv[other][:, v] for power, other in zip(powers, near)) / sum(powers))
+                _, _, gate1, shift2, scale2, gate2 = parts[key[0]]
                 x = x + gate1 * linear(f"{name}.attn.proj", torch.cat(heads, 1))
                 y = gelu_tanh(linear(f"{name}.mlp.up", normalise(x) * (1 + scale2) + shift2))
                 ys[key] = x + gate2 * linear(f"{name}.mlp.down", y)
             xs = ys
-        shift, scale = (linear("condition", silu(what))[:, part * dim : (part + 1) * dim] for part in range(2))
         out = torch.zeros_like(video)
         for (f, row, column), x in xs.items():
+            shift, scale = (linear("condition", silu(whats[f]))[:, part * dim : (part + 1) * dim] for part in range(2))
             y = linear("head", normalise(x) * (1 + scale) + shift)
             channels = y.shape[1] // c.patch**2
             for i in range(c.patch):

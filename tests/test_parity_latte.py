@@ -100,7 +100,7 @@ def test_spatial_block_equals_diffusers():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 9, dim, dtype=torch.float64)
     want = torch.stack([peer(x[:, f], timestep=time, class_labels=label) for f in range(3)], 1)
-    torch.testing.assert_close(ours(x, what), want, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(ours(x, what[:, None]), want, rtol=1e-7, atol=1e-9)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def test_blocks_attend_along_their_own_axis_only():
     other = x.clone()
     other[0, 1, 2] = torch.randn(16, dtype=torch.float64)
     for block, inside in ((model.blocks[0], lambda f, n: f == 1), (model.blocks[1], lambda f, n: n == 2)):
-        changed = (block(other, what) - block(x, what)).abs().amax(-1)[0] > 1e-12
+        changed = (block(other, what[:, None]) - block(x, what[:, None])).abs().amax(-1)[0] > 1e-12
         assert all(bool(changed[f, n]) == inside(f, n) for f in range(3) for n in range(4))
     whole = model(*batch("latte", 2))
     video, time, label = batch("latte", 2)
@@ -130,6 +130,37 @@ def test_fewer_frames_and_variance_output():
     peer = Equations(wide, references.latte(wide.config)).double()
     peer.load_state_dict(Equations.translate(wide.state_dict()))
     torch.testing.assert_close(wide(video, time, label), peer(video, time, label), **EXACT)
+
+
+def test_times_of_frames():
+    model = tiny("latte")
+    video, time, label = batch("latte", 2)
+    peer = Equations(model, references.latte(model.config)).double()
+    peer.load_state_dict(Equations.translate(model.state_dict()))
+    times = torch.stack([torch.zeros_like(time), time, (time + 300) % 1000], 1)
+    found, want = model(video, times, label), peer(video, times, label)
+    torch.testing.assert_close(found, want, **EXACT)
+    torch.testing.assert_close(model(video, time[:, None].repeat(1, 3), label), model(video, time, label), **EXACT)
+    (found**2).sum().backward()
+    (want**2).sum().backward()
+    grads = Equations.translate({name: p.grad for name, p in model.named_parameters()})
+    assert grads.keys() == dict(peer.named_parameters()).keys()
+    for name, p in peer.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-7, atol=1e-9)
+
+
+@torch.no_grad()
+def test_captions_take_the_place_of_labels():
+    """The vector of a caption is added where that of a label is; the encoder itself is that of ddpm-unet."""
+    model = tiny("latte", num_classes=0, vocab_size=11, length=5, words=8)
+    video, time, _ = batch("latte", 2)
+    tokens = torch.tensor([[3, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    labelled = tiny("latte", num_classes=1)
+    labelled.load_state_dict({k: x for k, x in model.state_dict().items() if "caption" not in k}, strict=False)
+    labelled.label.weight.copy_(model.caption(tokens))  # row 0 is class 1, the last row is no class
+    torch.testing.assert_close(model(video, time, tokens), labelled(video, time, torch.tensor([1, 0])), **EXACT)
+    torch.testing.assert_close(model(video, time), model(video, time, torch.zeros_like(tokens)), **EXACT)
+    assert not torch.allclose(model(video, time, tokens)[0], model(video, time, tokens.flip(1))[0])
 
 
 @torch.no_grad()
@@ -154,7 +185,7 @@ def test_missing_label_and_zero_output_before_training():
     fresh = create("latte-test")
     assert not fresh(video.float(), time.float(), label).any()
     x = torch.randn(2, 3, 16, 16)
-    assert all(torch.equal(block(x, torch.randn(2, 16)), x) for block in fresh.blocks)  # "zero": blocks begin as nothing
+    assert all(torch.equal(block(x, torch.randn(2, 1, 16)), x) for block in fresh.blocks)  # "zero": blocks begin as nothing
     plain = create("latte-test", num_classes=0)
     assert plain(video.float(), time.float()).shape == video.shape
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors import safe_open
 
 import fieldguide
@@ -324,9 +324,11 @@ def same(found, wanted, name):
     """Compare predictions across machines: floats within 1e-3, images within a few gray levels, all else exactly."""
     if isinstance(wanted, dict) and "media" in wanted:
         assert found.suffix == wanted["media"]
-        if wanted["base64"] and wanted["media"] == ".png":
+        if wanted["base64"] and wanted["media"] in (".png", ".webp"):
+            opened = [Image.open(io.BytesIO(x)) for x in (found.content, base64.b64decode(wanted["base64"]))]
             a, b = (
-                np.asarray(Image.open(io.BytesIO(x))).astype(float) for x in (found.content, base64.b64decode(wanted["base64"]))
+                np.stack([np.asarray(frame.copy()) for frame in ImageSequence.Iterator(image)]).astype(float)
+                for image in opened
             )
             assert a.shape == b.shape and np.abs(a - b).mean() < 3, name
     elif isinstance(wanted, dict):

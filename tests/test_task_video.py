@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from PIL import Image
@@ -17,16 +20,13 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.data import read
 from fieldguide.data.media import video
 from fieldguide.data.validation.checks import BadData
+from fieldguide.metrics import generative
+from fieldguide.models.registry import find
 from fieldguide.report.pages import summarize_result
-from fieldguide.tasks.vision.video_generation import (
-    VideoGeneration,
-    decibels,
-    encode_webp,
-    gap_interval,
-    mean_consistency,
-    motion_image,
-    psnr,
-)
+from fieldguide.tasks.vision.video_evaluator import decibels, find_attributes, gap_interval, mean_consistency, motion_image
+from fieldguide.tasks.vision.video_generation import VideoGeneration
+from fieldguide.tasks.vision.video_report import encode_webp, psnr
+from fieldguide.tasks.vision.video_requests import read_requests
 
 
 def strip(path, seed=0, frames=5, side=16, step=1):
@@ -150,6 +150,134 @@ def test_damaged_videos(tmp_path):
         asked("iris")
 
 
+SHADES = {"dark": 0.4, "bright": 1.0}
+
+
+def described(root, each=6):
+    """Write strips of a dark or bright square that moves left or right, and a table of captions with what they say."""
+    rows = ["video,caption,shade,way,camera"]
+    for i in range(4 * each):
+        shade, way = list(SHADES)[i // 2 % 2], ("left", "right")[i % 2]
+        array = strip(root / "clips" / f"{i}.png", seed=i, step=1 if way == "right" else -1)
+        Image.fromarray((array * SHADES[shade]).astype(np.uint8)).save(root / "clips" / f"{i}.png")
+        rows.append(f"clips/{i}.png,a {shade} block moving {way},{shade},{way},{'ab'[i // 4 % 2]}")
+    (root / "captions.csv").write_text("\n".join(rows))
+    return root
+
+
+def test_captions_in_two_formats(tmp_path):
+    root = described(tmp_path / "films")
+    data, kind, _ = asked(root)
+    assert kind is VideoGeneration and data.target.name == "caption" and data.required_target.kind == "text" and len(data) == 24
+    task = kind.fit(kind.select_columns(data), kind.options_from({"vocab_size": 300}))
+    dims = task.model_dims()
+    assert (
+        dims["vocab_size"] == task.text.size
+        and dims["num_classes"] == 0
+        and dims["frames"] == 5
+        and dims["length"] == task.options.length
+    )
+    # Equal captions have equal shades and ways; cameras differ, so captions say nothing of them.
+    assert task.attributes == {"shade": ["bright", "dark"], "way": ["left", "right"]}
+    assert [m.name for m in task.metrics][-2:] == ["recognised_shade", "recognised_way"] and len(kind.metrics) == 7
+    batch = task.batches(data, find("latte")[0]).make(np.arange(4), None)
+    assert batch["video"].shape == (4, 5, 1, 16, 16) and batch["label"].shape == (4, task.options.length)
+    assert [task.decode_caption(row) for row in batch["label"].numpy()] == data.rows["caption"][:4].to_list()
+    assert not task.tokens([""]).any()
+    lines = [
+        json.dumps({"file": f"clips/{i}.png", "prompt": text}) for i, text in enumerate(data.rows.sort("video")["caption"])
+    ]
+    (root / "list.jsonl").write_text("\n".join(lines))
+    listed, *_ = asked(root / "list.jsonl")
+    assert listed.columns["file"].kind == "video" and listed.target.name == "prompt" and len(listed) == 24
+    assert kind.fit(kind.select_columns(listed), kind.options_from({})).attributes == {}
+
+
+def test_video_files_with_captions(tmp_path):
+    for i in range(4):
+        filmed(tmp_path / "walks" / f"{i}.mp4", seed=i)
+    (tmp_path / "captions.csv").write_text("\n".join(["name,caption", *(f"{i}.mp4,walk number {i % 2}" for i in range(4))]))
+    data = read(tmp_path, column_spec=VideoGeneration.column_spec)
+    assert [c.name for c in data.features("video")] == ["name"] and data.target.name == "caption" and len(data) == 4
+
+
+def test_captions_that_occur_once_have_no_attributes(tmp_path):
+    data, kind, _ = asked(described(tmp_path))
+    unique = replace(data, rows=data.rows.with_columns(pl.col("caption") + pl.Series([f" {i}" for i in range(len(data))])))
+    assert find_attributes(data, "caption").keys() == {"shade", "way"} and find_attributes(unique, "caption") == {}
+    other = replace(data, rows=data.rows.with_columns(shade=pl.lit("grey")))
+    task = kind.fit(kind.select_columns(data), kind.options_from({}))
+    with pytest.raises(DataError, match="column 'shade' holds values that were not in the training data"):
+        task.attribute_codes(other)
+    assert task.attribute_codes(replace(data, rows=data.rows.drop("way"))) is None
+
+
+def test_requests(tmp_path):
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "b.png")
+    one, two = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    plain = lambda sources: [(r.text, r.image) for r in read_requests(sources, "caption")]
+    assert plain([]) == [] and plain(["x", "y"]) == [("x", ""), ("y", "")] and plain([one]) == [("", one)]
+    assert plain(["x", one, "y", two]) == [("x", one), ("x", two), ("y", one), ("y", two)]
+    assert plain([pl.DataFrame({"caption": ["x", None], "image": [None, two]})]) == [("x", ""), ("", two)]
+    assert plain([{"caption": "x.png"}]) == [("x.png", "")]  # a text in a row is never a path
+    (tmp_path / "list.csv").write_text("caption,image\nx,a.png\ny,\n,b.png\n")
+    (tmp_path / "list.jsonl").write_text('{"caption": "x", "image": "a.png"}\n{"caption": "y"}\n{"image": "b.png"}\n')
+    for name in ("list.csv", "list.jsonl"):
+        assert plain([str(tmp_path / name)]) == [("x", one), ("y", ""), ("", two)]
+    with pytest.raises(DataError, match=r"column 'prompt' .* Columns are: caption, image"):
+        plain([{"prompt": "x"}])
+    (tmp_path / "c.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"c\.png: not a readable image"):
+        plain([str(tmp_path / "c.png")])
+    task = VideoGeneration([], VideoGeneration.options_from({"first_frame": 0}))
+    task.labels = ["left"]
+    with pytest.raises(DataError, match="trained without given first frames"):
+        task.read(["left", one])
+    with pytest.raises(DataError, match="unknown class 'lift'"):
+        task.read(["lift"])
+
+
+def test_scores_of_captions():
+    """A judge that knows the real videos: what it recognizes, of requests and of attributes."""
+    task = VideoGeneration([], VideoGeneration.options_from({"first_frame": 0.25}))
+    task.labels = []
+    task.set_attributes({"size": ["big", "small"], "way": ["left", "right", "up"]})
+    real = np.random.default_rng(0).uniform(-1, 1, (4, 3, 1, 8, 8)).astype(np.float32)
+    task.judge, task.motion = generative.FeatureClassifier(1, 4).eval(), object()
+    seen = np.array([[0, 0], [0, 1], [1, 2], [1, 0]])
+    task.recognise = lambda videos: seen[: len(videos)]
+    targets = {"real": real, "label": np.zeros((4, 2)), "attributes": np.array([[0, 0], [1, 1], [1, 2], [1, 1]])}
+    still = np.repeat(real[:, :1], 3, 1)
+    outputs = {"samples": real.copy(), "label": np.zeros((4, 2)), "continued": still, "next": real[:, -1]}
+    scores = task.score(outputs, targets)
+    assert scores["recognised_size"] == 0.75 and scores["recognised_way"] == 0.75 and scores["recognised"] == 0.5
+    mean = np.mean([psnr(still[i, 1:], real[i, 1:]) for i in range(4)])
+    assert (
+        scores["continuation_psnr"] == pytest.approx(mean) and scores["next_frame_psnr"] > 99 and "caption_match" not in scores
+    )
+    ranges = task.intervals(outputs, targets)
+    assert ranges.keys() == scores.keys() and ranges["recognised_size"][0] < 0.75 < ranges["recognised_size"][1]
+    blind = task.score({**outputs, "samples": real.copy(), "blind": np.ones(4)}, targets)
+    assert "frame_distance" not in blind and blind["recognised"] == 0.5
+    task.recognise = lambda videos: np.repeat(seen, 2, 0)
+    double = {"samples": np.repeat(real, 2, 0), "label": np.zeros((8, 2))}  # two videos for each caption
+    assert task.score(double, targets)["recognised_size"] == 0.75
+
+
+def test_judge_of_several_attributes():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, (2, 3), (240, 2))
+    images = torch.from_numpy(rng.normal(0, 0.1, (240, 1, 8, 8)).astype(np.float32))
+    for i, (first, second) in enumerate(label):
+        images[i, 0, :4] += (-1.0, 1.0)[first]
+        images[i, 0, 4:, 3 * second : 3 * second + 2] += 1.0
+    judge = generative.train_classifier(images[:200], torch.from_numpy(label[:200]), (2, 3), steps=60)
+    assert (generative.classify_attributes(judge, images[200:], (2, 3)) == label[200:]).mean(0).min() > 0.9
+    again = generative.load_state(judge.state_dict())
+    torch.testing.assert_close(again(images), judge(images))
+
+
 def test_evaluation_features():
     still = torch.rand(2, 1, 1, 8, 8).expand(2, 6, 1, 8, 8)
     seen = motion_image(still)
@@ -196,7 +324,9 @@ def test_network_learns_to_generate_videos(tmp_path):
     )
     others = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert run.scores["frame_distance"] < 0.3 * others["noise"]["frame_distance"]
-    assert set(others["copy-last"]) == {"next_frame_psnr"} and others["training videos"]["recognised"] > 0.9
+    assert (
+        set(others["copy-last"]) == {"next_frame_psnr", "continuation_psnr"} and others["training videos"]["recognised"] > 0.9
+    )
     made = run.outputs(
         read(tmp_path / "films", column_spec=VideoGeneration.column_spec).take(np.arange(3))
     )  # asked one for one

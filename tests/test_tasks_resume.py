@@ -33,6 +33,7 @@ TINY = {
     "time-series-classification": "inceptiontime-test",
     "image-text": "clip-test",
     "image-to-text": "blip-test",
+    "video-generation": "latte-test",
     "visual-question-answering": "vilt-test",
     "question-answering": "bert-test",
     "summarization": "transformer-test",
@@ -46,6 +47,7 @@ SMALL = {
     "translation": {"task.vocab": "300"},
     "summarization": {"task.vocab": "300"},
     "image-to-text": {"task.vocab": "300", "task.side": "16"},
+    "video-generation": {"task.vocab": "300", "task.frames": "4"},
     "question-answering": {"task.vocab": "300", "task.length": "128"},
 }
 ONE = {sample.task: name for name, sample in samples.SAMPLES.items()}  # a sample of each task

@@ -91,21 +91,14 @@ def build_example_inputs(
             torch.zeros(batch, device=device),
             torch.zeros(batch, get("channels", 3), side, side, device=device),
         )
-    if card.input_type == "noisy-video":
+    if card.input_type in ("noisy", "noisy-video"):
         side = get("image", side)
+        frames = (get("frames", 16),) if card.input_type == "noisy-video" else ()
+        words = [min(length, get("length", length))] if get("vocab_size", 0) else []
         return (
-            torch.zeros(batch, get("frames", 16), get("channels", 3), side, side, device=device),
+            torch.zeros(batch, *frames, get("channels", 3), side, side, device=device),
             torch.zeros(batch, device=device),
-            torch.zeros(batch, dtype=torch.int64, device=device),
-        )
-    if card.input_type == "noisy":
-        side = get("image", side)
-        return (
-            torch.zeros(batch, get("channels", 3), side, side, device=device),
-            torch.zeros(batch, device=device),
-            torch.zeros(
-                batch, *([min(length, get("length", length))] if get("vocab_size", 0) else []), dtype=torch.int64, device=device
-            ),
+            torch.zeros(batch, *words, dtype=torch.int64, device=device),
         )
     if card.input_type == "video":
         side = get("image", side)

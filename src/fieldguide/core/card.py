@@ -46,7 +46,11 @@ INPUT_TYPES: dict[str, tuple[str, ...]] = {
         "time",
         "image",
     ),  # B K H W float: noisy target, B float: noise level, B C H W float: the image that it belongs to
-    "noisy-video": ("video", "time", "label"),  # B F C H W float: F frames; the others as for "noisy"
+    "noisy-video": (
+        "video",
+        "time",
+        "label",
+    ),  # B F C H W float: F frames; the others as for "noisy". The noise level may also be B F, one for each frame: 0 is a known frame
     "noisy-latent": (
         "latent",
         "time",

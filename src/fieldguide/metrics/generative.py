@@ -5,6 +5,8 @@ These are not FID or Inception Score, which require a specific public network; t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,15 +46,17 @@ def downscale(x: Tensor) -> Tensor:  # N C S S -> N C s s
 
 
 def train_classifier(
-    images: Tensor, label: Tensor | None, classes: int, *, steps: int = 400, seed: int = 0
+    images: Tensor, label: Tensor | None, classes: int | Sequence[int], *, steps: int = 400, seed: int = 0
 ) -> FeatureClassifier:
     """Train a feature classifier on the classes (`label`: N int64), or without labels on predicting the rotation of images
-    (Gidaris et al. 2018, arXiv:1803.07728)."""
-    x = downscale(images)
+    (Gidaris et al. 2018, arXiv:1803.07728). With A numbers of classes, `label` N A holds the class of each of A attributes, and the
+    logits of the attributes follow each other."""
+    x, groups = downscale(images), [classes] if isinstance(classes, int) else list(classes)
     with torch.random.fork_rng(), torch.enable_grad(), torch.inference_mode(False):
         torch.manual_seed(seed)
         x = x.clone(memory_format=torch.channels_last)  # 1.5 times as fast
-        classifier = FeatureClassifier(x.shape[1], classes if label is not None else 4)
+        groups = groups if label is not None else [4]
+        classifier = FeatureClassifier(x.shape[1], sum(groups))
         classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
@@ -62,7 +66,9 @@ def train_classifier(
             if label is None:
                 shown = torch.stack([torch.rot90(p, int(k), (1, 2)) for p, k in zip(shown, target)])
             shift = torch.randint(-1, 2, (2,)).tolist()
-            loss = F.cross_entropy(classifier(shown.roll(shift, (2, 3))), target, label_smoothing=0.05)
+            logits = classifier(shown.roll(shift, (2, 3))).split(groups, 1)
+            parts = zip(logits, target.view(len(rows), -1).unbind(1))
+            loss = torch.stack([F.cross_entropy(*part, label_smoothing=0.05) for part in parts]).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -153,6 +159,16 @@ def extract_features(classifier: FeatureClassifier, images: Tensor, return_class
         for p in images.split(256)
     ]
     return np.concatenate(parts)
+
+
+@torch.no_grad()
+def classify_attributes(classifier: FeatureClassifier, images: Tensor, classes: Sequence[int]) -> np.ndarray:
+    """Return the predicted class of each attribute of images, N A, for a classifier of attributes with these numbers of classes."""
+    parts = [
+        torch.stack([logits.argmax(1) for logits in classifier(downscale(p)).split(list(classes), 1)], 1)
+        for p in images.split(256)
+    ]
+    return torch.cat(parts).numpy()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

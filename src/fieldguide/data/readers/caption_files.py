@@ -13,6 +13,7 @@ import polars as pl
 
 from fieldguide.core.errors import DataError
 from fieldguide.core.validation import parse_json
+from fieldguide.data.column_spec import CAPTION_NAMES, normalize_name
 from fieldguide.data.dataset import FILE, LINE, FileEntry
 from fieldguide.data.media.file_names import ImageIndex, find_child, normalize
 from fieldguide.data.media.images import READABLE_SUFFIXES
@@ -34,7 +35,7 @@ def find_caption_file(source: Path) -> Path | None:
         for path in list_visible(place)[0]:
             name = path.name.lower()
             if path.is_file() and (name in CAPTION_FILES or name.endswith((".token.txt", ".token"))):
-                if has_numbered_captions(path):
+                if is_ordinary_table(path):
                     continue
                 rows = parse_captions(path.read_bytes()[:HEAD_BYTES], path.name)
                 index = ImageIndex(source, READABLE_SUFFIXES)
@@ -44,11 +45,14 @@ def find_caption_file(source: Path) -> Path | None:
     return None
 
 
-def has_numbered_captions(path: Path) -> bool:
-    """Return whether the first line names columns such as caption_0 and caption_1, so that the file is an ordinary table."""
+def is_ordinary_table(path: Path) -> bool:
+    """Return whether the first line names columns such as caption_0 and caption_1, or further columns next to the caption."""
     with path.open(encoding="utf-8", errors="replace") as file:
         first = file.readline(HEAD_BYTES)
-    return len(re.findall(r"(?i)(?:^|[,;\t|])\s*\"?captions?[_ .-]?\d+", first)) > 1
+    if len(re.findall(r"(?i)(?:^|[,;\t|])\s*\"?captions?[_ .-]?\d+", first)) > 1:
+        return True
+    names = [normalize_name(cell.strip(' "\ufeff\r\n')) for cell in re.split(r"[,;\t]", first)]
+    return len(names) > 2 and any(name in CAPTION_NAMES for name in names)
 
 
 def parse_captions(content: bytes, name: str) -> list[tuple[int, str, str]]:

@@ -1,4 +1,4 @@
-"""Reader for images or recordings with a table of their labels or captions.
+"""Reader for images, videos or recordings with a table of their labels or captions.
 
 Layouts: train/ and test/, each with media and a table (metadata.csv, .jsonl or .parquet, or the only one there), as the
 ImageFolder and AudioFolder of Hugging Face; a table next to folders of images; and files of captions (`caption_files`). Names of
@@ -18,6 +18,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE, Finding
 from fieldguide.data.media.file_names import ImageIndex, normalize
 from fieldguide.data.media.images import READABLE_SUFFIXES
+from fieldguide.data.media.video import VIDEO_SUFFIXES
 from fieldguide.data.readers import recordings, table
 from fieldguide.data.readers.caption_files import (
     find_caption_file,
@@ -33,9 +34,10 @@ from fieldguide.data.source import Options, RawTable, folder_split, list_folders
 
 NAME = "media with tables"
 UNDERSTANDS = (
-    "images or recordings with a table: train/ and test/ with files and metadata.csv, .jsonl or .parquet each; a table next to "
-    "folders of images; captions.txt with Images/ (Flickr8k), annotations/captions_*.json (COCO), or dataset_*.json (Karpathy)"
+    "images, videos or recordings with a table: train/ and test/ with files and metadata.csv, .jsonl or .parquet each; a table next to "
+    "folders of images or videos; captions.txt with Images/ (Flickr8k), annotations/captions_*.json (COCO), or dataset_*.json (Karpathy)"
 )
+VISUAL_SUFFIXES = READABLE_SUFFIXES | VIDEO_SUFFIXES
 SAMPLED_LINES = 200  # lines of a table that are searched for names of images
 MIN_MATCHED_FRACTION = 0.5  # minimum fraction of values that are names of images
 MIN_STEM = 4  # minimum characters of a name without suffix; shorter ones may be labels or numbers
@@ -71,7 +73,7 @@ def load(source: Path, options: Options) -> RawTable:
         return load_captions(source, path)
     source = table.find_table_folder(source)
     raw = table.load(source, options)
-    return resolve_images(raw, source, ImageIndex(source, READABLE_SUFFIXES), options)
+    return resolve_images(raw, source, ImageIndex(source, VISUAL_SUFFIXES), options)
 
 
 # A table in each split
@@ -82,7 +84,7 @@ def find_split_tables(source: Path) -> list[tuple[Path, Path, str]]:
     base, folders = source, list_folders(source)
     if len(folders) != 1 and not any(folder_split(p.name) for p in folders):
         return []
-    walk = FolderWalk(source, READABLE_SUFFIXES | recordings.SOUND_SUFFIXES)
+    walk = FolderWalk(source, VISUAL_SUFFIXES | recordings.SOUND_SUFFIXES)
     while (inner := walk.wrapped(base)) and not folder_split(inner.name) and not table.list_tables(base):
         base = inner
     if table.list_tables(base):
@@ -114,7 +116,7 @@ def load_split_tables(source: Path, parts: list[tuple[Path, Path, str]], options
             full = [v and str(folder / v) for v in raw.rows[name].to_list()]
             raw.rows = raw.rows.with_columns(pl.Series(name, full, dtype=pl.String))
         else:
-            raw = resolve_images(raw, folder, ImageIndex(folder, READABLE_SUFFIXES), options)
+            raw = resolve_images(raw, folder, ImageIndex(folder, VISUAL_SUFFIXES), options)
         loaded.append((raw, split))
     if len(loaded) == 1:
         return loaded[0][0]
@@ -130,7 +132,7 @@ def load_split_tables(source: Path, parts: list[tuple[Path, Path, str]], options
 def names_images(source: Path) -> bool:
     """Return whether the tables in a folder name images in folders below it, which need not be paths."""
     tables = [p for p in table.list_tables(source) if p.suffix.lower() not in table.PARQUET]
-    index = ImageIndex(source, READABLE_SUFFIXES)
+    index = ImageIndex(source, VISUAL_SUFFIXES)
     if not tables or not index.scan() or len(tables) > 3:
         return False
     for path in tables:
@@ -156,7 +158,7 @@ def looks_named(value: str, index: ImageIndex) -> bool:
 
 
 def resolve_images(raw: RawTable, folder: Path, index: ImageIndex, options: Options) -> RawTable:
-    """Replace the names of images in a table by their paths. Raises DataError if no column names images of the folder."""
+    """Replace the names of images or videos in a table by their paths. Raises DataError if no column names files of the folder."""
     columns = [c for c in raw.rows.columns if c not in (FILE, LINE, options.target) and raw.rows[c].dtype == pl.String]
     matched = {}
     for name in columns:
@@ -180,7 +182,8 @@ def resolve_images(raw: RawTable, folder: Path, index: ImageIndex, options: Opti
             used.add(path)
             paths.append(str(path.absolute()) if path else value and str((folder / value).absolute()))
         raw.rows = raw.rows.with_columns(pl.Series(name, paths, dtype=pl.String))
-        raw.kinds[name] = "image"
+        videos = [Path(path).suffix.lower() in VIDEO_SUFFIXES for path in paths if path]
+        raw.kinds[name] = "video" if videos and all(videos) else "image"
     lone = [p for paths in index.scan().values() for p in paths if p not in used]
     if lone:
         raw.findings.append(

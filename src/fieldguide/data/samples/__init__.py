@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fieldguide.core.errors import DataError, nearest
-from fieldguide.data.samples import described, digits, interactions, reports, scenes, speech, support, text
+from fieldguide.data.samples import clips, described, digits, interactions, reports, scenes, speech, support, text
 
 VERSION = 2  # version of the generated files; changing it regenerates all samples
 
@@ -367,6 +367,18 @@ SAMPLES: dict[str, Sample] = {
             "label",
             scenes.write_videos,
             reaches=("recognised", 0.5),
+        ),
+        Sample(
+            "narrated",
+            "video-generation",
+            "1,797 videos of 8 frames, 16 x 16 pixels, with captions such as 'a seven moving left': scanned digits in four directions",
+            "videos by fieldguide (Apache-2.0), digits " + BSD,
+            "composed by our code from scikit-learn's load_digits",
+            True,
+            "caption",
+            clips.write_narrated,
+            5.0,
+            reaches=("recognised", 0.7),
         ),
         Sample(
             "series",

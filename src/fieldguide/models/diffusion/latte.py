@@ -2,12 +2,16 @@
 
 New here: blocks alternate between spatial and temporal attention, which is cheaper than attention over all patches of all
 frames. The blocks are those of DiT (Peebles and Xie 2022, arXiv:2212.09748): time and label determine the scale, shift and
-gate of each block, with gates that start at zero (adaLN-Zero).
+gate of each block, with gates that start at zero (adaLN-Zero). The mean over the tokens of a caption, encoded by a small
+Transformer, can take the place of the label. Frames may have times of their own: a frame of time 0 is known, and the others are
+generated to continue it, as in Open-Sora (Zheng et al. 2024, arXiv:2412.20404) and Diffusion Forcing (Chen et al. 2024,
+arXiv:2407.01392).
 
 Initialization: Glorot uniform matrices, zero biases; zero for the modulation layers and the last layer, so that an untrained
 network outputs zero. Label embeddings are N(0, 1) and the time layers preserve the variance; with the authors' N(0, 0.02)
 for both, classes are not learned within hundreds of steps.
-Shapes: B batch, F frames, C channels, S side, P side of a patch, N = (S/P)^2 patches of a frame, D width.
+Shapes: B batch, F frames, C channels, S side, P side of a patch, N = (S/P)^2 patches of a frame, D width, T tokens, M moments
+with a time of their own: 1, or F.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.models.diffusion._shared.caption_encoder import CaptionEncoder
 from fieldguide.models.diffusion._shared.embeddings import embed_time, position_embedding, sinusoidal_embedding
 from fieldguide.models.layers.attention import Attention
 from fieldguide.models.mapping.key_rules import Dropped, Row
@@ -38,6 +43,10 @@ class Config:
     depth: int = 28  # blocks: space, time, space, time, ...
     heads: int = 16
     variance: bool = False  # whether the output includes variances, as in the authors' checkpoints; they are not used
+    vocab_size: int = 0  # size of the caption vocabulary, instead of labels; 0 means no captions
+    length: int = 64  # maximum length of a caption in tokens
+    words: int = 128  # width of the caption encoder
+    layers: int = 2  # of the caption encoder
 
 
 class Modulated(nn.Module):
@@ -47,7 +56,7 @@ class Modulated(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # B F N D, B 1 1 D, B 1 1 D -> B F N D
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # B F N D, B M 1 D, B M 1 D -> B F N D
         return self.norm(x) * (1 + scale) + shift
 
 
@@ -68,18 +77,18 @@ class Block(nn.Module):
         x = self.attn(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         return x.transpose(1, 2) if self.over_time else x
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # B F N D, B D -> B F N D
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(F.silu(condition))[:, None, None].chunk(6, -1)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # B F N D, B M D -> B F N D
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(F.silu(condition))[:, :, None].chunk(6, -1)
         x = x + gate1 * self.attend(self.norm1(x, shift1, scale1))
         y = F.gelu(self.mlp["up"](self.norm2(x, shift2, scale2)), approximate="tanh")
         return x + gate2 * self.mlp["down"](y)
 
 
 class Latte(nn.Module):
-    """Latte: a noisy video, its time (0 .. 999 in the paper), its label -> the predicted noise, or v if trained for it.
+    """Latte: a noisy video, its time (0 .. 999 in the paper), its label or caption -> the predicted noise, or v if trained for it.
 
-    Raises `SettingsError` for invalid sizes, and `DataError` for videos of another side or with more frames than
-    configured.
+    The time is one number, or one for each frame. Raises `SettingsError` for invalid sizes, and `DataError` for videos of another side
+    or with more frames than configured.
     """
 
     places: Tensor  # N D
@@ -99,6 +108,7 @@ class Latte(nn.Module):
         self.patch = nn.Conv2d(c.channels, c.dim, c.patch, c.patch)
         self.time1, self.time2 = nn.Linear(TIME_EMBEDDING_DIM, c.dim), nn.Linear(c.dim, c.dim)
         self.label = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None  # the last row is for no label
+        self.caption = CaptionEncoder(c.vocab_size, c.length, c.words, c.layers, c.dim, 0.0) if c.vocab_size else None
         self.register_buffer("places", position_embedding(c.image // c.patch, c.image // c.patch, c.dim), persistent=False)
         self.register_buffer("moments", sinusoidal_embedding(torch.arange(c.frames), c.dim), persistent=False)
         self.blocks = nn.ModuleList(Block(c, over_time=bool(i % 2)) for i in range(c.depth))
@@ -108,7 +118,7 @@ class Latte(nn.Module):
 
     def reset_parameters(self) -> None:
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("caption."):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
                 if name.endswith("condition") or name == "head":
@@ -119,17 +129,24 @@ class Latte(nn.Module):
                     nn.init.xavier_uniform_(module.weight.flatten(1))
         if self.label is not None:
             nn.init.normal_(self.label.weight)
+        if self.caption is not None:
+            self.caption.reset_parameters()
 
-    def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B -> B D
-        """Return the embedding of the time plus that of the label."""
-        x = embed_time(time, TIME_EMBEDDING_DIM).to(self.time1.weight.dtype)
-        x = self.time2(F.silu(self.time1(x)))
+    def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B or B F, B or B T -> B M D
+        """Return the embedding of the times plus that of the label or caption."""
+        x = embed_time(time.flatten(), TIME_EMBEDDING_DIM).to(self.time1.weight.dtype)
+        x = self.time2(F.silu(self.time1(x))).unflatten(0, (len(time), -1))
+        none = torch.zeros(len(time), dtype=torch.int64, device=time.device)
+        if self.caption is not None:
+            return x + self.caption(none[:, None] if label is None else label)[:, None]
         if self.label is None:
             return x
-        label = torch.zeros_like(time, dtype=torch.int64) if label is None else label
-        return x + self.label((label - 1) % (self.config.num_classes + 1))  # 0 -> the last row
+        label = none if label is None else label
+        return x + self.label((label - 1) % (self.config.num_classes + 1))[:, None]  # 0 -> the last row
 
-    def forward(self, video: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:  # B F C S S, B, B -> B F C S S
+    def forward(
+        self, video: Tensor, time: Tensor, label: Tensor | None = None
+    ) -> Tensor:  # B F C S S, B (F), B (T) -> B F C S S
         c = self.config
         if video.shape[3:] != (c.image, c.image) or video.shape[1] > c.frames:
             raise DataError(
@@ -142,7 +159,7 @@ class Latte(nn.Module):
             if i == 1:  # temporal positions are added before the first temporal block
                 x = x + self.moments[: video.shape[1], None]
             x = block(x, condition)
-        shift, scale = self.condition(F.silu(condition))[:, None, None].chunk(2, -1)
+        shift, scale = self.condition(F.silu(condition))[:, :, None].chunk(2, -1)
         x = self.head(self.norm(x, shift, scale))  # B F N P*P*C
         side = c.image // c.patch
         x = x.unflatten(-1, (c.patch, c.patch, -1)).unflatten(2, (side, side))  # B F rows columns P P C

@@ -6,6 +6,7 @@ of the network (Karras et al. 2022, arXiv:2206.00364, table 1).
     time_sampling.py     the distribution of noise levels in training
     loss_weighting.py    the weight of each noise level in the loss
     objective.py         the training objective
+    first_frame.py       the objective of videos that may start with a known frame
     spacing.py           the noise levels of a sampling run
     boundary.py          boundary conditions of consistency models
     samplers.py          from one noise level to the next
@@ -15,6 +16,7 @@ of the network (Karras et al. 2022, arXiv:2206.00364, table 1).
 """
 
 from fieldguide.objectives.diffusion.boundary import Boundary, SigmaBoundary, TimeBoundary
+from fieldguide.objectives.diffusion.first_frame import FirstFrame, VideoDiffusion, insert_first_frame
 from fieldguide.objectives.diffusion.guidance import Guidance, predict_with_guidance
 from fieldguide.objectives.diffusion.loss_weighting import MinSNR, SigmoidSNR, Uniform
 from fieldguide.objectives.diffusion.noise_process import (
@@ -45,6 +47,7 @@ __all__ = [
     "DynamicShift",
     "EDMProcess",
     "Euler",
+    "FirstFrame",
     "FlowProcess",
     "FlowTimes",
     "Guidance",
@@ -66,8 +69,10 @@ __all__ = [
     "Timesteps",
     "Uniform",
     "UniformTimes",
+    "VideoDiffusion",
     "build_process",
     "evaluate",
+    "insert_first_frame",
     "predict_with_guidance",
     "sample",
 ]

@@ -46,9 +46,13 @@ class Diffusion(Objective):
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:
         clean, label = self.get_data_and_label(batch)
         time = self.times.draw(self.process, len(clean), clean.device)
-        kept = torch.rand(len(clean), device=clean.device) >= self.drop
-        label = label * kept.view(-1, *[1] * (label.ndim - 1))
+        label = self.drop_labels(label)
         return {"loss": self.compute_errors(clean, torch.randn_like(clean), time, label).mean()}
+
+    def drop_labels(self, label: Tensor) -> Tensor:  # B ... -> B ...
+        """Return the labels with some replaced by "no condition"."""
+        kept = torch.rand(len(label), device=label.device) >= self.drop
+        return label * kept.view(-1, *[1] * (label.ndim - 1))
 
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the loss of each example at fixed times and noise, so that it does not depend on the batch size."""
@@ -67,11 +71,17 @@ class Diffusion(Objective):
 
     def compute_errors(self, clean: Tensor, noise: Tensor, time: Tensor, label: Tensor) -> Tensor:  # -> B
         """Return the weighted squared error of each example."""
+        return self.compute_squared_errors(self.model, clean, noise, time, label).flatten(1).mean(1)
+
+    def compute_squared_errors(
+        self, model: nn.Module, clean: Tensor, noise: Tensor, time: Tensor, label: Tensor
+    ) -> Tensor:  # -> B ...
+        """Return the weighted squared error of each element for a network."""
         level = self.process.get_level(time, clean.ndim)
         x = self.process.add_noise(clean, noise, level) * self.process.get_input_scale(level)
-        output = self.model(x, level.time, label)
+        output = model(x, level.time, label)
         error = (output.to(clean.dtype) - self.process.compute_target(clean, noise, level)) ** 2
-        return (self.weighting(self.process, level) * error).flatten(1).mean(1)
+        return self.weighting(self.process, level) * error
 
     def sample(self, label: Tensor, shape: Sequence[int], sampler: Sampler | None = None, **options: Any) -> Tensor:
         """Sample examples as the function `sample` does; the default sampler is DPM-Solver++ of order 2 with 20 steps."""

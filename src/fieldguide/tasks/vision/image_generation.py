@@ -205,11 +205,11 @@ class ImageGeneration(GenerationSignature, Task):
         different = list(dict.fromkeys(texts))
         self.captions = [different[i] for i in np.random.default_rng(0).permutation(len(different))[:MAX_KNOWN_CAPTIONS]]
 
-    def tokens(self, texts: list[str]) -> np.ndarray:  # -> N T int64, 0 beyond a caption's end
+    def tokens(self, texts: list[str]) -> np.ndarray:  # -> N T int64, 0 beyond a caption's end and for an empty one
         out = np.zeros((len(texts), self.options.length), dtype=np.int64)
         assert self.text is not None  # captions are read only if there is a tokenizer
-        for row, ids in zip(out, self.text.encode(texts, self.options.length)[0]):
-            row[: len(ids)] = ids
+        for row, text, ids in zip(out, texts, self.text.encode(texts, self.options.length)[0]):
+            row[: len(ids)] = ids if text else 0
         return out
 
     def codes(self, data: Data) -> np.ndarray:
@@ -335,13 +335,17 @@ class ImageGeneration(GenerationSignature, Task):
             return super().read(sources, answered=True)
         if self.text is not None:
             return self.make_requests(list(map(str, sources)), self.captions)
-        for name in sources:
+        self.check_classes(sources)
+        return self.make_requests(sources, self.labels or [""])
+
+    def check_classes(self, names: Sequence[Any]) -> None:
+        """Raise `DataError` for a name that is no class."""
+        for name in names:
             if name not in self.labels:
                 raise DataError(
                     f"unknown class {name!r}.{nearest(str(name), self.labels)} Classes are: "
                     f"{', '.join(self.labels) or 'none, so give no class'}."
                 )
-        return self.make_requests(sources, self.labels or [""])
 
     def make_requests(self, named: Sequence[str], others: Sequence[str]) -> Data:
         """Return `count` rows of each given text, or else `count` rows of the others in turn."""

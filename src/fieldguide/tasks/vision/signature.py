@@ -22,6 +22,7 @@ from fieldguide.core.signature import (
     TensorSpec,
     list_values,
 )
+from fieldguide.data.dataset import Column
 from fieldguide.data.media import images, video
 from fieldguide.data.media.boxes import Skeleton
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
@@ -475,10 +476,37 @@ class GenerationSignature(SignatureBuilder):
 
 
 class VideoGenerationSignature(GenerationSignature):
-    """The signature of video generation."""
+    """The signature of video generation. Networks that continue images take rows with a class or caption, and the first frame."""
 
     max_request_rows: ClassVar[int] = 16
     output_media: ClassVar[tuple[str, str]] = ("video", "image/webp")
+
+    def set_row_form(self) -> None:
+        """Set whether a request holds rows or values alone, after the options are known."""
+        vars(self)["row_form"] = "table" if self.options.first_frame else "value"
+
+    def describe_inputs(self) -> Sequence[InputField]:
+        if not self.options.first_frame:
+            return super().describe_inputs()
+        size = describe_image_format(self.pictures)
+        about = "the first frame of the video; by default it is generated, too"
+        first = describe_column(Column("image", "image"), image=size)
+        return [*super().describe_inputs(), replace(first, required=False, about=about)]
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        steps = super().describe_preprocessing(card)
+        return [*list_image_steps(self.pictures), *steps] if self.options.first_frame else steps
+
+    def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
+        if not self.options.first_frame:
+            return super().describe_request_tensors(card)
+        p = self.pictures
+        axes = Axis("channels", p.channels), Axis("height", p.side), Axis("width", p.side)
+        return [
+            *super().describe_request_tensors(card),
+            request_tensor("first", "float32", *axes, about="first frames, -1 to 1", low=-1, high=1),
+            request_tensor("known", "bool", about="whether the first frame is given"),
+        ]
 
     def describe_limits(self) -> Limits:
         return replace(super().describe_limits(), frames=video.MAX_FRAMES)

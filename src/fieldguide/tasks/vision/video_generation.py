@@ -1,63 +1,73 @@
-"""Video generation: videos like those of a folder, by class if it has classes."""
+"""Video generation: videos like those of a folder, by class or caption if it has them, and from a given first frame."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import polars as pl
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import DataError, SettingsError
-from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
+from fieldguide.core.report_elements import Gallery, Picture, ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.core.structure import Limits
-from fieldguide.data.column_spec import ColumnSpec
-from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Data
+from fieldguide.data.column_spec import CAPTION_NAMES, ColumnSpec
+from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Column, Data, Manifest
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import video
 from fieldguide.data.preprocessing import ImageTransform, Labels, suggest_side
-from fieldguide.metrics import generative
 from fieldguide.objectives import Objective, build_process
-from fieldguide.objectives.diffusion import evaluate
+from fieldguide.objectives.diffusion import VideoDiffusion, evaluate
 from fieldguide.objectives.noise import Noise
-from fieldguide.tasks.base import Arrays, Baseline, Media, Metric
+from fieldguide.tasks.base import Arrays, Media, Metric
 from fieldguide.tasks.supervised import fill_options, is_discrete
-from fieldguide.tasks.supervised_evaluator import binomial_interval
-from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, check_sampler, encode_png
+from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, check_sampler, infer_target_kind
 from fieldguide.tasks.vision.signature import VideoGenerationSignature
+from fieldguide.tasks.vision.video_evaluator import VideoEvaluator, build_attribute_metrics, find_attributes
+from fieldguide.tasks.vision.video_report import VideoReport, encode_webp, join_side_by_side
+from fieldguide.tasks.vision.video_requests import VideoRequest, read_requests
 
 VIDEO_SIDES = (16, 32, 64)
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
 FRAMES_BY_DEVICE = {"cpu": 8, "mps": 16, "cuda": 16}  # frames by device
-MIN_TEST_VIDEOS = 64  # minimum number of videos generated for a test
-SHOWN_PER_CLASS = 3  # videos of each class in the report
-FRAME_MILLISECONDS = 120  # milliseconds per frame
+DEFAULT_FIRST_FRAME = 0.25  # fraction of training videos whose first frame is given
 
 
-class VideoGeneration(VideoGenerationSignature, ImageGeneration):
+class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, ImageGeneration):
     name = "video-generation"
     reads = (
-        "a folder of videos, optionally one folder per class: MP4 and similar, GIF or WebP, or strips of "
-        "square frames; or a table of their paths"
+        "a folder of videos, optionally one folder per class or a table of captions: MP4 and similar, GIF or WebP, or strips of "
+        "square frames; or a table of their paths, optionally with classes or captions"
     )
     input_types = ("noisy-video",)
     feature = ("video",)
     output_types = ("video",)
-    column_spec = ColumnSpec("named", media={"image": "video"})
+    column_spec = ColumnSpec(
+        "named",
+        names=CAPTION_NAMES,
+        kinds={"target": infer_target_kind},
+        columns=dict.fromkeys(CAPTION_NAMES, "text"),
+        media={"image": "video"},
+    )
     metrics = (
         Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN trained on this data"),
         Metric(
             "recognised",
             "max",
-            "of generated videos assigned to the requested class by a CNN trained on real videos",
+            "of generated videos in which a CNN trained on real videos recognizes the class, or all that it knows of the caption",
+            percent=True,
+        ),
+        Metric(
+            "caption_match",
+            "max",
+            "of generated videos whose caption a model trained on real pairs picks out of ten, if no columns say what captions ask for",
             percent=True,
         ),
         Metric("consistency_gap", "min", "difference to real videos in the similarity of consecutive frames"),
@@ -67,22 +77,39 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
             "dB between the next frame predicted from the frames before it and the real one",
             label="next-frame PSNR",
         ),
+        Metric(
+            "continuation_psnr",
+            "max",
+            "dB between the frames generated from the first one, with the class or caption, and the real ones",
+            label="continuation PSNR",
+        ),
         Metric("held_out_loss", "min", "noise prediction error on held-out videos"),
     )
     max_validation_examples, max_test_examples = 100, 100
-    each = 1  # videos generated per requested label
+    each = 1  # videos generated per requested label or caption
     max_batch_size, min_batch_size = 32, 8
 
     @dataclass(frozen=True)
     class Options(ImageGeneration.Options):
         frames: int | None = None  # frames per video
         stride: int = 1  # use every n-th frame of a video
+        first_frame: float | None = None  # fraction of training videos whose first frame is given, to learn to continue images
 
     @dataclass(frozen=True)
     class PredictOptions(ImageGeneration.PredictOptions):
         guidance: Annotated[float, Limits(0, 100)] = 3.0  # classifier-free guidance scale; 3 shows the class better than 1.5
 
     # Videos as tensors
+
+    def __init__(self, columns: list[Column], options: Any):
+        super().__init__(columns, options)
+        self.set_attributes({})
+        self.set_row_form()
+
+    def set_attributes(self, attributes: dict[str, list[str]]) -> None:
+        """Set what captions ask for; each attribute has a metric."""
+        self.attributes = attributes
+        vars(self)["metrics"] = (*type(self).metrics, *build_attribute_metrics(list(attributes)))
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
@@ -91,20 +118,29 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
-        if data.target is not None and not is_discrete(data.target):
+        captioned = data.target is not None and data.required_target.kind == "text"
+        if data.target is not None and not captioned and not is_discrete(data.target):
             raise DataError(
-                f"{data.source}: the label column {data.required_target.name!r} must hold classes, but holds {data.required_target.kind}."
+                f"{data.source}: the label column {data.required_target.name!r} must hold classes or captions, but holds "
+                f"{data.required_target.kind}."
             )
+        if options.first_frame is not None and not 0 <= options.first_frame < 1:
+            raise SettingsError(f"task.first_frame={options.first_frame} must be at least 0 and below 1")
         kind, shortest = device().type, int(data.rows.select(pl.min(FRAMES)).item())
         most = min(suggest_side(data.rows[WIDTH], data.rows[HEIGHT]), MAX_SIDE_BY_DEVICE[kind])
         side = options.side or max((s for s in VIDEO_SIDES if s <= most), default=VIDEO_SIDES[0])
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         frames = options.frames or max(2, min(FRAMES_BY_DEVICE[kind], shortest // options.stride))
         task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
-        task.labels = list(Labels.fit(data.rows[data.required_target.name]).names) if data.target else []
+        task.labels = list(Labels.fit(data.rows[data.required_target.name]).names) if data.target and not captioned else []
         predicts = build_process(options.schedule, options.predicts).predicts
-        task.options = fill_options(options, side=side, channels=channels, frames=frames, predicts=predicts)
+        known = {"side": side, "channels": channels, "frames": frames, "first_frame": DEFAULT_FIRST_FRAME}
+        task.options = fill_options(options, **known, predicts=predicts)
+        task.set_row_form()
         task.note_classes()
+        if captioned:
+            task.fit_captions(data.rows[data.required_target.name].fill_null("").to_list())
+            task.set_attributes(find_attributes(data, data.required_target.name))
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
             task.notes.append(f"{short} videos are shorter than {frames} frames: their last frame is repeated")
         return task
@@ -119,7 +155,8 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         if self.options.method != "diffusion":
             raise SettingsError(f"method={self.options.method!r} is an option of image generation; videos have diffusion only.")
-        return self.build_diffusion(model, "video")
+        parts = self.build_diffusion(model, "video")
+        return VideoDiffusion(model, parts.process, parts.weighting, given=self.options.first_frame or 0.0)
 
     def load_videos(self, data: Data) -> list[np.ndarray]:
         return video.load(data.rows[self.column].to_list(), self.pictures.side, self.pictures.channels)
@@ -150,7 +187,16 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
 
     # Generation
 
-    def generate(self, objective: Any, label: Tensor, numbers: Sequence[int], predict_options: Any) -> Tensor:
+    def generate(
+        self,
+        objective: Any,
+        label: Tensor,
+        numbers: Sequence[int],
+        predict_options: Any,
+        first: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:  # -> B F C S S
+        """Generate videos of these labels or captions (0 = none). `first` B C S S are their first frames where `known` B is True."""
         p = self.pictures
         check_sampler(predict_options, is_consistency=False)
         return objective.sample(
@@ -159,23 +205,73 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
             build_sampler(predict_options),
             seed=predict_options.seed,
             numbers=numbers,
-            guidance=predict_options.guidance if self.labels else 1.0,
+            guidance=predict_options.guidance if self.labels or self.text else 1.0,
+            first=first,
+            known=known,
         ).clamp(-1, 1)
+
+    def read(self, sources: Sequence[Any], *, answered: bool = False) -> Data:
+        """Read classes or captions, first frames, or both; without input, all classes or some training captions in turn."""
+        if answered:
+            return super().read(sources, answered=True)
+        requests = read_requests(sources, self.request_column)
+        if self.text is None:
+            self.check_classes([request.text for request in requests if request.text])
+        if any(request.image for request in requests) and not self.options.first_frame:
+            raise DataError(
+                "an image is given, but the network was trained without given first frames. Train it with --set task.first_frame=0.25."
+            )
+        count, others = self.predict_options.count, self.captions or self.labels or [""]
+        wanted = [r for request in requests for r in [request] * count]
+        wanted = wanted or [VideoRequest(others[i % len(others)]) for i in range(count)]
+        rows = {"wanted": [r.text for r in wanted], "image": [r.image for r in wanted]}
+        return Data("made", pl.DataFrame(rows), {}, Manifest(""))
+
+    @property
+    def request_column(self) -> str:
+        """Return the name of the class or caption in requests."""
+        return "caption" if self.text is not None else "class"
+
+    def predict_batches(self, data: Data, card: Card) -> Batches:
+        named = super().predict_batches(data, card)
+        if not self.options.first_frame:
+            return named
+        paths = data.rows["image"].to_list()
+        different = list(dict.fromkeys(path for path in paths if path))
+        p, row_of = self.pictures, {path: i for i, path in enumerate(different)}
+        frames = p.apply(p.load(different)) if different else torch.zeros(0, p.channels, p.side, p.side)
+
+        def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
+            known = torch.tensor([bool(paths[i]) for i in index])
+            first = torch.zeros(len(index), p.channels, p.side, p.side)
+            first[known] = frames[torch.tensor([row_of[paths[i]] for i in index if paths[i]], dtype=torch.int64)]
+            return {**named.make(index, generator), "first": first, "known": known}
+
+        return Batches(len(data), make)
 
     def predict_step(self, objective: Objective) -> Any:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             extra = torch.arange(self.each, device=batch["label"].device)
             label, numbers = batch["label"][:, None], batch["row"][:, None] * self.each + extra.cpu()
             if self.labels:  # the sample's own class first, then the others in turn
-                label = (label - 1 + extra) % len(self.labels) + 1
-            label = label.expand(-1, self.each)
-            samples = self.generate(objective, label.flatten(), numbers.flatten().tolist(), self.predict_options)
-            found = {"samples": samples.unflatten(0, label.shape), "label": label}
+                label = (label - 1 + extra) % len(self.labels) + (label > 0)
+            label = label.expand(-1, self.each, *label.shape[2:])
+            given = {k: batch[k].repeat_interleave(self.each, 0) for k in ("first", "known") if k in batch}
+            samples = self.generate(objective, label.flatten(0, 1), numbers.flatten().tolist(), self.predict_options, **given)
+            found = {"samples": samples.unflatten(0, label.shape[:2]), "label": label}
             if "video" in batch:
                 found |= objective.outputs(batch) | {"next": self.predict_last_frame(objective, batch)}
+                if self.options.first_frame:
+                    found["continued"] = self.continue_first_frame(objective, batch)
             return found
 
         return answer
+
+    def continue_first_frame(self, objective: Objective, batch: dict[str, Tensor]) -> Tensor:  # -> B F C S S
+        """Generate videos from the first frames of real ones and their labels or captions."""
+        first, numbers = batch["video"][:, 0], batch["row"].tolist()
+        known = torch.ones(len(first), dtype=torch.bool)
+        return self.generate(objective, batch["label"], numbers, self.predict_options, first, known)
 
     def predict_last_frame(self, objective: Any, batch: dict[str, Tensor]) -> Tensor:  # -> B C S S
         """Predict the last frame from those before it.
@@ -196,87 +292,17 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
         return {**outputs, **{k: np.concatenate(list(outputs[k])) for k in ("samples", "label")}}
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
-        names = ["", *self.labels]
-        return [
-            {**({"class": names[int(label)]} if self.labels else {}), "video": Media(encode_webp(x), ".webp")}
-            for x, label in zip(outputs["samples"], outputs["label"].astype(int))
-        ]
+        names = self.text is not None or bool(self.labels)
+        known = [{self.request_column: self.name_request(label)} if names else {} for label in outputs["label"].astype(int)]
+        return [{**name, "video": Media(encode_webp(x), ".webp")} for name, x in zip(known, outputs["samples"])]
 
-    # Evaluation
-
-    def prepare_test(self, train: Data, held: Data) -> None:
-        self.known, self.known_labels = self.load_middles(train), torch.from_numpy(self.codes(train)) - 1
-        label = self.known_labels if self.labels else None
-        frames = self.options.frames
-        self.judge = generative.train_classifier(
-            self.known.flatten(0, 1), None if label is None else label.repeat_interleave(frames), len(self.labels)
-        )
-        self.motion = generative.train_classifier(motion_image(self.known), label, len(self.labels)) if self.labels else None
-
-    def prepare_scoring(self, rows: int) -> None:
-        self.each = -(-MIN_TEST_VIDEOS // rows)
-
-    def targets(self, data: Data) -> Arrays:
-        return {"real": self.load_middles(data).numpy(), "label": self.codes(data)}
-
-    def evaluate_samples(self, outputs: Arrays, targets: Arrays) -> dict[str, Any]:
-        key = id(outputs["samples"])
-        if key not in self.memo:
-            made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(targets["real"])
-            see = lambda x: generative.extract_features(self.judge, x.flatten(0, 1)).reshape(len(x), x.shape[1], -1)
-            found: dict[str, Any] = {"made": see(made), "real": see(real), "kept": outputs["samples"]}
-            if self.motion is not None:
-                found["right"] = (
-                    generative.extract_features(self.motion, motion_image(made), return_classes=True)
-                    == outputs["label"].astype(int) - 1
-                )
-            self.memo[key] = found
-        return self.memo[key]
-
-    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        if "samples" in outputs and self.judge is not None:
-            scores |= compute_feature_scores(self.evaluate_samples(outputs, targets))
-        if "next" in outputs:
-            scores["next_frame_psnr"] = float(decibels(outputs["next"], targets["real"][:, -1]).mean())
-        if "loss" in outputs:
-            scores["held_out_loss"] = float(outputs["loss"].mean())
-        return scores
-
-    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
-        """Return bootstrap intervals over videos."""
-        found, ranges = self.evaluate_samples(outputs, targets), {}
-        ranges["frame_distance"] = generative.bootstrap_distance_interval(found["real"], found["made"])
-        ranges["consistency_gap"] = gap_interval(*(consistencies(found[k]) for k in ("made", "real")))
-        if "right" in found:
-            ranges["recognised"] = binomial_interval(int(found["right"].sum()), len(found["right"]))
-        if "next" in outputs:
-            ranges["next_frame_psnr"] = generative.bootstrap_mean_interval(decibels(outputs["next"], targets["real"][:, -1]))
-        if "loss" in outputs:
-            ranges["held_out_loss"] = generative.bootstrap_mean_interval(outputs["loss"])
-        return ranges
-
-    def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        rng, label, real = np.random.default_rng(0), self.codes(test), self.load_middles(test).numpy()
-        own = self.known_labels.numpy() + 1
-        rows = np.array([rng.choice(np.flatnonzero(own == k)) for k in label])
-        copies = self.known[rows].numpy()
-        return [
-            Baseline("copy-last", "repeats the last frame", {"next": real[:, -2]}),
-            Baseline(
-                "noise",
-                "random pixels",
-                {"samples": rng.uniform(-1, 1, copies.shape).astype(np.float32), "label": label},
-            ),
-            Baseline("training videos", "the training data itself", {"samples": copies, "label": label}, bound=True),
-        ]
-
-    # Report
+    def name_request(self, label: np.ndarray) -> str:
+        """Return the class or caption of a request; "" for none."""
+        return self.decode_caption(label) if self.text is not None else ["", *self.labels][int(label)]
 
     def log_eval_samples(self, objective: Objective) -> list[ReportElement]:
-        count = max(2, min(len(self.labels), 8))
-        label = torch.arange(count) % max(len(self.labels), 1) + bool(self.labels)
-        made = self.generate(objective, label, range(count), self.PredictOptions()).cpu().numpy()
+        label = self.sample_labels(max(2, min(len(self.labels or self.captions), 8)))
+        made = self.generate(objective, label, range(len(label)), self.PredictOptions()).cpu().numpy()
         return [
             Gallery(
                 "Samples during training",
@@ -285,133 +311,18 @@ class VideoGeneration(VideoGenerationSignature, ImageGeneration):
             )
         ]
 
-    def report_elements(
-        self, test: Data, outputs: Arrays, targets: Arrays, objective: Objective | None = None
-    ) -> dict[str, list[ReportElement]]:
-        samples, label = outputs["samples"], outputs["label"].astype(int)
-        names = ["videos", *self.labels]
-        shown = [
-            Picture(encode_webp(samples[i]), names[k])
-            for k in np.unique(label)
-            for i in np.flatnonzero(label == k)[:SHOWN_PER_CLASS]
-        ]
-        real = [
-            Picture(encode_webp(targets["real"][i]), names[k]) for k in np.unique(label) for i in np.flatnonzero(label == k)[:1]
-        ]
-        comparisons = [
-            Picture(
-                encode_png(np.concatenate([targets["real"][i, -2], targets["real"][i, -1], outputs["next"][i]], 2)),
-                f"{psnr(outputs['next'][i], targets['real'][i, -1]):.1f} dB",
-            )
-            for i in range(len(outputs["next"]))[:8]
-        ]
-        by_class = (
-            [
-                (names[k], int((label == k).sum()), float(self.evaluate_samples(outputs, targets)["right"][label == k].mean()))
-                for k in np.unique(label)
-            ]
-            if self.labels
-            else []
-        )
-        return {
-            "Samples": [
-                Gallery("Generated videos", "Random samples.", shown),
-                Gallery("Real test videos", "For comparison.", real),
-                *(
-                    [
-                        Table(
-                            "Recognized",
-                            "Fraction of the generated videos that a CNN trained on real videos assigns to the "
-                            "requested class.",
-                            ("class", "videos", "recognised"),
-                            by_class,
-                        )
-                    ]
-                    if by_class
-                    else []
-                ),
-                Gallery("Next frame", "The last known frame, the real next frame, and the predicted next frame.", comparisons),
-            ],
-            "Memory": self.memorization_elements(samples, targets),
-        }
+    # Saved with the run
 
-    def memorization_elements(self, samples: np.ndarray, targets: Arrays) -> list[ReportElement]:
-        known, made = (generative.extract_features(self.judge, x.mean(1)) for x in (self.known, torch.from_numpy(samples[:8])))
-        far = generative.pairwise_distances(made, known)
-        nearest = [self.known[int(row.argmin())].numpy() for row in far]
-        pairs = [
-            Picture(encode_webp(join_side_by_side(np.stack([samples[i], other]))), f"{far[i].min():.2f}")
-            for i, other in enumerate(nearest)
-        ]
-        return [
-            Gallery(
-                "Samples and their nearest training videos",
-                "Left the sample, right the nearest training video in the features of the evaluation CNN. Equal "
-                "pairs indicate memorization.",
-                pairs,
-            )
-        ]
+    STATE: ClassVar = {"attributes?": dict[str, list[str]]}
 
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"attributes": self.attributes}
 
-def compute_feature_scores(found: dict[str, Any]) -> dict[str, float]:
-    """Return the scores from features `made` and `real` (N, F, D) and predictions `right` (N)."""
-    scores = {
-        "frame_distance": generative.frechet_distance(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
-        "consistency_gap": abs(mean_consistency(found["made"]) - mean_consistency(found["real"])),
-    }
-    return scores | ({"recognised": float(found["right"].mean())} if "right" in found else {})
-
-
-def mean_consistency(features: np.ndarray) -> float:  # N F D
-    """Return the mean cosine similarity of consecutive frames' features."""
-    return float(consistencies(features).mean())
-
-
-def consistencies(features: np.ndarray) -> np.ndarray:  # N F D -> N
-    a, b = features[:, :-1], features[:, 1:]
-    return ((a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-9)).mean(1)
-
-
-def gap_interval(made: np.ndarray, real: np.ndarray) -> tuple[float, float]:  # N, M
-    """Return the 95 % interval of the absolute difference of two means; it starts at 0 if the sign is uncertain."""
-    rng = np.random.default_rng(0)
-    gaps = [
-        made[rng.integers(0, len(made), len(made))].mean() - real[rng.integers(0, len(real), len(real))].mean()
-        for _ in range(generative.MEAN_RESAMPLES)
-    ]
-    low, high = np.percentile(gaps, (2.5, 97.5))
-    return 0.0 if low <= 0 <= high else float(min(abs(low), abs(high))), float(max(abs(low), abs(high)))
-
-
-def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # N C S S in -1 .. 1 -> N
-    """Return the peak signal-to-noise ratio in dB."""
-    return -10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)) / 4, 1e-10))
-
-
-def motion_image(films: Tensor) -> Tensor:  # N F C S S -> N 3C S S
-    """Return each video as one image: its middle frame, the mean change between frames, and the first half minus the
-    second half.
-    """
-    half = films.shape[1] // 2
-    change = (films[:, 1:] - films[:, :-1]).abs().mean(1)
-    return torch.cat([films[:, half], change, films[:, :half].mean(1) - films[:, half:].mean(1)], 1)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(max(((a - b) ** 2).mean() / 4, 1e-10)))
-
-
-def join_side_by_side(films: np.ndarray) -> np.ndarray:  # N F C S S -> F C S N*S
-    return np.concatenate(list(films), -1)
-
-
-def encode_webp(film: np.ndarray) -> bytes:  # F C S S in -1 .. 1 -> WebP that plays
-    frames = [Image.open(io.BytesIO(encode_png(frame))).convert("RGB") for frame in film]
-    scale = max(1, 96 // frames[0].height)
-    frames = [f.resize((f.width * scale, f.height * scale), Image.Resampling.NEAREST) for f in frames]
-    out = io.BytesIO()
-    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0, lossless=True)
-    return out.getvalue()
+    @classmethod
+    def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        task = super().from_state(columns, options, state, folder)
+        task.set_attributes(state.get("attributes", {}))
+        return task
 
 
 TASKS = (VideoGeneration,)
