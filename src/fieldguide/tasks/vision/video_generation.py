@@ -155,8 +155,8 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         if self.options.method != "diffusion":
             raise SettingsError(f"method={self.options.method!r} is an option of image generation; videos have diffusion only.")
-        parts = self.build_diffusion(model, "video")
-        return VideoDiffusion(model, parts.process, parts.weighting, given=self.options.first_frame or 0.0)
+        plain = self.build_diffusion(model, "video")
+        return VideoDiffusion(model, plain.process, plain.weighting, given=self.options.first_frame or 0.0)
 
     def load_videos(self, data: Data) -> list[np.ndarray]:
         return video.load(data.rows[self.column].to_list(), self.pictures.side, self.pictures.channels)
