@@ -24,8 +24,15 @@ MAY = {
     "models": {"core"},  # plain nn.Modules that know neither data nor training
     "objectives": {"core", "data", "models"},
     "training": {"core", "data", "objectives"},  # knows neither tasks nor architectures
-    "tasks": {"core", "data", "metrics", "models", "objectives"},
     "checkpoints": {"core", "data", "models"},
+    "tasks": {
+        "core",
+        "data",
+        "metrics",
+        "models",
+        "objectives",
+        "checkpoints",
+    },  # of the latter, networks that features come from
     "inference": {"core", "data", "models", "objectives", "training", "tasks", "checkpoints"},
     "planning": {"core", "models", "objectives", "training"},  # memory and time of steps, without running them
     "report": {"core", "data", "inference", "tasks"},

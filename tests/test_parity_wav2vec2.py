@@ -13,7 +13,8 @@ from fieldguide.checkpoints import weights
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.registry import card_of, create
 from fieldguide.models.transformer._shared.waveform_encoder import TimeNorm, sample_spans
-from fieldguide.objectives.contrastive_frames import ContrastiveFrames, sample_distractors, sample_hidden_frames
+from fieldguide.objectives.contrastive_frames import ContrastiveFrames, sample_distractors
+from fieldguide.objectives.hidden_frames import sample_hidden_frames
 from recognizers import waveform_encoder
 from tv import transformers
 
@@ -261,8 +262,10 @@ def hide(counts=(9, 6, 4), width=9, distractors=5):
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_pretraining_loss_equals_transformers(form, dtype):
+def test_pretraining_loss_equals_transformers(form, dtype, monkeypatch):
     """Loss, its parts and gradients for the same hidden frames and distractors."""
+    if dtype == torch.float64:  # transformers computes similarities in float32
+        monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     model = build(dtype=dtype, output_type="contexts", mask_time=0.2, **form)
     peer, (waveform, _) = peer_of(model), record(dtype)
     lengths = torch.tensor([41, 41, 41])
@@ -271,7 +274,7 @@ def test_pretraining_loss_equals_transformers(form, dtype):
     losses = objective({"waveform": waveform, "lengths": lengths, "hidden": hidden, "distractors": distractors})
     flat = distractors + 9 * torch.arange(3)[:, None, None]
     found = peer(waveform, mask_time_indices=hidden, sampled_negative_indices=flat)
-    close = {"rtol": 1e-5, "atol": 1e-6}  # the similarities are computed in float32
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-11}
     torch.testing.assert_close(losses["loss"] * hidden.sum(), found.loss, check_dtype=False, **close)
     torch.testing.assert_close(losses["contrast"] * hidden.sum(), found.contrastive_loss, check_dtype=False, **close)
     torch.testing.assert_close(losses["perplexity"], found.codevector_perplexity, check_dtype=False, **close)
@@ -283,8 +286,7 @@ def test_pretraining_loss_equals_transformers(form, dtype):
         torch.testing.assert_close(
             renamed[key],
             torch.zeros_like(p) if p.grad is None else p.grad,
-            rtol=1e-3,
-            atol=1e-4,
+            **({"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-10}),
             msg=lambda m, key=key: f"{key}: {m}",
         )
 
@@ -294,7 +296,7 @@ def test_soft_choices_equal_transformers_in_training():
     model = build(output_type="contexts", mask_time=0.2).train()
     peer, (waveform, _) = peer_of(model).train(), record()
     hidden, _ = hide((9, 9, 9))
-    _, _, probabilities = model.contrast(waveform, torch.tensor([41, 41, 41]), hidden)
+    probabilities = model.contrast(waveform, torch.tensor([41, 41, 41]), hidden).probabilities
     mean = probabilities[hidden].mean(0)
     perplexity = torch.exp(-torch.xlogy(mean, mean).sum(-1)).sum()
     theirs = peer(waveform, mask_time_indices=hidden).codevector_perplexity
@@ -343,6 +345,5 @@ def test_network_learns_to_find_hidden_frames():
         optimizer.step()
         (first if step < 5 else last).append(losses["contrast"].item())
     assert sum(last[-5:]) < 0.8 * sum(first)
-    assert int(objective.steps) == 60 and model.quantizer.temperature < 2
     scored = objective.eval().outputs(batch | {"distractors": sample_distractors(hidden, 10, generator)})
     assert scored["count"].tolist() == hidden.sum(1).tolist() and (scored["right"] <= scored["count"]).all()

@@ -29,6 +29,7 @@ TINY = {
     "automatic-speech-recognition": "conformer-test",
     "image-to-image": "cyclegan-test",
     "audio-classification": "simplecnn-test",
+    "speech-pretraining": "wav2vec2-test",
     "anomaly-detection": "conv-autoencoder-test",
     "time-series-classification": "inceptiontime-test",
     "image-text": "clip-test",
@@ -49,6 +50,11 @@ SMALL = {
     "image-to-text": {"task.vocab": "300", "task.side": "16"},
     "video-generation": {"task.vocab": "300", "task.frames": "4"},
     "question-answering": {"task.vocab": "300", "task.length": "128"},
+    "speech-pretraining": {
+        "model.stem_dims": "(8, 8, 8, 8, 8)",
+        "model.stem_kernels": "(10, 8, 4, 4, 4)",
+        "model.stem_strides": "(5, 4, 2, 2, 2)",
+    },
 }
 ONE = {sample.task: name for name, sample in samples.SAMPLES.items()}  # a sample of each task
 

@@ -38,6 +38,7 @@ SMALL_MASK_SET = {
     "model.decoder_hidden": 32,
     "model.queries": 10,
 }
+SMALL_STEM = {"model.stem_dims": (8,) * 5, "model.stem_kernels": (10, 8, 4, 4, 4), "model.stem_strides": (5, 4, 2, 2, 2)}
 RUNS = {
     "tabular-classification": ("orders", "mlp-s", {"model.dim": 12, "model.embedding": 4}),
     "tabular-regression": ("diabetes", "mlp-s", {"model.dim": 12, "model.embedding": 4}),
@@ -49,6 +50,11 @@ RUNS = {
     "panoptic-segmentation": ("scenery", "mask2former-test", {"batch": 8, "task.side": 96, **SMALL_MASK_SET}),
     "image-to-image": ("outlines", "pix2pix-test", {"model.dim": 8, "task.adversarial": 0}),
     "audio-classification": ("words", "resnet20", {"model.widths": (4, 8), "model.depths": (1, 1)}),
+    "speech-pretraining": (
+        "utterances",
+        "hubert-test",
+        {"batch": 16, "task.objective": "clusters", "task.clusters": 12, **SMALL_STEM},
+    ),
     "anomaly-detection": ("pumps", "conv-autoencoder-test", {"task.length": 16}),
     "text-embedding": ("helpdesk", "bert-test", {"task.vocab_size": 320, "task.length": 24}),
     "reranking": ("shortlist", "bert-test", {"task.vocab_size": 320, "task.length": 48}),
@@ -124,7 +130,7 @@ def inputs(task: str, home: Path, folder: Path) -> list[str]:
         for path, name in zip(chosen, names):
             shutil.copy(path, folder / name)
         return names
-    if task == "audio-classification":
+    if task in ("audio-classification", "speech-pretraining"):
         chosen = sorted(home.rglob("*.wav"))[::300]
         names = [f"recording-{i}.wav" for i in range(len(chosen))]
         for path, name in zip(chosen, names):

@@ -77,6 +77,7 @@ def is_open(plan: Plan, request: Mapping[str, Any]) -> bool:
         request["model"] == "auto"
         and request["weights"] is None
         and not any(key.startswith("model.") for key in request["settings"])
+        and plan.task.compares_networks
         and not plan.card.solver
         and not plan.objective.starts_from_teacher
         and not plan.settings.deterministic

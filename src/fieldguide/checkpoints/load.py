@@ -97,7 +97,10 @@ class Checkpoint:
         Raises `SettingsError` for a tokenizer with more tokens than the checkpoint has, and for impossible
         values.
         """
-        card, kept = self.card, {k: v for k, v in needs.items() if k in ("num_classes", "image") and self.card.accepts(k)}
+        card, kept = (
+            self.card,
+            {k: v for k, v in needs.items() if k in ("num_classes", "clusters", "image") and self.card.accepts(k)},
+        )
         if card.solver:  # the tensors do not depend on the columns of a table
             kept |= {k: needs[k] for k in ("numbers", "categories") if k in needs and card.accepts(k)}
         if card.endless and "forecast" in card.output_types:  # nor on the length of the past and of the forecast

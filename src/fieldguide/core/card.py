@@ -153,6 +153,8 @@ OUTPUT_TYPES: dict[str, str] = {
     "towers": 'as for "items"; `model.encode_items(...)` returns the vectors of items N, N E, of which `model.table()` are all',
     "contexts": "B S 2 E float: for each of S frames the vector that is predicted from the other frames, and the quantized vector of "
     "the frame itself. `model.contrast(...)` hides frames and also returns the probabilities of the quantizer",
+    "clusters": "logits B S clusters of each frame. `model.encode_hidden(...)` hides frames and returns states, which "
+    "`model.clusters(...)` maps to logits",
     "ctc": "logits B S vocab of the symbol at each frame, 0 = blank; `model.frames(lengths)` of the S frames are real",
 }
 

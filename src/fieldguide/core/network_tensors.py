@@ -392,6 +392,8 @@ def describe_output_axes(
         return (inputs["items"].axes[1], fix("vocabulary", get("items"))), "logits of the item itself, for hidden items"
     if output == "ctc":
         return (Axis("output_frames"), vocabulary), "logits of the symbol of each frame; 0 is blank"
+    if output == "clusters":
+        return (Axis("output_frames"), fix("clusters", get("clusters"))), "logits of the cluster of each frame"
     if output == "contexts":
         sides = fix("sides", 2), fix("embedding", get("contrast_dim"))
         return (Axis("output_frames"), *sides), "predicted and quantized vector of each frame"

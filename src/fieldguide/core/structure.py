@@ -42,7 +42,7 @@ def check_value(value: Any, kind: Any, place: str) -> None:
     elif origin is Annotated:
         check_value(value, arguments[0], place)
         for limits in arguments[1:]:
-            if isinstance(limits, Limits) and not limits.least <= value <= limits.most:
+            if isinstance(limits, Limits) and value is not None and not limits.least <= value <= limits.most:
                 raise ValueError(f"{place}={value} must be between {limits.least:,} and {limits.most:,}")
     elif origin in (Union, types.UnionType):
         if not any(matches(value, one) for one in arguments):

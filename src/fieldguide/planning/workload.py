@@ -32,11 +32,13 @@ from fieldguide.objectives import (
 )
 from fieldguide.objectives.adversarial import build_adversarial as build_gan
 from fieldguide.objectives.contrastive import IMAGE_TEXT_OBJECTIVES, build_contrastive
-from fieldguide.objectives.contrastive_frames import ContrastiveFrames, sample_distractors, sample_hidden_frames
+from fieldguide.objectives.contrastive_frames import DISTRACTORS, ContrastiveFrames, sample_distractors
 from fieldguide.objectives.detection import decode
 from fieldguide.objectives.detectors import DETECTORS
+from fieldguide.objectives.hidden_frames import sample_hidden_frames
 from fieldguide.objectives.image_translation import PairedTranslation, TranslationDiffusion
 from fieldguide.objectives.mask_set import MaskSetInstances
+from fieldguide.objectives.masked_clusters import MaskedClusters
 from fieldguide.objectives.pose_detection import PoseDetection
 from fieldguide.objectives.prototype_masks import PrototypeDetection
 from fieldguide.objectives.recommenders import RECOMMENDERS
@@ -46,7 +48,6 @@ from fieldguide.planning.trace import MAX_KNOWN_VALUES
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 BOXES_PER_IMAGE = 8
 MASKED_SHARE = 0.15  # of the tokens in masked language modeling
-DISTRACTORS = 100  # of each hidden frame in contrastive pre-training
 SYMBOLS_PER_FRAME = 0.1  # of a transcript
 
 
@@ -365,6 +366,15 @@ def build_contrastive_frames(card: Card, network: Any, inputs: dict[str, Tensor]
     return Workload(ContrastiveFrames(network, card.inputs), inputs)
 
 
+def build_masked_clusters(card: Card, network: Any, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
+    counts = network.frames(torch.full((shape.batch,), inputs["waveform"].shape[1]))
+    width = int(counts[0])
+    inputs["hidden"] = sample_hidden_frames(counts, width, share=MaskedClusters.share)
+    inputs["clusters"] = torch.randint(get("clusters", 100), (shape.batch, width))
+    objective = MaskedClusters(network, card.inputs, first=network.field / 2, step=network.stride)
+    return Workload(objective, inputs, labels=("clusters",))
+
+
 def build_image(card: Card, network: nn.Module, inputs: dict[str, Tensor], shape: Shape, get: Any) -> Workload:
     if card.input_type == "noise":
         return build_adversarial(card, network, shape, get)
@@ -426,6 +436,7 @@ BUILDERS: dict[str, Callable[..., Workload]] = {
     **dict.fromkeys(RECOMMENDERS, build_next_item),
     "ctc": build_ctc,
     "contexts": build_contrastive_frames,
+    "clusters": build_masked_clusters,
     "image": build_image,
     "video": build_image,
 }

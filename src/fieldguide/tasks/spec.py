@@ -51,7 +51,7 @@ class TaskSpec:
     name: ClassVar[str]
     reads: ClassVar[str]  # description of the accepted data, for error messages and documentation
     input_types: tuple[str, ...]  # accepted values of card.input_type
-    output_types: ClassVar[tuple[str, ...]]  # accepted values of card.output_type
+    output_types: tuple[str, ...]  # accepted values of card.output_type
     feature: ClassVar[tuple[str, ...]] = ()  # column kinds of the single feature column, if examples have only one
     further: ClassVar[tuple[str, ...]] = ()  # further column kinds that are read with it
     metrics: ClassVar[tuple[Metric, ...]]  # the first one ranks models
@@ -62,6 +62,7 @@ class TaskSpec:
         Mapping[str, Any]
     ] = {}  # settings of a network that starts from its teacher's weights, over the card's
     finetune_rate: ClassVar[float] = 1.0  # factor of the learning rates of fine-tuning
+    compares_networks: ClassVar[bool] = True  # whether scores of different networks compare, so that the best one can be chosen
     needs_reference: ClassVar[bool] = False  # the objective takes a frozen copy of the initial model as `reference`
     column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # how the columns of a table are assigned to roles
 

@@ -5,6 +5,7 @@ Shapes: B recordings, N samples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,3 +48,27 @@ class Waveform:
             variance = (centered.square() * real).sum(1, keepdim=True) / count
             waves = centered / (variance + MIN_VARIANCE).sqrt()
         return waves.masked_fill(~real, 0.0), lengths
+
+
+@dataclass(frozen=True)
+class FrameGrid:
+    """Which samples the frames of a stack of convolutions without padding cover. The defaults are those of Wav2Vec 2.0."""
+
+    kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+
+    @property
+    def stride(self) -> int:
+        """Samples from one frame to the next."""
+        return math.prod(self.strides)
+
+    @property
+    def field(self) -> int:
+        """Samples that a frame covers."""
+        steps = [math.prod(self.strides[:i]) for i in range(len(self.strides))]
+        return 1 + sum((kernel - 1) * step for kernel, step in zip(self.kernels, steps))
+
+    def frames(self, samples: Any) -> Any:
+        """Return the number of frames for a number of samples (integer, array or tensor)."""
+        count = (samples - self.field) // self.stride + 1
+        return max(count, 0) if isinstance(count, int) else count.clip(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +41,26 @@ def write_wave(path: Path, sound: np.ndarray, rate: int) -> None:
 
 def write_recordings(folder: Path) -> None:
     """Write 600 synthetic recordings of one to three digits, each with a different voice, and a table of transcripts."""
+    (folder / "recordings").mkdir()
+    said = speak_digits(folder / "recordings", 600, seed=0)
+    write_csv(folder / "transcripts.csv", ["file", "transcript"], ([f"recordings/{name}", text] for name, text in said))
+
+
+def write_utterances(folder: Path) -> None:
+    """Write 1,000 synthetic recordings of one to three digits, each with a different voice."""
+    for _ in speak_digits(folder, 1000, seed=1):
+        pass
+
+
+def speak_digits(folder: Path, count: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Write recordings of one to three digits, and yield the file name and the words of each."""
     import numpy as np
 
     from fieldguide.data.samples import voice
 
-    rng, rows = np.random.default_rng(0), []
-    (folder / "recordings").mkdir()
-    for number in range(600):
+    rng = np.random.default_rng(seed)
+    for number in range(count):
         words = [str(w) for w in rng.choice(list(voice.WORDS), rng.integers(1, 4))]
         sound = voice.speak(words, voice.Voice.sample(rng), rng)
-        write_wave(folder / "recordings" / f"{number:04d}.wav", sound, voice.RATE)
-        rows.append([f"recordings/{number:04d}.wav", " ".join(words)])
-    write_csv(folder / "transcripts.csv", ["file", "transcript"], iter(rows))
+        write_wave(folder / f"{number:04d}.wav", sound, voice.RATE)
+        yield f"{number:04d}.wav", " ".join(words)

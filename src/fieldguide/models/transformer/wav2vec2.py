@@ -15,7 +15,7 @@ Shapes: B batch, N samples, S frames, C width of the convolutions, D width, G co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from fieldguide.models.mapping.config_rules import ConfigRow, Expect
 from fieldguide.models.mapping.key_rules import Row
 from fieldguide.models.transformer._shared.waveform_encoder import (
     OUTPUT_TYPES,
+    SMALL,
     WaveformConfig,
     WaveformEncoder,
     configure,
@@ -75,6 +76,15 @@ class GumbelQuantizer(nn.Module):
         return torch.einsum("bsgv,gvd->bsgd", chosen, entries).flatten(2).to(x.dtype), probabilities
 
 
+class Contrast(NamedTuple):
+    """What contrastive pre-training compares."""
+
+    contexts: Tensor  # B S E: projected output of the Transformer
+    targets: Tensor  # B S E: projected quantized vectors
+    probabilities: Tensor  # B S G V: of the entries of the codebooks
+    convolved: Tensor  # B S C: output of the convolutions before normalization
+
+
 class Wav2Vec2(WaveformEncoder):
     """A recording -> the output given by `config.output_type`: also "contexts", for pre-training; see `WaveformEncoder`."""
 
@@ -95,19 +105,22 @@ class Wav2Vec2(WaveformEncoder):
             self.context.reset_parameters()
             self.target.reset_parameters()
 
-    def contrast(
-        self, waveform: Tensor, lengths: Tensor | None = None, hidden: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:  # B N, B, B S bool -> B S E, B S E, B S G V
-        """Return the projected contexts, the projected quantized vectors and the probabilities of the entries.
-
-        `hidden` is True for frames that the Transformer must not see. The quantizer sees all frames.
+    def contrast(self, waveform: Tensor, lengths: Tensor | None = None, hidden: Tensor | None = None) -> Contrast:
+        """Return what pre-training compares, for B N samples. `hidden` (B S bool) is True for frames that the Transformer must not
+        see. The quantizer sees all frames.
         """
-        x = self.convolve(waveform, lengths)
+        convolved = self.run_stem(waveform, lengths)
+        x = self.stem_out(convolved)
         quantized, probabilities = self.quantizer(self.dropout(x))
         if hidden is None:
             hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         contexts = self.context(self.contextualize(x, self.make_mask(x, lengths), hidden))
-        return contexts, self.target(quantized), probabilities
+        return Contrast(contexts, self.target(quantized), probabilities, convolved)
+
+    def predict_codes(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:  # B N, B -> B S G int64
+        """Return the most probable entry of each codebook for each frame."""
+        logits = self.quantizer.choose(self.convolve(waveform, lengths))
+        return logits.unflatten(-1, (self.config.codebooks, -1)).argmax(-1)
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:  # B N, B -> output
         """Return the output given by `config.output_type`; see `fieldguide.core.card.OUTPUT_TYPES` for the shapes."""
@@ -162,6 +175,7 @@ CARD = Card(
             params=2_159_321_120,
             source="facebook/wav2vec2-xls-r-2b",
         ),
+        "wav2vec2-xs": Size(**SMALL, codes=64, code_dim=64),  # not in the paper; for minutes to a few hours of speech
         "wav2vec2-base-pretraining": Size(output_type="contexts", params=95_044_608, source="facebook/wav2vec2-base"),
         "wav2vec2-test": Size(
             vocab_size=7,
@@ -185,5 +199,12 @@ CARD = Card(
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
-    recipe={"optimizer": "adamw", "lr": 1e-4, "beta2": 0.98, "weight_decay": 0.01, "warmup": 0.1},
+    recipe={
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "beta2": 0.98,
+        "weight_decay": 0.01,
+        "schedule": "linear",
+        "warmup": 0.08,
+    },  # base
 )

@@ -142,5 +142,12 @@ CARD = Card(
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
-    recipe={"optimizer": "adamw", "lr": 1e-4, "beta2": 0.98, "weight_decay": 0.01, "warmup": 0.1},
+    recipe={
+        "optimizer": "adamw",
+        "lr": 5e-4,
+        "beta2": 0.98,
+        "weight_decay": 0.01,
+        "schedule": "linear",
+        "warmup": 0.08,
+    },  # base
 )

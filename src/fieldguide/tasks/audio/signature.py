@@ -158,3 +158,34 @@ class SpeechSignature(SignatureBuilder):
 
     def describe_limits(self) -> Limits:
         return replace(super().describe_limits(), samples=audio.MAX_SAMPLES)
+
+
+class PretrainingSignature(SignatureBuilder):
+    """The signature of pre-training: codes of the frames of recordings."""
+
+    options: Any
+
+    @property
+    def wave(self) -> Waveform:
+        """Return the preprocessing of recordings."""
+        raise NotImplementedError
+
+    def describe_inputs(self) -> Sequence[InputField]:
+        form = AudioFormat(self.options.rate, self.options.seconds)
+        return [describe_column(c, audio=form) for c in self.input_columns()]
+
+    def describe_preprocessing(self, card: Card) -> Sequence[Step]:
+        return list_waveform_steps(self.wave)
+
+    def describe_postprocessing(self, members: int) -> Sequence[Step]:
+        return [Step("codes", "the most probable code of each frame, in each codebook", False)]
+
+    def describe_record(self) -> Sequence[RecordField]:
+        frame = RecordField("", "array", "a code for each codebook", items=RecordField("", "integer", low=0))
+        return [
+            RecordField("codes", "array", "the frames in order", items=frame),
+            RecordField("frame_seconds", "number", "seconds from one frame to the next", low=0),
+        ]
+
+    def describe_limits(self) -> Limits:
+        return replace(super().describe_limits(), samples=audio.MAX_SAMPLES)

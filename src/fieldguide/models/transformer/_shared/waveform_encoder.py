@@ -28,6 +28,24 @@ from fieldguide.models.transformer.bert import CLASSES
 
 EPS = 1e-5
 OUTPUT_TYPES = ("ctc", "label", "vector")
+# A network for little speech. Its convolutions are those of contrastive predictive coding (van den Oord et al. 2018,
+# arXiv:1807.03748, section 3.1), fewer and with a frame every 160 samples.
+SMALL: dict[str, Any] = {
+    "dim": 96,
+    "depth": 4,
+    "heads": 4,
+    "hidden": 384,
+    "pre_norm": True,
+    "stem_dims": (96,) * 5,
+    "stem_kernels": (10, 8, 4, 4, 4),
+    "stem_strides": (5, 4, 2, 2, 2),
+    "stem_norm": "layer",
+    "stem_bias": True,
+    "pos_kernel": 32,
+    "pos_groups": 8,
+    "projection": 96,
+    "contrast_dim": 64,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,12 +284,16 @@ class WaveformEncoder(nn.Module):
         """Return the number of output frames for this number of samples; integers or tensors. Only whole windows count."""
         return self.count_frames(lengths)
 
-    def convolve(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:  # B N, B -> B S C
-        """Return the normalized output of the convolutions."""
+    def run_stem(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:  # B N, B -> B S C
+        """Return the output of the convolutions."""
         x = F.pad(waveform, (0, max(0, self.field - waveform.shape[1])))[:, None]
         for i, layer in enumerate(self.stem):
             x = layer(x, None if lengths is None else self.count_frames(lengths, i + 1))
-        return self.stem_out(x.transpose(1, 2))
+        return x.transpose(1, 2)
+
+    def convolve(self, waveform: Tensor, lengths: Tensor | None) -> Tensor:  # B N, B -> B S C
+        """Return the normalized output of the convolutions."""
+        return self.stem_out(self.run_stem(waveform, lengths))
 
     def contextualize(
         self, x: Tensor, mask: Tensor | None, hidden: Tensor | None = None, states: list[Tensor] | None = None
@@ -319,6 +341,13 @@ class WaveformEncoder(nn.Module):
         """Return the final hidden states of the frames."""
         x = self.convolve(waveform, lengths)
         return self.contextualize(x, self.make_mask(x, lengths))
+
+    def list_states(self, waveform: Tensor, lengths: Tensor | None = None) -> list[Tensor]:  # B N, B -> B S D each
+        """Return the input of the first block and the output of each block."""
+        states: list[Tensor] = []
+        x = self.convolve(waveform, lengths)
+        self.contextualize(x, self.make_mask(x, lengths), None, states)
+        return states
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:  # B N, B -> output
         """Return the output given by `config.output_type`; see `fieldguide.core.card.OUTPUT_TYPES` for the shapes."""
