@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.generation import Sampling, generate
 from fieldguide.models.recurrent.mamba2 import scan, sum_segments
 from fieldguide.models.registry import cards, create
+from fieldguide.models.transformer._shared import rope_kinds
 from test_models import tiny
 from test_pretrained import settled
 from tv import transformers
@@ -351,11 +353,61 @@ def test_configurations_as_published(name, changes, old, tmp_path):
     torch.testing.assert_close(fieldguide.load(tmp_path)(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+LONG = {"factor": 2.0, "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0], "original_max_position_embeddings": 8}
+SCALINGS = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 5},
+    "yarn of a table": {
+        **{"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 5, "beta_fast": 2.0, "beta_slow": 0.5},
+        **{"attention_factor": 1.3, "truncate": False},
+    },
+    "yarn with mscale": {
+        **{"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 5},
+        **{"mscale": 0.7, "mscale_all_dim": 1.4},
+    },
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "olmo2", "qwen3-moe"])
+def test_scaled_rotary_positions(name, kind, tmp_path):
+    """Frequencies, attention factor and outputs; also from the keys of files of before 2025, and after a round trip."""
+    scaling = {"rope_theta": 50.0, **SCALINGS[kind]}
+    usual = CONFIGS.get(name, ({"num_key_value_heads": 2, "head_dim": 4},))[0]
+    usual = {"head_dim": 4, **usual} if name == "mixtral" else usual  # transformers cannot infer it with a scaling
+    peer = theirs(name, {**usual, "rope_parameters": scaling, "max_position_embeddings": 20})
+    peer.save_pretrained(tmp_path / "new")
+    ours, tokens = fieldguide.load(tmp_path / "new"), torch.randint(30, (2, 17))
+    speed = ours.inverse_frequencies(torch.device("cpu"))
+    rotary = peer.model.rotary_emb
+    torch.testing.assert_close(speed, rotary.inv_freq, rtol=1e-6, atol=0)
+    assert rope_kinds.get_attention_factor(ours.config.rope_scaling) == pytest.approx(rotary.attention_scaling)
+    torch.testing.assert_close(ours(tokens), peer(tokens).logits, rtol=1e-4, atol=1e-4)
+    plain = fieldguide.create(f"{name}-test", **{**asdict(ours.config), "rope_scaling": ()})
+    plain.load_state_dict(ours.state_dict())
+    assert torch.allclose(plain.eval()(tokens), ours(tokens), rtol=1e-4, atol=1e-4) == (kind == "dynamic")
+    old = {key.replace("rope_type", "type"): value for key, value in SCALINGS[kind].items()}
+    peer.save_pretrained(tmp_path / "old")
+    edit(tmp_path / "old", rope_parameters=..., rope_theta=50.0, rope_scaling=old)
+    torch.testing.assert_close(fieldguide.load(tmp_path / "old")(tokens), ours(tokens), rtol=0, atol=0)
+    fieldguide.save(ours, tmp_path / "again", format="huggingface")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "again")
+    config.head_dim = getattr(config, "head_dim", None) or 2 * len(speed)
+    again = type(rotary)(config)
+    torch.testing.assert_close(again.inv_freq, rotary.inv_freq, rtol=1e-6, atol=0)
+    assert again.attention_scaling == pytest.approx(rotary.attention_scaling)
+    if kind == "dynamic":
+        with pytest.raises(SettingsError, match="Longer sequences are not supported with dynamic scaling"):
+            fieldguide.load(tmp_path / "new", length=40)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
-        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ("qwen2", {"rope_parameters": {"rope_type": "longrope", **LONG}}, "rope_type='longrope'"),
         ("gpt-neox", {"attention_bias": False}, "attention_bias=False"),
         ("gpt-neox", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ("opt", {"activation_function": "gelu"}, "activation_function='gelu'"),

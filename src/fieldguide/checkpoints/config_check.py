@@ -56,15 +56,19 @@ def check_fields(
 
 def find_fault(card: Card, name: str, kind: str, value: Any) -> str | None:
     """Return what the value of a field must be, or None if it is that."""
-    kind, _, optional = kind.partition(" | ")
-    if optional and value is None:
-        return None
+    if kind.endswith(" | None"):
+        if value is None:
+            return None
+        kind = kind.removesuffix(" | None")
     if kind.startswith("tuple["):
         inner = kind.removeprefix("tuple[").partition(",")[0]
         if not isinstance(value, tuple | list) or len(value) > MAX_ENTRIES:
             return f"a list of at most {MAX_ENTRIES:,} values"
         faults = (find_fault(card, name, inner, item) for item in value)
         return next((f"a list of values, each {fault}" for fault in faults if fault), None)
+    if " | " in kind:
+        either = [find_fault(card, name, one, value) for one in kind.split(" | ")]
+        return " or ".join(fault for fault in either if fault) if all(either) else None
     if kind == "int":
         least, most = get_limits(card.name, name)
         is_integer = isinstance(value, int) and not isinstance(value, bool)

@@ -98,6 +98,10 @@ def write_file(
     if getattr(network.config, "tie_embeddings", False):
         state.pop("output.weight", None)
     if scaling := getattr(network.config, "rope_scaling", None):
+        if isinstance(scaling[0], str):
+            raise ExportError(
+                f"rotary positions with {scaling[0]} scaling cannot be written to GGUF yet. Export to safetensors."
+            )
         state["rope_freqs.weight"] = compute_rope_factors(network)
         writer.add_uint32(f"{metadata['general']['architecture']}.rope.scaling.original_context_length", int(scaling[-1]))
     for name, tensor in state.items():

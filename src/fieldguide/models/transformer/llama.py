@@ -24,9 +24,15 @@ from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, RotaryAttention, cos_sin_at
 from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
 from fieldguide.models.layers.norm import RMSNorm
-from fieldguide.models.layers.rope_scaling import scale_llama3
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Dropped, Fused, InterleavedRotary, Row
+from fieldguide.models.transformer._shared.rope_kinds import (
+    check_scaling,
+    get_attention_factor,
+    read_scaling,
+    scale_frequencies,
+    write_scaling,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class Config:
     kv_heads: int = 32  # number of key/value heads
     hidden: int = 11_008  # hidden width of the gated MLPs
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    rope_scaling: tuple[float, ...] = ()  # Llama 3.1: factor, low and high frequency factor, original length
+    rope_scaling: tuple[float | str, ...] = ()  # see `_shared/rope_kinds.py`
     eps: float = 1e-6
     tie_embeddings: bool = False  # the output head shares the weights of the embedding
 
@@ -151,6 +157,7 @@ class Llama(Decoder):
     """
 
     def __init__(self, config: Any):
+        check_scaling(getattr(config, "rope_scaling", ()), config.length)
         super().__init__(config, self.make_norm(config), config.tie_embeddings)
 
     def make_norm(self, c: Any) -> nn.Module:
@@ -159,10 +166,8 @@ class Llama(Decoder):
 
     def inverse_frequencies(self, device: torch.device) -> Tensor:  # -> d/2
         """Return the rotary frequencies, scaled if `rope_scaling` is set."""
-        plain = inverse_frequencies(self.width, self.config.rope_theta, device)
-        if not self.config.rope_scaling:
-            return plain
-        return scale_llama3(plain, *self.config.rope_scaling)
+        c = self.config
+        return scale_frequencies(inverse_frequencies(self.width, c.rope_theta, device), c.rope_scaling, c.rope_theta)
 
     def mask_keys(self, steps: int, mask: Tensor | None, cache: Cache | None, device: torch.device) -> Tensor | None:
         """Return which keys each new token attends to; see `causal_mask`."""
@@ -174,7 +179,8 @@ class Llama(Decoder):
 
     def make_turn(self, places: Tensor, cache: Cache | None, like: Tensor) -> CosSin:  # T or B T -> (B 1) T d, twice
         """Return the cosines and sines of the rotary angles at the positions of the new tokens."""
-        return cos_sin_at(places, self.inverse_frequencies(like.device), like)
+        factor = get_attention_factor(getattr(self.config, "rope_scaling", ()))
+        return cos_sin_at(places, self.inverse_frequencies(like.device), like, factor)
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:  # -> B T D
         """Return the final hidden states."""
@@ -261,27 +267,17 @@ def meta(c: Config) -> dict[str, Row]:
 def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Return rope_theta and rope_scaling from a configuration of transformers, in the current form or that of before 2025."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
     values: dict[str, Any] = {"rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))}
-    if kind == "llama3":
-        values["rope_scaling"] = tuple(float(rope[key]) for key in ROPE_SCALING_KEYS)
-    elif kind != "default":
-        raise WeightsError(
-            f"rope_type={kind!r} is not supported. Supported are 'llama3' (the scaling of Llama 3.1) and 'default' (none)."
-        )
+    if scaling := read_scaling(rope, theirs.get("max_position_embeddings", 0)):
+        values["rope_scaling"] = scaling
     return values
 
 
 def write_rope(c: Any) -> dict[str, Any]:
     """Return the rope_parameters of a config."""
-    return {
-        "rope_type": "llama3" if c.rope_scaling else "default",
-        "rope_theta": c.rope_theta,
-        **{key: int(x) if key.startswith("orig") else x for key, x in zip(ROPE_SCALING_KEYS, c.rope_scaling)},
-    }
+    return {"rope_theta": c.rope_theta, **write_scaling(c.rope_scaling)}
 
 
-ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SHARED: dict[str, ConfigRow] = {  # shared by related models
     "vocab_size": "vocab_size",
     "max_position_embeddings": "length",

@@ -48,7 +48,7 @@ class Config:
     kv_heads: int = 32  # number of key/value heads
     hidden: int = 11_008  # hidden width of the gated MLPs
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    rope_scaling: tuple[float, ...] = ()  # as in `llama.Config`
+    rope_scaling: tuple[float | str, ...] = ()  # as in `llama.Config`
     eps: float = 1e-5
     picture: int = 32_000  # ID of the image token; may be beyond the vocabulary
 

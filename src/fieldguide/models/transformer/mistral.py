@@ -35,7 +35,7 @@ class Config:
     hidden: int = 14_336  # hidden width of the gated MLPs
     window: int = 0  # attention window, including the token itself; 0 = unlimited
     rope_theta: float = 1_000_000.0  # base of the rotary wavelengths
-    rope_scaling: tuple[float, ...] = ()
+    rope_scaling: tuple[float | str, ...] = ()
     eps: float = 1e-5
     tie_embeddings: bool = False  # the output head shares the weights of the embedding
 

@@ -38,7 +38,7 @@ class Config:
     experts: int = 8  # E
     used: int = 2  # experts per token
     rope_theta: float = 1_000_000.0  # base of the rotary wavelengths
-    rope_scaling: tuple[float, ...] = ()
+    rope_scaling: tuple[float | str, ...] = ()
     eps: float = 1e-5
     tie_embeddings: bool = False  # the output head shares the weights of the embedding
     balancing: float = 0.02  # weight of the load-balancing loss in training

@@ -33,7 +33,7 @@ class Config:
     kv_heads: int = 32  # number of key/value heads
     hidden: int = 11_008  # hidden width of the gated MLPs
     rope_theta: float = 500_000.0  # base of the rotary wavelengths
-    rope_scaling: tuple[float, ...] = ()
+    rope_scaling: tuple[float | str, ...] = ()
     eps: float = 1e-6
     tie_embeddings: bool = False  # the output head shares the weights of the embedding
 

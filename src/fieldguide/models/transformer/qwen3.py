@@ -30,7 +30,7 @@ class Config:
     width: int = 128  # d
     hidden: int = 12_288  # hidden width of the gated MLPs
     rope_theta: float = 1_000_000.0  # base of the rotary wavelengths
-    rope_scaling: tuple[float, ...] = ()
+    rope_scaling: tuple[float | str, ...] = ()
     eps: float = 1e-6
     tie_embeddings: bool = False  # the output head shares the weights of the embedding
 

@@ -38,7 +38,7 @@ class Config:
     experts: int = 128  # E
     used: int = 8  # experts per token
     rope_theta: float = 1_000_000.0  # base of the rotary wavelengths
-    rope_scaling: tuple[float, ...] = ()
+    rope_scaling: tuple[float | str, ...] = ()
     eps: float = 1e-6
     tie_embeddings: bool = False  # the output head shares the weights of the embedding
     balancing: float = 0.001  # weight of the load-balancing loss in training
