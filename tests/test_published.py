@@ -306,7 +306,7 @@ def test_visual_question_answering(tmp_path, pictures):
 
 
 def test_invalid_requests_are_rejected(tmp_path):
-    texts(tmp_path / "one", "ForSequenceClassification", num_labels=1)
+    texts(tmp_path / "one", "ForSequenceClassification", num_labels=1, problem_type="regression")
     with pytest.raises(WeightsError, match="predicts a number, not one of several classes"):
         PretrainedTask.load(tmp_path / "one")
     texts(tmp_path / "many", "ForSequenceClassification", problem_type="multi_label_classification", **NAMES)

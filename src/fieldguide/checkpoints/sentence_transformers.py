@@ -36,6 +36,7 @@ ACTIVATIONS = {
     "Sigmoid": nn.Sigmoid,
     "SiLU": nn.SiLU,
 }
+SCORES = {"Sigmoid": "sigmoid", "Identity": "logit"}  # activation of a cross-encoder -> its score
 PASSIVE = ("Transformer", "Normalize", "Dropout")  # the network itself, and what changes no direction
 
 
@@ -151,3 +152,22 @@ def read_prompt(folder: Path) -> str:
     name = get_checked(config, "default_prompt_name", str, path, WeightsError)
     prompts = get_checked(config, "prompts", dict, path, WeightsError) or {}
     return (get_checked(prompts, name, str, path, WeightsError) or "") if name else ""
+
+
+def find_score(config: Mapping[str, Any], folder: Path) -> str:
+    """Return how a cross-encoder with one output scores a pair, "sigmoid" or "logit"; "" for other networks with one output.
+
+    `config` is its config.json. Without a stated activation it is a sigmoid, as in sentence-transformers. Raises `WeightsError` for an
+    unknown activation.
+    """
+    own = config.get("sentence_transformers")
+    stated = own.get("activation_fn") if isinstance(own, Mapping) else None
+    stated = stated or config.get("sbert_ce_default_activation_function")
+    if stated is None:
+        return "" if config.get("problem_type") == "regression" else "sigmoid"
+    name = str(stated).rpartition(".")[2]
+    if name not in SCORES:
+        raise WeightsError(
+            f"{folder}: the activation {name} of a cross-encoder is not supported. Supported are {', '.join(SCORES)}."
+        )
+    return SCORES[name]

@@ -135,9 +135,16 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
 
         side = getattr(config, "image", None) or get_input_side(folder) or DEFAULT_SIDE_PIXELS
         pictures = build_transform(folder, side, found.channels, card.scale)
+    score = ""
+    if (
+        gives == "label"
+        and card.input_type == "tokens"
+        and getattr(config, card.names.get("num_classes", "num_classes"), 0) == 1
+    ):
+        score = sentence_transformers.find_score(public_config, folder)
     names = (
         get_class_names(public_config, getattr(config, card.names.get("num_classes", "num_classes"), 0), found.path)
-        if gives in ("label", "labels")
+        if gives in ("label", "labels") and not score
         else []
     )
     length = getattr(config, "length", 0)
@@ -150,7 +157,9 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
     audio = found.preprocessing_defaults() if card.input_type in ("speech", "waveform") else None
     pooling = read_pooling(folder, text, getattr(config, "dim", 0))
     begin, end = (getattr(config, name, None) for name in ("begin", "end"))
-    return CheckpointAssets(names, words, length, pictures, pooling, audio=audio, horizon=horizon, begin=begin, end=end)
+    return CheckpointAssets(
+        names, words, length, pictures, pooling, audio=audio, horizon=horizon, begin=begin, end=end, score=score
+    )
 
 
 def get_class_names(config: dict[str, Any], classes: int, where: Path) -> list[str]:

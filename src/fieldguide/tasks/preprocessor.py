@@ -45,6 +45,7 @@ class CheckpointAssets:
     horizon: int = 0  # steps that the model forecasts, if it forecasts series that it was not trained on
     begin: int | None = None  # ids of the tokens around generated texts, if the model's configuration names them
     end: int | None = None
+    score: str = ""  # of a network with one output for a pair of texts: "logit", or "sigmoid" for its probability
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -26,9 +26,10 @@ from fieldguide.models.layers.padding import ensure_nonempty
 from fieldguide.models.layers.rope import cos_sin_table, rotate
 from fieldguide.models.mapping.config_rules import Derived, Expect, WithDefault
 from fieldguide.models.mapping.key_rules import Row
-from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, TextEncoder
+from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, TextEncoder, mean_pool
 from fieldguide.models.transformer.bert import CLASSES, architecture_rule
 
+POOLINGS = ("cls", "mean")
 EPS = 1e-5  # epsilon of the normalization layers
 
 
@@ -46,6 +47,7 @@ class Config:
     window: int = 128  # attention window of the local layers, half on either side
     turn: float = 160_000.0  # rotary base of the global layers
     turn_near: float = 10_000.0  # rotary base of the local layers
+    pooling: str = "cls"  # the output label is predicted from the first token; or "mean", from the mean over the tokens
     dropout: float = 0.0
 
 
@@ -102,6 +104,8 @@ class ModernBert(TextEncoder):
         c = config
         if c.every < 1 or c.window < 2:
             raise SettingsError(f"every={c.every} must be at least 1 and window={c.window} at least 2.")
+        if c.pooling not in POOLINGS:
+            raise SettingsError(f"pooling={c.pooling!r} must be one of {', '.join(POOLINGS)}.")
         self.word, self.norm_word = nn.Embedding(c.vocab_size, c.dim), layer_norm(c.dim)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.depth))
@@ -172,6 +176,9 @@ class ModernBert(TextEncoder):
         """Return the output given by `config.output_type`; see `fieldguide.core.card.OUTPUT_TYPES` for the shapes."""
         if self.config.output_type in ("labels", "span"):
             return self.head(self.last_dropout(self.transform(self.features(tokens, mask))))
+        if self.config.output_type == "label" and self.config.pooling == "mean":
+            pooled = mean_pool(self.features(tokens, mask), mask)
+            return self.head(self.last_dropout(self.transform(pooled)))
         return super().forward(tokens, mask)
 
 
@@ -199,14 +206,14 @@ def huggingface(config: Config) -> dict[str, Row]:
     }
 
 
-def check_pooling(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Raise `WeightsError` if labels are predicted from the mean over tokens; other heads do not depend on the pooling."""
+def read_pooling(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pooling of labels; other heads do not depend on it. Raises `WeightsError` for one that is not supported."""
     pooling, kinds = theirs.get("classifier_pooling", "cls"), theirs.get("architectures") or []
-    if pooling != "cls" and any("ForSequenceClassification" in kind for kind in kinds):
-        raise WeightsError(
-            f"classifier_pooling={pooling!r} is not supported; ModernBERT predicts labels from the first token here."
-        )
-    return {}
+    if not any("ForSequenceClassification" in kind for kind in kinds):
+        return {}
+    if pooling not in POOLINGS:
+        raise WeightsError(f"classifier_pooling={pooling!r} is not supported. Supported are {', '.join(POOLINGS)}.")
+    return {"pooling": pooling}
 
 
 CONFIG = {
@@ -227,7 +234,7 @@ CONFIG = {
     "attention_dropout": Expect(lambda c: c.dropout),
     "mlp_dropout": Expect(lambda c: c.dropout),
     "classifier_dropout": Expect(lambda c: c.dropout),
-    "classifier_pooling": Derived(check_pooling, lambda c: "cls"),
+    "classifier_pooling": Derived(read_pooling, lambda c: c.pooling),
     "hidden_activation": Expect("gelu"),
     "norm_eps": Expect(EPS),
     "norm_bias": Expect(False),

@@ -31,7 +31,7 @@ from fieldguide.metrics.bm25 import BM25
 from fieldguide.metrics.ranking import rank_groups, resample_means, score_queries
 from fieldguide.objectives import Objective
 from fieldguide.objectives.reranking import Reranking
-from fieldguide.tasks.base import Arrays, Baseline, Metric
+from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.signature_parts import probability
 from fieldguide.tasks.supervised import fill_options
@@ -367,6 +367,24 @@ class PassageReranking(PairSignature, TextTask):
             Table("Random queries", "", header, [describe(int(row)) for row in sample]),
         ]
         return {"Rankings": [element for element in shown if not isinstance(element, Table) or element.rows]}
+
+    @classmethod
+    def published(cls, assets: CheckpointAssets) -> Self | None:
+        """Return the task of a cross-encoder. It reads the columns `query` and `passage`, or those that the user names."""
+        if not assets.score:
+            return None
+        if len(assets.columns) not in (0, 2):
+            raise SettingsError(
+                f"columns={','.join(assets.columns)}: a reranker reads two columns, of queries and of passages. Name both, or none."
+            )
+        query, passage = assets.columns or ("query", "passage")
+        loss = "pointwise" if assets.score == "sigmoid" else "listwise"
+        return cls.from_state(
+            [Column(query, "text"), Column(passage, "text"), Column("label", "number", "target")],
+            cls.Options(query=query, passage=passage, length=assets.length, least=1.0, loss=loss),
+            {"median": assets.length, "highest": 1.0, "usual": cls.Options.candidates},
+            assets.tokenizer_folder,
+        )
 
     # Saved with the run
 

@@ -188,7 +188,9 @@ class TextClassification(PairSignature, TextTask, ClassificationTask):
         return [quotes for quotes in found if quotes.quotes]
 
     @classmethod
-    def published(cls, assets: CheckpointAssets) -> Self:
+    def published(cls, assets: CheckpointAssets) -> Self | None:
+        if assets.score:  # one output and no classes
+            return None
         return cls.from_state(
             [*assets.texts(2), Column("label", "category", "target")],
             cls.Options(length=assets.length),
