@@ -1582,6 +1582,11 @@ CASES = {
     ),
     "autoencoder": Case(inputs=row("features"), lr=1e-2, peer=equations(forecasters.autoencoder)),
     "conv-autoencoder": Case(inputs=steps, lr=3e-2, peer=equations(forecasters.conv_autoencoder)),
+    "patchcore": Case(
+        inputs=image,
+        lr=1e-2,
+        peer=lambda model: equations(references.patchcore(model.config.patch, model.config.stride))(model),
+    ),
     "rocket": Case(
         inputs=series,
         lr=0.1,

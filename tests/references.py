@@ -599,6 +599,51 @@ def item_neighbors(decay: float) -> Callable[..., Tensor]:
     return function
 
 
+def patchcore(patch: int, stride: int) -> Callable[..., Tensor]:
+    """The distance of one patch after another to every stored one; then linear interpolation and a Gaussian as matrices."""
+
+    def interpolate(rows: int, size: int) -> Tensor:  # size x rows, with the centers of pixels aligned
+        matrix = torch.zeros(size, rows, dtype=torch.float64)
+        for i in range(size):
+            place = min(max((i + 0.5) * rows / size - 0.5, 0.0), rows - 1.0)
+            low = int(place)
+            matrix[i, low] += 1 - (place - low)
+            matrix[i, min(low + 1, rows - 1)] += place - low
+        return matrix
+
+    def blur(size: int, sigma: float) -> Tensor:  # size x size
+        reach = range(-round(3 * sigma), round(3 * sigma) + 1)
+        total = sum(math.exp(-(k**2) / (2 * sigma**2)) for k in reach)
+        matrix = torch.zeros(size, size, dtype=torch.float64)
+        for i in range(size):
+            for k in reach:
+                matrix[i, min(max(i + k, 0), size - 1)] += math.exp(-(k**2) / (2 * sigma**2)) / total
+        return matrix
+
+    def function(p: dict[str, Tensor], image: Tensor) -> Tensor:
+        edge, (high, wide) = patch // 2, image.shape[2:]
+        maps = []
+        for one in image:
+            grid = []
+            for y in range(0, high, stride):
+                row = []
+                for x in range(0, wide, stride):
+                    ys = [min(max(y + k, 0), high - 1) for k in range(-edge, edge + 1)]
+                    xs = [min(max(x + k, 0), wide - 1) for k in range(-edge, edge + 1)]
+                    numbers = one[:, ys][:, :, xs].flatten()
+                    components = p["basis"].T @ (numbers - p["mean"])
+                    row.append(torch.stack([(components - stored).norm() for stored in p["memory"]]).min())
+                grid.append(torch.stack(row))
+            found = torch.stack(grid)
+            vertical, horizontal = (
+                (blur(size, stride) @ interpolate(rows, size)).to(found.dtype) for rows, size in zip(found.shape, (high, wide))
+            )
+            maps.append(vertical @ found @ horizontal.T)
+        return torch.stack(maps)
+
+    return function
+
+
 def sasrec(heads: int, length: int) -> Callable[..., Tensor]:
     """The authors' code, one history, one item, one head at a time."""
 

@@ -56,6 +56,7 @@ RUNS = {
         {"batch": 16, "task.objective": "clusters", "task.clusters": 12, **SMALL_STEM},
     ),
     "anomaly-detection": ("pumps", "conv-autoencoder-test", {"task.length": 16}),
+    "anomaly-detection-in-images": ("fabric", "patchcore-test", {"task.side": 24, "model.memory": 40}),
     "text-embedding": ("helpdesk", "bert-test", {"task.vocab_size": 320, "task.length": 24}),
     "reranking": ("shortlist", "bert-test", {"task.vocab_size": 320, "task.length": 48}),
     "preference-tuning": ("replies", "gpt2-test", {"task.vocab_size": 320, "task.length": 48}),
@@ -63,6 +64,7 @@ RUNS = {
     "video-generation": ("narrated", "latte-pixels-16", {"model.dim": 12, "model.depth": 2, "model.words": 8}),
     "time-series-classification": ("motions", "inceptiontime-test", {"model.lengths": (10, 5)}),
 }
+KINDS = {"anomaly-detection-in-images": "anomaly-detection"}  # name of a run -> task, if they differ
 ASKED = {
     "image-text-to-text": {"prompt": QUESTION, "max_new_tokens": 8},
     "preference-tuning": {"max_new_tokens": 8, "temperature": 0.0},
@@ -117,6 +119,7 @@ def inputs(task: str, home: Path, folder: Path) -> list[str]:
     """A few raw inputs, stored beside the answers that they got."""
     if task in (
         "image-classification",
+        "anomaly-detection-in-images",
         "keypoint-detection",
         "instance-segmentation",
         "panoptic-segmentation",
@@ -125,7 +128,7 @@ def inputs(task: str, home: Path, folder: Path) -> list[str]:
         "image-to-image",
     ):
         place, each = (home, 300) if home.is_dir() else (home.parent, 12)
-        chosen = sorted(p for p in place.rglob("*.png") if not {"annotations", "B"} & set(p.parts))[::each]
+        chosen = sorted(p for p in place.rglob("*.png") if not {"annotations", "B", "ground_truth"} & set(p.parts))[::each]
         names = [f"image-{i}.png" for i in range(len(chosen))]
         for path, name in zip(chosen, names):
             shutil.copy(path, folder / name)
@@ -192,14 +195,17 @@ def main() -> None:
             names = inputs(task, home, folder)
             weights = home.parent / "checkpoint" if sample == "messages" else None
             told = {**QUICK, **settings}
-            run = fieldguide.fit(home, task=task, model=model, out=Path(work) / "run", settings=told, weights=weights)
+            run = fieldguide.fit(
+                home, task=KINDS.get(task, task), model=model, out=Path(work) / "run", settings=told, weights=weights
+            )
             for name in KEPT:
                 if (run.path / name).is_dir():
                     shutil.copytree(run.path / name, folder / name)
-                else:
+                elif (run.path / name).is_file():  # models that are fitted without steps have no metrics.jsonl
                     shutil.copy(run.path / name, folder / name)
-        scored = [x for x in (folder / "metrics.jsonl").read_text().splitlines(True) if "scores" in x]
-        (folder / "metrics.jsonl").write_text("".join(scored))  # the losses would be half of the folder
+        if (file := folder / "metrics.jsonl").is_file():
+            scored = [x for x in file.read_text().splitlines(True) if "scores" in x]
+            file.write_text("".join(scored))  # the losses would be half of the folder
         remove_root(folder, home)
         record = json.loads((folder / "run.json").read_text())
         record["data"] |= {"root": sample, "source": sample}  # no path of the machine that made it

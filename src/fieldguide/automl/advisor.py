@@ -178,7 +178,8 @@ def rank_networks(
         resolve_size(model, able)
         able = [name for name in able if registry.card(name).name == model]
     elif model == "auto":
-        able = [name for name in able if not registry.card(name).solver]  # baselines are compared with the choice later
+        # Baselines are compared with the choice later, unless the task has no other models.
+        able = [name for name in able if not registry.card(name).solver] or able
     elif model != "auto":
         option = judge.rate(resolve_size(model, able), first, config)
         if config is not None and option.name != model:

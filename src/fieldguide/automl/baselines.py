@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fieldguide.automl.advisor import build_config
 from fieldguide.checkpoints import hub, load
 from fieldguide.core import distributed
-from fieldguide.core.card import PRETRAINED_SOLVER, Card
+from fieldguide.core.card import Card
 from fieldguide.core.errors import FieldguideError
 from fieldguide.data.dataset import Data
 from fieldguide.data.loader import Batches
@@ -229,7 +229,7 @@ class SolverLoop:
         self.callback.on_phase(f"fitting {plan.card.name}")
         is_limited = bool(minutes) and not self.settings.deterministic
         deadline = time.monotonic() + (plan.training_seconds or 60 * minutes) if is_limited else math.inf
-        network = plan.objective.model.cpu() if plan.card.solver == PRETRAINED_SOLVER else None
+        network = plan.objective.model.cpu() if plan.card.fits_network else None
         fitted = solve(plan, plan.card, plan.config, deadline, self.callback, network=network)
         plan.config, plan.objective, plan.parameters = fitted.config, fitted.objective, fitted.parameters
         self.callback.log(f"{plan.card.name}: {fitted.chosen}")

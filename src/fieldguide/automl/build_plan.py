@@ -23,6 +23,7 @@ from fieldguide.automl.choose_network import adapt_to_checkpoint, choose_network
 from fieldguide.automl.clock import Clock, get_training_seconds
 from fieldguide.automl.time_budget import ENOUGH_STEPS, choose_batch_size, resolve_settings
 from fieldguide.checkpoints import load
+from fieldguide.checkpoints.backbone import use_as_backbone
 from fieldguide.core import distributed
 from fieldguide.core.card import PRETRAINED_SOLVER, Card
 from fieldguide.core.errors import SettingsError
@@ -98,6 +99,7 @@ class Plan:
         if plan.fresh is not None and (task.needs_reference or not has_trained):
             name = None if request["model"] == "auto" else request["model"]
             checkpoint = load.inspect_checkpoint(request["weights"], name, callback.log, download=False)
+            checkpoint = use_as_backbone(checkpoint, plan.card.output_types)
         plan.build_batches(callback)
         plan.build_objective(callback, checkpoint, {"finetune": settings.finetune})
         if plan.card.solver == PRETRAINED_SOLVER and checkpoint is None:  # a rival that became the model of the run

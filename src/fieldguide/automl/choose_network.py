@@ -15,6 +15,7 @@ from fieldguide.automl.clock import Clock, get_training_seconds
 from fieldguide.automl.request import group_settings
 from fieldguide.automl.step_times import StepTimer
 from fieldguide.checkpoints import load
+from fieldguide.checkpoints.backbone import use_as_backbone
 from fieldguide.core import distributed
 from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.core.settings import Settings
@@ -82,6 +83,7 @@ def choose_network(
         location, checkpoint = pretrained.resolve_auto(facts, callback)
     elif weights is not None:
         checkpoint = load.inspect_checkpoint(weights, None if model == "auto" else model, callback.log)
+        checkpoint = use_as_backbone(checkpoint, kind.output_types)
     if checkpoint is not None:
         model = checkpoint.size
         task_options = finetune.get_default_options(kind, checkpoint, task_options, callback)

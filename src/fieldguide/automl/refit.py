@@ -16,7 +16,6 @@ from fieldguide.automl import baselines
 from fieldguide.automl.build_plan import Plan
 from fieldguide.checkpoints import load
 from fieldguide.core import distributed
-from fieldguide.core.card import PRETRAINED_SOLVER
 from fieldguide.core.settings import Settings
 from fieldguide.data.splits import Splits
 from fieldguide.training import peft
@@ -44,7 +43,7 @@ def refit(plan: Plan, settings: Settings, state: State, weights: str | None, cal
         fixed = dict(plan.parameters)
         if "rounds" in fixed:
             fixed["rounds"] = max(1, round(fixed["rounds"] * factor))
-        network = plan.objective.model if plan.card.solver == PRETRAINED_SOLVER else None
+        network = plan.objective.model if plan.card.fits_network else None
         fitted = baselines.solve(whole, plan.card, plan.config, math.inf, callback, fixed=fixed, network=network)
         plan.config, plan.objective = fitted.config, fitted.objective
         return {"rows": len(rows), "chosen": fitted.chosen}

@@ -147,6 +147,7 @@ OUTPUT_TYPES: dict[str, str] = {
     "together. The last element is the bias of the logits, for an image, and 1, for a text",
     "forecast": "B H C Q float: H future steps of C series, Q values each (a point, or quantiles)",
     "reconstruction": "as the first input: what a network rebuilds of it from a narrow code",
+    "anomaly-map": "B H W float: how far the surroundings of each pixel are from those in normal images",
     "items": "logits B T items of the next item at each position; `model.score_next(...)` returns those after the latest item. "
     "Of networks that are trained, they equal `model.features(...)` B T D times `model.table()` items D",
     "masked-items": 'as for "items", with logits of the item at each position itself, for hidden items; in `items`, 0 is a hidden item',
@@ -171,12 +172,14 @@ SOLVERS: dict[str, str] = {
     "linear": "`model.head` is fitted to `model.encode(...)` as a logistic or ridge regression",
     "none": "nothing: the model has no weights that depend on the data",
     "context": "training rows are stored in a pretrained network, which reads them together with each request",
+    "memory": "features of patches of normal images are stored in a network, to which others are compared; it may be pretrained",
     "neighbors": "items that occur in the same histories are counted and stored with `model.set_neighbors`",
     "trees": "gradient-boosted trees are grown and stored with `model.set_trees`",
 }
 
 
 PRETRAINED_SOLVER = "context"  # the one that needs pretrained weights
+NETWORK_SOLVERS = ("context", "memory")  # those that start from a network and its weights
 WHOLE_ROWS_SOLVER = "neighbors"  # the one that reads whole rows, not parts of them that suit training by gradient descent
 NUMBER_SCALES = ("normal", "standard")  # of the numbers of tables; see `Card.number_scale`
 
@@ -350,6 +353,11 @@ class Card:
     def reads_whole_rows(self) -> bool:
         """Whether fitting reads each row whole, for example all items of a user."""
         return self.solver == WHOLE_ROWS_SOLVER
+
+    @property
+    def fits_network(self) -> bool:
+        """Whether fitting starts from a network that may be pretrained, without training it."""
+        return self.solver in NETWORK_SOLVERS
 
     @property
     def has_class_token(self) -> bool:

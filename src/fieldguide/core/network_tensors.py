@@ -317,6 +317,7 @@ OUTPUT_NAMES = {
     "sigmoid-embeddings": "embeddings",
     "forecast": "forecast",
     "reconstruction": "reconstruction",
+    "anomaly-map": "distances",
     "boxes": "grid",
     "poses": "grid",
     "prototypes": "grid",
@@ -399,6 +400,8 @@ def describe_output_axes(
         return (Axis("output_frames"), *sides), "predicted and quantized vector of each frame"
     if output == "reconstruction":
         return next(iter(inputs.values())).axes[1:], "the input, rebuilt"
+    if output == "anomaly-map":
+        return inputs["image"].axes[2:], "how far the surroundings of each pixel are from those in normal images"
     if output == "score":
         return (fix("score", 1),), "how realistic the input is"
     if output == "vector":

@@ -89,6 +89,7 @@ class ColumnSpec:
     kinds    role -> type of the columns with this role, or a function of their values that returns it (None: inferred)
     columns  name -> type, for columns with a conventional meaning
     media    type -> type, for media that are read as another type, such as images that are strips of video frames
+    new_classes  the test may hold classes that do not occur in training, such as kinds of anomalies
     gaps     keep rows without a target value; the task handles them
     checks   data checks that replace the default ones, which assume that rows are examples
     """
@@ -100,6 +101,7 @@ class ColumnSpec:
     columns: Mapping[str, Kind] = field(default_factory=dict)
     media: Mapping[Kind, Kind] = field(default_factory=dict)
     gaps: bool = False
+    new_classes: bool = False
     checks: tuple[Callable[[Data], Iterator[Finding]], ...] | None = None
 
     def kind(self, role: Role, values: pl.Series) -> Kind | None:

@@ -442,6 +442,8 @@ class TableReader(TableColumns):
                 len(rows),
                 "Use the same spelling.",
             )
+        if self.column_spec.new_classes:
+            return
         unknown = values.is_in([o for o in other if o not in same]).fill_null(False).to_numpy()
         new = unknown & ~self.bad
         if new.any():

@@ -12,7 +12,7 @@ from fieldguide.data.number_formats import list_replacements
 from fieldguide.data.text_values import MISSING_MARKERS
 from fieldguide.exporting.cases import StandardizeChannels, describe_steps
 from fieldguide.exporting.forecasting import describe_target
-from fieldguide.exporting.graph import BATCH, Graph, build_pipeline
+from fieldguide.exporting.graph import BATCH, ExportError, Graph, build_pipeline
 from fieldguide.exporting.tables import READING, describe_table
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ OUTPUTS = ("score", "shares")
 def build_anomaly_detection(predictor: TaskPredictor) -> Graph:
     """Return the graph of anomaly detection in rows of a table."""
     task: Any = predictor.task
+    if "image" in task.input_types:
+        raise ExportError("anomaly detection in images cannot be exported to a graph yet.")
     if task.preparer is None:
         return build_series_anomalies(predictor)
     table, scores = describe_table(task, "standard", True), AnomalyScores(task)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 
+THRESHOLDS = 1000  # at which pixels are counted
+
 
 def average_precision(score: np.ndarray, is_anomaly: np.ndarray) -> float:
     """Return the mean precision at each anomaly, in order of score (equal scores are one step); NaN without both kinds."""
@@ -51,3 +53,28 @@ def choose_threshold(normal: np.ndarray, rate: float) -> float:
     k = int(np.ceil((len(ordered) + 1) * (1 - rate)))
     top = float(ordered[min(k, len(ordered)) - 1])
     return max(top, 1e-12) if k <= len(ordered) else max(1.05 * top, 1e-12)
+
+
+def count_by_threshold(maps: np.ndarray, is_anomaly: np.ndarray, is_known: np.ndarray) -> np.ndarray:  # N H W each -> N 2 T
+    """Return how many normal pixels and pixels of anomalies of each image have a score between two neighboring thresholds.
+
+    Thresholds are quantiles of both kinds of pixels; the area under the ROC curve from these counts differs from that of all pixels
+    by less than 0.001.
+    """
+    levels = np.linspace(0, 1, THRESHOLDS // 2)
+    kinds = [maps[is_known & ~is_anomaly], maps[is_known & is_anomaly]]
+    edges = np.unique(np.concatenate([np.quantile(values, levels) for values in kinds if len(values)] or [[0.0]]))
+    counts = np.zeros((len(maps), 2, len(edges) + 1), dtype=np.int32)
+    for i, (values, wrong, known) in enumerate(zip(maps, is_anomaly, is_known)):
+        for kind, which in enumerate((known & ~wrong, known & wrong)):
+            counts[i, kind] = np.bincount(np.searchsorted(edges, values[which], "right"), minlength=len(edges) + 1)
+    return counts
+
+
+def roc_auc_of_counts(counts: np.ndarray) -> float:  # 2 T, normal and anomalous
+    """Return the area under the ROC curve from counts between thresholds, in ascending order; equal places count one half."""
+    normal, anomalous = counts
+    if not normal.sum() or not anomalous.sum():
+        return float("nan")
+    below = np.cumsum(normal) - normal
+    return float((anomalous * (below + normal / 2)).sum() / (normal.sum() * anomalous.sum()))

@@ -1,6 +1,7 @@
 """Training objectives: losses as modules around the networks that they train."""
 
 from fieldguide.objectives.adversarial import Adversarial, build_adversarial
+from fieldguide.objectives.anomaly_map import AnomalyMap
 from fieldguide.objectives.base import Objective, Phase
 from fieldguide.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from fieldguide.objectives.contrastive import Contrastive, SigmoidContrastive
@@ -37,6 +38,7 @@ __all__ = [
     "LOSSES",
     "PENALTIES",
     "Adversarial",
+    "AnomalyMap",
     "Classification",
     "ConsistencyDistillation",
     "ConsistencyTraining",

@@ -20,6 +20,7 @@ from fieldguide.core.card import Card
 from fieldguide.core.errors import TrainingError
 from fieldguide.data.loader import Batches, iterate_in_order
 from fieldguide.training.in_context import fit_context
+from fieldguide.training.patch_memory import fit_memory
 from fieldguide.training.trees import read_lightgbm
 
 BATCH = 256  # rows whose features are computed at a time
@@ -441,5 +442,6 @@ SOLVERS: Mapping[str, Callable[[Problem], Solution]] = {
     "trees": fit_trees,
     "none": fit_nothing,
     "context": fit_context,
+    "memory": fit_memory,
     "neighbors": fit_neighbors,
 }

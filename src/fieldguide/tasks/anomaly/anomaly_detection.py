@@ -22,7 +22,7 @@ from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data, Kind
 from fieldguide.data.loader import Batches
-from fieldguide.data.preprocessing import TablePreparer
+from fieldguide.data.preprocessing import ImageTransform, TablePreparer
 from fieldguide.data.timeseries import steps
 from fieldguide.data.timeseries.steps import STEP, Steps, build_steps
 from fieldguide.data.validation import checks
@@ -47,7 +47,7 @@ ANOMALY_WORDS = (
     "failure",
     "anomalie",
 )
-NORMAL_WORDS = ("0", "false", "no", "normal", "ok", "inlier", "benign", "regular")
+NORMAL_WORDS = ("0", "false", "no", "normal", "ok", "good", "inlier", "benign", "regular")
 TABLE_KINDS: tuple[Kind, ...] = ("number", "category", "boolean", "date")
 MIN_NORMAL_ROWS = 20
 BASELINE_STEPS = 8  # of a series that the baselines see at once
@@ -55,21 +55,26 @@ MAX_ANOMALY_FRACTION = 0.5
 
 
 class AnomalyDetection(AnomalyEvaluator, Task):
-    """Scores of rows of a table, or, with a time column, of the steps of series."""
+    """Scores of rows of a table, or, with a time column, of the steps of series, or of images.
+
+    Fitted to images, it becomes an `ImageAnomalyDetection`.
+    """
 
     name = "anomaly-detection"
     reads = (
-        "a table of rows, or of series with a time column (and a series column, if there are several); a column of labels (anomaly, "
-        "label, ...) is used for scores only"
+        "a table of rows, or of series with a time column (and a series column, if there are several); or images, in folders of labels "
+        "(train/good, test/good, test/scratch, ...), in one folder or named in a table; labels (anomaly, label, ...) are used for scores "
+        "only"
     )
-    input_types: tuple[str, ...] = ("vector", "series")
-    output_types = ("reconstruction",)
+    input_types: tuple[str, ...] = ("vector", "series", "image")
+    output_types = ("reconstruction", "anomaly-map")
     column_spec = ColumnSpec(
         target="named",
         names=("anomaly", "is_anomaly", "anomalous", "outlier", "is_outlier", "attack", "fraud", "is_fraud", "fault"),
         roles=("series", "time"),
         kinds={"series": "category", "target": "category"},
         checks=(checks.check_columns, steps.check),
+        new_classes=True,
     )
     recipe: ClassVar = {"patience": 10}
     record_for: ClassVar[RecordUnit] = "row"
@@ -79,6 +84,9 @@ class AnomalyDetection(AnomalyEvaluator, Task):
         false_alarms: Annotated[float, Limits(0.0001, 0.5)] = 0.01  # of normal examples that may exceed the threshold
         anomaly: str = ""  # the label of anomalies; by default 1, true, anomaly, ..., else all but the most frequent label
         length: Annotated[int, Limits(2, 4096)] = 32  # steps of a series that the network rebuilds at once
+        side: Annotated[int, Limits(8, 4096)] | None = None  # pixels per side of an image
+        channels: int | None = None  # of an image: 1 gray, 3 color
+        pixels: str | None = None  # mean and standard deviation of each channel, from 0 to 1: mean,mean,mean/std,std,std
 
     @dataclass(frozen=True)
     class PredictOptions:
@@ -95,9 +103,19 @@ class AnomalyDetection(AnomalyEvaluator, Task):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
+        if data.features("image"):
+            return None if len(data.features("image")) == 1 else "one image column"
         if data.columns_with_role("time"):
             return None if steps.find_channels(data) else "numeric columns"
         return None if data.features(*TABLE_KINDS) else "numeric, categorical, boolean or date columns"
+
+    @classmethod
+    def select_columns(cls, data: Data) -> Data:
+        if not data.features("image"):
+            return data
+        out = lambda c: replace(c, role="ignored", why=f"{cls.name} in images reads only images")
+        other = lambda c: c.role in ("feature", "time", "series") and c.kind != "image"
+        return replace(data, columns={n: out(c) if other(c) else c for n, c in data.columns.items()})
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
@@ -105,23 +123,13 @@ class AnomalyDetection(AnomalyEvaluator, Task):
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
+        if data.features("image"):
+            from fieldguide.tasks.anomaly.images import ImageAnomalyDetection
+
+            return ImageAnomalyDetection.fit(data, options)
         context = data.context if isinstance(data.context, Steps) else None
         task = cls(list((context.columns if context else data.columns).values()), options)
-        task.normal_label, task.is_labeled = task.find_normal_labels(data), data.target is not None
-        task.scale, task.normal_scores = [], [1.0]  # until they are calibrated
-        label = task.targets(data)["label"]
-        if (label == 1).mean() > MAX_ANOMALY_FRACTION:
-            raise DataError(
-                f"{data.source}: {100 * (label == 1).mean():.0f} % of the training rows are anomalies. Training needs mostly normal rows; "
-                "is it the other label that marks anomalies? Name it with task.anomaly=LABEL."
-            )
-        normal = np.flatnonzero(label != 1)
-        if len(normal) < MIN_NORMAL_ROWS:
-            raise DataError(
-                f"{data.source}: only {len(normal)} training rows are normal; at least {MIN_NORMAL_ROWS} are needed."
-            )
-        if count := int((label == 1).sum()):
-            task.add_note(f"{count:,} training rows labeled as anomalies are left out of training")
+        normal = task.fit_labels(data)
         if context is not None:
             task.preparer, task.channels = None, context.channels
             values = context.values[data.rows[STEP].to_numpy()[normal]]
@@ -143,14 +151,36 @@ class AnomalyDetection(AnomalyEvaluator, Task):
         task.scale = [1.0] * len(task.list_features())
         return task
 
+    def fit_labels(self, data: Data) -> np.ndarray:
+        """Fit the labels of normal rows, and return the numbers of the training rows that are not anomalies.
+
+        Raises `DataError` if too many rows are anomalies, or too few are normal.
+        """
+        self.normal_label, self.is_labeled = self.find_normal_labels(data), data.target is not None
+        self.scale, self.normal_scores = [], [1.0]  # until they are calibrated
+        label = self.targets(data)["label"]
+        if (label == 1).mean() > MAX_ANOMALY_FRACTION:
+            raise DataError(
+                f"{data.source}: {100 * (label == 1).mean():.0f} % of the training rows are anomalies. Training needs mostly normal rows; "
+                "is it the other label that marks anomalies? Name it with task.anomaly=LABEL."
+            )
+        normal = np.flatnonzero(label != 1)
+        if len(normal) < MIN_NORMAL_ROWS:
+            raise DataError(
+                f"{data.source}: only {len(normal)} training rows are normal; at least {MIN_NORMAL_ROWS} are needed."
+            )
+        if count := int((label == 1).sum()):
+            self.add_note(f"{count:,} training rows labeled as anomalies are left out of training")
+        return normal
+
     def read_only(self, input_type: str) -> None:
         """Restrict the networks to those with this input. Steps of series are no rows of their own: those before them count."""
         self.input_types = (input_type,)
         vars(self)["record_for"] = "step" if input_type == "series" else "row"
 
     def main_metric(self) -> Metric:
-        """Return the metric that results are summarized with. Without labels, only the reconstruction error is known."""
-        unlabeled = None if self.is_labeled else next(m for m in self.metrics if m.name == "reconstruction")
+        """Return the metric that results are summarized with. Without labels, only the monitored one is known."""
+        unlabeled = None if self.is_labeled else next(m for m in self.metrics if m.name == self.monitor)
         return unlabeled or super().main_metric()
 
     def find_normal_labels(self, data: Data) -> list[str]:
@@ -165,10 +195,10 @@ class AnomalyDetection(AnomalyEvaluator, Task):
                     f"task.anomaly={wanted!r} is no label.{nearest(wanted, names)} Labels: {', '.join(names[:10])}."
                 )
             return [name for name in names if name != wanted]
-        if any(name.lower() in ANOMALY_WORDS for name in names):
-            return [name for name in names if name.lower() not in ANOMALY_WORDS]
         if any(name.lower() in NORMAL_WORDS for name in names):
             return [name for name in names if name.lower() in NORMAL_WORDS]
+        if any(name.lower() in ANOMALY_WORDS for name in names):
+            return [name for name in names if name.lower() not in ANOMALY_WORDS]
         self.add_note(
             f"rows labeled {names[0]!r}, the most frequent label, are taken as normal, all others as anomalies (task.anomaly)"
         )
@@ -383,6 +413,7 @@ class AnomalyDetection(AnomalyEvaluator, Task):
 
     STATE: ClassVar = {
         "preparer?": TablePreparer.STATE,
+        "pictures?": ImageTransform.STATE,
         "channels": list[str],
         "mean": list[float],
         "std": list[float],
@@ -399,6 +430,10 @@ class AnomalyDetection(AnomalyEvaluator, Task):
 
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
+        if "pictures" in state:
+            from fieldguide.tasks.anomaly.images import ImageAnomalyDetection
+
+            return ImageAnomalyDetection.from_state(columns, options, state, folder)
         task = cls(columns, options)
         task.preparer = TablePreparer.from_json(state["preparer"]) if "preparer" in state else None
         for name in ("channels", "mean", "std", "normal_label", "is_labeled", "scale", "normal_scores"):

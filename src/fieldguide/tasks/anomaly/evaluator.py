@@ -37,7 +37,7 @@ class AnomalyEvaluator(Evaluator):
         Metric("alarms", "near the stated rate", "of all examples above the threshold", percent=True),
         Metric("reconstruction", "min", "mean squared error of normal examples", label="reconstruction error"),
     )
-    monitor = "reconstruction"
+    monitor = "reconstruction"  # what is known without labels
     options: Any
     scale: list[float]  # mean error of each feature on normal validation rows
     normal_scores: list[float]  # quantiles of the scores of these rows
@@ -68,7 +68,7 @@ class AnomalyEvaluator(Evaluator):
         nan = float("nan")
         found = {m.name: nan for m in self.metrics}
         if "errors" in outputs:
-            found["reconstruction"] = float(outputs["errors"][~is_anomaly].mean()) if (~is_anomaly).any() else nan
+            found[self.monitor] = float(outputs["errors"][~is_anomaly].mean()) if (~is_anomaly).any() else nan
         score = outputs["score"] if "score" in outputs else outputs["errors"].mean(1)
         if "score" in outputs:
             found["alarms"] = float((score >= 1).mean())
@@ -120,7 +120,8 @@ class AnomalyEvaluator(Evaluator):
         if self.is_labeled and not (label == 1).any():
             return ["no row is an anomaly, so detection cannot be scored"]
         if not self.is_labeled:
-            return ["there are no labels: only the reconstruction error and the fraction of alarms are known"]
+            title = next(m.title for m in self.metrics if m.name == self.monitor)
+            return [f"there are no labels: only the {title} and the fraction of alarms are known"]
         return []
 
     def detect(self, reference: np.ndarray, held: np.ndarray) -> list[Baseline]:  # N F, M F
