@@ -37,7 +37,7 @@ class AnomalyEvaluator(Evaluator):
         Metric("alarms", "near the stated rate", "of all examples above the threshold", percent=True),
         Metric("reconstruction", "min", "mean squared error of normal examples", label="reconstruction error"),
     )
-    monitor = "reconstruction"  # what is known without labels
+    monitor: ClassVar[str] = "reconstruction"  # what is known without labels
     options: Any
     scale: list[float]  # mean error of each feature on normal validation rows
     normal_scores: list[float]  # quantiles of the scores of these rows
