@@ -1461,6 +1461,7 @@ CASES = {
     "mobilenetv2": Case(inputs=image, peer=pictures.peer(pictures.torchvision_mobilenet_v2, "torchvision")),
     "mobilenetv3": Case(inputs=image, peer=pictures.peer(pictures.torchvision_mobilenet_v3, "torchvision")),
     "mobilenetv4": Case(inputs=image, peer=pictures.peer(pictures.timm_mobilenet_v4, "timm")),
+    "mobilenetv4-hybrid": Case(inputs=image, peer=pictures.peer(pictures.timm_mobilenet_v4, "timm")),
     "convnext": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),
     "convnextv2": Case(inputs=image, peer=pictures.peer(pictures.huggingface_convnext, "huggingface")),
     "unet": Case(inputs=image, peer=equations(references.unet("valid"))),

@@ -260,7 +260,9 @@ def timm_mobilenet_v4(model: nn.Module) -> nn.Module:
         "conv": "cn_r1_k{1}_s{s}_e1_c{3}",
         "fused": "er_r1_k{1}_s{s}_e{2}_c{3}",
         "universal": "uir_r1_a{0}_k{1}_s{s}_e{2}_c{3}",
+        "attention": "mqa_r1_k3_h{0}_s1_v{1}_d{2}_c{3}",
     }
+    hybrid = hasattr(c, "activation")
     arch = [
         [names[kind].format(*row, s=1 if i else stride) for i, (kind, *row) in enumerate(rows)]
         for rows, stride in zip(c.stages, mobilenet_v4.get_strides(c))
@@ -274,12 +276,12 @@ def timm_mobilenet_v4(model: nn.Module) -> nn.Module:
         num_features=c.hidden,
         head_bias=False,
         head_norm=True,
-        act_layer=nn.ReLU,
+        act_layer=nn.GELU if hybrid and c.activation == "gelu" else nn.ReLU,
         norm_layer=nn.BatchNorm2d,
         round_chs_fn=partial(timm.models._efficientnet_builder.round_channels, multiplier=c.width),
         drop_rate=c.dropout,
         drop_path_rate=c.drop_path,
-        layer_scale_init_value=None,
+        layer_scale_init_value=1e-5 if hybrid else None,
     )
 
 

@@ -35,6 +35,8 @@ SHAPES = {  # our small networks: size, what differs from it
     "mobilenetv3-small": ("mobilenetv3-small", {}),
     "mobilenetv4": ("mobilenetv4-conv-small", {"width": 0.25, "hidden": 40}),
     "mobilenetv4-fused": ("mobilenetv4-conv-large", {"width": 0.125, "stem": 8, "hidden": 40}),
+    "mobilenetv4-hybrid": ("mobilenetv4-hybrid-medium", {"width": 0.25, "hidden": 40}),
+    "mobilenetv4-gelu": ("mobilenetv4-hybrid-large", {"width": 0.125, "stem": 8, "hidden": 40}),
     "convnext": ("convnext-tiny", {"depths": (1, 2, 1, 2), "widths": (8, 12, 16, 20)}),
     "convnextv2": ("convnextv2-atto", {"depths": (1, 2, 1, 2), "widths": (8, 12, 16, 20)}),
     "convnextv2-wide": ("convnextv2-tiny", {"depths": (1, 1, 1, 1), "widths": (96, 8, 8, 8)}),
@@ -60,6 +62,8 @@ LIBRARIES = [  # network, origin, their network, how its file comes
     ("mobilenetv3-small", "timm", pictures.timm_mobilenet_v3, "ckpt"),
     ("mobilenetv4", "timm", pictures.timm_mobilenet_v4, "pth"),
     ("mobilenetv4-fused", "timm", pictures.timm_mobilenet_v4, "safetensors"),
+    ("mobilenetv4-hybrid", "timm", pictures.timm_mobilenet_v4, "pth"),
+    ("mobilenetv4-gelu", "timm", pictures.timm_mobilenet_v4, "safetensors"),
     ("convnext", "timm", pictures.timm_convnext, "safetensors"),
     ("convnext", "torchvision", pictures.torchvision_convnext, "pth"),
     ("convnext", "huggingface", pictures.huggingface_convnext, "folder"),
@@ -210,6 +214,10 @@ THEIR_NAMES = {
         f"mobilenetv4-conv-{s}": (timm, f"mobilenetv4_conv_{s.replace('-', '_')}")
         for s in ("small", "small-050", "medium", "large")
     },
+    **{
+        f"mobilenetv4-hybrid-{s}": (timm, f"mobilenetv4_hybrid_{s.replace('-', '_')}")
+        for s in ("medium", "medium-075", "large", "large-075")
+    },
     **{f"mobilenetv3-{s}": (torchvision, f"mobilenet_v3_{s}") for s in ("large", "small")},
     **{f"vgg{n}{bn}": (torchvision, f"vgg{n}{bn.replace('-', '_')}") for n in (11, 13, 16, 19) for bn in ("", "-bn")},
     "alexnet": (torchvision, "alexnet"),
@@ -227,6 +235,7 @@ QUICK = (
     "mobilenetv3-small",
     "mobilenetv4-conv-small-050",
     "mobilenetv4-conv-medium",
+    "mobilenetv4-hybrid-medium",
     "vgg13-bn",
     "alexnet",
 )
@@ -269,6 +278,7 @@ def test_every_published_size_is_compared():
         "efficientnetv2",
         "mobilenetv3",
         "mobilenetv4",
+        "mobilenetv4-hybrid",
         "convnext",
         "convnextv2",
     }

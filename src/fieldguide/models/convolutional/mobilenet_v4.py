@@ -6,7 +6,7 @@ Architecture search chooses one of them for each block. There are only ReLUs and
 is fast on CPUs, GPUs and accelerators alike. The first stage is made of dense convolutions, and the widest layer follows the
 pooling.
 
-These are the convolutional sizes; the hybrid ones also have attention.
+These are the convolutional sizes; the hybrid ones, which also have attention, are in `mobilenet_v4_hybrid`.
 Initialization: normal by fan-out, per group for grouped convolutions; uniform in the head.
 Shapes: B batch, C channels, H W height and width, D width of a level; level c1 is at H/2, c5 at H/32.
 """
@@ -85,6 +85,13 @@ class Config:
 def get_strides(config: Config) -> list[int]:
     """Return the stride of the first block of each stage."""
     return [*config.early[1:], *[2] * (len(config.stages) - 2)]
+
+
+def describe_levels(config: Config) -> dict[str, tuple[int, int]]:
+    """Return the width and the stride in pixels of the stem and of each stage."""
+    strides = [config.early[0], *get_strides(config)]
+    widths = [config.stem, *(make_divisible(config.width * rows[-1][-1]) for rows in config.stages)]
+    return {f"c{i}": (width, math.prod(strides[:i])) for i, width in enumerate(widths, 1)}
 
 
 class ConvBlock(nn.Module):
@@ -191,9 +198,7 @@ class MobileNetV4(nn.Module):
     @property
     def levels(self) -> dict[str, tuple[int, int]]:
         """Return the width D and the stride in pixels of each map of `features`."""
-        config, strides = self.config, [self.config.early[0], *get_strides(self.config)]
-        widths = [config.stem, *(make_divisible(config.width * rows[-1][-1]) for rows in config.stages)]
-        return {f"c{i}": (width, math.prod(strides[:i])) for i, width in enumerate(widths, 1)}
+        return describe_levels(self.config)
 
     def features(self, x: Tensor) -> dict[str, Tensor]:  # B C H W -> {"c1": B D H/2 W/2, "c2": ...}
         maps = {"c1": F.relu(self.stem(x), inplace=True)}
@@ -231,7 +236,7 @@ def timm(config: Config) -> dict[str, Row]:
     for s, rows in enumerate(config.stages):
         for b, (kind, first, second, *_) in enumerate(rows):
             missing = [name for name, kernel in (("start", first), ("depth", second)) if not kernel]
-            for conv, norm, ours in PARTS[kind]:
+            for conv, norm, ours in PARTS.get(kind, ()):
                 if ours not in missing:
                     table[f"blocks.{s}.{b}.{conv}.weight"] = f"stages.{s}.{b}.{ours}.conv.weight"
                     table[f"blocks.{s}.{b}.{norm}.*"] = f"stages.{s}.{b}.{ours}.norm.*"
