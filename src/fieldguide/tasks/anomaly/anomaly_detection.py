@@ -67,7 +67,7 @@ class AnomalyDetection(AnomalyEvaluator, Task):
         "only"
     )
     input_types: tuple[str, ...] = ("vector", "series", "image")
-    output_types: ClassVar[tuple[str, ...]] = ("reconstruction", "anomaly-map")
+    output_types: tuple[str, ...] = ("reconstruction", "anomaly-map")
     column_spec = ColumnSpec(
         target="named",
         names=("anomaly", "is_anomaly", "anomalous", "outlier", "is_outlier", "attack", "fraud", "is_fraud", "fault"),

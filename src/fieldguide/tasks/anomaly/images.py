@@ -48,7 +48,7 @@ class ImageAnomalyDetection(ImageSignature, AnomalyDetection):
 
     feature = ("image",)
     input_types: tuple[str, ...] = ("image",)
-    output_types: ClassVar[tuple[str, ...]] = ("anomaly-map",)
+    output_types: tuple[str, ...] = ("anomaly-map",)
     metrics: ClassVar[tuple[Metric, ...]] = (
         *(m for m in AnomalyDetection.metrics if m.name != AnomalyDetection.monitor),
         Metric("pixel_auc", "max", "chance that a pixel of an anomaly ranks above a normal one", label="pixel AUC"),
