@@ -32,7 +32,7 @@ from fieldguide.training.inference_loop import collect
 from fieldguide.training.state import Interrupted
 from fieldguide.training.trainer import Trainer
 
-MIN_SECONDS = 150.0  # of training, from which on there is a race
+MIN_SECONDS = 90.0  # of training, from which on there is a race
 MAX_CONTENDERS = 3
 MAX_POINTS_BEHIND = 6.0  # a contender's points behind the first choice of the rules
 MAX_MEMORY_FRACTION = 0.1  # of the machine's memory, for the weights and optimizer states of one contender
