@@ -18,7 +18,13 @@ from fieldguide.exporting.segmentation import build_segmentation
 from fieldguide.exporting.steps.images import Resize, choose_reading, describe_image_reading, describe_pixels
 from fieldguide.exporting.supervised import finish
 from fieldguide.exporting.tables import build_table
-from fieldguide.exporting.text import build_question_answering, build_text_classification, build_token_classification
+from fieldguide.exporting.text import (
+    build_question_answering,
+    build_reranking,
+    build_text_classification,
+    build_text_vectors,
+    build_token_classification,
+)
 from fieldguide.exporting.translation import build_translation
 
 if TYPE_CHECKING:
@@ -51,6 +57,9 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
     "text-classification": build_text_classification,
     "token-classification": build_token_classification,
     "question-answering": build_question_answering,
+    "reranking": build_reranking,
+    "text-embedding": build_text_vectors,
+    "text-vectors": build_text_vectors,
     "translation": build_translation,
     "summarization": build_translation,
     "time-series-classification": build_series_classification,

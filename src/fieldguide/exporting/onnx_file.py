@@ -17,6 +17,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.core.signature import TensorSpec
 from fieldguide.exporting.graph import ExportError, Graph, Lookup, Names
 from fieldguide.exporting.precision import Precision, compress_weights
+from fieldguide.exporting.recurrent import build_translations
 
 OPSET = 20  # operators that onnxruntime 1.17 and later run
 LARGE_BYTES = 2_000_000_000  # of weights, from which on they are a file of their own (limit of protobuf: 2 GiB)
@@ -110,6 +111,7 @@ def trace(graph: Graph) -> Any:
                 dynamic_shapes=(dynamic,),
                 external_data=False,
                 verbose=False,
+                custom_translation_table=build_translations(),
             )
     except Exception as error:  # torch raises many types; all of them mean that this network cannot be traced
         cause = str(error.__cause__ or error).strip().splitlines()

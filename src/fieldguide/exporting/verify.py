@@ -185,6 +185,8 @@ def cut_series(predictor: TaskPredictor, source: str) -> list[pl.DataFrame]:
 def choose_rows(predictor: TaskPredictor, source: str) -> tuple[pl.DataFrame, Any]:
     """Return raw input rows as a table, and their data: held-out rows if the run was trained on `source`."""
     data = choose_held_out(predictor, source)
+    if (requests := predictor.task.list_requests(data)) is not None:
+        return requests.head(MAX_ROWS), None
     names = [field.name for field in predictor.signature.inputs if field.name in data.rows.columns]
     return join_raw_cells(predictor, predictor.task.read([source]).inputs, data.rows, names), data
 

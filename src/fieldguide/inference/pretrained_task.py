@@ -220,6 +220,11 @@ class TextVectors(EmbeddingSignature, EmbeddingTask, TextTask):
     def max_tokens(self) -> int:
         return self.length
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Return the text before the texts of each column."""
+        return {self.column: self.pooled.prompt}
+
     @classmethod
     def published(cls, assets: CheckpointAssets) -> TextVectors:
         task = cls(assets.texts(), cls.Options())

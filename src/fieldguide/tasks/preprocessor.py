@@ -296,6 +296,10 @@ class Preprocessor(TaskSpec):
         for line in describe_problems(self.problems):
             self.add_note(line)
 
+    def list_requests(self, data: Data) -> pl.DataFrame | None:
+        """Return the raw inputs of predictions for scored examples; None if they are the rows of the examples."""
+        return None
+
     def read_one(self, source: Any, answered: bool) -> Data:
         data = read(source, schema=self.columns, labels_optional=not answered, lenient=not answered)
         return self.build_examples(self.select_columns(data), self.options) if answered else data

@@ -18,7 +18,3 @@ def collate(items):
     tokens, mask = pad([item["tokens"] for item in items], CONFIG["pad"])
     batch = {"tokens": tokens, "mask": mask, "segments": pad([item["segments"] for item in items], 0)[0]}
     return {name: batch[name] for name in CONFIG["inputs"]}
-
-
-def build_record(outputs, row, item):
-    return classify(outputs)

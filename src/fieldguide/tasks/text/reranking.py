@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import polars as pl
 import torch
 
 from fieldguide.core.card import Card
@@ -158,6 +159,10 @@ class PassageReranking(PairSignature, TextTask):
                 f"{self.column!r} and {self.second!r}."
             )
         return super().read_one(source, answered)
+
+    def list_requests(self, data: Data) -> pl.DataFrame:
+        pairs = data.rows.select(self.column, pl.col(PASSAGES_COLUMN).alias(self.second))
+        return pairs.explode(self.second)
 
     def input_columns(self) -> list[Column]:
         return [replace(c, kind="text") for name in (self.column, self.second) for c in self.columns if c.name == name]

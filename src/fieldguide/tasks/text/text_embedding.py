@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import polars as pl
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -218,6 +219,15 @@ class TextEmbedding(EmbeddingSignature, TextTask):
 
     def input_columns(self) -> list[Column]:
         return [Column(INPUT, "text")]
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Return the text before the texts of each column."""
+        o = self.options
+        return {INPUT: o.passage_prompt or "", o.positive: o.passage_prompt or "", o.anchor: o.query_prompt or ""}
+
+    def list_requests(self, data: Data) -> pl.DataFrame:
+        return pl.DataFrame({INPUT: data.rows[self.options.positive].unique(maintain_order=True)})
 
     def example_input(self, test: Data) -> ExampleInput | None:
         if not len(test):

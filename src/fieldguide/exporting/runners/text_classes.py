@@ -1,0 +1,2 @@
+def build_record(outputs, row, item):
+    return classify(outputs)
