@@ -15,11 +15,11 @@ from fieldguide import load, pipeline, save
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.load import inspect_checkpoint
 from fieldguide.core.errors import DataError, SettingsError
-from fieldguide.core.packed_masks import decode_mask
+from fieldguide.core.packed_masks import decode_mask, encode_mask
 from fieldguide.models.registry import create
 from fieldguide.objectives.object_masks import find_box
 from fieldguide.objectives.prompted_masks import Mask, PromptedMasks, Selection, build_grid, fit_longest, place_mask
-from fieldguide.tasks.vision.prompted_segmentation import parse_prompts
+from fieldguide.tasks.vision.prompted_segmentation import load_square, parse_prompts
 from test_models import batch, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -252,6 +252,62 @@ def test_predictions_equal_transformers(options, prompts, multiple, folder, phot
         assert (read_mask(one) == mask).mean() > 0.999 and one["area"] == read_mask(one).sum()
         assert tuple(one["box"]) == find_box(read_mask(one))
     Image.open(io.BytesIO(answer["picture"].content)).verify()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"points": "30,20"}, {"boxes": "10,8,50,30", "candidates": True}], ids=str)
+def test_rough_masks_equal_transformers(options, folder, photo):
+    """A mask in the form of predictions is a prompt: scaled, padded, averaged to four times the sides of the features, and as logits of 10."""
+    from tv import transformers
+
+    model = pipeline(str(folder))
+    mask = np.zeros((42, 60), bool)
+    mask[8:30, 10:50] = True
+    first = {"size": [42, 60], "counts": encode_mask(mask).decode()}
+    small = np.array(Image.fromarray(mask.astype(np.uint8) * 255).resize((40, 28), Image.Resampling.BILINEAR)) / 255
+    square = np.zeros((40, 40))
+    square[:28] = small
+    logits = 20 * square.reshape(20, 2, 20, 2).mean((1, 3)) - 10
+    peer = transformers.SamModel.from_pretrained(folder).eval()
+    image = load_square(str(photo), model.task.pictures)[None]
+    scale = 40 / 60
+    prompts = {}
+    if "points" in options:
+        points = torch.tensor([[[[30 * scale, 20 * scale * 28 / 28]]]])
+        prompts = {"input_points": points, "input_labels": torch.ones(1, 1, 1, dtype=torch.long)}
+    if "boxes" in options:
+        prompts = {"input_boxes": torch.tensor([[[10 * scale, 8 * scale, 50 * scale, 30 * scale]]])}
+    given = torch.from_numpy(logits)[None, None].float()
+    many = options.get("candidates", False)
+    found = model.predict(str(photo), masks=json.dumps(first), **options)[0]["masks"]
+    assert len(found) == (3 if many else 1)
+    if prompts:
+        theirs = peer(pixel_values=image, input_masks=given, multimask_output=many, **prompts)
+        scores, masks = theirs.iou_scores[0, 0], theirs.pred_masks[0, 0]
+    else:  # which transformers requires: the decoder alone
+        quality, every = model.model.decode(
+            model.model.encode(image), torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0).long(), given
+        )
+        scores, masks = quality[0, 0, :1], every[0, 0, :1]
+    for one, score, low in zip(found, scores, masks):
+        assert one["score"] == pytest.approx(float(score), rel=1e-4)
+        want = (place_mask(low, (60, 42), 40) > 0).numpy()
+        assert (decode_mask({"size": one["mask"]["size"], "counts": one["mask"]["counts"].encode()}) == want).all()
+    plain = model.predict(str(photo), **options)[0]["masks"]
+    assert [m["score"] for m in plain] != [m["score"] for m in found]
+
+
+def test_rough_masks_are_checked(folder, photo):
+    model, mask = pipeline(str(folder)), {"size": [42, 60], "counts": [42 * 60]}
+    two = json.dumps([mask, mask])
+    assert len(model.predict(str(photo), masks=two)[0]["masks"]) == 2
+    with pytest.raises(SettingsError, match="there are 1 prompts of points or boxes, but 2 masks"):
+        model.predict(str(photo), masks=two, points="30,20")
+    for wrong in ("photo.png", json.dumps({**mask, "counts": [5]}), json.dumps({"size": [42], "counts": [42]}), "[1]", "null"):
+        with pytest.raises(SettingsError, match="is no mask"):
+            model.predict(str(photo), masks=wrong)
+    with pytest.raises(DataError, match="the mask has 42 x 60 pixels, but the image has 60 x 42"):
+        model.predict(str(photo), masks=json.dumps({**mask, "size": [60, 42]}))
 
 
 def test_best_candidate_is_chosen(folder, photo):

@@ -21,6 +21,7 @@ from fieldguide.objectives.base import Objective
 from fieldguide.objectives.object_masks import find_box
 
 PROMPTS_AT_ONCE = 32  # that the decoder answers together
+MASK_LOGIT = 10.0  # of a pixel in a rough mask; a pixel outside has the negative
 STABILITY_OFFSET = 1.0  # by which the threshold of logits is raised and lowered
 
 
@@ -66,6 +67,13 @@ def place_mask(logits: Tensor, size: tuple[int, int], side: int) -> Tensor:  # h
     return F.interpolate(square, (size[1], size[0]), mode="bilinear", align_corners=False)[0, 0]
 
 
+def to_logits(rough: Tensor, features: Tensor) -> Tensor:  # N S S, 1 E h w -> N 4h 4w
+    """Return masks as the logits that the network reads, with four times the sides of its features."""
+    size = [4 * n for n in features.shape[2:]]
+    small = F.interpolate(rough[:, None].to(features.dtype), size, mode="area")[:, 0]
+    return (2 * small - 1) * MASK_LOGIT
+
+
 def measure_stability(logits: Tensor) -> float:
     """Return the IoU of the masks with a higher and a lower threshold, of which one contains the other; 0 for an empty mask."""
     inner, outer = (int((logits > offset).sum()) for offset in (STABILITY_OFFSET, -STABILITY_OFFSET))
@@ -73,7 +81,10 @@ def measure_stability(logits: Tensor) -> float:
 
 
 class PromptedMasks(Objective):
-    """Masks of the prompts of each image. The batch holds `image`, `points`, `point_labels`, and `size` B 2: width and height."""
+    """Masks of the prompts of each image. The batch holds `image`, `points`, `point_labels`, and `size` B 2: width and height.
+
+    `rough` B N S S, if present, are rough masks for each prompt, from 0 to 1.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -83,9 +94,11 @@ class PromptedMasks(Objective):
     def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return `scores` B D, the predicted IoU (-1 is padding), `stability` B D, `prompts` B D, `boxes` B D 4 and packed masks."""
         found = []
-        for image, points, labels, size in zip(batch["image"], batch["points"], batch["point_labels"], batch["size"].tolist()):
-            features = self.model.encode(image[None])
-            found.append(self.answer(features, points, labels, (int(size[0]), int(size[1])), image.shape[-1]))
+        sizes_of_images, rough = batch["size"].tolist(), batch.get("rough")
+        for i, (image, points, labels) in enumerate(zip(batch["image"], batch["points"], batch["point_labels"])):
+            features, size = self.model.encode(image[None]), (int(sizes_of_images[i][0]), int(sizes_of_images[i][1]))
+            logits = None if rough is None else to_logits(rough[i], features)
+            found.append(self.answer(features, points, labels, size, image.shape[-1], logits))
         count = max([1, *map(len, found)])
         pad = lambda values, shape: values + [shape] * (count - len(values))
         sizes = [(int(height), int(width)) for width, height in batch["size"].tolist()]
@@ -98,28 +111,40 @@ class PromptedMasks(Objective):
             **{name: torch.from_numpy(values) for name, values in packed.items()},
         }
 
-    def answer(self, features: Tensor, points: Tensor, labels: Tensor, size: tuple[int, int], side: int) -> list[Mask]:
-        """Return the masks of an image: those of each prompt in order, or of everything by descending quality."""
+    def answer(
+        self,
+        features: Tensor,
+        points: Tensor,
+        labels: Tensor,
+        size: tuple[int, int],
+        side: int,
+        rough: Tensor | None = None,
+    ) -> list[Mask]:
+        """Return the masks of an image: those of each prompt in order, or of everything by descending quality.
+
+        `rough` N 4h 4w are logits of rough masks of the prompts.
+        """
         found: list[Mask] = []
         for first in range(0, len(points), PROMPTS_AT_ONCE):
             part = slice(first, first + PROMPTS_AT_ONCE)
-            quality, masks = self.model.decode(features, points[None, part], labels[None, part])
+            masks_of_part = None if rough is None else rough[None, part]
+            quality, masks = self.model.decode(features, points[None, part], labels[None, part], masks_of_part)
             for row, (own, logits) in enumerate(zip(quality[0].float(), masks[0].float())):
-                for k in self.choose(own, labels[first + row]):
+                for k in self.choose(own, labels[first + row], rough is not None):
                     placed = place_mask(logits[k], size, side)
                     stability = measure_stability(placed)
                     if not self.selection.every or stability > self.selection.min_stability:
                         found.append(Mask((placed > 0).cpu().numpy(), first + row, float(own[k]), stability))
         return self.remove_duplicates(found) if self.selection.every else found
 
-    def choose(self, quality: Tensor, labels: Tensor) -> Sequence[int]:  # K, P -> masks
-        """Return which masks of a prompt are returned: the best one, the first if the prompt leaves no doubt."""
+    def choose(self, quality: Tensor, labels: Tensor, has_mask: bool = False) -> Sequence[int]:  # K, P -> masks
+        """Return which masks of a prompt are returned: the best one, the first if the prompt leaves no doubt, as with a rough mask."""
         others = range(1, len(quality))
         if self.selection.every:
             return [k for k in others if quality[k] > self.selection.min_quality]
         if self.selection.candidates:
             return others
-        return [0] if int((labels >= 0).sum()) > 1 else [max(others, key=lambda k: float(quality[k]))]
+        return [0] if has_mask or int((labels >= 0).sum()) > 1 else [max(others, key=lambda k: float(quality[k]))]
 
     def remove_duplicates(self, found: list[Mask]) -> list[Mask]:
         """Return masks by descending quality, without those whose box overlaps that of a better one."""

@@ -6,6 +6,7 @@ Nothing is fitted: the network has no classes. Without a prompt, masks of everyt
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError
-from fieldguide.core.packed_masks import decode_mask, unpack_masks
+from fieldguide.core.packed_masks import decode_mask, decode_run_lengths, unpack_masks
 from fieldguide.core.settings import Settings
 from fieldguide.core.structure import Limits
 from fieldguide.data.dataset import HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
+from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform
 from fieldguide.objectives import Objective
 from fieldguide.objectives.prompted_masks import PromptedMasks, Selection, build_grid, fit_longest
@@ -50,6 +52,9 @@ class PromptedSegmentation(PromptedSignature, Task):
             ""  # x,y in pixels; several of an object with ;, objects with |; x,y,0 is background: 120,80;30,40,0|200,90
         )
         boxes: str = ""  # left,top,right,bottom in pixels; of several objects with |. With points, one box for each object
+        masks: str = (
+            ""  # rough masks as {"size": [height, width], "counts": run lengths}, as predicted; a list for several objects
+        )
         candidates: bool = False  # all masks of a prompt, such as an object and its part, instead of the best one
         grid: Annotated[int, Limits(1, 128)] = 32  # points per side that are tried if there is no prompt
         min_quality: Annotated[float, Limits(0, 1)] = 0.88  # predicted IoU of masks without a prompt
@@ -77,7 +82,7 @@ class PromptedSegmentation(PromptedSignature, Task):
 
     def predict_step(self, objective: Any) -> Any:
         o = self.predict_options
-        everything = not parse_prompts(o.points, o.boxes)
+        everything = not self.list_prompts()
         objective.selection = Selection(everything, o.candidates, o.min_quality, o.min_stability, o.overlap)
         return objective.outputs
 
@@ -85,13 +90,17 @@ class PromptedSegmentation(PromptedSignature, Task):
         """Return images with prompts: the longest side scaled to that of the input, padded with zeros after normalization."""
         paths, sizes = data.rows[self.column].to_list(), data.rows.select(WIDTH, HEIGHT).rows()
         o, p = self.predict_options, self.pictures
-        prompts = parse_prompts(o.points, o.boxes)
+        rough = parse_masks(o.masks)
+        prompts = parse_prompts(o.points, o.boxes, len(rough))
         for row, size in enumerate(sizes):
             check_inside(prompts, size, data.locate_row(row))
+            check_masks(rough, size, data.locate_row(row))
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             points, labels = zip(*(place_prompts(prompts or grid_prompts(o.grid, sizes[i]), sizes[i], p.side) for i in index))
+            placed = {"rough": torch.stack([place_masks(rough, p.side)] * len(index))} if rough else {}
             return {
+                **placed,
                 "image": torch.stack([load_square(paths[i], p) for i in index]),
                 "points": torch.stack(points),
                 "point_labels": torch.stack(labels),
@@ -104,11 +113,16 @@ class PromptedSegmentation(PromptedSignature, Task):
         batches = self.batches(data, card)
         return replace(batches, meta={"path": np.array(data.rows[self.column].to_list(), dtype=object)})
 
+    def list_prompts(self) -> list[Prompt]:
+        """Return the prompts of the request."""
+        o = self.predict_options
+        return parse_prompts(o.points, o.boxes, len(parse_masks(o.masks)))
+
     def targets(self, data: Data) -> Arrays:
         raise DataError(f"{data.source}: masks of prompts have no targets, so they cannot be scored.")
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
-        answers, prompted = [], bool(parse_prompts(self.predict_options.points, self.predict_options.boxes))
+        answers, prompted = [], bool(self.list_prompts())
         for i in range(len(outputs["scores"])):
             real, masks, found = outputs["prompts"][i] >= 0, unpack_masks(outputs, i), []
             for place in np.flatnonzero(real):
@@ -134,10 +148,11 @@ class PromptedSegmentation(PromptedSignature, Task):
         return answers
 
 
-def parse_prompts(points: str, boxes: str) -> list[Prompt]:
-    """Return the prompts that the options describe; none if both are empty.
+def parse_prompts(points: str, boxes: str, masks: int = 0) -> list[Prompt]:
+    """Return the prompts that the options describe; none if both are empty and there are no rough masks.
 
-    Raises `SettingsError` for other than numbers, and for as many boxes as prompts of points are not.
+    A prompt of a mask alone has no points. Raises `SettingsError` for other than numbers, and unless there are as many boxes and masks
+    as prompts of points.
     """
     found: list[Prompt] = []
     for group in filter(None, (part.strip() for part in points.split("|"))):
@@ -153,10 +168,57 @@ def parse_prompts(points: str, boxes: str) -> list[Prompt]:
         raise SettingsError(
             f"there are {len(found)} prompts of points (separated by |), but {len(corners)} boxes. Give one box for each."
         )
+    given = len(found) or len(corners)
+    if masks and given and masks != given:
+        raise SettingsError(f"there are {given} prompts of points or boxes, but {masks} masks. Give one mask for each.")
+    if masks and not given:
+        return [[] for _ in range(masks)]
     sides: list[Prompt] = [[(box[0], box[1], CORNERS[0]), (box[2], box[3], CORNERS[1])] for box in corners]
     if not corners:
         return [[*prompt, (0.0, 0.0, NO_POINT)] for prompt in found]
     return [[*prompt, *box] for prompt, box in zip(found or [[] for _ in sides], sides)]
+
+
+def parse_masks(text: str) -> list[np.ndarray]:
+    """Return masks, H W bool, from the JSON of one or a list of them. Raises `SettingsError` for other texts."""
+    if not text.strip():
+        return []
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        given = None
+    found = []
+    for one in given if isinstance(given, list) else [given]:
+        entry = one if isinstance(one, dict) else {}
+        size, counts = entry.get("size"), decode_run_lengths(entry.get("counts"))
+        sides = size if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size) else [0, 0]
+        if counts is None or not 0 < sides[0] * sides[1] <= images.MAX_PIXELS or sum(counts) != sides[0] * sides[1]:
+            shown = json.dumps(one)[:60]
+            raise SettingsError(
+                f'masks: {shown} is no mask. Give {{"size": [height, width], "counts": "run lengths of COCO"}}, as in predictions, or a '
+                "list of them."
+            )
+        flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        found.append(flat.reshape(sides[1], sides[0]).T)
+    return found
+
+
+def check_masks(masks: Sequence[np.ndarray], size: tuple[int, int], place: str) -> None:
+    """Raise `DataError` if a mask has another size than an image of (width, height)."""
+    for mask in masks:
+        if mask.shape != (size[1], size[0]):
+            high, wide = mask.shape
+            raise DataError(f"{place}: the mask has {wide} x {high} pixels, but the image has {size[0]} x {size[1]}.")
+
+
+def place_masks(masks: Sequence[np.ndarray], side: int) -> Tensor:  # -> N S S, 0 to 1
+    """Return masks with their longest side scaled to S, padded with zeros at the right and bottom."""
+    out = torch.zeros(len(masks), side, side)
+    for row, mask in enumerate(masks):
+        wide, high = fit_longest(mask.shape[1], mask.shape[0], side)
+        small = Image.fromarray(mask.astype(np.uint8) * 255).resize((wide, high), Image.Resampling.BILINEAR)
+        out[row, :high, :wide] = torch.from_numpy(np.array(small)) / 255
+    return out
 
 
 def parse_numbers(option: str, text: str, counts: tuple[int, ...]) -> list[float]:
@@ -189,7 +251,7 @@ def place_prompts(prompts: Sequence[Prompt], size: tuple[int, int], side: int) -
     """Return points in pixels of the input, N P 2, and their labels, N P, for an image of (width, height)."""
     most = max(map(len, prompts))
     padded = [[*prompt, *[(0.0, 0.0, PADDING)] * (most - len(prompt))] for prompt in prompts]
-    values = torch.tensor(padded, dtype=torch.float64)
+    values = torch.tensor(padded, dtype=torch.float64).reshape(len(prompts), most, 3)
     factor = torch.tensor(fit_longest(*size, side), dtype=torch.float64) / torch.tensor(size, dtype=torch.float64)
     return (values[..., :2] * factor).float(), values[..., 2].long()
 
