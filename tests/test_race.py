@@ -15,6 +15,7 @@ import torch
 
 import fieldguide
 from fieldguide.automl import clock, further_networks, race, training
+from fieldguide.automl.advisor import Advice, Option
 from fieldguide.automl.callbacks import NullCallback
 from fieldguide.core.errors import TrainingError
 from fieldguide.tasks.tabular.tables import TabularClassification
@@ -327,6 +328,14 @@ def test_other_networks_use_the_time_that_training_leaves(product, tmp_path, mon
     steps = [json.loads(text)["step"] for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert len(fieldguide.open_run(tmp_path / "run").predict(product)) == 600
+
+
+def test_contenders_are_other_architectures_and_a_size_with_nearly_equal_points():
+    options = lambda *points: [Option(name, name.split("-")[0], points=value, parameters=10) for name, value in points]
+    choose = lambda *points: [o.name for o in race.choose_options(Advice(options(*points), []))]
+    assert choose(("a-s", 9.0), ("a-m", 8.5), ("a-l", 8.4), ("b-s", 8.0), ("c-s", 7.0)) == ["a-m", "b-s"]
+    assert choose(("a-s", 9.0), ("a-m", 7.5), ("b-s", 7.0), ("b-m", 7.0), ("c-s", 6.0)) == ["b-s", "c-s"]
+    assert choose(("a-s", 9.0), ("b-s", 2.9)) == []
 
 
 def test_a_race_names_its_contenders(product, tmp_path, short_race, monkeypatch):

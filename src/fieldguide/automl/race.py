@@ -35,6 +35,7 @@ from fieldguide.training.trainer import Trainer
 MIN_SECONDS = 90.0  # of training, from which on there is a race
 MAX_CONTENDERS = 3
 MAX_POINTS_BEHIND = 6.0  # a contender's points behind the first choice of the rules
+MAX_POINTS_BETWEEN_SIZES = 1.0  # behind the first choice, for another size of its architecture
 MAX_MEMORY_FRACTION = 0.1  # of the machine's memory, for the weights and optimizer states of one contender
 BYTES_PER_PARAMETER = 20  # weight, gradient, two moments and an average in float32
 ROUND_FRACTIONS = (0.06, 0.06, 0.08)  # of the training time, for each contender in each round
@@ -97,13 +98,17 @@ def has_time(seconds: float) -> bool:
 
 
 def choose_options(advice: Advice) -> list[Option]:
-    """Return the options that race against the first choice: the best of other architectures that are not far behind."""
+    """Return the options that race against the first choice: the best of other architectures that are not far behind, and another
+    size of the same architecture if its points are nearly equal.
+    """
     first, found = advice.best, {advice.best.architecture}
     chosen: list[Option] = []
     for option in advice.options[1:]:
         is_near = option.points >= first.points - MAX_POINTS_BEHIND
         fits = option.parameters * BYTES_PER_PARAMETER < MAX_MEMORY_FRACTION * ram()
-        if is_near and fits and option.architecture not in found and len(chosen) < MAX_CONTENDERS - 1:
+        is_twin = option.architecture == first.architecture and option.points >= first.points - MAX_POINTS_BETWEEN_SIZES
+        is_twin = is_twin and first.architecture not in (o.architecture for o in chosen)
+        if is_near and fits and (is_twin or option.architecture not in found) and len(chosen) < MAX_CONTENDERS - 1:
             chosen.append(option)
             found.add(option.architecture)
     return chosen

@@ -10,7 +10,9 @@ import torch
 
 def build_translations() -> dict[Any, Callable[..., Any]]:
     """Return operators of torch and the functions that add those of ONNX to a graph. Imports onnxscript."""
-    from onnxscript import opset20 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset20  # its types exclude the constants that it accepts
 
     def translate_rnn(
         values: Any,

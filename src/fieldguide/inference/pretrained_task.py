@@ -243,6 +243,13 @@ class TextVectors(EmbeddingSignature, EmbeddingTask, TextTask):
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         return EmbeddingObjective(model, self.pooled)
 
+    def state(self) -> dict[str, Any]:
+        return {"length": self.length}
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.text.save(folder)
+
 
 class ImageVectors(EmbeddingTask, ImageClassification):
     name = "picture-vectors"
