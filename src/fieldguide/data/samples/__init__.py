@@ -446,7 +446,7 @@ SAMPLES: dict[str, Sample] = {
             True,
             "",
             speech.write_utterances,
-            reaches=("accuracy", 0.05),
+            reaches=("accuracy", 0.055),
         ),
         Sample(
             "captions",
