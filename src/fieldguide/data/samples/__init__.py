@@ -390,8 +390,8 @@ SAMPLES: dict[str, Sample] = {
             True,
             "caption",
             clips.write_narrated,
-            5.0,
-            reaches=("recognised", 0.7),
+            8.0,
+            reaches=("recognised", 0.6),
         ),
         Sample(
             "series",
