@@ -257,7 +257,7 @@ def test_predictions_equal_transformers(options, prompts, multiple, folder, phot
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"points": "30,20"}, {"boxes": "10,8,50,30", "candidates": True}], ids=str)
 def test_rough_masks_equal_transformers(options, folder, photo):
-    """A mask in the form of predictions is a prompt: scaled, padded, averaged to four times the sides of the features, and as logits of 10."""
+    """A mask in the form of predictions is a prompt: averaged to four times the sides of the features, and as logits of 10."""
     from tv import transformers
 
     model = pipeline(str(folder))
