@@ -208,3 +208,19 @@ def test_dates_and_one_number_are_a_series(tmp_path):
     data = write_series(tmp_path / "t.csv", daily, extra=True)
     assert infer_task(data)[0].name == "tabular-regression"
     assert "one row per step" in next(f.what for f in data.findings if f.check == "looks-like-series")
+
+
+def test_names_of_series_are_found(tmp_path):
+    """The only column of categories, if times repeat between its values only."""
+    from fieldguide.tasks import infer_task
+
+    days = [dt.date(2021, 1, 31) + dt.timedelta(i) for i in range(40)]
+    lines = [f"{day},{source},{20 + i % 7 + len(source)}.5" for source in ("coal", "wind", "sun") for i, day in enumerate(days)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["day,source,power", *lines]) + "\n")
+    data = read(path)
+    assert infer_task(data)[0] is Forecasting
+    series = read(path, column_spec=Forecasting.column_spec)
+    assert series.columns["source"].role == "series" and any(f.check == "series-chosen" for f in series.findings)
+    path.write_text("\n".join(["day,source,power", *lines, lines[0]]) + "\n")  # a day of a source twice
+    assert infer_task(read(path))[0].name == "tabular-regression"

@@ -86,6 +86,7 @@ class TableReader(TableColumns):
             columns = {c.name: c for c in known if c.name in columns}
         else:
             self.choose_time(columns)
+            self.choose_series(columns)
         if not known and self.column_spec.target == "numbers" and "target" not in roles.values():
             for column in columns.values():
                 if column.role == "feature" and column.kind == "number":
@@ -145,6 +146,27 @@ class TableReader(TableColumns):
                 1,
                 "Specify another with --time.",
             )
+
+    def choose_series(self, columns: dict[str, Column]) -> None:
+        """Take the only column of categories as the names of series if times repeat, but not within one of its values."""
+        if "series" not in self.column_spec.roles or any(c.role == "series" for c in columns.values()):
+            return
+        times = [c.name for c in columns.values() if c.role == "time"]
+        names = [c for c in columns.values() if c.kind == "category" and c.role == "feature"]
+        if len(times) != 1 or len(names) != 1 or not self.raw.rows[times[0]].is_duplicated().any():
+            return
+        name = names[0].name
+        if self.raw.rows.select(times[0], name).is_duplicated().any():
+            return
+        names[0].role = "series"
+        self.add_finding(
+            "series-chosen",
+            "note",
+            f"column {name!r} names the series, because times repeat only between its values",
+            (f"column {name!r}",),
+            1,
+            "Specify another with --set role.series=COLUMN.",
+        )
 
     def mark_invalid(self, bad: np.ndarray, why: str | Callable[[int], str]) -> None:
         """Mark rows as unusable, with a reason for all or one that depends on the row. The first reason of a row is kept."""

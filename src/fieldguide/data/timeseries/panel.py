@@ -31,6 +31,8 @@ from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places
 from fieldguide.data.validation.sentinels import check_sentinels
 
 PLAIN_STEP = Frequency("number", 1.0, "step")
+PLAIN_ROLES = ("feature", "target", "ignored")  # of tables whose columns have no role by their names
+MIN_REGULAR_SERIES_FRACTION = 0.9  # minimum fraction of series with regular steps for a table to be series
 MIN_DISTINCT_FRACTION = 0.9  # minimum fraction of distinct values in a column that names one series per row
 STEP_FACTOR = 1.5  # a series has another time step if its median step differs by more than this factor
 MIN_STEPS_OF_SERIES = 4  # minimum number of rows of a series for its time step to be compared
@@ -204,16 +206,20 @@ def arrange_series(data: Data, known: Frequency | None = None) -> tuple[Panel | 
     return moments_as_series(data, layout, known)
 
 
-def find_single_series(data: Data) -> str | None:
-    """Return the column of dates if they are regular steps and the only feature of a numeric target, else None."""
+def find_plain_series(data: Data) -> str | None:
+    """Return the column of dates if they are regular steps of a numeric target, and there is no other feature than the name of the
+    series, else None.
+    """
     target, features = data.target, data.features()
-    if target is None or target.kind != "number" or len(features) != 1 or features[0].kind != "date":
+    if target is None or target.kind != "number" or any(c.role not in PLAIN_ROLES for c in data.columns.values()):
         return None
-    times = data.rows[features[0].name]
-    if times.null_count() or any(c.role not in ("feature", "target", "ignored") for c in data.columns.values()):
+    dates, names = [c.name for c in features if c.kind == "date"], [c.name for c in features if c.kind == "category"]
+    if len(dates) != 1 or len(names) > 1 or len(features) != 1 + len(names) or data.rows[dates[0]].null_count():
         return None
-    steps = times.cast(column_types.DATE_DTYPE).cast(pl.Int64).to_numpy()
-    return features[0].name if are_regular_steps(steps) else None
+    table = data.rows.select(*names, pl.col(dates[0]).cast(column_types.DATE_DTYPE).cast(pl.Int64))
+    series = table.partition_by(names) if names else [table]
+    regular = sum(are_regular_steps(one[dates[0]].to_numpy()) for one in series)
+    return dates[0] if regular >= MIN_REGULAR_SERIES_FRACTION * len(series) else None
 
 
 def find_layout(data: Data) -> str:

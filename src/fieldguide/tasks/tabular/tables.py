@@ -16,7 +16,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import CellProblems, Column, Data, Kind
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import TablePreparer
-from fieldguide.data.timeseries.panel import find_single_series
+from fieldguide.data.timeseries.panel import find_plain_series
 from fieldguide.data.validation.findings import MAX_PROBLEM_EXAMPLES, describe_problems
 from fieldguide.tasks.supervised import ClassificationTask, RegressionTask, SupervisedTask, is_discrete, mix_pairs
 from fieldguide.tasks.tabular.signature import TabularSignature
@@ -44,7 +44,7 @@ class Tabular(TabularSignature, SupervisedTask):
         usable, texts = data.features(*TABLE_KINDS), len(data.features("text"))
         if not usable or data.features("image"):
             return None
-        if data.columns_with_role("series") or find_single_series(data):  # rows are steps of series
+        if data.columns_with_role("series") or find_plain_series(data):  # rows are steps of series
             return None
         found = f"{len(usable)} numeric or categorical column{'s' if len(usable) > 1 else ''}"
         return f"{found}, {texts} text column{'s' if texts > 1 else ''}" if texts else found

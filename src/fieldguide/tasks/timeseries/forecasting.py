@@ -108,8 +108,8 @@ class Forecasting(ForecastSignature, Task):
 
     @classmethod
     def match(cls, data: Data) -> str | None:
-        time = panels.find_single_series(data)
-        return f"a numeric target and no other column than its times {time!r}, which are regular steps" if time else None
+        time = panels.find_plain_series(data)
+        return f"a numeric target at regular steps of time, in column {time!r}, without other features" if time else None
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
