@@ -237,10 +237,13 @@ def infer_frequency(times: Sequence[np.ndarray], dates: bool, zone: str = "") ->
     return Frequency("clock", int(size), unit if many == 1 else f"{many} {unit}s", zone=zone)
 
 
-def are_regular_steps(times: np.ndarray) -> bool:
-    """Return whether times in microseconds, in any order, are distinct steps of one frequency, most of them without gaps."""
+def are_regular_steps(times: np.ndarray, least: int = MIN_REGULAR_STEPS) -> bool:
+    """Return whether times in microseconds, in any order, are distinct steps of one frequency, most of them without gaps.
+
+    Fewer than `least` times show nothing.
+    """
     ordered = np.sort(times)
-    if len(times) < MIN_REGULAR_STEPS or (np.diff(ordered) <= 0).any():
+    if len(times) < least or (np.diff(ordered) <= 0).any():
         return False
     frequency = infer_frequency([ordered], dates=True)
     if frequency is None:

@@ -25,13 +25,21 @@ from fieldguide.data.dataset import Data, Finding, Severity
 from fieldguide.data.former_formats import as_numbers
 from fieldguide.data.number_formats import infer_format
 from fieldguide.data.time_zones import LOCAL
-from fieldguide.data.timeseries.frequency import DAY, Frequency, are_regular_steps, continues, infer_frequency
+from fieldguide.data.timeseries.frequency import (
+    DAY,
+    MIN_REGULAR_STEPS,
+    Frequency,
+    are_regular_steps,
+    continues,
+    infer_frequency,
+)
 from fieldguide.data.timestamps import infer_dates
 from fieldguide.data.validation.findings import MAX_SHOWN_PLACES, places
 from fieldguide.data.validation.sentinels import check_sentinels
 
 PLAIN_STEP = Frequency("number", 1.0, "step")
 PLAIN_ROLES = ("feature", "target", "ignored")  # of tables whose columns have no role by their names
+MIN_STEPS_OF_SEVERAL = 10  # minimum number of steps of each of several series
 MIN_REGULAR_SERIES_FRACTION = 0.9  # minimum fraction of series with regular steps for a table to be series
 MIN_DISTINCT_FRACTION = 0.9  # minimum fraction of distinct values in a column that names one series per row
 STEP_FACTOR = 1.5  # a series has another time step if its median step differs by more than this factor
@@ -218,7 +226,8 @@ def find_plain_series(data: Data) -> str | None:
         return None
     table = data.rows.select(*names, pl.col(dates[0]).cast(column_types.DATE_DTYPE).cast(pl.Int64))
     series = table.partition_by(names) if names else [table]
-    regular = sum(are_regular_steps(one[dates[0]].to_numpy()) for one in series)
+    least = MIN_STEPS_OF_SEVERAL if len(series) > 1 else MIN_REGULAR_STEPS
+    regular = sum(are_regular_steps(one[dates[0]].to_numpy(), least) for one in series)
     return dates[0] if regular >= MIN_REGULAR_SERIES_FRACTION * len(series) else None
 
 

@@ -24,6 +24,7 @@ SERIES, CUT = "#series", "#cut"
 MIN_MANY_SERIES = 30  # with at least this many series, the last horizon of each is the test and the one before it validation
 TEST_FRACTION, VALIDATION_FRACTION = 0.2, 0.1  # fractions of each series if there are fewer
 INPUT_HORIZONS = 4  # default input length in horizons
+MIN_DEFAULT_HORIZONS = 4  # of a series, so that training, validation and test have some; a horizon that the user sets may be longer
 MAX_WINDOWS = {"train": 2_000_000, "val": 4_000, "test": 40_000}  # maximum windows per split; beyond that every n-th is used
 
 
@@ -43,8 +44,9 @@ class Windows:
 def resolve_options(found: Panel, options: Any) -> Any:
     """Return the options with season, horizon and length filled in. Raises SettingsError for values below 1."""
     season = options.season or found.frequency.season or estimate_season([found.series_values(i) for i in range(len(found))])
-    horizon = options.horizon or default_horizon(found.frequency, season)
     typical = float(np.median(found.high - found.low))
+    most = max(1, int(typical / MIN_DEFAULT_HORIZONS))
+    horizon = options.horizon or min(default_horizon(found.frequency, season), most)
     length = options.length
     if length is None:
         length = max(INPUT_HORIZONS * horizon, 2 * season if 2 * season <= typical / 4 else 0)
