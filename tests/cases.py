@@ -1677,6 +1677,7 @@ CASES = {
     "clip": Case(inputs=captioned, peer=huggingface_clip, lr=3e-3),
     "clip-text": Case(inputs=tokens, peer=latents.clip_text, lr=1e-2),
     "t5-encoder": Case(inputs=tokens, peer=latents.t5_encoder, lr=1e-2),
+    "umt5-encoder": Case(inputs=tokens, peer=latents.umt5_encoder, lr=1e-2),
     "blip": Case(inputs=written, peer=huggingface_blip, lr=2e-2),
     "siglip": Case(inputs=captioned, peer=huggingface_siglip, lr=3e-3),
     "clip-resnet": Case(inputs=captioned, peer=clips.official, lr=3e-3),

@@ -140,14 +140,28 @@ def clip_text(model: nn.Module) -> Peer:
 
 
 def t5_encoder(model: nn.Module) -> Peer:
-    """Return the states of transformers' encoder, whose norms compute in float32 also in a network of float64."""
+    """Return the states of transformers' encoder of T5."""
     from tv import transformers
 
-    T5LayerNorm = transformers.models.t5.modeling_t5.T5LayerNorm
+    return encoder_states(
+        model, transformers.T5EncoderModel, transformers.T5Config, transformers.models.t5.modeling_t5.T5LayerNorm
+    )
+
+
+def umt5_encoder(model: nn.Module) -> Peer:
+    """Return the states of transformers' encoder of UMT5."""
+    from tv import transformers
+
+    norm = transformers.models.umt5.modeling_umt5.UMT5LayerNorm
+    return encoder_states(model, transformers.UMT5EncoderModel, transformers.UMT5Config, norm)
+
+
+def encoder_states(model: nn.Module, kind: Any, settings: Any, T5LayerNorm: Any) -> Peer:
+    """Return the states of an encoder whose norms compute in float32 also in a network of float64."""
     normalize = lambda norm, x: F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
     config = public_config(model, "huggingface")
     config.pop("architectures")
-    peer = transformers.T5EncoderModel(transformers.T5Config(**config))
+    peer = kind(settings(**config))
     table = get_tables(model)["huggingface"]
 
     class States(Tied):
