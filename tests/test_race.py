@@ -277,6 +277,7 @@ OTHERS = [SimpleNamespace(name=name) for name in ("mlp-test", "fnn-test")]  # op
 @pytest.fixture
 def short_race(monkeypatch):
     monkeypatch.setattr(race, "MIN_SECONDS", 1.0)
+    monkeypatch.setattr(race, "MIN_SECONDS_FOR_MORE", 1.0)
     monkeypatch.setattr(race, "MAX_POINTS_BEHIND", 100.0)
 
 
@@ -336,11 +337,14 @@ def test_contenders_are_other_architectures_and_a_size_with_nearly_equal_points(
     assert choose(("a-s", 9.0), ("a-m", 8.5), ("a-l", 8.4), ("b-s", 8.0), ("c-s", 7.0)) == ["a-m", "b-s"]
     assert choose(("a-s", 9.0), ("a-m", 7.5), ("b-s", 7.0), ("b-m", 7.0), ("c-s", 6.0)) == ["b-s", "c-s"]
     assert choose(("a-s", 9.0), ("b-s", 2.9)) == []
+    assert (
+        len(race.choose_options(Advice(options(("a-s", 9.0), ("b-s", 8.0), ("c-s", 7.0)), []), race.count_contenders(120))) == 1
+    )
 
 
 def test_a_race_names_its_contenders(product, tmp_path, short_race, monkeypatch):
     """The first choice keeps its name if another network wins."""
-    monkeypatch.setattr(race, "choose_options", lambda advice: OTHERS)
+    monkeypatch.setattr(race, "choose_options", lambda *_: OTHERS)
     monkeypatch.setattr(race.Race, "find_leader", lambda self: self.contenders[-1])
     run = fieldguide.fit(product, "y", minutes=0.15, out=tmp_path / "run", callback=NullCallback())
     names = [c["name"] for c in run.record["race"]["contenders"]]

@@ -290,4 +290,5 @@ def list_racing(choice: Choice) -> list[str]:
     first = choice.advice.best
     if choice.checkpoint is not None or not race.has_time(60 * choice.minutes):
         return [first.name]
-    return [first.name, *(o.name for o in race.choose_options(choice.advice))]
+    most = race.count_contenders(60 * choice.minutes)
+    return [first.name, *(o.name for o in race.choose_options(choice.advice, most))]

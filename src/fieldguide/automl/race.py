@@ -33,6 +33,7 @@ from fieldguide.training.state import Interrupted
 from fieldguide.training.trainer import Trainer
 
 MIN_SECONDS = 90.0  # of training, from which on there is a race
+MIN_SECONDS_FOR_MORE = 240.0  # of training, from which on more than two networks race
 MAX_CONTENDERS = 3
 MAX_POINTS_BEHIND = 6.0  # a contender's points behind the first choice of the rules
 MAX_POINTS_BETWEEN_SIZES = 1.0  # behind the first choice, for another size of its architecture
@@ -97,9 +98,14 @@ def has_time(seconds: float) -> bool:
     return MIN_SECONDS <= seconds < math.inf
 
 
-def choose_options(advice: Advice) -> list[Option]:
+def count_contenders(seconds: float) -> int:
+    """Return how many networks may race: each that loses costs the winner a part of its time, which counts more if time is short."""
+    return MAX_CONTENDERS if seconds >= MIN_SECONDS_FOR_MORE else 2
+
+
+def choose_options(advice: Advice, most: int = MAX_CONTENDERS) -> list[Option]:
     """Return the options that race against the first choice: the best of other architectures that are not far behind, and another
-    size of the same architecture if its points are nearly equal.
+    size of the same architecture if its points are nearly equal. With the first choice they are at most `most`.
     """
     first, found = advice.best, {advice.best.architecture}
     chosen: list[Option] = []
@@ -108,7 +114,7 @@ def choose_options(advice: Advice) -> list[Option]:
         fits = option.parameters * BYTES_PER_PARAMETER < MAX_MEMORY_FRACTION * ram()
         is_twin = option.architecture == first.architecture and option.points >= first.points - MAX_POINTS_BETWEEN_SIZES
         is_twin = is_twin and first.architecture not in (o.architecture for o in chosen)
-        if is_near and fits and (is_twin or option.architecture not in found) and len(chosen) < MAX_CONTENDERS - 1:
+        if is_near and fits and (is_twin or option.architecture not in found) and len(chosen) < most - 1:
             chosen.append(option)
             found.add(option.architecture)
     return chosen
@@ -123,7 +129,7 @@ class Race:
         self.sign = 1 if self.metric.better == "max" else -1
         self.left = float(plan.training_seconds or 0.0)
         started = time.monotonic()
-        options = choose_options(plan.advice)
+        options = choose_options(plan.advice, count_contenders(self.left))
         self.contenders: list[Contender] = []
         if options:
             callback.on_phase(f"preparing a race of {1 + len(options)} networks")

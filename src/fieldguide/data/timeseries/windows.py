@@ -24,7 +24,9 @@ SERIES, CUT = "#series", "#cut"
 MIN_MANY_SERIES = 30  # with at least this many series, the last horizon of each is the test and the one before it validation
 TEST_FRACTION, VALIDATION_FRACTION = 0.2, 0.1  # fractions of each series if there are fewer
 INPUT_HORIZONS = 4  # default input length in horizons
-MIN_DEFAULT_HORIZONS = 4  # of a series, so that training, validation and test have some; a horizon that the user sets may be longer
+MIN_DEFAULT_HORIZONS = (
+    4  # of a series, so that training, validation and test have some; a horizon that the user sets may be longer
+)
 MAX_WINDOWS = {"train": 2_000_000, "val": 4_000, "test": 40_000}  # maximum windows per split; beyond that every n-th is used
 
 
