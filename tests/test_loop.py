@@ -407,6 +407,7 @@ def test_batches_hold_similar_lengths():
     assert np.corrcoef(order[:-1], order[1:])[0, 1] < 0.5  # long ones do not come all at once
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_workers_make_the_same_batches():
     from fieldguide.data.loader import iterate_training_batches
 

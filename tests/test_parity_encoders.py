@@ -415,7 +415,6 @@ def test_other_attention_terms_are_rejected(tmp_path):
         ("deberta-v2", {"share_att_key": False}, "share_att_key=False"),
         ("deberta", {"pos_att_type": ["c2p"]}, "must contain c2p and p2c"),
         ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
-        ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling='max'"),
     ):
         config = cards()[name].resolve_config(cards()[name].tiny, output_type="label")
         network(name, config, **changes).save_pretrained(tmp_path / name)

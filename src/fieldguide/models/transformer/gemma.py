@@ -25,6 +25,7 @@ from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, cos
 from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
 from fieldguide.models.mapping.config_rules import Derived, Expect
 from fieldguide.models.transformer import llama
+from fieldguide.models.transformer._shared.rope_kinds import write_scaling
 from fieldguide.models.transformer.gemma3 import Norm
 
 
@@ -84,7 +85,7 @@ def read_rope(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Return rope_theta. Raises `WeightsError` for scaled rotations."""
     values = llama.read_rope(theirs)
     if values.get("rope_scaling"):
-        raise WeightsError("rope_scaling is not supported for Gemma.")
+        raise WeightsError(f"rope_type={write_scaling(values['rope_scaling'])['rope_type']!r} is not supported for Gemma.")
     return values
 
 

@@ -102,12 +102,6 @@ class SpeechPretraining(PretrainingSignature, Task):
     # Matching data
 
     @classmethod
-    def match(cls, data: Data) -> str | None:
-        if cls.missing_requirements(data) or data.target or len(data.features()) > 1:
-            return None
-        return "recordings alone"
-
-    @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
         return None if len(data.features("audio")) == 1 else "one audio column"
 
