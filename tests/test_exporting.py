@@ -324,7 +324,7 @@ MISTAKES = {
 }
 
 
-SLOW = {"stale tokenizer"}  # an export of a run of texts takes long
+SLOW = {"stale tokenizer", "blue before red"}  # these exports take long
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MISTAKES])
@@ -674,9 +674,8 @@ def test_conversations_of_step_graphs_are_those_of_the_run(tmp_path):
     assert done.passed and done.verification.rows > 5, done.verification.problems
 
 
-@pytest.mark.parametrize(
-    "name, data", [("translation", "phrases"), pytest.param("summarization", "reports", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, data", [("translation", "phrases"), ("summarization", "reports")])
 def test_beams_of_step_graphs_find_the_answers_of_the_run(name, data, tmp_path):
     run, rows = fieldguide.open_run(GOLDEN / f"v1-{name}"), str(tmp_path / "rows.csv")
     names = [run.task.column, run.task.target.name]
@@ -1056,6 +1055,7 @@ def sampled_run(tmp_path_factory, brief_evaluation):
     return fieldguide.fit("figures", model="ddpm-unet-test", out=tmp_path_factory.mktemp("made") / "run", settings=settings)
 
 
+@pytest.mark.slow
 def test_samples_of_step_graphs_are_those_of_the_run(sampled_run, tmp_path):
     """From the same noise, in three sizes of batches, with guidance and new noise in each step. Wrong tables are found."""
     done = sampled_run.export(out=tmp_path / "export")

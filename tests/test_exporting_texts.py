@@ -55,7 +55,8 @@ def test_vectors_are_equal_after_their_prompts(tmp_path):
     assert verify(run, done.path, "helpdesk").problems
 
 
-@pytest.mark.parametrize("loss", ["pointwise", pytest.param("listwise", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["pointwise", "listwise"])
 def test_ranks_are_equal(loss, tmp_path):
     run = fieldguide.fit(
         "shortlist", model="bert-test", out=tmp_path / "run", settings=SETTINGS | {"batch": 8, "task.loss": loss}

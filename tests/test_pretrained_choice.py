@@ -362,7 +362,8 @@ def test_time_limits_the_rows(folder, table, monkeypatch):  # noqa: F811
     assert frozen_features.fit_frozen(plan, says) is None and "takes too long" in says.said[-1]
 
 
-@pytest.mark.parametrize("wins", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("wins", [True, False])
 def test_downloaded_weights_take_part_in_the_race(server, table, tmp_path, monkeypatch, wins):
     from fieldguide.automl import race
     from fieldguide.tasks.text.text_classification import TextClassification

@@ -342,6 +342,7 @@ def test_contenders_are_other_architectures_and_a_size_with_nearly_equal_points(
     )
 
 
+@pytest.mark.slow
 def test_a_race_names_its_contenders(product, tmp_path, short_race, monkeypatch):
     """The first choice keeps its name if another network wins."""
     monkeypatch.setattr(race, "choose_options", lambda *_: OTHERS)

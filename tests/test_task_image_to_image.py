@@ -512,7 +512,8 @@ def test_a_run_without_pairs(tmp_path):
     assert run.predict([image], to="noon")[0]["image"].content == there["image"].content
 
 
-@pytest.mark.parametrize("how", ["pairs", pytest.param("domains", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["pairs", "domains"])
 def test_exports_equal_predictions(how, paired_run, pairs, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

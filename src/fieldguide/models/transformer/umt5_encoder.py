@@ -105,9 +105,7 @@ CARD = Card(
     output_type="sequence",
     sizes={
         "umt5-xxl-encoder": Size(params=5_680_910_336, source="Wan 2.1"),
-        "umt5-encoder-test": Size(
-            vocab_size=30, length=12, dim=16, depth=2, heads=2, width=6, hidden=24, buckets=6, far=5, dropout=0.0
-        ),
+        "umt5-encoder-test": Size(vocab_size=30, dim=16, depth=2, heads=2, width=6, hidden=24, buckets=6, far=5, dropout=0.0),
     },
     weights={"huggingface": huggingface},
     configs={"huggingface": CONFIG},
