@@ -81,7 +81,7 @@ def test_videos_in_every_format(tmp_path, form):
 
 
 def test_accepted_data(tmp_path):
-    data, kind, _ = asked(folder(tmp_path / "films"))
+    data, kind, _ = asked(folder(tmp_path / "videos"))
     assert kind is VideoGeneration and data.features("video") and data.target.name == "label"
     task = kind.fit(data, kind.options_from({"frames": 4}))
     assert task.labels == ["left", "right"] and task.model_dims() == {"image": 16, "channels": 1, "num_classes": 2, "frames": 4}
@@ -89,8 +89,8 @@ def test_accepted_data(tmp_path):
     assert task.cut_frames(film, 0.0).tolist() == [0, 1, 2, 3] and task.cut_frames(film, 0.999).tolist() == [6, 7, 8, 9]
     assert task.cut_frames(film[:2], 0.5).tolist() == [0, 1, 1, 1]
     rows = "\n".join(f"{name}/{i}.png,{name}" for name in ("left", "right") for i in range(12))
-    (tmp_path / "films" / "list.csv").write_text("film,move\n" + rows)
-    data, *_ = asked(tmp_path / "films" / "list.csv", target="move")
+    (tmp_path / "videos" / "list.csv").write_text("film,move\n" + rows)
+    data, *_ = asked(tmp_path / "videos" / "list.csv", target="move")
     assert data.columns["film"].kind == "video" and len(data) == 24
 
 
@@ -166,7 +166,7 @@ def described(root, each=6):
 
 
 def test_captions_in_two_formats(tmp_path):
-    root = described(tmp_path / "films")
+    root = described(tmp_path / "videos")
     data, kind, _ = asked(root)
     assert kind is VideoGeneration and data.target.name == "caption" and data.required_target.kind == "text" and len(data) == 24
     task = kind.fit(kind.select_columns(data), kind.options_from({"vocab_size": 300}))
@@ -307,7 +307,7 @@ def test_intervals_of_gaps_and_decibels():
 @pytest.mark.slow
 def test_network_learns_to_generate_videos(tmp_path):
     run = fit(
-        folder(tmp_path / "films", 40),
+        folder(tmp_path / "videos", 40),
         task="video-generation",
         model="latte-pixels-16",
         out=tmp_path / "run",
@@ -328,7 +328,7 @@ def test_network_learns_to_generate_videos(tmp_path):
         set(others["copy-last"]) == {"next_frame_psnr", "continuation_psnr"} and others["training videos"]["recognised"] > 0.9
     )
     made = run.outputs(
-        read(tmp_path / "films", column_spec=VideoGeneration.column_spec).take(np.arange(3))
+        read(tmp_path / "videos", column_spec=VideoGeneration.column_spec).take(np.arange(3))
     )  # asked one for one
     assert made["samples"].shape == (3, 4, 1, 16, 16) and len(made["label"]) == 3
     low, high = run.record["scores"]["intervals"]["recognised"]
@@ -338,7 +338,7 @@ def test_network_learns_to_generate_videos(tmp_path):
     assert run.predict(["left"], count=1, steps=4)[0] == first[0]
     page = (run.path / "report.html").read_text()
     assert "data:image/webp" in page and "Next frame" in page and "nearest training videos" in page
-    assert run.evaluate(tmp_path / "films")["scores"] == pytest.approx(run.scores, rel=1e-4)
+    assert run.evaluate(tmp_path / "videos")["scores"] == pytest.approx(run.scores, rel=1e-4)
     with pytest.raises(SettingsError, match="sampler='magic'"):
         run.predict(["left"], sampler="magic")
     assert "copy-last" not in summarize_result(run.record, VideoGeneration.metrics[0])  # which has no such score

@@ -24,20 +24,8 @@ from fieldguide.models.transformer import t5, t5_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(t5_encoder.Config):
     vocab_size: int = 256_384
-    length: int = 512  # sequence length in pre-training, in tokens; longer inputs are possible
-    dim: int = 4096  # D
-    depth: int = 24
-    heads: int = 64
-    width: int = 64  # of a head
-    hidden: int = 10_240  # hidden width of the MLPs
-    buckets: int = 32  # number of relative position buckets
-    far: int = 128  # distances from this one on share a bucket
-    gated: bool = True  # gated MLPs
-    dropout: float = 0.1
-    eps: float = 1e-6
-    pad: int = 0
 
 
 class UMT5Encoder(nn.Module):
@@ -73,7 +61,7 @@ class UMT5Encoder(nn.Module):
 
 def huggingface(c: Config) -> dict[str, Row]:
     """Return the weight names of transformers."""
-    table = t5_encoder.huggingface(c)  # type: ignore[arg-type]  # which reads only `gated`
+    table = t5_encoder.huggingface(c)
     table = {name: row for name, row in table.items() if row != "encoder_bias.weight"}
     return {**table, "encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight": "biases.{i}.weight"}
 

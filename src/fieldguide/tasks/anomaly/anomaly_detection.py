@@ -126,7 +126,7 @@ class AnomalyDetection(AnomalyEvaluator, Task):
         if data.features("image"):
             from fieldguide.tasks.anomaly.images import ImageAnomalyDetection
 
-            return ImageAnomalyDetection.fit(data, options)  # type: ignore[return-value]
+            return ImageAnomalyDetection.fit(data, options)  # type: ignore[return-value]  # the same task in another class
         context = data.context if isinstance(data.context, Steps) else None
         task = cls(list((context.columns if context else data.columns).values()), options)
         normal = task.fit_labels(data)
@@ -433,7 +433,7 @@ class AnomalyDetection(AnomalyEvaluator, Task):
         if "pictures" in state:
             from fieldguide.tasks.anomaly.images import ImageAnomalyDetection
 
-            return ImageAnomalyDetection.from_state(columns, options, state, folder)  # type: ignore[return-value]
+            return ImageAnomalyDetection.from_state(columns, options, state, folder)  # type: ignore[return-value]  # the same task in another class
         task = cls(columns, options)
         task.preparer = TablePreparer.from_json(state["preparer"]) if "preparer" in state else None
         for name in ("channels", "mean", "std", "normal_label", "is_labeled", "scale", "normal_scores"):

@@ -245,10 +245,10 @@ def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # N C S S in -1 .. 1 
     return -10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)) / 4, 1e-10))
 
 
-def motion_image(films: Tensor) -> Tensor:  # N F C S S -> N 3C S S
+def motion_image(videos: Tensor) -> Tensor:  # N F C S S -> N 3C S S
     """Return each video as one image: its middle frame, the mean change between frames, and the first half minus the
     second half.
     """
-    half = films.shape[1] // 2
-    change = (films[:, 1:] - films[:, :-1]).abs().mean(1)
-    return torch.cat([films[:, half], change, films[:, :half].mean(1) - films[:, half:].mean(1)], 1)
+    half = videos.shape[1] // 2
+    change = (videos[:, 1:] - videos[:, :-1]).abs().mean(1)
+    return torch.cat([videos[:, half], change, videos[:, :half].mean(1) - videos[:, half:].mean(1)], 1)

@@ -161,25 +161,25 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
     def load_videos(self, data: Data) -> list[np.ndarray]:
         return video.load(data.rows[self.column].to_list(), self.pictures.side, self.pictures.channels)
 
-    def cut_frames(self, film: np.ndarray, start: float) -> np.ndarray:
+    def cut_frames(self, clip: np.ndarray, start: float) -> np.ndarray:
         """Return `frames` frames; `start` places them from the beginning (0) to the end (1) of the video."""
         wanted = self.options.frames * self.options.stride
-        first = int(start * max(len(film) - wanted + 1, 0))
-        index = np.minimum(first + np.arange(0, wanted, self.options.stride), len(film) - 1)
-        return film[index]
+        first = int(start * max(len(clip) - wanted + 1, 0))
+        index = np.minimum(first + np.arange(0, wanted, self.options.stride), len(clip) - 1)
+        return clip[index]
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
-        films, label = self.load_videos(data), torch.from_numpy(self.codes(data))
+        videos, label = self.load_videos(data), torch.from_numpy(self.codes(data))
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             start = torch.rand(len(index), generator=generator).tolist() if generator is not None else [0.5] * len(index)
-            x = torch.from_numpy(np.stack([self.cut_frames(films[i], s) for i, s in zip(index, start)]))
+            x = torch.from_numpy(np.stack([self.cut_frames(videos[i], s) for i, s in zip(index, start)]))
             if generator is not None and self.options.flip:
                 x = torch.where((torch.rand(len(x), generator=generator) < 0.5).view(-1, 1, 1, 1, 1), x.flip(-1), x)
             rows = torch.from_numpy(index)
             return {"video": self.pictures.apply(x), "label": label[rows], "row": rows}
 
-        return Batches(len(films), make)
+        return Batches(len(videos), make)
 
     def load_middles(self, data: Data) -> Tensor:
         """Return the middle of each video, (N, F, C, S, S) in -1 .. 1."""
@@ -279,12 +279,12 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
         At each sampler step the known frames are restored with the noise of that step (Lugmayr et al. 2022,
         arXiv:2201.09865, equation 8, without resampling).
         """
-        film, label, process = batch["video"], batch["label"], objective.process
-        draw = Noise(self.predict_options.seed, batch["row"].tolist(), film.shape[1:], film)
+        clip, label, process = batch["video"], batch["label"], objective.process
+        draw = Noise(self.predict_options.seed, batch["row"].tolist(), clip.shape[1:], clip)
         noise, sampler = draw(), build_sampler(self.predict_options)
         state = sampler.start(process, draw, noise=noise)
         while not state.done:
-            state.x[:, :-1] = process.add_noise(film, noise, state.level)[:, :-1]
+            state.x[:, :-1] = process.add_noise(clip, noise, state.level)[:, :-1]
             sampler.step(state, evaluate(objective.model, process, state, label))
         return state.x[:, -1].clamp(-1, 1)
 

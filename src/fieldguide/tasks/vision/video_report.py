@@ -154,12 +154,12 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(decibels(a.reshape(1, -1, 1, 1), b.reshape(1, -1, 1, 1))[0])
 
 
-def join_side_by_side(films: np.ndarray) -> np.ndarray:  # N F C S S -> F C S N*S
-    return np.concatenate(list(films), -1)
+def join_side_by_side(videos: np.ndarray) -> np.ndarray:  # N F C S S -> F C S N*S
+    return np.concatenate(list(videos), -1)
 
 
-def encode_webp(film: np.ndarray) -> bytes:  # F C S S in -1 .. 1 -> WebP that plays
-    frames = [Image.open(io.BytesIO(encode_png(frame))).convert("RGB") for frame in film]
+def encode_webp(clip: np.ndarray) -> bytes:  # F C S S in -1 .. 1 -> WebP that plays
+    frames = [Image.open(io.BytesIO(encode_png(frame))).convert("RGB") for frame in clip]
     scale = max(1, 96 // frames[0].height)
     frames = [f.resize((f.width * scale, f.height * scale), Image.Resampling.NEAREST) for f in frames]
     out = io.BytesIO()

@@ -72,10 +72,10 @@ def read_scaling(rope: Mapping[str, Any], length: int) -> tuple[float | str, ...
     factor = float(rope.get("factor") or length / original)
     attention = rope.get("attention_factor")
     if attention is None:
-        both = rope.get("mscale"), rope.get("mscale_all_dim")
+        scale, every = rope.get("mscale"), rope.get("mscale_all_dim")
         attention = get_yarn_factor(factor)
-        if all(both):
-            attention = get_yarn_factor(factor, float(both[0])) / get_yarn_factor(factor, float(both[1]))  # type: ignore[arg-type]
+        if scale and every:
+            attention = get_yarn_factor(factor, float(scale)) / get_yarn_factor(factor, float(every))
     fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
     return ("yarn", factor, fast, slow, original, float(attention), float(rope.get("truncate", True)))
 
