@@ -224,3 +224,12 @@ def test_names_of_series_are_found(tmp_path):
     assert series.columns["source"].role == "series" and any(f.check == "series-chosen" for f in series.findings)
     path.write_text("\n".join(["day,source,power", *lines, lines[0]]) + "\n")  # a day of a source twice
     assert infer_task(read(path))[0].name == "tabular-regression"
+
+
+@pytest.mark.parametrize("months, given, horizon", [(45, {}, 11), (200, {}, 18), (45, {"horizon": 12}, 12)])
+def test_default_horizon_suits_short_series(tmp_path, months, given, horizon):
+    """18 months, as in the M4 competition, or a quarter of the series; what the user sets is kept."""
+    path = tmp_path / "t.csv"
+    path.write_text("month,v\n" + "".join(f"{2000 + i // 12}-{i % 12 + 1:02},{50 + i % 12 + i / 7}\n" for i in range(months)))
+    data = read(path, column_spec=Forecasting.column_spec)
+    assert Forecasting.build_examples(data, Forecasting.options_from(given)).context.options.horizon == horizon
