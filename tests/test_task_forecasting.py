@@ -226,7 +226,7 @@ def test_names_of_series_are_found(tmp_path):
     assert infer_task(read(path))[0].name == "tabular-regression"
 
 
-@pytest.mark.parametrize("months, given, horizon", [(45, {}, 11), (200, {}, 18), (45, {"horizon": 12}, 12)])
+@pytest.mark.parametrize("months, given, horizon", [(45, {}, 11), (200, {}, 18), (45, {"horizon": 5}, 5)])
 def test_default_horizon_suits_short_series(tmp_path, months, given, horizon):
     """18 months, as in the M4 competition, or a quarter of the series; what the user sets is kept."""
     path = tmp_path / "t.csv"
