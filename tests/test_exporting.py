@@ -41,6 +41,7 @@ from fieldguide.data.timestamps import DateFormat
 from fieldguide.exporting import onnx_file
 from fieldguide.exporting.audio import Spectrogram
 from fieldguide.exporting.builders import build_graph
+from fieldguide.exporting.comparison import Comparison
 from fieldguide.exporting.export import export
 from fieldguide.exporting.folder import build_program, write_folder
 from fieldguide.exporting.gguf import make_probes
@@ -49,7 +50,7 @@ from fieldguide.exporting.image_generation import tabulate_sampler
 from fieldguide.exporting.steps.images import Resize
 from fieldguide.exporting.steps.tables import compute_normal_quantile, find_day_of_year, interpolate
 from fieldguide.exporting.tables import describe_cells
-from fieldguide.exporting.verify import Comparison, verify
+from fieldguide.exporting.verify import verify
 from fieldguide.metrics import generative
 from fieldguide.models.feedforward.bag_of_ngrams import BagOfNgrams, Config
 from fieldguide.objectives.ctc_decoding import align, collapse

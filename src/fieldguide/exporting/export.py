@@ -71,7 +71,8 @@ def export_onnx(predictor: Any, out: Path, name: str, data: str | None, precisio
     from fieldguide.exporting.builders import build_graph
     from fieldguide.exporting.folder import UNVERIFIED, check_target, dump, write_folder
     from fieldguide.exporting.graph import ExportError
-    from fieldguide.exporting.verify import choose_requests, verify
+    from fieldguide.exporting.requests import choose_requests
+    from fieldguide.exporting.verify import verify
 
     check_target(out)
     graph = build_graph(predictor)

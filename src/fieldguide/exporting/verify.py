@@ -6,10 +6,7 @@ network, calibration, the order of classes.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 import os
 import subprocess
 import sys
@@ -23,40 +20,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 import torch
-from PIL import Image
 
-from fieldguide.core.errors import DataError
-from fieldguide.core.media import Media
-from fieldguide.data.dataset import FILE, LINE
-from fieldguide.data.preprocessing.conversations import take_until_answer
-from fieldguide.data.read import load
-from fieldguide.data.splits import sample_rows
-from fieldguide.data.timeseries.cases import CASE
+from fieldguide.exporting.comparison import Comparison
 from fieldguide.exporting.graph import ExportError
 from fieldguide.exporting.precision import Precision
+from fieldguide.exporting.requests import MAX_ROWS, choose_requests
 from fieldguide.objectives.noise import Noise
-from fieldguide.tasks.text.text_generation import PROMPT_WORDS
-from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
 
-MAX_ROWS = 512  # that are compared
 # Precision of the weights -> the tolerance of probabilities, and of other numbers relative to their size; the least fraction of equal rows
 ALLOWED = {"float32": (1e-4, 1.0), "float16": (0.01, 0.99), "int8": (0.1, 0.95)}
 BATCHES = ((1, 8), (7, 64), (64, MAX_ROWS))  # size of batches, and the number of rows that run in them
 TIMEOUT = 1800  # seconds
 MAX_TIE_FRACTION = 0.5  # of rows whose answers depend on rounding
 PERTURBATIONS = 2  # how often weights are changed to find them
-MAX_PROMPTS = 64  # that are answered
-MAX_SAMPLES = 64  # that are generated
-MAX_STEPS = 2048  # of series, if each step has a record
-ROW = "#row"  # a column of row numbers
 MAX_EXAMPLES = 5  # of differences that are kept
-MAX_SERIES, CUTS = 32, 8  # of a request of series, and how many requests end at different steps
-ROUNDED = {"box": 0.101, "x": 0.101, "y": 0.101}  # values that are rounded to one decimal place: pixels
-MADE_IMAGE = "image"  # of a record: a pixel may be rounded to one level or the next; pixels of masks are numbers of classes
-DERIVED = {"found": "objects", "classes": "shares"}  # texts that sum up another value of the record
 PROGRAM = """
 import json, sys
 class Missing:
@@ -98,122 +78,6 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-compatible dictionary."""
         return asdict(self)
-
-
-def choose_requests(predictor: TaskPredictor, source: str) -> tuple[list[pl.DataFrame], Any]:
-    """Return tables of raw inputs, each of which is a request, and the data of the first if scores are compared."""
-    if predictor.signature.record_for == "sample":
-        return [choose_samples(predictor)], None
-    if predictor.signature.series is not None:
-        return cut_series(predictor, source), None
-    if predictor.signature.record_for == "step":
-        return [choose_steps(predictor, source)], None
-    if (loop := predictor.signature.loop) is not None:
-        choose_texts = choose_prompts if loop.kind == "autoregressive" else choose_sources
-        return [choose_texts(predictor, source)], None
-    choose = choose_cases if predictor.signature.record_for == "series" else choose_rows
-    table, data = choose(predictor, source)
-    return [table], data
-
-
-def choose_steps(predictor: TaskPredictor, source: str) -> pl.DataFrame:
-    """Return the last raw rows of the first series of a source, `MAX_STEPS` in all."""
-    raw, fields = load(source).raw.rows, predictor.signature.inputs
-    owners = [field.name for field in fields if field.role == "series"]
-    raw = raw.select(field.name for field in fields if field.name in raw.columns)
-    if owners:
-        raw = raw.join(raw.select(owners).unique(maintain_order=True).head(MAX_SERIES), on=owners, maintain_order="left")
-        most = -(-MAX_STEPS // raw.select(owners).n_unique())
-        return raw.filter(pl.int_range(pl.len(), 0, -1).over(owners) <= most)
-    return raw.tail(MAX_STEPS)
-
-
-def choose_samples(predictor: TaskPredictor) -> pl.DataFrame:
-    """Return classes or captions to generate images of; numbers if there are neither."""
-    task: Any = predictor.task
-    known = task.captions or task.labels or [str(number) for number in range(MAX_SAMPLES)]
-    column = next((field.name for field in predictor.signature.inputs), "class")
-    return pl.DataFrame({column: [known[i % len(known)] for i in range(MAX_SAMPLES)]})
-
-
-def choose_sources(predictor: TaskPredictor, source: str) -> pl.DataFrame:
-    """Return held-out inputs of a network that generates."""
-    return choose_rows(predictor, source)[0].head(MAX_PROMPTS)
-
-
-def choose_prompts(predictor: TaskPredictor, source: str) -> pl.DataFrame:
-    """Return the first words of held-out texts, or conversations up to the first answer."""
-    data, column = choose_held_out(predictor, source), predictor.signature.inputs[0].name
-    if data.rows[column].dtype == pl.String:
-        return data.rows.head(MAX_PROMPTS).select(pl.col(column).str.split(" ").list.head(PROMPT_WORDS).list.join(" "))
-    turns = [[(m["role"], m["content"]) for m in said] for said in data.rows[column].head(MAX_PROMPTS)]
-    kept = [[{"role": who, "content": text} for who, text in take_until_answer(row) or []] for row in turns]
-    return pl.DataFrame({column: [said for said in kept if said]})
-
-
-def choose_cases(predictor: TaskPredictor, source: str) -> tuple[pl.DataFrame, Any]:
-    """Return the raw rows of labeled series as a table, and their data: held-out series if the run was trained on `source`."""
-    data = choose_held_out(predictor, source)
-    raw = load(source).raw.rows.with_row_index(ROW)
-    rows = [int(data.context.row[case]) for case in data.rows[CASE]]
-    owners = [field.name for field in predictor.signature.inputs if field.role == "series"]
-    first = raw.filter(pl.col(ROW).is_in(rows))
-    if predictor.task.layout == "long":  # type: ignore[attr-defined]
-        first = raw.join(first.select(*owners), on=owners, how="semi")
-    names = [field.name for field in predictor.signature.inputs if field.name in raw.columns]
-    return first.select(names), data
-
-
-def cut_series(predictor: TaskPredictor, source: str) -> list[pl.DataFrame]:
-    """Return requests with the first series of a source, that end at different steps."""
-    raw, fields = load(source).raw.rows, predictor.signature.inputs
-    raw = raw.select(name for name in raw.columns if name not in (FILE, LINE))
-    owners = [field.name for field in fields if field.role == "series"]
-    if any(field.name == "*" for field in fields):  # one series per row
-        raw = raw.head(MAX_SERIES)
-        step = max(1, raw.width // (4 * CUTS))
-        return [raw.select(raw.columns[: raw.width - cut * step]) for cut in range(CUTS)]
-    if owners:
-        raw = raw.join(raw.select(owners).unique(maintain_order=True).head(MAX_SERIES), on=owners, maintain_order="left")
-    from_end = pl.int_range(pl.len(), 0, -1)
-    from_end = from_end.over(owners) if owners else from_end
-    shortest = int(raw.group_by(owners).len()["len"].to_numpy().min()) if owners else raw.height
-    step = max(1, shortest // (4 * CUTS))
-    return [raw.filter(from_end > cut * step) for cut in range(CUTS)]
-
-
-def choose_rows(predictor: TaskPredictor, source: str) -> tuple[pl.DataFrame, Any]:
-    """Return raw input rows as a table, and their data: held-out rows if the run was trained on `source`."""
-    data = choose_held_out(predictor, source)
-    if (requests := predictor.task.list_requests(data)) is not None:
-        return requests.head(MAX_ROWS), None
-    names = [field.name for field in predictor.signature.inputs if field.name in data.rows.columns]
-    return join_raw_cells(predictor, predictor.task.read([source]).inputs, data.rows, names), data
-
-
-def choose_held_out(predictor: TaskPredictor, source: str) -> Any:
-    """Return at most `MAX_ROWS` rows of a source, those held out if the run was trained on it. Raises `DataError` if there is none."""
-    task = predictor.task.for_request(predictor.task.PredictOptions())
-    data = task.read([source], answered=True)
-    record = getattr(predictor, "record", None)
-    if record and data.manifest.digest == record["data"]["digest"] and len(data) == record["data"]["rows"]:
-        splits = predictor.read_splits()  # type: ignore[attr-defined]
-        data = data.take(splits.test if len(splits.test) else splits.validation)
-    data = data.take(np.sort(sample_rows(np.arange(len(data)), MAX_ROWS, 0)))
-    if not len(data):
-        raise DataError(f"{source} has no row to verify the export with. Give data with --data.")
-    return data
-
-
-def join_raw_cells(predictor: TaskPredictor, raw: pl.DataFrame | None, rows: pl.DataFrame, names: list[str]) -> pl.DataFrame:
-    """Return columns of rows, as their cells are written in the file if it is a table; media as absolute paths."""
-    found, place = rows.select(names), [FILE, LINE]
-    media = [field.name for field in predictor.signature.inputs if field.media_types]
-    cells = [name for name in names if name not in media and raw is not None and name in raw.columns]
-    if raw is None or not cells or not set(place) <= set(raw.columns) or rows[LINE].null_count():
-        return found
-    written = rows.select(place).join(raw.select(*place, *cells), on=place, how="left", maintain_order="left")
-    return found.with_columns(written[name] for name in cells)
 
 
 def verify(
@@ -347,120 +211,6 @@ def run_folder(
     if done.returncode:
         raise ExportError(f"{folder}: run.py fails: {lines[-1] if lines else done.returncode}")
     return json.loads(done.stdout), [line for line in lines if line.startswith("column ")]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The comparison of records.
-
-    Args:
-        tolerance: of probabilities, and of other numbers relative to their size.
-        threshold: the score from which on objects are part of a record.
-        most: objects of a record at most.
-    """
-
-    tolerance: float
-    threshold: float = 0.0
-    most: int = MAX_DETECTIONS
-
-    def compare(self, want: Any, got: Any, rounded: bool = False) -> tuple[float, str]:
-        """Return the largest relative difference of numbers, and the first problem, or "". With `rounded`, pixels may differ by 0.1."""
-        if isinstance(want, Mapping):
-            keys = [key for key, value in want.items() if not is_left_out(key, value, want)]
-            if missing := [key for key in keys if not isinstance(got, Mapping) or key not in got]:
-                return 0.0, f"{missing[0]!r} is missing"
-            pairs = [(key, want[key], got[key]) for key in keys]
-            is_tie = is_tied(want, self.tolerance)
-        elif isinstance(want, list) and isinstance(got, list) and any(is_scored(one) for one in (*want, *got)):
-            return self.compare_objects(want, got)
-        elif isinstance(want, list | tuple):
-            if not isinstance(got, list | tuple) or len(want) != len(got):
-                return 0.0, f"{want!r:.80} against {got!r:.80}"
-            pairs, is_tie = [(str(i), a, b) for i, (a, b) in enumerate(zip(want, got))], False
-        elif isinstance(want, int | float) and not isinstance(want, bool):
-            if not isinstance(got, int | float):
-                return 0.0, f"{want!r} against {got!r:.80}"
-            if math.isnan(want) and math.isnan(got):
-                return 0.0, ""
-            difference = abs(want - got) / max(1.0, abs(want))
-            return difference, "" if difference <= self.tolerance else f"{want:.6g} against {got:.6g}"
-        else:
-            return 0.0, "" if want == got else f"{want!r:.80} against {got!r:.80}"
-        largest, first = 0.0, ""
-        for key, a, b in pairs:
-            if rounded and key in ROUNDED and np.allclose(a, b, rtol=0, atol=ROUNDED[key]):
-                continue
-            if isinstance(a, Media):
-                difference, problem = self.compare_images(a, b, 1 if key == MADE_IMAGE else 0)
-            else:
-                difference, problem = self.compare(a, b, rounded)
-            largest = max(largest, difference)
-            if problem and not first and not (is_tie and isinstance(a, str)):
-                first = f"{key}: {problem}"
-        return largest, first
-
-    def compare_images(self, want: Media, got: Any, levels: int) -> tuple[float, str]:
-        """Return the fraction of pixels that differ by more than some levels, and the problem if it exceeds the tolerance."""
-        a, image = np.asarray(Image.open(io.BytesIO(want.content))), decode_image(got)
-        if image is None or np.asarray(image).shape != a.shape:
-            return 1.0, "the image has another size or is missing"
-        difference = float(np.mean(np.abs(a.astype(int) - np.asarray(image).astype(int)) > levels))
-        return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels differ"
-
-    def compare_objects(self, want: list[Any], got: list[Any]) -> tuple[float, str]:
-        """Return what `compare` does for objects in the order of their scores; those of equal score may be in another order.
-
-        An object may be missing on one side if its score is at the threshold, or if the record is full and no score is lower: which
-        side of a limit it is on is then decided by rounding.
-        """
-        left, largest = list(got), 0.0
-        for one in want:
-            near = [(i, other) for i, other in enumerate(left) if abs(one["score"] - other["score"]) <= self.tolerance]
-            compared = [(*self.compare(one, other, True), i) for i, other in near]
-            equal = [(difference, i) for difference, problem, i in compared if not problem]
-            if equal:
-                difference, place = min(equal)
-                largest = max(largest, difference)
-                left.pop(place)
-            elif not self.is_at_limit(one, want, got):
-                return largest, f"{one!r:.100} is missing"
-        if strange := [one for one in left if not self.is_at_limit(one, want, got)]:
-            return largest, f"{strange[0]!r:.100} was not found by the original"
-        return largest, ""
-
-    def is_at_limit(self, one: Mapping[str, Any], want: list[Any], got: list[Any]) -> bool:
-        """Return whether rounding decides if an object is part of a record."""
-        if one["score"] <= self.threshold + self.tolerance:
-            return True
-        full = [record for record in (want, got) if len(record) >= self.most]
-        return any(one["score"] <= min(other["score"] for other in record) + self.tolerance for record in full)
-
-
-def decode_image(value: Any) -> Image.Image | None:
-    """Return a PNG file in a data URL as an image; None for anything else."""
-    if not isinstance(value, str) or not value.startswith("data:image/png;base64,"):
-        return None
-    return Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2])))
-
-
-def is_left_out(key: str, value: Any, record: Mapping[str, Any]) -> bool:
-    """Return whether a value of a record is not compared: the place of a row, a drawing, or the sum of another value."""
-    return (
-        key == "input"
-        or (isinstance(value, Media) and value.suffix == ".jpg")
-        or DERIVED.get(key, key) in record.keys() - {key}
-    )
-
-
-def is_scored(value: Any) -> bool:
-    return isinstance(value, Mapping) and "score" in value
-
-
-def is_tied(record: Mapping[str, Any], tolerance: float) -> bool:
-    """Return whether the two most probable answers of a record are equally probable, up to the tolerance."""
-    p = record.get("probabilities")
-    best = sorted(p.values(), reverse=True)[:2] if isinstance(p, Mapping) else []
-    return len(best) == 2 and best[0] - best[1] <= 2 * tolerance
 
 
 def compare_scores(

@@ -1,0 +1,134 @@
+"""Comparison of the records of an export with those of its original."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fieldguide.core.media import Media
+from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
+
+ROUNDED = {"box": 0.101, "x": 0.101, "y": 0.101}  # values that are rounded to one decimal place: pixels
+MADE_IMAGE = "image"  # of a record: a pixel may be rounded to one level or the next; pixels of masks are numbers of classes
+DERIVED = {"found": "objects", "classes": "shares"}  # texts that sum up another value of the record
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of records.
+
+    Args:
+        tolerance: of probabilities, and of other numbers relative to their size.
+        threshold: the score from which on objects are part of a record.
+        most: objects of a record at most.
+    """
+
+    tolerance: float
+    threshold: float = 0.0
+    most: int = MAX_DETECTIONS
+
+    def compare(self, want: Any, got: Any, rounded: bool = False) -> tuple[float, str]:
+        """Return the largest relative difference of numbers, and the first problem, or "". With `rounded`, pixels may differ by 0.1."""
+        if isinstance(want, Mapping):
+            keys = [key for key, value in want.items() if not is_left_out(key, value, want)]
+            if missing := [key for key in keys if not isinstance(got, Mapping) or key not in got]:
+                return 0.0, f"{missing[0]!r} is missing"
+            pairs = [(key, want[key], got[key]) for key in keys]
+            is_tie = is_tied(want, self.tolerance)
+        elif isinstance(want, list) and isinstance(got, list) and any(is_scored(one) for one in (*want, *got)):
+            return self.compare_objects(want, got)
+        elif isinstance(want, list | tuple):
+            if not isinstance(got, list | tuple) or len(want) != len(got):
+                return 0.0, f"{want!r:.80} against {got!r:.80}"
+            pairs, is_tie = [(str(i), a, b) for i, (a, b) in enumerate(zip(want, got))], False
+        elif isinstance(want, int | float) and not isinstance(want, bool):
+            if not isinstance(got, int | float):
+                return 0.0, f"{want!r} against {got!r:.80}"
+            if math.isnan(want) and math.isnan(got):
+                return 0.0, ""
+            difference = abs(want - got) / max(1.0, abs(want))
+            return difference, "" if difference <= self.tolerance else f"{want:.6g} against {got:.6g}"
+        else:
+            return 0.0, "" if want == got else f"{want!r:.80} against {got!r:.80}"
+        largest, first = 0.0, ""
+        for key, a, b in pairs:
+            if rounded and key in ROUNDED and np.allclose(a, b, rtol=0, atol=ROUNDED[key]):
+                continue
+            if isinstance(a, Media):
+                difference, problem = self.compare_images(a, b, 1 if key == MADE_IMAGE else 0)
+            else:
+                difference, problem = self.compare(a, b, rounded)
+            largest = max(largest, difference)
+            if problem and not first and not (is_tie and isinstance(a, str)):
+                first = f"{key}: {problem}"
+        return largest, first
+
+    def compare_images(self, want: Media, got: Any, levels: int) -> tuple[float, str]:
+        """Return the fraction of pixels that differ by more than some levels, and the problem if it exceeds the tolerance."""
+        a, image = np.asarray(Image.open(io.BytesIO(want.content))), decode_image(got)
+        if image is None or np.asarray(image).shape != a.shape:
+            return 1.0, "the image has another size or is missing"
+        difference = float(np.mean(np.abs(a.astype(int) - np.asarray(image).astype(int)) > levels))
+        return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels differ"
+
+    def compare_objects(self, want: list[Any], got: list[Any]) -> tuple[float, str]:
+        """Return what `compare` does for objects in the order of their scores; those of equal score may be in another order.
+
+        An object may be missing on one side if its score is at the threshold, or if the record is full and no score is lower: which
+        side of a limit it is on is then decided by rounding.
+        """
+        left, largest = list(got), 0.0
+        for one in want:
+            near = [(i, other) for i, other in enumerate(left) if abs(one["score"] - other["score"]) <= self.tolerance]
+            compared = [(*self.compare(one, other, True), i) for i, other in near]
+            equal = [(difference, i) for difference, problem, i in compared if not problem]
+            if equal:
+                difference, place = min(equal)
+                largest = max(largest, difference)
+                left.pop(place)
+            elif not self.is_at_limit(one, want, got):
+                return largest, f"{one!r:.100} is missing"
+        if strange := [one for one in left if not self.is_at_limit(one, want, got)]:
+            return largest, f"{strange[0]!r:.100} was not found by the original"
+        return largest, ""
+
+    def is_at_limit(self, one: Mapping[str, Any], want: list[Any], got: list[Any]) -> bool:
+        """Return whether rounding decides if an object is part of a record."""
+        if one["score"] <= self.threshold + self.tolerance:
+            return True
+        full = [record for record in (want, got) if len(record) >= self.most]
+        return any(one["score"] <= min(other["score"] for other in record) + self.tolerance for record in full)
+
+
+def decode_image(value: Any) -> Image.Image | None:
+    """Return a PNG file in a data URL as an image; None for anything else."""
+    if not isinstance(value, str) or not value.startswith("data:image/png;base64,"):
+        return None
+    return Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2])))
+
+
+def is_left_out(key: str, value: Any, record: Mapping[str, Any]) -> bool:
+    """Return whether a value of a record is not compared: the place of a row, a drawing, or the sum of another value."""
+    return (
+        key == "input"
+        or (isinstance(value, Media) and value.suffix == ".jpg")
+        or DERIVED.get(key, key) in record.keys() - {key}
+    )
+
+
+def is_scored(value: Any) -> bool:
+    return isinstance(value, Mapping) and "score" in value
+
+
+def is_tied(record: Mapping[str, Any], tolerance: float) -> bool:
+    """Return whether the two most probable answers of a record are equally probable, up to the tolerance."""
+    p = record.get("probabilities")
+    best = sorted(p.values(), reverse=True)[:2] if isinstance(p, Mapping) else []
+    return len(best) == 2 and best[0] - best[1] <= 2 * tolerance
