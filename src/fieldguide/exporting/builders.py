@@ -14,6 +14,7 @@ from fieldguide.exporting.generation import build_text_generation
 from fieldguide.exporting.graph import ExportError, Graph
 from fieldguide.exporting.image_generation import build_image_generation
 from fieldguide.exporting.image_to_image import build_image_to_image
+from fieldguide.exporting.recommendation import build_recommendation
 from fieldguide.exporting.segmentation import build_segmentation
 from fieldguide.exporting.steps.images import Resize, choose_reading, describe_image_reading, describe_pixels
 from fieldguide.exporting.supervised import finish
@@ -57,6 +58,7 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
     "text-classification": build_text_classification,
     "token-classification": build_token_classification,
     "question-answering": build_question_answering,
+    "recommendation": build_recommendation,
     "reranking": build_reranking,
     "text-embedding": build_text_vectors,
     "text-vectors": build_text_vectors,

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
 
 ROUNDED = {"box": 0.101, "x": 0.101, "y": 0.101}  # values that are rounded to one decimal place: pixels
 MADE_IMAGE = "image"  # of a record: a pixel may be rounded to one level or the next; pixels of masks are numbers of classes
-DERIVED = {"found": "objects", "classes": "shares"}  # texts that sum up another value of the record
+DERIVED = {"found": "objects", "classes": "shares", "recommended": "items"}  # texts that sum up another value of the record
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Comparison:
             keys = [key for key, value in want.items() if not is_left_out(key, value, want)]
             if missing := [key for key in keys if not isinstance(got, Mapping) or key not in got]:
                 return 0.0, f"{missing[0]!r} is missing"
+            if is_ranking(want):
+                return self.compare_rankings(want, got)
             pairs = [(key, want[key], got[key]) for key in keys]
             is_tie = is_tied(want, self.tolerance)
         elif isinstance(want, list) and isinstance(got, list) and any(is_scored(one) for one in (*want, *got)):
@@ -78,6 +80,20 @@ class Comparison:
         difference = float(np.mean(np.abs(a.astype(int) - np.asarray(image).astype(int)) > levels))
         return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels differ"
 
+    def compare_rankings(self, want: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[float, str]:
+        """Return what `compare` does for records with `items` and their `scores`. Items of equal score may be in another order, and
+        the last ones may be others of equal score.
+        """
+        ranked = [[{"item": i, "score": s} for i, s in zip(one["items"], one["scores"])] for one in (want, got)]
+        alone = [key for key, value in want.items() if key not in ("items", "scores") and not is_left_out(key, value, want)]
+        rest = [{key: one[key] for key in alone if key in one} for one in (want, got)]
+        if len(ranked[0]) != len(ranked[1]) or any(len(one["items"]) != len(one["scores"]) for one in (want, got)):
+            return 0.0, f"{len(want['items'])} items against {len(got['items'])}"
+        limits = replace(self, threshold=-math.inf, most=max(1, len(ranked[0])))
+        largest, problem = limits.compare_objects(*ranked)
+        difference, other = self.compare(rest[0], rest[1])
+        return max(largest, difference), problem or other
+
     def compare_objects(self, want: list[Any], got: list[Any]) -> tuple[float, str]:
         """Return what `compare` does for objects in the order of their scores; those of equal score may be in another order.
 
@@ -86,7 +102,7 @@ class Comparison:
         """
         left, largest = list(got), 0.0
         for one in want:
-            near = [(i, other) for i, other in enumerate(left) if abs(one["score"] - other["score"]) <= self.tolerance]
+            near = [(i, other) for i, other in enumerate(left) if not self.compare(one["score"], other["score"])[1]]
             compared = [(*self.compare(one, other, True), i) for i, other in near]
             equal = [(difference, i) for difference, problem, i in compared if not problem]
             if equal:
@@ -121,6 +137,10 @@ def is_left_out(key: str, value: Any, record: Mapping[str, Any]) -> bool:
         or (isinstance(value, Media) and value.suffix == ".jpg")
         or DERIVED.get(key, key) in record.keys() - {key}
     )
+
+
+def is_ranking(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("items"), list) and isinstance(record.get("scores"), list)
 
 
 def is_scored(value: Any) -> bool:

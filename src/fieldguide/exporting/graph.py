@@ -54,7 +54,8 @@ class Graph:
     Attributes:
         module: takes the tensors of `inputs` in order, and returns those of `outputs` in order.
         inputs: the module's arguments. Those named in `columns` are joined from one graph input for each column.
-        columns: module argument -> names of the graph inputs that are its columns: texts with a `Lookup`, else numbers.
+        columns: module argument -> names of the graph inputs that are its columns: texts with a `Lookup`, else numbers. An argument
+            whose second axis is dynamic has one column, of lists of texts.
         parts: the parts of `run.py` that turn raw inputs into graph inputs, and outputs into records (runners/).
         values: what that part needs, written to `export.json`.
         requires: packages that it imports in addition to numpy and onnxruntime.

@@ -178,7 +178,7 @@ def name_axes(model: Any, specs: Sequence[TensorSpec]) -> None:
 
 
 def build_front(onnx: Any, graph: Graph, renamed: Mapping[str, str]) -> Any:
-    """Return a model that joins columns: numbers are stacked, texts become codes (`ai.onnx.ml` LabelEncoder)."""
+    """Return a model that joins columns: numbers are stacked, texts and lists of texts become codes (`ai.onnx.ml` LabelEncoder)."""
     helper, kinds = onnx.helper, onnx.TensorProto
     lookups = {lookup.name: lookup for lookup in graph.lookups}
     nodes, inputs, outputs = [], [], []
@@ -188,6 +188,11 @@ def build_front(onnx: Any, graph: Graph, renamed: Mapping[str, str]) -> Any:
         if not columns:
             continue
         is_text = spec.dtype == "int64"
+        if spec.axes[1].size is None:  # one column, whose cells are lists
+            inputs.append(helper.make_tensor_value_info(columns[0], kinds.STRING, ["batch", spec.axes[1].name]))
+            outputs.append(helper.make_tensor_value_info(spec.name, kinds.INT64, ["batch", spec.axes[1].name]))
+            nodes.append(encode_texts(onnx, lookups[columns[0]], columns[0], spec.name))
+            continue
         parts = []
         for i, column in enumerate(columns):
             value = renamed.get(column, column)
@@ -201,7 +206,8 @@ def build_front(onnx: Any, graph: Graph, renamed: Mapping[str, str]) -> Any:
         nodes.append(helper.make_node("Concat", parts, [spec.name], axis=1))
         kind = kinds.INT64 if is_text else kinds.DOUBLE
         outputs.append(helper.make_tensor_value_info(spec.name, kind, ["batch", len(columns)]))
-    body = helper.make_graph(nodes, "columns", inputs, outputs, [axis])
+    constants = [axis] if any(axis.name in node.input for node in nodes) else []
+    body = helper.make_graph(nodes, "columns", inputs, outputs, constants)
     return make_model(onnx, body)
 
 

@@ -34,6 +34,8 @@ def choose_requests(predictor: TaskPredictor, source: str) -> tuple[list[pl.Data
         return cut_series(predictor, source), None
     if predictor.signature.record_for == "step":
         return [choose_steps(predictor, source)], None
+    if predictor.signature.record_for == "user":
+        return [choose_events(predictor, source)], None
     if (loop := predictor.signature.loop) is not None:
         choose_texts = choose_prompts if loop.kind == "autoregressive" else choose_sources
         return [choose_texts(predictor, source)], None
@@ -52,6 +54,15 @@ def choose_steps(predictor: TaskPredictor, source: str) -> pl.DataFrame:
         most = -(-MAX_STEPS // raw.select(owners).n_unique())
         return raw.filter(pl.int_range(pl.len(), 0, -1).over(owners) <= most)
     return raw.tail(MAX_STEPS)
+
+
+def choose_events(predictor: TaskPredictor, source: str) -> pl.DataFrame:
+    """Return the raw events of users whose last item is held out."""
+    fields, raw = predictor.signature.inputs, load(source).raw.rows
+    user = next(field.name for field in fields if field.role == "user")
+    chosen = choose_held_out(predictor, source).rows[user]
+    raw = raw.filter(pl.col(user).cast(pl.String).str.strip_chars().is_in(chosen.to_list()))
+    return raw.select(field.name for field in fields if field.name in raw.columns)
 
 
 def choose_samples(predictor: TaskPredictor) -> pl.DataFrame:
