@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from fieldguide.exporting.anomalies import build_anomaly_detection
 from fieldguide.exporting.audio import build_audio_classification, build_speech_recognition
+from fieldguide.exporting.captioning import build_captioning
 from fieldguide.exporting.cases import build_series_classification
 from fieldguide.exporting.detection import build_detection
 from fieldguide.exporting.forecasting import build_forecast
 from fieldguide.exporting.generation import build_text_generation
 from fieldguide.exporting.graph import ExportError, Graph
 from fieldguide.exporting.image_generation import build_image_generation
+from fieldguide.exporting.image_text import build_image_text
 from fieldguide.exporting.image_to_image import build_image_to_image
 from fieldguide.exporting.recommendation import build_recommendation
 from fieldguide.exporting.segmentation import build_segmentation
@@ -48,6 +50,8 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
     "click-prediction": build_table,
     "image-classification": build_image_classification,
     "image-generation": build_image_generation,
+    "image-text": build_image_text,
+    "image-to-text": build_captioning,
     "image-to-image": build_image_to_image,
     "audio-classification": build_audio_classification,
     "automatic-speech-recognition": build_speech_recognition,

@@ -6,6 +6,7 @@ signature.json    inputs, tensors, steps and records (docs/signature.md)
 export.json       what run.py needs: columns, names of classes, special tokens
 loop.json         how the graph is called several times for one prediction, if it is
 run.py            predicts from raw inputs with numpy and onnxruntime
+images.py         decodes images, where run.py has more to do than that
 requirements.txt  the packages of run.py
 verify.json       the comparison with the run on held-out rows, made in a process without torch and fieldguide
 README.md         how to use it
@@ -38,6 +39,8 @@ REQUIREMENTS = {
     "scipy": "scipy>=1.11",
     "regex": "regex>=2023.6",
 }
+STANDARD = {"collections", "datetime", "re", "math", "unicodedata", "wave", "io", "base64", "itertools"}
+END = '\n\nif __name__ == "__main__":\n    main()\n'
 UNVERIFIED = ".unverified"  # suffix of folders whose verification failed
 README = """# {title}
 
@@ -86,10 +89,10 @@ def make_folder(out: Path) -> Iterator[Path]:
         folder.rename(out)
 
 
-def build_program(parts: Sequence[str]) -> str:
-    """Return the source of run.py: the common part, and those for one kind of input."""
+def build_program(parts: Sequence[str], first: str = "common", end: str = END) -> str:
+    """Return the source of run.py: the common part, and those for one kind of input. A module of it has another first part and no end."""
     folder = files(__package__).joinpath("runners")
-    common, *sources = (folder.joinpath(f"{part}.py").read_text(encoding="utf-8") for part in ("common", *parts))
+    common, *sources = (folder.joinpath(f"{part}.py").read_text(encoding="utf-8") for part in (first, *parts))
     is_import = lambda line: line.startswith(("import ", "from "))
     imports = [line for source in sources for line in source.splitlines(keepends=True) if is_import(line)]
     rest = "\n\n\n".join(
@@ -99,13 +102,8 @@ def build_program(parts: Sequence[str]) -> str:
     standard = [line for line in imports if line.split()[1].partition(".")[0] in STANDARD]
     other = [line for line in imports if line not in standard]
     return (
-        f"{''.join((head.rstrip() + chr(10), *standard, chr(10)))}{marker}{''.join(other)}{tail.rstrip()}\n\n\n{rest}\n\n\n"
-        + END
+        f"{''.join((head.rstrip() + chr(10), *standard, chr(10)))}{marker}{''.join(other)}{tail.rstrip()}\n\n\n{rest}\n" + end
     )
-
-
-STANDARD = {"collections", "datetime", "re", "math", "unicodedata", "wave", "io", "base64", "itertools"}
-END = 'if __name__ == "__main__":\n    main()\n'
 
 
 def write_folder(predictor: TaskPredictor, graph: Graph, out: Path, source: str, precision: Precision = "float32") -> None:
@@ -122,6 +120,8 @@ def write_folder(predictor: TaskPredictor, graph: Graph, out: Path, source: str,
         if graph.loop:
             dump(folder / "loop.json", {**graph.loop, "inputs": [i.name for i in graph.inputs], "outputs": graph.outputs})
         (folder / "run.py").write_text(build_program(graph.parts), encoding="utf-8")
+        for name, parts in graph.modules.items():
+            (folder / f"{name}.py").write_text(build_program(parts[1:], parts[0], end=""), encoding="utf-8")
         needed = [REQUIREMENTS[package] for package in ("numpy", "onnxruntime", *graph.requires)]
         (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
         preprocess = folder.parent / "preprocess"  # temporary too
@@ -149,7 +149,7 @@ def build_readme(predictor: TaskPredictor, graph: Graph, folder: Path, source: s
         task=signature.task,
         architecture=signature.architecture,
         source=f"`{Path(source).name}`",
-        example="photo.jpg" if "pictures" in graph.parts else "rows.csv",
+        example="photo.jpg" if "pictures" in graph.parts or "images" in graph.modules else "rows.csv",
         row="{" + row + (", ..." if len(signature.inputs) > 4 else "") + "}",
         opset=OPSET,
         inputs=tabulate(session.get_inputs()),

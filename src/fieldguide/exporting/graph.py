@@ -57,6 +57,7 @@ class Graph:
         columns: module argument -> names of the graph inputs that are its columns: texts with a `Lookup`, else numbers. An argument
             whose second axis is dynamic has one column, of lists of texts.
         parts: the parts of `run.py` that turn raw inputs into graph inputs, and outputs into records (runners/).
+        modules: modules that `run.py` imports, and their parts: `images`, if it has more to do than to decode images.
         values: what that part needs, written to `export.json`.
         requires: packages that it imports in addition to numpy and onnxruntime.
         encoder: a graph that is called once before this one, written to `encoder.onnx`.
@@ -73,6 +74,7 @@ class Graph:
     lookups: tuple[Lookup, ...] = ()
     names: tuple[Names, ...] = ()
     requires: tuple[str, ...] = ()
+    modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # of the run's preprocess/ folder that the program reads
     encoder: Graph | None = None
     loop: Mapping[str, Any] = field(default_factory=dict)

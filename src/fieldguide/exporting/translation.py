@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,21 @@ from fieldguide.models.transformer._shared.encoder_decoder import EncoderDecoder
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
 
+CROSS = ("cross_keys", "cross_values")
+
 
 class EncoderStep(nn.Module):
-    """Return the keys and values of a source for all layers of the decoder, layers B heads S d."""
+    """Return the keys and values of a source for all layers of the decoder, layers B heads S d.
 
-    def __init__(self, network: EncoderDecoder):
+    `front` turns the graph's input into the source of the network.
+    """
+
+    def __init__(self, network: EncoderDecoder, front: nn.Module | None = None):
         super().__init__()
-        self.network = network
+        self.network, self.front = network, front or nn.Identity()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        pairs, _ = self.network.encode_source(inputs[0], None)
+        pairs, _ = self.network.encode_source(self.front(*inputs), None)
         return torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs])
 
 
@@ -57,22 +63,10 @@ def build_translation(predictor: TaskPredictor) -> Graph:
     frame, text, options = task.frame, task.text, task.PredictOptions()
     if text.target is not None:
         raise ExportError("run.py knows one tokenizer, but this model has another one for its targets. Use --to huggingface.")
-    cache = network.new_cache(1, 1)
-    heads, width, layers, most = cache.keys[0].shape[1], cache.keys[0].shape[3], len(cache.keys), task.options.length
-    block = lambda name, axis: TensorSpec(
-        name, "float32", (Axis("layers", layers), BATCH, Axis("heads", heads), axis, Axis("width", width))
-    )
+    most = task.options.length
     words = Axis("source_tokens", most=max(most // 2, 1))
-    past, steps = Axis("past", most=max(most // 2, 1)), Axis("steps", most=max(most // 2, 1))
-    ids = lambda name, axis: TensorSpec(name, "int64", (BATCH, axis), low=0, high=text.size - 1)
-    encoder = Graph(EncoderStep(network), (ids("source", words),), ("cross_keys", "cross_values"), parts=())
-    inputs = (
-        ids("tokens", steps),
-        block("keys", past),
-        block("values", past),
-        block("cross_keys", words),
-        block("cross_values", words),
-    )
+    ids = TensorSpec("source", "int64", (BATCH, words), low=0, high=text.size - 1)
+    encoder = Graph(EncoderStep(network), (ids,), CROSS, parts=())
     limits = task.for_request(options).limits(torch.arange(most + 1)).clamp(max=most - len(frame.target_start))
     values = {
         "column": task.column,
@@ -88,15 +82,40 @@ def build_translation(predictor: TaskPredictor) -> Graph:
         "length": most,
         "beams": options.effective_beams,
         "length_penalty": options.length_penalty,
-        "shape": [layers, heads, width],
     }
+    return build_step(
+        predictor, network, encoder, words, ("tokens", "to_text", "beams", "text_source"), values, ("tokenizers",)
+    )
+
+
+def build_step(
+    predictor: TaskPredictor,
+    network: EncoderDecoder,
+    encoder: Graph,
+    source: Axis,
+    parts: tuple[str, ...],
+    values: dict[str, Any],
+    requires: tuple[str, ...],
+    modules: Mapping[str, Sequence[str]] | None = None,
+) -> Graph:
+    """Return the graph of one step of a decoder, whose encoder has its own graph. `source` is the axis of encoded tokens."""
+    task: Any = predictor.task
+    cache = network.new_cache(1, 1)
+    heads, width, layers = cache.keys[0].shape[1], cache.keys[0].shape[3], len(cache.keys)
+    block = lambda name, axis: TensorSpec(
+        name, "float32", (Axis("layers", layers), BATCH, Axis("heads", heads), axis, Axis("width", width))
+    )
+    half = max(task.options.length // 2, 1)
+    past, steps = Axis("past", most=half), Axis("steps", most=half)
+    tokens = TensorSpec("tokens", "int64", (BATCH, steps), low=0, high=task.text.size - 1)
     return Graph(
         DecoderStep(copy.deepcopy(network)),
-        inputs,
+        (tokens, *(block(name, past) for name in ("keys", "values")), *(block(name, source) for name in CROSS)),
         ("log_probabilities", "keys_after", "values_after"),
-        ("tokens", "to_text", "beams"),
-        values,
-        requires=("tokenizers",),
+        parts,
+        {**values, "shape": [layers, heads, width]},
+        requires=requires,
+        modules=modules or {},
         files=("tokenizer.json",),
         loop=asdict(predictor.signature.loop) if predictor.signature.loop else {},
         encoder=encoder,

@@ -5,17 +5,16 @@ class Model(Model):
 
     def predict(self, rows, batch=BATCH, beams=CONFIG["beams"]):
         """Return the best answer to each source that a search with this many beams finds."""
-        return [{"text": TOKENIZER.decode(self.search(encode_source(row), beams)).strip()} for row in rows]
+        return [{"text": TOKENIZER.decode(self.search(*encode_source(row), beams)).strip()} for row in rows]
 
-    def search(self, source, beams):
-        """Return the token ids of the best answer. Beams that end are kept, and the best of the others go on."""
-        cross = self.encoder.run(None, {"source": np.array([source])})
+    def search(self, source, most, beams):
+        """Return the token ids of the best answer, `most` at most. Beams that end are kept, and the best of the others go on."""
+        cross = self.encoder.run(None, source)
         state = {name: np.repeat(v, beams, 1) for name, v in zip(("cross_keys", "cross_values"), cross)}
         layers, heads, width = CONFIG["shape"]
         state |= {name: np.zeros((layers, beams, heads, 0, width), dtype=np.float32) for name in ("keys", "values")}
         tokens, scores = np.tile(CONFIG["start"], (beams, 1)), np.full(beams, -np.inf, dtype=np.float32)
         scores[0], done, said = 0, [], [[] for _ in range(beams)]  # all beams begin equal, so only the first one counts
-        most = CONFIG["limits"][len(source)]
         for length in range(1, most + 1):
             logp, keys, values = self.session.run(None, {"tokens": tokens, **state})
             scale = (len(CONFIG["start"]) - 1 + length) ** CONFIG["length_penalty"]
@@ -35,11 +34,3 @@ class Model(Model):
             state |= {"keys": keys[:, parents], "values": values[:, parents]}
             tokens, scores = tokens[:, None], scores.astype(np.float32)
         return done[0][1]
-
-
-def encode_source(row):
-    """Return the token ids of a source in its frame of special tokens."""
-    text = CONFIG["prefix"] + to_text(row[CONFIG["column"]])
-    room = CONFIG["length"] - len(CONFIG["before"]) - len(CONFIG["after"])
-    ids = encode(text, CONFIG["exact"]).ids or [CONFIG["unknown"]]
-    return [*CONFIG["before"], *ids[:room], *CONFIG["after"]]

@@ -144,6 +144,11 @@ def choose_reading(transform: Any, other: str = "any_depth") -> tuple[str, ...]:
     return "media", "pictures", "trained_depth" if transform.scale else other
 
 
+def build_image_module(transform: Any) -> dict[str, tuple[str, ...]]:
+    """Return the module `images` of a program that does more than to decode images; see `Graph.modules`."""
+    return {"images": ("image_module", *choose_reading(transform)[1:])}
+
+
 def describe_image_reading(transform: ImageTransform, side: int) -> dict[str, Any]:
     """Return what the program needs to decode images that become `side` pixels large."""
     draft = 0 if isinstance(transform, ResizeTransform) else DRAFT_FACTOR
