@@ -1,7 +1,8 @@
-"""Graphs of recordings: samples -> log-mel spectrogram -> image or frames -> class, or symbols of a transcript."""
+"""Graphs of recordings: samples -> log-mel spectrogram or standardized samples -> class, or symbols of a transcript."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from fieldguide.core.signature import Axis, TensorSpec
 from fieldguide.data.preprocessing.speech import MIN_POWER, LogMel, mel_filters
+from fieldguide.data.preprocessing.waveform import Waveform
 from fieldguide.exporting.graph import BATCH, ExportError, Graph, build_pipeline
 from fieldguide.exporting.supervised import finish
+from fieldguide.objectives.ctc import CTC
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
 
-EXAMPLE_FRAMES = 40  # of the recording that is traced
+EXAMPLE_FRAMES = 40  # of random recordings, at least
 MIN_CLOSE = 0.98  # fraction of frames: two symbols may be equally probable
 
 
@@ -82,22 +85,58 @@ class AudioSteps(nn.Module):
         return {"image": F.interpolate(image, (self.side,) * 2, mode="bilinear", antialias=True)}
 
 
+class WaveformSteps(nn.Module):
+    """Return what `Waveform.apply` returns, with more zeros at the end, so that one frame of the network fits into each batch."""
+
+    def __init__(self, wave: Waveform, field: int):
+        super().__init__()
+        self.wave, self.field = wave, field
+
+    def forward(self, waveform: Tensor, lengths: Tensor) -> dict[str, Tensor]:  # B N, B
+        samples, counts = self.wave.apply(waveform, lengths)
+        return {"waveform": F.pad(samples, (0, self.field)), "lengths": counts}
+
+
 def build_audio_classification(predictor: TaskPredictor) -> Graph:
     """Return the graph of audio classification: samples of recordings, as long as the task's input at most."""
     task: Any = predictor.task
-    if predictor.card.input_type == "waveform":
-        raise ExportError("networks that read samples cannot be exported yet. Train one that reads spectrograms.")
+    model: Any = predictor.objective.model
     most = round(task.options.seconds * task.options.rate)
-    axes = (BATCH, Axis("samples", least=task.mel.width, most=most))
-    inputs = (
-        TensorSpec("waveform", "float32", axes),
-        TensorSpec("lengths", "int64", (BATCH,), low=task.mel.width, high=most),
-    )
+    front: nn.Module
+    if predictor.card.input_type == "waveform":
+        front, least, step = WaveformSteps(task.wave, model.field), 1, model.stride
+    else:
+        front, least, step = AudioSteps(task, predictor.card.input_type == "image"), task.mel.width, task.mel.step
     values = {"column": task.column, "rate": task.options.rate, "samples": most}
-    front = AudioSteps(task, predictor.card.input_type == "image")
     return finish(
-        predictor, front, inputs, parts=("media", "waves", "classes", "sounds"), values=values, requires=("soundfile", "scipy")
+        predictor,
+        front,
+        describe_waves(least, most),
+        parts=("media", "waves", "classes", "sounds"),
+        values=values,
+        requires=("soundfile", "scipy"),
+        example=make_waves(least, step, most),
     )
+
+
+def describe_waves(least: int, most: int) -> tuple[TensorSpec, TensorSpec]:
+    """Return the graph's inputs: samples of recordings, and how many are real."""
+    axes = (BATCH, Axis("samples", least=least, most=most))
+    return TensorSpec("waveform", "float32", axes), TensorSpec("lengths", "int64", (BATCH,), low=least, high=most)
+
+
+def make_waves(least: int, step: int, most: int) -> Callable[[int, int, int], dict[str, Tensor]]:
+    """Return a function that makes noise of several lengths, the last of which is the whole batch's."""
+
+    def make(seed: int, rows: int, size: int) -> dict[str, Tensor]:
+        samples = min(most, least + (EXAMPLE_FRAMES + size) * step)
+        generator = torch.Generator().manual_seed(seed)
+        waves = 0.1 * torch.randn(rows, samples, generator=generator)
+        lengths = torch.randint(least, samples + 1, (rows,), generator=generator)
+        lengths[-1] = samples
+        return {"waveform": waves, "lengths": lengths}
+
+    return make
 
 
 class SpeechSteps(nn.Module):
@@ -115,22 +154,37 @@ class SpeechSteps(nn.Module):
 def build_speech_recognition(predictor: TaskPredictor) -> Graph:
     """Return the graph of speech recognition: samples of recordings -> the most probable symbol of each frame (CTC)."""
     task: Any = predictor.task
+    if not isinstance(predictor.objective, CTC):
+        raise ExportError(
+            f"{predictor.name} writes text token by token, which has no step graph yet. Train a network with CTC."
+        )
     task.adopt(predictor.objective)
-    if task.signal != "features" or task.options.style not in (None, "plain"):
-        raise ExportError("networks that read samples or another spectrogram cannot be exported yet. Train a Conformer.")
-    frames, _ = task.for_request(task.PredictOptions()).chunk_frames()
-    most = (frames - 1) * task.mel.step + task.mel.width
-    inputs = (
-        TensorSpec("waveform", "float32", (BATCH, Axis("samples", least=EXAMPLE_FRAMES * task.mel.step, most=most))),
-        TensorSpec("lengths", "int64", (BATCH,), low=task.mel.width, high=EXAMPLE_FRAMES * task.mel.step),
-    )
+    if task.signal == "features" and task.mel.style != "plain":
+        raise ExportError(f"spectrograms of style {task.mel.style} cannot be part of a graph yet. Train a Conformer.")
+    steps, _ = task.for_request(task.PredictOptions()).chunk_frames()
+    front: nn.Module
+    if task.signal == "waveform":
+        model: Any = predictor.objective.model
+        front, least, step, most = WaveformSteps(task.wave, model.field), 1, model.stride, steps
+    else:
+        front, least, step = SpeechSteps(task.mel), task.mel.width, task.mel.step
+        most = (steps - 1) * step + task.mel.width
     values = {
         "column": task.column,
-        "rate": task.mel.rate,
+        "rate": task.reader.rate,
         "samples": most,
         "symbols": ["", *(task.transcripts.spell(i) for i in range(1, task.transcripts.size))],
         "seconds": task.frame_seconds,
     }
     outputs, parts = ("path", "sure"), ("media", "waves", "speech")
-    module = build_pipeline(predictor, SpeechSteps(task.mel), nn.Identity(), outputs, lambda objective: objective.outputs)
-    return Graph(module, inputs, outputs, parts, values, requires=("soundfile", "scipy"), min_close=MIN_CLOSE)
+    module = build_pipeline(predictor, front, nn.Identity(), outputs, lambda objective: objective.outputs)
+    return Graph(
+        module,
+        describe_waves(least, most),
+        outputs,
+        parts,
+        values,
+        requires=("soundfile", "scipy"),
+        min_close=MIN_CLOSE,
+        example=make_waves(least, step, most),
+    )
