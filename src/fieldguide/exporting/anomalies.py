@@ -1,4 +1,6 @@
-"""Graphs of anomaly detection: rows of a table, or the steps until each one of a series -> score and shares of columns."""
+"""Graphs of anomaly detection: rows of a table, or the steps until each one of a series -> score and shares of columns; images ->
+score and map.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,22 @@ from fieldguide.data.number_formats import list_replacements
 from fieldguide.data.text_values import MISSING_MARKERS
 from fieldguide.exporting.cases import StandardizeChannels, describe_steps
 from fieldguide.exporting.forecasting import describe_target
-from fieldguide.exporting.graph import BATCH, ExportError, Graph, build_pipeline
+from fieldguide.exporting.graph import BATCH, Graph, build_pipeline
+from fieldguide.exporting.steps.images import Resize, choose_reading, describe_image_reading, describe_pixels
 from fieldguide.exporting.tables import READING, describe_table
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
 
-OUTPUTS = ("score", "shares")
+OUTPUTS, MAP_OUTPUTS = ("score", "shares"), ("score", "map")
+MAX_DISTANCES = 64_000_000  # between patches and those in memory, that are computed together
 
 
 def build_anomaly_detection(predictor: TaskPredictor) -> Graph:
     """Return the graph of anomaly detection in rows of a table."""
     task: Any = predictor.task
     if "image" in task.input_types:
-        raise ExportError("anomaly detection in images cannot be exported to a graph yet.")
+        return build_image_anomalies(predictor)
     if task.preparer is None:
         return build_series_anomalies(predictor)
     table, scores = describe_table(task, "standard", True), AnomalyScores(task)
@@ -55,6 +59,21 @@ def build_series_anomalies(predictor: TaskPredictor) -> Graph:
     return Graph(module, (TensorSpec("values", "float64", axes),), OUTPUTS, parts, values)
 
 
+def build_image_anomalies(predictor: TaskPredictor) -> Graph:
+    """Return the graph of anomaly detection in images: pixels of any size -> a score, and a map at the size of the network."""
+    task: Any = predictor.task
+    pictures, model = task.pictures, predictor.objective.model
+    distances = (pictures.side // getattr(model, "step", 1)) ** 2 * len(getattr(model, "memory", (0,)))
+    values = {
+        "column": task.column,
+        **describe_image_reading(pictures, pictures.side),
+        "batch": max(1, MAX_DISTANCES // distances),
+    }
+    parts = (*choose_reading(pictures), "stacked", "heat")
+    module = build_pipeline(predictor, Resize(pictures), ImageScores(task), MAP_OUTPUTS)
+    return Graph(module, (describe_pixels(pictures),), MAP_OUTPUTS, parts, values, requires=("pillow",))
+
+
 class AnomalyScores(nn.Module):
     """Return the score of each row, 1 at the threshold, and the share of each column in it: `AnomalyDetection.postprocess`."""
 
@@ -74,3 +93,14 @@ class AnomalyScores(nn.Module):
         shares = parts @ self.owner
         least = torch.tensor(1e-12, dtype=torch.float64)
         return {"score": parts.mean(1) / self.threshold, "shares": shares / torch.maximum(shares.sum(1, keepdim=True), least)}
+
+
+class ImageScores(AnomalyScores):
+    """Return the score of each image and its map, 1 at the threshold: `ImageAnomalyDetection.postprocess`."""
+
+    def __init__(self, task: Any):
+        super().__init__(task)
+        self.unit = task.scale[0] * self.threshold
+
+    def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**super().forward(outputs), "map": outputs["map"] / self.unit}

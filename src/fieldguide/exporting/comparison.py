@@ -16,7 +16,10 @@ from fieldguide.core.media import Media
 from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
 
 ROUNDED = {"box": 0.101, "x": 0.101, "y": 0.101}  # values that are rounded to one decimal place: pixels
-MADE_IMAGE = "image"  # of a record: a pixel may be rounded to one level or the next; pixels of masks are numbers of classes
+ROUNDED_IMAGES = (
+    "image",
+    "map",
+)  # of records: a pixel may be rounded to one level or the next; pixels of masks are numbers of classes
 DERIVED = {"found": "objects", "classes": "shares", "recommended": "items"}  # texts that sum up another value of the record
 
 
@@ -66,7 +69,7 @@ class Comparison:
             if rounded and key in ROUNDED and np.allclose(a, b, rtol=0, atol=ROUNDED[key]):
                 continue
             if isinstance(a, Media):
-                difference, problem = self.compare_images(a, b, 1 if key == MADE_IMAGE else 0)
+                difference, problem = self.compare_images(a, b, 1 if key in ROUNDED_IMAGES else 0)
             else:
                 difference, problem = self.compare(a, b, rounded)
             largest = max(largest, difference)
