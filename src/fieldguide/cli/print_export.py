@@ -24,7 +24,7 @@ def print_export(done: Export, as_json: bool) -> None:
     elif found.passed:
         kind = "all answers equal" if found.agreement == 1 else f"{100 * found.agreement:.1f} % of the answers equal"
         echo(
-            f"written to {done.path}\nverified without torch on {found.rows:,} rows of {found.source}, in batches of "
+            f"written to {done.path}\nverified without {done.without} on {found.rows:,} rows of {found.source}, in batches of "
             f"{', '.join(map(str, found.batches))}: {kind}, largest difference {found.largest:.1g}"
         )
         if found.agreement < 1 and found.scores:

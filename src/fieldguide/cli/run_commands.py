@@ -91,7 +91,7 @@ def report_failures(predictions: list[dict[str, Any]], cells: int) -> None:
 
 def export(
     run: Source,
-    to: Annotated[str, typer.Option(help="The format: onnx, huggingface or gguf.")] = "onnx",
+    to: Annotated[str, typer.Option(help="The format: onnx, torch, huggingface or gguf.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="The folder to write; RUN-FORMAT by default.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Data with known targets to verify with; by default the run's held-out rows.")
@@ -102,7 +102,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Export a trained network to a folder that runs without torch and fieldguide, and verify it on held-out rows.
+    """Export a trained network to a folder that runs without fieldguide, and verify it on held-out rows.
 
     If an answer differs from the original, the folder is renamed to NAME.unverified, and the exit code is 3.
     """

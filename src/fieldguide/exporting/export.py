@@ -1,7 +1,8 @@
-"""Export of trained models: folders that run without torch and without fieldguide, verified on held-out rows."""
+"""Export of trained models: folders that run without fieldguide, verified on held-out rows, and files of other libraries."""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fieldguide.core.errors import FieldguideError, SettingsError, nearest
 
 if TYPE_CHECKING:
+    from fieldguide.exporting.graph_format import GraphFormat
     from fieldguide.exporting.verify import Verification
 
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 class Export:
     """A written export.
 
-    `passed` says whether it equals the original; None if it could not be compared. `verification` is the comparison on raw rows, of
-    ONNX folders only. `note` says what else is to know.
+    `passed` says whether it equals the original; None if it could not be compared. `verification` is the comparison on raw rows,
+    of folders with a graph only, made in a process `without` a module. `note` says what else is to know.
     """
 
     path: Path
@@ -27,6 +29,7 @@ class Export:
     passed: bool | None
     verification: Verification | None = None
     note: str = ""
+    without: str = ""
 
 
 def export(
@@ -42,7 +45,8 @@ def export(
 
     Args:
         source: a run folder, an open run or a predictor.
-        to: "onnx", "huggingface" for a folder that transformers or diffusers read, or "gguf" for a file of llama.cpp.
+        to: "onnx", "torch" for a program of `torch.export`, "huggingface" for a folder that transformers or diffusers read, or "gguf" for
+            a file of llama.cpp.
         out: the folder to write; by default the run's path with the format appended.
         data: raw inputs with targets to verify with; by default the held-out rows of the data that the run was trained on.
         precision: of the stored weights, "float32", "float16" or "int8"; by default "float16" for GGUF, else "float32".
@@ -51,8 +55,8 @@ def export(
     Raises `SettingsError` for a model that cannot be exported in this format. A folder whose verification fails is renamed to
     `*.unverified`.
     """
-    if to not in WRITERS:
-        raise SettingsError(f"unknown format {to!r}.{nearest(to, WRITERS)} Formats are {', '.join(WRITERS)}.")
+    if to not in FORMATS:
+        raise SettingsError(f"unknown format {to!r}.{nearest(to, FORMATS)} Formats are {', '.join(FORMATS)}.")
     from fieldguide.inference.pipeline import pipeline
 
     given = isinstance(source, str | Path)
@@ -61,13 +65,26 @@ def export(
     target = Path(out) if out is not None else Path(f"{name.rstrip('/').removeprefix('hf:')}-{to}")
     if precision not in (None, *PRECISIONS):
         raise SettingsError(f"unknown precision {precision!r}.{nearest(precision, PRECISIONS)} Choose {', '.join(PRECISIONS)}.")
-    if to != "onnx" and data is not None:
-        raise SettingsError(f"--data is for ONNX folders; {to} is compared without data.")
-    return WRITERS[to](predictor, target, name, data, precision or DEFAULT_PRECISIONS[to])
+    if to in WRITERS:
+        if data is not None:
+            raise SettingsError(
+                f"--data is for formats with a graph ({', '.join(GRAPH_FORMATS)}); {to} is compared without data."
+            )
+        return WRITERS[to](predictor, target, name, precision or DEFAULT_PRECISIONS[to])
+    form = load_format(to)
+    if precision not in (None, *form.precisions):
+        raise SettingsError(f"graphs of the format {to} have the precision {', '.join(form.precisions)}, not {precision}.")
+    return export_graph(predictor, target, name, data, precision or "float32", form)
 
 
-def export_onnx(predictor: Any, out: Path, name: str, data: str | None, precision: Any) -> Export:
-    """Write and verify a folder with an ONNX graph."""
+def load_format(name: str) -> GraphFormat:
+    """Return a format of graphs by name."""
+    module, form = GRAPH_FORMATS[name]
+    return getattr(importlib.import_module(f"fieldguide.exporting.{module}"), form)()
+
+
+def export_graph(predictor: Any, out: Path, name: str, data: str | None, precision: Any, form: GraphFormat) -> Export:
+    """Write and verify a folder with a graph."""
     from fieldguide.exporting.builders import build_graph
     from fieldguide.exporting.folder import UNVERIFIED, check_target, dump, write_folder
     from fieldguide.exporting.graph import ExportError
@@ -78,8 +95,8 @@ def export_onnx(predictor: Any, out: Path, name: str, data: str | None, precisio
     graph = build_graph(predictor)
     found = data or getattr(predictor, "record", {}).get("data", {}).get("source")
     if found is None:
-        write_folder(predictor, graph, out, name, precision)
-        return Export(out, "onnx", None, note="not verified: give data with known targets as --data")
+        write_folder(predictor, graph, out, name, precision, form)
+        return Export(out, form.name, None, note="not verified: give data with known targets as --data")
     try:
         requests = choose_requests(predictor, found)
     except (FieldguideError, OSError) as error:
@@ -89,19 +106,19 @@ def export_onnx(predictor: Any, out: Path, name: str, data: str | None, precisio
             f"the run's data, with which the export is verified, cannot be read: {error}\n"
             "Give data with known targets with --data."
         ) from error
-    write_folder(predictor, graph, out, name, precision)
+    write_folder(predictor, graph, out, name, precision, form)
     try:
-        result = verify(predictor, out, found, precision, chosen=requests, options=graph.test_options)
+        result = verify(predictor, out, found, precision, chosen=requests, options=graph.test_options, form=form)
     except BaseException:
         shutil.rmtree(out)
         raise
     dump(out / "verify.json", result.to_json())
     if not result.passed:
         out = out.rename(out.with_name(out.name + UNVERIFIED))
-    return Export(out, "onnx", result.passed, result)
+    return Export(out, form.name, result.passed, result, without=form.absent[0])
 
 
-def export_huggingface(predictor: Any, out: Path, name: str, data: str | None, precision: Any) -> Export:
+def export_huggingface(predictor: Any, out: Path, name: str, precision: Any) -> Export:
     """Write a folder that transformers or diffusers read, and compare the network that is loaded from it."""
     if precision != "float32":
         raise SettingsError("folders of transformers keep float32; load them with another dtype instead.")
@@ -111,7 +128,7 @@ def export_huggingface(predictor: Any, out: Path, name: str, data: str | None, p
     return Export(out, "huggingface", True, note="\n".join(["loaded again: equal outputs", *notes]))
 
 
-def export_gguf(predictor: Any, out: Path, name: str, data: str | None, precision: Any) -> Export:
+def export_gguf(predictor: Any, out: Path, name: str, precision: Any) -> Export:
     """Write a GGUF file of a language model, and compare the network that is read from it."""
     from fieldguide.checkpoints.load import load
     from fieldguide.exporting.folder import make_folder
@@ -142,6 +159,8 @@ def export_gguf(predictor: Any, out: Path, name: str, data: str | None, precisio
 
 
 PRECISIONS = ("float32", "float16", "int8")
-DEFAULT_PRECISIONS = {"onnx": "float32", "huggingface": "float32", "gguf": "float16"}
+DEFAULT_PRECISIONS = {"huggingface": "float32", "gguf": "float16"}
 GGUF_TOLERANCES = {"float32": 1e-3, "float16": 0.02, "int8": 0.1}  # mean difference of log-probabilities
-WRITERS: dict[str, Callable[..., Export]] = {"onnx": export_onnx, "huggingface": export_huggingface, "gguf": export_gguf}
+GRAPH_FORMATS = {"onnx": ("onnx_file", "OnnxFormat"), "torch": ("torch_file", "TorchFormat")}  # module and class
+WRITERS: dict[str, Callable[..., Export]] = {"huggingface": export_huggingface, "gguf": export_gguf}
+FORMATS = (*GRAPH_FORMATS, *WRITERS)

@@ -1,14 +1,14 @@
 """Exported folders: the model, its signature, the program that runs it, and the report of its verification.
 
-model.onnx        the network with all steps that can be part of a graph
-encoder.onnx      the part that is called once before the steps of a loop, if there is one
+model.*           the network with all steps that can be part of a graph, in the format of the export
+encoder.*         the part that is called once before the steps of a loop, if there is one
 signature.json    inputs, tensors, steps and records (docs/signature.md)
 export.json       what run.py needs: columns, names of classes, special tokens
 loop.json         how the graph is called several times for one prediction, if it is
-run.py            predicts from raw inputs with numpy and onnxruntime
+run.py            predicts from raw inputs with numpy and the runtime of the format
 images.py         decodes images, where run.py has more to do than that
 requirements.txt  the packages of run.py
-verify.json       the comparison with the run on held-out rows, made in a process without torch and fieldguide
+verify.json       the comparison with the run on held-out rows, made in a process without fieldguide
 README.md         how to use it
 """
 
@@ -23,8 +23,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fieldguide.core.errors import SettingsError
 from fieldguide.exporting.graph import Graph
+from fieldguide.exporting.graph_format import GraphFormat, Port
+from fieldguide.exporting.onnx_file import OnnxFormat
 from fieldguide.exporting.precision import Precision
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 REQUIREMENTS = {
     "numpy": "numpy>=1.26",
     "onnxruntime": "onnxruntime>=1.18",
+    "torch": f"torch>={'.'.join(torch.__version__.split('.')[:2])}",  # older ones do not read files of newer ones
     "pillow": "pillow>=10.1",
     "tokenizers": "tokenizers>=0.20",
     "soundfile": "soundfile>=0.12.1",
@@ -55,7 +60,7 @@ model = run.Model()
 model.predict([{row}])
 ```
 
-`model.onnx` is an ONNX graph (opset {opset}) that any ONNX runtime executes.
+`{file}` is {about}.
 
 | input | type | axes |
 | --- | --- | --- |
@@ -106,41 +111,41 @@ def build_program(parts: Sequence[str], first: str = "common", end: str = END) -
     )
 
 
-def write_folder(predictor: TaskPredictor, graph: Graph, out: Path, source: str, precision: Precision = "float32") -> None:
-    """Write everything but verify.json. The folder appears complete or not at all."""
-    from fieldguide.exporting.onnx_file import write_onnx
-
+def write_folder(
+    predictor: TaskPredictor,
+    graph: Graph,
+    out: Path,
+    source: str,
+    precision: Precision = "float32",
+    form: GraphFormat | None = None,
+) -> None:
+    """Write everything but verify.json, in a format, ONNX by default. The folder appears complete or not at all."""
+    form = form or OnnxFormat()
     with make_folder(out) as folder:
-        renamed = write_onnx(graph, folder / "model.onnx", precision)
-        if graph.encoder is not None:
-            write_onnx(graph.encoder, folder / "encoder.onnx", precision)
+        graphs = {"model": graph} | ({} if graph.encoder is None else {"encoder": graph.encoder})
+        written = {name: form.write(one, folder / f"{name}{form.suffix}", precision) for name, one in graphs.items()}
         signature = predictor.signature
         dump(folder / "signature.json", signature.to_json())
-        dump(folder / "export.json", {"task": signature.task, "renamed": renamed, **graph.values})
+        renamed = {column: name for about in written.values() for column, name in about.pop("renamed", {}).items()}
+        dump(folder / "export.json", {"task": signature.task, "renamed": renamed, "graphs": written, **graph.values})
         if graph.loop:
             dump(folder / "loop.json", {**graph.loop, "inputs": [i.name for i in graph.inputs], "outputs": graph.outputs})
-        (folder / "run.py").write_text(build_program(graph.parts), encoding="utf-8")
+        (folder / "run.py").write_text(build_program((*form.session, *graph.parts)), encoding="utf-8")
         for name, parts in graph.modules.items():
             (folder / f"{name}.py").write_text(build_program(parts[1:], parts[0], end=""), encoding="utf-8")
-        needed = [REQUIREMENTS[package] for package in ("numpy", "onnxruntime", *graph.requires)]
+        needed = [REQUIREMENTS[package] for package in ("numpy", *form.packages, *graph.requires)]
         (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
         preprocess = folder.parent / "preprocess"  # temporary too
         predictor.task.save(preprocess)
         for file in graph.files:
             shutil.copy(preprocess / file, folder / file)
-        (folder / "README.md").write_text(build_readme(predictor, graph, folder, source), encoding="utf-8")
+        (folder / "README.md").write_text(build_readme(predictor, graph, folder, source, form), encoding="utf-8")
 
 
-def build_readme(predictor: TaskPredictor, graph: Graph, folder: Path, source: str) -> str:
+def build_readme(predictor: TaskPredictor, graph: Graph, folder: Path, source: str, form: GraphFormat) -> str:
     """Return the README of an export."""
-    import onnxruntime
-
-    from fieldguide.exporting.onnx_file import OPSET
-
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-    tabulate = lambda values: "\n".join(
-        f"| `{v.name}` | {v.type.removeprefix('tensor(').removesuffix(')')} | {', '.join(map(str, v.shape))} |" for v in values
-    )
+    file = f"model{form.suffix}"
+    inputs, outputs = form.describe(graph, folder / file)
     signature = predictor.signature
     row = ", ".join(f'"{field.name}": ...' for field in signature.inputs[:4])
     outside = [step.name for step in (*signature.preprocessing, *signature.postprocessing) if not step.in_graph]
@@ -151,11 +156,17 @@ def build_readme(predictor: TaskPredictor, graph: Graph, folder: Path, source: s
         source=f"`{Path(source).name}`",
         example="photo.jpg" if "pictures" in graph.parts or "images" in graph.modules else "rows.csv",
         row="{" + row + (", ..." if len(signature.inputs) > 4 else "") + "}",
-        opset=OPSET,
-        inputs=tabulate(session.get_inputs()),
-        outputs=tabulate(session.get_outputs()),
+        file=file,
+        about=form.about,
+        inputs=tabulate(inputs),
+        outputs=tabulate(outputs),
         outside=", ".join(outside) or "none",
     )
+
+
+def tabulate(ports: Sequence[Port]) -> str:
+    """Return rows of a Markdown table."""
+    return "\n".join(f"| `{port.name}` | {port.type} | {', '.join(port.axes)} |" for port in ports)
 
 
 def dump(path: Path, value: Any) -> None:

@@ -37,6 +37,11 @@ class Lookup:
     missing: int | None = None  # the code of the empty text; `unknown` if None
     spellings: Mapping[str, int] = field(default_factory=dict)  # other texts and their integers
 
+    def list_codes(self) -> dict[str, int]:
+        """Return all known texts and their integers."""
+        codes = {value: self.first + i for i, value in enumerate(self.values)} | dict(self.spellings)
+        return codes if self.missing is None else {**codes, "": codes.get("", self.missing)}
+
 
 @dataclass(frozen=True)
 class Names:
@@ -59,8 +64,8 @@ class Graph:
         parts: the parts of `run.py` that turn raw inputs into graph inputs, and outputs into records (runners/).
         modules: modules that `run.py` imports, and their parts: `images`, if it has more to do than to decode images.
         values: what that part needs, written to `export.json`.
-        requires: packages that it imports in addition to numpy and onnxruntime.
-        encoder: a graph that is called once before this one, written to `encoder.onnx`.
+        requires: packages that it imports in addition to numpy and those of the format.
+        encoder: a graph that is called once before this one, written to a file `encoder`.
         loop: how the graph is called several times for one prediction, written to `loop.json`; empty if it is called once.
         test_options: options of the predictions that are compared.
     """

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.signature import TensorSpec
 from fieldguide.exporting.graph import ExportError, Graph, Lookup, Names
-from fieldguide.exporting.precision import Precision, compress_weights
+from fieldguide.exporting.graph_format import GraphFormat, Port
+from fieldguide.exporting.precision import PRECISIONS, Precision, compress_weights
 from fieldguide.exporting.recurrent import build_translations
+from fieldguide.exporting.tracing import check_axis, compare_sizes, list_dynamic_axes, quiet_tracing
 
 OPSET = 20  # operators that onnxruntime 1.17 and later run
 LARGE_BYTES = 2_000_000_000  # of weights, from which on they are a file of their own (limit of protobuf: 2 GiB)
-OTHER_SIZES = ((1, 7), (5, 14))  # rows, and size of other dynamic axes, with which the graph is compared
-UNSUPPORTED_LINES = 3  # of torch's message that are shown
 
 
 def import_onnx() -> Any:
@@ -35,6 +30,28 @@ def import_onnx() -> Any:
         raise SettingsError(f"export to ONNX needs {error.name}: pip install 'fieldguide[export]'") from None
     assert onnxruntime
     return onnx
+
+
+class OnnxFormat(GraphFormat):
+    """ONNX graphs, which onnxruntime executes."""
+
+    name = "onnx"
+    suffix = ".onnx"
+    session = ("session_onnx",)
+    packages = ("onnxruntime",)
+    absent = ("torch", "fieldguide")
+    precisions = PRECISIONS
+    about = f"an ONNX graph (opset {OPSET}) that any ONNX runtime executes"
+
+    def write(self, graph: Graph, path: Path, precision: Precision) -> dict[str, Any]:
+        return {"renamed": write_onnx(graph, path, precision)}
+
+    def describe(self, graph: Graph, path: Path) -> tuple[list[Port], list[Port]]:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path))
+        spell = lambda v: Port(v.name, v.type.removeprefix("tensor(").removesuffix(")"), tuple(map(str, v.shape)))
+        return [spell(value) for value in session.get_inputs()], [spell(value) for value in session.get_outputs()]
 
 
 def write_onnx(graph: Graph, path: Path, precision: Precision = "float32") -> dict[str, str]:
@@ -91,50 +108,31 @@ def list_names(body: Any) -> set[str]:
 
 def trace(graph: Graph) -> Any:
     """Return the ONNX model of the module."""
-    dynamic = tuple(
-        {i: torch.export.Dim.AUTO for i, axis in enumerate(spec.axes) if axis.size is None} for spec in graph.inputs
-    )
     example = tuple(graph.build_example().values())
-    quiet = io.StringIO()
-    level = logging.root.manager.disable
-    try:
-        logging.disable(logging.WARNING)
-        with warnings.catch_warnings(), redirect_stdout(quiet), redirect_stderr(quiet), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                graph.module,
-                example,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[spec.name for spec in graph.inputs],
-                output_names=list(graph.outputs),
-                dynamic_shapes=(dynamic,),
-                external_data=False,
-                verbose=False,
-                custom_translation_table=build_translations(),
-            )
-    except Exception as error:  # torch raises many types; all of them mean that this network cannot be traced
-        cause = str(error.__cause__ or error).strip().splitlines()
-        raise ExportError("torch cannot trace this network: " + " ".join(cause[:UNSUPPORTED_LINES])) from error
-    finally:
-        logging.disable(level)
+    with quiet_tracing():
+        program = torch.onnx.export(
+            graph.module,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in graph.inputs],
+            output_names=list(graph.outputs),
+            dynamic_shapes=(list_dynamic_axes(graph),),
+            external_data=False,
+            verbose=False,
+            custom_translation_table=build_translations(),
+        )
     assert program is not None
     return program.model_proto
 
 
 def check_sizes(graph: Graph, model: Any) -> None:
-    """Raise `ExportError` if the graph differs from the module for other sizes of dynamic axes than those of the traced batch.
-
-    torch may fix an axis without an error, even where the graph declares it as dynamic.
-    """
+    """Raise `ExportError` if an axis became fixed or the graph differs from the module; see `compare_sizes`."""
     import onnxruntime
 
-    for spec, value in zip(graph.inputs, model.graph.input):
-        for axis, dimension in zip(spec.axes, value.type.tensor_type.shape.dim):
-            if axis.size is None and not dimension.dim_param:
-                raise ExportError(
-                    f"the axis {axis.name!r} of {spec.name!r} became fixed at {dimension.dim_value} in the graph."
-                )
+    for place, value in enumerate(model.graph.input):
+        for number, dimension in enumerate(value.type.tensor_type.shape.dim):
+            check_axis(graph, place, number, None if dimension.dim_param else dimension.dim_value)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are reported below
     try:
@@ -142,21 +140,7 @@ def check_sizes(graph: Graph, model: Any) -> None:
     except Exception as error:  # types of onnxruntime's own, without a common base
         raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load the graph: {error}") from error
     taken = {value.name for value in session.get_inputs()}
-    for rows, size in OTHER_SIZES:
-        batch = graph.build_example(rows, rows, size)
-        try:
-            found = session.run(None, {name: tensor.numpy() for name, tensor in batch.items() if name in taken})
-        except Exception as error:  # types of onnxruntime's own, without a common base
-            shapes = ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in batch.items())
-            raise ExportError(f"the graph fails for {shapes}, so a dynamic axis became fixed: {error}") from error
-        with torch.no_grad():
-            want = graph.module(*batch.values())
-        for name, one, other in zip(graph.outputs, want, found):
-            close = one.shape == other.shape and np.isclose(one.double().numpy(), other, rtol=1e-3, atol=1e-3, equal_nan=True)
-            if np.mean(close) < graph.min_close:
-                raise ExportError(
-                    f"the output {name!r} of the graph differs from the network's for {rows} rows of size {size}."
-                )
+    compare_sizes(graph, lambda batch: session.run(None, {name: v.numpy() for name, v in batch.items() if name in taken}))
 
 
 def name_axes(model: Any, specs: Sequence[TensorSpec]) -> None:
@@ -213,17 +197,14 @@ def build_front(onnx: Any, graph: Graph, renamed: Mapping[str, str]) -> Any:
 
 def encode_texts(onnx: Any, lookup: Lookup, source: str, target: str) -> Any:
     """Return the node that turns texts into codes."""
-    texts = [*lookup.values, *lookup.spellings]
-    codes = [*range(lookup.first, lookup.first + len(lookup.values)), *lookup.spellings.values()]
-    if lookup.missing is not None and "" not in texts:
-        texts, codes = [*texts, ""], [*codes, lookup.missing]
+    codes = lookup.list_codes()
     return onnx.helper.make_node(
         "LabelEncoder",
         [source],
         [target],
         domain="ai.onnx.ml",
-        keys_strings=texts,
-        values_int64s=codes,
+        keys_strings=list(codes),
+        values_int64s=list(codes.values()),
         default_int64=lookup.unknown,
     )
 

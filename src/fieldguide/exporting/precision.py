@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 Precision = Literal["float32", "float16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
 MIN_VALUES = 1024  # of tensors that are compressed; the rest is small
 MAX_FLOAT16 = 65504.0
 LEVELS = 127  # of int8, on each side of 0

@@ -1,7 +1,7 @@
 """Verification of exports: the exported folder, run on held-out raw rows in a fresh process, against the original model.
 
-The process has neither torch nor fieldguide. Records are compared, so that every step counts: decoding, preprocessing, the
-network, calibration, the order of classes.
+The process has no fieldguide, and no torch if the format needs none. Records are compared, so that every step counts: decoding,
+preprocessing, the network, calibration, the order of classes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch
 
 from fieldguide.exporting.comparison import Comparison
 from fieldguide.exporting.graph import ExportError
+from fieldguide.exporting.graph_format import GraphFormat
+from fieldguide.exporting.onnx_file import OnnxFormat
 from fieldguide.exporting.precision import Precision
 from fieldguide.exporting.requests import MAX_ROWS, choose_requests
 from fieldguide.objectives.noise import Noise
@@ -41,7 +43,7 @@ PROGRAM = """
 import json, sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "fieldguide"):
+        if name.partition(".")[0] in json.loads(sys.argv[4]):
             raise ImportError(f"an export must not import {name}")
 sys.meta_path.insert(0, Missing())
 sys.path.insert(0, sys.argv[1])
@@ -49,7 +51,7 @@ import run
 model, found = run.Model(sys.argv[1]), []
 for size, count in json.loads(sys.argv[2]):
     found.append([])
-    for path in sys.argv[4:]:
+    for path in sys.argv[5:]:
         found[-1] += model.predict(list(run.read(path))[:count], size, **json.loads(sys.argv[3]))
 json.dump(found, sys.stdout)
 """
@@ -87,12 +89,15 @@ def verify(
     precision: Precision = "float32",
     chosen: tuple[list[pl.DataFrame], Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    form: GraphFormat | None = None,
 ) -> Verification:
     """Run an exported folder on raw inputs, by default those of `choose_requests`, and compare its records with the original's.
 
-    `options` are those of the predictions. Answers that a loop generates may differ where they depend on rounding (`find_unstable`). With
-    weights in fewer bits, more may differ: see `ALLOWED`. Raises `ExportError` if answers differ because cells were not read.
+    `options` are those of the predictions, `form` is the format of the folder, ONNX by default. Answers that a loop generates may differ
+    where they depend on rounding (`find_unstable`). With weights in fewer bits, more may differ: see `ALLOWED`. Raises
+    `ExportError` if answers differ because cells were not read.
     """
+    form = form or OnnxFormat()
     tolerance, required = ALLOWED[precision]
     started = time.perf_counter()
     tables, data = chosen or choose_requests(predictor, source)
@@ -111,7 +116,7 @@ def verify(
             expected = [{name: value for name, value in record.items() if name != "series"} for record in expected]
         is_text = predictor.signature.loop is not None and predictor.signature.loop.kind != "diffusion"
         ties = find_unstable(predictor, paths[0], tolerance, given) if is_text else set()
-        found, notes = run_folder(folder, paths, batches, given)
+        found, notes = run_folder(folder, paths, batches, given, form.absent)
     comparison = Comparison(tolerance, getattr(predictor.task, "score_threshold", 0.0))
     problems, largest, same = [], 0.0, 0
     for (size, _), records in zip(batches, found):
@@ -144,7 +149,7 @@ def verify(
         problems=problems[:MAX_EXAMPLES]
         + ([f"and {len(problems) - MAX_EXAMPLES} more"] if len(problems) > MAX_EXAMPLES else []),
         scores=compare_scores(predictor, data, expected, found[-1]),
-        versions=list_versions(),
+        versions=list_versions(form.packages),
     )
 
 
@@ -189,20 +194,25 @@ def has_lists(table: pl.DataFrame) -> bool:
 
 
 def run_folder(
-    folder: Path, paths: Sequence[Path], batches: Sequence[tuple[int, int | None]], options: Mapping[str, Any]
+    folder: Path,
+    paths: Sequence[Path],
+    batches: Sequence[tuple[int, int | None]],
+    options: Mapping[str, Any],
+    absent: Sequence[str],
 ) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """Return the records of each batch size and the printed notes, from a process without torch and fieldguide.
+    """Return the records of each batch size and the printed notes, from a process without the modules `absent`.
 
     Raises `ExportError` if it fails.
     """
     command = [
         sys.executable,
-        "-I",
+        "-IB",  # isolated, and no compiled files in the folder
         "-c",
         PROGRAM,
         str(folder.resolve()),
         json.dumps(batches),
         json.dumps(dict(options)),
+        json.dumps(absent),
         *map(str, paths),
     ]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -234,8 +244,8 @@ def collect_outputs(task: Any, records: Sequence[Mapping[str, Any]]) -> dict[str
     return {"values": task.standard.apply(np.array([r[task.target.name] for r in records]))[:, None]}
 
 
-def list_versions() -> dict[str, str]:
+def list_versions(packages: Sequence[str]) -> dict[str, str]:
     """Return the versions of the packages that ran."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("numpy", "onnxruntime", "torch", "fieldguide")}
+    return {name: version(name) for name in dict.fromkeys(("numpy", *packages, "torch", "fieldguide"))}

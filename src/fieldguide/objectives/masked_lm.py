@@ -152,7 +152,8 @@ class SpanPrediction(Objective):
         """Return `place`, `score`, `none` and, if available, `begin` and `end` of each row; see `outputs`."""
         begin, end = self.compute_logits(batch).log_softmax(1).unbind(-1)  # B T each
         # For each first token, the scores of the `longest` possible last tokens.
-        ends = F.pad(end, (0, self.longest - 1), value=-torch.inf).unfold(1, self.longest, 1)  # B T longest
+        place = torch.arange(end.shape[1], device=end.device)[:, None] + torch.arange(self.longest, device=end.device)
+        ends = F.pad(end, (0, self.longest - 1), value=-torch.inf)[:, place]  # B T longest
         best, at = (begin[..., None] + ends)[:, 1:].flatten(1).max(1)
         first = at // self.longest + 1
         place = torch.stack([first, first + at % self.longest], 1)

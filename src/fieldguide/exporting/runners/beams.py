@@ -1,7 +1,7 @@
 class Model(Model):
     def __init__(self, folder=HERE):
         super().__init__(folder)
-        self.encoder = onnxruntime.InferenceSession(str(Path(folder) / "encoder.onnx"))
+        self.encoder = Session(folder, "encoder")
 
     def predict(self, rows, batch=BATCH, beams=CONFIG["beams"]):
         """Return the best answer to each source that a search with this many beams finds."""
@@ -9,14 +9,14 @@ class Model(Model):
 
     def search(self, source, most, beams):
         """Return the token ids of the best answer, `most` at most. Beams that end are kept, and the best of the others go on."""
-        cross = self.encoder.run(None, source)
+        cross = self.encoder.run(source)
         state = {name: np.repeat(v, beams, 1) for name, v in zip(("cross_keys", "cross_values"), cross)}
         layers, heads, width = CONFIG["shape"]
         state |= {name: np.zeros((layers, beams, heads, 0, width), dtype=np.float32) for name in ("keys", "values")}
         tokens, scores = np.tile(CONFIG["start"], (beams, 1)), np.full(beams, -np.inf, dtype=np.float32)
         scores[0], done, said = 0, [], [[] for _ in range(beams)]  # all beams begin equal, so only the first one counts
         for length in range(1, most + 1):
-            logp, keys, values = self.session.run(None, {"tokens": tokens, **state})
+            logp, keys, values = self.session.run({"tokens": tokens, **state})
             scale = (len(CONFIG["start"]) - 1 + length) ** CONFIG["length_penalty"]
             likely = (scores[:, None] + logp).ravel()
             best = np.argsort(-likely, kind="stable")[: 2 * beams]

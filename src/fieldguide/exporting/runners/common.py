@@ -1,4 +1,4 @@
-"""Predict with model.onnx: python run.py INPUT... prints one JSON record for each row (see README.md).
+"""Predict with an exported network: python run.py INPUT... prints one JSON record for each row (see README.md).
 
 From Python: `import run; run.Model().predict([row, ...])`.
 """
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 HERE = Path(__file__).resolve().parent
 CONFIG = json.loads((HERE / "export.json").read_text(encoding="utf-8"))
@@ -18,8 +17,7 @@ BATCH = 64  # rows
 
 class Model:  # in `folder`
     def __init__(self, folder=HERE):
-        self.session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"))
-        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.session = Session(folder)
 
     def predict(self, rows, batch=BATCH):
         """Return a record for each row. Rows of one shape enter the model together."""
@@ -36,9 +34,9 @@ class Model:  # in `folder`
         return records
 
     def run(self, group, rows, records):
-        outputs = self.session.run(None, collate([item for _, item in group]))
+        outputs = self.session.run(collate([item for _, item in group]))
         for i, (number, item) in enumerate(group):
-            records[number] = build_record({k: v[i] for k, v in zip(self.outputs, outputs)}, rows[number], item)
+            records[number] = build_record({k: v[i] for k, v in zip(self.session.outputs, outputs)}, rows[number], item)
 
 
 def read(path):

@@ -11,7 +11,7 @@ class Model(Model):
         while len(made) < self.limit and not over.all():
             if caches["keys"].shape[3] == CONFIG["length"]:  # full: the newer half is read again
                 tokens, caches = history[:, -(CONFIG["length"] // 2) :], self.empty(len(group))
-            logits, *grown = self.session.run(None, {"tokens": tokens, **caches})
+            logits, *grown = self.session.run({"tokens": tokens, **caches})
             caches, token = dict(zip(caches, grown)), self.choose(logits)
             made.append(np.where(over, -1, token))
             history, tokens = np.concatenate([history, token[:, None]], 1), token[:, None]

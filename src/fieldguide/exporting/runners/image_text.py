@@ -4,7 +4,7 @@ prepare, shape_key = lambda row: {"pixels": load_pixels(row[CONFIG["column"]])[0
 class Model(Model):
     def __init__(self, folder=HERE):
         super().__init__(folder)
-        self.encoder = onnxruntime.InferenceSession(str(Path(folder) / "encoder.onnx"))
+        self.encoder = Session(folder, "encoder")
 
     def predict(self, rows, batch=BATCH, classes="", templates=""):
         """Return for each image the most probable text. `classes` are separated by commas, `templates` by |."""
@@ -21,11 +21,12 @@ class Model(Model):
     def embed(self, texts):
         """Return the vectors of texts, of length 1."""
         batch = dict(zip(("tokens", "mask"), pad([list_tokens(text) for text in texts], CONFIG["pad"])))
-        return self.encoder.run(None, {entry.name: batch[entry.name] for entry in self.encoder.get_inputs()})[0]
+        return self.encoder.run({name: batch[name] for name in self.encoder.inputs})[0]
 
     def run(self, group, rows, records):
         pixels = np.stack([item["pixels"] for _, item in group])
-        near, sure = self.session.run(["similarity", "probabilities"], {"pixels": pixels, "texts": self.texts})
+        found = dict(zip(self.session.outputs, self.session.run({"pixels": pixels, "texts": self.texts})))
+        near, sure = found["similarity"], found["probabilities"]
         for (number, _), s, p in zip(group, near.tolist(), sure.tolist()):
             best = np.argsort(-np.array(p), kind="stable")[: None if len(self.names) <= CONFIG["most"] else 5]
             values = [{self.names[i]: numbers[i] for i in best} for numbers in (p, s)]

@@ -35,14 +35,14 @@ class Model(Model):
             x = sum(factor * part for factor, part in zip(factors, (x, *history)) if factor)
             x = x + fresh * draw() if fresh else x
         if not LOOP["steps"]:  # a generator of one step
-            (x,) = self.session.run(None, {"noise": x, "label": label})
+            (x,) = self.session.run({"noise": x, "label": label})
         for (number, item), image in zip(group, x):
             records[number] = {**item["record"], "image": encode_png(image)}
 
     def call(self, x, time, label):
         """Return the output with guidance: unconditional + guidance * (conditional - unconditional)."""
         times = np.full(len(x), time, dtype=np.float32)
-        ask = lambda label: self.session.run(None, {"image": x, "time": times, "label": label})[0]
+        ask = lambda label: self.session.run({"image": x, "time": times, "label": label})[0]
         if self.guidance in (0, 1):
             return ask(label * int(self.guidance))
         other = ask(np.zeros_like(label))
