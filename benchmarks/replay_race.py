@@ -49,12 +49,12 @@ def pick_after_epochs(lines: list[dict[str, Any]], epochs: int) -> tuple[dict[st
     return max(lines, key=lambda line: score_at(line, passes[id(line)])), cost
 
 
-def pick_by_race(lines: list[dict[str, Any]]) -> tuple[dict[str, Any], float]:
+def pick_by_race(lines: list[dict[str, Any]], rules: race.Rules = race.LONG) -> tuple[dict[str, Any], float]:
     """Return the winner of the race as `fit` runs it, and the time that all networks but the winner took."""
     ranked = sorted(lines, key=lambda line: -line["points"])
-    alive = [line for line in ranked if line["points"] >= ranked[0]["points"] - race.MAX_POINTS_BEHIND][: race.MAX_CONTENDERS]
+    alive = [line for line in ranked if line["points"] >= ranked[0]["points"] - rules.points][: rules.contenders]
     spent, cost = {id(line): 0.0 for line in alive}, 0.0
-    for fraction in race.ROUND_FRACTIONS:
+    for fraction in rules.rounds:
         for line in alive:
             spent[id(line)] += fraction * line["budget"]
             cost += fraction * line["budget"]
@@ -84,6 +84,7 @@ def main() -> None:
             contests.setdefault((line["data"], line["rows"]), []).append(line)
     contests = {key: lines for key, lines in contests.items() if len(lines) > 1}
     policies: dict[str, Any] = {"rules": pick_by_rules, "race": pick_by_race}
+    policies["short race"] = lambda lines: pick_by_race(lines, race.SHORT)
     policies |= {f"after {n} passes": lambda lines, n=n: pick_after_epochs(lines, n) for n in EPOCHS}
     print(f"{len(contests)} contests of {longest:.0f} s")
     for name, policy in policies.items():

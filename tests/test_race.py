@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -277,8 +278,7 @@ OTHERS = [SimpleNamespace(name=name) for name in ("mlp-test", "fnn-test")]  # op
 @pytest.fixture
 def short_race(monkeypatch):
     monkeypatch.setattr(race, "MIN_SECONDS", 1.0)
-    monkeypatch.setattr(race, "MIN_SECONDS_FOR_MORE", 1.0)
-    monkeypatch.setattr(race, "MAX_POINTS_BEHIND", 100.0)
+    monkeypatch.setattr(race, "choose_rules", lambda seconds: replace(race.LONG, points=100.0))
 
 
 def test_race_picks_a_winner_that_goes_on(product, tmp_path, short_race):
@@ -333,13 +333,15 @@ def test_other_networks_use_the_time_that_training_leaves(product, tmp_path, mon
 
 def test_contenders_are_other_architectures_and_a_size_with_nearly_equal_points():
     options = lambda *points: [Option(name, name.split("-")[0], points=value, parameters=10) for name, value in points]
-    choose = lambda *points: [o.name for o in race.choose_options(Advice(options(*points), []))]
+    choose = lambda *points, rules=race.LONG: [o.name for o in race.choose_options(Advice(options(*points), []), rules)]
     assert choose(("a-s", 9.0), ("a-m", 8.5), ("a-l", 8.4), ("b-s", 8.0), ("c-s", 7.0)) == ["a-m", "b-s"]
     assert choose(("a-s", 9.0), ("a-m", 7.5), ("b-s", 7.0), ("b-m", 7.0), ("c-s", 6.0)) == ["b-s", "c-s"]
     assert choose(("a-s", 9.0), ("b-s", 2.9)) == []
-    assert (
-        len(race.choose_options(Advice(options(("a-s", 9.0), ("b-s", 8.0), ("c-s", 7.0)), []), race.count_contenders(120))) == 1
-    )
+    short, long = race.choose_rules(120), race.choose_rules(600)
+    assert choose(("a-s", 9.0), ("b-s", 8.5), ("c-s", 8.4), rules=long) == ["b-s", "c-s"]
+    assert choose(("a-s", 9.0), ("b-s", 8.5), ("c-s", 8.4), rules=short) == ["b-s"]
+    assert choose(("a-s", 9.0), ("b-s", 7.5), rules=long) == ["b-s"] and choose(("a-s", 9.0), ("b-s", 7.5), rules=short) == []
+    assert sum(short.rounds) < sum(long.rounds) < 1 / 4  # what each that loses costs
 
 
 @pytest.mark.slow

@@ -290,5 +290,4 @@ def list_racing(choice: Choice) -> list[str]:
     first = choice.advice.best
     if choice.checkpoint is not None or not race.has_time(60 * choice.minutes):
         return [first.name]
-    most = race.count_contenders(60 * choice.minutes)
-    return [first.name, *(o.name for o in race.choose_options(choice.advice, most))]
+    return [first.name, *(o.name for o in race.choose_options(choice.advice, race.choose_rules(60 * choice.minutes)))]

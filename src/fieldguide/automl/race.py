@@ -33,17 +33,34 @@ from fieldguide.training.state import Interrupted
 from fieldguide.training.trainer import Trainer
 
 MIN_SECONDS = 90.0  # of training, from which on there is a race
-MIN_SECONDS_FOR_MORE = 240.0  # of training, from which on more than two networks race
-MAX_CONTENDERS = 3
-MAX_POINTS_BEHIND = 6.0  # a contender's points behind the first choice of the rules
+MIN_SECONDS_OF_LONG_RACE = 240.0  # of training
 MAX_POINTS_BETWEEN_SIZES = 1.0  # behind the first choice, for another size of its architecture
 MAX_MEMORY_FRACTION = 0.1  # of the machine's memory, for the weights and optimizer states of one contender
 BYTES_PER_PARAMETER = 20  # weight, gradient, two moments and an average in float32
-ROUND_FRACTIONS = (0.06, 0.06, 0.08)  # of the training time, for each contender in each round
 MIN_PROBABILITY = 0.05  # contenders that are better than the leader with a lower probability are dropped
 LEAST_SCORE = 0.1  # of the leader, below which none is dropped: who begins to learn first is not who learns most
 BOOTSTRAP_REPEATS = 100
 MAX_BOOTSTRAP_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Who may race, and for how long.
+
+    Attributes:
+        contenders: the most networks that race.
+        points: that a network may be behind the first choice of the advisor.
+        rounds: fractions of the training time, for each contender in each round.
+    """
+
+    contenders: int
+    points: float
+    rounds: tuple[float, ...]
+
+
+LONG = Rules(contenders=3, points=6.0, rounds=(0.06, 0.06, 0.08))
+# Each network that loses costs the winner a part of its time, which counts more if time is short.
+SHORT = Rules(contenders=2, points=1.0, rounds=(0.05, 0.05))
 
 
 @dataclass
@@ -98,23 +115,23 @@ def has_time(seconds: float) -> bool:
     return MIN_SECONDS <= seconds < math.inf
 
 
-def count_contenders(seconds: float) -> int:
-    """Return how many networks may race: each that loses costs the winner a part of its time, which counts more if time is short."""
-    return MAX_CONTENDERS if seconds >= MIN_SECONDS_FOR_MORE else 2
+def choose_rules(seconds: float) -> Rules:
+    """Return the rules of a race within some seconds of training."""
+    return LONG if seconds >= MIN_SECONDS_OF_LONG_RACE else SHORT
 
 
-def choose_options(advice: Advice, most: int = MAX_CONTENDERS) -> list[Option]:
+def choose_options(advice: Advice, rules: Rules = LONG) -> list[Option]:
     """Return the options that race against the first choice: the best of other architectures that are not far behind, and another
-    size of the same architecture if its points are nearly equal. With the first choice they are at most `most`.
+    size of the same architecture if its points are nearly equal.
     """
     first, found = advice.best, {advice.best.architecture}
     chosen: list[Option] = []
     for option in advice.options[1:]:
-        is_near = option.points >= first.points - MAX_POINTS_BEHIND
+        is_near = option.points >= first.points - rules.points
         fits = option.parameters * BYTES_PER_PARAMETER < MAX_MEMORY_FRACTION * ram()
         is_twin = option.architecture == first.architecture and option.points >= first.points - MAX_POINTS_BETWEEN_SIZES
         is_twin = is_twin and first.architecture not in (o.architecture for o in chosen)
-        if is_near and fits and (is_twin or option.architecture not in found) and len(chosen) < most - 1:
+        if is_near and fits and (is_twin or option.architecture not in found) and len(chosen) < rules.contenders - 1:
             chosen.append(option)
             found.add(option.architecture)
     return chosen
@@ -129,7 +146,8 @@ class Race:
         self.sign = 1 if self.metric.better == "max" else -1
         self.left = float(plan.training_seconds or 0.0)
         started = time.monotonic()
-        options = choose_options(plan.advice, count_contenders(self.left))
+        self.rules = choose_rules(self.left)
+        options = choose_options(plan.advice, self.rules)
         self.contenders: list[Contender] = []
         if options:
             callback.on_phase(f"preparing a race of {1 + len(options)} networks")
@@ -180,7 +198,7 @@ class Race:
         alive = list(self.contenders)
         total = self.left
         try:
-            for number, fraction in enumerate(ROUND_FRACTIONS):
+            for number, fraction in enumerate(self.rules.rounds):
                 names = ", ".join(c.plan.size for c in alive)
                 self.callback.on_phase(f"racing (round {number + 1}): {names}")
                 for contender in alive:
