@@ -30,14 +30,18 @@ import fieldguide
 IMAGES = {"train": 6_000, "test": 1_000}
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # title -> size, settings
     "DCGAN": ("dcgan-32", {}),
+    "WGAN": ("wgan-32", {}),
     "SNGAN": ("sngan-32", {"model.dim": 32}),
     "WGAN-GP": ("wgan-gp-32", {"model.dim": 32}),
+    "StyleGAN 1": ("stylegan1-mini", {}),
     "StyleGAN 2": ("stylegan2-mini", {}),
+    "StyleGAN 3": ("stylegan3-mini", {}),
     "R3GAN": ("r3gan-mini", {}),
     "DDPM U-Net": ("ddpm-mini", {}),
     "DDPM U-Net, EDM": ("ddpm-mini", {"task.schedule": "edm"}),
     "DDPM U-Net, flow": ("ddpm-mini", {"task.schedule": "flow"}),
     "DiT": ("dit-mini", {}),
+    "DiT, flow (SiT)": ("dit-mini", {"task.schedule": "flow"}),
 }
 SCORES = ("feature_distance", "kernel_distance", "precision", "recall", "density", "coverage", "classifier_accuracy")
 HEAD = """# GAN or diffusion?
@@ -82,7 +86,7 @@ def measure(title: str, seed: int, minutes: float, data: Path) -> dict[str, Any]
         "network": title,
         "seed": seed,
         "minutes": minutes,
-        "parameters": record["model"]["parameters"],
+        "parameters": sum(p.numel() for p in run.model.parameters()),
         "training": record["cost"]["parts"].get("training"),
         "steps": record["settings"].get("steps") or record["cost"].get("steps"),
         "calls": 1 if run.signature.loop is None else run.task.PredictOptions().steps,

@@ -1455,6 +1455,7 @@ CASES = {
     "alexnet": Case(inputs=image, peer=pictures.peer(pictures.torchvision_alexnet, "torchvision"), lr=3e-3),
     "alexnet-2012": Case(inputs=image, peer=equations(pictures.alexnet_2012)),
     "vgg": Case(inputs=image, peer=pictures.peer(pictures.torchvision_vgg, "torchvision"), lr=3e-2),
+    "inception-v3": Case(inputs=image, peer=pictures.peer(pictures.torchvision_inception_v3, "torchvision")),
     "efficientnet": Case(inputs=image, peer=pictures.peer(pictures.timm_efficientnet, "timm")),
     "efficientnet-lite": Case(inputs=image, peer=pictures.peer(pictures.timm_efficientnet_lite, "timm")),
     "efficientnetv2": Case(inputs=image, peer=pictures.peer(pictures.torchvision_efficientnet_v2, "torchvision")),

@@ -212,6 +212,26 @@ def int_channels(width: float, *_: Any) -> int:
     return int(width)
 
 
+def torchvision_inception_v3(model: nn.Module) -> nn.Module:
+    """Return torchvision's network with all widths divided, which its constructor cannot do, and with the pooling of FID's network."""
+    c, module = model.config, tvm.inception
+
+    class Narrow(module.BasicConv2d):
+        def __init__(self, inputs: int, outputs: int, **options: Any):
+            super().__init__(inputs if inputs == c.channels else inputs // c.shrink, outputs // c.shrink, **options)
+
+    narrow = lambda block: partial(block, conv_block=Narrow)
+    with torch.device("meta"):
+        blocks = [Narrow, *(narrow(getattr(module, f"Inception{letter}")) for letter in "ABCDE"), module.InceptionAux]
+        theirs = module.Inception3(c.num_classes, False, inception_blocks=blocks, init_weights=False, dropout=c.dropout)
+    for layer in theirs.to_empty(device="cpu").modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    theirs.fc = nn.Linear(2048 // c.shrink, c.num_classes)
+    theirs.Conv2d_1a_3x3.conv.stride, theirs.maxpool1.stride, theirs.maxpool2.stride = (c.early[0],) * 2, *c.early[1:]
+    return theirs
+
+
 def torchvision_mobilenet_v2(model: nn.Module) -> nn.Module:
     c = model.config
     rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+from fieldguide.checkpoints.preprocessor_config import build_transform
 from fieldguide.cli import commands
 from fieldguide.core.card import IMAGENET
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.inference.pretrained_task import PretrainedTask
-from fieldguide.inference.zero_shot import build_transform
 from fieldguide.models.registry import create
 from test_folders import settled
 from test_text_files import wordpieces

@@ -24,11 +24,11 @@ from fieldguide.tasks import infer_task
 from fieldguide.tasks.base import Media
 from fieldguide.tasks.vision.image_generation import (
     ImageGeneration,
-    compute_thumbnails,
     encode_png,
     encode_sheet,
     sheets_by_class,
 )
+from fieldguide.tasks.vision.image_generation_evaluator import compute_thumbnails
 
 
 def test_frechet_distance_equals_its_definition():
@@ -39,6 +39,18 @@ def test_frechet_distance_equals_its_definition():
     wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
     assert generative.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
     assert abs(generative.frechet_distance(a, a)) < 1e-9
+
+
+def test_frechet_distance_of_fewer_examples_than_features():
+    """The same value as by square roots of the covariances, which are singular."""
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(12, 30)), rng.normal(0.3, 1.5, size=(9, 30))
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(first)
+    half = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T  # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2)
+    root = np.sqrt(np.linalg.eigvalsh(half @ second @ half).clip(0)).sum()
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * root
+    assert generative.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_precision_and_recall_equal_their_definition():

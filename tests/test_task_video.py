@@ -23,7 +23,14 @@ from fieldguide.data.validation.checks import BadData
 from fieldguide.metrics import generative
 from fieldguide.models.registry import find
 from fieldguide.report.pages import summarize_result
-from fieldguide.tasks.vision.video_evaluator import decibels, find_attributes, gap_interval, mean_consistency, motion_image
+from fieldguide.tasks.vision.video_evaluator import (
+    compute_feature_scores,
+    decibels,
+    find_attributes,
+    gap_interval,
+    mean_consistency,
+    motion_image,
+)
 from fieldguide.tasks.vision.video_generation import VideoGeneration
 from fieldguide.tasks.vision.video_report import encode_webp, psnr
 from fieldguide.tasks.vision.video_requests import read_requests
@@ -179,7 +186,8 @@ def test_captions_in_two_formats(tmp_path):
     )
     # Equal captions have equal shades and ways; cameras differ, so captions say nothing of them.
     assert task.attributes == {"shade": ["bright", "dark"], "way": ["left", "right"]}
-    assert [m.name for m in task.metrics][-2:] == ["recognised_shade", "recognised_way"] and len(kind.metrics) == 7
+    assert [m.name for m in task.metrics][-2:] == ["recognised_shade", "recognised_way"]
+    assert [m.name for m in task.metrics][:-2] == [m.name for m in kind.metrics]
     batch = task.batches(data, find("latte")[0]).make(np.arange(4), None)
     assert batch["video"].shape == (4, 5, 1, 16, 16) and batch["label"].shape == (4, task.options.length)
     assert [task.decode_caption(row) for row in batch["label"].numpy()] == data.rows["caption"][:4].to_list()
@@ -244,7 +252,7 @@ def test_scores_of_captions():
     task.labels = []
     task.set_attributes({"size": ["big", "small"], "way": ["left", "right", "up"]})
     real = np.random.default_rng(0).uniform(-1, 1, (4, 3, 1, 8, 8)).astype(np.float32)
-    task.judge, task.motion = generative.FeatureClassifier(1, 4).eval(), object()
+    task.judge, task.motion = generative.FeatureClassifier(1, 4).eval(), generative.FeatureClassifier(3, 4).eval()
     seen = np.array([[0, 0], [0, 1], [1, 2], [1, 0]])
     task.recognise = lambda videos: seen[: len(videos)]
     targets = {"real": real, "label": np.zeros((4, 2)), "attributes": np.array([[0, 0], [1, 1], [1, 2], [1, 1]])}
@@ -263,6 +271,31 @@ def test_scores_of_captions():
     task.recognise = lambda videos: np.repeat(seen, 2, 0)
     double = {"samples": np.repeat(real, 2, 0), "label": np.zeros((8, 2))}  # two videos for each caption
     assert task.score(double, targets)["recognised_size"] == 0.75
+
+
+def test_video_distance_sees_motion():
+    """Frames in another order have the same frame distance to the real videos, and a larger video distance."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(6)[None, :, None] + rng.integers(0, 6, (60, 1, 1))
+    real = -np.ones((60, 6, 1, 12, 12), dtype=np.float32)
+    for i, f in np.ndindex(60, 6):
+        real[i, f, 0, 4:7, steps[i, f, 0] : steps[i, f, 0] + 2] = 1
+    one, other = torch.from_numpy(real[:30]), torch.from_numpy(real[30:])
+    shuffled = other[:, [3, 0, 4, 1, 5, 2]]
+    torch.manual_seed(0)
+    judge, motion = generative.FeatureClassifier(1, 4).eval(), generative.FeatureClassifier(3, 4).eval()
+
+    def compute(made):
+        see = lambda x: generative.extract_features(judge, x.flatten(0, 1)).reshape(len(x), 6, -1)
+        found = {"real": see(one), "made": see(made)}
+        found |= {
+            f"{k}_motion": generative.extract_features(motion, motion_image(x)) for k, x in (("real", one), ("made", made))
+        }
+        return compute_feature_scores(found)
+
+    right, wrong = compute(other), compute(shuffled)
+    assert wrong["frame_distance"] == pytest.approx(right["frame_distance"], rel=1e-4, abs=1e-6)
+    assert wrong["video_distance"] > 2 * right["video_distance"]
 
 
 def test_judge_of_several_attributes():

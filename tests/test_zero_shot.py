@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from fieldguide.automl.fit import fit
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.load import load
+from fieldguide.checkpoints.preprocessor_config import build_transform
 from fieldguide.cli import commands, run_commands
 from fieldguide.core.card import OPENAI
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
-from fieldguide.inference.zero_shot import ZeroShotClassifier, build_transform
+from fieldguide.inference.zero_shot import ZeroShotClassifier
 from fieldguide.models.registry import create
 from test_folders import settled
 from tv import transformers

@@ -27,7 +27,7 @@ PARTS = {
 FIXED_RESERVE = 4.0  # seconds that report and start of the test take at least
 RESERVE_FRACTION = 0.03  # of the minutes, for the same
 TEST_FACTOR = 2.0  # the test and its analyses take this many forward passes over the test rows
-MAX_RESERVE_FRACTION = 0.3  # of the minutes that are kept for the test
+MAX_RESERVE_FRACTION = 0.4  # of the minutes that are kept for the test
 MIN_TRAINING_FRACTION = 0.25  # of the minutes that training gets, even if everything else was slow
 
 
@@ -77,14 +77,16 @@ class Clock(NullCallback):
         return f"{total:.1f} s in all: {shown} s"
 
 
-def get_training_seconds(minutes: float, elapsed: float, test_seconds: float) -> float:
+def get_training_seconds(minutes: float, elapsed: float, test_seconds: float, scoring_seconds: float = 0.0) -> float:
     """Return the seconds that training may take; 0 if there is no limit.
 
     Args:
         minutes: for the whole run; 0 for no limit.
         elapsed: seconds that have passed before training.
         test_seconds: estimated seconds of one forward pass over the test rows.
+        scoring_seconds: estimated seconds of the test besides predictions.
     """
     total = 60 * minutes
-    reserve = min(FIXED_RESERVE + RESERVE_FRACTION * total + TEST_FACTOR * test_seconds, MAX_RESERVE_FRACTION * total)
+    reserve = FIXED_RESERVE + RESERVE_FRACTION * total + TEST_FACTOR * test_seconds + scoring_seconds
+    reserve = min(reserve, MAX_RESERVE_FRACTION * total)
     return max(total - elapsed - reserve, MIN_TRAINING_FRACTION * total)

@@ -222,7 +222,8 @@ def train_and_test(
     wants_frozen = record["choice"].get("frozen_features", False) and more_steps and not is_begun
     frozen = frozen_features.fit_frozen(plan, callback) if wants_frozen else None
     if not resume and plan.settings.minutes:
-        seconds = get_training_seconds(plan.settings.minutes, callback.elapsed, estimate_test_seconds(plan))
+        scoring = plan.task.estimate_scoring_seconds()
+        seconds = get_training_seconds(plan.settings.minutes, callback.elapsed, estimate_test_seconds(plan), scoring)
         plan.training_seconds = (1 - TIME_FRACTION) * seconds if plan.settings.refit else seconds
         record["cost"]["training_seconds"] = round(plan.training_seconds, 2)
         if distributed.rank() == 0:

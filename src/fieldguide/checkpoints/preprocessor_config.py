@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from fieldguide.checkpoints.config_mapping import read
-from fieldguide.core.card import Scale
+from fieldguide.core.card import OPENAI, Scale
 from fieldguide.core.errors import WeightsError
 from fieldguide.core.validation import get_checked, guard
-from fieldguide.data.preprocessing.image_transform import NativeTransform
+from fieldguide.data.preprocessing.image_transform import ImageTransform, NativeTransform
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's constants
 NATIVE = "qwen2vl"  # processor of images that keep their size
@@ -199,6 +199,12 @@ def get_image_options(folder: Path, side: int, channels: int, scale: Scale) -> d
     file, values = read_preprocessor(folder)
     with guard(file or folder, WeightsError):
         return build_image_options(file or folder, values, side, channels, scale)
+
+
+def build_transform(folder: Path, side: int, channels: int, scale: Scale = OPENAI) -> ImageTransform:
+    """Return the image preprocessing that the files next to the weights describe, by default with the given scale."""
+    described = get_image_options(folder, side, channels, scale)
+    return ImageTransform(side, channels).with_normalization(described["pixels"]).with_resize(described["resize"])
 
 
 def build_native_transform(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fieldguide.checkpoints.generation_config import PublishedGeneration, read_generation_config
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
-from fieldguide.checkpoints.preprocessor_config import build_native_transform
+from fieldguide.checkpoints.preprocessor_config import build_native_transform, build_transform
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError
@@ -22,9 +22,9 @@ from fieldguide.data.preprocessing.tokenizer_files import TokenizerFiles
 from fieldguide.inference.predictor import Predictions, Predictor, as_list, join_skipped
 from fieldguide.inference.signature import describe_image_to_text
 from fieldguide.inference.text_generation import build_chat_template, find_end_tokens, read_tokenizer
-from fieldguide.inference.zero_shot import build_task, build_transform
 from fieldguide.models.generation import Greedy, generate_batch
 from fieldguide.models.generation.stop_strings import truncate_at_stop
+from fieldguide.tasks.multimodal.pretrained import build_task
 
 if TYPE_CHECKING:
     from torch import Tensor

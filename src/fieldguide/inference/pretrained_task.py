@@ -16,7 +16,7 @@ import torch
 from fieldguide.checkpoints import config_mapping, sentence_transformers
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
 from fieldguide.checkpoints.names import CONFIG_FILE
-from fieldguide.checkpoints.preprocessor_config import get_input_side
+from fieldguide.checkpoints.preprocessor_config import build_transform, get_input_side
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, WeightsWarning
@@ -131,8 +131,6 @@ def read_assets(found: Checkpoint, values: dict[str, Any], gives: str) -> Checkp
         if words is None:
             raise WeightsError(f"no tokenizer found in {folder}; this model needs one. {why}")
     if card.input_type in ("image", "captioned", "image-text", "prompted-image"):
-        from fieldguide.inference.zero_shot import build_transform
-
         side = getattr(config, "image", None) or get_input_side(folder) or DEFAULT_SIDE_PIXELS
         pictures = build_transform(folder, side, found.channels, card.scale)
     score = ""

@@ -10,35 +10,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fieldguide.checkpoints.load import CLASS_TEMPLATES, Checkpoint, build_network, inspect_checkpoint
-from fieldguide.checkpoints.preprocessor_config import get_image_options
+from fieldguide.checkpoints.load import CLASS_TEMPLATES, Checkpoint, inspect_checkpoint
 from fieldguide.core import distributed
-from fieldguide.core.card import OPENAI, Card, Scale
+from fieldguide.core.card import Card
 from fieldguide.core.errors import DataError, SettingsError, WeightsError, nearest
 from fieldguide.core.signature import Signature
 from fieldguide.data import read
-from fieldguide.data.dataset import Column, Data
-from fieldguide.data.preprocessing import ImageTransform, Labels, TextTokenizer
+from fieldguide.data.dataset import Data
+from fieldguide.data.preprocessing import Labels
 from fieldguide.inference.predictor import Predictions, TaskPredictor, as_list, join_skipped
 from fieldguide.inference.run import open_run
 from fieldguide.inference.signature import describe_zero_shot
-from fieldguide.objectives.contrastive import IMAGE_TEXT_OBJECTIVES, build_contrastive
+from fieldguide.objectives.contrastive import build_contrastive
 from fieldguide.tasks.multimodal.image_text import ImageText
+from fieldguide.tasks.multimodal.pretrained import load_image_text
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network
 
 BATCH_SIZE = 64
-
-
-def build_task(text: TextTokenizer, transform: ImageTransform, end: int, length: int) -> ImageText:
-    """Return the task `image-text` of a pretrained network with its own tokenizer and image preprocessing."""
-    task = ImageText(
-        [Column("image", "image"), Column("caption", "text", "target")],
-        ImageText.Options(side=transform.side, channels=transform.channels, vocab_size=text.size, length=length, end=end),
-    )
-    task.text, task.pictures, task.classes, task.known = text, transform, [], []
-    return task
 
 
 class ZeroShotClassifier(TaskPredictor):
@@ -81,27 +71,8 @@ class ZeroShotClassifier(TaskPredictor):
                 raise WeightsError(f"{checkpoint} is a run of {run.task.name}; zero-shot classification needs image-text.")
             return cls(run.model, run.card, run.task, [run.task.options.template])
         found = checkpoint if isinstance(checkpoint, Checkpoint) else inspect_checkpoint(checkpoint, name)
-        if not set(IMAGE_TEXT_OBJECTIVES) & set(found.card.output_types):
-            raise WeightsError(
-                f"{found.path} is {found.card.name}, whose output is {' or '.join(found.card.output_types)}; zero-shot "
-                "classification needs a network that embeds images and texts."
-            )
-        folder = found.path if found.path.is_dir() else found.path.parent
-        file = Path(tokenizer) if tokenizer else found.find_tokenizer()[0] or folder / "tokenizer.json"
-        if not file.exists():
-            raise WeightsError(
-                f"{file} does not exist, and class names cannot be encoded without a tokenizer. Set tokenizer=PATH; all "
-                "CLIP models share that of openai/clip-vit-base-patch32."
-            )
-        text = TextTokenizer.load(file)
-        has_padding = "pad_token" in text.special and found.card.accepts("pad")  # a network that reads padding
-        values = {**found.values, **({"pad": text.pad} if has_padding else {}), **overrides}
-        network = build_network(found.card, values, found.state, found.origin, str(found.path))
-        c = network.config
-        if text.size > c.vocab_size:
-            raise WeightsError(f"{file} has {text.size:,} tokens, but the network {c.vocab_size:,}.")
-        transform = build_transform(folder, c.image, c.channels, found.card.scale)
-        return cls(network, found.card, build_task(text, transform, c.end, c.length))
+        network, task = load_image_text(found, tokenizer, **overrides)
+        return cls(network, found.card, task)
 
     def build_request(self, classes: Sequence[str], templates: Sequence[str]) -> ImageText:
         """Return the task of one request, with its classes. Raises `SettingsError` without classes."""
@@ -161,12 +132,6 @@ class ZeroShotClassifier(TaskPredictor):
             "intervals": task.intervals(outputs, targets),
             "note": f"zero-shot, {len(labels.names)} classes given by name",
         }
-
-
-def build_transform(folder: Path, side: int, channels: int, scale: Scale = OPENAI) -> ImageTransform:
-    """Return the image preprocessing that the files next to the weights describe, by default with the given scale."""
-    described = get_image_options(folder, side, channels, scale)
-    return ImageTransform(side, channels).with_normalization(described["pixels"]).with_resize(described["resize"])
 
 
 def split_text(value: str | Sequence[str], separator: str) -> list[str]:

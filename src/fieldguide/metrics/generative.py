@@ -5,6 +5,7 @@ These are not FID or Inception Score, which require a specific public network; t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 MAX_SIDE_PIXELS = 32  # larger images are downscaled to this side
 FEATURE_DIM = 64  # features per image
 BATCH_SIZE = 64
+TRAINING_STEPS = 400  # of the networks here
+TIMED_STEPS = 4
 CAPTION_CHOICES = 10  # captions among which the right one must be ranked first
 TOKEN_PAIR_BUCKETS = 2**13  # hash buckets of pairs of adjacent tokens
 MEAN_RESAMPLES, DISTANCE_RESAMPLES, HALF_SPLITS = 1000, 60, 20  # resamples for intervals
+FEW_RESAMPLES = 20  # for distances between many features
 DENSITY_NEIGHBORS = 5  # k of density and coverage (Naeem et al. 2020, section 4.3)
 NEAREST_NEIGHBORS = 3  # k of the nearest-neighbor radius (Kynkäänniemi et al. 2019, section 3)
 
@@ -46,7 +50,7 @@ def downscale(x: Tensor) -> Tensor:  # N C S S -> N C s s
 
 
 def train_classifier(
-    images: Tensor, label: Tensor | None, classes: int | Sequence[int], *, steps: int = 400, seed: int = 0
+    images: Tensor, label: Tensor | None, classes: int | Sequence[int], *, steps: int = TRAINING_STEPS, seed: int = 0
 ) -> FeatureClassifier:
     """Train a feature classifier on the classes (`label`: N int64), or without labels on predicting the rotation of images
     (Gidaris et al. 2018, arXiv:1803.07728). With A numbers of classes, `label` N A holds the class of each of A attributes, and the
@@ -76,6 +80,15 @@ def train_classifier(
     return classifier.eval()
 
 
+def measure_step_seconds(channels: int, side: int) -> float:
+    """Return the seconds of a training step of a feature classifier of images, C S S."""
+    images, label = torch.zeros(BATCH_SIZE, channels, side, side), torch.zeros(BATCH_SIZE, dtype=torch.int64)
+    train_classifier(images, label, 2, steps=TIMED_STEPS)  # the first steps take longer
+    started = time.perf_counter()
+    train_classifier(images, label, 2, steps=TIMED_STEPS)
+    return (time.perf_counter() - started) / TIMED_STEPS
+
+
 class CaptionMatcher(nn.Module):
     """Normalized embeddings of images and captions for matching.
 
@@ -99,7 +112,9 @@ class CaptionMatcher(nn.Module):
         return F.normalize(self.said(self.words(torch.cat([tokens, torch.where(second > 0, pairs, 0)], 1))), dim=1)
 
 
-def train_caption_matcher(images: Tensor, tokens: Tensor, vocab: int, *, steps: int = 400, seed: int = 0) -> CaptionMatcher:
+def train_caption_matcher(
+    images: Tensor, tokens: Tensor, vocab: int, *, steps: int = TRAINING_STEPS, seed: int = 0
+) -> CaptionMatcher:
     """Train a caption matcher on real pairs of images and captions (`tokens` N T, 0 = padding).
 
     The loss is the contrastive loss of Radford et al. 2021, arXiv:2103.00020, figure 3, with equal captions as one.
@@ -174,10 +189,13 @@ def classify_attributes(classifier: FeatureClassifier, images: Tensor, classes: 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return the Fréchet distance of two samples modeled as Gaussian: |m - n|^2 + tr(A + B - 2 (A B)^(1/2)) (Heusel et al.
     2017, arXiv:1706.08500, equation 6)."""
-    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values = np.linalg.eigvals(first @ second)  # of a product of covariances: real and nonnegative
-    root = np.sqrt(np.maximum(values.real, 0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * root)
+    x, y = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (a, b))  # A = x^T x, B = y^T y
+    if a.shape[1] <= min(len(a), len(b)):
+        values = np.linalg.eigvals((x.T @ x) @ (y.T @ y))  # of a product of covariances: real and nonnegative
+        root = np.sqrt(np.maximum(values.real, 0)).sum()
+    else:  # A B has the nonzero eigenvalues of (x y^T) (x y^T)^T, which is smaller
+        root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * root)
 
 
 def bootstrap_mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -187,16 +205,16 @@ def bootstrap_mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, f
     return float(low), float(high)
 
 
-def bootstrap_distance_interval(real: np.ndarray, made: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap_distance_interval(
+    real: np.ndarray, made: np.ndarray, seed: int = 0, resamples: int = DISTANCE_RESAMPLES
+) -> tuple[float, float]:
     """Return the 95 % interval of a Fréchet distance between samples of N examples, with one or F rows each (N D or N F D).
 
     Examples of both sides are resampled with replacement. Resampling biases the distance upward, so only the standard
     deviation of the resamples is used, around the distance itself.
     """
     flat, rng = (lambda x: x.reshape(-1, x.shape[-1])), np.random.default_rng(seed)
-    resampled = [
-        frechet_distance(*(flat(x[rng.integers(0, len(x), len(x))]) for x in (real, made))) for _ in range(DISTANCE_RESAMPLES)
-    ]
+    resampled = [frechet_distance(*(flat(x[rng.integers(0, len(x), len(x))]) for x in (real, made))) for _ in range(resamples)]
     middle, wide = frechet_distance(flat(real), flat(made)), 1.96 * float(np.std(resampled, ddof=1))
     return max(0.0, middle - wide), middle + wide
 

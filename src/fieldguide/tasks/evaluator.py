@@ -39,6 +39,10 @@ class Evaluator:
     def prepare_test(self, train: Data, held: Data) -> None:
         """Compute from the training rows what the test's scores and elements need in addition to the targets."""
 
+    def estimate_scoring_seconds(self) -> float:
+        """Return the seconds that the test takes besides its predictions, for tasks that train networks to score them."""
+        return 0.0
+
     def prepare_scoring(self, rows: int) -> None:
         """Receive the number of examples that are about to be predicted and scored."""
 

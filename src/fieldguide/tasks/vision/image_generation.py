@@ -47,10 +47,10 @@ from fieldguide.objectives import (
 )
 from fieldguide.objectives.diffusion import Consistency, Sampler
 from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
-from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
+from fieldguide.tasks.base import Arrays, Media, Metric, Task
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options, is_discrete
-from fieldguide.tasks.supervised_evaluator import binomial_interval
+from fieldguide.tasks.vision.image_generation_evaluator import METRICS, GenerationEvaluator
 from fieldguide.tasks.vision.signature import GenerationSignature
 
 STUDENT_LEVELS = (8, 8)  # intervals of noise of a distilled model; more need more than minutes of training
@@ -58,11 +58,10 @@ METHODS = ("diffusion", "consistency")
 IMAGE_SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
 MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
-MAX_EVALUATION_IMAGES = 10_000  # maximum training images for the evaluation models
-EVALUATION_STEPS = 800  # training steps of the CNN that is trained on generated images alone
 EVALUATION_MODELS = ("judge", "motion", "matcher")
 MAX_COMPARED_IMAGES = 300  # maximum images for each number of steps that is compared with the teacher
 SHEET_IMAGES = 16  # images of a sheet
+MAX_READ_CAPTIONS = 10_000  # maximum captions whose tokens are counted
 MAX_CAPTION_TOKENS = 64  # maximum tokens of a caption, if the user sets no length
 MAX_KNOWN_CAPTIONS = 256  # training captions kept for sampling without given captions
 MAX_CLASS_TEXTS = 20  # with at most this many different texts, they are class names regardless of length
@@ -74,7 +73,7 @@ def infer_target_kind(values: pl.Series) -> Kind | None:
     return "text" if len(present) and present.n_unique() > MAX_CLASS_TEXTS and has_sentences(present) else None
 
 
-class ImageGeneration(GenerationSignature, Task):
+class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
     name = "image-generation"
     reads = (
         "a folder of images, optionally one folder per class or a .txt caption next to each; or a table "
@@ -84,27 +83,7 @@ class ImageGeneration(GenerationSignature, Task):
     feature: ClassVar[tuple[str, ...]] = ("image",)
     output_types = ("image",)
     column_spec = ColumnSpec("named", names=CAPTION_NAMES, kinds={"target": infer_target_kind})
-    metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("feature_distance", "min", "Fréchet distance in the features of a small CNN trained on this data"),
-        Metric("kernel_distance", "min", "squared maximum mean discrepancy in the same features (KID in other features)"),
-        Metric("precision", "max", "of generated images look real", percent=True),
-        Metric("recall", "max", "of real images are covered by generated ones", percent=True),
-        Metric("density", "max", "how densely generated images lie where real ones are; about 1 for real images"),
-        Metric("coverage", "max", "of real images have a generated one among their neighbors", percent=True),
-        Metric(
-            "classifier_accuracy",
-            "max",
-            "of real test images classified correctly by a CNN trained on generated images alone",
-            percent=True,
-        ),
-        Metric(
-            "caption_match",
-            "max",
-            "of generated images whose caption a model trained on real pairs picks out of ten",
-            percent=True,
-        ),
-        Metric("held_out_loss", "min", "on held-out images: noise prediction error; for GANs a distance of thumbnails"),
-    )
+    metrics: ClassVar[tuple[Metric, ...]] = METRICS
     # Targets are the student's own outputs: steps of fixed size, as those of muon, add up to a drift.
     student_recipe: ClassVar = {"optimizer": "adamw", "lr": 5e-4}
     monitor = "held_out_loss"
@@ -128,6 +107,8 @@ class ImageGeneration(GenerationSignature, Task):
             "diffusion"  # diffusion | consistency: images in 1 to 4 steps; with a teacher, distilled from its diffusion model
         )
         teacher_guidance: float = 1.5  # guidance of a diffusion teacher, which its student learns; 1 = none
+        features: str | None = None  # image classifier whose features images are compared in: PATH, or SIZE=PATH
+        clip: str | None = None  # CLIP that compares images with their captions: PATH
 
     @dataclass(frozen=True)
     class PredictOptions:
@@ -188,6 +169,7 @@ class ImageGeneration(GenerationSignature, Task):
         task.note_classes()
         if captioned:
             task.fit_captions(data.rows[data.required_target.name].fill_null("").to_list())
+        task.check_reference_networks()
         return task
 
     def note_classes(self) -> None:
@@ -199,7 +181,7 @@ class ImageGeneration(GenerationSignature, Task):
     def fit_captions(self, texts: list[str]) -> None:
         """Fit the caption tokenizer; sets vocab_size and length."""
         self.text = TextTokenizer.fit(texts, size=self.options.vocab_size)
-        sizes = [len(ids) for ids in self.text.encode(texts[:MAX_EVALUATION_IMAGES], 100_000)[0]]
+        sizes = [len(ids) for ids in self.text.encode(texts[:MAX_READ_CAPTIONS], 100_000)[0]]
         self.options = fill_options(self.options, vocab_size=self.text.size, length=suggest_length(sizes, MAX_CAPTION_TOKENS))
         self.note_truncated(sum(size > self.options.length for size in sizes), len(sizes), self.options.length, "captions")
         different = list(dict.fromkeys(texts))
@@ -374,121 +356,6 @@ class ImageGeneration(GenerationSignature, Task):
         """Return a caption as the model reads it."""
         assert self.text is not None  # only models of captions decode them
         return self.text.decode(tokens[tokens > 0]).strip()
-
-    # Evaluation
-
-    def prepare_test(self, train: Data, held: Data) -> None:
-        rows = np.random.default_rng(0).permutation(len(train))[:MAX_EVALUATION_IMAGES]
-        some = train.take(np.sort(rows))
-        self.known = self.pictures.apply(self.pictures.load(some.rows[self.column].to_list()))
-        codes = torch.from_numpy(self.codes(some))
-        self.known_labels = codes if self.text else codes - 1
-        self.matcher = generative.train_caption_matcher(self.known, codes, self.text.size) if self.text else None
-        self.judge = generative.train_classifier(self.known, self.known_labels if self.labels else None, len(self.labels))
-
-    def targets(self, data: Data) -> Arrays:
-        real = self.pictures.apply(self.pictures.load(data.rows[self.column].to_list()))
-        return {"real": real.numpy(), "label": self.codes(data)}
-
-    def evaluate_samples(self, outputs: Arrays, targets: Arrays) -> dict[str, Any]:
-        """Return evaluation features, computed once per set of samples.
-
-        These are features of generated and real images, and which real images a CNN trained on the samples
-        classifies correctly.
-        """
-        key = id(outputs["samples"])
-        if key not in self.memo:
-            made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(targets["real"])
-            found: dict[str, Any] = {
-                "made": generative.extract_features(self.judge, made),
-                "real": generative.extract_features(self.judge, real),
-            }
-            if self.labels:
-                requested = torch.from_numpy(outputs["label"].astype(np.int64)) - 1
-                pupil = generative.train_classifier(
-                    made,
-                    requested,
-                    len(self.labels),
-                    steps=EVALUATION_STEPS if self.pictures.side > 16 else EVALUATION_STEPS // 2,
-                )
-                found["right"] = generative.extract_features(pupil, real, return_classes=True) == targets["label"] - 1
-            if self.matcher is not None:
-                found["matched"] = generative.match_captions(
-                    self.matcher, made, torch.from_numpy(outputs["label"].astype(np.int64)), torch.from_numpy(targets["label"])
-                )
-            self.memo[key] = found | {"kept": outputs["samples"]}  # keeps the array alive, so that its id stays unique
-        return self.memo[key]
-
-    def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
-        scores = {}
-        if "samples" in outputs and self.judge is not None:
-            found = self.evaluate_samples(outputs, targets)
-            if "blind" in outputs:  # real images: only their match with the captions is scored
-                return {"caption_match": float(found["matched"].mean())}
-            scores = {
-                "feature_distance": generative.frechet_distance(found["real"], found["made"]),
-                **generative.compute_cloud_scores(found["real"], found["made"]),
-            }
-            if "right" in found:
-                scores["classifier_accuracy"] = float(found["right"].mean())
-            if "matched" in found:
-                scores["caption_match"] = float(found["matched"].mean())
-        if "loss" in outputs:
-            scores["held_out_loss"] = float(outputs["loss"].mean())
-        elif "samples" in outputs:
-            scores["held_out_loss"] = generative.frechet_distance(
-                compute_thumbnails(outputs["samples"]), compute_thumbnails(targets["real"])
-            )
-        return scores
-
-    def intervals(self, outputs: Arrays, targets: Arrays) -> dict[str, tuple[float, float]]:
-        """Return bootstrap intervals over images; scores by neighbors use halves."""
-        found = self.evaluate_samples(outputs, targets)
-        ranges = {"feature_distance": generative.bootstrap_distance_interval(found["real"], found["made"])}
-        ranges |= generative.jackknife_cloud_intervals(found["real"], found["made"])
-        ranges["held_out_loss"] = (
-            generative.bootstrap_mean_interval(outputs["loss"])
-            if "loss" in outputs
-            else generative.bootstrap_distance_interval(
-                compute_thumbnails(outputs["samples"]), compute_thumbnails(targets["real"])
-            )
-        )
-        for name, metric in (("right", "classifier_accuracy"), ("matched", "caption_match")):
-            if name in found:
-                ranges[metric] = binomial_interval(int(found[name].sum()), len(found[name]))
-        return ranges
-
-    def baselines(self, train: Data, test: Data) -> list[Baseline]:
-        rng = np.random.default_rng(0)
-        label = self.codes(test)
-        noise = rng.uniform(-1, 1, (len(test), *self.known.shape[1:])).astype(np.float32)
-        if self.labels:  # training images of the same classes
-            own = [np.flatnonzero(self.known_labels.numpy() == k - 1) for k in range(1, len(self.labels) + 1)]
-            rows = np.array([rng.choice(own[k - 1]) for k in label])
-        else:
-            rows = rng.permutation(len(self.known))[: len(test)]
-        copies = self.known[rows].numpy()
-        shuffled = []
-        if self.text:
-            other = self.known[rng.permutation(len(self.known))[: len(test)]].numpy()
-            shuffled = [
-                Baseline(
-                    "shuffled captions",
-                    "training images with captions of other images",
-                    {"samples": other, "label": label[: len(other)], "blind": np.ones(len(other))},
-                )
-            ]
-            label = self.known_labels[rows].numpy()
-        return [
-            Baseline("noise", "random pixels", {"samples": noise, "label": self.codes(test)}),
-            *shuffled,
-            Baseline(
-                "training images",
-                "the training data itself: an upper bound",
-                {"samples": copies, "label": label[: len(copies)]},
-                bound=True,
-            ),
-        ]
 
     # Report
 
@@ -697,11 +564,6 @@ def check_one_step_options(predict_options: Any) -> None:
         name for name in ("steps", "sampler", "eta", "guidance") if getattr(predict_options, name) != getattr(usual, name)
     ]:
         raise SettingsError(f"{', '.join(changed)}: not supported. This model generates an image in one step.")
-
-
-def compute_thumbnails(pictures: np.ndarray) -> np.ndarray:  # N C S S -> N C * 64
-    """Return 8 x 8 thumbnails as vectors."""
-    return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.ascontiguousarray(pictures)), 8).flatten(1).numpy()
 
 
 def encode_png(x: np.ndarray) -> bytes:  # C S S in -1 .. 1

@@ -35,7 +35,7 @@ from fieldguide.objectives.gan_losses import LOSSES
 from fieldguide.objectives.image_translation import PairedTranslation, TranslationDiffusion, UnpairedTranslation
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.vision.image_generation import compute_thumbnails
+from fieldguide.tasks.vision.image_generation_evaluator import compute_thumbnails
 from fieldguide.tasks.vision.image_restoration import DEGRADATIONS, convert_channels, degrade
 from fieldguide.tasks.vision.image_to_image_baselines import fit_colors, match_colors
 from fieldguide.tasks.vision.image_to_image_report import show_domains, show_pairs
@@ -439,6 +439,11 @@ class ImageToImage(ImageToImageSignature, Task):
         self.known_second = self.is_second(some)
         label = None if self.paired else torch.from_numpy(self.known_second.astype(np.int64))
         self.judge = generative.train_classifier(self.known, label, 2)
+
+    def estimate_scoring_seconds(self) -> float:
+        return generative.TRAINING_STEPS * generative.measure_step_seconds(
+            self.target_pictures.channels, self.target_pictures.side
+        )
 
     def targets(self, data: Data) -> Arrays:
         inputs, real = self.load_pairs(data)

@@ -61,9 +61,13 @@ class VideoEvaluator(Evaluator):
     labels: list[str]
     attributes: dict[str, list[str]]  # what captions ask for: values by column; empty for classes
     options: Any
+    pictures: Any
     memo: dict[int, dict[str, Any]]
     load_middles: Any  # rows -> N F C S S in -1 .. 1
     codes: Any  # rows -> labels from 1, N, or caption tokens, N T; 0 means none
+    decode_caption: Any
+    reference: Any
+    caption_scorer: Any
 
     def judged_attributes(self) -> dict[str, list[str]]:
         """Return the values of all that is recognized in videos: the class, or the attributes of captions."""
@@ -106,12 +110,17 @@ class VideoEvaluator(Evaluator):
             self.known.flatten(0, 1), None if label is None else label.repeat_interleave(frames), len(self.labels)
         )
         seen = motion_image(self.known)
-        if self.labels:
-            self.motion = generative.train_classifier(seen, label, len(self.labels))
-        elif (attributes := self.attribute_codes(train)) is not None:
+        attributes = self.attribute_codes(train)
+        if attributes is not None:
             self.motion = generative.train_classifier(seen, torch.from_numpy(attributes), self.list_class_counts())
+        else:
+            self.motion = generative.train_classifier(seen, label, len(self.labels))
         if self.text is not None and not self.attributes:  # attributes say more, and the matcher is large
             self.matcher = generative.train_caption_matcher(seen, codes, self.text.size)
+
+    def estimate_scoring_seconds(self) -> float:
+        channels, side = self.pictures.channels, self.pictures.side
+        return generative.TRAINING_STEPS * sum(generative.measure_step_seconds(c, side) for c in (channels, 3 * channels))
 
     def prepare_scoring(self, rows: int) -> None:
         self.each = -(-MIN_TEST_VIDEOS // rows)
@@ -129,13 +138,27 @@ class VideoEvaluator(Evaluator):
             see = lambda x: generative.extract_features(self.judge, x.flatten(0, 1)).reshape(len(x), x.shape[1], -1)
             found: dict[str, Any] = {"made": see(made), "real": see(real), "kept": outputs["samples"]}
             wanted = self.requested_attributes(outputs, targets)
-            if self.motion is not None and wanted is not None:
+            if self.motion is not None:  # runs of earlier versions may have none
+                moves = lambda x: generative.extract_features(self.motion, motion_image(x))
+                found |= {"made_motion": moves(made), "real_motion": moves(real)}
+            if self.reference is not None:
+                found |= {
+                    f"reference_{name}": self.reference.extract(x.flatten(0, 1)) for name, x in (("made", made), ("real", real))
+                }
+            if self.caption_scorer is not None and "label" in outputs:
+                found["clip"] = self.score_captions(made, outputs["label"])
+            if wanted is not None and self.motion is not None:
                 found["right"] = self.recognise(outputs["samples"]) == wanted
             if self.matcher is not None:
                 asked, known = (torch.from_numpy(x["label"].astype(np.int64)) for x in (outputs, targets))
                 found["matched"] = generative.match_captions(self.matcher, motion_image(made), asked, known)
             self.memo[key] = found
         return self.memo[key]
+
+    def score_captions(self, made: Tensor, tokens: np.ndarray) -> np.ndarray:  # N F C S S, N T -> N
+        """Return the mean CLIP score of the frames of each video."""
+        captions = [self.decode_caption(row) for row in tokens.astype(int) for _ in range(made.shape[1])]
+        return self.caption_scorer.score(made.flatten(0, 1), captions).reshape(len(made), -1).mean(1)
 
     def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -144,6 +167,8 @@ class VideoEvaluator(Evaluator):
             scores |= {name: float(values.mean()) for name, values in self.list_recognised(found).items()}
             if "blind" not in outputs:  # real videos: only what is recognized in them is scored
                 scores |= compute_feature_scores(found)
+                if "clip" in found:
+                    scores["clip_score"] = float(found["clip"].mean())
         if "next" in outputs:
             scores["next_frame_psnr"] = float(decibels(outputs["next"], targets["real"][:, -1]).mean())
         if "continued" in outputs:
@@ -167,6 +192,14 @@ class VideoEvaluator(Evaluator):
         """Return bootstrap intervals over videos."""
         found, ranges = self.evaluate_samples(outputs, targets), {}
         ranges["frame_distance"] = generative.bootstrap_distance_interval(found["real"], found["made"])
+        if "made_motion" in found:
+            ranges["video_distance"] = generative.bootstrap_distance_interval(found["real_motion"], found["made_motion"])
+        if "reference_made" in found:
+            ranges["reference_distance"] = generative.bootstrap_distance_interval(
+                found["reference_real"], found["reference_made"], resamples=generative.FEW_RESAMPLES
+            )
+        if "clip" in found:
+            ranges["clip_score"] = generative.bootstrap_mean_interval(found["clip"])
         ranges["consistency_gap"] = gap_interval(*(consistencies(found[k]) for k in ("made", "real")))
         for name, right in self.list_recognised(found).items():
             ranges[name] = binomial_interval(int(right.sum()), len(right))
@@ -206,11 +239,17 @@ class VideoEvaluator(Evaluator):
 
 
 def compute_feature_scores(found: dict[str, Any]) -> dict[str, float]:
-    """Return the scores from features `made` and `real` (N, F, D)."""
-    return {
-        "frame_distance": generative.frechet_distance(*(found[k].reshape(-1, found[k].shape[-1]) for k in ("real", "made"))),
+    """Return the scores from features of frames (`made` and `real`, N F D), of whole videos, and of a reference network, N D."""
+    distance, frames = generative.frechet_distance, lambda x: x.reshape(-1, x.shape[-1])
+    scores = {
+        "frame_distance": distance(frames(found["real"]), frames(found["made"])),
         "consistency_gap": abs(mean_consistency(found["made"]) - mean_consistency(found["real"])),
     }
+    if "made_motion" in found:
+        scores["video_distance"] = distance(found["real_motion"], found["made_motion"])
+    if "reference_made" in found:
+        scores["reference_distance"] = distance(found["reference_real"], found["reference_made"])
+    return scores
 
 
 def compare_continuations(outputs: Arrays, targets: Arrays) -> np.ndarray:  # -> N

@@ -29,6 +29,7 @@ from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Media, Metric
 from fieldguide.tasks.supervised import fill_options, is_discrete
 from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, check_sampler, infer_target_kind
+from fieldguide.tasks.vision.image_generation_evaluator import METRICS
 from fieldguide.tasks.vision.signature import VideoGenerationSignature
 from fieldguide.tasks.vision.video_evaluator import VideoEvaluator, build_attribute_metrics, find_attributes
 from fieldguide.tasks.vision.video_report import VideoReport, encode_webp, join_side_by_side
@@ -59,6 +60,11 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
     metrics = (
         Metric("frame_distance", "min", "Fréchet distance of frames in the features of a small CNN trained on this data"),
         Metric(
+            "video_distance",
+            "min",
+            "Fréchet distance of videos in the features of a small CNN that sees a frame and the changes (FVD in other features)",
+        ),
+        Metric(
             "recognised",
             "max",
             "of generated videos in which a CNN trained on real videos recognizes the class, or all that it knows of the caption",
@@ -70,6 +76,7 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
             "of generated videos whose caption a model trained on real pairs picks out of ten, if no columns say what captions ask for",
             percent=True,
         ),
+        *(metric for metric in METRICS if metric.name in ("clip_score", "reference_distance")),
         Metric("consistency_gap", "min", "difference to real videos in the similarity of consecutive frames"),
         Metric(
             "next_frame_psnr",
@@ -143,6 +150,7 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
             task.set_attributes(find_attributes(data, data.required_target.name))
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
             task.notes.append(f"{short} videos are shorter than {frames} frames: their last frame is repeated")
+        task.check_reference_networks()
         return task
 
     def model_dims(self) -> dict[str, Any]:
