@@ -53,7 +53,8 @@ def test_training_gets_what_is_left_after_a_reserve_for_the_test():
     assert clock.get_training_seconds(0, 100.0, 5.0) == 0  # no limit
     seconds = clock.get_training_seconds(3, 20.0, 2.0)
     assert seconds == pytest.approx(180 - 20 - (4 + 0.03 * 180 + 2 * 2))
-    assert clock.get_training_seconds(3, 20.0, 1000.0) == pytest.approx(180 - 20 - 0.3 * 180)  # the reserve has a limit
+    assert clock.get_training_seconds(3, 20.0, 1000.0) == pytest.approx(180 - 20 - 0.4 * 180)  # the reserve has a limit
+    assert clock.get_training_seconds(3, 20.0, 2.0, 10.0) == pytest.approx(seconds - 10)  # networks that judge are trained
     assert clock.get_training_seconds(1, 100.0, 0.0) == pytest.approx(15)  # training has a least share
 
 
