@@ -94,14 +94,16 @@ def autoencoder(latent: int = 4, **changes: Any) -> Any:
 
     return randomize(
         diffusers.AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=latent,
-            sample_size=32,
-            **changes,
+            **{
+                "block_out_channels": (8, 16),
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+                "latent_channels": latent,
+                "sample_size": 32,
+                **changes,
+            }
         ),
         1,
     )

@@ -30,14 +30,14 @@ from fieldguide.core.card import Size
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.core.signature import Signature
 from fieldguide.data.preprocessing import TextTokenizer
-from fieldguide.inference import diffusion_memory, single_file_pipeline, text_to_image
-from fieldguide.inference.diffusion_memory import MemoryPlan, plan_memory
-from fieldguide.inference.diffusion_pipeline import CHOICES, FAMILIES, decode_latents
 from fieldguide.inference.text_to_image import ImageRequest, TextToImage
 from fieldguide.models.registry import card_of, find
 from fieldguide.serving.app import build_app
 from fieldguide.serving.models import LoadedModel
 from fieldguide.serving.settings import ServerSettings
+from fieldguide.tasks.latent_diffusion import diffusion_memory, generation, single_file_pipeline
+from fieldguide.tasks.latent_diffusion.diffusion_memory import MemoryPlan, plan_memory
+from fieldguide.tasks.latent_diffusion.diffusion_pipeline import CHOICES, FAMILIES, decode_latents
 
 PROMPT, NEGATIVE = "A cat, the dog of", "the dog"
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -365,9 +365,9 @@ def test_what_does_not_fit_is_computed_in_parts(monkeypatch):
     monkeypatch.setattr(diffusion_memory, "UNFUSED_DEVICES", ("cpu",))
     assert 64 <= plan_memory(made, 64, 64, 2, free=2**24).queries < 64 * 64
     noise, expected = draw("sd", count=2), ask("sd", draw("sd", count=2))
-    monkeypatch.setattr(text_to_image, "plan_memory", lambda *_: MemoryPlan(1, queries=50))
+    monkeypatch.setattr(generation, "plan_memory", lambda *_: MemoryPlan(1, queries=50))
     torch.testing.assert_close(ask("sd", noise), expected, **CLOSE)
-    monkeypatch.setattr(text_to_image, "plan_memory", lambda *_: MemoryPlan(1, tile=8))
+    monkeypatch.setattr(generation, "plan_memory", lambda *_: MemoryPlan(1, tile=8))
     tiled = ask("sd", noise)
     assert tiled.shape == expected.shape and 1e-4 < (tiled - expected).abs().mean() < 0.2  # norms of groups are those of a tile
 

@@ -65,6 +65,7 @@ class Plan:
     parameters: Mapping[str, Any] = field(default_factory=dict)  # of a model that is fitted without gradient descent
     requested: dict[str, Any] = field(default_factory=dict)  # settings that the user gave
     task_options: dict[str, Any] = field(default_factory=dict)  # options of the task that the user gave
+    updates: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # the factors of LoRA, once merged
     objective: Objective = field(init=False)
     train_batches: Batches = field(init=False)
     validation: Batches = field(init=False)
@@ -145,7 +146,7 @@ class Plan:
             )
         if checkpoint is not None and not self.card.solver:
             rows = len(self.splits.train)
-            chosen = finetune.choose_settings(chosen, requested, rows, checkpoint, callback, task.finetune_rate)
+            chosen = finetune.choose_settings(chosen, requested, rows, checkpoint, callback, type(task))
         if requested.get("teacher"):
             chosen = chosen.with_(task.student_recipe)
         chosen = distillation.with_absolute_teacher(chosen.override(requested))

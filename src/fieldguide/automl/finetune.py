@@ -73,16 +73,18 @@ def limit_length(
 
 
 def choose_settings(
-    settings: Settings, requested: Mapping[str, Any], rows: int, checkpoint: Checkpoint, callback: Any, rate: float = 1.0
+    settings: Settings, requested: Mapping[str, Any], rows: int, checkpoint: Checkpoint, callback: Any, task: type[Task] = Task
 ) -> Settings:
     """Return training settings for a pretrained network, including which of its parts are trained, and log the reason.
 
-    `rate` is a factor of the learning rates.
+    `task` may determine that part, and has a factor of the learning rates.
     """
     size = sum(t.numel() for t in checkpoint.state.values())
     memory = size * BYTES_PER_PARAMETER / profile.measure_machine()["memory"]
     if "finetune" in requested:
         mode, why = requested["finetune"], "requested"
+    elif task.finetune_mode is not None:
+        mode, why = task.finetune_mode, f"the default of {task.name}"
     elif memory > MAX_MEMORY_FRACTION:
         mode, why = "lora", f"full fine-tuning would need {100 * memory:.0f} % of the memory"
     elif rows < MIN_EXAMPLES_TO_TUNE_BACKBONE:
@@ -101,7 +103,7 @@ def choose_settings(
             "grad_clip": 1.0,
             "ema": 0.0,
             "finetune": mode,
-            **get_learning_rates(mode, size, rate),
+            **get_learning_rates(mode, size, task.finetune_rate),
         }
     )
 

@@ -60,6 +60,6 @@ def refit(plan: Plan, settings: Settings, state: State, weights: str | None, cal
     )
     callback.on_train_start(settings, 0)
     loop.train()
-    peft.merge(whole.objective)
+    plan.updates = peft.merge(whole.objective.model)
     plan.objective = whole.objective
     return {"rows": len(rows), "steps": steps}

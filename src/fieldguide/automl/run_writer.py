@@ -18,6 +18,7 @@ from fieldguide.automl import config_file, frozen_features, profile
 from fieldguide.automl.baselines import Baseline, predict
 from fieldguide.automl.build_plan import Plan
 from fieldguide.automl.clock import Clock
+from fieldguide.checkpoints import lora_files
 from fieldguide.core import distributed
 from fieldguide.core.errors import RunError
 from fieldguide.core.files import make_folder, report_write_errors
@@ -119,6 +120,8 @@ def save_trained(path: Path, record: dict[str, Any], plan: Plan, state: State) -
         for name in plan.objective.keep:
             content = pack(copy_to_cpu(getattr(plan.objective, name).state_dict()), metadata={"format": "pt"})
             (staging / f"{name}.safetensors").write_bytes(content)
+        if plan.updates and lora_files.is_writable(plan.card):
+            lora_files.write_updates(staging / lora_files.FILE, plan.card, plan.config, plan.updates)
         plan.task.save(staging / "preprocess")
     config_file.write_config(path, record)
 

@@ -169,7 +169,7 @@ def settle(
     If the mean with one of the fitted `rivals` is clearly better, both become the model, where `can_join`; else, if a rival has a
     better validation score, it changes places with the network.
     """
-    peft.merge(plan.objective)
+    plan.updates = peft.merge(plan.objective.model)
     if rivals and can_join and (joined := find_ensemble(plan, rivals, state.best)) is not None:
         baseline, weight, score = joined
         metric = plan.task.monitored_metric()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fieldguide.checkpoints.config_check import check_fields
+from fieldguide.checkpoints.names import CONFIG_FILE
 from fieldguide.core.card import Card
 from fieldguide.core.errors import WeightsError, nearest
 from fieldguide.core.validation import guard, read_json
@@ -35,6 +36,19 @@ def read(path: Path) -> dict[str, Any]:
 
         return read_metadata(path)
     return read_json(path, WeightsError)
+
+
+def read_network_config(folder: Path) -> tuple[Card, Any]:
+    """Return the card and the config of the network whose configuration is in a folder, without its weights.
+
+    Raises `WeightsError` if no card matches.
+    """
+    path = folder / CONFIG_FILE
+    public = read(path)
+    if (known := identify_config(public)) is None:
+        raise WeightsError(f"{path} describes {public.get('_class_name', 'a network')}, which is not supported.")
+    card, _, table = known
+    return card, card.config(**to_config_fields(card, table, public, path))
 
 
 def identify_config(config: Mapping[str, Any]) -> IdentifiedConfig | None:

@@ -36,7 +36,7 @@ from fieldguide.checkpoints.identify import (
     recognize,
 )
 from fieldguide.checkpoints.names import CONFIG_FILE, CONFIG_FILES, HUB_PREFIX, PIPELINE_FILE
-from fieldguide.checkpoints.pipeline_parts import find_denoiser
+from fieldguide.checkpoints.pipeline_parts import find_denoiser, read_side
 from fieldguide.checkpoints.preprocessor_config import (
     build_native_transform,
     format_pixels,
@@ -171,6 +171,9 @@ class Checkpoint:
                 if "canvas" in state:
                     offered["pixels"] = format_pixels({}, (state["canvas"]["mean"], state["canvas"]["std"]), self.channels)
             offered["channels"] = self.channels
+        if self.card.input_type in ("noisy-latent", "noisy-latent-pooled") and (folder.parent / PIPELINE_FILE).is_file():
+            offered["pipeline"] = str(folder.parent)
+            offered["side"] = read_side(folder.parent, self.card.config(**self.values).image)
         if self.card.input_type == "speech-text":
             offered["bands"] = self.card.config(**self.values).features
         if self.card.input_type in ("speech", "waveform"):

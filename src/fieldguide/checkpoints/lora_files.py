@@ -1,4 +1,5 @@
-"""LoRA files of image generators, as diffusers, peft and kohya's scripts write them, merged into the tensors of a pipeline's parts.
+"""LoRA files of image generators, as diffusers, peft and kohya's scripts write them, merged into the tensors of a pipeline's parts; and
+written as diffusers reads them.
 
 W + s (alpha / r) B A (Hu et al. 2021, arXiv:2106.09685, section 4.1). A convolution is split into one of its size with r outputs, and
 one of 1 x 1.
@@ -11,15 +12,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.adapter import CONFIG, WEIGHT_FILES, read_scale
+from fieldguide.checkpoints.config_mapping import to_public_config
 from fieldguide.checkpoints.key_mapping import map_to_ours, map_to_public
 from fieldguide.checkpoints.load import Checkpoint
+from fieldguide.core.card import Card
 from fieldguide.core.errors import WeightsError, nearest
 from fieldguide.core.validation import guard, read_json
 from fieldguide.models.initialization import make_on_meta
@@ -186,3 +191,44 @@ def add(state: dict[str, Tensor], updates: Mapping[str, Tensor], path: Path) -> 
             )
         state[name] = (weight.float() + update.reshape(weight.shape)).to(weight.dtype)
     return state
+
+
+def is_writable(card: Card) -> bool:
+    """Return whether `write_updates` knows the names of diffusers for a network."""
+    return "diffusers" in card.weights and "diffusers" in card.configs
+
+
+def write_updates(path: Path, card: Card, config: Any, updates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write LoRA updates of a denoiser as diffusers reads them with `load_lora_weights`.
+
+    Args:
+        updates: our name of a weight -> the two factors of its update, out x r and r x in. All have the same rank.
+
+    Raises `WeightsError` for a weight without a public name.
+    """
+    table = card.tables(config)["diffusers"]
+    kind = str(to_public_config(card, card.configs["diffusers"], config)["_class_name"])
+    prefix = "unet" if kind.startswith("UNet") else "transformer"
+    tensors = {}
+    for name, (up, down) in updates.items():
+        update = up @ down
+        public = map_to_public({name: update}, table)
+        if public.unknown or public.faults:
+            raise WeightsError(f"{name} of {card.name} has no name in files of diffusers, so its update cannot be written.")
+        for module, part in public.state.items():  # several if the public network divides the matrix
+            factors = (up, down) if torch.equal(part, update) else factorize(part.flatten(1), len(down))
+            shapes = [(x.shape[0], x.shape[1], *[1] * (part.ndim - 2)) for x in factors]  # of 1 x 1 convolutions, too
+            stem = f"{prefix}.{module.removesuffix('.weight')}"
+            for role, x, shape in zip(("lora_B", "lora_A"), factors, shapes):
+                tensors[f"{stem}.{role}.weight"] = x.reshape(shape).cpu().contiguous()
+    save_file(tensors, path, {"format": "pt"})
+
+
+def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # out in -> out r, r in
+    """Return two factors of a matrix of at most this rank."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    kept = min(rank, len(values))
+    up, down = matrix.new_zeros(len(matrix), rank), matrix.new_zeros(rank, matrix.shape[1])
+    root = values[:kept].sqrt()
+    up[:, :kept], down[:kept] = (left[:, :kept] * root).to(up), (root[:, None] * right[:kept]).to(down)
+    return up, down

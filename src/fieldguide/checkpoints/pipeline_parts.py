@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,22 @@ def read_pipeline(folder: Path) -> PipelineFolder:
         )
     settings = {name: value for name, value in index.items() if name not in listed and not name.startswith("_")}
     return PipelineFolder(folder, str(index.get("_class_name", "")), parts, settings)
+
+
+def copy_frozen_parts(folder: Path, target: Path) -> None:
+    """Copy a pipeline to another folder without the weights of the network that removes noise."""
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    for name in choose_pipeline_files(paths):
+        is_weights = name.startswith(tuple(f"{part}/" for part in DENOISERS)) and not name.endswith(CONFIG_FILE)
+        if not is_weights:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, target / name)
+
+
+def read_side(folder: Path, latent_side: int) -> int:
+    """Return the pixels per side of images whose latents have this side, by the levels of the autoencoder of a pipeline."""
+    config = read_json(folder / "vae" / CONFIG_FILE, WeightsError)
+    return latent_side * 2 ** (len(config.get("block_out_channels", [1])) - 1)
 
 
 def choose_pipeline_files(paths: Iterable[str]) -> set[str]:

@@ -67,7 +67,7 @@ def holds_pipeline(path: Path) -> bool:
     """Return whether a file holds all networks of a text-to-image pipeline."""
     if not path.is_file() or path.suffix not in (".safetensors", ".ckpt"):
         return False
-    from fieldguide.inference.single_file_pipeline import is_single_file
+    from fieldguide.tasks.latent_diffusion.single_file_pipeline import is_single_file
 
     return is_single_file(path)
 

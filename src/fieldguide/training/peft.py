@@ -87,13 +87,19 @@ def freeze_parts(model: nn.Module, fresh: set[str]) -> None:
             p.requires_grad_(name in fresh)
 
 
-def merge(model: nn.Module) -> None:
-    """Merge the low-rank updates into the weights, which leaves a plain network."""
-    for module in model.modules():
+def merge(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Merge the low-rank updates into the weights, which leaves a plain network.
+
+    Returns the two factors of each update, out x r and r x in, by the name of the weight.
+    """
+    updates = {}
+    for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight") and isinstance(
-            module.get_submodule("parametrizations.weight.0"), LowRank
+            update := module.get_submodule("parametrizations.weight.0"), LowRank
         ):
+            updates[f"{name}.weight"] = (update.scale * update.b).detach(), update.a.detach()
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return updates
 
 
 def get_frozen_modules(model: nn.Module) -> list[nn.Module]:

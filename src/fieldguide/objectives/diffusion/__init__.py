@@ -6,6 +6,7 @@ of the network (Karras et al. 2022, arXiv:2206.00364, table 1).
     time_sampling.py     the distribution of noise levels in training
     loss_weighting.py    the weight of each noise level in the loss
     objective.py         the training objective
+    latent.py            the objective of latents with texts
     first_frame.py       the objective of videos that may start with a known frame
     spacing.py           the noise levels of a sampling run
     boundary.py          boundary conditions of consistency models
@@ -18,6 +19,7 @@ of the network (Karras et al. 2022, arXiv:2206.00364, table 1).
 from fieldguide.objectives.diffusion.boundary import Boundary, SigmaBoundary, TimeBoundary
 from fieldguide.objectives.diffusion.first_frame import FirstFrame, VideoDiffusion, insert_first_frame
 from fieldguide.objectives.diffusion.guidance import Guidance, predict_with_guidance
+from fieldguide.objectives.diffusion.latent import LatentDiffusion
 from fieldguide.objectives.diffusion.loss_weighting import MinSNR, SigmoidSNR, Uniform
 from fieldguide.objectives.diffusion.noise_process import (
     PREDICTION_TYPES,
@@ -52,6 +54,7 @@ __all__ = [
     "FlowTimes",
     "Guidance",
     "Heun",
+    "LatentDiffusion",
     "Level",
     "LogNormalNoise",
     "LogitNormalTimes",

@@ -79,9 +79,14 @@ class Diffusion(Objective):
         """Return the weighted squared error of each element for a network."""
         level = self.process.get_level(time, clean.ndim)
         x = self.process.add_noise(clean, noise, level) * self.process.get_input_scale(level)
-        output = model(x, level.time, label)
+        output = self.call_network(model, x, level.time, label)
         error = (output.to(clean.dtype) - self.process.compute_target(clean, noise, level)) ** 2
         return self.weighting(self.process, level) * error
+
+    def call_network(self, model: nn.Module, x: Tensor, time: Tensor, label: Any) -> Tensor:  # B ..., B, B ... -> B ...
+        """Return the output of a network for noisy data."""
+        output: Tensor = model(x, time, label)
+        return output
 
     def sample(self, label: Tensor, shape: Sequence[int], sampler: Sampler | None = None, **options: Any) -> Tensor:
         """Sample examples as the function `sample` does; the default sampler is DPM-Solver++ of order 2 with 20 steps."""

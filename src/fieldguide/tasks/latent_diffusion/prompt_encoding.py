@@ -70,13 +70,13 @@ def encode_clip(
     return *encoder.network.encode(tokens, skip=skip, normalize=normalize), cut, length
 
 
-def encode_stable_diffusion(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], network: Any) -> Prompts:
+def encode_stable_diffusion(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], config: Any) -> Prompts:
     """Encode prompts for Stable Diffusion 1 and 2: the normalized last states."""
     states, _, cut, length = encode_clip(require(encoders, 0), prompts, 0, True)
     return Prompts({"text": states}, cut, length)
 
 
-def encode_sdxl(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], network: Any) -> Prompts:
+def encode_sdxl(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], config: Any) -> Prompts:
     """Encode prompts for SDXL: the states of both encoders side by side, and the vector of the second. The refiner has only the
     second.
     """
@@ -95,12 +95,12 @@ def encode_t5(
     return encoder.network(tokens), mask, cut
 
 
-def encode_sd3(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], network: Any) -> Prompts:
+def encode_sd3(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], config: Any) -> Prompts:
     """Encode prompts for Stable Diffusion 3: states of both CLIP encoders side by side, widened by zeros, then those of T5; and the
     vectors of the CLIP encoders. Without T5 its states are zeros.
     """
     first, second = (encode_clip(require(encoders, i), prompts, 1, False) for i in range(2))
-    width = network.config.text_dim
+    width = config.text_dim
     clip = torch.cat([first[0], second[0]], -1)
     long, _, cut = encode_t5(encoders[2], prompts, SD3_TOKENS, width, clip)
     text = torch.cat([F.pad(clip, (0, width - clip.shape[-1])), long.to(clip)], 1)
@@ -108,15 +108,15 @@ def encode_sd3(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], n
     return Prompts({"text": text, "pooled": torch.cat([first[1], second[1]], -1)}, cut, length)
 
 
-def encode_flux(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], network: Any) -> Prompts:
+def encode_flux(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], config: Any) -> Prompts:
     """Encode prompts for FLUX: the states of T5 and the vector of CLIP."""
-    length = FLUX_TOKENS if network.config.guidance else SCHNELL_TOKENS
+    length = FLUX_TOKENS if config.guidance else SCHNELL_TOKENS
     _, vector, _, _ = encode_clip(require(encoders, 0), prompts, 0, True)
-    states, _, cut = encode_t5(require(encoders, 1), prompts, length, network.config.text_dim, vector)
+    states, _, cut = encode_t5(require(encoders, 1), prompts, length, config.text_dim, vector)
     return Prompts({"text": states, "pooled": vector.to(states)}, cut, length)
 
 
-def encode_pixart(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], network: Any, sigma: bool = False) -> Prompts:
+def encode_pixart(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], config: Any, sigma: bool = False) -> Prompts:
     """Encode prompts for PixArt: the states of T5 at lowercase tokens, with a mask of those that are not padding."""
     encoder, length = require(encoders, 0), SIGMA_TOKENS if sigma else PIXART_TOKENS
     tokens, mask, cut = encoder.tokenize([prompt.lower().strip() for prompt in prompts], length)

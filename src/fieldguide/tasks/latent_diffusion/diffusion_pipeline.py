@@ -20,12 +20,12 @@ from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
 from fieldguide.data.preprocessing.tokenizer_files import find_tokenizer
-from fieldguide.inference import prompt_encoding
-from fieldguide.inference.prompt_encoding import Prompts, TextEncoder, load_tokenizer
-from fieldguide.inference.single_file_pipeline import read_single_file
 from fieldguide.objectives.diffusion.noise_process import NoiseProcess
 from fieldguide.objectives.diffusion.samplers import Sampler
 from fieldguide.objectives.diffusion.scheduler_config import SAMPLERS, read_scheduler
+from fieldguide.tasks.latent_diffusion import prompt_encoding
+from fieldguide.tasks.latent_diffusion.prompt_encoding import Prompts, TextEncoder, load_tokenizer
+from fieldguide.tasks.latent_diffusion.single_file_pipeline import read_single_file
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network
@@ -79,7 +79,8 @@ class DiffusionPipeline:
 
     card: Card
     family: Family
-    network: Network
+    config: Any  # of the network that denoises
+    network: Any  # None where only the other networks are used
     vae: Network
     encoders: Sequence[TextEncoder | None]
     scheduler: Mapping[str, Any]
@@ -90,7 +91,7 @@ class DiffusionPipeline:
     @property
     def side(self) -> int:
         """Default side of images, in pixels."""
-        return int(self.network.config.image) * self.stride
+        return int(self.config.image) * self.stride
 
     @property
     def stride(self) -> int:
@@ -134,23 +135,35 @@ def load_pipeline(
     parts = read_pipeline(folder)
     adapt, note = read_adapter(folder, parts.parts.keys(), lora, lora_scale)
     found = inspect_folder(parts.denoiser, None)
-    if found.card.name not in FAMILIES:
-        raise WeightsError(
-            f"{folder / PIPELINE_FILE}: {parts.name} with the network {found.card.name} is not supported. Supported networks are "
-            f"{', '.join(FAMILIES)}."
-        )
-    device = distributed.device()
-    dtype = choose_dtype(precision, found.card, device)
-    texts = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
+    check_family(found.card, parts)
+    dtype = choose_dtype(precision, found.card, distributed.device())
     with default_dtype(dtype):
-        network = build(adapt(DENOISER, found)).to(device)
+        network = build(adapt(DENOISER, found)).to(distributed.device())
+    frozen = load_frozen(parts, found.card, network.config, dtype, adapt)
+    return replace(frozen, network=network, notes=[*frozen.notes, *filter(None, [note])])
+
+
+def load_frozen(
+    parts: PipelineFolder, card: Card, config: Any, dtype: torch.dtype, adapt: Adapt = lambda name, found: found
+) -> DiffusionPipeline:
+    """Load the autoencoder and the text encoders of a pipeline, whose network that denoises has this card and config."""
+    device = distributed.device()
+    with default_dtype(dtype):
         vae = build(inspect_folder(parts.parts["vae"], None)).to(device)
-    with default_dtype(texts):
+    with default_dtype(torch.bfloat16 if dtype == torch.float16 else dtype):  # T5 overflows in float16
         encoders = [load_encoder(parts, i, device, adapt) for i in range(len(TEXT_ENCODERS))]
     notes = ["the safety checker is left out: images are not filtered"] if "safety_checker" in parts.parts else []
-    notes += [note] if note else []
-    family = specialize(FAMILIES[found.card.name], network, parts.name)
-    return DiffusionPipeline(found.card, family, network, vae, encoders, parts.scheduler, parts.settings, notes, folder)
+    family = specialize(FAMILIES[card.name], config, parts.name)
+    return DiffusionPipeline(card, family, config, None, vae, encoders, parts.scheduler, parts.settings, notes, parts.path)
+
+
+def check_family(card: Card, parts: PipelineFolder) -> None:
+    """Raise `WeightsError` if the network of a pipeline is not one that generates images of texts here."""
+    if card.name not in FAMILIES:
+        raise WeightsError(
+            f"{parts.path / PIPELINE_FILE}: {parts.name} with the network {card.name} is not supported. Supported networks are "
+            f"{', '.join(FAMILIES)}."
+        )
 
 
 def load_single_file(
@@ -184,7 +197,8 @@ def load_single_file(
             text.pad = 0 if pads_with_zero else text.end
             encoders.append(TextEncoder(build(adapt(name, found)).to(device), text, limit))
     card, family = file.denoiser.card, FAMILIES[file.denoiser.card.name]
-    return DiffusionPipeline(card, family, network, vae, encoders, file.scheduler, {}, [note] if note else [], path)
+    notes = [note] if note else []
+    return DiffusionPipeline(card, family, network.config, network, vae, encoders, file.scheduler, {}, notes, path)
 
 
 def read_adapter(folder: Path, names: Collection[str], lora: str | Path | None, scale: float) -> tuple[Adapt, str]:
@@ -199,13 +213,13 @@ def read_adapter(folder: Path, names: Collection[str], lora: str | Path | None, 
     return merge, f"the LoRA {path} is merged into {', '.join(sorted(updates))}"
 
 
-def specialize(family: Family, network: Any, name: str) -> Family:
+def specialize(family: Family, config: Any, name: str) -> Family:
     """Return a family with what differs for some of its networks."""
     if family.encode is prompt_encoding.encode_pixart and "Sigma" in name:
         return replace(family, encode=partial(prompt_encoding.encode_pixart, sigma=True))
-    if getattr(network.config, "guidance_dim", 0):
+    if getattr(config, "guidance_dim", 0):
         return replace(family, steps=LCM_STEPS, distilled=True)
-    if family.distilled and not network.config.guidance:
+    if family.distilled and not config.guidance:
         return replace(family, steps=SCHNELL_STEPS)
     return family
 

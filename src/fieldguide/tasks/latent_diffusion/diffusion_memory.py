@@ -10,7 +10,7 @@ import torch
 from fieldguide.core.hardware import ram
 
 if TYPE_CHECKING:
-    from fieldguide.inference.diffusion_pipeline import DiffusionPipeline
+    from fieldguide.tasks.latent_diffusion.diffusion_pipeline import DiffusionPipeline
 
 SHARE = 0.6  # of the free memory that images may use
 MAX_IMAGES = 8  # images that are denoised at once
@@ -44,7 +44,7 @@ def plan_memory(pipeline: DiffusionPipeline, rows: int, columns: int, copies: in
     """Return what is computed at once for latents of `rows` x `columns`, each in `copies` (2 with guidance)."""
     like = next(pipeline.network.parameters())
     free = int((get_free_memory(like.device) if free is None else free) * SHARE)
-    vae, config = pipeline.vae.config, pipeline.network.config
+    vae, config = pipeline.vae.config, pipeline.config
     size = next(pipeline.vae.parameters()).element_size()
     pixels = rows * columns * pipeline.stride**2
     tile = 0

@@ -1,0 +1,9 @@
+"""Latent diffusion: text-to-image with pipelines of diffusers, and the training of their networks.
+
+diffusion_pipeline.py    the networks of a pipeline, loaded from a folder or a single file
+prompt_encoding.py       prompts as each family reads them
+latent_sampling.py       denoising of latents
+generation.py            images of prompts, from images, within masks
+latent_examples.py       images and captions as latents and states of texts
+text_to_image.py         the task
+"""
