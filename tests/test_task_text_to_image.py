@@ -26,14 +26,14 @@ from fieldguide.core.settings import Settings
 from fieldguide.data import read
 from fieldguide.models.registry import card_of
 from fieldguide.objectives.diffusion import LatentDiffusion
-from fieldguide.tasks.latent_diffusion.diffusion_pipeline import decode_latents
+from fieldguide.tasks.latent_diffusion import generation
 from fieldguide.tasks.latent_diffusion.generation import ImageOptions
 from fieldguide.tasks.latent_diffusion.text_to_image import TextToImage
 from fieldguide.training.state import Interrupted
 from test_text_to_image import make
 
 COLORS = {"a red cat": (220, 30, 30), "the blue dog of it": (30, 30, 220)}
-LEARNING_STEPS = 600
+LEARNING_STEPS = 300
 QUICK = {"steps": 4, "batch_size": 2, "eval_steps": 2, "precision": "float32"}
 
 
@@ -289,12 +289,16 @@ def test_loras_of_transformers(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tiny_network_learns_its_images(tmp_path):
-    """After training of the whole network on two images, their captions give them."""
+def test_a_tiny_network_learns_its_images(tmp_path, monkeypatch):
+    """After training of the whole network on the latents of two images, their captions give them."""
     folder = write_photos(tmp_path / "photos", 2)
     task, network = fit_task(folder, "sd"), fieldguide.load(make("sd")[1]).train()
     data = read(folder, column_spec=TextToImage.column_spec)
     batch = task.batches(data, card_of(network), Settings()).make(np.arange(2).repeat(6), None)
+    pattern = torch.ones(4, 16, 16)
+    pattern[:2, :, 8:], pattern[2:, 8:] = -1, -1
+    real = torch.stack([pattern, -pattern])  # those of an untrained autoencoder hardly differ
+    batch |= {"mean": real.repeat_interleave(6, 0), "deviation": torch.zeros(12, 4, 16, 16)}
     objective, losses = task.objective(network, card_of(network), Settings()), []
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
     torch.manual_seed(0)
@@ -307,12 +311,11 @@ def test_a_tiny_network_learns_its_images(tmp_path):
         losses.append(loss.item())
     assert np.mean(losses[-50:]) < 0.3 * np.mean(losses[:5])
     network.eval()
-    captions, vae = task.get_captions(data), task.examples.pipeline.vae
-    with torch.no_grad():
-        real = decode_latents(vae, batch["mean"][[0, 6]])
-    made = torch.stack([task.generate(objective, caption, 0, ImageOptions(steps=20, guidance=1.0)) for caption in captions])
+    monkeypatch.setattr(generation, "decode_latents", lambda vae, latents, tile=0: latents)
+    options = ImageOptions(steps=20, guidance=1.0)
+    made = torch.stack([task.generate(objective, caption, 0, options) for caption in task.get_captions(data)])
     distance = ((made[:, None] - real[None]) ** 2).mean((2, 3, 4))
-    assert distance.diagonal().max() < 0.5 * distance.flip(1).diagonal().min(), distance
+    assert distance.diagonal().max() < 0.3 < 3 < distance.flip(1).diagonal().min(), distance
 
 
 def test_wrong_requests(tmp_path):

@@ -60,7 +60,6 @@ class TextToImage(TextToImageSignature, Task):
     finetune_mode = "lora"
     max_validation_examples, max_test_examples = 100, 200
     min_batch_size = 4
-    PredictOptions = ImageOptions
 
     @dataclass(frozen=True)
     class Options:
@@ -71,6 +70,10 @@ class TextToImage(TextToImageSignature, Task):
         class_prompt: str | None = None  # their caption, such as "a photo of a dog"
         prior_weight: Annotated[float, Limits(0, 100)] = 1.0  # of the loss of class images
         weighting: str = "uniform"  # weight of noise levels in the loss: uniform | min-snr | sigmoid
+
+    @dataclass(frozen=True)
+    class PredictOptions(ImageOptions):
+        """Options of a request; the default size is that of training."""
 
     prompts: list[str]  # some captions of the training images
     parts_folder: Path  # of the frozen networks
@@ -120,12 +123,11 @@ class TextToImage(TextToImageSignature, Task):
 
     def get_captions(self, data: Data) -> list[str]:
         """Return the caption of each image: that of all images if one is set."""
-        target = next((c.name for c in self.columns if c.role == "target"), None)
-        if self.options.prompt is not None:
-            if target is not None:
-                self.add_note(f"the column {target} is not used, since task.prompt is the caption of all images")
-            return [self.options.prompt] * len(data)
-        return [caption or "" for caption in data.rows[target].to_list()]
+        if self.options.prompt is None:
+            return [caption or "" for caption in data.rows[self.target.name].to_list()]
+        if target := [c.name for c in self.columns if c.role == "target"]:
+            self.add_note(f"the column {target[0]} is not used, since task.prompt is the caption of all images")
+        return [self.options.prompt] * len(data)
 
     def model_dims(self) -> dict[str, Any]:
         return {}  # the pipeline determines its network
