@@ -50,6 +50,7 @@ RUNS = {
     "image-to-text": ("described", "blip-test", {"task.side": 16, "task.vocab": 300}),
     "instance-segmentation": ("shapes", "yolov8-seg-test", {"batch": 16, "task.side": 96}),
     "panoptic-segmentation": ("scenery", "mask2former-test", {"batch": 8, "task.side": 96, **SMALL_MASK_SET}),
+    "image-compression": ("digits", "vqgan-test", {"model.dim": 12}),
     "image-to-image": ("outlines", "pix2pix-test", {"model.dim": 8, "task.adversarial": 0}),
     "audio-classification": ("words", "resnet20", {"model.widths": (4, 8), "model.depths": (1, 1)}),
     "speech-pretraining": (
@@ -139,6 +140,7 @@ def inputs(task: str, home: Path, folder: Path) -> list[str]:
         "image-to-text",
         "image-text-to-text",
         "image-to-image",
+        "image-compression",
     ):
         place, each = (home, 300) if home.is_dir() else (home.parent, 12)
         chosen = sorted(p for p in place.rglob("*.png") if not {"annotations", "B", "ground_truth"} & set(p.parts))[::each]

@@ -73,7 +73,7 @@ def adapt_to_images(need: Mapping[str, Any]) -> dict[str, Any]:
     would take most of the time.
     """
     paired, side = bool(need.get("paired")), need.get("image", 256)
-    small = {"dim": 16, "depth": 2} if side <= 32 else {"dim": 32} if side <= 64 else {}
+    small = {"dim": 16, "depth": 2 if side >= 16 else 1} if side <= 32 else {"dim": 32} if side <= 64 else {}
     return {"channels": need["channels"] + (need["outputs"] if paired else 0), "scaled": paired, **small}
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -187,10 +188,22 @@ class AutoencoderKL(nn.Module):
         """Return latents as `decode` expects them."""
         return z / self.config.scaling + self.config.shift
 
-    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B C H W
+    def pad(self, image: Tensor) -> Tensor:  # B C H W -> B C H' W'
+        """Return images with their last row and column repeated, up to multiples of the stride."""
         height, width = image.shape[2:]
-        padded = F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        return self.decode(self.encode(padded)[0])[:, :, :height, :width]
+        return F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # B C H W -> B C H W, terms
+        """Return images decoded from latents that are drawn, and `kl`: the divergence of their distributions from N(0, 1), added up over
+        the latents of an image and divided by its number of values.
+        """
+        mean, logvar = self.encode(self.pad(image))
+        made = self.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean))
+        divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+        return made[:, :, : image.shape[2], : image.shape[3]], {"kl": divergence.mean() / image[0].numel()}
+
+    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B C H W
+        return self.decode(self.encode(self.pad(image))[0])[:, :, : image.shape[2], : image.shape[3]]
 
 
 def diffusers_keys(query: str, key: str, value: str, out: str) -> dict[str, Row]:

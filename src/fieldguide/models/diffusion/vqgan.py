@@ -95,10 +95,19 @@ class VQGAN(nn.Module):
         """Return latents as `decode` expects them."""
         return z / self.config.scaling
 
-    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B C H W
+    def pad(self, image: Tensor) -> Tensor:  # B C H W -> B C H' W'
+        """Return images with their last row and column repeated, up to multiples of the stride."""
         height, width = image.shape[2:]
-        padded = F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        return self.decode(self.encode(padded))[:, :, :height, :width]
+        return F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # B C H W -> B C H W, terms
+        """Return images decoded from codes, and the two errors of `quantize`, by which encoder and codebook learn (equation 4)."""
+        z, commitment, codebook = self.quantize(self.encode(self.pad(image)))
+        made = self.decode(z, quantize=False)[:, :, : image.shape[2], : image.shape[3]]
+        return made, {"commitment": commitment, "codebook": codebook}
+
+    def forward(self, image: Tensor) -> Tensor:  # B C H W -> B C H W
+        return self.decode(self.encode(self.pad(image)))[:, :, : image.shape[2], : image.shape[3]]
 
 
 def diffusers_keys(query: str, key: str, value: str, out: str) -> dict[str, Row]:
