@@ -204,22 +204,21 @@ def test_a_perceptual_run(folder, tmp_path):
     torch.manual_seed(0)
     source = fieldguide.save(fieldguide.create("resnet-test", channels=3), tmp_path / "classifier", "hf")
     settings = QUICK | {"task.features": str(source), "task.side": 32}
-    start = lambda **changes: fit(
+    run = fit(
         folder,
         task="image-compression",
         model="autoencoder-kl-test",
-        settings=settings | changes,
+        settings=settings,
         out=tmp_path / "run",
         callback=NullCallback(),
     )
-    run = start()
     first = next(line for line in run.losses() if "loss" in line)
     assert first["loss"] == pytest.approx(first["reconstruction"] + first["perceptual"] + 1e-6 * first["kl"], rel=1e-3)
     shutil.rmtree(source)  # only training needs it
     assert len(fieldguide.pipeline(tmp_path / "run").predict(str(folder))) == 40
     text = fieldguide.save(fieldguide.create("bert-test"), tmp_path / "text", "hf")
     with pytest.raises(SettingsError, match="has no feature maps of images"):
-        start(**{"task.features": str(text)})
+        load_features(str(text), 3)
 
 
 @pytest.mark.slow
