@@ -27,7 +27,9 @@ def print_export(done: Export, as_json: bool) -> None:
             f"written to {done.path}\nverified without {done.without} on {found.rows:,} rows of {found.source}, in batches of "
             f"{', '.join(map(str, found.batches))}: {kind}, largest difference {found.largest:.1g}"
         )
-        if found.agreement < 1 and found.scores:
+        if found.quantized:
+            echo(found.quantized)
+        if found.scores and (found.quantized or found.agreement < 1):
             name, (before, after) = next(iter(found.scores.items()))
             echo(f"{name}: {before:.4g} before, {after:.4g} as exported")
         echo(f"Run: python {done.path}/run.py INPUT...")

@@ -86,6 +86,7 @@ def load_format(name: str) -> GraphFormat:
 def export_graph(predictor: Any, out: Path, name: str, data: str | None, precision: Any, form: GraphFormat) -> Export:
     """Write and verify a folder with a graph."""
     from fieldguide.exporting.builders import build_graph
+    from fieldguide.exporting.calibration import choose_images
     from fieldguide.exporting.folder import UNVERIFIED, check_target, dump, write_folder
     from fieldguide.exporting.graph import ExportError
     from fieldguide.exporting.requests import choose_requests
@@ -106,16 +107,29 @@ def export_graph(predictor: Any, out: Path, name: str, data: str | None, precisi
             f"the run's data, with which the export is verified, cannot be read: {error}\n"
             "Give data with known targets with --data."
         ) from error
-    write_folder(predictor, graph, out, name, precision, form)
+    images = choose_images(predictor, graph) if precision == "int8" else None
+    write_folder(predictor, graph, out, name, precision, form, images)
     try:
         result = verify(predictor, out, found, precision, chosen=requests, options=graph.test_options, form=form)
     except BaseException:
         shutil.rmtree(out)
         raise
+    result.quantized = describe_precision(precision, images)
     dump(out / "verify.json", result.to_json())
     if not result.passed:
         out = out.rename(out.with_name(out.name + UNVERIFIED))
     return Export(out, form.name, result.passed, result, without=form.absent[0])
+
+
+def describe_precision(precision: str, images: Any) -> str:
+    """Return what is stored in fewer bits, for verify.json."""
+    if precision == "float32":
+        return ""
+    return (
+        f"weights in {precision}"
+        if images is None
+        else f"weights and activations in int8, calibrated with {len(images)} images"
+    )
 
 
 def export_huggingface(predictor: Any, out: Path, name: str, precision: Any) -> Export:

@@ -23,9 +23,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import torch
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.exporting.calibration import quantize_folder
 from fieldguide.exporting.graph import Graph
 from fieldguide.exporting.graph_format import GraphFormat, Port
 from fieldguide.exporting.onnx_file import OnnxFormat
@@ -118,12 +120,17 @@ def write_folder(
     source: str,
     precision: Precision = "float32",
     form: GraphFormat | None = None,
+    calibration: pl.DataFrame | None = None,
 ) -> None:
-    """Write everything but verify.json, in a format, ONNX by default. The folder appears complete or not at all."""
+    """Write everything but verify.json, in a format, ONNX by default. The folder appears complete or not at all.
+
+    With raw rows for `calibration`, int8 includes the activations.
+    """
     form = form or OnnxFormat()
+    stored = precision if calibration is None else "float32"
     with make_folder(out) as folder:
         graphs = {"model": graph} | ({} if graph.encoder is None else {"encoder": graph.encoder})
-        written = {name: form.write(one, folder / f"{name}{form.suffix}", precision) for name, one in graphs.items()}
+        written = {name: form.write(one, folder / f"{name}{form.suffix}", stored) for name, one in graphs.items()}
         signature = predictor.signature
         dump(folder / "signature.json", signature.to_json())
         renamed = {column: name for about in written.values() for column, name in about.pop("renamed", {}).items()}
@@ -139,6 +146,8 @@ def write_folder(
         predictor.task.save(preprocess)
         for file in graph.files:
             shutil.copy(preprocess / file, folder / file)
+        if calibration is not None:
+            quantize_folder(folder, calibration)
         (folder / "README.md").write_text(build_readme(predictor, graph, folder, source, form), encoding="utf-8")
 
 

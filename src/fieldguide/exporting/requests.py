@@ -132,14 +132,30 @@ def choose_held_out(predictor: TaskPredictor, source: str) -> Any:
     """Return at most `MAX_ROWS` rows of a source, those held out if the run was trained on it. Raises `DataError` if there is none."""
     task = predictor.task.for_request(predictor.task.PredictOptions())
     data = task.read([source], answered=True)
-    record = getattr(predictor, "record", None)
-    if record and data.manifest.digest == record["data"]["digest"] and len(data) == record["data"]["rows"]:
+    if is_training_data(predictor, data):
         splits = predictor.read_splits()  # type: ignore[attr-defined]
         data = data.take(splits.test if len(splits.test) else splits.validation)
     data = data.take(np.sort(sample_rows(np.arange(len(data)), MAX_ROWS, 0)))
     if not len(data):
         raise DataError(f"{source} has no row to verify the export with. Give data with --data.")
     return data
+
+
+def is_training_data(predictor: TaskPredictor, data: Any) -> bool:
+    """Return whether data is what a run was trained on."""
+    record: dict[str, Any] = getattr(predictor, "record", None) or {}
+    return bool(record) and data.manifest.digest == record["data"]["digest"] and len(data) == record["data"]["rows"]
+
+
+def choose_training_rows(predictor: TaskPredictor, most: int) -> pl.DataFrame | None:
+    """Return some raw rows of the training part of a run, `most` at most; None for networks that are no run, or whose data has changed."""
+    if (record := getattr(predictor, "record", None)) is None:
+        return None
+    data = predictor.task.for_request(predictor.task.PredictOptions()).read([record["data"]["source"]], answered=True)
+    if not is_training_data(predictor, data):
+        return None
+    data = data.take(np.sort(sample_rows(predictor.read_splits().train, most, 0)))  # type: ignore[attr-defined]
+    return data.rows.select(field.name for field in predictor.signature.inputs if field.name in data.rows.columns)
 
 
 def join_raw_cells(predictor: TaskPredictor, raw: pl.DataFrame | None, rows: pl.DataFrame, names: list[str]) -> pl.DataFrame:

@@ -75,6 +75,7 @@ class Verification:
     seconds: float
     problems: list[str] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)  # metric -> original, export
+    quantized: str = ""  # what is stored in fewer bits
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
