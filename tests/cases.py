@@ -1706,6 +1706,8 @@ CASES = {
     "vqgan": Case(inputs=image, lr=2e-3, peer=latents.vqgan, skipped=("codebook.",), selects=True),
     "consistency-unet": Case(inputs=latents.labeled_noisy, lr=3e-3, peer=latents.consistency_unet),
     "unclip-prior": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.unclip_prior),
+    "unclip-decoder": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.unclip_decoder),
+    "super-resolution-unet": Case(inputs=latents.noisy_pair, lr=3e-3, peer=latents.super_resolution_unet),
     "dit": Case(inputs=noisy, lr=3e-3, peer=latents.dit),
     "wan": Case(inputs=latents.noisy_latent_video, lr=3e-3, peer=latents.wan),
     "wan-vae": Case(inputs=latents.video, lr=1e-2, peer=latents.wan_vae),

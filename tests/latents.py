@@ -330,6 +330,45 @@ def unclip_prior(model: nn.Module) -> Peer:
     return Sample(), rename(model)
 
 
+def unclip_decoder(model: nn.Module) -> Peer:
+    """Return diffusers' decoder of unCLIP without variances."""
+    peer = build(model)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(
+            self, latent: Tensor, time: Tensor, text: Tensor, pooled: Tensor, text_mask: Tensor | None = None
+        ) -> Tensor:
+            found = self.peer(latent, time, text, class_labels=pooled, attention_mask=text_mask).sample
+            return found[:, : model.config.channels]
+
+    return Sample(), rename(model)
+
+
+def noisy_pair(config: Any, rows: int) -> tuple[Tensor, ...]:
+    """Return noisy images, times, and the images that they belong to."""
+    target, image = (torch.randn(rows, count, config.image, config.image) for count in (config.channels, config.condition))
+    return target, torch.randint(1000, (rows,)).float(), image
+
+
+def super_resolution_unet(model: nn.Module) -> Peer:
+    """Return diffusers' U-Net without attention, which reads both images side by side, without variances."""
+    peer = build(model)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, target: Tensor, time: Tensor, image: Tensor) -> Tensor:
+            return self.peer(torch.cat([target, image], 1), time).sample[:, : model.config.channels]
+
+    return Sample(), rename(model)
+
+
 def noisy_latent_video(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return latents of videos, and what `noisy_latent` returns."""
     _, *rest = noisy_latent(config, rows)

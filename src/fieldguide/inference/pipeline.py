@@ -51,10 +51,12 @@ def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predict
     options, place = dict(options), locate_source(source)
     if (place / PIPELINE_FILE).is_file() or holds_pipeline(place):
         from fieldguide.inference.text_to_image import TextToImage
+        from fieldguide.inference.unclip import UnCLIP, is_unclip
 
-        chosen = {key: options.pop(key) for key in TextToImage.LOAD_OPTIONS if key in options}
+        loader: Any = UnCLIP if is_unclip(place) else TextToImage
+        chosen = {key: options.pop(key) for key in loader.LOAD_OPTIONS if key in options}
         with guard(source, WeightsError):
-            return TextToImage.load(place, **parse_options(TextToImage.LOAD_OPTIONS, chosen, owner="text-to-image")), options
+            return loader.load(place, **parse_options(loader.LOAD_OPTIONS, chosen, owner="text-to-image")), options
     checkpoint = inspect_checkpoint(place, options.pop("name", None))
     kind = predictor_type(checkpoint.card)
     chosen = {key: options.pop(key) for key in kind.LOAD_OPTIONS if key in options}

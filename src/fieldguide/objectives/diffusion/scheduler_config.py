@@ -116,6 +116,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "stochastic_sampling": False,
     },
     "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
+    "UnCLIPScheduler": {
+        "num_train_timesteps": 1000,
+        "variance_type": "fixed_small_log",
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "prediction_type": "epsilon",
+        "beta_schedule": "squaredcos_cap_v2",
+    },
     "PNDMScheduler": {**WITHOUT_RESCALING, "skip_prk_steps": False, "set_alpha_to_one": False},
     # Of these, only the noise process is supported.
     "UniPCMultistepScheduler": {**PROCESS, "use_flow_sigmas": False, "flow_shift": 1.0},
@@ -230,8 +238,12 @@ def build_noise_process(settings: SchedulerSettings) -> NoiseProcess:
         if low is None or high is None:
             raise settings.reject("timestep_type")
         return EDMProcess(low, high, 1.0, "v")  # v of data with deviation 1
-    betas, total = settings.get("trained_betas"), settings.get("num_train_timesteps")
-    first, last = settings.get("beta_start"), settings.get("beta_end")
+    total = settings.get("num_train_timesteps")
+    if name == "UnCLIPScheduler":  # has only the cosine schedule
+        settings.choose("beta_schedule", {"squaredcos_cap_v2": None})
+        predicts = settings.choose("prediction_type", {k: v for k, v in PREDICTS.items() if v in ("eps", "x")})
+        return DiscreteProcess(predicts=predicts, betas=cosine_betas(total))
+    betas, first, last = settings.get("trained_betas"), settings.get("beta_start"), settings.get("beta_end")
     schedules: dict[str, Callable[[], np.ndarray]] = {
         "linear": lambda: np.linspace(first, last, total),
         "scaled_linear": lambda: np.linspace(first**0.5, last**0.5, total) ** 2,
@@ -279,6 +291,11 @@ def build_ddpm(settings: SchedulerSettings, steps: int) -> Sampler:
     if variance != "small" and (spacing.kind == "trailing" or spacing.offset):
         raise settings.reject("variance_type")  # diffusers then adds noise to the data in the end
     return DDPM(steps=steps, clip=read_clip(settings), spacing=spacing, variance=variance)
+
+
+def build_unclip(settings: SchedulerSettings, steps: int) -> Sampler:
+    variance = settings.choose("variance_type", VARIANCES)
+    return DDPM(steps=steps, clip=read_clip(settings), spacing=Timesteps(kind="linspace"), variance=variance)
 
 
 def build_ddim(settings: SchedulerSettings, steps: int) -> Sampler:
@@ -387,6 +404,7 @@ def build_flow_sampler(settings: SchedulerSettings, steps: int, times: str | Non
 
 SAMPLERS: dict[str, Callable[[SchedulerSettings, int], Sampler]] = {
     "DDPMScheduler": build_ddpm,
+    "UnCLIPScheduler": build_unclip,
     "DDIMScheduler": build_ddim,
     "DPMSolverMultistepScheduler": build_solver,
     "EulerDiscreteScheduler": build_euler,
