@@ -52,6 +52,19 @@ def test_splits_nested_folders_and_ignored_files(tmp_path):
     assert finding(data, "other-files").places == ("readme.txt",)
 
 
+def test_lists_and_licenses_in_class_folders_are_no_examples(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            photo(tmp_path / name / f"{i}.png", seed=i + 10 * (name == "a"))
+        (tmp_path / name / "labels.xml").write_text("<labels/>")
+        (tmp_path / name / "LICENSE.txt").write_text("free")
+    (tmp_path / "a" / "3.jpg").write_text("<html>not found</html>")  # says that it is an image, so it is a fault
+    data = read(tmp_path, allow_bad=True)
+    assert len(data) == 6 and finding(data, "other-files").count == 4
+    assert data.manifest.summary()["dropped"] == 1  # only the last one
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-60])
 
@@ -69,7 +82,7 @@ def garble(path: Path) -> None:
         (garble, "corrupt-image", "Copy them again"),
         (lambda p: p.write_bytes(b""), "empty-file", "Copy them again"),
         (lambda p: p.write_bytes(b"<html>not found</html>"), "corrupt-image", "Copy them again"),
-        (lambda p: p.rename(p.with_suffix(".txt")).write_text("notes"), "not-an-image", "Remove"),
+        (lambda p: p.rename(p.with_suffix(".bin")).write_text("notes"), "not-an-image", "Remove"),
         (lambda p: (p.unlink(), p.symlink_to("/etc/hostname")), "link-outside", "Copy the files into"),
         (lambda p: (p.unlink(), p.symlink_to("/nowhere/at/all.png")), "link-outside", "Copy the files into"),
     ],

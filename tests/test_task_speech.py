@@ -107,6 +107,32 @@ def test_truncated_recordings(tmp_path, suffix):
         assert found.problem == "truncated-sound" and found.detail, (suffix, share, found)
 
 
+def test_ogg_files_whose_end_is_not_marked_are_read(tmp_path):
+    """Some encoders do not mark the last page. The checksum of the page is corrected as well, as libogg ignores pages without."""
+    path = sound(tmp_path / "a.ogg", ["seven", "six", "nine"], rate=16000)
+    content = bytearray(path.read_bytes())
+    at = content.rfind(b"OggS")
+    content[at + 5] &= ~4
+    content[at + 22 : at + 26] = bytes(4)
+    content[at + 22 : at + 26] = compute_ogg_checksum(content[at:]).to_bytes(4, "little")
+    path.write_bytes(content)
+    found = audio.check_one(path)
+    assert found.problem == "" and found.traits == ("unmarked-end",)
+    path.write_bytes(content[:-5])
+    assert audio.check_one(path).problem == "truncated-sound"
+
+
+def compute_ogg_checksum(page: bytes) -> int:
+    """Return the checksum of a page (RFC 3533, section 6): polynomial 0x04c11db7, no reflection."""
+    value = 0
+    for byte in page:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1) ^ 0x04C11DB7 if value & 1 << 31 else value << 1
+        value &= 0xFFFFFFFF
+    return value
+
+
 def test_other_files_are_rejected(tmp_path):
     files = {"empty.wav": b"", "text.wav": b"this is a text, not a sound", "notes.txt": b"something else altogether"}
     for name, content in files.items():

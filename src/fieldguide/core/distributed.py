@@ -40,6 +40,8 @@ def join_process_group() -> Iterator[None]:
             torch.cuda.set_device(device())
     try:
         yield
+        if started:
+            dist.barrier()  # gloo may abort a process that leaves while another one still uses its connections
     finally:
         if started:
             dist.destroy_process_group()

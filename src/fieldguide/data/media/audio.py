@@ -59,7 +59,7 @@ class AudioCheck:
     rate: int = 0  # samples per second
     channels: int = 1
     form: str = ""  # libsndfile's name of the format
-    traits: tuple[str, ...] = ()  # any of: stereo cancelling silent clipped wrong-extension
+    traits: tuple[str, ...] = ()  # any of: stereo cancelling silent clipped wrong-extension unmarked-end
 
 
 def check(paths: Sequence[str | Path]) -> list[AudioCheck]:
@@ -109,6 +109,7 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
     if reason := find_excess(sound):
         return AudioCheck("implausible-sound", reason, size, sha)
     bad = 0  # samples that are not finite
+    is_complete, is_marked = find_last_page(tail)
     cut = TRUNCATED_WAV_PATTERN.search(sound.extra_info)
     try:
         while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
@@ -129,7 +130,7 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
         problem = f"after {count:,} of {expected:,} samples: {error_text(error)}"
     if cut and int(cut[1]) > int(cut[2]) and int(cut[1]) not in PLACEHOLDER_LENGTHS:
         problem = f"{int(cut[2]):,} of {int(cut[1]):,} bytes of audio data"
-    elif form == "OGG" and not has_last_page(tail):
+    elif form == "OGG" and not is_complete:
         problem = "its last page is missing"
     elif not problem and count < expected:
         problem = f"{count:,} of {expected:,} samples"
@@ -146,6 +147,7 @@ def check_decoded(sound: soundfile.SoundFile, suffix: str, tail: bytes, size: in
         "silent": peak < MAX_SILENT_PEAK,
         "clipped": full > MAX_CLIPPED_FRACTION * count * sound.channels,
         "wrong-extension": suffix not in FORMAT_SUFFIXES.get(form, (suffix,)),
+        "unmarked-end": form == "OGG" and not is_marked,
     }
     return AudioCheck("", "", *facts, tuple(name for name, seen in traits.items() if seen))
 
@@ -160,13 +162,16 @@ def find_excess(sound: soundfile.SoundFile) -> str:
     return ""
 
 
-def has_last_page(tail: bytes) -> bool:
-    """Return whether an Ogg file ends with a complete page that is marked as the last."""
+def find_last_page(tail: bytes) -> tuple[bool, bool]:
+    """Return whether an Ogg file ends with a complete page, and whether that is marked as the last one.
+
+    Some encoders do not mark it, and a copy that is interrupted rarely ends with a page.
+    """
     at = tail.rfind(b"OggS")
     if at < 0 or len(tail) < at + 27:
-        return False
+        return False, False
     table = at + 27 + tail[at + 26]
-    return bool(tail[at + 5] & 4) and len(tail) >= table + sum(tail[at + 27 : table])
+    return len(tail) >= table + sum(tail[at + 27 : table]), bool(tail[at + 5] & 4)
 
 
 def load(paths: Sequence[str | Path], rate: int) -> list[np.ndarray]:

@@ -129,6 +129,12 @@ AUDIO_TRAITS: dict[str, tuple[str, Severity, str, str]] = {
         "Record at a lower level.",
     ),
     "cancelling": ("cancelling-channels", "warning", "recordings whose channels cancel out: the loudest channel is used", ""),
+    "unmarked-end": (
+        "unmarked-end",
+        "note",
+        "Ogg recordings whose last page is not marked as the last; they look complete",
+        "",
+    ),
     "stereo": ("stereo-sound", "note", "recordings with several channels: the mean of the channels is used", ""),
     "wrong-extension": (
         "wrong-extension",

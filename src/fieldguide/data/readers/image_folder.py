@@ -33,6 +33,9 @@ CONTAINER_NAMES = {
     *("images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data", "videos", "texts"),
     *("audio", "recordings", "sounds", "wav", "wavs", "clips"),
 }
+OTHER_SUFFIXES = frozenset(  # of lists, descriptions, licenses and programs that lie among images, recordings and videos
+    ".txt .md .rst .csv .tsv .json .jsonl .xml .yaml .yml .toml .ini .cfg .log .html .htm .pdf .doc .docx .py .ipynb .sh .db".split()
+)
 PREDICT_WORDS = re.compile(r"(?i)(^|[^a-z])(pred|predict|predictions?|unlabell?ed|submission)([^a-z]|$)")
 MAX_LISTED_FOLDERS = 5  # folders named in a message
 
@@ -78,19 +81,22 @@ class Layout:
 
 def load_classes(source: Path, options: Options, suffixes: Collection[str], media: Kind = "image") -> RawTable:
     """Read files below class folders as rows of (file, label). Shared by the readers of images, videos and texts."""
-    walk = FolderWalk(source, suffixes)
+    walk = FolderWalk(source, suffixes, () if media == "text" else OTHER_SUFFIXES)
     layout = find_layout(source, walk, options, media)
     found: list[tuple[Path, str | None, str | None]] = []
     stray: list[Path] = list(layout.skipped)
     empty: dict[str, list[str]] = {}
     for base, split, label in layout.parts:
         if label is not None:
-            found += [(f, label, split) for f in walk.files(base)]
+            files = walk.files(base)
+            found += [(f, label, split) for f in files if not walk.is_other(f)]
+            stray += filter(walk.is_other, files)
             continue
         for entry in walk.entries(base):
             if entry.is_dir():
                 files = walk.files(entry)
-                found += [(f, entry.name, split) for f in files]
+                found += [(f, entry.name, split) for f in files if not walk.is_other(f)]
+                stray += filter(walk.is_other, files)
                 if not any(walk.is_media(f) for f in files):
                     empty.setdefault(entry.name, []).append(relative_path(entry, source))
             elif walk.is_media(entry):
@@ -231,9 +237,9 @@ def describe_mixture(source: Path, splits: list[Path], plain: list[Path], media:
 class FolderWalk:
     """Walks a folder without following links out of it, and counts skipped entries."""
 
-    def __init__(self, root: Path, suffixes: Collection[str] = ()) -> None:
+    def __init__(self, root: Path, suffixes: Collection[str] = (), others: Collection[str] = ()) -> None:
         self.root, self.hidden, self.links = root.resolve(), 0, list[Path]()
-        self.suffixes = suffixes
+        self.suffixes, self.others = suffixes, others
         self.seen: dict[Path, list[Path]] = {}
         self.filled: dict[Path, bool] = {}
 
@@ -259,6 +265,10 @@ class FolderWalk:
     def is_media(self, path: Path) -> bool:
         """Return whether a file name has one of the suffixes that the reader looks for."""
         return find_suffix(path) in self.suffixes
+
+    def is_other(self, path: Path) -> bool:
+        """Return whether a file name says that it is something else, such as a list or a license among images."""
+        return not self.is_media(path) and find_suffix(path) in self.others
 
     def has_direct_media(self, folder: Path) -> bool:
         """Return whether a folder itself contains a file that the reader looks for."""
@@ -340,7 +350,7 @@ def folder_findings(
             Finding(
                 "other-files",
                 "note",
-                f"files ignored: not {thing} and not in a class folder",
+                f"files ignored: not {thing}",
                 relative_paths(stray, root),
                 len(stray),
             )
