@@ -20,6 +20,7 @@ ROUNDED_IMAGES = (
     "image",
     "map",
 )  # of records: a pixel may be rounded to one level or the next; pixels of masks are numbers of classes
+INTERVAL = ("value", "low", "high")  # of forecasts
 DERIVED = {"found": "objects", "classes": "shares", "recommended": "items"}  # texts that sum up another value of the record
 
 
@@ -47,6 +48,8 @@ class Comparison:
                 return 0.0, f"{missing[0]!r} is missing"
             if is_ranking(want):
                 return self.compare_rankings(want, got)
+            if is_forecast(want):  # a limit may be near 0 in series of large numbers
+                return self.compare_forecasts(want, got)
             pairs = [(key, want[key], got[key]) for key in keys]
             is_tie = is_tied(want, self.tolerance)
         elif isinstance(want, list) and isinstance(got, list) and any(is_scored(one) for one in (*want, *got)):
@@ -90,6 +93,18 @@ class Comparison:
             return 1.0, "the image has another size or is missing"
         difference = float(np.mean(np.abs(a.astype(int) - np.asarray(image).astype(int)) > levels))
         return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels differ"
+
+    def compare_forecasts(self, want: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[float, str]:
+        """Return what `compare` does for a value with an interval, whose numbers are compared relative to the largest of them."""
+        scale = max(1.0, *(abs(want[name]) for name in INTERVAL))
+        rest = [{key: value for key, value in one.items() if key not in INTERVAL} for one in (want, got)]
+        largest, problem = self.compare(rest[0], rest[1])
+        for name in INTERVAL:
+            difference = abs(want[name] - got[name]) / scale if isinstance(got[name], int | float) else math.inf
+            largest = max(largest, difference)
+            if not difference <= self.tolerance and not problem:
+                problem = f"{name}: {want[name]:.6g} against {got[name]!r:.80}"
+        return largest, problem
 
     def compare_rankings(self, want: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[float, str]:
         """Return what `compare` does for records with `items` and their `scores`. Items of equal score may be in another order, and
@@ -148,6 +163,10 @@ def is_left_out(key: str, value: Any, record: Mapping[str, Any]) -> bool:
         or (isinstance(value, Media) and value.suffix == ".jpg")
         or DERIVED.get(key, key) in record.keys() - {key}
     )
+
+
+def is_forecast(record: Mapping[str, Any]) -> bool:
+    return all(isinstance(record.get(name), int | float) for name in INTERVAL)
 
 
 def is_ranking(record: Mapping[str, Any]) -> bool:

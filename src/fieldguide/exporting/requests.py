@@ -116,7 +116,12 @@ def cut_series(predictor: TaskPredictor, source: str) -> list[pl.DataFrame]:
     from_end = from_end.over(owners) if owners else from_end
     shortest = int(raw.group_by(owners).len()["len"].to_numpy().min()) if owners else raw.height
     step = max(1, shortest // (4 * CUTS))
-    return [raw.filter(from_end > cut * step) for cut in range(CUTS)]
+    series = predictor.signature.series
+    if series is None or all(field.role in ("series", "time", "target") for field in fields):
+        return [raw.filter(from_end > cut * step) for cut in range(CUTS)]
+    targets = [field.name for field in fields if field.role == "target"]  # empty in steps whose covariates are given
+    blank = lambda cut: [pl.when(from_end > cut * step).then(pl.col(name)).alias(name) for name in targets]
+    return [raw.with_columns(blank(cut)).filter(from_end > cut * step - series.horizon) for cut in range(CUTS)]
 
 
 def choose_rows(predictor: TaskPredictor, source: str) -> tuple[pl.DataFrame, Any]:

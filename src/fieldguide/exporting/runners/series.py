@@ -22,14 +22,14 @@ def cut_window(name, values):
     before = (length - len(filled), 0)
     mean, std = CONFIG["standards"].get(name) or (seen.mean(), seen.std() or 1.0)
     window = {"values": np.pad(filled, before, "edge"), "observed": np.pad(observed[-length:], before)}
-    return window | {"series_mean": mean, "series_std": std, "name": name, "last": times[place[-1]]}
+    return window | {"series_mean": mean, "series_std": std, "name": name, "times": times[: place[-1] + 1]}
 
 
 def collate(items):
-    return {name: np.array([item[name] for item in items]) for name in ("values", "observed", "series_mean", "series_std")}
+    return {name: np.array([item[name] for item in items]) for name in CONFIG["inputs"]}
 
 
 def build_record(outputs, row, item):
-    times = list_times(item["last"], CONFIG["horizon"] + 1)[1:]
+    times = list_times(item["times"][-1], CONFIG["horizon"] + 1)[1:]
     steps = zip(times, outputs["forecast"][:, [0, *CONFIG["interval"]]].tolist())
     return [{"series": item["name"], "time": label(time), **dict(zip(("value", "low", "high"), s))} for time, s in steps]
