@@ -73,9 +73,27 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
 }
 
 
+REASONS = {  # why a task has no graph, and what to do
+    "denoising": "run.py does not fill gaps in texts. Use --to huggingface, or fine-tune the run for translation or summarization.",
+    "fill-mask": "run.py does not fill gaps in texts. Use --to huggingface, or fine-tune the run for classes, tags or embeddings.",
+    "image-compression": "run.py has no entropy coder. There is no other format yet.",
+    "image-text-to-text": "run.py cannot apply a chat template, and images stand among the tokens. Use --to huggingface.",
+    "instance-segmentation": "run.py does not draw a mask for each object. Train object detection for boxes, or image segmentation.",
+    "panoptic-segmentation": "run.py does not join masks to segments. Train image segmentation for a class of each pixel.",
+    "preference-tuning": "it answers conversations by a chat template. Use --to gguf or --to huggingface.",
+    "prompted-segmentation": "run.py takes no clicks and boxes on images. Train image segmentation for a class of each pixel.",
+    "speech-pretraining": "its network predicts codes of hidden frames, not answers. Fine-tune the run, and export that.",
+    "text-to-image": "its text encoders, network and decoder would be graphs of their own. Use --to huggingface.",
+    "video-generation": "run.py writes no videos, and their frames have times of their own. There is no other format yet.",
+    "visual-question-answering": "run.py does not read a question with its image. There is no other format yet.",
+    "zero-shot-forecasting": "its windows are cut for each request. Train a network for forecasting, and export that.",
+}
+
+
 def build_graph(predictor: TaskPredictor) -> Graph:
     """Return the graph of a run or pretrained task. Raises `ExportError` for a task without one."""
     name = predictor.signature.task
     if name not in BUILDERS:
-        raise ExportError(f"{name} cannot be exported to a graph yet. Tasks that can: {', '.join(sorted(BUILDERS))}.")
+        reason = REASONS.get(name, "run.py has no part for it.")
+        raise ExportError(f"{name} cannot be exported to a graph yet: {reason}\nTasks that can: {', '.join(sorted(BUILDERS))}.")
     return BUILDERS[name](predictor)
