@@ -76,7 +76,7 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
 REASONS = {  # why a task has no graph, and what to do
     "denoising": "run.py does not fill gaps in texts. Use --to huggingface, or fine-tune the run for translation or summarization.",
     "fill-mask": "run.py does not fill gaps in texts. Use --to huggingface, or fine-tune the run for classes, tags or embeddings.",
-    "image-compression": "run.py has no entropy coder. There is no other format yet.",
+    "image-compression": "run.py does not turn images into latents and back. Use --to huggingface.",
     "image-text-to-text": "run.py cannot apply a chat template, and images stand among the tokens. Use --to huggingface.",
     "instance-segmentation": "run.py does not draw a mask for each object. Train object detection for boxes, or image segmentation.",
     "panoptic-segmentation": "run.py does not join masks to segments. Train image segmentation for a class of each pixel.",
