@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -284,3 +286,27 @@ def test_chat_template_is_saved_with_the_run(tmp_path):
     assert again.ends == task.ends and again.first == [("user", "hello there")]
     assert again.prompt(again.first) == task.prompt(task.first)
     assert TextTokenizer.load(tmp_path / "kept").special["bos_token"] == "<|begin_of_text|>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chatml", "marked"])
+def test_exports_apply_the_chat_template(name, tmp_path):
+    """The program of an ONNX folder takes messages, and transformers finds the template in its folder."""
+    peer = checkpoint(tmp_path / "net", name)
+    chats = [[{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "how are you"}] for i in range(60)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    settings = {**STEPS, "steps": 20, "lr": 1e-2, "tune": "whole"}
+    run = fit(tmp_path / "chat.jsonl", weights=tmp_path / "net", out=tmp_path / "run", settings=settings)
+    done = run.export(out=tmp_path / "onnx")
+    assert done.passed and "jinja2" in (done.path / "requirements.txt").read_text(), done.verification.problems
+    talk = [*chats[0], {"role": "user", "content": "hello 5"}]
+    program = "import json, run; print(json.dumps([run.prepare({'messages': m})['tokens'] for m in json.loads(sys.argv[2])]))"
+    command = [sys.executable, "-IBc", f"import sys; sys.path.insert(0, sys.argv[1]); {program}", str(done.path)]
+    found = subprocess.run([*command, json.dumps([talk, "hello 7"])], capture_output=True, text=True)
+    said = [talk, [{"role": "user", "content": "hello 7"}]]
+    want = [peer.apply_chat_template(one, add_generation_prompt=True).input_ids for one in said]
+    room = json.loads((done.path / "export.json").read_text())["length"] - 1  # earlier tokens are left out
+    assert json.loads(found.stdout) == [ids[-room:] for ids in want], found.stderr
+    folder = run.export("huggingface", out=tmp_path / "hf").path
+    again = transformers.AutoTokenizer.from_pretrained(folder)
+    assert again.apply_chat_template(talk, add_generation_prompt=True).input_ids == want[0]

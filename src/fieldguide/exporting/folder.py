@@ -42,6 +42,7 @@ REQUIREMENTS = {
     "torch": f"torch>={'.'.join(torch.__version__.split('.')[:2])}",  # older ones do not read files of newer ones
     "pillow": "pillow>=10.1",
     "tokenizers": "tokenizers>=0.20",
+    "jinja2": "jinja2>=3.1",
     "soundfile": "soundfile>=0.12.1",
     "scipy": "scipy>=1.11",
     "regex": "regex>=2023.6",

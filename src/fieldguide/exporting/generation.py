@@ -70,8 +70,6 @@ def build_text_generation(predictor: TaskPredictor) -> Graph:
     network: Any = predictor.objective.model
     if not hasattr(network, "new_cache"):
         raise ExportError(f"{predictor.name} has no cache of keys and values, so it has no step graph.")
-    if task.template:
-        raise ExportError("run.py cannot apply a chat template. Use --to gguf or --to huggingface, which keep it.")
     cache = network.new_cache(1, 1)
     if cache.states or type(cache) is not Cache:
         raise ExportError(
@@ -97,19 +95,25 @@ def build_text_generation(predictor: TaskPredictor) -> Graph:
         "begin": begin,
         "end": text.end,
         "ends": list(task.ends),
-        "roles": {name[2:-2]: text.tokenizer.token_to_id(name) for name in CHAT_SPECIAL_TOKENS[1:]} if task.chat else {},
+        "roles": {name[2:-2]: text.tokenizer.token_to_id(name) for name in CHAT_SPECIAL_TOKENS[1:]}
+        if task.chat and not task.template
+        else {},
         "empty": [[len(cache.keys), heads, width] for heads, width in shapes],
         "options": {name: getattr(task.PredictOptions().sampling, name) for name in ("temperature", "top_p")},
     }
+    prompts, requires = "prompts", ["tokenizers"]
+    if task.template:
+        values |= {"template": text.template, "special": dict(text.special)}
+        prompts, requires = "chat_template", ["tokenizers", "jinja2"]
     module = DecoderStep(copy.deepcopy(network).eval().requires_grad_(False).float().cpu())
     outputs = ("logits", "keys_after", "values_after")
     return Graph(
         module,
         (tokens, *past),
         outputs,
-        ("tokens", "to_text", "generation"),
+        ("tokens", "to_text", "generation", prompts),
         values,
-        requires=("tokenizers",),
+        requires=tuple(requires),
         files=("tokenizer.json",),
         loop=asdict(predictor.signature.loop) if predictor.signature.loop else {},
         test_options=TEST_OPTIONS,
