@@ -58,6 +58,11 @@ from fieldguide.objectives.diffusion import DDIM, DDPM, DPMSolver, Euler, Heun, 
 from tv import transformers
 
 
+def build_parts(parts):
+    """Return the source of run.py without the import that opens graphs."""
+    return build_program(parts).replace("from session import Session\n", "")
+
+
 @pytest.fixture(scope="module")
 def people_run(tmp_path_factory):
     """A network for a table with numbers, texts, truth values, dates and missing cells, some of them in local formats."""
@@ -132,7 +137,7 @@ def test_exports_equal_the_run_on_raw_rows(name, request, exported):
     assert found["agreement"] == 1 and found["largest"] < 1e-4 and found["rows"] >= 8
     for before, after in done.verification.scores.values():
         assert before == pytest.approx(after, abs=1e-3)
-    assert len((folder / "run.py").read_text().splitlines()) < 180
+    assert len((folder / "run.py").read_text().splitlines()) < 150
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     assert all(value.shape[0] == "batch" for value in (*session.get_inputs(), *session.get_outputs()))
     assert json.loads((folder / "signature.json").read_text()) == json.loads(json.dumps(run.signature.to_json()))
@@ -144,7 +149,7 @@ def test_the_folder_runs_from_another_place_and_prints_records(iris_run, exporte
     row = {"sepal_length_cm": 5.1, "sepal_width_cm": 3.5, "petal_length_cm": 1.4, "petal_width_cm": None}
     rows.write_text(json.dumps(row) + "\n")
     done = subprocess.run(
-        [sys.executable, "-I", str(moved / "run.py"), str(rows)], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-E", str(moved / "run.py"), str(rows)], capture_output=True, text=True, cwd=tmp_path
     )
     want = iris_run.predict([row])[0]
     assert Comparison(1e-5).compare({k: v for k, v in want.items() if k != "input"}, json.loads(done.stdout))[1] == "", (
@@ -218,7 +223,7 @@ def table_program(tmp_path_factory):
     folder = tmp_path_factory.mktemp("program")
     (folder / "export.json").write_text(json.dumps(describe_cells()))
     names = {"__file__": str(folder / "run.py"), "__name__": "run"}
-    exec(compile(build_program(("numbers", "stacked", "tables", "classes", "table_answers")), "run.py", "exec"), names)
+    exec(compile(build_parts(("numbers", "stacked", "tables", "classes", "table_answers")), "run.py", "exec"), names)
     return names
 
 
@@ -559,7 +564,7 @@ def test_recordings_are_read_as_in_training(tmp_path):
         if rate == 16_000:  # the channels cancel out
             samples[:, 1] = -samples[:, 0]
         soundfile.write(tmp_path / "one.wav", samples, rate, subtype="PCM_16")
-        program = build_program(("media", "waves", "classes", "sounds")).partition("if __name__")[0]
+        program = build_parts(("media", "waves", "classes", "sounds")).partition("if __name__")[0]
         names = {"__file__": str(tmp_path / "run.py"), "__doc__": ""}
         (tmp_path / "export.json").write_text("{}")
         exec(compile(program, "run.py", "exec"), names)
@@ -623,7 +628,7 @@ def test_step_graphs_generate_as_the_run(language_run, tmp_path):
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
     done = run.export(out=tmp_path / "export")
     assert done.passed and done.verification.rows >= 15 and done.verification.largest == 0, done.verification.problems
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
     loop = json.loads((done.path / "loop.json").read_text())
     assert loop["kind"] == "autoregressive" and loop["inputs"] == ["tokens", "keys", "values"]
     assert set(loop["eos_tokens"]) >= set(run.task.ends)
@@ -636,7 +641,7 @@ def test_step_graphs_generate_as_the_run(language_run, tmp_path):
         "cut = [model.predict(rows[:1], max_new_tokens=9, seed=seed, top_p=1e-9) for seed in range(4)]\n"
         "json.dump([long, drawn, cut], sys.stdout)"
     )
-    command = [sys.executable, "-I", "-c", program, str(done.path), json.dumps(prompts)]
+    command = [sys.executable, "-E", "-c", program, str(done.path), json.dumps(prompts)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     long, drawn, cut = json.loads(found.stdout)
     alone = [run.predict([prompt], max_new_tokens=100, temperature=0)[0]["text"] for prompt in prompts]
@@ -683,7 +688,7 @@ def test_beams_of_step_graphs_find_the_answers_of_the_run(name, data, tmp_path):
     fieldguide.read(data, column_spec=run.task.column_spec).rows.head(12).select(names).write_csv(rows)
     done = export(run, data=rows, out=tmp_path / "export")
     assert done.passed and done.verification.rows == 12, done.verification.problems
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
     settings = json.loads((done.path / "export.json").read_text())
     changed = {"beams": 1, "end": settings["end"] + 1, "limits": [3] * len(settings["limits"]), "prefix": "x "}
     found = []
@@ -800,7 +805,7 @@ def test_forecasts_of_raw_series_are_equal(write, model, tmp_path):
     done = run.export(out=tmp_path / "export")
     assert done.passed, done.verification.problems
     assert done.verification.rows >= 48 and done.verification.largest < 1e-5
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
 
 
 def write_labeled_steps(path: Path, rng) -> None:
@@ -844,7 +849,7 @@ def test_classes_of_raw_series_are_equal(write, model, settings, rows, tmp_path)
     done = run.export(out=tmp_path / "export", data=str(tmp_path / "again.csv"))
     assert done.passed, done.verification.problems
     assert done.verification.largest < 1e-5 and done.verification.rows == rows
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
 
 
 def write_watched(path: Path, rng, times: list[object]) -> None:
@@ -870,7 +875,7 @@ def test_anomalies_of_raw_series_are_equal(unit, tmp_path):
     done = run.export(out=tmp_path / "export")
     assert done.passed, done.verification.problems
     assert done.verification.largest < 1e-4 and done.verification.rows == 600
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
 
 
 @pytest.mark.parametrize("size", [1, 3, 12])
@@ -905,7 +910,7 @@ def test_answers_to_raw_questions_are_equal(tmp_path):
     (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     done = export(GOLDEN / "v1-question-answering", data=str(tmp_path / "questions.jsonl"), out=tmp_path / "export")
     assert done.passed and done.verification.rows == 6, done.verification.problems
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
 
 
 def write_masked_images(folder: Path) -> None:
@@ -932,7 +937,7 @@ def test_masks_of_raw_images_are_equal(tmp_path):
     done = export(GOLDEN / "v1-image-segmentation", data=str(tmp_path / "data"), out=tmp_path / "export")
     assert done.passed and done.verification.rows == 8, done.verification.problems
     done = subprocess.run(
-        [sys.executable, "-I", str(done.path / "run.py"), str(tmp_path / "data" / "images")], capture_output=True, text=True
+        [sys.executable, "-E", str(done.path / "run.py"), str(tmp_path / "data" / "images")], capture_output=True, text=True
     )
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(records) == 8 and all(len(record["shares"]) == 2 for record in records[:2]), done.stderr
@@ -982,7 +987,7 @@ def test_anomalies_of_raw_rows_are_equal(tmp_path):
     )
     done = run.export(out=tmp_path / "export", data=str(tmp_path / "rows.csv"))
     assert done.passed and done.verification.largest < 1e-4, done.verification.problems
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
 
 
 def test_transcripts_of_raw_recordings_are_equal(tmp_path):
@@ -997,7 +1002,7 @@ def test_transcripts_of_raw_recordings_are_equal(tmp_path):
     done = export(GOLDEN / "v1-automatic-speech-recognition", data=str(tmp_path / "recordings.csv"), out=tmp_path / "export")
     assert done.passed and done.verification.rows == 12, done.verification.problems
     soundfile.write(tmp_path / "long.wav", np.zeros(60 * 8000), 8000)
-    command = [sys.executable, "-I", str(done.path / "run.py")]
+    command = [sys.executable, "-E", str(done.path / "run.py")]
     ended = subprocess.run([*command, str(tmp_path / "long.wav")], capture_output=True, text=True)
     assert ended.returncode == 1 and "which run.py does not split" in ended.stderr
 
@@ -1006,9 +1011,7 @@ def test_a_value_that_is_no_number_is_named(tmp_path):
     names = {"__file__": str(tmp_path / "run.py"), "__name__": "run"}
     (tmp_path / "export.json").write_text(json.dumps(describe_cells()))
     exec(
-        compile(
-            build_program(("numbers", "dates", "times_clock", "series_steps", "series_values", "series")), "run.py", "exec"
-        ),
+        compile(build_parts(("numbers", "dates", "times_clock", "series_steps", "series_values", "series")), "run.py", "exec"),
         names,
     )
     column = {"name": "load", "format": {}, "pattern": NumberFormat().build_pattern()}
@@ -1023,7 +1026,7 @@ def test_words_of_frames_are_those_of_the_task(tmp_path):
     symbols = ["", *(task.transcripts.spell(i) for i in range(1, task.transcripts.size))]
     (tmp_path / "export.json").write_text(json.dumps({"symbols": symbols, "seconds": task.frame_seconds}))
     names = {"__file__": str(tmp_path / "run.py"), "__name__": "run"}
-    exec(compile(build_program(("media", "waves", "speech")), "run.py", "exec"), names)
+    exec(compile(build_parts(("media", "waves", "speech")), "run.py", "exec"), names)
     generator, space = torch.Generator().manual_seed(0), symbols.index(" ")
     for frames in (1, 2, 40, 60):
         path = torch.randint(0, 4, (1, 60), generator=generator)
@@ -1061,7 +1064,7 @@ def test_samples_of_step_graphs_are_those_of_the_run(sampled_run, tmp_path):
     """From the same noise, in three sizes of batches, with guidance and new noise in each step. Wrong tables are found."""
     done = sampled_run.export(out=tmp_path / "export")
     assert done.passed and done.verification.rows == 64, done.verification.problems
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
     loop = json.loads((done.path / "loop.json").read_text())
     assert loop["kind"] == "diffusion" and len(loop["steps"]) == sampled_run.task.PredictOptions().steps
     settings = json.loads((done.path / "export.json").read_text())

@@ -37,9 +37,9 @@ def test_maps_of_raw_images_are_equal(few_images, tmp_path):
     run = fieldguide.open_run(GOLDEN / "v2-anomaly-detection-in-images")
     done = export(run, data=few_images, out=tmp_path / "export")
     assert done.passed and done.verification.rows >= 8 and done.verification.largest < 1e-5, done.verification.problems
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
     photos = write_photos(tmp_path / "photos")
-    command = [sys.executable, "-I", str(done.path / "run.py"), str(photos)]
+    command = [sys.executable, "-E", str(done.path / "run.py"), str(photos)]
     found = [
         json.loads(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     ]

@@ -39,7 +39,7 @@ def write_events(path, dates: bool, seed: int = 0, users: int = 60):
 
 
 def run_events(folder, path):
-    done = subprocess.run([sys.executable, "-I", str(folder / "run.py"), str(path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-E", str(folder / "run.py"), str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
@@ -65,7 +65,7 @@ def test_recommendations_for_raw_events_are_equal(model, dates, tmp_path):
     run = fieldguide.fit(events, task="recommendation", model=model, out=tmp_path / "run", settings=SETTINGS)
     done = run.export(out=tmp_path / "export")
     assert done.passed and done.verification.rows == 60, done.verification.problems
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
     check_new_events(run, done.path, dates, tmp_path)
     check_mistakes(run, done.path, str(events), not model.startswith(("two-tower", "item")))
 
@@ -85,7 +85,7 @@ def check_new_events(run, folder, dates, tmp_path):
     assert Comparison(1e-4).compare(list(want), found)[1] == ""
     assert "1 events have items that are not in the training data" in notes and "1 events without a user" in notes
     many = f"import sys; sys.path.insert(0, {str(folder)!r}); import run; run.Model().predict([], count=200)"
-    done = subprocess.run([sys.executable, "-I", "-c", many], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-E", "-c", many], capture_output=True, text=True)
     assert done.returncode == 1 and "count=200: this model recommends at most 30 items" in done.stderr
     named = run.predict(["i3,i4"])
     assert Comparison(1e-4).compare(list(named), run_events(folder, "i3,i4")[0])[1] == ""

@@ -24,7 +24,7 @@ def run_rows(folder, rows, tmp_path):
     """Return the records that the program of an export prints for rows."""
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    done = subprocess.run([sys.executable, "-I", str(folder / "run.py"), str(path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-E", str(folder / "run.py"), str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -32,7 +32,7 @@ def run_rows(folder, rows, tmp_path):
 def check_folder(done):
     assert done.passed, done.verification.problems
     assert done.verification.largest < 1e-5 and done.verification.rows >= 8
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
 
 
 def change_values(folder, **values):

@@ -62,7 +62,7 @@ def test_raw_recordings_of_several_lengths(kind, model, tmp_path):
     again = str(write_recordings(tmp_path / "again", "transcript" if is_text else "label", names, 1) / "recordings.csv")
     done = run.export(out=tmp_path / "export", data=again)
     assert done.passed and done.verification.rows >= 30, done.verification.problems
-    assert len((done.path / "run.py").read_text().splitlines()) < 180
+    assert len((done.path / "run.py").read_text().splitlines()) < 150
     values = json.loads((done.path / "export.json").read_text())
     changes = {"symbols": ["", *values["symbols"][:0:-1]]} if is_text else {"rate": 2 * values["rate"], "samples": 800}
     for key, value in changes.items():

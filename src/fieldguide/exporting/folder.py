@@ -138,8 +138,8 @@ def write_folder(
         dump(folder / "export.json", {"task": signature.task, "renamed": renamed, "graphs": written, **graph.values})
         if graph.loop:
             dump(folder / "loop.json", {**graph.loop, "inputs": [i.name for i in graph.inputs], "outputs": graph.outputs})
-        (folder / "run.py").write_text(build_program((*form.session, *graph.parts)), encoding="utf-8")
-        for name, parts in graph.modules.items():
+        (folder / "run.py").write_text(build_program(graph.parts), encoding="utf-8")
+        for name, parts in {"session": ("session_module", *form.session), **graph.modules}.items():
             (folder / f"{name}.py").write_text(build_program(parts[1:], parts[0], end=""), encoding="utf-8")
         needed = [REQUIREMENTS[package] for package in ("numpy", *form.packages, *graph.requires)]
         (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ class GraphFormat(ABC):
     Attributes:
         name: for `--to`.
         suffix: of files.
-        session: the parts of `run.py` that open and run files (runners/).
+        session: the parts of `session.py` that open and run files (runners/).
         packages: of `run.py`, in addition to those of its other parts.
         absent: modules that must not be imported when a folder is verified, the most important first.
         precisions: of the stored weights.

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from session import Session
 
 HERE = Path(__file__).resolve().parent
 CONFIG = json.loads((HERE / "export.json").read_text(encoding="utf-8"))
