@@ -384,8 +384,10 @@ def test_a_graph_with_other_values_is_an_error():
 
 
 def test_a_failed_export_is_renamed_and_exits_with_3(digits_run, exported, tmp_path, monkeypatch, capsys):
+    right = exported(digits_run).path
+
     def write_wrong(predictor, graph, out, *rest):
-        shutil.copytree(exported(digits_run).path, out)
+        shutil.copytree(right, out)
         roll_labels(out)
 
     monkeypatch.setattr("fieldguide.exporting.folder.write_folder", write_wrong)
