@@ -125,8 +125,7 @@ def exported(tmp_path_factory):
         "people_run",
         pytest.param("color_run", marks=pytest.mark.slow),
         "digits_run",
-        "iris_run",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("text_run", "messy_run")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("iris_run", "text_run", "messy_run")),
     ],
 )
 def test_exports_equal_the_run_on_raw_rows(name, request, exported):
@@ -347,7 +346,8 @@ def test_mistakes_in_a_folder_are_found(name, request, exported, tmp_path):
         assert not found.passed and found.problems
 
 
-@pytest.mark.parametrize("name", [pytest.param("mean", marks=pytest.mark.slow), "temperature"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mean", "temperature"])
 def test_mistakes_in_a_graph_are_found(name, color_run, tmp_path):
     graph = build_graph(color_run)
     if name == "mean":
@@ -890,6 +890,7 @@ def test_months_of_the_program_are_those_of_the_task(day, size):
     assert names["list_times"](first, 40).tolist() == want.tolist()
 
 
+@pytest.mark.slow
 def test_tags_of_raw_words_are_equal(tmp_path):
     """Sentences of several lengths, one longer than the network reads, with entities next to each other."""
     rng, words = np.random.default_rng(0), ["Anna", "Ben", "Jena", "Hof", "visits", "likes", "in", "May", ".", "Ünal", "日本"]
@@ -900,6 +901,7 @@ def test_tags_of_raw_words_are_equal(tmp_path):
     assert done.passed and done.verification.rows == 30, done.verification.problems
 
 
+@pytest.mark.slow
 def test_answers_to_raw_questions_are_equal(tmp_path):
     """Contexts of one and of several windows, with whitespace and letters of several bytes."""
     rng, words = (
@@ -992,6 +994,7 @@ def test_anomalies_of_raw_rows_are_equal(tmp_path):
     assert len((done.path / "run.py").read_text().splitlines()) < 150
 
 
+@pytest.mark.slow
 def test_transcripts_of_raw_recordings_are_equal(tmp_path):
     """Recordings of several lengths and rates, one with two channels; a longer one than the network hears at once is an error."""
     rng = np.random.default_rng(0)
@@ -1123,6 +1126,7 @@ def test_samplers_that_call_the_network_twice_have_no_table():
 
 
 @pytest.mark.parametrize("kind", ["gan", pytest.param("captions", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_other_generators(kind, tmp_path, brief_evaluation):
     settings = {"steps": 4, "eval_steps": 4, "batch_size": 16, "precision": "float32"}
     if kind == "gan":

@@ -47,6 +47,7 @@ def write_shops(path, dates: bool = True):
         ),
     ],
 )
+@pytest.mark.slow
 def test_forecasts_with_covariates_are_equal(model, dates, tmp_path):
     source = write_shops(tmp_path / "shops.csv", dates)
     settings = {"steps": 10, "precision": "float32", "task.length": 24, "task.horizon": 6, "task.known": "open,weather"}

@@ -33,6 +33,7 @@ def few_images(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_maps_of_raw_images_are_equal(few_images, tmp_path):
     run = fieldguide.open_run(GOLDEN / "v2-anomaly-detection-in-images")
     done = export(run, data=few_images, out=tmp_path / "export")

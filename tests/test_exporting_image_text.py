@@ -64,6 +64,7 @@ def check_texts(run, folder, photos):
         assert list(found[0]["similarity"]) == list(want[0]["similarity"])
 
 
+@pytest.mark.slow
 def test_texts_for_raw_images_are_equal(tmp_path):
     run, source = fieldguide.open_run(GOLDEN / "v1-image-text"), str(album(tmp_path / "album", 12))
     done = export(run, data=source, out=tmp_path / "export")

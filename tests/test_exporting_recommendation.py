@@ -44,6 +44,7 @@ def run_events(folder, path):
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, dates",
     [

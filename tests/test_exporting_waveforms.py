@@ -49,6 +49,7 @@ def write_recordings(folder, column, names, seed=0):
         ),
     ],
 )
+@pytest.mark.slow
 def test_raw_recordings_of_several_lengths(kind, model, tmp_path):
     is_text = kind == "transcripts"
     names = ("low tone", "a high one") if is_text else ("low", "high")

@@ -95,6 +95,13 @@ def test_images_are_enlarged_for_the_network(classifier):
     np.testing.assert_allclose(network.extract(flat), network.extract(torch.full((1, 3, 24, 24), 0.25)), rtol=1e-5)
 
 
+def test_a_run_keeps_its_preprocessing(digits_run):
+    network, own = FeatureNetwork.load(str(digits_run.path)), digits_run.task.pictures
+    assert network.transform.side == own.side and network.transform.mean == pytest.approx(own.mean, rel=1e-4)
+    with pytest.raises(SettingsError, match="no linear head"):
+        network.extract(torch.zeros(1, 1, own.side, own.side))
+
+
 def test_clip_score_equals_transformers(tmp_path):
     path = tmp_path / "clip"
     clip_folder(path)

@@ -18,7 +18,10 @@ from fieldguide.data.media import images
 from fieldguide.data.samples.text import TEXTS_PER_CLASS
 
 
-@pytest.mark.parametrize("name", samples.SAMPLES)
+DRAWN = ("scenery", "shapes")  # of many images, which take longer
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DRAWN)) for n in samples.SAMPLES])
 def test_each_sample_matches_its_description(name):
     sample = samples.SAMPLES[name]
     data, task, _ = read_for(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import shutil
@@ -21,7 +20,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.models.registry import card
 from fieldguide.objectives.autoencoding import Autoencoding, compare_features
 from fieldguide.objectives.gan_losses import NonSaturating
-from fieldguide.tasks.vision.image_compression import compute_features, load_features
+from fieldguide.tasks.vision.reference_networks import FeatureNetwork
 from fieldguide.training.state import Interrupted
 
 WEIGHTS = {"kl": 0.01, "commitment": 0.25, "codebook": 1.0}
@@ -138,8 +137,7 @@ def test_perceptual_distance(tmp_path):
     network = fieldguide.create("resnet-test", channels=3)
     network.eval()
     source, channels = str(fieldguide.save(network, tmp_path / "classifier", "hf")), network.config.channels
-    loaded = load_features(source, channels)
-    features = functools.partial(compute_features, lambda: loaded)
+    features = FeatureNetwork.load(source).compute_maps
     made, real = (draw_images(2, channels, 32).float() * scale for scale in (1.0, 0.7))
     found = compare_features(features, made, real)
     expected = torch.zeros(2)
@@ -217,8 +215,8 @@ def test_a_perceptual_run(folder, tmp_path):
     shutil.rmtree(source)  # only training needs it
     assert len(fieldguide.pipeline(tmp_path / "run").predict(str(folder))) == 40
     text = fieldguide.save(fieldguide.create("bert-test"), tmp_path / "text", "hf")
-    with pytest.raises(SettingsError, match="has no feature maps of images"):
-        load_features(str(text), 3)
+    with pytest.raises(SettingsError, match="is no image classifier"):
+        FeatureNetwork.load(str(text))
 
 
 @pytest.mark.slow

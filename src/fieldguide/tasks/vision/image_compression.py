@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fieldguide.checkpoints.load import inspect_checkpoint, load
 from fieldguide.core.card import Card
 from fieldguide.core.distributed import device
-from fieldguide.core.errors import SettingsError
 from fieldguide.core.hardware import ram
 from fieldguide.core.report_elements import Gallery, Picture, ReportElement, Table
 from fieldguide.core.settings import Settings
@@ -36,6 +34,7 @@ from fieldguide.tasks.signature_parts import fix_axes
 from fieldguide.tasks.supervised import fill_options
 from fieldguide.tasks.vision.image_generation import encode_png
 from fieldguide.tasks.vision.image_to_image_report import join_images
+from fieldguide.tasks.vision.reference_networks import FeatureNetwork
 from fieldguide.tasks.vision.signature import ImageSignature
 
 MAX_SIDE_BY_DEVICE = {"cpu": 64, "mps": 128, "cuda": 256}  # maximum pixels per side by device, if the user sets no size
@@ -93,7 +92,8 @@ class ImageCompression(ImageSignature, Task):
         task.notes += describe_scale(scale)
         task.options = fill_options(options, side=side, channels=channels)
         if options.features is not None:
-            load_features(options.features, channels)  # a wrong checkpoint is an error before training
+            blank = torch.zeros(1, channels, side, side)
+            FeatureNetwork.load(options.features).compute_maps(blank)  # a wrong checkpoint is an error before training
         return task
 
     def model_dims(self) -> dict[str, Any]:
@@ -113,7 +113,8 @@ class ImageCompression(ImageSignature, Task):
         self.latent_values = math.ceil(places * size)
         features = None
         if o.features is not None:
-            features = functools.partial(compute_features, functools.cache(lambda: load_features(o.features, o.channels)))
+            load = functools.cache(lambda: FeatureNetwork.load(o.features))  # by the first step
+            features = lambda image: load().compute_maps(image)
         return Autoencoding(
             model,
             parts.get("critic"),
@@ -231,33 +232,6 @@ class ImageCompression(ImageSignature, Task):
 
     def describe_record(self) -> Sequence[RecordField]:
         return [RecordField("image", "string", "the rebuilt image", media_types=("image/png",))]
-
-
-def load_features(source: str, channels: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return an image classifier, frozen, and the factor and offset from pixels of -1 .. 1 to its input (C 1 1 each).
-
-    Raises `SettingsError` for a network without feature maps or for images with other channels.
-    """
-    found = inspect_checkpoint(source, download=False)
-    network = load(source).eval().requires_grad_(False)
-    if not hasattr(network, "features") or not getattr(network, "levels", None):
-        raise SettingsError(
-            f"task.features={source}: {found.card.name} has no feature maps of images. Name an image classifier."
-        )
-    if found.channels not in (channels, 3):
-        raise SettingsError(f"task.features={source} reads {found.channels} channels, but the images have {channels}.")
-    transform = ImageTransform(1, found.channels).with_normalization(found.preprocessing_defaults()["pixels"])
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (transform.mean, transform.std))
-    return network, 0.5 / std, (0.5 - mean) / std
-
-
-def compute_features(get: Callable[[], tuple[nn.Module, Tensor, Tensor]], image: Tensor) -> list[Tensor]:  # B C H W -> B D h w
-    """Return the feature maps of images in -1 .. 1. The network is loaded by the first call."""
-    network, factor, offset = get()
-    network.to(image.device)
-    x = image.expand(-1, len(factor), -1, -1) if image.shape[1] == 1 else image
-    found: dict[str, Tensor] = network.features(x * factor.to(x) + offset.to(x))  # type: ignore[operator]  # of image classifiers
-    return list(found.values())
 
 
 TASKS = (ImageCompression,)

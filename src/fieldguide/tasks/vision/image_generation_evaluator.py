@@ -73,7 +73,9 @@ class GenerationEvaluator(Evaluator):
         """Load the networks that scores need. Raises `SettingsError` and `WeightsError` before any training."""
         if self.options.clip and self.text is None:
             raise SettingsError("task.clip scores images by their captions, but the data has none. Leave it out.")
-        _ = self.reference, self.caption_scorer
+        if self.reference is not None:
+            self.reference.extract(torch.zeros(1, self.pictures.channels, self.pictures.side, self.pictures.side))
+        _ = self.caption_scorer
 
     def estimate_scoring_seconds(self) -> float:
         steps = generative.TRAINING_STEPS * (1 + bool(self.labels or self.text))

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fieldguide.checkpoints import run_folder
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_checkpoint
-from fieldguide.checkpoints.preprocessor_config import build_transform, get_input_side
+from fieldguide.checkpoints.preprocessor_config import get_input_side
 from fieldguide.core.distributed import device
 from fieldguide.core.errors import SettingsError, WeightsWarning
 from fieldguide.data.preprocessing import ImageTransform
@@ -41,15 +42,19 @@ def convert(images: Tensor, transform: ImageTransform) -> Tensor:  # N C S S in 
     x = F.interpolate(x, side, mode="bilinear", antialias=True) if x.shape[2:] != side else x
     if x.shape[1] != transform.channels:
         x = x.mean(1, keepdim=True) if transform.channels == 1 else x[:, :1].expand(-1, transform.channels, -1, -1)
-    mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (transform.mean, transform.std))
+    return normalize(x, transform)
+
+
+def normalize(x: Tensor, transform: ImageTransform) -> Tensor:  # N C S S in 0 .. 1 -> N C S S
+    mean, std = (torch.tensor(values).to(x).view(1, -1, 1, 1) for values in (transform.mean, transform.std))
     return (x - mean) / std
 
 
 class FeatureNetwork:
     """The inputs of the head of a pretrained image classifier, as features of images."""
 
-    def __init__(self, network: nn.Module, transform: ImageTransform):
-        self.network, self.transform = network, transform
+    def __init__(self, network: nn.Module, transform: ImageTransform, source: str):
+        self.network, self.transform, self.source = network.requires_grad_(False), transform, source
 
     @classmethod
     def load(cls, source: str) -> Self:
@@ -61,17 +66,37 @@ class FeatureNetwork:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WeightsWarning)  # about the head, which is left out
             network: Any = build_network(card, found.values, found.state, found.origin, str(found.path), head="skip")
-        if not isinstance(getattr(network, HEAD, None), nn.Linear):
-            raise SettingsError(f"task.features={source}: {card.name} has no linear head, whose inputs would be the features.")
-        network.head = nn.Identity()
-        side = getattr(network.config, "image", None) or get_input_side(folder) or DEFAULT_SIDE_PIXELS
-        return cls(network.to(device()), build_transform(folder, side, found.channels, card.scale))
+        if isinstance(getattr(network, HEAD, None), nn.Linear):
+            network.head = nn.Identity()
+        side = getattr(getattr(network, "config", None), "image", None) or get_input_side(folder) or DEFAULT_SIDE_PIXELS
+        if (folder / "run.json").is_file():
+            side = run_folder.read_preprocessing(folder)[0].get("pictures", {}).get("side", side)
+        transform = ImageTransform(side, found.channels).with_normalization(found.preprocessing_defaults()["pixels"])
+        return cls(network.to(device()), transform, source)
 
     @torch.inference_mode()
     def extract(self, images: Tensor) -> np.ndarray:  # N C S S in -1 .. 1 -> N D float64
-        """Return the features of images."""
+        """Return the features of images. Raises `SettingsError` for a network without a linear head."""
+        if not isinstance(getattr(self.network, HEAD, None), nn.Identity):
+            raise SettingsError(
+                f"task.features={self.source}: the network has no linear head, whose inputs would be the features."
+            )
         parts = [self.network(convert(part.to(device()), self.transform)) for part in images.split(BATCH_SIZE)]
         return torch.cat(parts).double().cpu().numpy()
+
+    def compute_maps(self, images: Tensor) -> list[Tensor]:  # N C S S in -1 .. 1 -> N D h w
+        """Return the feature maps of images as they are, with gradients. Raises `SettingsError` for a network without maps, and for
+        color images if it reads gray ones."""
+        network: Any = self.network
+        if not getattr(network, "levels", None):
+            raise SettingsError(f"task.features={self.source}: the network has no feature maps. Name another image classifier.")
+        if images.shape[1] not in (1, self.transform.channels):
+            raise SettingsError(
+                f"task.features={self.source} reads {self.transform.channels} channels, but the images have {images.shape[1]}."
+            )
+        x = images.expand(-1, self.transform.channels, -1, -1)
+        maps: dict[str, Tensor] = network.to(images.device).features(normalize((x + 1) / 2, self.transform))
+        return list(maps.values())
 
 
 class CaptionScorer:
