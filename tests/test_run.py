@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from PIL import Image, ImageSequence
 from safetensors import safe_open
 
@@ -428,3 +429,10 @@ def test_verdict_names_better_baselines(iris_run):
     assert "does not beat linear" in summarize_result(record, metric)
     linear["scores"]["accuracy"] = 0.4
     assert "does not beat" not in summarize_result(record, metric)
+
+
+def test_networks_without_a_config_are_loaded_from_a_run(digits_run):
+    """SimpleCNN has the constructor of the guide's code."""
+    network = fieldguide.load(digits_run.path)
+    for name, tensor in digits_run.model.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name

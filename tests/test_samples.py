@@ -17,7 +17,6 @@ from fieldguide.data import read, samples, split
 from fieldguide.data.media import images
 from fieldguide.data.samples.text import TEXTS_PER_CLASS
 
-
 DRAWN = ("scenery", "shapes")  # of many images, which take longer
 
 

@@ -53,7 +53,7 @@ def read_network(folder: Path) -> tuple[Card, Any, dict[str, Tensor]]:
     check_network(card, config, weights.read_shapes(path), path)
     network = card.make(config)
     weights.load(network, path)
-    return card, network.config, network.state_dict()
+    return card, getattr(network, "config", config), network.state_dict()  # the networks of the guide's code keep none
 
 
 def read_preprocessing(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
