@@ -40,6 +40,7 @@ def change_values(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+@pytest.mark.slow
 def test_vectors_are_equal_after_their_prompts(tmp_path):
     settings = SETTINGS | {"batch": 32, "task.query_prompt": "query: ", "task.passage_prompt": "passage: "}
     run = fieldguide.fit("helpdesk", model="bert-test", out=tmp_path / "run", settings=settings)
