@@ -300,8 +300,8 @@ def test_flow_with_the_times_of_pipelines(double):
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if not name.startswith(("DDPM", "UnCLIP"))])
 def test_files_in_float32(name):
-    """Without the fixture: diffusers as it is, whose tables are rounded to float32. UnCLIPScheduler has to be told the next time by its
-    pipeline, with which tests/test_unclip.py compares it."""
+    """Diffusers without the fixture `double`: its tables are rounded to float32. UnCLIPScheduler is compared in tests/test_unclip.py,
+    because only its pipeline passes the next time step to it."""
     config = {"_class_name": name, **(STABLE if "beta_start" in DEFAULTS[name] else {})}
     config |= {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     model, draw = Wavy().float(), Noise(5, range(3), SHAPE, torch.zeros(()))

@@ -270,3 +270,26 @@ def test_gan_trains_with_its_critic(tmp_path):
     assert first["image"] != second["image"] and run.predict(count=1)[0] == first and "class" not in first
     with pytest.raises(SettingsError, match="steps, sampler: not supported"):
         run.predict(count=1, steps=5, sampler="ddpm")
+
+
+@pytest.mark.parametrize(("has_classes", "trained"), [(True, 2), (False, 1)])  # the judge, and with classes a CNN of samples
+def test_the_time_of_scoring_is_that_of_the_networks_that_it_trains(tmp_path, monkeypatch, has_classes, trained):
+    data = read(folder(tmp_path / "data"))
+    task = ImageGeneration.fit(data, ImageGeneration.options_from({"side": 8}))
+    if not has_classes:
+        task.labels = []
+    calls = []
+    monkeypatch.setattr(generative, "measure_step_seconds", lambda *size: 0.01)
+    assert task.estimate_scoring_seconds() == pytest.approx(trained * generative.TRAINING_STEPS * 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "text", object())  # captions: the judge, and the matcher of captions
+        assert task.estimate_scoring_seconds() == pytest.approx(2 * generative.TRAINING_STEPS * 0.01)
+    plain = generative.train_classifier
+    monkeypatch.setattr(generative, "train_classifier", lambda *a, **o: calls.append(1) or plain(*a, **{**o, "steps": 2}))
+    task.prepare_test(data, data)
+    targets = task.targets(data)
+    label = targets["label"]
+    outputs = {"samples": targets["real"].copy(), "label": label}
+    for arrays in (outputs, *(baseline.outputs for baseline in task.baselines(data, data))):
+        task.score(arrays, targets)
+    assert len(calls) == trained

@@ -69,7 +69,7 @@ def quantize_graph(source: Path, target: Path, batches: list[Path]) -> None:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.batches, None)
 
-    with quiet_tracing():
+    with quiet_tracing("onnxruntime cannot quantize this network"):
         quantize_static(
             str(source),
             str(target),

@@ -25,17 +25,17 @@ def list_dynamic_axes(graph: Graph) -> tuple[dict[int, Any], ...]:
 
 
 @contextmanager
-def quiet_tracing() -> Iterator[None]:
-    """Keep torch from printing. Raises `ExportError` with the cause if the block fails."""
+def quiet_tracing(problem: str = "torch cannot trace this network") -> Iterator[None]:
+    """Keep libraries from printing. Raises `ExportError` with the problem and its cause if the block fails."""
     quiet, level = io.StringIO(), logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)
         with warnings.catch_warnings(), redirect_stdout(quiet), redirect_stderr(quiet), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:  # torch raises many types; all of them mean that this network cannot be traced
+    except Exception as error:  # torch and onnxruntime raise many types; all of them mean that this network is not supported
         cause = str(error.__cause__ or error).strip().splitlines()
-        raise ExportError("torch cannot trace this network: " + " ".join(cause[:UNSUPPORTED_LINES])) from error
+        raise ExportError(f"{problem}: " + " ".join(cause[:UNSUPPORTED_LINES])) from error
     finally:
         logging.disable(level)
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.diffusion._shared.attention import Attention as Heads
 from fieldguide.models.diffusion._shared.embeddings import embed_time
+from fieldguide.models.diffusion._shared.levels import run_levels
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, ValueMap
 from fieldguide.models.mapping.key_rules import Row
 
@@ -164,18 +164,7 @@ class ConsistencyUNet(nn.Module):
                 f"multiples of {stride}"
             )
         condition = self.embed_condition(time, label)
-        seen = [x := self.conv_in(image)]
-        for level in cast(list[Level], list(self.down)):
-            for i in range(len(level.blocks)):
-                seen.append(x := level(i, x, condition))
-            if level.resize is not None:
-                seen.append(x := level.resize(x, condition))
-        x = self.mid(x, condition)
-        for level in cast(list[Level], list(self.up)):
-            for i in range(len(level.blocks)):
-                x = level(i, torch.cat([x, seen.pop()], 1), condition)
-            if level.resize is not None:
-                x = level.resize(x, condition)
+        x = run_levels(self.down, self.mid, self.up, self.conv_in(image), condition)
         return self.conv_out(F.silu(self.norm(x)))
 
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import DataError, WeightsError
 from fieldguide.models.diffusion._shared.embeddings import embed_time
+from fieldguide.models.diffusion._shared.levels import run_levels
+from fieldguide.models.diffusion._shared.unet_checkpoints import block_keys
 from fieldguide.models.diffusion.consistency_unet import Block, Level
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, ValueMap
 from fieldguide.models.mapping.key_rules import Row
@@ -103,32 +105,11 @@ class SuperResolutionUNet(nn.Module):
             image = target.new_zeros(len(target), self.config.condition, *target.shape[2:])
         embedded = self.times(time.long()) if self.times is not None else embed_time(time, self.config.dim)
         condition = self.time2(F.silu(self.time1(embedded.to(self.time1.weight.dtype))))
-        seen = [x := self.conv_in(torch.cat([target, image.to(target.dtype)], 1))]
-        for level in cast(list[Level], list(self.down)):
-            for i in range(len(level.blocks)):
-                seen.append(x := level(i, x, condition))
-            if level.resize is not None:
-                seen.append(x := level.resize(x, condition))
-        x = self.mid(x, condition)
-        for level in cast(list[Level], list(self.up)):
-            for i in range(len(level.blocks)):
-                x = level(i, torch.cat([x, seen.pop()], 1), condition)
-            if level.resize is not None:
-                x = level.resize(x, condition)
+        x = run_levels(self.down, self.mid, self.up, self.conv_in(torch.cat([target, image.to(target.dtype)], 1)), condition)
         return self.conv_out(F.silu(self.norm(x)))
 
     def forward(self, target: Tensor, time: Tensor, image: Tensor | None = None) -> Tensor:  # B K H W, B, B C H W -> B K H W
         return self.predict_all(target, time, image)[:, : self.config.channels]
-
-
-def block_keys(theirs: str, ours: str) -> dict[str, Row]:
-    """Return the rows of a residual block in diffusers."""
-    return {
-        f"{theirs}norm{{k}}.*": f"{ours}norm{{k}}.*",
-        f"{theirs}conv{{k}}.*": f"{ours}conv{{k}}.*",
-        f"{theirs}time_emb_proj.*": f"{ours}time.*",
-        f"{theirs}conv_shortcut.*": f"{ours}shortcut.*",
-    }
 
 
 DIFFUSERS: dict[str, Row] = {

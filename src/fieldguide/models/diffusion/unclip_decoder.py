@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import SettingsError, WeightsError
 from fieldguide.models.diffusion._shared.embeddings import embed_time
+from fieldguide.models.diffusion._shared.levels import run_levels
 from fieldguide.models.diffusion.consistency_unet import Block
 from fieldguide.models.diffusion.super_resolution_unet import DIFFUSERS as RESIDUAL_KEYS
 from fieldguide.models.layers.dot_product_attention import dot_product_attention
@@ -138,18 +139,7 @@ class UnCLIPDecoder(nn.Module):
         """Return all channels of the last layer."""
         embedded = embed_time(time, self.config.dim).to(self.time1.weight.dtype)
         condition = self.time2(F.silu(self.time1(embedded))) + pooled
-        seen = [x := self.conv_in(latent)]
-        for level in cast(list[Level], list(self.down)):
-            for i in range(len(level.blocks)):
-                seen.append(x := level(i, x, condition, text, text_mask))
-            if level.resize is not None:
-                seen.append(x := level.resize(x, condition))
-        x = self.mid(x, condition, text, text_mask)
-        for level in cast(list[Level], list(self.up)):
-            for i in range(len(level.blocks)):
-                x = level(i, torch.cat([x, seen.pop()], 1), condition, text, text_mask)
-            if level.resize is not None:
-                x = level.resize(x, condition)
+        x = run_levels(self.down, self.mid, self.up, self.conv_in(latent), condition, text, text_mask)
         return self.conv_out(F.silu(self.norm(x)))
 
     def forward(

@@ -95,8 +95,8 @@ class GenerationEvaluator(Evaluator):
         return {"real": real.numpy(), "label": self.codes(data)}
 
     def evaluate_samples(self, outputs: Arrays, targets: Arrays) -> dict[str, Any]:
-        """Return evaluation features, computed once per set of samples: features of generated and real images, and how well their
-        classes and captions can be told (see `judge_requests`)."""
+        """Return what scores are computed from, once for each set of samples: features of generated and real images, and whether
+        classes and captions are recognized (see `judge_requests`)."""
         key = id(outputs["samples"])
         if key not in self.memo:
             made, real = torch.from_numpy(outputs["samples"]), torch.from_numpy(targets["real"])
@@ -115,10 +115,10 @@ class GenerationEvaluator(Evaluator):
         return self.memo[key]
 
     def judge_requests(self, outputs: Arrays, targets: Arrays, made: Tensor, real: Tensor) -> Arrays:
-        """Return how well classes and captions can be told: `right`, which real images a CNN trained on the samples classifies
-        correctly, and `matched`, which samples match their captions.
+        """Return `right`, whether a CNN trained on the samples classifies each real image correctly, and `matched`, whether each
+        sample matches its caption.
 
-        For training images, the CNN that was trained on them is asked. Samples without labels are not judged.
+        Training images (`known`) are scored with the CNN that was trained on them. Samples without labels have neither.
         """
         found: Arrays = {}
         if "label" not in outputs:
