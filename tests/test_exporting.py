@@ -891,6 +891,12 @@ def test_months_of_the_program_are_those_of_the_task(day, size):
 
 
 @pytest.mark.slow
+def test_answers_after_preference_tuning_are_equal(tmp_path):
+    done = export(GOLDEN / "v2-preference-tuning", out=tmp_path / "export")
+    assert done.passed and done.verification.rows >= 32, done.verification.problems
+
+
+@pytest.mark.slow
 def test_tags_of_raw_words_are_equal(tmp_path):
     """Sentences of several lengths, one longer than the network reads, with entities next to each other."""
     rng, words = np.random.default_rng(0), ["Anna", "Ben", "Jena", "Hof", "visits", "likes", "in", "May", ".", "Ünal", "日本"]

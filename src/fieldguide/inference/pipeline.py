@@ -51,7 +51,8 @@ def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predict
     options, place = dict(options), locate_source(source)
     if (place / PIPELINE_FILE).is_file() or holds_pipeline(place):
         from fieldguide.inference.text_to_image import TextToImage
-        from fieldguide.inference.unclip import UnCLIP, is_unclip
+        from fieldguide.inference.unclip import UnCLIP
+        from fieldguide.tasks.latent_diffusion.unclip import is_unclip
 
         loader: Any = UnCLIP if is_unclip(place) else TextToImage
         chosen = {key: options.pop(key) for key in loader.LOAD_OPTIONS if key in options}

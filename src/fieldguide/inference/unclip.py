@@ -18,13 +18,11 @@ from fieldguide.core.signature import Limits, Signature
 from fieldguide.inference.predictor import Predictions, Predictor, as_list
 from fieldguide.models.registry import card
 from fieldguide.tasks.latent_diffusion import signature
-from fieldguide.tasks.latent_diffusion.unclip import UnCLIPOptions, UnCLIPPipeline, generate, is_unclip, load_unclip
+from fieldguide.tasks.latent_diffusion.unclip import UnCLIPOptions, UnCLIPPipeline, generate, load_unclip
 from fieldguide.tasks.vision.image_generation import encode_png
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network
-
-__all__ = ["UnCLIP", "is_unclip"]
 
 
 class UnCLIP(Predictor):
