@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,12 +12,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from fieldguide.cli.print_export import print_export
 from fieldguide.core.signature import Axis, TensorSpec
 from fieldguide.exporting.builders import build_graph
 from fieldguide.exporting.calibration import choose_images, quantize_graph
+from fieldguide.exporting.export import Export
 from fieldguide.exporting.graph import BATCH, Graph
 from fieldguide.exporting.onnx_file import write_onnx
 from fieldguide.exporting.requests import choose_rows
+from fieldguide.exporting.verify import Verification
 
 SIZES = (Axis("height", 12), Axis("width", 12), Axis("channels", 3))
 
@@ -86,8 +90,6 @@ def test_other_networks_keep_their_activations(iris_run):
 
 @pytest.mark.slow
 def test_an_image_classifier_in_int8_is_smaller_and_tells_its_loss(digits_run, tmp_path, capsys):
-    from fieldguide.cli.print_export import print_export
-
     done = digits_run.export(out=tmp_path / "export", precision="int8")
     found = json.loads((done.path / "verify.json").read_text())
     assert done.passed and found["quantized"] == "weights and activations in int8, calibrated with 128 images"
@@ -95,3 +97,20 @@ def test_an_image_classifier_in_int8_is_smaller_and_tells_its_loss(digits_run, t
     assert abs(before - after) < 0.02
     print_export(done, False)
     assert f"accuracy: {before:.4g} before, {after:.4g} as exported" in capsys.readouterr().out
+
+
+def test_linear_models_of_images_keep_their_activations(digits_run, monkeypatch):
+    """Histograms of gradients and distances to a memory need their precision."""
+    graph = build_graph(digits_run)
+    assert choose_images(digits_run, graph) is not None
+    monkeypatch.setattr(digits_run, "card", replace(digits_run.card, solver="linear"))
+    assert choose_images(digits_run, graph) is None
+
+
+def test_what_to_do_if_answers_change_in_int8(tmp_path, capsys):
+    found = Verification(
+        False, 8, 0.1, 0.5, 0.01, [1], "digits", 1.0, ["row 1: label: '0' against '2'"], quantized="weights in int8"
+    )
+    print_export(Export(tmp_path, "onnx", False, found), False)
+    said = capsys.readouterr().err
+    assert "must not be used" in said and "weights in int8" in said and "--precision float32" in said

@@ -36,3 +36,5 @@ def print_export(done: Export, as_json: bool) -> None:
     else:
         lines = "\n".join(f"  {problem}" for problem in found.problems)
         print(f"{done.path} differs from the original and must not be used:\n{lines}", file=sys.stderr)
+        if found.quantized:
+            print(f"The answers change with {found.quantized}. Export it with --precision float32.", file=sys.stderr)

@@ -35,9 +35,12 @@ for number, row in enumerate(run.read(sys.argv[2])):
 
 
 def choose_images(predictor: TaskPredictor, graph: Graph) -> pl.DataFrame | None:
-    """Return raw rows with images of the training part; None for other networks, and for published ones, whose training part is unknown."""
+    """Return raw rows with images of the training part; None for other networks, and for published ones, whose training part is unknown.
+
+    Nor for models that are fitted by a solver: histograms of gradients and distances to a memory need the precision of activations.
+    """
     is_image_network = graph.encoder is None and not graph.loop and any(spec.name == "pixels" for spec in graph.inputs)
-    return choose_training_rows(predictor, MAX_IMAGES) if is_image_network else None
+    return choose_training_rows(predictor, MAX_IMAGES) if is_image_network and not predictor.card.solver else None
 
 
 def quantize_folder(folder: Path, rows: pl.DataFrame) -> None:
