@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fieldguide.checkpoints.load import load, save
 from fieldguide.checkpoints.sentence_transformers import write_modules
+from fieldguide.core.card import Card
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.data.preprocessing.image_transform import ResizeTransform
 from fieldguide.exporting.folder import dump, make_folder
@@ -40,7 +41,7 @@ def write_huggingface(predictor: Any, out: Path, name: str) -> list[str]:
         network = copy.deepcopy(predictor.model).cpu().eval()
         save(network, folder, "huggingface")
         notes = write_assets(predictor, folder)
-        compare_networks(predictor, network, load(folder))
+        compare_networks(predictor.card, network, load(folder))
         values = {"name": Path(name).name, "task": predictor.signature.task, "architecture": predictor.card.name}
         text = README.format(notes="\n".join(f"\n- {note}" for note in notes), **values)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -168,11 +169,11 @@ def describe_processor(transform: ImageTransform) -> dict[str, Any]:
     }
 
 
-def compare_networks(predictor: Any, network: Any, loaded: Any) -> None:
+def compare_networks(card: Card, network: Any, loaded: Any) -> None:
     """Raise `ExportError` if a loaded network gives other outputs than the original."""
-    graph = build_network_graph(predictor.card, network.config, network)
+    graph = build_network_graph(card, network.config, network)
     batch = graph.build_example()
-    again = build_network_graph(predictor.card, loaded.config, loaded)
+    again = build_network_graph(card, loaded.config, loaded)
     with torch.no_grad():
         pairs = zip(graph.module(*batch.values()), again.module(*batch.values()))
     if not all(is_close(one, other) for one, other in pairs):
