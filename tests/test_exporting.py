@@ -834,12 +834,13 @@ def write_labeled_rows(path: Path, rng) -> None:
     path.write_text("\n".join(lines))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write, model, settings, rows",
     [
         (write_labeled_steps, "inceptiontime-test", {"task.length": 30}, 40),
-        pytest.param(write_labeled_steps, "rocket-test", {"task.by_series": True}, 40, marks=pytest.mark.slow),
-        pytest.param(write_labeled_rows, "inceptiontime-test", {"task.by_series": True}, 60, marks=pytest.mark.slow),
+        (write_labeled_steps, "rocket-test", {"task.by_series": True}, 40),
+        (write_labeled_rows, "inceptiontime-test", {"task.by_series": True}, 60),
     ],
 )
 def test_classes_of_raw_series_are_equal(write, model, settings, rows, tmp_path):
@@ -865,7 +866,8 @@ def write_watched(path: Path, rng, times: list[object]) -> None:
     path.write_text("\n".join(["sensor,time,a,b", *rows]))
 
 
-@pytest.mark.parametrize("unit", ["hours", *(pytest.param(unit, marks=pytest.mark.slow) for unit in ("days", "steps"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["hours", "days", "steps"])
 def test_anomalies_of_raw_series_are_equal(unit, tmp_path):
     start = datetime.datetime(2024, 1, 1)
     times = list(range(300)) if unit == "steps" else [start + datetime.timedelta(**{unit: i}) for i in range(300)]

@@ -222,6 +222,7 @@ def test_networks_use_what_is_known_in_advance(name, shops, tmp_path):
         assert len(open_run(run.path).predict(shops)) == 4 * 3
 
 
+@pytest.mark.slow
 def test_nhits_learns_a_season(tmp_path):
     """Two series of 24 hours, one of them with another season on top; the report has no weights."""
     hours = np.arange(700)

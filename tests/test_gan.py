@@ -39,6 +39,7 @@ def distance(fake: Tensor, real: Tensor) -> float:
     return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * roots)
 
 
+@pytest.mark.slow
 def test_dcgan_learns_digits_with_averaged_weights():
     x, data = pictures()
     objective, recipe = gan(), {k: v for k, v in card("dcgan").recipe.items() if k != "lr"}

@@ -6,6 +6,7 @@ import ast
 import functools
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -98,21 +99,24 @@ def list_files(folder: str) -> list[Path]:
 
 
 @functools.cache
-def parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+def parse(file: Path) -> list[ast.AST]:
+    """Return all nodes of a file."""
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
 
 
 def layer(module: str) -> str:
     return [*module.split("."), "pkg"][1]
 
 
-def imports(file: Path):
+@functools.cache
+def list_imports(file: Path) -> list[tuple[int, str, bool]]:
     """Return (line, module, whether at the top level) of every import that runs, without those for type checkers."""
-    tree = parse(file)
-    typing = {
-        id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test) for n in ast.walk(i)
-    }
-    for node in ast.walk(tree):
+    return list(find_imports(parse(file), file))
+
+
+def find_imports(nodes: Sequence[ast.AST], file: Path) -> Iterator[tuple[int, str, bool]]:
+    typing = {id(n) for i in nodes if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test) for n in ast.walk(i)}
+    for node in nodes:
         if id(node) in typing:
             continue
         if isinstance(node, ast.Import):
@@ -148,7 +152,7 @@ def test_no_loose_modules():
 def test_imports_point_one_way(folder):
     for file in list_files(folder):
         here = own(file)
-        for line, module, _ in imports(file):
+        for line, module, _ in list_imports(file):
             if module.split(".")[0] != "fieldguide":
                 continue
             there = layer(module)
@@ -159,7 +163,7 @@ def test_imports_point_one_way(folder):
 @BY_FOLDER
 def test_no_peers_and_lazy_heavy_imports(folder):
     for file in list_files(folder):
-        for line, module, top in imports(file):
+        for line, module, top in list_imports(file):
             name = module.split(".")[0]
             assert name not in PEERS, f"{file}:{line} imports {name}"
             assert not (top and name in LATER) or file == ROOT / "automl/sklearn.py", f"{file}:{line} imports {name} at the top"
@@ -172,7 +176,7 @@ def test_nothing_is_pickled(folder):
     """
     for file in list_files(folder):
         allowed = {"pickle.UnpicklingError"} | ({"pickle.Unpickler"} if file == ROOT / "checkpoints/torchscript.py" else set())
-        for node in ast.walk(parse(file)):
+        for node in parse(file):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 called = f"{node.value.id}.{node.attr}"
                 assert called in allowed or node.value.id != "pickle", f"{file}:{node.lineno}: {called}"
@@ -186,7 +190,7 @@ def test_nothing_is_pickled(folder):
 def test_networks_import_only_torch_and_core():
     """Networks use plain torch: from the project they import cards, errors and layers only."""
     for file in (ROOT / "models").glob("*/*.py"):
-        outside = {m.split(".")[0] for _, m, _ in imports(file)} - sys.stdlib_module_names - {"fieldguide", "__future__"}
+        outside = {m.split(".")[0] for _, m, _ in list_imports(file)} - sys.stdlib_module_names - {"fieldguide", "__future__"}
         assert outside <= {"torch"}, f"{file} imports {outside - {'torch'}}"
 
 
@@ -194,7 +198,7 @@ def test_networks_import_only_torch_and_core():
 def test_no_error_is_swallowed(folder):
     """No bare `except:`, and `except Exception` only if the error is raised again or its text is used."""
     for file in list_files(folder):
-        for node in ast.walk(parse(file)):
+        for node in parse(file):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             assert node.type is not None, f"{file}:{node.lineno}: a bare except"

@@ -186,7 +186,10 @@ def test_config_vocabulary_is_mapped(name):
         create(card.tiny, colour=1)
 
 
-@pytest.mark.parametrize("size", names(tests=True))
+MANY_EXPERTS = ("deepseek-v3", "qwen3-235b-a22b", "gpt-oss-120b")  # tens of thousands of modules
+
+
+@pytest.mark.parametrize("size", [pytest.param(n, marks=[pytest.mark.slow] * (n in MANY_EXPERTS)) for n in names(tests=True)])
 def test_sizes_have_the_published_parameter_counts(size):
     card, _ = find(size)
     model = make_on_meta(card, card.resolve_config(size))
@@ -480,6 +483,7 @@ EXPORTED = {
 @pytest.mark.parametrize("name", [n if n in EXPORTED else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 # torch's own recurrent layers keep a second list of their weights, which its exporter remarks on.
 @pytest.mark.filterwarnings("ignore:The tensor attributes? .*_flat_weights:UserWarning")
+@pytest.mark.slow
 def test_exports_with_dynamic_batch(name):
     model = tiny(name, torch.float32)
     batch_axis = torch.export.Dim("batch", min=2, max=64)

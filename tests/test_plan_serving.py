@@ -43,6 +43,7 @@ def test_generators_of_all_kinds_are_served(name):
     assert found.serving["tokens_per_second"] <= 1.01 * found.serving["decode_bound"] or found.machine == "cpu"
 
 
+@pytest.mark.slow
 def test_more_sequences_share_the_reading_of_weights():
     one, many = serve("gpt2", batch=1), serve("gpt2", batch=32)
     assert many.serving["tokens_per_second"] > 5 * one.serving["tokens_per_second"]

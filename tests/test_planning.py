@@ -144,6 +144,7 @@ def test_training_of_every_architecture_is_traced(name):
     assert bytes_of(trace, "optimizer") >= 1.4 * weights
 
 
+@pytest.mark.slow
 def test_tracing_allocates_nothing():
     code = """
 from fieldguide.models import registry
@@ -472,6 +473,7 @@ print(status("VmHWM") - base)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_the_planned_memory_is_that_of_a_real_process():
     measured = int(subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, check=True).stdout)
     layers = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10)).to("meta")

@@ -17,10 +17,10 @@ from fieldguide.data import read, samples, split
 from fieldguide.data.media import images
 from fieldguide.data.samples.text import TEXTS_PER_CLASS
 
-DRAWN = ("scenery", "shapes")  # of many images, which take longer
+LONG = ("captions", "puppets", "scattered", "scenery", "shapes", "utterances", "words")  # of many images or recordings
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DRAWN)) for n in samples.SAMPLES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in samples.SAMPLES])
 def test_each_sample_matches_its_description(name):
     sample = samples.SAMPLES[name]
     data, task, _ = read_for(

@@ -178,6 +178,7 @@ def test_the_port_listens_when_its_address_is_printed(monkeypatch, capsys):
     load_server([str(GOLDEN / "v1-tabular-classification")], ServerSettings(port=0)).serve_forever()
 
 
+@pytest.mark.slow
 def test_a_process_finishes_what_it_has_begun():
     """After SIGTERM, running and queued requests are answered, new ones are refused, and the process ends with 0."""
     process, address = start_server(str(GOLDEN / "v1-image-generation"))

@@ -198,6 +198,7 @@ def run(tmp_path_factory):
     return fit("pumps", model="conv-autoencoder-s", minutes=3, out=out, settings=settings)
 
 
+@pytest.mark.slow
 def test_network_finds_faults_of_the_sample(run):
     scores = {b["name"]: b["scores"] for b in run.record["scores"]["baselines"]}
     assert set(scores) == {"z-score", "nearest neighbors", "isolation forest"}

@@ -609,6 +609,7 @@ def learnt(path, out, **more):
     )
 
 
+@pytest.mark.slow
 def test_learns_to_answer(file, tmp_path):
     """From file to prediction: far better than the nearest sentence, and no answer if there is none."""
     run = learnt(file, tmp_path / "run")

@@ -323,6 +323,7 @@ def run(tmp_path_factory):
     return fit("helpdesk", model="bert-test", out=tmp_path_factory.mktemp("runs") / "helpdesk", settings=settings)
 
 
+@pytest.mark.slow
 def test_network_learns_the_sample(run):
     assert run.scores["ndcg_10"] > 0.6 and run.scores["recall_10"] > 0.8
     baseline = run.record["scores"]["baselines"][0]

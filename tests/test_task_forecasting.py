@@ -32,6 +32,7 @@ def run(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_sample_forecast_beats_the_last_day(run):
     naive = {b["name"]: b["scores"]["mase"] for b in run.record["scores"]["baselines"]}
     assert run.record["model"]["architecture"] == "dlinear"  # the advisor's choice

@@ -175,6 +175,7 @@ def folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("compression") / "images", 40)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_critic_resumes_exactly(folder, tmp_path):
     settings = QUICK | {"task.adversarial": 0.8, "task.start": 0.4}
     start = lambda name, callback: fit(

@@ -228,6 +228,7 @@ def run(tmp_path_factory):
     return fit(make_table(), task="reranking", model="bert-test", out=out, settings=settings)
 
 
+@pytest.mark.slow
 def test_network_learns(run):
     assert run.scores["mrr_10"] > 0.9 and run.scores["ndcg_10"] > 0.9
     baseline = run.record["scores"]["baselines"][0]

@@ -136,6 +136,7 @@ def test_regression_scores_equal_scikit_learn():
     assert np.isnan(made.score({"values": np.zeros((3, 1))}, {"value": np.full(3, 5.0)})["r2"])
 
 
+@pytest.mark.slow
 def test_intervals_contain_the_score_and_shrink():
     made = classifier(3)
     widths = []
@@ -153,6 +154,7 @@ def test_intervals_contain_the_score_and_shrink():
     assert widths[0] > widths[1] > widths[2]
 
 
+@pytest.mark.slow
 def test_intervals_have_nominal_coverage():
     """About 95 % of many samples of 150 rows have an interval that contains the true accuracy."""
     y, p = answered(40_000, 3, 3)

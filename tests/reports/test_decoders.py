@@ -160,6 +160,7 @@ def test_many_columns(tmp_path):
     assert time.perf_counter() - started < 30  # over 120 s with a quadratic check of names
 
 
+@pytest.mark.slow
 def test_duplicate_names_are_found_in_wide_tables(tmp_path):
     path = tmp_path / "wide.csv"
     names = [f"c{i}" for i in range(3000)] + ["c7"]

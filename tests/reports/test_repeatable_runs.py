@@ -126,6 +126,7 @@ def train(passengers, out, callback=None, **settings):
     )
 
 
+@pytest.mark.slow
 def test_deterministic_runs_do_not_depend_on_the_load(passengers, tmp_path, monkeypatch, restored_machine):
     runs, logs = [], []
     for name, seconds in (("idle", 0.001), ("loaded", 0.05)):
