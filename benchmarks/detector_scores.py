@@ -40,10 +40,8 @@ def main() -> None:
                     seed=options.seed,
                     out=Path(work) / "run",
                 )
-                cost, size = run.record["cost"], run.record["model"]
-                rows.append(
-                    (data, name, f"{size['parameters']:,}", f"{run.scores['map']:.3f}", f"{run.scores['map50']:.3f}", cost["steps"])
-                )
+                cost, scores = run.record["cost"], [f"{run.scores[name]:.3f}" for name in ("map", "map50")]
+                rows.append((data, name, f"{cost['parameters']:,}", *scores, cost["steps"]))
             print(" | ".join(map(str, rows[-1])), flush=True)
     report(
         f"Detectors from the start, {options.minutes:g} minutes each",
