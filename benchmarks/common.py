@@ -1,7 +1,7 @@
-"""What all benchmarks share: the machine in words, timing side by side, memory, tables, and the book of results.
+"""Shared parts of all benchmarks: timing, memory, tables, and RESULTS.md.
 
-Ours and the peer take turns in one process, so that a busy machine is unfair to both alike; each keeps its best round.
-Memory is measured of each side in a process of its own.
+Ours and the peer take turns in one process, so that a busy machine slows both; the best round of each counts. The memory of each side
+is measured in its own process.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-Run = Callable[[int], object]  # does so many steps of something
+Run = Callable[[int], object]  # runs a number of steps
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
-sys.path.append(str(HERE.parent / "tests"))  # its `tv` imports peers where torchvision is not whole
+sys.path.append(str(HERE.parent / "tests"))  # its module `tv` imports peers if torchvision lacks its operators
 
 
-def machine() -> str:
-    """Cores, processor, memory and accelerator in one line."""
+def describe_machine() -> str:
+    """Return cores, processor, memory and accelerator in one line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cpu = Path("/proc/cpuinfo")
     names = (
@@ -45,8 +45,8 @@ def machine() -> str:
     return f"{os.cpu_count()} cores {names[0] if names else platform.machine()}{flags}, {memory:.0f} GB, {gpu}"
 
 
-def commit() -> str:
-    """The commit that is measured, marked where files differ from it."""
+def read_commit() -> str:
+    """Return the measured commit, with a + if files under src differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
@@ -54,11 +54,13 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../src") else "")
 
 
-def race(
+def time_in_turns(
     runs: Mapping[str, Callable[[], object]], rounds: int = 7, limit: float = math.inf, warm: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of every round of each; they take turns, after one round that warms up, if `warm`. After `limit` seconds no
-    round begins, but three are made."""
+    """Return the seconds of every round of each run.
+
+    The runs take turns, after one round that does not count if `warm`. No round starts after `limit` seconds, except the first three.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
     for turn in range(0 if warm else 1, rounds + 1):
@@ -73,17 +75,23 @@ def race(
     return times
 
 
-def ratio(times: Mapping[str, Sequence[float]], ours: str, peer: str) -> tuple[float, float, float]:
-    """How many times faster ours is, by the best round of each, and the range over pairs of rounds."""
+def compute_ratio(times: Mapping[str, Sequence[float]], ours: str, peer: str) -> tuple[float, float, float]:
+    """Return how many times faster ours is by the best round of each, and the range over pairs of rounds."""
     pairs = sorted(p / o for o, p in zip(times[ours], times[peer]))
     return min(times[peer]) / min(times[ours]), pairs[0], pairs[-1]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One line of a comparison. `ours` and `peer` make what they need and return what does so many steps; `amount` is the
-    work of one step, in the unit of the table, `others` that of the peer's where it does less; `steps` of a round, where
-    the options' are too many or few; `room` in GB that both sides need together: where less is free, the line says so."""
+    """One line of a comparison.
+
+    Attributes:
+        ours, peer: build what they need, and return a function that runs a number of steps.
+        amount: work of one step, in the unit of the table.
+        others: work of one step of the peer, if that differs.
+        steps: steps of a round, if the options' number does not suit.
+        room: GB that both sides need together; with less free memory, the line is not run and says so.
+    """
 
     what: str
     ours: Callable[[], Run]
@@ -94,8 +102,8 @@ class Pair:
     room: float = 0.0
 
 
-def free() -> float:
-    """GB of memory that nothing uses, or could be made so."""
+def read_free_memory() -> float:
+    """Return the available memory in GB."""
     path = Path("/proc/meminfo")
     line = (
         next((line for line in path.read_text().splitlines() if line.startswith("MemAvailable")), None)
@@ -108,75 +116,76 @@ def free() -> float:
 def compare(
     title: str, unit: str, peer: str, pairs: Sequence[Pair], options: argparse.Namespace, check: Callable[[], str] = str
 ) -> None:
-    """Memory of each side, then `check` (raises where the two do not agree, else says how they do), then time.
+    """Measure the memory of each side, run `check`, then measure the time.
 
-    Memory comes first: a child must begin before its parent has threads.
+    `check` raises if the sides differ, and returns a note about how close they are. Memory comes first, because a process must be
+    forked before it has threads.
     """
     pairs = [pair for pair in pairs if options.only in pair.what]
-    short = [
-        [pair.what, *["-"] * 5, f"not run: {pair.room:.0f} GB of memory are needed, {free():.0f} free"]
+    too_large = [
+        [pair.what, *["-"] * 5, f"not run: {pair.room:.0f} GB of memory are needed, {read_free_memory():.0f} free"]
         for pair in pairs
-        if pair.room > free()
+        if pair.room > read_free_memory()
     ]
-    pairs = [pair for pair in pairs if pair.room <= free()]
-    memory = [(peak(pair.ours), peak(pair.peer)) for pair in pairs]
+    pairs = [pair for pair in pairs if pair.room <= read_free_memory()]
+    memory = [(measure_peak(pair.ours), measure_peak(pair.peer)) for pair in pairs]
     note = check()
     print(note)
     rows = []
     for pair, (mine, theirs) in zip(pairs, memory):
         steps = pair.steps or options.steps
         runs = {"ours": pair.ours(), "peer": pair.peer()}
-        times = race(
+        times = time_in_turns(
             {side: lambda run=run, steps=steps: run(steps) for side, run in runs.items()}, options.rounds, options.seconds
         )
         amounts = (pair.amount, pair.others or pair.amount)
         speed = [amount * steps / min(times[side]) for side, amount in zip(("ours", "peer"), amounts)]
-        best, low, high = (amounts[0] / amounts[1] * x for x in ratio(times, "ours", "peer"))
+        best, low, high = (amounts[0] / amounts[1] * x for x in compute_ratio(times, "ours", "peer"))
         rows.append(
             [
                 pair.what,
-                *map(figure, speed),
+                *map(format_figure, speed),
                 f"{best:.2f}",
                 f"{low:.2f} to {high:.2f}",
                 f"{mine:.0f} / {theirs:.0f}",
                 f"{theirs / mine:.2f}" if mine > 0 else "-",
             ]
         )
-        print(" | ".join(rows[-1]), flush=True)  # who has not the time for all of them sees what there is
+        print(" | ".join(rows[-1]), flush=True)  # shown at once, since all lines may take long
         del runs
         gc.collect()
     report(
         title,
         ["", f"ours, {unit}/s", f"{peer}, {unit}/s", "ratio", "rounds", "MB, ours / peer", "ratio"],
-        rows + short,
+        rows + too_large,
         options.save,
         note,
     )
 
 
-def figure(x: float) -> str:
-    """Three digits, thousands apart."""
+def format_figure(x: float) -> str:
+    """Return a number with three digits, or with thousands separated."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def peak(make: Callable[[], Run]) -> float:
-    """Megabytes that making something and two steps of it take at most, beyond what the imports of the script take; NaN
-    where the system does not say.
+def measure_peak(make: Callable[[], Run]) -> float:
+    """Return the peak memory of building a side and two of its steps in MB, without that of imports; NaN on systems without /proc.
 
-    In a fork of this process, whose own peak the kernel counts anew (VmHWM; `ru_maxrss` would begin at the parent's).
+    The side runs in a fork of this process, whose peak starts at its current memory (VmHWM; `ru_maxrss` would start at the parent's
+    peak).
     """
     if not Path("/proc/self/status").exists():
         return float("nan")
-    import torch._dynamo  # noqa: F401   the first step of any optimiser imports it, in either side
+    import torch._dynamo  # noqa: F401  imported by the first step of any optimizer
 
     from fieldguide.models.registry import cards
 
     cards()  # imports all model files
 
     def child(pipe) -> None:
-        before = resident()
+        before = read_peak()
         make()(2)
-        pipe.send(resident() - before)
+        pipe.send(read_peak() - before)
 
     gc.collect()
     context = multiprocessing.get_context("fork")
@@ -187,32 +196,37 @@ def peak(make: Callable[[], Run]) -> float:
     try:
         return receiver.recv()
     except EOFError:
-        raise SystemExit("a side failed while its memory was measured: see above") from None
+        raise SystemExit("a process failed while its memory was measured: see above") from None
     finally:
         process.join()
 
 
-def resident() -> float:
-    """Most megabytes that this process has held in memory."""
+def read_peak() -> float:
+    """Return the peak memory of this process in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
-def count(*models: nn.Module) -> str:
-    """Parameters of ours and of the peer."""
+def describe_sizes(*models: nn.Module) -> str:
+    """Return a sentence with the numbers of parameters of ours and the peer."""
     ours, peer = (sum(p.numel() for p in model.parameters()) for model in models)
     return f"Parameters: {ours:,} ours, {peer:,} the peer's."
 
 
-def agree(what: str, ours: torch.Tensor, peer: torch.Tensor, within: float = 1e-4) -> str:
-    """Asserts that two answers are the same but for rounding, in parts of their deviation; says so."""
+def check_equal(what: str, ours: torch.Tensor, peer: torch.Tensor, within: float = 1e-4) -> str:
+    """Return a sentence about the largest difference of two outputs.
+
+    Raises `AssertionError` if it exceeds a fraction `within` of their standard deviation.
+    """
     gap, size = (ours - peer).abs().max().item(), peer.std().item()
-    assert ours.shape == peer.shape and gap < within * size, f"{what} differ by {gap:.1e}, their deviation is {size:.1e}"
-    return f"Same weights, same {what}: largest difference {gap:.1e}, deviation {size:.2g}."
+    assert ours.shape == peer.shape and gap < within * size, (
+        f"{what} differ by {gap:.1e}, their standard deviation is {size:.1e}"
+    )
+    return f"Same weights, same {what}: largest difference {gap:.1e}, standard deviation {size:.2g}."
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table, its columns aligned."""
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table with aligned columns."""
     cells = [[str(c) for c in row] for row in rows]
     widths = [max(len(r[i]) for r in [list(columns), *cells]) for i in range(len(columns))]
     line = lambda row: "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |"
@@ -220,29 +234,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], save: bool, note: str = "") -> None:
-    """Prints a table and, where asked, adds it to the book of results with date, commit and machine."""
-    text = table(columns, rows) + (f"\n\n{note}" if note else "")
+    """Print a table and, with `save`, append it to RESULTS.md with date, commit and machine."""
+    text = format_table(columns, rows) + (f"\n\n{note}" if note else "")
     print(text)
     if save:
-        head = f"\n## {title}\n\n{datetime.date.today()}, commit {commit()}, {machine()}, torch {torch.__version__}\n\n"
-        with RESULTS.open("a") as book:
-            book.write(head + text + "\n")
+        head = f"\n## {title}\n\n{datetime.date.today()}, commit {read_commit()}, {describe_machine()}, torch {torch.__version__}\n\n"
+        with RESULTS.open("a") as file:
+            file.write(head + text + "\n")
 
 
-def arguments(about: str, steps: int | None = None, rounds: int = 5) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; with `steps`, also what `compare` does."""
+def make_parser(about: str, steps: int | None = None, rounds: int = 5) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark and, if `steps` is given, those of `compare`."""
     parser = argparse.ArgumentParser(description=about)
     if steps:
         parser.add_argument("--steps", type=int, default=steps, help="steps of a round")
         parser.add_argument("--rounds", type=int, default=rounds)
-        parser.add_argument("--seconds", type=float, default=40, help="after which a line begins no third round")
-        parser.add_argument("--only", default="", help="lines with these words alone")
+        parser.add_argument("--seconds", type=float, default=40, help="after which no round starts, except the first three")
+        parser.add_argument("--only", default="", help="run only lines that contain this text")
     parser.add_argument("--save", action="store_true", help="add the result to RESULTS.md")
     parser.add_argument("--threads", type=int, help="threads of torch; default: all cores")
     return parser
 
 
-def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, and set the number of threads."""
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

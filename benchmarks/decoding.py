@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import agree, arguments, begin, count, figure, race, report
-from nets import Net
+from common import check_equal, describe_sizes, format_figure, make_parser, parse_options, report, time_in_turns
+from nets import LanguageNetwork
 from torch import Tensor, nn
 
 import fieldguide
@@ -131,7 +131,7 @@ def measure_size(
     runs = {name: lambda name=name, run=run: outputs.__setitem__(name, run(options.tokens)) for name, run in ways.items()}
     for run in ways.values():
         run(3)  # warm-up
-    times = race(runs, options.rounds, warm=False)
+    times = time_in_turns(runs, options.rounds, warm=False)
     peers = min(min(seconds) for name, seconds in times.items() if name.startswith("transformers"))
     lines = []
     for name, seconds in times.items():
@@ -141,7 +141,7 @@ def measure_size(
             [
                 f"{size}, {rows} at a time",
                 name,
-                figure(rows / step),
+                format_figure(rows / step),
                 f"{1000 * step:.1f}",
                 f"{min(times['transformers']) / min(seconds):.2f}",
                 f"{peers / min(seconds):.2f}",
@@ -155,21 +155,21 @@ def measure_size(
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="gpt2,smollm2-135m")
     parser.add_argument("--rows", default="1,8", help="rows per batch")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--weights", type=Path, help="a checkpoint of one of the sizes")
     parser.add_argument("--compiled", action="store_true", help="also measure the compiled peer")
-    options = begin(parser)
+    options = parse_options(parser)
     torch.manual_seed(0)
     speeds = measure_bandwidth()
     notes, lines = [f"Memory: {speeds[0] / 1e9:.1f} GB/s summed, {speeds[1] / 1e9:.1f} multiplied."], []
     given = fieldguide.load(options.weights).eval() if options.weights else None
     for size in options.sizes.split(","):
-        net = Net(size, 1, 64)
-        peer, model = net.theirs().eval(), fieldguide.create(size).eval()
+        net = LanguageNetwork(size, 1, 64)
+        peer, model = net.build_peer().eval(), fieldguide.create(size).eval()
         real = given is not None and given.config == model.config
         if real:
             model = given
@@ -179,7 +179,7 @@ def main() -> None:
             assert not weights.load(model, peer.state_dict())
         row = net.batch()["tokens"]
         with torch.inference_mode():
-            notes.append(f"{size}: {count(model, peer)} {agree('logits', model(row), peer(row).logits)}")
+            notes.append(f"{size}: {describe_sizes(model, peer)} {check_equal('logits', model(row), peer(row).logits)}")
         small = quantize_int8(copy.deepcopy(model))
         for rows in map(int, options.rows.split(",")):
             found, note = measure_size(size, rows, model, small, peer, max(speeds), options)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, commit, report
+from common import make_parser, read_commit, report
 
 from fieldguide import read
 from fieldguide.automl.build_plan import Plan, build_plan
@@ -220,7 +220,7 @@ class Book:
         """Return the entry, which `make` computes if it is not there yet."""
         if self.key(what) not in self.entries:
             started = time.process_time()
-            entry = {**what, **make(), "cpu_seconds": round(time.process_time() - started, 1), "commit": commit()}
+            entry = {**what, **make(), "cpu_seconds": round(time.process_time() - started, 1), "commit": read_commit()}
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             self.entries[self.key(what)] = entry
@@ -306,7 +306,7 @@ def compare(case: Case, book: Book, options: Any) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument(
         "--folder", type=Path, default=Path("build/defaults"), help="of the results so far, and of unpacked data"
     )

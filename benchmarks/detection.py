@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 
 import torch
-from common import Pair, Run, agree, arguments, begin, compare, count
-from loops import LIKE, answers, fixed, recipe, stepped, trainer
+from common import Pair, Run, check_equal, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, read_recipe, repeat_batches, run_inference, run_plain_steps, run_trainer
 from torch import Tensor, nn
 
 from fieldguide import create
@@ -36,11 +36,11 @@ SIDE, BATCH, BOXES, CLASSES = 320, 8, 8, 80
 OVERLAP, MOST = 0.7, 300
 
 
-def images(rows: int) -> Tensor:
+def make_images(rows: int) -> Tensor:
     return torch.rand(rows, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
-def truth() -> tuple[Tensor, Tensor]:  # B N 4 in pixels, B N
+def make_truth() -> tuple[Tensor, Tensor]:  # B N 4 in pixels, B N
     chance = torch.Generator().manual_seed(1)
     middle, side = (torch.rand(BATCH, BOXES, 2, generator=chance) for _ in range(2))
     boxes = torch.cat([middle - 0.05 - 0.2 * side, middle + 0.05 + 0.2 * side], -1).clamp(0, 1) * SIDE
@@ -48,11 +48,10 @@ def truth() -> tuple[Tensor, Tensor]:  # B N 4 in pixels, B N
 
 
 @torch.no_grad()
-def theirs() -> nn.Module:
-    """With a head that says different things of different places, as a trained one does: of 80 classes at 2,100 places
-    about sixty a picture above 0.25."""
+def build_peer() -> nn.Module:
+    """Return the peer with a head whose outputs vary over places as those of a trained one: about 60 boxes an image above 0.25."""
     torch.manual_seed(0)
-    model, x = DetectionModel("yolov8n.yaml", ch=3, nc=CLASSES, verbose=False), images(4)
+    model, x = DetectionModel("yolov8n.yaml", ch=3, nc=CLASSES, verbose=False), make_images(4)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # statistics of this batch
@@ -67,69 +66,69 @@ def theirs() -> nn.Module:
     return model
 
 
-def like(model: nn.Module) -> nn.Module:
-    """Ours, with the peer's weights."""
+def copy_peer_weights(model: nn.Module) -> nn.Module:
+    """Return our network with the peer's weights."""
     mine = create("yolov8n", num_classes=CLASSES)
     assert not weights.load(mine, model.state_dict())
     return mine
 
 
 def train(**settings: object) -> Run:
-    boxes, labels = truth()
-    batch = {"image": images(BATCH), "boxes": boxes, "labels": labels}
-    return trainer(Detection(create("yolov8n", num_classes=CLASSES)), fixed(batch), 1, **settings)
+    boxes, labels = make_truth()
+    batch = {"image": make_images(BATCH), "boxes": boxes, "labels": labels}
+    return run_trainer(Detection(create("yolov8n", num_classes=CLASSES)), repeat_batches(batch), 1, **settings)
 
 
 def peer(**settings: object) -> Run:
-    boxes, labels = truth()
+    boxes, labels = make_truth()
     wide = torch.cat([boxes[..., :2] + boxes[..., 2:], 2 * (boxes[..., 2:] - boxes[..., :2])], -1) / (2 * SIDE)
     batch = {
-        "img": images(BATCH),
+        "img": make_images(BATCH),
         "bboxes": wide.flatten(0, 1),
         "cls": labels.flatten()[:, None].float(),
         "batch_idx": torch.arange(BATCH).repeat_interleave(BOXES).float(),
     }
     model = DetectionModel("yolov8n.yaml", ch=3, nc=CLASSES, verbose=False)
     model.args = get_cfg()
-    return stepped(model, lambda b: model.loss(b)[0].sum(), [batch], **settings)
+    return run_plain_steps(model, lambda b: model.loss(b)[0].sum(), [batch], **settings)
 
 
-def found(model: nn.Module, x: Tensor, confidence: float) -> list[Tensor]:
-    """Boxes, scores, labels (D 6) of each picture, by either side, as each scores a validation part."""
+def find_boxes(model: nn.Module, x: Tensor, confidence: float) -> list[Tensor]:
+    """Return boxes, scores and labels (D 6) of each image by the network of either side."""
     if isinstance(model, DetectionModel):
         return non_max_suppression(model(x), confidence, OVERLAP, multi_label=True, max_det=MOST)
-    said = Detection(model, confidence=confidence, overlap=OVERLAP, max_detections=MOST).outputs({"image": x})
-    rows = torch.cat([said["boxes"], said["scores"][..., None], said["labels"][..., None]], -1)
+    output = Detection(model, confidence=confidence, overlap=OVERLAP, max_detections=MOST).outputs({"image": x})
+    rows = torch.cat([output["boxes"], output["scores"][..., None], output["labels"][..., None]], -1)
     return [row[row[:, 4] > 0] for row in rows]
 
 
 def answer(side: str, confidence: float, fused: bool = False) -> Run:
-    model, x = theirs(), images(BATCH)
-    model = like(model) if side == "ours" else model.eval().fuse(verbose=False) if fused else model
-    return answers(model, lambda: found(model, x, confidence))
+    model, x = build_peer(), make_images(BATCH)
+    model = copy_peer_weights(model) if side == "ours" else model.eval().fuse(verbose=False) if fused else model
+    return run_inference(model, lambda: find_boxes(model, x, confidence))
 
 
 def check() -> str:
-    model, x = theirs().eval(), images(2)
-    mine = like(model).eval()
+    model, x = build_peer().eval(), make_images(2)
+    mine = copy_peer_weights(model).eval()
     with torch.inference_mode():
         want = model(x)[0].mT
         boxes, _, logits = decode(mine(x), mine.bins, *make_grid(SIDE, SIDE, mine.strides, x.device))
         middle, side = want[..., :4].chunk(2, -1)
         notes = [
-            count(mine, model),
-            agree("boxes", boxes, torch.cat([middle - side / 2, middle + side / 2], -1)),
-            agree("probabilities", logits.sigmoid(), want[..., 4:]),
+            describe_sizes(mine, model),
+            check_equal("boxes", boxes, torch.cat([middle - side / 2, middle + side / 2], -1)),
+            check_equal("probabilities", logits.sigmoid(), want[..., 4:]),
         ]
         above = [(want[..., 4:] > least).sum().item() // len(x) for least in (0.25, 0.001)]
-        kept, others = (torch.cat(found(network, x, 0.25)) for network in (mine, model))
+        kept, others = (torch.cat(find_boxes(network, x, 0.25)) for network in (mine, model))
         others[:, :4].clamp_(0, SIDE)  # the peer leaves that to a later step
-        notes.append(agree("boxes left above 0.25", kept, others))
+        notes.append(check_equal("boxes left above 0.25", kept, others))
     return " ".join([*notes, f"Candidates a picture: {above[0]:,} above 0.25 and {above[1]:,} above 0.001."])
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=2, rounds=4))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=2, rounds=4))
     compare(
         f"YOLOv8n, {SIDE} x {SIDE}, batch {BATCH}",
         "pictures",
@@ -138,7 +137,7 @@ def main() -> None:
             Pair(
                 "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
             ),
-            Pair("training, defaults", lambda: train(**recipe("yolov8n")), lambda: peer(lr=1e-3), BATCH),
+            Pair("training, defaults", lambda: train(**read_recipe("yolov8n")), lambda: peer(lr=1e-3), BATCH),
             Pair("answers above 0.25, like for like", lambda: answer("ours", 0.25), lambda: answer("peer", 0.25), BATCH),
             Pair("answers above 0.25, defaults", lambda: answer("ours", 0.25), lambda: answer("peer", 0.25, fused=True), BATCH),
             Pair("answers above 0.001, like for like", lambda: answer("ours", 0.001), lambda: answer("peer", 0.001), BATCH),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from common import arguments, begin, report
+from common import make_parser, parse_options, report
 from real_data import prepare
 
 import fieldguide
@@ -21,12 +21,12 @@ DATA = ("bccd", "scattered")
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--data", nargs="*", default=list(DATA), choices=list(DATA))
     parser.add_argument("--minutes", type=float, default=3.0, help="of each fit")
     parser.add_argument("--seed", type=int, default=0)
-    options = begin(parser)
+    options = parse_options(parser)
     rows = []
     for data in options.data:
         source = prepare() / data if data == "bccd" else data

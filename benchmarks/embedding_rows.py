@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 import torch
-from common import arguments, begin, report
+from common import make_parser, parse_options, report
 
 from fieldguide import create
 from fieldguide.core.settings import Settings
@@ -45,7 +45,7 @@ def measure(rows: int, kind: str, rounds: int) -> list[float]:
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0]))
+    options = parse_options(make_parser(__doc__.splitlines()[0]))
     best = {(kind, rows): 1000 * min(measure(rows, kind, STEPS)) for rows in ROWS for kind in KINDS}
     rows = [
         [words, *(f"{best[kind, n]:.1f}" for n in ROWS), f"{best[kind, ROWS[-1]] / best[kind, ROWS[0]]:.1f}"]

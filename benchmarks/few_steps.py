@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from common import arguments, begin, report
-from loops import recipe
+from common import make_parser, parse_options, report
+from loops import read_recipe
 from safetensors.torch import load_file, save_file
 from samplers import BATCH, CLASSES, SIZE, SMALL, Judge, draw, read, show, train
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ TESTED = 2000  # real test images that are classified
 
 
 def distill(teacher: nn.Module, schedule: str, steps: int, lr: float, folder: Path, rest: str, **options: object) -> nn.Module:
-    """The distilled student, from the folder if it is there."""
+    """Return the distilled student, from the folder if it is there."""
     path, student = folder / f"{schedule}-{rest}-student-{steps}.safetensors", create(SIZE, **SMALL)
     if not path.exists():
         images, label = read("train")
@@ -47,7 +47,7 @@ def distill(teacher: nn.Module, schedule: str, steps: int, lr: float, folder: Pa
             "batch": BATCH,
             "channels_last": False,
             "steps": steps,
-            **recipe(SIZE),
+            **read_recipe(SIZE),
             "optimizer": "adamw",
             "lr": lr,
         }
@@ -61,14 +61,14 @@ def distill(teacher: nn.Module, schedule: str, steps: int, lr: float, folder: Pa
 
 
 def classify(images: Tensor, label: Tensor) -> float:
-    """The accuracy on real images of a CNN that is trained on these."""
+    """Return the accuracy on real images of a CNN that is trained on these."""
     pupil = generative.train_classifier(images.clamp(-1, 1), label - 1, CLASSES, steps=800)
     real, wanted = (x[:TESTED] for x in read("t10k"))
     return float((generative.extract_features(pupil, real, return_classes=True) == (wanted - 1).numpy()).mean())
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500, help="training steps of the teacher")
     parser.add_argument("--distill", type=int, default=500, help="training steps of the student")
     parser.add_argument("--images", type=int, default=500, help="images made by each sampler")
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4, help="of AdamW, for the student")
     parser.add_argument("--levels", type=int, nargs=2, default=(8, 8), help="noise levels at the start and at the end")
     parser.add_argument("--solver", default="ddim", help="of the teacher: ddim or heun")
-    options = begin(parser)
+    options = parse_options(parser)
     teacher, judge = train(options.process, options.steps, options.folder), Judge(options.images)
     student = distill(
         teacher,

@@ -55,12 +55,12 @@ def load_curves(path: Path) -> list[dict[str, Any]]:
         line["architecture"] = registry.find(line["model"])[0].name
         found.append(line)
     for line in found:
-        solved = [other["skill"] for other in found if other["solver"] and key_of(other) == key_of(line)]
+        solved = [other["skill"] for other in found if other["solver"] and make_key(other) == make_key(line)]
         line["baseline"] = round(max(solved), 4) if solved else None
     return found
 
 
-def key_of(line: dict[str, Any]) -> tuple[str, int]:
+def make_key(line: dict[str, Any]) -> tuple[str, int]:
     return line["data"], line["rows"]
 
 

@@ -18,8 +18,8 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from common import Pair, Run, agree, arguments, begin, compare, count
-from loops import LIKE, answers, ours, plain, recipe
+from common import Pair, Run, check_equal, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, read_recipe, run_inference, run_ours, run_plain
 from torch import Tensor, nn
 
 from fieldguide import create
@@ -35,7 +35,7 @@ PAST, FUTURE = (
 
 
 class Theirs(nn.Module):
-    """neuralforecast's network behind our shapes: B T 1 -> B H."""
+    """The network of neuralforecast with our shapes: B T 1 -> B H."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,27 +75,27 @@ def check() -> str:
     left = weights.load(model, {f"model.{name}": x for name, x in theirs.model.state_dict().items()})
     assert not left, left
     with torch.inference_mode():
-        said, other = model.eval()(PAST[:64])[:, :, 0, 0], theirs.eval()(PAST[:64])
-    return f"{count(model, theirs)} {agree('forecasts', said, other)}"
+        output, other = model.eval()(PAST[:64])[:, :, 0, 0], theirs.eval()(PAST[:64])
+    return f"{describe_sizes(model, theirs)} {check_equal('forecasts', output, other)}"
 
 
 def train(quantiles: tuple[float, ...] = (), **settings: object) -> Run:
     model = create("patchtst-etth1", values=1 + len(quantiles))
     objective = Forecast(model, ("series",), quantiles) if quantiles else Forecast(model, ("series",), normalise=False)
-    return ours(model, ("series",), Batches(ROWS, make), BATCH, objective, **settings)
+    return run_ours(model, ("series",), Batches(ROWS, make), BATCH, objective, **settings)
 
 
 def peer(**settings: object) -> Run:
     batches = [{**(b := make(np.arange(i, i + BATCH))), "target": b["target"][..., 0]} for i in range(0, ROWS, BATCH)]
-    return plain(Theirs(), ("series",), batches, loss=nn.functional.l1_loss, **settings)
+    return run_plain(Theirs(), ("series",), batches, loss=nn.functional.l1_loss, **settings)
 
 
 def answer(model: nn.Module) -> Run:
-    return answers(model, lambda: model(PAST[:BATCH]))
+    return run_inference(model, lambda: model(PAST[:BATCH]))
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=4))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=4))
     logging.disable(logging.WARNING)
     try:
         Theirs()
@@ -110,7 +110,7 @@ def main() -> None:
             Pair(
                 "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
             ),
-            Pair("training, defaults", lambda: train(QUANTILES, **recipe("patchtst-etth1")), lambda: peer(lr=1e-3), BATCH),
+            Pair("training, defaults", lambda: train(QUANTILES, **read_recipe("patchtst-etth1")), lambda: peer(lr=1e-3), BATCH),
             Pair("inference", lambda: answer(create("patchtst-etth1")), lambda: answer(Theirs()), BATCH),
         ],
         options,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import commit, machine
+from common import describe_machine, read_commit
 from PIL import Image
 from samplers import read
 
@@ -99,7 +99,7 @@ def measure(title: str, seed: int, minutes: float, data: Path) -> dict[str, Any]
         "steps": record["settings"].get("steps") or record["cost"].get("steps"),
         "calls": 1 if run.signature.loop is None else run.task.PredictOptions().steps,
         "seconds_per_image": seconds,
-        "commit": commit(),
+        "commit": read_commit(),
         **{name: run.scores[name] for name in SCORES if name in run.scores},
     }
 
@@ -171,10 +171,10 @@ def main() -> None:
         shutil.rmtree(data)
     rows = [row for row in done if row["minutes"] == options.minutes and row["seed"] in options.seeds]
     table = summarize(rows)
-    print(f"{machine()}\n\n{table}")
+    print(f"{describe_machine()}\n\n{table}")
     if options.page:
         training = float(np.mean([row["training"] for row in rows]))
-        head = HEAD.format(minutes=options.minutes, training=training, seeds=len(options.seeds), machine=machine())
+        head = HEAD.format(minutes=options.minutes, training=training, seeds=len(options.seeds), machine=describe_machine())
         PAGE.write_text(f"{head}{conclude(rows)}{table}\n{LEGEND}", encoding="utf-8")
 
 

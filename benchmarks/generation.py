@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 import torch
-from common import Pair, Run, agree, arguments, begin, compare, count
-from loops import LIKE, answers, fixed, ours, recipe, stepped
+from common import Pair, Run, check_equal, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, read_recipe, repeat_batches, run_inference, run_ours, run_plain_steps
 from torch import nn
 
 from fieldguide import create
@@ -27,7 +27,7 @@ PROMPT, MOST = 32, 32
 SIZES = {"gpt2-mini": (4, 128), "gpt2": (2, 128)}  # rows and tokens of a training batch
 
 
-def theirs(size: str) -> nn.Module:
+def build_peer(size: str) -> nn.Module:
     with torch.device("meta"):
         c = create(size).config
     return transformers.GPT2LMHeadModel(
@@ -47,12 +47,12 @@ def theirs(size: str) -> nn.Module:
     )
 
 
-def tokens(rows: int, length: int, vocab: int = 8192) -> torch.Tensor:
+def make_tokens(rows: int, length: int, vocab: int = 8192) -> torch.Tensor:
     return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def said(model: nn.Module, prompts: torch.Tensor) -> torch.Tensor:
-    """Greedy, by either side."""
+def compute_output(model: nn.Module, prompts: torch.Tensor) -> torch.Tensor:
+    """Return greedy completions by the network of either side."""
     if isinstance(model, transformers.GPT2LMHeadModel):
         return model.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MOST, do_sample=False, pad_token_id=0
@@ -61,31 +61,36 @@ def said(model: nn.Module, prompts: torch.Tensor) -> torch.Tensor:
 
 
 def check() -> str:
-    notes, prompts = [], tokens(2, PROMPT)
+    notes, prompts = [], make_tokens(2, PROMPT)
     for size in SIZES:
-        peer, model = theirs(size).eval(), create(size).eval()
+        peer, model = build_peer(size).eval(), create(size).eval()
         assert not weights.load(model, peer.state_dict())
         with torch.inference_mode():
-            notes.append(f"{size}: {count(model, peer)} {agree('logits', model(prompts), peer(prompts).logits)}")
-        assert torch.equal(said(model, prompts), said(peer, prompts)), "other tokens are generated"
+            notes.append(f"{size}: {describe_sizes(model, peer)} {check_equal('logits', model(prompts), peer(prompts).logits)}")
+        assert torch.equal(compute_output(model, prompts), compute_output(peer, prompts)), "other tokens are generated"
     return "\n".join([*notes, "The tokens generated are the same."])
 
 
 def train(size: str, shape: tuple[int, int], **settings: object) -> Run:
     model = create(size)
-    x = tokens(shape[0], shape[1] + 1, model.config.vocab_size)
-    return ours(
-        model, ("tokens",), fixed({"tokens": x[:, :-1], "target": x[:, 1:]}), 1, NextToken(model, ("tokens",)), **settings
+    x = make_tokens(shape[0], shape[1] + 1, model.config.vocab_size)
+    return run_ours(
+        model,
+        ("tokens",),
+        repeat_batches({"tokens": x[:, :-1], "target": x[:, 1:]}),
+        1,
+        NextToken(model, ("tokens",)),
+        **settings,
     )
 
 
 def peer(size: str, shape: tuple[int, int], **settings: object) -> Run:
-    model = theirs(size)
-    return stepped(model, lambda x: model(x, labels=x).loss, [tokens(*shape, model.config.vocab_size)], **settings)
+    model = build_peer(size)
+    return run_plain_steps(model, lambda x: model(x, labels=x).loss, [make_tokens(*shape, model.config.vocab_size)], **settings)
 
 
 def answer(model: nn.Module, rows: int) -> Run:
-    return answers(model, lambda: said(model, tokens(rows, PROMPT)))
+    return run_inference(model, lambda: compute_output(model, make_tokens(rows, PROMPT)))
 
 
 def pairs(size: str, shape: tuple[int, int]) -> list[Pair]:
@@ -100,7 +105,7 @@ def pairs(size: str, shape: tuple[int, int]) -> list[Pair]:
             Pair(
                 f"{size}, generation, {many} at a time",
                 lambda many=many: answer(create(size), many),
-                lambda many=many: answer(theirs(size), many),
+                lambda many=many: answer(build_peer(size), many),
                 many * MOST,
             )
             for many in (1, 8)
@@ -109,7 +114,7 @@ def pairs(size: str, shape: tuple[int, int]) -> list[Pair]:
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=1, rounds=3))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=1, rounds=3))
     torch.manual_seed(0)
     small, shape = "gpt2-micro", (16, 256)
     compare(
@@ -120,7 +125,7 @@ def main() -> None:
             *(pair for size in SIZES for pair in pairs(size, SIZES[size])),
             Pair(
                 f"{small}, training, defaults",
-                lambda: train(small, shape, **recipe(small)),
+                lambda: train(small, shape, **read_recipe(small)),
                 lambda: peer(small, shape, lr=1e-3),
                 math.prod(shape),
             ),

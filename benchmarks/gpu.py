@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from common import arguments, begin, figure, free, report
+from common import format_figure, make_parser, parse_options, read_free_memory, report
 from decoding import PROMPT, count_bytes_per_step
-from nets import Net, Picture, pictures, writers
+from nets import ImageNetwork, LanguageNetwork, list_image_networks, list_text_networks
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,7 +47,7 @@ AGREE = 1e-3  # of the deviation of answers: sums are made in another order
 
 
 class Timer:
-    """Seconds of work on a device, best of a few; the device's queue is emptied before and after."""
+    """Measures the seconds of work on a device: best of a few, synchronized before and after."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -70,8 +70,8 @@ class Timer:
         return best
 
 
-def peaks(device: torch.device, timer: Timer, tiny: bool) -> dict[str, float]:
-    """What the device does at best: multiply-adds a second, times two, by precision, and bytes read a second."""
+def measure_peak_rates(device: torch.device, timer: Timer, tiny: bool) -> dict[str, float]:
+    """Return the peak rates of the device: operations per second by precision, and bytes read per second."""
     side, found = 256 if tiny else 8192, {}
     for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a = torch.randn(side, side, device=device, dtype=kind)
@@ -80,12 +80,12 @@ def peaks(device: torch.device, timer: Timer, tiny: bool) -> dict[str, float]:
     return found | {"bytes": large.nbytes / timer(large.sum, 10)}
 
 
-def moved(net: Net, device: torch.device) -> dict[str, Tensor]:
+def make_batch_on(net: LanguageNetwork, device: torch.device) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in net.batch().items()}
 
 
-def right(net: Net, device: torch.device) -> str:
-    """That float32 on the device is what it is on the CPU."""
+def check_device(net: LanguageNetwork, device: torch.device) -> str:
+    """Return a sentence about the difference between float32 on the device and on the CPU."""
     model = create(net.size, **net.like | net.brief).eval()
     batch = {name: x[:2] for name, x in net.batch().items()}
     with torch.inference_mode():
@@ -96,14 +96,14 @@ def right(net: Net, device: torch.device) -> str:
     return f"{net.size}: float32 on {device.type} and CPU differ by {gap:.0e} deviations at most."
 
 
-def work(net: Net) -> float:
-    """Multiply-adds, times two, of an answer to one batch."""
+def count_operations(net: LanguageNetwork) -> float:
+    """Return the operations of a forward pass: multiply-adds, times two."""
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        net.answer(net.empty().eval(), moved(net, torch.device("meta")))
+        net.answer(net.empty().eval(), make_batch_on(net, torch.device("meta")))
     return counter.get_total_flops()
 
 
-def steps(model: nn.Module, loss: Callable[[], Tensor], scope: Callable) -> Callable[[], object]:
+def build_step(model: nn.Module, loss: Callable[[], Tensor], scope: Callable) -> Callable[[], object]:
     made = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -117,8 +117,8 @@ def steps(model: nn.Module, loss: Callable[[], Tensor], scope: Callable) -> Call
     return step
 
 
-def lines(
-    net: Net,
+def time_network(
+    net: LanguageNetwork,
     compiled: str,
     device: torch.device,
     timer: Timer,
@@ -126,16 +126,18 @@ def lines(
     plain: dict[tuple, float],
     options: argparse.Namespace,
 ) -> Iterator[list[str]]:
-    """One network, ours and the peer; `compiled` by this backend, then in bfloat16 alone. `plain` holds the peers' seconds as
-    they are, to which all others are compared."""
-    batch, flops = moved(net, device), work(net)
-    sides = ("ours",) if options.tiny and isinstance(net, Picture) else ("peer", "ours")
+    """Yield rows about one network, ours and the peer; with the backend `compiled` in bfloat16 only.
+
+    `plain` holds the seconds of the uncompiled peer, to which all others are compared.
+    """
+    batch, flops = make_batch_on(net, device), count_operations(net)
+    sides = ("ours",) if options.tiny and isinstance(net, ImageNetwork) else ("peer", "ours")
     for precision in ("bfloat16",) if compiled else ("float32", "bfloat16"):
         for what, factor in (("answers", 1), ("training", 3)):
             for who in sides:
                 if time.monotonic() > options.until:
                     raise TimeoutError
-                seconds = timer(runner(net, who, compiled, what, precision, batch, device), 1 if options.tiny else 10)
+                seconds = timer(build_runner(net, who, compiled, what, precision, batch, device), 1 if options.tiny else 10)
                 if who == "peer" and not compiled:
                     plain[net.size, what, precision] = seconds
                 memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan")
@@ -143,7 +145,7 @@ def lines(
                     net.size,
                     f"{what}, {precision}",
                     who + (", compiled" if compiled else ""),
-                    figure(net.amount / seconds),
+                    format_figure(net.amount / seconds),
                     f"{plain.get((net.size, what, precision), float('nan')) / seconds:.2f}",
                     f"{memory:,.0f}",
                     f"{100 * factor * flops / seconds / best[precision]:.0f} %",
@@ -153,14 +155,14 @@ def lines(
                 torch._dynamo.reset()
 
 
-def runner(
-    net: Net, who: str, compiled: str, what: str, precision: str, batch: dict[str, Tensor], device: torch.device
+def build_runner(
+    net: LanguageNetwork, who: str, compiled: str, what: str, precision: str, batch: dict[str, Tensor], device: torch.device
 ) -> Callable[[], object]:
-    """A step of one side."""
+    """Return a step of one side."""
     scope = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     torch.manual_seed(0)
     with device:  # numbers are drawn there, which is quicker
-        model = create(net.size, **net.like) if who == "ours" else net.theirs()
+        model = create(net.size, **net.like) if who == "ours" else net.build_peer()
     model.to(device).train(what == "training")
     if compiled:
         net.compile(model, compiled)
@@ -168,7 +170,7 @@ def runner(
         torch.cuda.reset_peak_memory_stats()
     if what == "training":
         objective = net.objective(model) if who == "ours" else None
-        return steps(model, lambda: objective(batch)["loss"] if objective else net.loss(model, batch), scope)
+        return build_step(model, lambda: objective(batch)["loss"] if objective else net.loss(model, batch), scope)
 
     def answer() -> None:
         with torch.inference_mode(), scope():
@@ -177,10 +179,12 @@ def runner(
     return answer
 
 
-def decoded(net: Net, device: torch.device, timer: Timer, best: dict[str, float], tokens: int) -> list[list[str]]:
-    """Greedy answers with a cache, ours and transformers' with its static one."""
+def time_decoding(
+    net: LanguageNetwork, device: torch.device, timer: Timer, best: dict[str, float], tokens: int
+) -> list[list[str]]:
+    """Return rows about greedy decoding with a cache, of ours and of transformers with its static cache."""
     rows = net.rows
-    peer, model = net.theirs().eval(), create(net.size, **net.like).eval()
+    peer, model = net.build_peer().eval(), create(net.size, **net.like).eval()
     assert not weights.load(model, peer.state_dict())
     peer, model = (x.to(device, torch.bfloat16) for x in (peer, model))
     prompts, out = net.tokens(rows, PROMPT).to(device), []
@@ -207,7 +211,7 @@ def decoded(net: Net, device: torch.device, timer: Timer, best: dict[str, float]
                 net.size,
                 f"{tokens} tokens greedily, {rows} at a time, bfloat16",
                 who,
-                figure(rows * tokens / taken),
+                format_figure(rows * tokens / taken),
                 f"{seconds['peer'] / taken:.2f}",
                 "-",
                 "-",
@@ -217,14 +221,14 @@ def decoded(net: Net, device: torch.device, timer: Timer, best: dict[str, float]
     return out
 
 
-def tiny(net: Net) -> Net:
-    """The same of a test size, of no peer's where it names pictures."""
-    small = replace(net, size=TINY[net.size], rows=2, length=32 if isinstance(net, Picture) else 12, brief={})
+def shrink(net: LanguageNetwork) -> LanguageNetwork:
+    """Return the same comparison with a test size; image networks have no peer then."""
+    small = replace(net, size=TINY[net.size], rows=2, length=32 if isinstance(net, ImageNetwork) else 12, brief={})
     return replace(small, length=getattr(small.empty().config, "image", small.length))
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="", help="these alone, parted by commas")
     parser.add_argument("--batch", type=int, default=64, help="pictures a step")
     parser.add_argument("--rows", type=int, default=16, help="rows of text a step; of Llama one")
@@ -234,21 +238,21 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor", help="what compiles")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="test sizes, and no peers of their own sizes: tries the script")
-    options = begin(parser)
+    options = parse_options(parser)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no GPU here. `--device cpu --tiny --backend eager` tries the script.")
     options.until, timer = time.monotonic() + options.seconds, Timer(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    nets = [*pictures(options.batch), *writers(options.rows, options.length)]
-    nets = [tiny(net) if options.tiny else net for net in nets if net.size in (options.sizes or net.size).split(",")]
-    best = peaks(device, timer, options.tiny)
+    nets = [*list_image_networks(options.batch), *list_text_networks(options.rows, options.length)]
+    nets = [shrink(net) if options.tiny else net for net in nets if net.size in (options.sizes or net.size).split(",")]
+    best = measure_peak_rates(device, timer, options.tiny)
     notes = [
         f"Measured peaks: {best['float32'] / 1e12:.1f} TFLOPS in float32, {best['bfloat16'] / 1e12:.1f} in bfloat16, "
-        f"{best['bytes'] / 1e9:,.0f} GB/s read; {free():.0f} GB of the host's memory free."
+        f"{best['bytes'] / 1e9:,.0f} GB/s read; {read_free_memory():.0f} GB of the host's memory free."
     ]
-    notes += [right(net, device) for net in nets]
+    notes += [check_device(net, device) for net in nets]
     print("\n".join(notes), flush=True)
     rows: list[list[str]] = []
     ways = [("", net) for net in nets] + [(options.backend, net) for net in nets if options.compile]
@@ -256,10 +260,10 @@ def main() -> None:
     try:
         for size in () if options.sizes else ("gpt2-test", "llama-test") if options.tiny else ("gpt2", "smollm2-135m"):
             for many in (1, 8):
-                net = Net(size, many, PROMPT, {"length": 32} if options.tiny else {})
-                rows += decoded(net, device, timer, best, 8 if options.tiny else 128)
+                net = LanguageNetwork(size, many, PROMPT, {"length": 32} if options.tiny else {})
+                rows += time_decoding(net, device, timer, best, 8 if options.tiny else 128)
         for compiled, net in ways:
-            for row in lines(net, compiled, device, timer, best, plain, options):
+            for row in time_network(net, compiled, device, timer, best, plain, options):
                 rows.append(row)
                 print(*row, sep=" | ", flush=True)
             todo.pop(0)

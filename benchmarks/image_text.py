@@ -11,8 +11,8 @@ that `fit` chooses by timing, against plain AdamW.
 from __future__ import annotations
 
 import torch
-from common import Pair, Run, agree, arguments, begin, compare, count
-from loops import LIKE, answers, fixed, recipe, stepped, trainer
+from common import Pair, Run, check_equal, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, read_recipe, repeat_batches, run_inference, run_plain_steps, run_trainer
 from torch import Tensor, nn
 
 import tv  # noqa: F401   open_clip needs torchvision
@@ -29,13 +29,13 @@ except ImportError as error:
 SIZE, BATCH = "clip-tiny", 32
 
 
-def new() -> nn.Module:
+def build_network() -> nn.Module:
     return create(SIZE)
 
 
-def theirs() -> nn.Module:
+def build_peer() -> nn.Module:
     with torch.device("meta"):
-        c = new().config
+        c = build_network().config
     return CLIP(
         c.embed,
         {"image_size": c.image, "patch_size": c.patch, "width": c.dim, "layers": c.depth, "head_width": c.dim // c.heads},
@@ -52,7 +52,7 @@ def theirs() -> nn.Module:
 
 
 def batch(shortest: int = 32) -> dict[str, Tensor]:
-    """The last of the tokens that count is the one that ends a text, of the highest number: there open_clip reads."""
+    """Return a batch. The last real token ends the text and has the highest id, which is where open_clip reads."""
     chance = torch.Generator().manual_seed(0)
     lengths = torch.randint(shortest, 33, (BATCH, 1), generator=chance)
     place = torch.arange(32)
@@ -63,43 +63,45 @@ def batch(shortest: int = 32) -> dict[str, Tensor]:
 
 def train(**settings: object) -> Run:
     b = batch()
-    return trainer(Contrastive(new()), fixed(b), 1, **settings)
+    return run_trainer(Contrastive(build_network()), repeat_batches(b), 1, **settings)
 
 
 def peer(**settings: object) -> Run:
-    model, loss = theirs(), ClipLoss()
+    model, loss = build_peer(), ClipLoss()
 
     def compared(b: dict[str, Tensor]) -> Tensor:
-        said = model(b["image"], b["tokens"])
-        return loss(said["image_features"], said["text_features"], said["logit_scale"])
+        output = model(b["image"], b["tokens"])
+        return loss(output["image_features"], output["text_features"], output["logit_scale"])
 
-    return stepped(model, compared, [batch()], **settings)
+    return run_plain_steps(model, compared, [batch()], **settings)
 
 
 def answer(model: nn.Module) -> Run:
     b = batch()
     if isinstance(model, CLIP):
-        return answers(
+        return run_inference(
             model, lambda: (model.encode_image(b["image"], normalize=True), model.encode_text(b["tokens"], normalize=True))
         )
-    return answers(model, lambda: (model.encode_image(b["image"]), model.encode_text(b["tokens"], b["mask"])))
+    return run_inference(model, lambda: (model.encode_image(b["image"]), model.encode_text(b["tokens"], b["mask"])))
 
 
 @torch.inference_mode()
 def check() -> str:
-    model, peer, b = new().eval(), theirs().eval(), batch(6)
+    model, peer, b = build_network().eval(), build_peer().eval(), batch(6)
     assert not weights.load(model, peer.state_dict())
     return " ".join(
         [
-            count(model, peer),
-            agree("vectors of pictures", model.encode_image(b["image"]), peer.encode_image(b["image"], normalize=True)),
-            agree("vectors of texts", model.encode_text(b["tokens"], b["mask"]), peer.encode_text(b["tokens"], normalize=True)),
+            describe_sizes(model, peer),
+            check_equal("vectors of pictures", model.encode_image(b["image"]), peer.encode_image(b["image"], normalize=True)),
+            check_equal(
+                "vectors of texts", model.encode_text(b["tokens"], b["mask"]), peer.encode_text(b["tokens"], normalize=True)
+            ),
         ]
     )
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=2, rounds=4))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=2, rounds=4))
     torch.manual_seed(0)
     compare(
         f"CLIP, {SIZE}, batch {BATCH}",
@@ -109,8 +111,8 @@ def main() -> None:
             Pair(
                 "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
             ),
-            Pair("training, defaults", lambda: train(**recipe(SIZE)), lambda: peer(lr=5e-4), BATCH),
-            Pair("vectors", lambda: answer(new()), lambda: answer(theirs()), BATCH),
+            Pair("training, defaults", lambda: train(**read_recipe(SIZE)), lambda: peer(lr=5e-4), BATCH),
+            Pair("vectors", lambda: answer(build_network()), lambda: answer(build_peer()), BATCH),
         ],
         options,
         check,

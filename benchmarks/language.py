@@ -13,18 +13,20 @@ together with one of the target.
 from __future__ import annotations
 
 import torch
-from common import arguments, begin, compare
-from nets import writers
+from common import compare, make_parser, parse_options
+from nets import list_text_networks
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], steps=1, rounds=3)
+    parser = make_parser(__doc__.splitlines()[0], steps=1, rounds=3)
     parser.add_argument("--sizes", default="", help="these alone, parted by commas")
     parser.add_argument("--batch", type=int, default=4, help="rows a step; of Llama always one")
     parser.add_argument("--length", type=int, default=128, help="tokens a row")
-    options = begin(parser)
+    options = parse_options(parser)
     torch.manual_seed(0)
-    nets = [net for net in writers(options.batch, options.length) if net.size in (options.sizes or net.size).split(",")]
+    nets = [
+        net for net in list_text_networks(options.batch, options.length) if net.size in (options.sizes or net.size).split(",")
+    ]
     compare(
         f"Text, {options.batch} rows of {options.length} tokens",
         "tokens",

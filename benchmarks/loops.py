@@ -1,4 +1,4 @@
-"""What the benchmarks share: our loop, a plain PyTorch loop over the same batches, and answers without gradients."""
+"""Loops that benchmarks time: our training loop, a plain PyTorch loop over the same batches, and inference."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fieldguide.training.optim import measure_orthogonalization_seconds
 from fieldguide.training.precision import choose_precision
 from fieldguide.training.trainer import Trainer
 
-LIKE = {"lr": 1e-3, "clip": 1.0}  # of the runs like for like; both sides have fused AdamW in float32
+LIKE = {"lr": 1e-3, "clip": 1.0}  # of like-for-like runs, in which both sides use fused AdamW in float32
 
 
-def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any) -> Run:
-    """Runs so many steps of our loop, all of it: batching, schedule, clipping, checks of finiteness.
+def run_trainer(objective: Objective, batches: Batches, batch: int, **settings: Any) -> Run:
+    """Return a function that runs a number of steps of our training loop, including batching, schedule, clipping and checks.
 
-    precision="auto" chooses precision, layout and whether Muon's update is too slow by timing, as `fit` does.
+    With precision="auto", precision, layout and optimizer are chosen by timing, as `fit` does.
     """
     chosen = Settings().with_({"minutes": 0, "batch": batch, "channels_last": False, **settings})
     if chosen.precision == "auto":
@@ -52,27 +52,27 @@ def trainer(objective: Objective, batches: Batches, batch: int, **settings: Any)
     return run
 
 
-def recipe(size: str) -> dict[str, Any]:
-    """The settings that `fit` takes from a model's card."""
+def read_recipe(size: str) -> dict[str, Any]:
+    """Return the settings that `fit` takes from the card of a network."""
     return dict(find(size)[0].recipe)
 
 
-def ours(
+def run_ours(
     model: nn.Module, inputs: tuple[str, ...], batches: Batches, batch: int, objective: Objective | None = None, **settings: Any
 ) -> Run:
-    """`trainer` for a network; the objective is classification where none is given."""
-    return trainer(objective or Supervised(model, inputs, Classification()), batches, batch, **settings)
+    """Return `run_trainer` for a network and an objective, by default classification."""
+    return run_trainer(objective or Supervised(model, inputs, Classification()), batches, batch, **settings)
 
 
-def fixed(*batches: Mapping[str, Tensor]) -> Batches:
-    """Ready batches, one after another, for `trainer`: the first row of each asked for names it. For batch=1."""
+def repeat_batches(*batches: Mapping[str, Tensor]) -> Batches:
+    """Return batches for `run_trainer` with batch=1, where row i is the whole i-th batch."""
     return Batches(len(batches), lambda rows, generator=None: dict(batches[rows[0]]))
 
 
-def stepped(
+def run_plain_steps(
     model: nn.Module, loss: Callable[[Any], Tensor], batches: Sequence[Any], *, clip: float = 0.0, **optimizer: Any
 ) -> Run:
-    """Runs so many training steps as anyone writes them, with AdamW; `loss` takes a batch."""
+    """Return a function that runs a number of steps of a plain training loop with AdamW; `loss` takes a batch."""
     made = torch.optim.AdamW(model.parameters(), **optimizer)
 
     def run(steps: int) -> None:
@@ -89,7 +89,7 @@ def stepped(
     return run
 
 
-def plain(
+def run_plain(
     model: nn.Module,
     inputs: tuple[str, ...],
     batches: Sequence[Mapping[str, Tensor]],
@@ -97,12 +97,12 @@ def plain(
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     **options: Any,
 ) -> Run:
-    """`stepped` for a network whose loss compares its answer with the target."""
-    return stepped(model, lambda b: loss(model(*(b[name] for name in inputs)), b["target"]), batches, **options)
+    """Return `run_plain_steps` for a network whose loss compares its output with the target."""
+    return run_plain_steps(model, lambda b: loss(model(*(b[name] for name in inputs)), b["target"]), batches, **options)
 
 
-def answers(model: nn.Module, answer: Callable[[], object]) -> Run:
-    """Runs `answer` so many times, without dropout and gradients."""
+def run_inference(model: nn.Module, answer: Callable[[], object]) -> Run:
+    """Return a function that calls `answer` a number of times, without dropout and gradients."""
     model.eval()
 
     def run(steps: int) -> None:

@@ -1,4 +1,4 @@
-"""The networks of the catalogue's first half at their published sizes, each beside the same one of timm or transformers."""
+"""Networks at their published sizes, each with the same network of timm or transformers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Pair, Run, agree, count
-from loops import LIKE, answers, fixed, ours, recipe, stepped
+from common import Pair, Run, check_equal, describe_sizes
+from loops import LIKE, read_recipe, repeat_batches, run_inference, run_ours, run_plain_steps
 from torch import Tensor, nn
 
 from fieldguide import create
@@ -23,10 +23,14 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Net:
-    """A size of ours that writes text, and transformers' own of the same config. `rows` of a batch, each of `length` tokens;
-    `like`: changes of config for what is compared like for like; `brief`: further ones for the check and the lessons of large
-    networks, all of whose layers are alike."""
+class LanguageNetwork:
+    """A language model of ours, and that of transformers with the same config.
+
+    Attributes:
+        rows, length: rows of a batch, and tokens of each.
+        like: changes of the config for like-for-like comparisons.
+        brief: further changes for the check and the training of large networks, such as fewer layers.
+    """
 
     size: str
     rows: int
@@ -37,20 +41,20 @@ class Net:
 
     @property
     def amount(self) -> int:
-        """Work of a step, in tokens or pictures."""
+        """Return the work of a step, in tokens or images."""
         return self.rows * self.length
 
     def empty(self, **changes: Any) -> nn.Module:
-        """Shapes alone."""
+        """Return our network on the meta device."""
         with torch.device("meta"):
             return create(self.size, **self.like | changes)
 
-    def theirs(self, **changes: Any) -> nn.Module:
-        """As transformers makes it of our config, which is written as its own."""
+    def build_peer(self, **changes: Any) -> nn.Module:
+        """Return the network of transformers, made from our config in its format."""
         card = find(self.size)[0]
-        said = to_public_config(card, card.configs["huggingface"], self.empty(**changes).config)
-        kind, none = getattr(transformers, said["architectures"][0]), dict.fromkeys(("bos_token_id", "eos_token_id"))
-        return kind(transformers.AutoConfig.for_model(said.pop("model_type"), **said | none | {"pad_token_id": None}))
+        public = to_public_config(card, card.configs["huggingface"], self.empty(**changes).config)
+        kind, none = getattr(transformers, public["architectures"][0]), dict.fromkeys(("bos_token_id", "eos_token_id"))
+        return kind(transformers.AutoConfig.for_model(public.pop("model_type"), **public | none | {"pad_token_id": None}))
 
     def tokens(self, rows: int, length: int) -> Tensor:
         return torch.randint(2, self.empty().config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
@@ -63,82 +67,82 @@ class Net:
         return NextToken(model, self.inputs)
 
     def answer(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Ours."""
+        """Return the output of our network."""
         return model(*(batch.get(name) for name in self.inputs))
 
     def reply(self, peer: nn.Module, batch: Batch) -> Tensor:
-        """The peer's."""
+        """Return the output of the peer."""
         return peer(batch["tokens"], use_cache=False).logits
 
     def loss(self, peer: nn.Module, batch: Batch) -> Tensor:
-        """The peer's, as it computes it."""
+        """Return the loss of the peer, computed by its own code."""
         return peer(batch["tokens"], labels=batch["tokens"], use_cache=False).loss
 
     def compile(self, model: nn.Module, backend: str) -> None:
-        """Either side's."""
+        """Compile the network of either side."""
         model.compile(backend=backend)
 
     # What is run
 
     def check(self) -> str:
-        """That both answer alike with the same weights."""
-        model, peer = create(self.size, **self.like | self.brief).eval(), self.theirs(**self.brief).eval()
+        """Return a sentence about the difference of both outputs with the same weights."""
+        model, peer = create(self.size, **self.like | self.brief).eval(), self.build_peer(**self.brief).eval()
         batch = {name: x[:1] for name, x in self.batch().items()}
         assert not weights.load(model, peer.state_dict())
         with torch.inference_mode():
-            said = agree("answers", self.answer(model, batch), self.reply(peer, batch))
-        return f"{self.size}{f' with {self.brief}' if self.brief else ''}: {count(model, peer)} {said}"
+            equal = check_equal("outputs", self.answer(model, batch), self.reply(peer, batch))
+        return f"{self.size}{f' with {self.brief}' if self.brief else ''}: {describe_sizes(model, peer)} {equal}"
 
-    def said(self) -> Run:
+    def run_inference(self) -> Run:
         model, batch = create(self.size, **self.like), self.batch()
-        return answers(model, lambda: self.answer(model, batch))
+        return run_inference(model, lambda: self.answer(model, batch))
 
-    def said_by_peer(self) -> Run:
-        peer, batch = self.theirs(), self.batch()
-        return answers(peer, lambda: self.reply(peer, batch))
+    def run_peer_inference(self) -> Run:
+        peer, batch = self.build_peer(), self.batch()
+        return run_inference(peer, lambda: self.reply(peer, batch))
 
-    def trained(self, like: bool, less: dict[str, Any], **settings: Any) -> Run:
+    def run_training(self, like: bool, less: dict[str, Any], **settings: Any) -> Run:
         model = create(self.size, **(self.like if like else {}) | less)
-        return ours(model, self.inputs, fixed(self.batch()), 1, self.objective(model), **settings)
+        return run_ours(model, self.inputs, repeat_batches(self.batch()), 1, self.objective(model), **settings)
 
-    def trained_peer(self, less: dict[str, Any], **settings: Any) -> Run:
-        peer = self.theirs(**less)
-        return stepped(peer, lambda batch: self.loss(peer, batch), [self.batch()], **settings)
+    def run_peer_training(self, less: dict[str, Any], **settings: Any) -> Run:
+        peer = self.build_peer(**less)
+        return run_plain_steps(peer, lambda batch: self.loss(peer, batch), [self.batch()], **settings)
 
     def pairs(self) -> list[Pair]:
         return [
-            Pair(f"{self.size}, answers", self.said, self.said_by_peer, self.amount, room=self.room(1)),
+            Pair(f"{self.size}, answers", self.run_inference, self.run_peer_inference, self.amount, room=self.room(1)),
             *self.train_batches({}),
             *(self.train_batches(self.brief) if self.brief else []),
         ]
 
     def train_batches(self, less: dict[str, Any]) -> list[Pair]:
-        """What is timed of training, of the network with changes of its config."""
+        """Return the comparisons of training, for a network with changes of its config."""
         what, room = self.size + "".join(f" of {name} {value}" for name, value in less.items()), self.room(4, **less)
         return [
             Pair(
                 f"{what}, training, like for like",
-                lambda: self.trained(True, less, precision="float32", **LIKE),
-                lambda: self.trained_peer(less, fused=True, **LIKE),
+                lambda: self.run_training(True, less, precision="float32", **LIKE),
+                lambda: self.run_peer_training(less, fused=True, **LIKE),
                 self.amount,
                 room=room,
             ),
             Pair(
                 f"{what}, training, defaults",
-                lambda: self.trained(False, less, **recipe(self.size)),
-                lambda: self.trained_peer(less, lr=1e-3),
+                lambda: self.run_training(False, less, **read_recipe(self.size)),
+                lambda: self.run_peer_training(less, lr=1e-3),
                 self.amount,
                 room=room,
             ),
         ]
 
     def room(self, copies: int, **less: Any) -> float:
-        """GB of so many copies of both sides, and of what passes through."""
+        """Return the GB of a number of copies of both networks, plus activations."""
         return 2 * 4 * copies * sum(p.numel() for p in self.empty(**less).parameters()) / 1e9 + 1
 
 
-class Masked(Net):
-    """A size that guesses hidden words: an eighth of them are asked."""
+class MaskedNetwork(LanguageNetwork):
+    """A masked language model: an eighth of the tokens are predicted."""
 
     def batch(self) -> Batch:
         tokens = self.tokens(self.rows, self.length)
@@ -149,7 +153,7 @@ class Masked(Net):
 
     def compile(self, model: nn.Module, backend: str) -> None:
         model.compile(backend=backend)
-        if hasattr(model, "features"):  # ours, which learns by what it reads, not by all that it could say
+        if hasattr(model, "features"):  # ours computes logits of the masked tokens only
             model.features = torch.compile(model.features, backend=backend)
 
     def reply(self, peer: nn.Module, batch: Batch) -> Tensor:
@@ -159,8 +163,8 @@ class Masked(Net):
         return peer(batch["tokens"], labels=batch["target"].masked_fill(batch["target"] < 0, -100)).loss
 
 
-class Paired(Net):
-    """A size that reads a text and writes another, each of `length` tokens."""
+class SequenceNetwork(LanguageNetwork):
+    """An encoder-decoder: source and target have `length` tokens each."""
 
     def batch(self) -> Batch:
         source, target = self.tokens(2 * self.rows, self.length).chunk(2)
@@ -173,14 +177,14 @@ class Paired(Net):
         return peer(input_ids=batch["source"], decoder_input_ids=batch["tokens"], labels=batch["target"], use_cache=False).loss
 
 
-class Picture(Net):
-    """A size that names pictures of `length` pixels a side, and timm's own."""
+class ImageNetwork(LanguageNetwork):
+    """An image classifier for images of `length` pixels a side, and that of timm."""
 
     @property
     def amount(self) -> int:
         return self.rows
 
-    def theirs(self, **changes: Any) -> nn.Module:
+    def build_peer(self, **changes: Any) -> nn.Module:
         return timm.create_model(TIMM[self.size], drop_path_rate=0.0, **changes)
 
     def batch(self) -> Batch:
@@ -209,11 +213,11 @@ TIMM = {
 }
 
 
-def pictures(rows: int, side: int = 224) -> list[Net]:
-    """Dropped out is nothing like for like: timm's networks do not, unless they are told to."""
+def list_image_networks(rows: int, side: int = 224) -> list[LanguageNetwork]:
+    """Return image classifiers. Like-for-like comparisons have no dropout, which timm's networks lack by default."""
     image, still = ("image",), {"dropout": 0.0, "drop_path": 0.0}
     return [
-        Picture(size, rows, side, {key: still[key] for key in what}, inputs=image)
+        ImageNetwork(size, rows, side, {key: still[key] for key in what}, inputs=image)
         for size, what in (
             ("resnet50", ()),
             ("efficientnet-b0", ("dropout", "drop_path")),
@@ -224,11 +228,11 @@ def pictures(rows: int, side: int = 224) -> list[Net]:
     ]
 
 
-def writers(rows: int, length: int) -> list[Net]:
-    """Dropped out is alike on both sides. Llama has one row, and learns and is checked with two layers, too."""
+def list_text_networks(rows: int, length: int) -> list[LanguageNetwork]:
+    """Return language models, with the same dropout on both sides. Llama has one row; with two layers it is checked and trained."""
     return [
-        Masked("bert-base", rows, length),
-        Net("gpt2", rows, length),
-        Net("llama3.2-1b", 1, length, brief={"depth": 2}),
-        Paired("t5-small", rows, length, inputs=("source", "source_mask", "tokens")),
+        MaskedNetwork("bert-base", rows, length),
+        LanguageNetwork("gpt2", rows, length),
+        LanguageNetwork("llama3.2-1b", 1, length, brief={"depth": 2}),
+        SequenceNetwork("t5-small", rows, length, inputs=("source", "source_mask", "tokens")),
     ]

@@ -118,7 +118,7 @@ def read_status(key: str) -> int:
 
 
 @contextmanager
-def alone(lock: Path | None, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
+def hold_lock(lock: Path | None, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
     """Hold the lock, and run with the highest priority that is allowed; say whether both were possible."""
     if lock is None:
         yield os.getloadavg()[0] < BUSY_LOAD
@@ -175,7 +175,7 @@ def warm_up(mode: str, settings: Settings) -> None:
         run_steps(workload, mode, settings, 1)
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     """Give free memory back to the system, and let the peak of this process start from what it has now."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -190,12 +190,12 @@ def measure(
     torch.manual_seed(0)
     settings = build_settings(shape.batch, precision, optimizer)
     warm_up(mode, settings)
-    forget_peak()
+    reset_peak()
     base = read_status("VmRSS")
     workload = build_workload(card, config, Shape(shape.batch, shape.length, shape.side, "cpu"))
     source = sum(t.nbytes for t in workload.batch.values())  # the batch that each step copies is not part of a step
     first = run_steps(workload, mode, settings, 1)[0] if mode == "predict" else 0.0
-    with alone(lock) as idle:
+    with hold_lock(lock) as idle:
         count = STEPS if first < 1 else 2
         later = run_steps(workload, mode, settings, count if mode == "predict" else STEPS, True)[mode == "train" :]
     return {
@@ -355,7 +355,7 @@ def main() -> None:
     if options.base:
         torch.set_num_threads(1)
         warm_up(options.base, build_settings(2, "float32", "adamw"))
-        forget_peak()
+        reset_peak()
         print(read_status("VmRSS"))
         return
     importlib.import_module("torch._dynamo")  # the optimizers load it; here once for all cells

@@ -16,8 +16,8 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
-from common import Pair, Run, agree, arguments, begin, compare, count
-from loops import LIKE, answers, fixed, recipe, stepped, trainer
+from common import Pair, Run, check_equal, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, read_recipe, repeat_batches, run_inference, run_plain_steps, run_trainer
 from torch import Tensor, nn
 
 from fieldguide import create
@@ -36,8 +36,8 @@ COLUMNS, VALUES, ROWS = 26, 1000, 2048
 INPUTS = ("items", "mask")
 
 
-def histories() -> dict[str, Tensor]:
-    """Padded on the left, as ours reads them; `target` is what follows each item."""
+def make_histories() -> dict[str, Tensor]:
+    """Return histories padded on the left, as our network reads them; `target` is the item that follows each."""
     chance = torch.Generator().manual_seed(0)
     items = torch.randint(1, ITEMS, (HISTORIES, LENGTH + 1), generator=chance)
     lengths = torch.randint(50, LENGTH + 1, (HISTORIES, 1), generator=chance)
@@ -46,8 +46,8 @@ def histories() -> dict[str, Tensor]:
     return {"items": read, "mask": mask, "target": target, "seen": read, "next_item": target[:, -1]}
 
 
-def right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Padded on the right, as RecBole reads them."""
+def pad_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch padded on the right, as RecBole reads it."""
     lengths = batch["mask"].sum(1)
     rows = torch.stack([row.roll(int(n)) for row, n in zip(batch["items"], lengths)])
     return {"item_id_list": rows, "item_length": lengths, "item_id": batch["target"][:, -1]}
@@ -77,25 +77,25 @@ def sasrec() -> nn.Module:
 
 
 def train(last: bool, **settings: object) -> Run:
-    model, batch = create("sasrec-ml1m"), histories()
+    model, batch = create("sasrec-ml1m"), make_histories()
     if last:
         batch["target"][:, :-1] = 0
-    return trainer(NextItem(model, INPUTS), fixed(batch), 1, **settings)
+    return run_trainer(NextItem(model, INPUTS), repeat_batches(batch), 1, **settings)
 
 
 def peer(**settings: object) -> Run:
     model = sasrec()
-    return stepped(model, model.calculate_loss, [right(histories())], **settings)
+    return run_plain_steps(model, model.calculate_loss, [pad_right(make_histories())], **settings)
 
 
-def rank() -> Run:
-    objective, batch = NextItem(create("sasrec-ml1m"), INPUTS), histories()
-    return answers(objective, lambda: objective.outputs(batch))
+def rank_ours() -> Run:
+    objective, batch = NextItem(create("sasrec-ml1m"), INPUTS), make_histories()
+    return run_inference(objective, lambda: objective.outputs(batch))
 
 
-def ranked() -> Run:
-    """The best items of each history, those in it left out."""
-    model, batch = sasrec(), right(histories())
+def rank_peer() -> Run:
+    """Return the best items of each history, without those in it."""
+    model, batch = sasrec(), pad_right(make_histories())
 
     def answer() -> Tensor:
         scores = model.full_sort_predict(batch)
@@ -103,10 +103,10 @@ def ranked() -> Run:
         scores[:, 0] = -torch.inf
         return scores.topk(TOP)
 
-    return answers(model, answer)
+    return run_inference(model, answer)
 
 
-def clicks() -> dict[str, Tensor]:
+def make_clicks() -> dict[str, Tensor]:
     chance = torch.Generator().manual_seed(0)
     return {
         "numbers": torch.zeros(ROWS, 0),
@@ -119,7 +119,7 @@ def deepfm() -> nn.Module:
     return create("deepfm", numbers=0, categories=(VALUES,) * COLUMNS)
 
 
-def theirs() -> nn.Module:
+def build_peer() -> nn.Module:
     fields = [f"c{i}" for i in range(COLUMNS)]
     settings = defaultdict(
         lambda: None,
@@ -138,46 +138,48 @@ def theirs() -> nn.Module:
     )
 
 
-def interaction(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def make_interaction(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"c{i}": column for i, column in enumerate(batch["categories"].unbind(1))} | {"label": batch["target"].float()}
 
 
 def train_clicks(**settings: object) -> Run:
-    return trainer(Supervised(deepfm(), ("numbers", "categories"), Classification()), fixed(clicks()), 1, **settings)
+    return run_trainer(
+        Supervised(deepfm(), ("numbers", "categories"), Classification()), repeat_batches(make_clicks()), 1, **settings
+    )
 
 
 def peer_clicks(**settings: object) -> Run:
-    model = theirs()
-    return stepped(model, model.calculate_loss, [interaction(clicks())], **settings)
+    model = build_peer()
+    return run_plain_steps(model, model.calculate_loss, [make_interaction(make_clicks())], **settings)
 
 
 def answer_clicks() -> Run:
-    model, batch = deepfm(), clicks()
-    return answers(model, lambda: model(batch["numbers"], batch["categories"]).softmax(-1))
+    model, batch = deepfm(), make_clicks()
+    return run_inference(model, lambda: model(batch["numbers"], batch["categories"]).softmax(-1))
 
 
 def peer_answers_clicks() -> Run:
-    model, batch = theirs(), interaction(clicks())
-    return answers(model, lambda: model.predict(batch))
+    model, batch = build_peer(), make_interaction(make_clicks())
+    return run_inference(model, lambda: model.predict(batch))
 
 
 @torch.inference_mode()
 def check() -> str:
-    ours, peer, batch = deepfm(), theirs(), clicks()
+    ours, peer, batch = deepfm(), build_peer(), make_clicks()
     layers = [layer for layer in peer.mlp_layers.mlp_layers if isinstance(layer, nn.Linear)] + [peer.deep_predict_layer]
     for mine, other in zip([layer for layer in ours.deep if isinstance(layer, nn.Linear)], layers, strict=True):
         mine.load_state_dict(other.state_dict())
     ours.vectors.weight.copy_(peer.token_embedding_table.embedding.weight)
     ours.first.weight.copy_(peer.first_order_linear.token_embedding_table.embedding.weight)
     ours.bias.copy_(peer.first_order_linear.bias)
-    same = agree("logits", ours.eval()(batch["numbers"], batch["categories"])[:, 1], peer.eval()(interaction(batch)))
-    return f"SASRec: {count(create('sasrec-ml1m'), sasrec())} DeepFM: {count(ours, peer)} {same}"
+    same = check_equal("logits", ours.eval()(batch["numbers"], batch["categories"])[:, 1], peer.eval()(make_interaction(batch)))
+    return f"SASRec: {describe_sizes(create('sasrec-ml1m'), sasrec())} DeepFM: {describe_sizes(ours, peer)} {same}"
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=2))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=2))
     torch.manual_seed(0)
-    like, items = {"precision": "float32", **LIKE}, int(histories()["mask"].sum())
+    like, items = {"precision": "float32", **LIKE}, int(make_histories()["mask"].sum())
     compare(
         "SASRec, 32 histories, and DeepFM, 2,048 rows",
         "items or rows",
@@ -186,16 +188,18 @@ def main() -> None:
             Pair("SASRec, training, like for like", lambda: train(True, **like), lambda: peer(fused=True, **LIKE), HISTORIES),
             Pair(
                 "SASRec, training, defaults",
-                lambda: train(False, **recipe("sasrec-ml1m")),
+                lambda: train(False, **read_recipe("sasrec-ml1m")),
                 lambda: peer(lr=1e-3),
                 items,
                 others=HISTORIES,
             ),
-            Pair("SASRec, ranking of all items", rank, ranked, HISTORIES),
+            Pair("SASRec, ranking of all items", rank_ours, rank_peer, HISTORIES),
             Pair(
                 "DeepFM, training, like for like", lambda: train_clicks(**like), lambda: peer_clicks(fused=True, **LIKE), ROWS
             ),
-            Pair("DeepFM, training, defaults", lambda: train_clicks(**recipe("deepfm")), lambda: peer_clicks(lr=1e-3), ROWS),
+            Pair(
+                "DeepFM, training, defaults", lambda: train_clicks(**read_recipe("deepfm")), lambda: peer_clicks(lr=1e-3), ROWS
+            ),
             Pair("DeepFM, answers", answer_clicks, peer_answers_clicks, ROWS),
         ],
         options,

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from common import arguments, begin, report
+from common import make_parser, parse_options, report
 from real_data import ARCHIVES
 
 import fieldguide
@@ -47,14 +47,14 @@ def write_events(name: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--data", nargs="*", default=list(FILES), choices=[*FILES, "ml-100k"])
     parser.add_argument("--ml-100k", type=Path, help="the file of events")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=10.0, help="of each fit")
     parser.add_argument("--set", nargs="*", default=[], help="settings of all networks, NAME=VALUE")
-    options = begin(parser)
+    options = parse_options(parser)
     if not (ARCHIVES / "interactions.zip").exists():
         raise SystemExit(f"{ARCHIVES / 'interactions.zip'} is not there; set FIELDGUIDE_DATA")
     more = dict(pair.split("=", 1) for pair in options.set)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from common import arguments, begin, race, ratio, report
-from loops import ours, plain
+from common import compute_ratio, make_parser, parse_options, report, time_in_turns
+from loops import run_ours, run_plain
 
 from fieldguide import create
 from fieldguide.data.loader import Batches
@@ -23,10 +23,10 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    options = begin(parser)
+    options = parse_options(parser)
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(rng.integers(0, 256, (4 * BATCH, 3, SIDE, SIDE), dtype=np.uint8))
     labels = torch.from_numpy(rng.integers(0, CLASSES, len(pictures)))
@@ -36,7 +36,7 @@ def main() -> None:
         return {"image": (pictures[index] / 255 - MEAN) / STD, "target": labels[index]}
 
     class Made:
-        """The same work on pictures for the plain loop."""
+        """Apply the same augmentation to images in the plain loop."""
 
         def __len__(self) -> int:
             return len(pictures) // BATCH
@@ -50,16 +50,16 @@ def main() -> None:
     new = lambda: create("resnet18", num_classes=CLASSES)
     peer = lambda: timm.create_model("resnet18", num_classes=CLASSES)
     runs = {
-        "ours, float32": ours(new(), ("image",), batches, BATCH, precision="float32"),
-        "timm, float32": plain(peer(), ("image",), Made(), lr=1e-3, fused=True, clip=1.0),
-        "ours, defaults": ours(new(), ("image",), batches, BATCH),
-        "timm, defaults": plain(peer(), ("image",), Made(), lr=1e-3),
+        "ours, float32": run_ours(new(), ("image",), batches, BATCH, precision="float32"),
+        "timm, float32": run_plain(peer(), ("image",), Made(), lr=1e-3, fused=True, clip=1.0),
+        "ours, defaults": run_ours(new(), ("image",), batches, BATCH),
+        "timm, defaults": run_plain(peer(), ("image",), Made(), lr=1e-3),
     }
-    times = race({name: lambda run=run: run(steps) for name, run in runs.items()}, options.rounds)
+    times = time_in_turns({name: lambda run=run: run(steps) for name, run in runs.items()}, options.rounds)
     rows = []
     for what in ("float32", "defaults"):
         us, them = f"ours, {what}", f"timm, {what}"
-        best, low, high = ratio(times, us, them)
+        best, low, high = compute_ratio(times, us, them)
         speed = [steps * BATCH / min(times[name]) for name in (us, them)]
         rows.append(
             [

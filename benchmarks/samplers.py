@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import arguments, begin, report
-from loops import recipe
+from common import make_parser, parse_options, report
+from loops import read_recipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ FOLDER = Path(os.environ.get("FIELDGUIDE_FASHION", "/usr/share/datasets/fashion-
 
 
 def read(part: str) -> tuple[Tensor, Tensor]:
-    """Images N 1 28 28 in -1 .. 1, and labels from 1."""
+    """Return images N 1 28 28 from -1 to 1, and labels from 1."""
 
     def load(name: str, skip: int) -> Tensor:
         return torch.from_numpy(np.frombuffer(gzip.open(FOLDER / f"{part}-{name}-ubyte.gz").read()[skip:], np.uint8).copy())
@@ -62,7 +62,7 @@ def read(part: str) -> tuple[Tensor, Tensor]:
 
 
 def train(schedule: str, steps: int, folder: Path) -> nn.Module:
-    """The trained network, from the folder if it is there."""
+    """Return the trained network, from the folder if it is there."""
     path, model = folder / f"{schedule}-{steps}.safetensors", create(SIZE, **SMALL)
     if not path.exists():
         images, label = read("train")
@@ -70,7 +70,7 @@ def train(schedule: str, steps: int, folder: Path) -> nn.Module:
         model = create(SIZE, **SMALL)
         objective = Diffusion(model, build_process(schedule))
         data = Batches(len(images), lambda rows, _: {"image": images[rows], "label": label[rows]})
-        settings = Settings().with_({"minutes": 0, "batch": BATCH, "channels_last": False, "steps": steps, **recipe(SIZE)})
+        settings = Settings().with_({"minutes": 0, "batch": BATCH, "channels_last": False, "steps": steps, **read_recipe(SIZE)})
         loop = Trainer(objective, data, settings, device=torch.device("cpu"), callback=NullCallback())
         started = time.perf_counter()
         loop.train()
@@ -82,7 +82,7 @@ def train(schedule: str, steps: int, folder: Path) -> nn.Module:
 
 
 class Judge:
-    """Scores of images against test images."""
+    """Scores images against test images."""
 
     def __init__(self, count: int, first: int = 0):
         images, label = read("train")
@@ -98,7 +98,7 @@ class Judge:
 def draw(
     model: nn.Module, schedule: str, sampler: Sampler, label: Tensor, guidance: float | Guidance = 1.0, seed: int = 0
 ) -> Tensor:
-    """An image for each label."""
+    """Return an image for each label."""
     process, parts = build_process(schedule), []
     for i in range(0, len(label), 200):
         numbers = range(i, min(i + 200, len(label)))
@@ -135,12 +135,12 @@ def confirm(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500, help="training steps of each network")
     parser.add_argument("--images", type=int, default=400, help="images made by each sampler")
     parser.add_argument("--folder", type=Path, default=Path("build/samplers"))
     parser.add_argument("--only", default="", help="this process alone")
-    options = begin(parser)
+    options = parse_options(parser)
     schedules = [name for name in SCHEDULES if options.only in name]
     for name in schedules:
         train(name, options.steps, options.folder)

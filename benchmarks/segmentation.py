@@ -10,8 +10,8 @@ that `fit` chooses by timing, against plain AdamW.
 from __future__ import annotations
 
 import torch
-from common import Pair, Run, agree, arguments, begin, compare, count
-from loops import LIKE, answers, fixed, recipe, stepped, trainer
+from common import Pair, Run, check_equal, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, read_recipe, repeat_batches, run_inference, run_plain_steps, run_trainer
 from torch import Tensor, nn
 
 from fieldguide import create
@@ -30,44 +30,44 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def new() -> nn.Module:
+def build_network() -> nn.Module:
     return create("unet-resnet34", num_classes=CLASSES)
 
 
-def theirs() -> nn.Module:
+def build_peer() -> nn.Module:
     return smp.Unet("resnet34", encoder_weights=None, classes=CLASSES)
 
 
 def train(**settings: object) -> Run:
-    return trainer(Segmentation(new(), CLASSES), fixed(batch()), 1, **settings)
+    return run_trainer(Segmentation(build_network(), CLASSES), repeat_batches(batch()), 1, **settings)
 
 
 def peer(**settings: object) -> Run:
-    model, dice = theirs(), smp.losses.DiceLoss("multiclass")
+    model, dice = build_peer(), smp.losses.DiceLoss("multiclass")
 
     def loss(b: dict[str, Tensor]) -> Tensor:
         logits = model(b["image"])
         return nn.functional.cross_entropy(logits, b["target"]) + dice(logits, b["target"])
 
-    return stepped(model, loss, [batch()], **settings)
+    return run_plain_steps(model, loss, [batch()], **settings)
 
 
 def answer(model: nn.Module) -> Run:
     x = batch()["image"]
-    return answers(model, lambda: model(x).argmax(1))
+    return run_inference(model, lambda: model(x).argmax(1))
 
 
 def check() -> str:
-    model, peer, b = new(), theirs(), batch()
+    model, peer, b = build_network(), build_peer(), batch()
     assert not weights.load(model, peer.state_dict())
     with torch.inference_mode():
         model.train()(b["image"]), peer.train()(b["image"])  # both take up the same statistics
-        notes = [count(model, peer), agree("logits", model.eval()(b["image"]), peer.eval()(b["image"]))]
+        notes = [describe_sizes(model, peer), check_equal("logits", model.eval()(b["image"]), peer.eval()(b["image"]))]
     return " ".join(notes)
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=1, rounds=3))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=1, rounds=3))
     torch.manual_seed(0)
     compare(
         f"U-Net over ResNet-34, {SIDE} x {SIDE}, batch {BATCH}",
@@ -77,8 +77,8 @@ def main() -> None:
             Pair(
                 "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
             ),
-            Pair("training, defaults", lambda: train(**recipe("unet-resnet34")), lambda: peer(lr=1e-3), BATCH),
-            Pair("maps", lambda: answer(new()), lambda: answer(theirs()), BATCH),
+            Pair("training, defaults", lambda: train(**read_recipe("unet-resnet34")), lambda: peer(lr=1e-3), BATCH),
+            Pair("maps", lambda: answer(build_network()), lambda: answer(build_peer()), BATCH),
         ],
         options,
         check,

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from common import arguments, begin, report
+from common import make_parser, parse_options, report
 from real_data import ARCHIVES
 
 import fieldguide
@@ -48,12 +48,12 @@ def unpack(name: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--data", nargs="*", default=["ETTh1", "ETTh2"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10.0, help="of each fit")
-    options = begin(parser)
+    options = parse_options(parser)
     if not (ARCHIVES / "series.zip").exists():
         raise SystemExit(f"{ARCHIVES / 'series.zip'} is not there; set FIELDGUIDE_DATA")
     rows = []

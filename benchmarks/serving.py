@@ -309,7 +309,7 @@ def watch_memory(arguments: argparse.Namespace) -> None:
 
 
 async def disturb(port: int, bodies: list[bytes], wanted: list[Any], disconnects: int) -> tuple[int, int]:
-    """Leave connections at random moments while others ask; return how many answers were right and wrong."""
+    """Close connections at random moments while others ask, and return how many answers were right and wrong."""
     right, wrong, left = 0, 0, 0
     rng = random.Random(0)
 

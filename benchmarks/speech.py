@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Pair, Run, arguments, begin, compare, count
-from loops import LIKE, answers, fixed, ours, stepped
+from common import Pair, Run, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, repeat_batches, run_inference, run_ours, run_plain_steps
 from torch import Tensor, nn
 
 from fieldguide import create
@@ -107,7 +107,7 @@ class Plain(nn.Module):
         return self.head(x)
 
 
-def batch_of(rows: int, seed: int = 0) -> dict[str, Tensor]:
+def make_batch(rows: int, seed: int = 0) -> dict[str, Tensor]:
     rng = np.random.default_rng(seed)
     lengths = torch.from_numpy(rng.integers(3 * LONGEST // 4, LONGEST + 1, rows))
     lengths[0] = LONGEST
@@ -123,7 +123,7 @@ def batch_of(rows: int, seed: int = 0) -> dict[str, Tensor]:
 
 def train() -> Run:
     model = create("conformer-s", vocab_size=VOCAB)
-    return ours(model, (), fixed(batch_of(BATCH)), 1, CTC(model), precision="float32", **LIKE)
+    return run_ours(model, (), repeat_batches(make_batch(BATCH)), 1, CTC(model), precision="float32", **LIKE)
 
 
 def peer() -> Run:
@@ -133,18 +133,18 @@ def peer() -> Run:
         logits = model(b["features"], b["lengths"]).log_softmax(-1)
         return F.ctc_loss(logits.transpose(0, 1), b["target"], (b["lengths"] + 3) // 4, b["target_lengths"], zero_infinity=True)
 
-    return stepped(model, loss, [batch_of(BATCH)], fused=True, **LIKE)
+    return run_plain_steps(model, loss, [make_batch(BATCH)], fused=True, **LIKE)
 
 
 def answer(model: nn.Module) -> Run:
-    batch = batch_of(BATCH)
-    return answers(model, lambda: model(batch["features"], batch["lengths"]))
+    batch = make_batch(BATCH)
+    return run_inference(model, lambda: model(batch["features"], batch["lengths"]))
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=2))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=2))
     torch.manual_seed(0)
-    seconds = float(batch_of(BATCH)["lengths"].sum()) / 100
+    seconds = float(make_batch(BATCH)["lengths"].sum()) / 100
     compare(
         f"Conformer-CTC, float32, batch {BATCH}, 6 to 8 s a recording",
         "seconds of speech",
@@ -155,7 +155,7 @@ def main() -> None:
         ],
         options,
         lambda: (
-            f"{count(create('conformer-s', vocab_size=VOCAB), Plain())} Ours also keeps padding out of convolutions and statistics."
+            f"{describe_sizes(create('conformer-s', vocab_size=VOCAB), Plain())} Ours also ignores padding in convolutions and statistics."
         ),
     )
 

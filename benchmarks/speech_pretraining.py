@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from common import commit, machine
+from common import describe_machine, read_commit
 
 from fieldguide import fit
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     scores = compare(a.objective, a.pretraining, a.steps, a.seed)
-    print(f"\n{commit()}, {machine()}\n{a.objective}, {a.pretraining:,} steps, then {a.steps:,}, seed {a.seed}")
+    print(f"\n{read_commit()}, {describe_machine()}\n{a.objective}, {a.pretraining:,} steps, then {a.steps:,}, seed {a.seed}")
     for name, value in scores.items():
         print(f"{name:<24} {100 * value:.1f} %")
 

@@ -13,16 +13,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import HERE, arguments, begin, race, report
+from common import HERE, make_parser, parse_options, report, time_in_turns
 
 TV = f"import sys; sys.path.insert(0, {str(HERE.parent / 'tests')!r}); import tv"  # timm needs torchvision to import
 FIRST = "import fieldguide; fieldguide.open_run({!r}).predict({!r})"
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    options = begin(parser)
+    options = parse_options(parser)
     import fieldguide
     from fieldguide.data import samples
 
@@ -45,7 +45,7 @@ def main() -> None:
         def job(words: list[str]) -> None:
             subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-        times = race({name: lambda words=words: job(words) for name, words in jobs.items()}, options.rounds)
+        times = time_in_turns({name: lambda words=words: job(words) for name, words in jobs.items()}, options.rounds)
     base = statistics.median(times["import torch"])
     rows = [
         [name, f"{statistics.median(t):.2f}", f"{min(t):.2f}", f"{statistics.median(t) / base:.2f}"]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import arguments, begin, report
+from common import make_parser, parse_options, report
 from torch import Tensor
 
 from fieldguide.models.layers.lowpass import design_lowpass
@@ -90,7 +90,7 @@ def time_once(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> fl
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0]))
+    options = parse_options(make_parser(__doc__.splitlines()[0]))
     rows = []
     for name, inputs, ours, plain in build_lines():
         torch.testing.assert_close(ours(*inputs), plain(*inputs), rtol=1e-3, atol=1e-4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from common import arguments, begin, report
+from common import make_parser, parse_options, report
 from sklearn import datasets
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.model_selection import train_test_split
@@ -30,7 +30,7 @@ TABLES = {
 }
 
 
-def contestants(regression: bool, seed: int, options) -> dict:
+def build_models(regression: bool, seed: int, options) -> dict:
     ours = FieldguideRegressor if regression else FieldguideClassifier
     settings = dict(s.split("=", 1) for s in options.set)
     mlp, trees = (
@@ -43,14 +43,14 @@ def contestants(regression: bool, seed: int, options) -> dict:
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=list(TABLES))
     parser.add_argument("--model", default="auto")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--alone", action="store_true", help="do not run the peers")
-    options = begin(parser)
+    options = parse_options(parser)
     rows = []
     for name in options.only:
         X, y = TABLES[name](return_X_y=True)
@@ -60,7 +60,7 @@ def main() -> None:
             X_train, X_test, y_train, y_test = train_test_split(
                 X, y, test_size=0.2, random_state=seed, stratify=None if regression else y
             )
-            for who, estimator in contestants(regression, seed, options).items():
+            for who, estimator in build_models(regression, seed, options).items():
                 started = time.perf_counter()
                 estimator.fit(X_train, y_train)
                 seconds.setdefault(who, []).append(time.perf_counter() - started)

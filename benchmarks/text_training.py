@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from common import arguments, begin, race, ratio, report
-from loops import ours, plain
+from common import compute_ratio, make_parser, parse_options, report, time_in_turns
+from loops import run_ours, run_plain
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -56,10 +56,10 @@ class PlainEncoder(nn.Module):
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    options = begin(parser)
+    options = parse_options(parser)
     rng = np.random.default_rng(0)
     lengths = rng.integers(32, 65, ROWS)  # with 32 rows a batch, all batches are nearly 64 wide
     tokens = torch.from_numpy(rng.integers(1, VOCAB, (ROWS, 64)))
@@ -77,15 +77,15 @@ def main() -> None:
     for name, peer in (("lstm-s", PlainLSTM), ("transformer-encoder-s", PlainEncoder)):
         new = lambda name=name: create(name, vocab_size=VOCAB, num_classes=CLASSES)
         runs = {
-            "ours, float32": ours(new(), INPUTS, batches, BATCH, precision="float32"),
-            "plain, float32": plain(peer(), INPUTS, fixed, lr=1e-3, fused=True, clip=1.0),
-            "ours, defaults": ours(new(), INPUTS, batches, BATCH),
-            "plain, defaults": plain(peer(), INPUTS, fixed, lr=1e-3),
+            "ours, float32": run_ours(new(), INPUTS, batches, BATCH, precision="float32"),
+            "plain, float32": run_plain(peer(), INPUTS, fixed, lr=1e-3, fused=True, clip=1.0),
+            "ours, defaults": run_ours(new(), INPUTS, batches, BATCH),
+            "plain, defaults": run_plain(peer(), INPUTS, fixed, lr=1e-3),
         }
-        times = race({key: lambda run=run: run(options.steps) for key, run in runs.items()}, options.rounds)
+        times = time_in_turns({key: lambda run=run: run(options.steps) for key, run in runs.items()}, options.rounds)
         for what in ("float32", "defaults"):
             us, them = f"ours, {what}", f"plain, {what}"
-            best, low, high = ratio(times, us, them)
+            best, low, high = compute_ratio(times, us, them)
             speed = [read / min(times[key]) for key in (us, them)]
             rows.append(
                 [

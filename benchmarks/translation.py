@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from common import Pair, Run, agree, arguments, begin, compare, count
-from loops import LIKE, answers, ours, recipe, stepped
+from common import Pair, Run, check_equal, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, read_recipe, run_inference, run_ours, run_plain_steps
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -28,8 +28,8 @@ PAD, END, BEGIN = 0, 1, 2
 INPUTS = ("source", "source_mask", "tokens")
 
 
-def sentences(seed: int) -> list[Tensor]:
-    """Those of one number are about as long in both languages."""
+def make_sentences(seed: int) -> list[Tensor]:
+    """Return sentences; those with the same index have about the same length in both languages."""
     lengths, chance = np.random.default_rng(0).integers(10, 41, ROWS), torch.Generator().manual_seed(seed)
     return [torch.randint(3, 8192, (n,), generator=chance) for n in lengths.tolist()]
 
@@ -47,13 +47,13 @@ def make(rows: np.ndarray, generator: torch.Generator | None = None) -> dict[str
     }
 
 
-SOURCE, TARGET = sentences(1), sentences(2)
+SOURCE, TARGET = make_sentences(1), make_sentences(2)
 LENGTHS = np.array([len(s) + len(t) for s, t in zip(SOURCE, TARGET)])
 PLAIN = Batches(ROWS, make)
 FIXED = [make(np.arange(i, i + BATCH)) for i in range(0, ROWS, BATCH)]
 
 
-def theirs() -> nn.Module:
+def build_peer() -> nn.Module:
     with torch.device("meta"):
         c = create(SIZE).config
     return transformers.MarianMTModel(
@@ -82,11 +82,11 @@ def theirs() -> nn.Module:
 
 def train(batches: Batches, smoothing: float = 0.0, **settings: object) -> Run:
     model = create(SIZE)
-    return ours(model, INPUTS, batches, BATCH, NextToken(model, INPUTS, smoothing), **settings)
+    return run_ours(model, INPUTS, batches, BATCH, NextToken(model, INPUTS, smoothing), **settings)
 
 
 def peer(**settings: object) -> Run:
-    model = theirs()
+    model = build_peer()
 
     def loss(b: dict[str, Tensor]) -> Tensor:
         labels = b["target"].masked_fill(b["target"] < 0, -100)
@@ -98,14 +98,14 @@ def peer(**settings: object) -> Run:
             use_cache=False,
         ).loss
 
-    return stepped(model, loss, FIXED, **settings)
+    return run_plain_steps(model, loss, FIXED, **settings)
 
 
 def search(model: nn.Module) -> Run:
     batch = make(np.arange(ASKED))
     source, mask = batch["source"], batch["source_mask"]
     if isinstance(model, transformers.MarianMTModel):
-        return answers(
+        return run_inference(
             model,
             lambda: model.generate(
                 source, attention_mask=mask.long(), num_beams=BEAMS, do_sample=False, min_new_tokens=MOST, max_new_tokens=MOST
@@ -122,12 +122,12 @@ def search(model: nn.Module) -> Run:
 
         return beam_search(step, cache, begin=BEGIN, end=END, num_beams=BEAMS, max_new_tokens=MOST - 1)
 
-    return answers(model, answer)
+    return run_inference(model, answer)
 
 
 @torch.no_grad()
 def check() -> str:
-    model, peer = create(SIZE).eval(), theirs().eval()
+    model, peer = create(SIZE).eval(), build_peer().eval()
     inner = peer.model
     model.embed.weight.copy_(inner.shared.weight)
     model.pos.copy_(inner.encoder.embed_positions.weight)  # sines and cosines in another order
@@ -148,11 +148,11 @@ def check() -> str:
             own.load_state_dict(layer.state_dict())
     b = FIXED[0]
     want = peer(input_ids=b["source"], attention_mask=b["source_mask"].long(), decoder_input_ids=b["tokens"]).logits
-    return f"{count(model, peer)} (with sines) {agree('logits', model(*(b[name] for name in INPUTS)), want)}"
+    return f"{describe_sizes(model, peer)} (with sines) {check_equal('logits', model(*(b[name] for name in INPUTS)), want)}"
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=2, rounds=4))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=2, rounds=4))
     torch.manual_seed(0)
     tokens = float(LENGTHS.sum()) / len(FIXED)
     compare(
@@ -167,10 +167,17 @@ def main() -> None:
                 tokens,
             ),
             Pair(
-                "training, defaults", lambda: train(Batches(ROWS, make, LENGTHS), **recipe(SIZE)), lambda: peer(lr=7e-4), tokens
+                "training, defaults",
+                lambda: train(Batches(ROWS, make, LENGTHS), **read_recipe(SIZE)),
+                lambda: peer(lr=7e-4),
+                tokens,
             ),
             Pair(
-                "4 beams, 8 sentences together", lambda: search(create(SIZE)), lambda: search(theirs()), ASKED * MOST, steps=1
+                "4 beams, 8 sentences together",
+                lambda: search(create(SIZE)),
+                lambda: search(build_peer()),
+                ASKED * MOST,
+                steps=1,
             ),
         ],
         options,

@@ -12,8 +12,8 @@ weights among it) and the precision that `fit` chooses by timing, against plain 
 from __future__ import annotations
 
 import torch
-from common import Pair, Run, agree, arguments, begin, compare, count
-from loops import LIKE, answers, fixed, recipe, stepped, trainer
+from common import Pair, Run, check_equal, compare, describe_sizes, make_parser, parse_options
+from loops import LIKE, read_recipe, repeat_batches, run_inference, run_plain_steps, run_trainer
 from torch import Tensor, nn
 
 from fieldguide import create
@@ -23,13 +23,13 @@ from tv import diffusers
 SIZE, BATCH, TEXT = "latte-pixels-32", 8, 8
 
 
-def new() -> nn.Module:
+def build_network() -> nn.Module:
     return create(SIZE)
 
 
-def theirs() -> nn.Module:
+def build_peer() -> nn.Module:
     with torch.device("meta"):
-        c = new().config
+        c = build_network().config
     return diffusers.LatteTransformer3DModel(
         num_attention_heads=c.heads,
         attention_head_dim=c.dim // c.heads,
@@ -48,39 +48,44 @@ def theirs() -> nn.Module:
     )
 
 
-def videos() -> Tensor:  # B F C S S
+def make_videos() -> Tensor:  # B F C S S
     return torch.rand(BATCH, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def said(model: nn.Module, x: Tensor, time: Tensor) -> Tensor:
-    """Either side's answer."""
+def compute_output(model: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    """Return the output of either side."""
     if isinstance(model, diffusers.LatteTransformer3DModel):
         return model(x.transpose(1, 2), time, torch.zeros(len(x), 1, TEXT)).sample.transpose(1, 2)
     return model(x, time)
 
 
 def train(**settings: object) -> Run:
-    return trainer(Diffusion(new(), DiscreteProcess("linear"), data="video"), fixed({"video": videos()}), 1, **settings)
+    return run_trainer(
+        Diffusion(build_network(), DiscreteProcess("linear"), data="video"),
+        repeat_batches({"video": make_videos()}),
+        1,
+        **settings,
+    )
 
 
 def peer(**settings: object) -> Run:
-    model, noises = theirs(), diffusers.DDPMScheduler(1000)
+    model, noises = build_peer(), diffusers.DDPMScheduler(1000)
 
     def loss(clean: Tensor) -> Tensor:
         noise, time = torch.randn_like(clean), torch.randint(1000, (len(clean),))
-        return nn.functional.mse_loss(said(model, noises.add_noise(clean, noise, time), time), noise)
+        return nn.functional.mse_loss(compute_output(model, noises.add_noise(clean, noise, time), time), noise)
 
-    return stepped(model, loss, [videos()], **settings)
+    return run_plain_steps(model, loss, [make_videos()], **settings)
 
 
 def answer(model: nn.Module) -> Run:
-    x, time = videos(), torch.arange(BATCH)
-    return answers(model, lambda: said(model, x, time))
+    x, time = make_videos(), torch.arange(BATCH)
+    return run_inference(model, lambda: compute_output(model, x, time))
 
 
 @torch.no_grad()
 def check() -> str:
-    ours, peer = new().eval(), theirs().eval()
+    ours, peer = build_network().eval(), build_peer().eval()
     told = peer.adaln_single
     told.emb.timestep_embedder.linear_2.weight.zero_()
     always = told.emb.timestep_embedder.linear_2.bias.normal_()
@@ -107,12 +112,12 @@ def check() -> str:
         getattr(ours, name).load_state_dict(layer.state_dict())
     ours.condition.weight.zero_()
     ours.condition.bias.copy_((peer.scale_shift_table + always).flatten())
-    time = torch.arange(BATCH)
-    return f"{count(ours, peer)} {agree('answers', said(ours, videos(), time), said(peer, videos(), time))}"
+    outputs = (compute_output(network, make_videos(), torch.arange(BATCH)) for network in (ours, peer))
+    return f"{describe_sizes(ours, peer)} {check_equal('outputs', *outputs)}"
 
 
 def main() -> None:
-    options = begin(arguments(__doc__.splitlines()[0], steps=2, rounds=4))
+    options = parse_options(make_parser(__doc__.splitlines()[0], steps=2, rounds=4))
     torch.manual_seed(0)
     compare(
         f"Latte, 8 frames of 32 x 32, batch {BATCH}",
@@ -122,8 +127,8 @@ def main() -> None:
             Pair(
                 "training, like for like", lambda: train(precision="float32", **LIKE), lambda: peer(fused=True, **LIKE), BATCH
             ),
-            Pair("training, defaults", lambda: train(**recipe(SIZE)), lambda: peer(lr=1e-3), BATCH),
-            Pair("answers", lambda: answer(new()), lambda: answer(theirs()), BATCH),
+            Pair("training, defaults", lambda: train(**read_recipe(SIZE)), lambda: peer(lr=1e-3), BATCH),
+            Pair("answers", lambda: answer(build_network()), lambda: answer(build_peer()), BATCH),
         ],
         options,
         check,

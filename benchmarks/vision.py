@@ -11,18 +11,20 @@ chooses by timing, against timm as its examples begin: float32, contiguous, plai
 from __future__ import annotations
 
 import torch
-from common import arguments, begin, compare
-from nets import pictures
+from common import compare, make_parser, parse_options
+from nets import list_image_networks
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], steps=1, rounds=3)
+    parser = make_parser(__doc__.splitlines()[0], steps=1, rounds=3)
     parser.add_argument("--sizes", default="", help="these alone, parted by commas")
     parser.add_argument("--batch", type=int, default=4, help="pictures a step")
     parser.add_argument("--side", type=int, default=224, help="pixels; Swin needs a multiple of 32, ViT 224")
-    options = begin(parser)
+    options = parse_options(parser)
     torch.manual_seed(0)
-    nets = [net for net in pictures(options.batch, options.side) if net.size in (options.sizes or net.size).split(",")]
+    nets = [
+        net for net in list_image_networks(options.batch, options.side) if net.size in (options.sizes or net.size).split(",")
+    ]
     compare(
         f"Pictures of {options.side} x {options.side}, batch {options.batch}",
         "pictures",
