@@ -1711,6 +1711,8 @@ CASES = {
     "dit": Case(inputs=noisy, lr=3e-3, peer=latents.dit),
     "wan": Case(inputs=latents.noisy_latent_video, lr=3e-3, peer=latents.wan),
     "wan-vae": Case(inputs=latents.video, lr=1e-2, peer=latents.wan_vae),
+    "cogvideox-vae": Case(inputs=latents.video, lr=1e-2, peer=latents.video_vae),
+    "hunyuan-video-vae": Case(inputs=latents.video, lr=3e-3, peer=latents.video_vae, slack=10.0),
     "cogvideox": Case(inputs=latents.noisy_latent_video, lr=3e-3, peer=latents.cogvideox),
     "hunyuan-video": Case(inputs=latents.noisy_latent_video, lr=3e-3, peer=latents.hunyuan_video, slack=10.0),
     "open-sora": Case(inputs=latents.noisy_video_flux, lr=3e-3, peer=latents.open_sora, slack=10.0),

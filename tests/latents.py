@@ -417,6 +417,22 @@ def wan_vae(model: nn.Module) -> Peer:
     return Sample(), rename(model)
 
 
+def video_vae(model: nn.Module) -> Peer:
+    """Return videos decoded from the means, by diffusers' autoencoder, whose videos have the channels first."""
+    peer = build(model)
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, video: Tensor) -> Tensor:
+            mean = self.peer.encode(video.transpose(1, 2)).latent_dist.mean
+            return self.peer.decode(mean).sample.transpose(1, 2)
+
+    return Sample(), rename(model)
+
+
 @contextmanager
 def exact_rotary(module: Any) -> Iterator[None]:
     """Let a module of diffusers compute the angles of rotary positions in float64, as some do, and return float32."""

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import HALF, Card, Size
-from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.core.errors import SettingsError, WeightsError
+from fieldguide.models.diffusion._shared.causal_video import Cache, CausalConv, VideoAutoencoder, check_video, map_frames
 from fieldguide.models.diffusion.autoencoder_kl import LOGVAR_RANGE
 from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect
@@ -36,8 +37,6 @@ MEAN: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -
 MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 STD: tuple[float, ...] = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
 STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
-
-Cache = dict[nn.Module, Tensor]  # layer -> its last frames of the part before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +55,6 @@ class Config:
     )  # whether the number of frames is halved, too, after each level but the last
     mean: tuple[float, ...] = MEAN  # of the latents
     std: tuple[float, ...] = STD
-
-
-class CausalConv(nn.Conv3d):
-    """Convolution of 3 frames, the last of which is the one that it computes, and `side` x `side` positions."""
-
-    def __init__(self, inputs: int, dim: int, side: int = 3):
-        super().__init__(inputs, dim, (3, side, side), padding=(0, side // 2, side // 2))
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # B D F H W -> B D' F H W
-        past = None if cache is None else cache.get(self)
-        x = torch.cat([torch.zeros_like(x[:, :, :1]).expand(-1, -1, 2, -1, -1) if past is None else past, x], 2)
-        if cache is not None:
-            cache[self] = x[:, :, -2:]
-        return super().forward(x)
 
 
 class Norm(nn.Module):
@@ -108,11 +93,6 @@ class Attention(nn.Module):
         y = self.norm(x).transpose(1, 2).flatten(3).mT  # B F H*W D
         y = self.proj(dot_product_attention(*self.qkv(y).chunk(3, -1)))
         return x + y.mT.unflatten(3, x.shape[3:]).transpose(1, 2)
-
-
-def map_frames(layer: nn.Module, x: Tensor) -> Tensor:  # B D F H W -> B D' F H' W'
-    """Return a function of images, computed for each frame."""
-    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, x.shape[2])).transpose(1, 2)
 
 
 class Down(nn.Module):
@@ -220,13 +200,14 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm(x)), cache)
 
 
-class WanVAE(nn.Module):
+class WanVAE(VideoAutoencoder):
     """Wan's autoencoder: video -> video, decoded from the means of its latents. Pixels are -1 to 1; outputs may lie beyond.
 
     Raises `SettingsError` for invalid sizes, and `DataError` if `encode` gets a video whose sides are not divisible by `stride` or
     that has not one frame more than a multiple of `frame_stride`.
     """
 
+    part: ClassVar[int] = 1  # latents in a row that are decoded at once for little memory
     mean: Tensor  # L
     std: Tensor  # L
 
@@ -238,6 +219,7 @@ class WanVAE(nn.Module):
                 f"growth={c.growth} must have one value more than temporal={c.temporal}, and mean and std must have latent={c.latent}"
             )
         self.stride, self.frame_stride = 2 ** len(c.temporal), 2 ** sum(c.temporal)
+        self.frame_multiple = self.frame_stride
         self.encoder, self.decoder = Encoder(c, 2 * c.latent), Decoder(c)
         self.quant, self.post_quant = nn.Conv3d(2 * c.latent, 2 * c.latent, 1), nn.Conv3d(c.latent, c.latent, 1)
         for name in ("mean", "std"):
@@ -247,12 +229,7 @@ class WanVAE(nn.Module):
         """Return the means of the latents and the logarithms of their variances. `part` is the number of latents in a row, after the
         first, that are computed at once, which limits the memory; 0 computes all at once.
         """
-        frames, _, *sides = video.shape[1:]
-        if any(side % self.stride for side in sides) or (frames - 1) % self.frame_stride:
-            raise DataError(
-                f"a video of {frames} frames of {sides[1]} x {sides[0]} pixels cannot be encoded: its sides must be multiples of "
-                f"{self.stride}, its frames one more than a multiple of {self.frame_stride}. Crop or resize it."
-            )
+        check_video(video, self.stride, self.frame_stride)
         x = video.transpose(1, 2)
         if part:
             cache: Cache = {}
@@ -277,12 +254,6 @@ class WanVAE(nn.Module):
     def denormalize(self, z: Tensor) -> Tensor:  # B f L h w -> B f L h w
         """Return latents as `decode` expects them."""
         return z * self.std[:, None, None] + self.mean[:, None, None]
-
-    def forward(self, video: Tensor) -> Tensor:  # B F C H W -> B F C H W
-        frames, _, height, width = video.shape[1:]
-        extra = (-width % self.stride, -height % self.stride, (1 - frames) % self.frame_stride)
-        padded = F.pad(video.transpose(1, 2), (0, extra[0], 0, extra[1], 0, extra[2]), mode="replicate").transpose(1, 2)
-        return self.decode(self.encode(padded)[0])[:, :frames, :, :height, :width]
 
 
 def split_frames(x: Tensor, size: int) -> list[Tensor]:  # B D F H W -> tensors B D size H W

@@ -34,7 +34,7 @@ def map_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, factor
 def blend(before: Tensor, after: Tensor, extent: int, axis: int) -> Tensor:
     """Return `after`, whose first `extent` positions of an axis pass over from the last ones of `before`."""
     extent = min(before.shape[axis], after.shape[axis], extent)
-    share = (torch.arange(extent, device=after.device, dtype=after.dtype) / extent).view(-1, *[1] * (3 - axis))
+    share = (torch.arange(extent, device=after.device, dtype=after.dtype) / extent).view(-1, *[1] * (after.ndim - 1 - axis))
     last, first = before.narrow(axis, before.shape[axis] - extent, extent), after.narrow(axis, 0, extent)
     mixed = last * (1 - share) + first * share
     return torch.cat([mixed, after.narrow(axis, extent, after.shape[axis] - extent)], axis)
