@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusers with random weights, written to folders: the peers of text-to-image."""
+"""Tiny pipelines of diffusers with random weights, written to folders: the peers of text-to-image and text-to-video."""
 
 from __future__ import annotations
 
@@ -262,4 +262,98 @@ def pixart(kind: str = "PixArtAlphaPipeline", sized: bool = True) -> Any:
             2,
         ),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+def umt5_encoder(dim: int, seed: int = 5) -> Any:
+    from tv import transformers
+
+    config = transformers.UMT5Config(
+        vocab_size=len(t5_tokenizer()) + 3,
+        d_model=dim,
+        num_layers=2,
+        num_heads=2,
+        d_kv=8,
+        d_ff=32,
+        feed_forward_proj="gated-gelu",
+    )
+    return randomize(transformers.UMT5EncoderModel(config), seed)
+
+
+def wan(scheduler: Any = None, **changes: Any) -> Any:
+    from tv import diffusers
+
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=3,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.5, -0.2, 0.1],
+        latents_std=[2.0, 1.5, 0.5],
+        scale_factor_spatial=4,
+    )
+    return diffusers.WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=umt5_encoder(16),
+        vae=randomize(vae, 1),
+        transformer=randomize(
+            diffusers.WanTransformer3DModel(
+                **{
+                    "num_attention_heads": 2,
+                    "attention_head_dim": 12,
+                    "in_channels": 3,
+                    "out_channels": 3,
+                    "text_dim": 16,
+                    "ffn_dim": 16,
+                    "num_layers": 2,
+                    **changes,
+                }
+            ),
+            2,
+        ),
+        scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def cogvideox(rotary: bool = False, shift: float = 3.0) -> Any:
+    from tv import diffusers
+
+    vae = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(4, 8, 8),
+        down_block_types=("CogVideoXDownBlock3D",) * 3,
+        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=3,
+        scaling_factor=0.7,
+    )
+    return diffusers.CogVideoXPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(16),
+        vae=randomize(vae, 1),
+        transformer=randomize(
+            diffusers.CogVideoXTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=16,
+                in_channels=3,
+                out_channels=3,
+                time_embed_dim=8,
+                text_embed_dim=16,
+                num_layers=2,
+                sample_height=4,
+                sample_width=6,
+                sample_frames=9,
+                max_text_seq_length=12,
+                use_rotary_positional_embeddings=rotary,
+            ),
+            2,
+        ),
+        scheduler=diffusers.CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            clip_sample=False,
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            snr_shift_scale=shift,
+        ),
     )

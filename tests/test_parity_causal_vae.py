@@ -114,6 +114,17 @@ def test_lengths(name, frames):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_four_levels(name):
+    """The number of frames changes in two of three places."""
+    ours = tiny(name, growth=(1, 2, 2, 2))
+    peer, video = peer_of(ours, name).peer, torch.randn(1, 9, 2, 8, 16, dtype=torch.float64)
+    their = peer.encode(video.transpose(1, 2)).latent_dist.mean
+    torch.testing.assert_close(ours.encode(video)[0], their.transpose(1, 2), **CLOSE)
+    torch.testing.assert_close(ours(video), peer.decode(their).sample.transpose(1, 2), **CLOSE)
+
+
+@torch.no_grad()
 def test_cogvideox_decodes_an_even_number_of_latents():
     ours = tiny("cogvideox-vae")
     peer, z = peer_of(ours, "cogvideox-vae").peer, torch.randn(1, 4, 3, 2, 3, dtype=torch.float64)

@@ -38,6 +38,7 @@ from fieldguide.objectives.diffusion import (
     build_process,
     evaluate,
     sample,
+    spacing,
 )
 from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
 from fieldguide.objectives.diffusion.noise_process import PROCESSES
@@ -206,6 +207,37 @@ def test_dpm_solver(double, config, steps, order):
     compare({"_class_name": "DPMSolverMultistepScheduler", "solver_order": order, **config}, steps)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        STABLE,
+        {**STABLE, "timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "v_prediction"},
+        {"timestep_spacing": "trailing", **ZERO, "solver_type": "midpoint"},
+        {**STABLE, "final_sigmas_type": "sigma_min"},
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "shift_terminal": 0.1},
+    ],
+    ids=["stable", "leading", "zero snr", "sigma min", "flow", "terminal"],
+)
+@pytest.mark.parametrize(("steps", "order"), [(1, 2), (2, 3), (3, 2), (9, 1), (9, 2), (9, 3)])
+def test_unipc(double, config, steps, order, monkeypatch):
+    monkeypatch.setattr(spacing, "LATEST_TIME", 1 - 1e-6)  # diffusers computes in float64 here
+    config = {"_class_name": "UniPCMultistepScheduler", "solver_order": order, **config}
+    if steps == 1 and "shift_terminal" in config:
+        with pytest.raises(SettingsError, match="cannot be reached in 1 step"):
+            compare(config, steps)
+        return
+    compare(config, steps)
+
+
+@pytest.mark.parametrize(("scale", "zero"), [(3.0, True), (1.0, True), (3.0, False)])
+@pytest.mark.parametrize(("steps", "spacing"), [(3, "trailing"), (7, "leading"), (6, "linspace")])
+def test_ddim_of_cogvideox(double, scale, zero, steps, spacing):
+    config = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "clip_sample": False}
+    config |= {"snr_shift_scale": scale, "rescale_betas_zero_snr": zero, "timestep_spacing": spacing}
+    compare(config, steps)
+
+
 @pytest.mark.parametrize("steps", [14, 15])  # the last steps have full order from 15 on
 def test_orders_of_the_last_steps(double, steps):
     config = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "final_sigmas_type": "sigma_min"}
@@ -366,6 +398,11 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     ("config", "words"),
     [
         ({"_class_name": "DDIMSchedule"}, "DDIMSchedule' is not supported.*DDIMScheduler"),
+        ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "solver_type='bh1'"),
+        ({"_class_name": "UniPCMultistepScheduler", "lower_order_final": False}, "lower_order_final"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, "disable_corrector"),
         ({"_class_name": "DDIMScheduler", "magic": 3}, "unknown setting magic=3"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True"),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.core.structure import Limits
@@ -56,7 +56,8 @@ def option_limits(schema: type | Mapping[str, Any]) -> dict[str, Limits]:
     return {
         name: limits
         for name, hint in hints.items()
-        for limits in getattr(hint, "__metadata__", ())
+        for part in (hint, *get_args(hint))  # also in `Annotated[TYPE, Limits(least, most)] | None`
+        for limits in getattr(part, "__metadata__", ())
         if isinstance(limits, Limits)
     }
 

@@ -51,13 +51,19 @@ def open_source(source: str | Path, options: Mapping[str, Any]) -> tuple[Predict
     options, place = dict(options), locate_source(source)
     if (place / PIPELINE_FILE).is_file() or holds_pipeline(place):
         from fieldguide.inference.text_to_image import TextToImage
+        from fieldguide.inference.text_to_video import TextToVideo
         from fieldguide.inference.unclip import UnCLIP
+        from fieldguide.tasks.latent_diffusion.diffusion_pipeline import is_video
         from fieldguide.tasks.latent_diffusion.unclip import is_unclip
 
-        loader: Any = UnCLIP if is_unclip(place) else TextToImage
+        loader: Any = UnCLIP if is_unclip(place) else TextToVideo if is_video(place) else TextToImage
+        owner = "text-to-video" if loader is TextToVideo else "text-to-image"
         chosen = {key: options.pop(key) for key in loader.LOAD_OPTIONS if key in options}
         with guard(source, WeightsError):
-            return loader.load(place, **parse_options(loader.LOAD_OPTIONS, chosen, owner="text-to-image")), options
+            return loader.load(
+                place,
+                **parse_options(loader.LOAD_OPTIONS, chosen, owner=owner),
+            ), options
     checkpoint = inspect_checkpoint(place, options.pop("name", None))
     kind = predictor_type(checkpoint.card)
     chosen = {key: options.pop(key) for key in kind.LOAD_OPTIONS if key in options}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
@@ -206,3 +207,8 @@ def as_list(inputs: Any) -> Sequence[Any]:
     """Return `inputs` as a list; anything but a list or tuple is one input, and a list of rows is one table."""
     table = as_table(inputs)
     return [table] if table is not None else list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+
+
+def as_rows(inputs: Any) -> list[Any]:
+    """Return `inputs` as a list in which the rows of tables are dictionaries."""
+    return [row for value in as_list(inputs) for row in (value.to_dicts() if isinstance(value, pl.DataFrame) else [value])]

@@ -18,7 +18,7 @@ from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.core.media import Media
 from fieldguide.core.options import PREDICT_ALIASES, parse_options
 from fieldguide.core.signature import Signature
-from fieldguide.inference.predictor import Predictions, Predictor, as_list
+from fieldguide.inference.predictor import Predictions, Predictor, as_rows
 from fieldguide.tasks.latent_diffusion.diffusion_pipeline import DiffusionPipeline, load_pipeline, load_single_file
 from fieldguide.tasks.latent_diffusion.generation import ImageOptions, ImageRequest, fill_defaults, generate
 from fieldguide.tasks.latent_diffusion.single_file_pipeline import is_single_file
@@ -105,7 +105,7 @@ class TextToImage(Predictor):
         of `ImageOptions`.
         """
         chosen = self.parse(options)
-        requests = [read_request(value, image, mask) for value in as_list(inputs)]
+        requests = [read_request(value, image, mask) for value in as_rows(inputs)]
         if not requests:
             raise SettingsError("no prompt: fieldguide predict MODEL 'a photo of a cat'")
         records, notes = [], list(self.pipeline.notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,6 +29,14 @@ def rescale_to_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:  # T -> T
     """Shift and scale the signal so that none is left at the last time (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
     root = np.sqrt(alpha_bar)
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def shift_snr(betas: np.ndarray | Sequence[float], scale: float) -> np.ndarray:  # T -> T
+    """Return the betas for which the ratio of the variances of signal and noise is `scale` times smaller at all times (Yang et al.
+    2024, arXiv:2408.06072, code)."""
+    alpha_bar = np.cumprod(1 - np.asarray(betas, dtype=np.float64))
+    alpha_bar = alpha_bar / (scale + (1 - scale) * alpha_bar)
+    return 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
 
 
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {

@@ -39,6 +39,7 @@ class SamplingState:
     index: int = 0
     history: list[tuple[Level, Tensor]] = field(default_factory=list)  # earlier levels and predictions of x_0, latest last
     stage: tuple[Tensor, Tensor, Level] | None = None  # of a step that calls the network twice
+    before: Tensor | None = None  # x at the start of the step before, for samplers that compute that step again
 
     @property
     def done(self) -> bool:

@@ -13,10 +13,11 @@ import numpy as np
 
 from fieldguide.core.errors import SettingsError, nearest
 from fieldguide.objectives.diffusion.noise_process import DiscreteProcess, EDMProcess, FlowProcess, NoiseProcess
-from fieldguide.objectives.diffusion.noise_schedules import cosine_betas
+from fieldguide.objectives.diffusion.noise_schedules import cosine_betas, shift_snr
 from fieldguide.objectives.diffusion.plms import PLMS
 from fieldguide.objectives.diffusion.samplers import DDIM, DDPM, DPMSolver, Euler, Heun, Sampler
 from fieldguide.objectives.diffusion.spacing import DynamicShift, FlowTimes, SigmaSpacing, Timesteps
+from fieldguide.objectives.diffusion.unipc import UniPC
 
 PREDICTS = {"epsilon": "eps", "sample": "x", "v_prediction": "v", "flow_prediction": "velocity"}
 VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
@@ -66,6 +67,14 @@ EDM = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "DDPMScheduler": {**BETAS, **CLIPPING, "variance_type": "fixed_small"},
     "DDIMScheduler": {**BETAS, **CLIPPING, "set_alpha_to_one": True},
+    "CogVideoXDDIMScheduler": {  # clips nothing, whatever its settings say
+        **BETAS,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "set_alpha_to_one": True,
+        "snr_shift_scale": 3.0,
+    },
     "DPMSolverMultistepScheduler": {
         **BETAS,
         **SOLVER,
@@ -125,8 +134,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "beta_schedule": "squaredcos_cap_v2",
     },
     "PNDMScheduler": {**WITHOUT_RESCALING, "skip_prk_steps": False, "set_alpha_to_one": False},
+    "UniPCMultistepScheduler": {
+        **BETAS,
+        **SIGMAS,
+        "timestep_spacing": "linspace",
+        "solver_order": 2,
+        "thresholding": False,
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "solver_p": None,
+        "use_flow_sigmas": False,
+        "flow_shift": 1.0,
+        "final_sigmas_type": "zero",
+        "use_dynamic_shifting": False,
+        "time_shift_type": "exponential",
+        "sigma_min": None,
+        "sigma_max": None,
+        "shift_terminal": None,
+    },
     # Of these, only the noise process is supported.
-    "UniPCMultistepScheduler": {**PROCESS, "use_flow_sigmas": False, "flow_shift": 1.0},
     "LMSDiscreteScheduler": PROCESS,
     "DEISMultistepScheduler": {**PROCESS, "use_flow_sigmas": False, "flow_shift": 1.0},
     "KDPM2DiscreteScheduler": {**PROCESS, "beta_start": 0.00085, "beta_end": 0.012},
@@ -142,10 +170,8 @@ WITHOUT_EFFECT = {
     "set_alpha_to_one",
     "original_inference_steps",
     "timestep_scaling",
-    "disable_corrector",
-    "predict_x0",
-    "solver_p",
 }
+WITHOUT_SIGNAL = {"DDPMScheduler", "DDIMScheduler", "CogVideoXDDIMScheduler"}  # at the last time, if the betas are rescaled
 SLIGHTLY_NOISY = 2.0**-24  # alpha-bar at the last time, where diffusers needs some signal to divide by
 REMEDY = "Choose another sampler for its noise process."
 
@@ -252,9 +278,11 @@ def build_noise_process(settings: SchedulerSettings) -> NoiseProcess:
     if betas is None:
         betas = settings.choose("beta_schedule", schedules)()
     settings.read.add("beta_schedule")
+    if "snr_shift_scale" in settings.values:
+        betas = shift_snr(betas, settings.get("snr_shift_scale"))
     terminal = None
     if "rescale_betas_zero_snr" in settings.values and settings.get("rescale_betas_zero_snr"):
-        terminal = 0.0 if name in ("DDPMScheduler", "DDIMScheduler") else SLIGHTLY_NOISY
+        terminal = 0.0 if name in WITHOUT_SIGNAL else SLIGHTLY_NOISY
     predicts = settings.choose("prediction_type", {k: v for k, v in PREDICTS.items() if v != "velocity"})
     return DiscreteProcess(predicts=predicts, betas=betas, terminal=terminal)
 
@@ -283,7 +311,11 @@ def read_final(settings: SchedulerSettings) -> str:
 
 def read_clip(settings: SchedulerSettings) -> float:
     """Return the limit of x_0, 0 for none."""
-    return float(settings.get("clip_sample_range")) * bool(settings.get("clip_sample"))
+    return (
+        float(settings.get("clip_sample_range")) * bool(settings.get("clip_sample"))
+        if "clip_sample" in settings.values
+        else 0.0
+    )
 
 
 def build_ddpm(settings: SchedulerSettings, steps: int) -> Sampler:
@@ -332,6 +364,24 @@ def build_solver(settings: SchedulerSettings, steps: int) -> Sampler:
         low_order_end=settings.get("lower_order_final"),
         euler_end=settings.get("euler_at_final"),
     )
+
+
+def build_unipc(settings: SchedulerSettings, steps: int) -> Sampler:
+    settings.choose("lower_order_final", {True: None})  # else the last step divides by zero
+    settings.choose("solver_type", dict.fromkeys(("bh2", "midpoint", "heun", "logrho")))  # all mean bh2 there
+    final = read_final(settings)
+    spacing: Any
+    if settings.get("use_flow_sigmas"):
+        settings.choose("final_sigmas_type", {"zero": "data"})
+        spacing = FlowTimes(kind="unipc", shift=settings.get("flow_shift"), terminal=settings.get("shift_terminal") or None)
+        settings.read |= {"timestep_spacing", *BETAS}
+    else:
+        settings.read.add("flow_shift")
+        spacing = read_spacing(settings, final=final)
+        spacing = Timesteps(**{**vars(spacing), "skip_last": spacing.kind != "trailing"})
+        if spacing.sigmas:
+            raise settings.reject(f"use_{spacing.sigmas}_sigmas")
+    return UniPC(steps=steps, spacing=spacing, order=settings.get("solver_order"))
 
 
 def read_sigma_spacing(settings: SchedulerSettings) -> SigmaSpacing:
@@ -406,11 +456,13 @@ SAMPLERS: dict[str, Callable[[SchedulerSettings, int], Sampler]] = {
     "DDPMScheduler": build_ddpm,
     "UnCLIPScheduler": build_unclip,
     "DDIMScheduler": build_ddim,
+    "CogVideoXDDIMScheduler": build_ddim,
     "DPMSolverMultistepScheduler": build_solver,
     "EulerDiscreteScheduler": build_euler,
     "EulerAncestralDiscreteScheduler": build_ancestral,
     "HeunDiscreteScheduler": build_heun,
     "PNDMScheduler": build_plms,
+    "UniPCMultistepScheduler": build_unipc,
     "EDMEulerScheduler": build_edm_euler,
     "EDMDPMSolverMultistepScheduler": build_solver,
     "FlowMatchEulerDiscreteScheduler": lambda settings, steps: build_flow_sampler(settings, steps, None),

@@ -16,6 +16,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.diffusion.noise_process import DiscreteProcess, FlowProcess, Level, NoiseProcess
 
 DATA = Level(1.0, 0.0, 0.0)  # no noise
+LATEST_TIME = float(np.float32(1 - 1e-6))  # of a flow by UniPC, which divides by the signal; float32 as in diffusers
 LCM_TIMES = 50  # times that a latent consistency model is distilled for
 
 
@@ -190,7 +191,7 @@ class FlowTimes:
         shift: moves the times towards noise: s t / (1 + (s - 1) t).
         kind: "trailing" for n, n - 1, .. 1 of n parts, as in FLUX; "linspace" to end at the first of 1000 times, as in Stable
             Diffusion 3; "solver" to start at the second-last of 1000 times and round the times that the network receives, as
-            DPM-Solver of diffusers.
+            DPM-Solver of diffusers; "unipc" to start at almost 1, with rounded times, too, as UniPC of diffusers.
         terminal: stretch the times so that the last one before 0 is this (`shift_terminal` of diffusers).
         dynamic: take the shift from the number of tokens: see `with_tokens`.
     """
@@ -205,7 +206,7 @@ class FlowTimes:
         return replace(self, shift=self.dynamic.get_shift(tokens), dynamic=None) if self.dynamic else self
 
     def build_schedule(self, process: NoiseProcess, steps: int) -> Schedule:
-        check_kind(self.kind, ("trailing", "linspace", "solver"), "times of a flow")
+        check_kind(self.kind, ("trailing", "linspace", "solver", "unipc"), "times of a flow")
         if not isinstance(process, FlowProcess):
             raise SettingsError(f"times from 1 to 0 are of rectified flows: {type(process).__name__} has other noise levels.")
         if self.dynamic is not None:
@@ -216,11 +217,17 @@ class FlowTimes:
             even = np.arange(steps, 0, -1) / steps
         elif self.kind == "linspace":
             even = np.linspace(1, shift_time(1 / process.time_scale, self.shift), steps)
+        elif self.kind == "unipc":
+            even = np.linspace(1, 1 / process.time_scale, steps + 1)[:-1]
         else:
             even = np.linspace(0, 1 - 1 / process.time_scale, steps + 1)[:0:-1]
         times = [shift_time(float(t), self.shift) for t in even]
         if self.terminal is not None:
+            if times[-1] == 1:
+                raise SettingsError(f"terminal={self.terminal} cannot be reached in {steps} step: choose more steps")
             scale = (1 - times[-1]) / (1 - self.terminal)
             times = [1 - (1 - t) / scale for t in times]
-        levels = [process.level_at(t) for t in times]
-        return chain_levels([replace(x, time=float(int(x.time))) for x in levels] if self.kind == "solver" else levels)
+        if self.kind == "unipc":
+            times[0] = min(times[0], LATEST_TIME)
+        levels, rounds = [process.level_at(t) for t in times], self.kind in ("solver", "unipc")
+        return chain_levels([replace(x, time=float(int(x.time))) for x in levels] if rounds else levels)

@@ -1,4 +1,4 @@
-"""The networks of a text-to-image pipeline, loaded from a folder of diffusers, and what its family means by default."""
+"""The networks of a pipeline that generates images or videos of texts, loaded from a folder of diffusers, and defaults of its family."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fieldguide.checkpoints.config_mapping import identify_config
 from fieldguide.checkpoints.load import Checkpoint, build_network, inspect_folder
 from fieldguide.checkpoints.lora_files import DENOISER, FILE, find_lora, merge_updates, read_updates
-from fieldguide.checkpoints.names import PIPELINE_FILE
-from fieldguide.checkpoints.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, PipelineFolder, read_pipeline
+from fieldguide.checkpoints.names import CONFIG_FILE, PIPELINE_FILE
+from fieldguide.checkpoints.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, PipelineFolder, find_denoiser, read_pipeline
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError, WeightsError, nearest
+from fieldguide.core.validation import read_json
 from fieldguide.data.preprocessing.tokenizer_files import find_tokenizer
 from fieldguide.objectives.diffusion.noise_process import NoiseProcess
 from fieldguide.objectives.diffusion.samplers import Sampler
@@ -42,6 +44,7 @@ CHOICES = {
     "plms": "PNDMScheduler",
 }
 REPLACEMENT = "dpm-solver"  # for samplers that are not supported
+RELATED = {"CogVideoXDPMScheduler": "CogVideoXDDIMScheduler"}  # of the same settings
 Adapt = Callable[[str, Checkpoint], Checkpoint]  # name of a part and its checkpoint -> the checkpoint with a LoRA merged
 EncodePrompts = Callable[[Sequence[TextEncoder | None], Sequence[str], Any], Prompts]
 
@@ -60,6 +63,8 @@ class Family:
     patch: int = 1
     distilled: bool = False
     times: str | None = None  # of a flow, see `read_scheduler`
+    frames_per_second: int = 0  # of videos; 0 for images
+    size: tuple[int, int] | None = None  # default width and height in pixels; by default that of the network's latents
 
 
 FAMILIES = {
@@ -68,6 +73,10 @@ FAMILIES = {
     "pixart": Family(prompt_encoding.encode_pixart, 20, 4.5, 2),
     "sd3": Family(prompt_encoding.encode_sd3, 28, 7.0, 2, times="linspace"),
     "flux": Family(prompt_encoding.encode_flux, 28, 3.5, 2, distilled=True, times="trailing"),
+}
+VIDEO_FAMILIES = {
+    "wan": Family(prompt_encoding.encode_wan, 50, 5.0, 2, frames_per_second=16, size=(832, 480)),
+    "cogvideox": Family(prompt_encoding.encode_cogvideox, 50, 6.0, 2, frames_per_second=8),
 }
 SCHNELL_STEPS = 4  # of FLUX without guidance, which was distilled to few steps
 LCM_STEPS = 4  # of latent consistency models
@@ -81,7 +90,7 @@ class DiffusionPipeline:
     family: Family
     config: Any  # of the network that denoises
     network: Any  # None where only the other networks are used
-    vae: Network
+    vae: Any
     encoders: Sequence[TextEncoder | None]
     scheduler: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -89,14 +98,20 @@ class DiffusionPipeline:
     path: Path
 
     @property
-    def side(self) -> int:
-        """Default side of images, in pixels."""
-        return int(self.config.image) * self.stride
+    def size(self) -> tuple[int, int]:
+        """Default width and height, in pixels."""
+        height = int(self.config.image) * self.stride
+        return self.family.size or (int(getattr(self.config, "width", self.config.image)) * self.stride, height)
+
+    @property
+    def frames(self) -> int:
+        """Default number of frames of videos."""
+        return 1 + (int(self.config.frames) - 1) * int(self.vae.frame_stride)
 
     @property
     def stride(self) -> int:
         """Pixels per latent, along a side."""
-        return 2 ** (len(self.vae.config.growth) - 1)
+        return int(self.vae.stride)
 
     @property
     def multiple(self) -> int:
@@ -109,7 +124,10 @@ class DiffusionPipeline:
         """
         config, note = dict(self.scheduler), ""
         own = str(config.get("_class_name"))
-        if chosen is None and own not in SAMPLERS:
+        if own in RELATED and chosen is None:
+            config["_class_name"] = RELATED[own]
+            note = f"the sampler {own} of {self.path} is not supported; {RELATED[own]} is used in its place"
+        elif chosen is None and own not in SAMPLERS:
             chosen = REPLACEMENT
             note = f"the sampler {own} of {self.path} is not supported; {REPLACEMENT} is used in its place"
         if chosen is not None:
@@ -135,7 +153,8 @@ def load_pipeline(
     parts = read_pipeline(folder)
     adapt, note = read_adapter(folder, parts.parts.keys(), lora, lora_scale)
     found = inspect_folder(parts.denoiser, None)
-    check_family(found.card, parts)
+    check_family(found.card, parts, FAMILIES | VIDEO_FAMILIES)
+    check_settings(found, parts)
     dtype = choose_dtype(precision, found.card, distributed.device())
     with default_dtype(dtype):
         network = build(adapt(DENOISER, found)).to(distributed.device())
@@ -153,17 +172,41 @@ def load_frozen(
     with default_dtype(torch.bfloat16 if dtype == torch.float16 else dtype):  # T5 overflows in float16
         encoders = [load_encoder(parts, i, device, adapt) for i in range(len(TEXT_ENCODERS))]
     notes = ["the safety checker is left out: images are not filtered"] if "safety_checker" in parts.parts else []
-    family = specialize(FAMILIES[card.name], config, parts.name)
+    family = specialize((FAMILIES | VIDEO_FAMILIES)[card.name], config, parts.name)
     return DiffusionPipeline(card, family, config, None, vae, encoders, parts.scheduler, parts.settings, notes, parts.path)
 
 
-def check_family(card: Card, parts: PipelineFolder) -> None:
-    """Raise `WeightsError` if the network of a pipeline is not one that generates images of texts here."""
-    if card.name not in FAMILIES:
+def check_family(card: Card, parts: PipelineFolder, families: Collection[str] = FAMILIES.keys()) -> None:
+    """Raise `WeightsError` if the network of a pipeline is not one of `families`, by default those that generate images of texts."""
+    if card.name not in families:
         raise WeightsError(
             f"{parts.path / PIPELINE_FILE}: {parts.name} with the network {card.name} is not supported. Supported networks are "
-            f"{', '.join(FAMILIES)}."
+            f"{', '.join(families)}."
         )
+
+
+def check_settings(found: Checkpoint, parts: PipelineFolder) -> None:
+    """Raise `WeightsError` for a pipeline of videos that needs more than a text, or whose times differ between patches."""
+    if found.card.name not in VIDEO_FAMILIES:
+        return
+    if found.values.get("extra"):
+        raise WeightsError(
+            f"{parts.path / PIPELINE_FILE}: {parts.name} begins videos with a given image, which is not supported. Use the pipeline of "
+            "the same family for texts."
+        )
+    if wrong := [name for name in ("boundary_ratio", "expand_timesteps") if parts.settings.get(name)]:
+        raise WeightsError(f"{parts.path / PIPELINE_FILE}: {wrong[0]}={parts.settings[wrong[0]]} is not supported.")
+
+
+def is_video(folder: Path) -> bool:
+    """Return whether a folder holds a pipeline whose network generates videos."""
+    if not (folder / PIPELINE_FILE).is_file():
+        return False
+    try:
+        found = identify_config(read_json(find_denoiser(folder) / CONFIG_FILE, WeightsError))
+        return found is not None and found[0].name in VIDEO_FAMILIES
+    except WeightsError:
+        return False  # loading it says what is wrong
 
 
 def load_single_file(
@@ -257,8 +300,8 @@ def load_encoder(parts: PipelineFolder, number: int, device: torch.device, adapt
     if words not in parts.parts:
         raise WeightsError(f"{parts.path / PIPELINE_FILE} lists {name}, but not its tokenizer {words}.")
     found = inspect_folder(parts.parts[name], None)
-    if found.card.name not in ("clip-text", "t5-encoder"):
-        raise WeightsError(f"{found.path} is {found.card.name}, but {name} must be a text encoder of CLIP or T5.")
+    if found.card.name not in ("clip-text", "t5-encoder", "umt5-encoder"):
+        raise WeightsError(f"{found.path} is {found.card.name}, but {name} must be a text encoder of CLIP, T5 or UMT5.")
     network, (tokenizer, limit) = build(adapt(name, found)), load_tokenizer(parts.parts[words])
     if tokenizer.size > network.config.vocab_size:
         raise WeightsError(
@@ -268,11 +311,13 @@ def load_encoder(parts: PipelineFolder, number: int, device: torch.device, adapt
     return TextEncoder(network.to(device), tokenizer, limit)
 
 
-def decode_latents(vae: Any, latents: Tensor, tile: int = 0) -> Tensor:  # B C h w -> B 3 H W in -1 .. 1
-    """Return the images of latents. What half precision cannot hold is computed again in float32."""
+def decode_latents(vae: Any, latents: Tensor, **options: int) -> Tensor:  # B ... C h w -> B ... 3 H W in -1 .. 1
+    """Return the images or videos of latents; `options` are those of the autoencoder. What half precision cannot hold is computed again
+    in float32.
+    """
     dtype = next(vae.parameters()).dtype
-    image = vae.decode(vae.denormalize(latents.to(dtype)), tile=tile)
+    image = vae.decode(vae.denormalize(latents.to(dtype)), **options)
     if dtype != torch.float32 and not image.isfinite().all():
         vae.float()
-        image = vae.decode(vae.denormalize(latents.float()), tile=tile)
+        image = vae.decode(vae.denormalize(latents.float()), **options)
     return image.float().clamp(-1, 1)

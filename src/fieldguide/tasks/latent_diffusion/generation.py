@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,18 @@ SCORES = 6.0, 2.5  # of quality that SDXL's refiner is told for the prompt and t
 
 
 @dataclass(frozen=True)
-class ImageOptions:
-    count: Annotated[int, Limits(1, 1000)] = 1  # images of each prompt
+class SamplingOptions:
+    count: Annotated[int, Limits(1, 1000)] = 1  # images or videos of each prompt
     steps: Annotated[int, Limits(1, 1000)] | None = None  # sampler steps
     guidance: Annotated[float, Limits(0, 100)] | None = None  # guidance scale; 1 = none
-    negative: str = ""  # what images should not show; only with guidance
+    negative: str = ""  # what should not be shown; only with guidance
+    seed: Annotated[int, Limits(0, MAX_SEED)] = 0  # seed of the noise
+
+
+@dataclass(frozen=True)
+class ImageOptions(SamplingOptions):
     width: Annotated[int, Limits(8, MAX_SIDE)] | None = None  # pixels; that of the image, or of training
     height: Annotated[int, Limits(8, MAX_SIDE)] | None = None  # pixels; that of the image, or of training
-    seed: Annotated[int, Limits(0, MAX_SEED)] = 0  # seed of the noise
     sampler: str | None = (
         None  # dpm-solver | ddim | ddpm | euler | euler-ancestral | heun | plms; the pipeline's own by default
     )
@@ -48,7 +52,10 @@ class ImageRequest:
     mask: Any = None
 
 
-def fill_defaults(pipeline: DiffusionPipeline, options: ImageOptions) -> ImageOptions:
+Options = TypeVar("Options", bound=SamplingOptions)
+
+
+def fill_defaults(pipeline: DiffusionPipeline, options: Options) -> Options:
     """Return options with the defaults of the family in place of None. Raises `SettingsError` for one that it does not have."""
     family = pipeline.family
     if options.negative and family.distilled:
@@ -113,22 +120,28 @@ def generate(
                 noise=None if noise is None else noise[at : at + count],
                 callback=callback,
             )
-            found += [decode_latents(pipeline.vae, one[None], plan.tile) for one in latents]
+            found += [decode_latents(pipeline.vae, one[None], tile=plan.tile) for one in latents]
     return torch.cat(found)
 
 
 def choose_size(pipeline: DiffusionPipeline, options: ImageOptions, source: tuple[int, int] | None) -> tuple[int, int]:
     """Return width and height. Raises `SettingsError` if they are not multiples of what the networks compute at once."""
-    unit, side = pipeline.multiple, pipeline.side
-    width, height = (max(x - x % unit, unit) for x in source or (side, side))
+    unit = pipeline.multiple
+    width, height = (max(x - x % unit, unit) for x in source or pipeline.size)
     width, height = options.width or width, options.height or height
-    if width % unit or height % unit:
-        raise SettingsError(f"width={width}, height={height}: both must be multiples of {unit} for {pipeline.card.name}.")
+    check_size(pipeline, width, height)
     return width, height
 
 
+def check_size(pipeline: DiffusionPipeline, width: int, height: int) -> None:
+    """Raise `SettingsError` if sides are not multiples of what the networks compute at once."""
+    unit = pipeline.multiple
+    if width % unit or height % unit:
+        raise SettingsError(f"width={width}, height={height}: both must be multiples of {unit} for {pipeline.card.name}.")
+
+
 def encode(
-    pipeline: DiffusionPipeline, prompt: str, options: ImageOptions, guided: bool, width: int, height: int
+    pipeline: DiffusionPipeline, prompt: str, options: SamplingOptions, guided: bool, width: int, height: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, list[str]]:
     """Return the network's inputs for the prompt, those for the negative prompt if guided, and notes."""
     assert options.guidance is not None

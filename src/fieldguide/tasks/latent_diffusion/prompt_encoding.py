@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from fieldguide.data.preprocessing import TextTokenizer
 MAX_STATED_TOKENS = 100_000  # tokenizers without a limit state an enormous one
 CLIP_TOKENS = 77
 SD3_TOKENS, FLUX_TOKENS, SCHNELL_TOKENS, PIXART_TOKENS, SIGMA_TOKENS = 256, 512, 256, 120, 300  # of T5, by network
+WAN_TOKENS = 512  # of UMT5
 
 
 @dataclass
@@ -121,6 +123,23 @@ def encode_pixart(encoders: Sequence[TextEncoder | None], prompts: Sequence[str]
     encoder, length = require(encoders, 0), SIGMA_TOKENS if sigma else PIXART_TOKENS
     tokens, mask, cut = encoder.tokenize([prompt.lower().strip() for prompt in prompts], length)
     return Prompts({"text": encoder.network(tokens, mask), "text_mask": mask}, cut, length)
+
+
+def encode_cogvideox(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], config: Any) -> Prompts:
+    """Encode prompts for CogVideoX: the states of T5 without a mask."""
+    encoder = require(encoders, 0)
+    tokens, _, cut = encoder.tokenize(prompts, config.length)
+    return Prompts({"text": encoder.network(tokens)}, cut, config.length)
+
+
+def encode_wan(encoders: Sequence[TextEncoder | None], prompts: Sequence[str], config: Any) -> Prompts:
+    """Encode prompts for Wan: the states of UMT5, and zeros after the last token. Character references of HTML are replaced, and white
+    space becomes single spaces.
+    """
+    encoder = require(encoders, 0)
+    clean = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
+    tokens, mask, cut = encoder.tokenize(clean, WAN_TOKENS)
+    return Prompts({"text": encoder.network(tokens, mask) * mask[..., None]}, cut, WAN_TOKENS)
 
 
 def require(encoders: Sequence[TextEncoder | None], number: int) -> TextEncoder:

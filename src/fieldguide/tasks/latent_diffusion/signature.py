@@ -25,6 +25,8 @@ POSTPROCESSING = (
     Step("scale_pixels", "clamp to -1 .. 1, then (value + 1) * 127.5", True),
     Step("encode_image", "encode as PNG", False),
 )
+VIDEO_POSTPROCESSING = (*POSTPROCESSING[:2], Step("encode_video", "encode as WebP", False))
+VIDEO_RECORD = (RecordField("video", "string", "the generated video", media_types=("image/webp",)),)
 RECORD = (RecordField("image", "string", "the generated image", media_types=("image/png",)),)
 
 

@@ -158,10 +158,14 @@ def join_side_by_side(videos: np.ndarray) -> np.ndarray:  # N F C S S -> F C S N
     return np.concatenate(list(videos), -1)
 
 
-def encode_webp(clip: np.ndarray) -> bytes:  # F C S S in -1 .. 1 -> WebP that plays
+def encode_webp(
+    clip: np.ndarray, milliseconds: int = FRAME_MILLISECONDS, lossless: bool = True
+) -> bytes:  # F C H W in -1 .. 1 -> WebP that plays
     frames = [Image.open(io.BytesIO(encode_png(frame))).convert("RGB") for frame in clip]
     scale = max(1, 96 // frames[0].height)
     frames = [f.resize((f.width * scale, f.height * scale), Image.Resampling.NEAREST) for f in frames]
     out = io.BytesIO()
-    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0, lossless=True)
+    frames[0].save(
+        out, "WEBP", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, lossless=lossless, quality=90
+    )
     return out.getvalue()
