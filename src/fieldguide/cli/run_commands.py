@@ -91,7 +91,7 @@ def report_failures(predictions: list[dict[str, Any]], cells: int) -> None:
 
 def export(
     run: Source,
-    to: Annotated[str, typer.Option(help="The format: onnx, torch, huggingface or gguf.")] = "onnx",
+    to: Annotated[str, typer.Option(help="The format: onnx, torch, executorch, huggingface or gguf.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="The folder to write; RUN-FORMAT by default.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Data with known targets to verify with; by default the run's held-out rows.")

@@ -45,8 +45,8 @@ def export(
 
     Args:
         source: a run folder, an open run or a predictor.
-        to: "onnx", "torch" for a program of `torch.export`, "huggingface" for a folder that transformers or diffusers read, or "gguf" for
-            a file of llama.cpp.
+        to: "onnx", "torch" for a program of `torch.export`, "executorch" for one of ExecuTorch, "huggingface" for a folder that
+            transformers or diffusers read, or "gguf" for a file of llama.cpp.
         out: the folder to write; by default the run's path with the format appended.
         data: raw inputs with targets to verify with; by default the held-out rows of the data that the run was trained on.
         precision: of the stored weights, "float32", "float16" or "int8"; by default "float16" for GGUF, else "float32".
@@ -74,6 +74,7 @@ def export(
     form = load_format(to)
     if precision not in (None, *form.precisions):
         raise SettingsError(f"graphs of the format {to} have the precision {', '.join(form.precisions)}, not {precision}.")
+    form.check_packages()
     return export_graph(predictor, target, name, data, precision or "float32", form)
 
 
@@ -175,6 +176,10 @@ def export_gguf(predictor: Any, out: Path, name: str, precision: Any) -> Export:
 PRECISIONS = ("float32", "float16", "int8")
 DEFAULT_PRECISIONS = {"huggingface": "float32", "gguf": "float16"}
 GGUF_TOLERANCES = {"float32": 1e-3, "float16": 0.02, "int8": 0.1}  # mean difference of log-probabilities
-GRAPH_FORMATS = {"onnx": ("onnx_file", "OnnxFormat"), "torch": ("torch_file", "TorchFormat")}  # module and class
+GRAPH_FORMATS = {
+    "onnx": ("onnx_file", "OnnxFormat"),
+    "torch": ("torch_file", "TorchFormat"),
+    "executorch": ("executorch_file", "ExecutorchFormat"),
+}  # module and class
 WRITERS: dict[str, Callable[..., Export]] = {"huggingface": export_huggingface, "gguf": export_gguf}
 FORMATS = (*GRAPH_FORMATS, *WRITERS)

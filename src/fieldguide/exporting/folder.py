@@ -40,6 +40,7 @@ REQUIREMENTS = {
     "numpy": "numpy>=1.26",
     "onnxruntime": "onnxruntime>=1.18",
     "torch": f"torch>={'.'.join(torch.__version__.split('.')[:2])}",  # older ones do not read files of newer ones
+    "executorch": "executorch>=1.5",
     "pillow": "pillow>=10.1",
     "tokenizers": "tokenizers>=0.20",
     "jinja2": "jinja2>=3.1",

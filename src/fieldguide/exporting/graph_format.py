@@ -42,11 +42,15 @@ class GraphFormat(ABC):
     about: ClassVar[str]
 
     @abstractmethod
+    def check_packages(self) -> None:
+        """Raise `SettingsError` if a package that writes files is not installed."""
+
+    @abstractmethod
     def write(self, graph: Graph, path: Path, precision: Precision) -> dict[str, Any]:
         """Write a graph to a file, and return what `run.py` must know of it.
 
-        Raises `SettingsError` if a package is missing, `ExportError` if the graph cannot be traced, or if the file gives other outputs than
-        the module for other sizes of dynamic axes than those of the traced batch.
+        Raises `ExportError` if the graph cannot be traced, or if the file gives other outputs than the module for other sizes of dynamic
+        axes than those of the traced batch.
         """
 
     @abstractmethod

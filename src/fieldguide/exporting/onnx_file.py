@@ -43,6 +43,9 @@ class OnnxFormat(GraphFormat):
     precisions = PRECISIONS
     about = f"an ONNX graph (opset {OPSET}) that any ONNX runtime executes"
 
+    def check_packages(self) -> None:
+        import_onnx()
+
     def write(self, graph: Graph, path: Path, precision: Precision) -> dict[str, Any]:
         return {"renamed": write_onnx(graph, path, precision)}
 

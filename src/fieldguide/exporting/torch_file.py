@@ -31,6 +31,9 @@ class TorchFormat(GraphFormat):
     packages = ("torch",)
     about = 'a program of torch.export: `torch.export.load("model.pt2").module()` is a function of its tensors'
 
+    def check_packages(self) -> None:
+        """Do nothing: torch is there."""
+
     def write(self, graph: Graph, path: Path, precision: Precision) -> dict[str, Any]:
         program = trace(graph)
         program.example_inputs = None  # torch would store them as a pickle
@@ -53,11 +56,16 @@ class TorchFormat(GraphFormat):
         return inputs, outputs
 
 
-def trace(graph: Graph) -> torch.export.ExportedProgram:
-    """Return the program of a graph's module. Raises `ExportError` if torch cannot trace it or an axis became fixed."""
+def trace(graph: Graph, is_limited: bool = False) -> torch.export.ExportedProgram:
+    """Return the program of a graph's module, with the limits of its axes if `is_limited`.
+
+    Raises `ExportError` if torch cannot trace it or an axis became fixed.
+    """
     example = tuple(graph.build_example().values())
     with quiet_tracing(), dynamic_recurrence():
-        program = torch.export.export(graph.module, example, dynamic_shapes=(list_dynamic_axes(graph),), strict=False)
+        program = torch.export.export(
+            graph.module, example, dynamic_shapes=(list_dynamic_axes(graph, is_limited),), strict=False
+        )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines of our code
     inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]

@@ -19,9 +19,10 @@ OTHER_SIZES = ((1, 7), (5, 14))  # rows, and size of other dynamic axes, with wh
 UNSUPPORTED_LINES = 3  # of torch's message that are shown
 
 
-def list_dynamic_axes(graph: Graph) -> tuple[dict[int, Any], ...]:
-    """Return the dynamic axes of each input, as `torch.export` takes them."""
-    return tuple({i: torch.export.Dim.AUTO for i, axis in enumerate(spec.axes) if axis.size is None} for spec in graph.inputs)
+def list_dynamic_axes(graph: Graph, is_limited: bool = False) -> tuple[dict[int, Any], ...]:
+    """Return the dynamic axes of each input, as `torch.export` takes them, with their limits if `is_limited`."""
+    choose: Any = lambda axis: torch.export.Dim.AUTO(min=axis.least, max=axis.most) if is_limited else torch.export.Dim.AUTO
+    return tuple({i: choose(axis) for i, axis in enumerate(spec.axes) if axis.size is None} for spec in graph.inputs)
 
 
 @contextmanager
