@@ -13,7 +13,7 @@ import torch
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.signature import Axis, TensorSpec
 from fieldguide.exporting import executorch_file
-from fieldguide.exporting.executorch_file import ExecutorchFormat, limit_axes, lower, write_program
+from fieldguide.exporting.executorch_file import ExecutorchFormat, limit_axes, lower, read_limits, write_program
 from fieldguide.exporting.executorch_operators import keep_float64, mean_float64, sum_float64
 from fieldguide.exporting.export import export
 from fieldguide.exporting.graph import BATCH, ExportError, Graph
@@ -171,6 +171,22 @@ def test_large_inputs_enter_in_smaller_batches(monkeypatch, tmp_path):
     assert 1 < rows < 64 and lower(trace(limited, is_limited=True), "portable")[1] <= 40_000
     inputs, outputs = ExecutorchFormat().describe(graph, tmp_path / "model.pte")
     assert inputs[0].axes == (f"batch<={rows}", "steps<=100") and outputs[0].axes == ("batch", "dynamic")
+
+
+def test_the_limits_of_a_program_are_read():
+    class Method:
+        def input_tensor_meta(self, number):
+            return self
+
+        def sizes(self):
+            return [15, 9, 4]
+
+    build = lambda most: Graph(torch.nn.Identity(), (FLOAT("x", Axis("steps", most=most), Axis("width", 4)),), ("y",), ())
+    limited = read_limits(limit_axes(build(9), 64), Method())
+    assert [str(axis) for axis in limited.inputs[0].axes] == ["batch<=15", "steps<=9", "width=4"]
+    assert len(limited.build_example(0, 20)["x"]) == 15
+    with pytest.raises(ExportError, match="the axis 'steps' of 'x' is at most 9 in the program"):
+        read_limits(limit_axes(build(10), 64), Method())
 
 
 @needs_executorch

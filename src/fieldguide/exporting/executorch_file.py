@@ -7,13 +7,14 @@ row, because the runtime cannot resize the state of a loop.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.signature import Axis, TensorSpec
@@ -82,7 +83,7 @@ class ExecutorchFormat(GraphFormat):
                 one["batch"] = axes.index("batch") if "batch" in axes else None
             return {**about, "backend": backend}
         path.unlink(missing_ok=True)
-        raise problems[0]
+        raise problems[-1]
 
     def describe(self, graph: Graph, path: Path) -> tuple[list[Port], list[Port]]:
         method = load_program(path).metadata("forward")
@@ -93,6 +94,14 @@ class ExecutorchFormat(GraphFormat):
             inputs.append(Port(spec.name, spec.dtype, axes))
         outputs = [Port(name, dtype, axes) for name, (dtype, axes) in zip(graph.outputs, describe_outputs(graph))]
         return inputs, outputs
+
+
+def keep_buffers(module: nn.Module) -> nn.Module:
+    """Return a copy whose buffers are all persistent: ExecuTorch refuses others after its own passes."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        part._non_persistent_buffers_set.clear()
+    return module
 
 
 def load_program(path: Path) -> Any:
@@ -114,6 +123,7 @@ def write_program(graph: Graph, path: Path, backend: str) -> Graph:
 
     Raises `ExportError` if an operator is missing or the program differs from the module.
     """
+    graph = replace(graph, module=keep_buffers(graph.module))
     limited = limit_axes(graph, MAX_ROWS)
     program = trace(limited, is_limited=True)
     if any(node.target in RECURRENT for node in program.graph.nodes):
@@ -126,8 +136,22 @@ def write_program(graph: Graph, path: Path, backend: str) -> Graph:
         content, planned = lower(trace(limited, is_limited=True), backend)
     path.write_bytes(content)
     call = load_program(path)
+    limited = read_limits(limited, call.metadata("forward"))
     compare_sizes(limited, lambda batch: [tensor.numpy() for tensor in execute(call, list(batch.values()))])
     return limited
+
+
+def read_limits(graph: Graph, method: Any) -> Graph:
+    """Return a graph with the number of rows that a program takes, which torch may have lowered; other axes must keep their limits."""
+    inputs = []
+    for number, spec in enumerate(graph.inputs):
+        axes = []
+        for axis, size in zip(spec.axes, method.input_tensor_meta(number).sizes()):
+            if axis.name != "batch" and axis.size is None and size < (axis.most or 0):
+                raise ExportError(f"the axis {axis.name!r} of {spec.name!r} is at most {size} in the program.")
+            axes.append(replace(axis, most=size) if axis.name == "batch" and axis.size is None else axis)
+        inputs.append(replace(spec, axes=tuple(axes)))
+    return replace(graph, inputs=tuple(inputs))
 
 
 def execute(program: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -162,6 +162,6 @@ def choose_size(axis: Axis, rows: int, size: int) -> int:
     if axis.size is not None:
         return axis.size
     if axis.name == "batch":
-        return rows
+        return min(rows, axis.most or rows)
     size = max(axis.least, min(size, axis.most or size))
     return -(-size // axis.multiple) * axis.multiple
