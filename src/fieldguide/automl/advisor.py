@@ -134,6 +134,8 @@ def build_config(card: Card, size: str, needs: Mapping[str, Any], changes: Mappi
     if needs.get("vocab_size") and not card.accepts("vocab_size"):
         raise SettingsError(f"{card.name} reads no text, but this data has texts")
     adapted = card.adapt(needs) if card.adapt else {}
+    if needs.get("embedding") and not (card.accepts("embedding") or adapted):
+        raise SettingsError(f"{card.name} reads no embeddings, but task.unclip generates from them")
     needs = {k: v for k, v in needs.items() if card.accepts(k)}
     if "output_type" in needs:
         needs["output_type"] = next(given for given in needs["output_type"] if given in card.output_types)

@@ -95,10 +95,12 @@ def build_example_inputs(
         side = get("image", side)
         frames = (get("frames", 16),) if card.input_type == "noisy-video" else ()
         words = [min(length, get("length", length))] if get("vocab_size", 0) else []
+        width = get("embedding", 0)
+        label = torch.zeros(batch, width, device=device) if width else None
         return (
             torch.zeros(batch, *frames, get("channels", 3), side, side, device=device),
             torch.zeros(batch, device=device),
-            torch.zeros(batch, *words, dtype=torch.int64, device=device),
+            torch.zeros(batch, *words, dtype=torch.int64, device=device) if label is None else label,
         )
     if card.input_type == "video":
         side = get("image", side)

@@ -172,7 +172,7 @@ def describe_static_covariates(get: Get, card: Card) -> list[TensorSpec]:
 
 
 def describe_noisy(get: Get, card: Card) -> list[TensorSpec]:
-    """Return noisy images or videos, the noise level, and a class or caption."""
+    """Return noisy images or videos, the noise level, and a class, caption or embedding."""
     video = card.input_type == "noisy-video"
     frames = (fix("frames", get("frames", 16)),) if video else ()
     sides = (fix(name, get("image", 32)) for name in ("height", "width"))
@@ -180,6 +180,8 @@ def describe_noisy(get: Get, card: Card) -> list[TensorSpec]:
     if get("vocab_size", 0):
         words = BATCH, fix("tokens", get("length"))
         label = TensorSpec("label", "int64", words, "caption tokens; 0 is none", low=0, high=get("vocab_size") - 1)
+    elif get("embedding", 0):
+        label = TensorSpec("label", "float32", (BATCH, fix("embedding", get("embedding"))), "embedding; 0 is unconditional")
     else:
         label = TensorSpec("label", "int64", (BATCH,), "class; 0 is unconditional", low=0, high=get("num_classes", 0))
     return [
@@ -437,7 +439,8 @@ def describe_network_loop(card: Card, config: Any, network: Any) -> Loop | None:
     get = make_getter(card, config)
     if card.input_type in ("noisy", "noisy-video"):
         latent = describe_network_inputs(card, config)[0].axes[1:]
-        return Loop("diffusion", latent=latent, timesteps=TIMESTEPS, guidance=bool(get("num_classes") or get("vocab_size")))
+        guided = any(get(name, 0) for name in ("num_classes", "vocab_size", "embedding"))
+        return Loop("diffusion", latent=latent, timesteps=TIMESTEPS, guidance=guided)
     if card.input_type == "noisy-target":
         return Loop("diffusion", latent=describe_network_inputs(card, config)[0].axes[1:], timesteps=TIMESTEPS, guidance=False)
     if "latent" in card.inputs:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fieldguide.core.signature import Axis, TensorSpec
 from fieldguide.exporting.graph import BATCH, ExportError, Graph
-from fieldguide.objectives import Adversarial, Diffusion
+from fieldguide.objectives import Adversarial, Diffusion, UnCLIP
 from fieldguide.objectives.diffusion import NoiseProcess, Sampler
 from fieldguide.tasks.vision.image_generation import build_sampler
 
@@ -79,6 +79,10 @@ def tabulate_sampler(process: NoiseProcess, sampler: Sampler) -> dict[str, Any]:
 def build_image_generation(predictor: TaskPredictor) -> Graph:
     """Return the graph of image generation. Raises `ExportError` for samplers without a table."""
     task: Any = predictor.task
+    if isinstance(predictor.objective, UnCLIP):
+        raise ExportError(
+            "the prior and CLIP that this run generates with would be graphs of their own. There is no other format yet."
+        )
     objective: Any = copy.deepcopy(predictor.objective).eval().requires_grad_(False).float().cpu()
     options, channels, side = task.PredictOptions(), task.pictures.channels, task.pictures.side
     words = (Axis("words", task.options.length),) if task.text else ()

@@ -18,6 +18,7 @@ from fieldguide.objectives.diffusion import (
     FlowProcess,
     Heun,
     MinSNR,
+    UnCLIP,
     Uniform,
     build_process,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "SpanPrediction",
     "Supervised",
     "TokenClassificationObjective",
+    "UnCLIP",
     "Uniform",
     "build_adversarial",
     "build_process",

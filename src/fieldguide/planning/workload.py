@@ -166,7 +166,8 @@ def build_inputs(card: Card, config: Any, shape: Shape) -> dict[str, Tensor]:
     if card.input_type == "noisy-target":
         return {"target": floats(get("outputs", 3), side, side), "time": floats(), "image": floats(channels, side, side)}
     if card.input_type in ("noisy", "noisy-video"):
-        label = text(length) if get("vocab_size", 0) else torch.ones(rows, dtype=torch.int64)
+        plain = floats(get("embedding", 0)) if get("embedding", 0) else torch.ones(rows, dtype=torch.int64)
+        label = text(length) if get("vocab_size", 0) else plain
         data = floats(channels, side, side) if card.input_type == "noisy" else floats(get("frames", 16), channels, side, side)
         name = "image" if card.input_type == "noisy" else "video"
         return {name: data, "time": torch.ones(rows) if device != "meta" else torch.empty(rows, device="meta"), "label": label}

@@ -3,8 +3,9 @@
 New here: one network for all noise levels, with a sinusoidal time embedding in every block. It is a U-Net of residual
 blocks with group norm, and with self-attention at resolution 16. A class embedding, if any, is added to the time
 embedding; so is the mean over the tokens of a caption encoded by a small Transformer (GLIDE adds that of the last token,
-arXiv:2112.10741). With `patch` above 1, patches of pixels are processed as one position, which saves time at high
-resolutions (Hoogeboom et al. 2023, arXiv:2301.11093, section 3.2).
+arXiv:2112.10741), or a projected vector, such as CLIP's embedding of an image (arXiv:2204.06125, section 2.1). With `patch`
+above 1, patches of pixels are processed as one position, which saves time at high resolutions (Hoogeboom et al. 2023,
+arXiv:2301.11093, section 3.2).
 
 Initialization: Glorot uniform, zero biases; the last layers of residual paths and of the network start near zero (code of
 appendix B); labels and captions N(0, 1), the scale of the time embedding, because smaller ones are learned late.
@@ -47,6 +48,7 @@ class Config:
     length: int = 64  # maximum length of a caption in tokens
     words: int = 128  # W
     layers: int = 2  # of the caption encoder
+    embedding: int = 0  # width of a vector that is the condition, instead of labels; zeros mean unconditional
 
 
 def norm(c: Config, dim: int) -> nn.GroupNorm:
@@ -122,6 +124,7 @@ class DDPMUNet(nn.Module):
         self.time1, self.time2 = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, 4 * c.dim)
         self.label = nn.Embedding(c.num_classes + 1, 4 * c.dim) if c.num_classes else None
         self.caption = CaptionEncoder(c.vocab_size, c.length, c.words, c.layers, 4 * c.dim, c.dropout) if c.vocab_size else None
+        self.embedding = nn.Linear(c.embedding, 4 * c.dim, bias=False) if c.embedding else None
         pixels, side = c.channels * c.patch**2, c.image // c.patch
         self.conv_in = nn.Conv2d(pixels + extra * c.patch**2, c.dim, 3, padding=1)
         last, dim, skips = len(widths) - 1, c.dim, [c.dim]
@@ -153,8 +156,8 @@ class DDPMUNet(nn.Module):
         if self.caption is not None:
             self.caption.reset_parameters()
 
-    def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B or B T -> B E
-        """Return the embedding of the time plus that of the label or caption."""
+    def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B, B or B T or B embedding -> B E
+        """Return the embedding of the time plus that of the label, caption or vector."""
         half = self.config.dim // 2
         rate = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1))
         angle = time.float()[:, None] * rate  # in float32, as in training
@@ -162,6 +165,8 @@ class DDPMUNet(nn.Module):
         x = self.time2(F.silu(self.time1(x)))
         if self.caption is not None:
             return x + self.caption(torch.zeros_like(time, dtype=torch.int64)[:, None] if label is None else label)
+        if self.embedding is not None:
+            return x if label is None else x + self.embedding(label.to(x.dtype))
         if self.label is None:
             return x
         return x + self.label(torch.zeros_like(time, dtype=torch.int64) if label is None else label)
@@ -276,6 +281,7 @@ CONFIG = {  # of diffusers
     "act_fn": Expect("silu"),
     "<pixels enter one by one>": Constant("patch", 1),
     "<captions are unknown>": Constant("vocab_size", 0),
+    "<vectors are unknown>": Constant("embedding", 0),
 }
 
 CARD = Card(

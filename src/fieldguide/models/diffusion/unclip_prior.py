@@ -11,7 +11,9 @@ of the text, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +155,12 @@ CONFIG: dict[str, ConfigRow] = {  # of diffusers
     "<an embedding has one position>": Constant("image", 1),
 }
 
+
+def adapt_to_embedding(needs: Mapping[str, Any]) -> dict[str, int]:
+    """Return the fields that follow from the embeddings of the data, whose images have other channels."""
+    return {"channels": needs["embedding"], "image": 1} if needs.get("embedding") else {}
+
+
 CARD = Card(
     name="unclip-prior",
     model=UnCLIPPrior,
@@ -162,10 +170,12 @@ CARD = Card(
     input_type="noisy-latent-pooled",
     output_type="image",
     optional_inputs=("text_mask",),
+    adapt=adapt_to_embedding,
     sizes={
         # diffusers counts mean and standard deviation of the embeddings as parameters: 1,536 more.
         "karlo-prior": Size(params=1_022_028_544, source="kakaobrain/karlo-v1-alpha"),
         "kandinsky2-prior": Size(channels=1280, params=1_026_223_360, source="kandinsky-community/kandinsky-2-2-prior"),
+        "unclip-prior-mini": Size(dim=128, depth=4, heads=4),  # for training from scratch, next to a small decoder
         "unclip-prior-test": Size(channels=10, length=5, dim=16, depth=2, heads=2),
     },
     weights={"diffusers": DIFFUSERS},

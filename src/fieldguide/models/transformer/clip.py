@@ -185,7 +185,8 @@ class Text(nn.Module):
         ends = tokens == self.end
         return torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1] - 1)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B E
+    def encode(self, tokens: Tensor) -> Tensor:  # B T -> B T D
+        """Return the states of all tokens, before the projection."""
         if (steps := tokens.shape[1]) > self.length:
             raise DataError(
                 f"A text of {steps} tokens exceeds the model's length={self.length}. "
@@ -194,7 +195,10 @@ class Text(nn.Module):
         x = self.embed(tokens) + self.pos.weight[:steps]
         for block in self.blocks:
             x = block(x)  # causal attention never reaches the padding on the right
-        return self.proj(self.norm(select_position(x, self.last(tokens, mask))))
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:  # B T, B T -> B E
+        return self.proj(select_position(self.encode(tokens), self.last(tokens, mask)))
 
 
 def normalize(x: Tensor) -> Tensor:  # B E -> B E

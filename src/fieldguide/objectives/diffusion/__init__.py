@@ -7,6 +7,7 @@ of the network (Karras et al. 2022, arXiv:2206.00364, table 1).
     loss_weighting.py    the weight of each noise level in the loss
     objective.py         the training objective
     latent.py            the objective of latents with texts
+    unclip.py            the objective of a prior and a decoder between the embeddings of CLIP
     first_frame.py       the objective of videos that may start with a known frame
     spacing.py           the noise levels of a sampling run
     boundary.py          boundary conditions of consistency models
@@ -35,6 +36,7 @@ from fieldguide.objectives.diffusion.samplers import DDIM, DDPM, Consistency, DP
 from fieldguide.objectives.diffusion.sampling import evaluate, sample
 from fieldguide.objectives.diffusion.spacing import DynamicShift, FlowTimes, Schedule, SigmaSpacing, Spacing, Timesteps
 from fieldguide.objectives.diffusion.time_sampling import LogitNormalTimes, LogNormalNoise, TimeDistribution, UniformTimes
+from fieldguide.objectives.diffusion.unclip import UnCLIP
 
 __all__ = [
     "DDIM",
@@ -70,6 +72,7 @@ __all__ = [
     "TimeBoundary",
     "TimeDistribution",
     "Timesteps",
+    "UnCLIP",
     "Uniform",
     "UniformTimes",
     "VideoDiffusion",

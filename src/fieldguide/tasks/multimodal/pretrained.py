@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fieldguide.checkpoints import run_folder
 from fieldguide.checkpoints.load import Checkpoint, build_network
 from fieldguide.checkpoints.preprocessor_config import build_transform
 from fieldguide.core.errors import WeightsError
@@ -25,6 +26,13 @@ def build_task(text: TextTokenizer, transform: ImageTransform, end: int, length:
     )
     task.text, task.pictures, task.classes, task.known = text, transform, [], []
     return task
+
+
+def read_run_transform(folder: Path) -> ImageTransform | None:
+    """Return the image preprocessing of a run; None if the folder is none."""
+    if not (folder / "run.json").is_file():
+        return None
+    return ImageTransform.from_json(run_folder.read_preprocessing(folder)[0]["pictures"])
 
 
 def load_image_text(found: Checkpoint, tokenizer: str | Path | None = None, **overrides: Any) -> tuple[Network, ImageText]:
@@ -52,5 +60,5 @@ def load_image_text(found: Checkpoint, tokenizer: str | Path | None = None, **ov
     config = network.config
     if text.size > config.vocab_size:
         raise WeightsError(f"{file} has {text.size:,} tokens, but the network {config.vocab_size:,}.")
-    transform = build_transform(folder, config.image, config.channels, found.card.scale)
+    transform = read_run_transform(folder) or build_transform(folder, config.image, config.channels, found.card.scale)
     return network, build_task(text, transform, config.end, config.length)

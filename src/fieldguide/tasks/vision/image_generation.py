@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -47,9 +48,12 @@ from fieldguide.objectives import (
 )
 from fieldguide.objectives.diffusion import Consistency, Sampler
 from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
+from fieldguide.objectives.diffusion.unclip import PRIOR_GUIDANCE, PRIOR_STEPS, UnCLIP
 from fieldguide.tasks.base import Arrays, Media, Metric, Task
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.supervised import fill_options, is_discrete
+from fieldguide.tasks.vision.clip_encoder import STATE as ENCODER_STATE
+from fieldguide.tasks.vision.clip_encoder import ClipEncoder
 from fieldguide.tasks.vision.image_generation_evaluator import METRICS, GenerationEvaluator
 from fieldguide.tasks.vision.signature import GenerationSignature
 
@@ -60,6 +64,8 @@ MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per si
 MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
 EVALUATION_MODELS = ("judge", "motion", "matcher")
 MAX_COMPARED_IMAGES = 300  # maximum images for each number of steps that is compared with the teacher
+PRIOR = "unclip-prior-mini"  # size of the network that generates embeddings
+MAX_EMBEDDED_IMAGES = 5000  # training images from which the mean of embeddings is taken
 SHEET_IMAGES = 16  # images of a sheet
 MAX_READ_CAPTIONS = 10_000  # maximum captions whose tokens are counted
 MAX_CAPTION_TOKENS = 64  # maximum tokens of a caption, if the user sets no length
@@ -109,6 +115,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         teacher_guidance: float = 1.5  # guidance of a diffusion teacher, which its student learns; 1 = none
         features: str | None = None  # image classifier whose features images are compared in: PATH, or SIZE=PATH
         clip: str | None = None  # CLIP that compares images with their captions: PATH
+        unclip: str | None = None  # CLIP between whose embeddings of captions and images a prior generates (DALL-E 2): PATH
 
     @dataclass(frozen=True)
     class PredictOptions:
@@ -128,16 +135,26 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         sampler: str = "consistency"
         guidance: Annotated[float, Limits(0, 100)] = 1.0
 
+    @dataclass(frozen=True)
+    class UnCLIPOptions(PredictOptions):
+        """Options for prediction with embeddings of CLIP."""
+
+        prior_steps: Annotated[int, Limits(2, 1000)] = PRIOR_STEPS  # sampler steps of the prior
+        prior_guidance: Annotated[float, Limits(0, 100)] = PRIOR_GUIDANCE  # guidance scale of the prior; 1 = none
+
     pictures: ImageTransform
     labels: list[str]  # empty if the data has no classes
 
     def __init__(self, columns: list[Column], options: Any):
         if options.method == "consistency":
             self.PredictOptions = self.FewStepOptions  # type: ignore[misc]  # other defaults, of this instance
+        elif options.unclip is not None:
+            self.PredictOptions = self.UnCLIPOptions  # type: ignore[misc]
         super().__init__(columns, options)
         self.judge: Any = None  # a `FeatureClassifier`, trained for the test and saved with the run
         self.motion: generative.FeatureClassifier | None = None  # for videos
         self.matcher: generative.CaptionMatcher | None = None  # for images and captions
+        self.encoder: ClipEncoder | None = None  # set if images are generated from embeddings
         self.text: TextTokenizer | None = None  # set if the data has captions
         self.captions: list[str] = []  # a sample of the training captions
         self.memo: dict[int, dict[str, Any]] = {}
@@ -167,6 +184,8 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         predicts = build_process(options.schedule, options.predicts).predicts
         task.options = fill_options(options, side=side, channels=channels, predicts=predicts)
         task.note_classes()
+        if options.unclip is not None:
+            task.fit_encoder(data, captioned)
         if captioned:
             task.fit_captions(data.rows[data.required_target.name].fill_null("").to_list())
         task.check_reference_networks()
@@ -178,16 +197,39 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         if could and not any(c.role == "target" for c in self.columns):
             self.notes.append(f"there is no target, so generation is unconditional: --target {could[0]} generates by class")
 
+    def fit_encoder(self, data: Data, captioned: bool) -> None:
+        """Load CLIP, and fit the mean and the standard deviation of its embeddings."""
+        if not captioned or self.options.method != "diffusion":
+            raise SettingsError(
+                "task.unclip generates images of captions by diffusion: it needs captions, and task.method=diffusion."
+            )
+        self.encoder = ClipEncoder.load(self.options.unclip)
+        paths = data.rows[self.column].to_list()
+        some = np.random.default_rng(0).permutation(len(paths))[:MAX_EMBEDDED_IMAGES]
+        self.encoder.fit(self.pictures.apply(self.pictures.load([paths[i] for i in some])))
+
     def fit_captions(self, texts: list[str]) -> None:
-        """Fit the caption tokenizer; sets vocab_size and length."""
-        self.text = TextTokenizer.fit(texts, size=self.options.vocab_size)
-        sizes = [len(ids) for ids in self.text.encode(texts[:MAX_READ_CAPTIONS], 100_000)[0]]
-        self.options = fill_options(self.options, vocab_size=self.text.size, length=suggest_length(sizes, MAX_CAPTION_TOKENS))
+        """Fit the caption tokenizer, unless CLIP has one; sets vocab_size and length."""
+        some, longest = texts[:MAX_READ_CAPTIONS], MAX_CAPTION_TOKENS
+        if self.encoder is None:
+            self.text = TextTokenizer.fit(texts, size=self.options.vocab_size)
+            sizes = [len(ids) for ids in self.text.encode(some, 100_000)[0]]
+        else:
+            self.text, longest = self.encoder.text, min(longest, self.encoder.length)
+            sizes = [len(ids) for ids in self.encoder.task.encode_all(some)]
+        length = min(suggest_length(sizes, longest), longest)
+        self.options = fill_options(self.options, vocab_size=self.text.size, length=length)
+        if self.encoder is not None and self.options.length > self.encoder.length:
+            raise SettingsError(
+                f"task.length={self.options.length}: the CLIP of task.unclip reads {self.encoder.length} tokens."
+            )
         self.note_truncated(sum(size > self.options.length for size in sizes), len(sizes), self.options.length, "captions")
         different = list(dict.fromkeys(texts))
         self.captions = [different[i] for i in np.random.default_rng(0).permutation(len(different))[:MAX_KNOWN_CAPTIONS]]
 
     def tokens(self, texts: list[str]) -> np.ndarray:  # -> N T int64, 0 beyond a caption's end and for an empty one
+        if self.encoder is not None:
+            return self.encoder.tokenize(texts, self.options.length)
         out = np.zeros((len(texts), self.options.length), dtype=np.int64)
         assert self.text is not None  # captions are read only if there is a tokenizer
         for row, text, ids in zip(out, texts, self.text.encode(texts, self.options.length)[0]):
@@ -206,12 +248,18 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         return Labels(tuple(self.labels)).apply(data.rows[target]) + 1
 
     def model_dims(self) -> dict[str, Any]:
+        side, channels = self.pictures.side, self.pictures.channels
+        if self.encoder is not None:
+            return {"image": side, "channels": channels, "embedding": self.encoder.width, "length": self.options.length}
         return {
-            "image": self.pictures.side,
-            "channels": self.pictures.channels,
+            "image": side,
+            "channels": channels,
             "num_classes": len(self.labels),
             **({"vocab_size": self.text.size, "length": self.options.length} if self.text else {}),
         }
+
+    def part_names(self, card: Card) -> Mapping[str, str]:
+        return card.parts if self.encoder is None else {**card.parts, "prior": PRIOR}
 
     def data_facts(self) -> dict[str, Any]:
         return {"side": self.pictures.side, "num_classes": len(self.labels)}
@@ -225,6 +273,11 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
             raise SettingsError(
                 f"loss, penalty, weight_clip and augment_critic are settings of GANs, but {card.name} is a diffusion model."
             )
+        if self.encoder is not None:
+            prior = parts["prior"]
+            for buffer, values in ((prior.clip_mean, self.encoder.mean), (prior.clip_std, self.encoder.std)):
+                buffer.copy_(torch.tensor(values))
+            return self.build_diffusion(model, "image", functools.partial(UnCLIP, prior=prior, encoder=self.encoder))
         return self.build_diffusion(model, "image")
 
     @classmethod
@@ -233,6 +286,8 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
             raise SettingsError(
                 f"the teacher must be a diffusion model: {card.name} of that run generates in a few steps already."
             )
+        if teacher.options.unclip is not None:
+            raise SettingsError("the teacher generates from embeddings of CLIP (task.unclip), which cannot be distilled.")
         same = ("side", "channels", "schedule", "predicts", "vocab_size", "length")
         return {
             "method": "consistency",
@@ -247,7 +302,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         guided = guidance if self.labels or self.text else 1.0
         return ConsistencyDistillation(model, teacher, process, guidance=guided, levels=STUDENT_LEVELS)
 
-    def build_diffusion(self, model: Any, data: str) -> Diffusion:
+    def build_diffusion(self, model: Any, data: str, kind: Callable[..., Diffusion] = Diffusion) -> Diffusion:
         """Return the objective of a diffusion or consistency model. Raises `SettingsError` for an unknown option."""
         if self.options.method not in METHODS:
             raise SettingsError(f"method={self.options.method!r} is unknown. Choose one of {', '.join(METHODS)}.")
@@ -256,7 +311,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
             raise SettingsError(f"weighting={name!r} is unknown. Choose one of {', '.join(WEIGHTINGS)}.")
         process = build_process(self.options.schedule, self.options.predicts)
         if self.options.method == "diffusion":
-            return Diffusion(model, process, WEIGHTINGS[name](), data=data)
+            return kind(model, process=process, weighting=WEIGHTINGS[name](), data=data)
         if name != "uniform":
             raise SettingsError(
                 f"weighting={name!r} is an option of method=diffusion; consistency models have weights of their own."
@@ -293,6 +348,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
             raise SettingsError("truncation: not supported. It is an option of StyleGAN, and this is a diffusion model.")
         guidance = predict_options.guidance if self.labels or self.text else 1.0
         check_sampler(predict_options, isinstance(objective, ConsistencyTraining))
+        further = {name: value for name, value in vars(predict_options).items() if name.startswith("prior_")}
         return objective.sample(
             label,
             (p.channels, p.side, p.side),
@@ -300,6 +356,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
             seed=predict_options.seed,
             numbers=numbers,
             guidance=guidance,
+            **further,
         ).clamp(-1, 1)
 
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -491,10 +548,11 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
 
     # Saved with the run
 
-    STATE: ClassVar = {"pictures": ImageTransform.STATE, "labels": list[str], "captions?": list[str]}
+    STATE: ClassVar = {"pictures": ImageTransform.STATE, "labels": list[str], "captions?": list[str], "encoder?": ENCODER_STATE}
 
     def state(self) -> dict[str, Any]:
-        return {"pictures": self.pictures.to_json(), "labels": self.labels, "captions": self.captions}
+        encoder = {} if self.encoder is None else {"encoder": self.encoder.to_json()}
+        return {"pictures": self.pictures.to_json(), "labels": self.labels, "captions": self.captions, **encoder}
 
     @classmethod
     def from_state(cls, columns: list[Column], options: Any, state: dict[str, Any], folder: Path) -> Self:
@@ -502,6 +560,9 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         task.pictures, task.labels = ImageTransform.from_json(state["pictures"]), state["labels"]
         task.captions = state.get("captions", [])
         task.text = TextTokenizer.load(folder) if task.captions else None
+        if "encoder" in state:
+            assert task.text is not None
+            task.encoder = ClipEncoder.restore(folder, state["encoder"], task.text)
         for name in EVALUATION_MODELS:
             if (folder / f"{name}.safetensors").exists():
                 setattr(task, name, generative.load_state(load_file(folder / f"{name}.safetensors")))
@@ -511,6 +572,8 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         super().save(folder)
         if self.text is not None:
             self.text.save(folder)
+        if self.encoder is not None:
+            self.encoder.save(folder)
         for name in EVALUATION_MODELS:
             if (judge := getattr(self, name)) is not None:
                 save_file({k: t.contiguous() for k, t in judge.state_dict().items()}, folder / f"{name}.safetensors")

@@ -163,6 +163,8 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         if self.options.method != "diffusion":
             raise SettingsError(f"method={self.options.method!r} is an option of image generation; videos have diffusion only.")
+        if self.options.unclip is not None:
+            raise SettingsError("task.unclip is an option of image generation. Leave it out.")
         plain = self.build_diffusion(model, "video")
         return VideoDiffusion(model, plain.process, plain.weighting, given=self.options.first_frame or 0.0)
 
