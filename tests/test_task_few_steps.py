@@ -101,13 +101,13 @@ def test_student_generates_in_few_steps(student, teacher):
         run.predict(["a"], count=2, steps=steps)
         assert calls == [2] * steps
     for options, message in (
-        ({"sampler": "ddim"}, "this is a consistency model"),
+        ({"sampler": "ddim"}, "this model generates in few steps"),
         ({"guidance": 2.0}, "The guidance of the teacher is learned"),
         ({"eta": 0.5}, "eta=0.5"),
     ):
         with pytest.raises(SettingsError, match=message):
             run.predict(["a"], count=1, **options)
-    with pytest.raises(SettingsError, match="needs a consistency model"):
+    with pytest.raises(SettingsError, match="needs a model of few steps"):
         teacher.predict(["a"], count=1, sampler="consistency")
 
 

@@ -14,7 +14,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.data.dataset import Data
 from fieldguide.data.splits import Splits
 from fieldguide.inference.run import Run, open_run
-from fieldguide.objectives import Classification, ConsistencyTraining, Distillation, Objective, Supervised
+from fieldguide.objectives import Classification, Distillation, Objective, Supervised
 from fieldguide.tasks import Task
 
 
@@ -58,10 +58,14 @@ def add_teacher(objective: Objective, task: Task, settings: Settings, source: Da
     """Return a distillation objective around the network if `settings.teacher` names a run, else the objective unchanged.
 
     Any task that predicts classes can have a teacher of any architecture. A diffusion model is distilled to a network like it, which
-    starts from its weights. Raises `RunError` if the run cannot be opened,
-    and `SettingsError` if it was trained for another task or has seen the test rows.
+    starts from its weights. Raises `RunError` if the run cannot be opened, and `SettingsError` if it was trained for another task, has
+    seen the test rows, or is missing though the objective needs one.
     """
     if not settings.teacher:
+        if objective.needs_teacher:
+            raise SettingsError(
+                "with this task.method, a model learns from a diffusion model: name its run with --set teacher=RUN."
+            )
         return objective
     run = open_run(settings.teacher)
     if not run.is_trained:
@@ -70,7 +74,7 @@ def add_teacher(objective: Objective, task: Task, settings: Settings, source: Da
         )
     if run.record["task"] != task.name:
         raise SettingsError(f"teacher={run.path} was trained for {run.record['task']}, but this task is {task.name}.")
-    if isinstance(objective, ConsistencyTraining):
+    if objective.learns_from_teacher:
         check_unseen(run, source, splits)
         task.teacher_inputs(run.task, run.card)  # raises if they differ
         try:

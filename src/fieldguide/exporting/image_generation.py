@@ -97,7 +97,7 @@ def build_image_generation(predictor: TaskPredictor) -> Graph:
     inputs: tuple[TensorSpec, ...]
     shape: tuple[int, ...] = (channels, side, side)
     if isinstance(objective, Diffusion):
-        loop = tabulate_sampler(objective.process, build_sampler(options))
+        loop = tabulate_sampler(objective.process, objective.adapt_sampler(build_sampler(options)))
         loop["guidance"] = options.guidance if task.labels or task.text else 1.0
         axes = (Axis("channels", channels), Axis("height", side), Axis("width", side))
         inputs = (

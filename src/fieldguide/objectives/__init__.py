@@ -1,6 +1,7 @@
 """Training objectives: losses as modules around the networks that they train."""
 
 from fieldguide.objectives.adversarial import Adversarial, build_adversarial
+from fieldguide.objectives.adversarial_distillation import AdversarialDistillation
 from fieldguide.objectives.anomaly_map import AnomalyMap
 from fieldguide.objectives.base import Objective, Phase
 from fieldguide.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
@@ -24,6 +25,7 @@ from fieldguide.objectives.diffusion import (
 )
 from fieldguide.objectives.distillation import Distillation
 from fieldguide.objectives.embedding import EmbeddingObjective
+from fieldguide.objectives.few_steps import FewSteps
 from fieldguide.objectives.forecast import Forecast
 from fieldguide.objectives.gan_losses import LOSSES, GANLoss
 from fieldguide.objectives.gradient_penalties import PENALTIES, GradientPenalty
@@ -39,6 +41,7 @@ __all__ = [
     "LOSSES",
     "PENALTIES",
     "Adversarial",
+    "AdversarialDistillation",
     "AnomalyMap",
     "Classification",
     "ConsistencyDistillation",
@@ -53,6 +56,7 @@ __all__ = [
     "EDMProcess",
     "EmbeddingObjective",
     "Euler",
+    "FewSteps",
     "FlowProcess",
     "Forecast",
     "GANLoss",

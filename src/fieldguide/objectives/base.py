@@ -38,6 +38,8 @@ class Objective(nn.Module):
     keep: ClassVar[tuple[str, ...]] = ("model",)
     model: Any  # an nn.Module; its type depends on the objective
     starts_from_teacher: ClassVar[bool] = False  # whether the network is that of its teacher, so that no other is possible
+    learns_from_teacher: ClassVar[bool] = False  # whether a network that was trained for the same task can be its teacher
+    needs_teacher: ClassVar[bool] = False  # whether it cannot be trained without
     progress: float = 0.0  # fraction of the training steps that are done; the training loop sets it before each step
 
     def forward(self, batch: dict[str, Tensor], phase: str = "train") -> dict[str, Tensor]:

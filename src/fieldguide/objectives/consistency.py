@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -25,17 +25,14 @@ from torch import Tensor, nn
 from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.diffusion import (
     Boundary,
-    Consistency,
-    Diffusion,
     EDMProcess,
     Level,
     NoiseProcess,
-    Sampler,
     SigmaBoundary,
     predict_with_guidance,
-    sample,
 )
 from fieldguide.objectives.diffusion.spacing import check_kind
+from fieldguide.objectives.few_steps import FewSteps
 
 HUBER = 0.00054  # c of the pseudo-Huber distance, times the root of the number of values (arXiv:2310.14189, section 3.3)
 PAIR_MEAN, PAIR_DEVIATION = -1.1, 2.0  # of the logarithm of the noise of training pairs (section 3.5)
@@ -64,7 +61,7 @@ def write_generators(states: list[Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-class ConsistencyTraining(Diffusion):
+class ConsistencyTraining(FewSteps):
     """Consistency training, without a teacher. The network takes (B ..., B float time, B int64 label).
 
     Args:
@@ -83,6 +80,7 @@ class ConsistencyTraining(Diffusion):
         SettingsError: if an argument is out of range.
     """
 
+    needs_teacher = False
     default_weights, default_pairs = "steps", "normal"
 
     def __init__(
@@ -99,8 +97,7 @@ class ConsistencyTraining(Diffusion):
         data: str = "image",
         drop: float = 0.0,
     ):
-        super().__init__(model, process, data=data, drop=drop)
-        self.boundary: Boundary = boundary or SigmaBoundary()
+        super().__init__(model, process, boundary=boundary or SigmaBoundary(), data=data, drop=drop)
         self.distance, self.weights, self.levels = distance, weights or self.default_weights, levels
         # The distribution of the paper is of EDM's noise; for other processes, equal steps of time are drawn equally often.
         self.pairs = pairs or (self.default_pairs if isinstance(self.process, EDMProcess) else "uniform")
@@ -155,12 +152,6 @@ class ConsistencyTraining(Diffusion):
             losses = losses / (self.place(high) - self.place(low)).flatten()
         return losses
 
-    def predict(self, network: nn.Module, x: Tensor, level: Level, label: Tensor) -> Tensor:  # B ... -> B ...
-        """Return the consistency function of a network."""
-        output = network(x * self.process.get_input_scale(level), level.time, label).to(x.dtype)
-        skip, out = self.boundary.get_factors(self.process, level)
-        return skip * x + out * self.process.predict_clean(x, output, level)
-
     def step_down(self, x: Tensor, clean: Tensor, noise: Tensor, high: Level, low: Level, label: Tensor) -> Tensor:
         """Return the point of the path at the lower level."""
         return self.process.add_noise(clean, noise, low)
@@ -183,18 +174,6 @@ class ConsistencyTraining(Diffusion):
             target, model = self.target.state_dict().values(), self.model.state_dict().values()
             for mean, value in zip(target, model):
                 mean.lerp_(value, 1 - self.target_ema) if mean.is_floating_point() else mean.copy_(value)
-
-    @torch.no_grad()
-    def outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return samples of one step, which the batch's row numbers (`row`) determine. The loss would not show how good they are: it
-        depends on the number of levels, and is small for neighboring levels of a network that only denoises."""
-        clean, label = self.get_data_and_label(batch)
-        numbers = batch["row"].tolist() if "row" in batch else None
-        return {"samples": self.sample(label, clean.shape[1:], Consistency(steps=1, boundary=self.boundary), numbers=numbers)}
-
-    def sample(self, label: Tensor, shape: Sequence[int], sampler: Sampler | None = None, **options: Any) -> Tensor:
-        """Sample examples as the function `sample` does; by default with two steps."""
-        return sample(self.model, self.process, sampler or Consistency(boundary=self.boundary), label, shape, **options)
 
 
 class ConsistencyDistillation(ConsistencyTraining):

@@ -17,7 +17,7 @@ of the network (Karras et al. 2022, arXiv:2206.00364, table 1).
     scheduler_config.py  process and sampler from the `scheduler_config.json` of diffusers
 """
 
-from fieldguide.objectives.diffusion.boundary import Boundary, SigmaBoundary, TimeBoundary
+from fieldguide.objectives.diffusion.boundary import Boundary, DirectBoundary, SigmaBoundary, TimeBoundary
 from fieldguide.objectives.diffusion.first_frame import FirstFrame, VideoDiffusion, insert_first_frame
 from fieldguide.objectives.diffusion.guidance import Guidance, predict_with_guidance
 from fieldguide.objectives.diffusion.latent import LatentDiffusion
@@ -47,6 +47,7 @@ __all__ = [
     "Consistency",
     "DPMSolver",
     "Diffusion",
+    "DirectBoundary",
     "DiscreteProcess",
     "DynamicShift",
     "EDMProcess",

@@ -71,3 +71,14 @@ class TimeBoundary:
             time = time.view(-1, *[1] * (level.noise.ndim - 1))
         total = time**2 + self.sigma_data**2
         return self.sigma_data**2 / total, time / total**0.5
+
+
+@dataclass(frozen=True)
+class DirectBoundary:
+    """The prediction of x_0 alone, for models that generate in a few steps and are not consistency models."""
+
+    def get_lowest(self, process: NoiseProcess) -> float:
+        return 0.0
+
+    def get_factors(self, process: NoiseProcess, level: Level) -> tuple[Any, Any]:
+        return 0.0, 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Diffusion(Objective):
     the network learns the conditional and the unconditional output that guidance needs (arXiv:2207.12598, algorithm 1).
     `times` is the distribution of noise levels, by default that of the process.
     """
+
+    generates_in_few_steps: ClassVar[bool] = False  # whether the network predicts where a path ends, not its direction
 
     def __init__(
         self,
@@ -88,6 +90,10 @@ class Diffusion(Objective):
         output: Tensor = model(x, time, label)
         return output
 
+    def adapt_sampler(self, sampler: Sampler) -> Sampler:
+        """Return a sampler with what depends on how the network was trained."""
+        return sampler
+
     def sample(self, label: Tensor, shape: Sequence[int], sampler: Sampler | None = None, **options: Any) -> Tensor:
         """Sample examples as the function `sample` does; the default sampler is DPM-Solver++ of order 2 with 20 steps."""
-        return sample(self.model, self.process, sampler or DPMSolver(), label, shape, **options)
+        return sample(self.model, self.process, self.adapt_sampler(sampler or DPMSolver()), label, shape, **options)

@@ -36,11 +36,13 @@ from fieldguide.objectives import (
     DDIM,
     DDPM,
     Adversarial,
+    AdversarialDistillation,
     ConsistencyDistillation,
     ConsistencyTraining,
     Diffusion,
     DPMSolver,
     Euler,
+    FewSteps,
     Heun,
     Objective,
     build_adversarial,
@@ -58,7 +60,7 @@ from fieldguide.tasks.vision.image_generation_evaluator import METRICS, Generati
 from fieldguide.tasks.vision.signature import GenerationSignature
 
 STUDENT_LEVELS = (8, 8)  # intervals of noise of a distilled model; more need more than minutes of training
-METHODS = ("diffusion", "consistency")
+METHODS = ("diffusion", "consistency", "adversarial")
 IMAGE_SIDES = (8, 16, 24, 28, 32, 48, 64)  # supported image sizes: doubling reaches all of them
 MAX_SIDE_BY_DEVICE = {"cpu": 32, "mps": 64, "cuda": 64}  # maximum pixels per side by device, if the user sets no size
 MAX_IMAGE_CACHE_FRACTION_OF_RAM = 0.3  # maximum fraction of RAM for decoded images
@@ -110,7 +112,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         )
         weighting: str = "uniform"  # weight of noise levels in the loss: uniform | min-snr | sigmoid
         method: str = (
-            "diffusion"  # diffusion | consistency: images in 1 to 4 steps; with a teacher, distilled from its diffusion model
+            "diffusion"  # diffusion | consistency | adversarial (needs a teacher): the last two make images in 1 to 4 steps
         )
         teacher_guidance: float = 1.5  # guidance of a diffusion teacher, which its student learns; 1 = none
         features: str | None = None  # image classifier whose features images are compared in: PATH, or SIZE=PATH
@@ -129,7 +131,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
 
     @dataclass(frozen=True)
     class FewStepOptions(PredictOptions):
-        """Options for prediction with a consistency model."""
+        """Options for prediction with a model that generates in a few steps."""
 
         steps: Annotated[int, Limits(1, 1000)] = 4
         sampler: str = "consistency"
@@ -146,7 +148,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
     labels: list[str]  # empty if the data has no classes
 
     def __init__(self, columns: list[Column], options: Any):
-        if options.method == "consistency":
+        if options.method in ("consistency", "adversarial"):
             self.PredictOptions = self.FewStepOptions  # type: ignore[misc]  # other defaults, of this instance
         elif options.unclip is not None:
             self.PredictOptions = self.UnCLIPOptions  # type: ignore[misc]
@@ -294,12 +296,17 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
             **{name: value for name in same if (value := getattr(teacher.options, name)) is not None},
         }
 
-    def distill(self, model: Any, teacher: Any) -> ConsistencyDistillation:
+    def distill(self, model: Any, teacher: Any) -> FewSteps:
         guidance = self.options.teacher_guidance
         if not 0 <= guidance <= 100:
             raise SettingsError(f"teacher_guidance={guidance} must be from 0 to 100")
         process = build_process(self.options.schedule, self.options.predicts)
         guided = guidance if self.labels or self.text else 1.0
+        if self.options.method == "adversarial":
+            shape = (self.pictures.channels, self.pictures.side, self.pictures.side)
+            return AdversarialDistillation(
+                model, teacher, process, shape=shape, label=self.sample_labels(1)[0], guidance=guided
+            )
         return ConsistencyDistillation(model, teacher, process, guidance=guided, levels=STUDENT_LEVELS)
 
     def build_diffusion(self, model: Any, data: str, kind: Callable[..., Diffusion] = Diffusion) -> Diffusion:
@@ -314,8 +321,10 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
             return kind(model, process=process, weighting=WEIGHTINGS[name](), data=data)
         if name != "uniform":
             raise SettingsError(
-                f"weighting={name!r} is an option of method=diffusion; consistency models have weights of their own."
+                f"weighting={name!r} is an option of method=diffusion; models of few steps have weights of their own."
             )
+        if self.options.method == "adversarial":
+            return FewSteps(model, process, data=data)
         return ConsistencyTraining(model, process, data=data)
 
     def batches(self, data: Data, card: Card, settings: Settings | None = None) -> Batches:
@@ -347,7 +356,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         if predict_options.truncation != 1:
             raise SettingsError("truncation: not supported. It is an option of StyleGAN, and this is a diffusion model.")
         guidance = predict_options.guidance if self.labels or self.text else 1.0
-        check_sampler(predict_options, isinstance(objective, ConsistencyTraining))
+        check_sampler(predict_options, objective.generates_in_few_steps)
         further = {name: value for name, value in vars(predict_options).items() if name.startswith("prior_")}
         return objective.sample(
             label,
@@ -362,7 +371,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
     def predict_step(self, objective: Objective) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def answer(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             made = self.generate(objective, batch["label"], batch["row"].tolist(), self.predict_options)
-            has_loss = "image" in batch and not isinstance(objective, ConsistencyTraining)
+            has_loss = "image" in batch and not getattr(objective, "generates_in_few_steps", False)
             scored = objective.outputs(batch) if has_loss else {}
             return {**{k: v for k, v in scored.items() if k == "loss"}, "samples": made, "label": batch["label"]}
 
@@ -474,14 +483,14 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
                     ),
                     f"{steps} steps",
                 )
-                for steps in ((1, 2, 4, 8) if isinstance(objective, ConsistencyTraining) else (2, 5, 10, 20, 50))
+                for steps in ((1, 2, 4, 8) if objective.generates_in_few_steps else (2, 5, 10, 20, 50))
             ]
             shown.append(Gallery("By sampler steps", few, by_steps))
-        if isinstance(objective, ConsistencyDistillation):
+        if objective is not None and objective.starts_from_teacher:
             shown.append(self.compare_with_teacher(objective, targets))
         return {"Samples": shown, "Memory": self.memorization_elements(samples, targets)}
 
-    def compare_with_teacher(self, objective: ConsistencyDistillation, targets: Arrays) -> Table:
+    def compare_with_teacher(self, objective: Any, targets: Arrays) -> Table:
         """Return the scores of a student and its teacher by number of steps, for the first test images."""
         targets = {name: values[:MAX_COMPARED_IMAGES] for name, values in targets.items()}
         label = torch.from_numpy(targets["label"].astype(np.int64))
@@ -605,17 +614,17 @@ def check_sampler(predict_options: Any, is_consistency: bool) -> None:
     name = predict_options.sampler
     if is_consistency and name != "consistency":
         raise SettingsError(
-            f"sampler={name!r}: this is a consistency model, which predicts where a path ends and not its direction. Leave the sampler "
+            f"sampler={name!r}: this model generates in few steps. It predicts where a path ends and not its direction. Leave the sampler "
             "out, and choose steps=1 to 4."
         )
     if is_consistency and predict_options.guidance != 1:
         raise SettingsError(
-            f"guidance={predict_options.guidance}: not supported by consistency models. The guidance of the teacher is learned: "
+            f"guidance={predict_options.guidance}: not supported by models of few steps. The guidance of the teacher is learned: "
             "--set task.teacher_guidance in training."
         )
     if not is_consistency and name == "consistency":
         raise SettingsError(
-            "sampler='consistency' needs a consistency model, and this is a diffusion model. Distill one: fieldguide fit DATA --set "
+            "sampler='consistency' needs a model of few steps, and this is a diffusion model. Distill one: fieldguide fit DATA --set "
             "teacher=RUN"
         )
 
