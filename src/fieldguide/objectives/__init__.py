@@ -30,6 +30,7 @@ from fieldguide.objectives.forecast import Forecast
 from fieldguide.objectives.gan_losses import LOSSES, GANLoss
 from fieldguide.objectives.gradient_penalties import PENALTIES, GradientPenalty
 from fieldguide.objectives.language import DenoisingObjective, NextToken
+from fieldguide.objectives.latent_consistency import LatentConsistency
 from fieldguide.objectives.masked_lm import MaskedLM, SpanPrediction, TokenClassificationObjective
 from fieldguide.objectives.reconstruction import Reconstruction
 from fieldguide.objectives.supervised import Classification, Regression, Supervised
@@ -62,6 +63,7 @@ __all__ = [
     "GANLoss",
     "GradientPenalty",
     "Heun",
+    "LatentConsistency",
     "MaskedLM",
     "MinSNR",
     "NextToken",

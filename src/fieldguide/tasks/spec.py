@@ -64,7 +64,7 @@ class TaskSpec:
     finetune_rate: ClassVar[float] = 1.0  # factor of the learning rates of fine-tuning
     finetune_mode: ClassVar[str | None] = None  # which part of a pretrained network is trained; None: by rows and memory
     compares_networks: ClassVar[bool] = True  # whether scores of different networks compare, so that the best one can be chosen
-    needs_reference: ClassVar[bool] = False  # the objective takes a frozen copy of the initial model as `reference`
+    needs_reference: bool = False  # the objective takes a frozen copy of the initial model as `reference`
     column_spec: ClassVar[ColumnSpec] = ColumnSpec()  # how the columns of a table are assigned to roles
 
     @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,8 @@ class StableDiffusionUNet(nn.Module):
 
     Sides may be any; if the total stride does not divide them, maps are enlarged to the sides that they had on the way down.
     """
+
+    heads: ClassVar[tuple[str, ...]] = ("guidance",)  # which a network that becomes a latent consistency model lacks before
 
     def __init__(self, config: Config):
         super().__init__()

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from fieldguide.core.errors import SettingsError, nearest
+from fieldguide.objectives.diffusion.boundary import TimeBoundary
 from fieldguide.objectives.diffusion.noise_process import DiscreteProcess, EDMProcess, FlowProcess, NoiseProcess
 from fieldguide.objectives.diffusion.noise_schedules import cosine_betas, shift_snr
 from fieldguide.objectives.diffusion.plms import PLMS
-from fieldguide.objectives.diffusion.samplers import DDIM, DDPM, DPMSolver, Euler, Heun, Sampler
-from fieldguide.objectives.diffusion.spacing import DynamicShift, FlowTimes, SigmaSpacing, Timesteps
+from fieldguide.objectives.diffusion.samplers import DDIM, DDPM, Consistency, DPMSolver, Euler, Heun, Sampler
+from fieldguide.objectives.diffusion.spacing import LCM_TIMES, DynamicShift, FlowTimes, SigmaSpacing, Timesteps
 from fieldguide.objectives.diffusion.unipc import UniPC
 
 PREDICTS = {"epsilon": "eps", "sample": "x", "v_prediction": "v", "flow_prediction": "velocity"}
@@ -154,13 +155,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sigma_max": None,
         "shift_terminal": None,
     },
+    "LCMScheduler": {
+        **BETAS,
+        **CLIPPING,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "timestep_scaling": 10.0,
+        "original_inference_steps": LCM_TIMES,
+    },
     # Of these, only the noise process is supported.
     "LMSDiscreteScheduler": PROCESS,
     "DEISMultistepScheduler": {**PROCESS, "use_flow_sigmas": False, "flow_shift": 1.0},
     "KDPM2DiscreteScheduler": {**PROCESS, "beta_start": 0.00085, "beta_end": 0.012},
     "KDPM2AncestralDiscreteScheduler": {**PROCESS, "beta_start": 0.00085, "beta_end": 0.012},
     "DPMSolverSinglestepScheduler": {**PROCESS, "use_flow_sigmas": False, "flow_shift": 1.0},
-    "LCMScheduler": {**PROCESS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
 }
 # Have no effect, or only with a setting that is checked.
 WITHOUT_EFFECT = {
@@ -168,8 +178,6 @@ WITHOUT_EFFECT = {
     "sample_max_value",
     "skip_prk_steps",
     "set_alpha_to_one",
-    "original_inference_steps",
-    "timestep_scaling",
 }
 WITHOUT_SIGNAL = {"DDPMScheduler", "DDIMScheduler", "CogVideoXDDIMScheduler"}  # at the last time, if the betas are rescaled
 SLIGHTLY_NOISY = 2.0**-24  # alpha-bar at the last time, where diffusers needs some signal to divide by
@@ -335,6 +343,13 @@ def build_ddim(settings: SchedulerSettings, steps: int) -> Sampler:
     return DDIM(steps=steps, clip=read_clip(settings), spacing=spacing, recompute_noise=False)
 
 
+def build_lcm(settings: SchedulerSettings, steps: int) -> Sampler:
+    settings.choose("original_inference_steps", {LCM_TIMES: None})
+    settings.read |= {"steps_offset", "timestep_spacing"}  # have no effect
+    boundary = TimeBoundary(scale=float(settings.get("timestep_scaling")))
+    return Consistency(steps=steps, clip=read_clip(settings), boundary=boundary, spacing=Timesteps(kind="lcm"))
+
+
 def build_solver(settings: SchedulerSettings, steps: int) -> Sampler:
     """Build DPM-Solver++, of any process."""
     stochastic = settings.choose("algorithm_type", SOLVERS)
@@ -457,6 +472,7 @@ SAMPLERS: dict[str, Callable[[SchedulerSettings, int], Sampler]] = {
     "UnCLIPScheduler": build_unclip,
     "DDIMScheduler": build_ddim,
     "CogVideoXDDIMScheduler": build_ddim,
+    "LCMScheduler": build_lcm,
     "DPMSolverMultistepScheduler": build_solver,
     "EulerDiscreteScheduler": build_euler,
     "EulerAncestralDiscreteScheduler": build_ancestral,
@@ -468,3 +484,18 @@ SAMPLERS: dict[str, Callable[[SchedulerSettings, int], Sampler]] = {
     "FlowMatchEulerDiscreteScheduler": lambda settings, steps: build_flow_sampler(settings, steps, None),
     "FlowMatchHeunDiscreteScheduler": lambda settings, steps: build_flow_sampler(settings, steps, None),
 }
+
+
+def describe_lcm_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of diffusers' scheduler for a latent consistency model of the same noise process.
+
+    Raises `SettingsError` for processes that are not discrete.
+    """
+    name = str(config.get("_class_name"))
+    known = DEFAULTS.get(name, {})
+    if lacking := [key for key in PROCESS if key not in known and key != "rescale_betas_zero_snr"]:
+        raise SettingsError(
+            f"task.method=lcm is for pipelines of discrete diffusion: the scheduler {name} has no {lacking[0]}."
+        )
+    kept = {key: config.get(key, known.get(key, default)) for key, default in PROCESS.items()}
+    return {"_class_name": "LCMScheduler", **kept, "clip_sample": False, "original_inference_steps": LCM_TIMES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from fieldguide.checkpoints.config_mapping import read_network_config
 from fieldguide.checkpoints.load import build_network, inspect_folder
-from fieldguide.checkpoints.pipeline_parts import copy_frozen_parts, read_pipeline
+from fieldguide.checkpoints.pipeline_parts import SCHEDULER_FILE, copy_frozen_parts, read_pipeline
 from fieldguide.core import distributed
 from fieldguide.core.card import Card
-from fieldguide.core.errors import DataError, SettingsError
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
+from fieldguide.core.files import write_atomically
 from fieldguide.core.report_elements import Gallery, Picture, ReportElement
 from fieldguide.core.settings import Settings
 from fieldguide.core.structure import Limits
+from fieldguide.core.validation import read_json
 from fieldguide.data import read
 from fieldguide.data.column_spec import CAPTION_NAMES, ColumnSpec
 from fieldguide.data.dataset import Column, Data, Manifest
@@ -31,14 +34,17 @@ from fieldguide.objectives.base import Objective
 from fieldguide.objectives.diffusion import LatentDiffusion, LogitNormalTimes
 from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
 from fieldguide.objectives.diffusion.noise_process import FlowProcess
+from fieldguide.objectives.diffusion.scheduler_config import describe_lcm_scheduler
+from fieldguide.objectives.latent_consistency import GUIDANCE_RANGE, LatentConsistency
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
-from fieldguide.tasks.latent_diffusion.diffusion_pipeline import DiffusionPipeline, check_family, load_frozen
+from fieldguide.tasks.latent_diffusion.diffusion_pipeline import LCM_STEPS, DiffusionPipeline, check_family, load_frozen
 from fieldguide.tasks.latent_diffusion.generation import ImageOptions, ImageRequest, generate
 from fieldguide.tasks.latent_diffusion.latent_examples import LatentExamples
 from fieldguide.tasks.latent_diffusion.signature import TextToImageSignature
 from fieldguide.tasks.report_builder import ExampleInput
 from fieldguide.tasks.vision.image_generation import encode_png, encode_sheet
 
+METHODS = ("diffusion", "lcm")
 PARTS_FOLDER = "pipeline"  # in the preprocessing of a run: the frozen networks
 MAX_SHOWN_PROMPTS = 4  # for which the report shows images
 MAX_SHOWN_STEPS = 20  # sampler steps of images in the report
@@ -70,6 +76,9 @@ class TextToImage(TextToImageSignature, Task):
         class_prompt: str | None = None  # their caption, such as "a photo of a dog"
         prior_weight: Annotated[float, Limits(0, 100)] = 1.0  # of the loss of class images
         weighting: str = "uniform"  # weight of noise levels in the loss: uniform | min-snr | sigmoid
+        method: str = "diffusion"  # diffusion | lcm: the network learns to generate in 1 to 4 steps (latent consistency model)
+        min_guidance: Annotated[float, Limits(1, 100)] = GUIDANCE_RANGE[0]  # lcm: least guidance scale that is learned
+        max_guidance: Annotated[float, Limits(1, 100)] = GUIDANCE_RANGE[1]  # lcm: largest guidance scale that is learned
 
     @dataclass(frozen=True)
     class PredictOptions(ImageOptions):
@@ -78,6 +87,10 @@ class TextToImage(TextToImageSignature, Task):
     prompts: list[str]  # some captions of the training images
     parts_folder: Path  # of the frozen networks
     requested: Sequence[str] = ()  # prompts of a request
+
+    def __init__(self, columns: list[Column], options: Any):
+        super().__init__(columns, options)
+        self.needs_reference = options.method == "lcm"  # the teacher
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
@@ -91,6 +104,7 @@ class TextToImage(TextToImageSignature, Task):
             raise SettingsError("task.class_images and task.class_prompt belong together: set both, or none.")
         if options.weighting not in WEIGHTINGS:
             raise SettingsError(f"weighting={options.weighting!r} is unknown. Choose one of {', '.join(WEIGHTINGS)}.")
+        check_method(options)
         if data.target is None and options.prompt is None:
             raise DataError(
                 f"{data.source} has no captions. Put a .txt file next to each image, or a column {' or '.join(CAPTION_NAMES)} into a "
@@ -101,6 +115,8 @@ class TextToImage(TextToImageSignature, Task):
         made = task.examples.pipeline
         if options.side % made.multiple:
             raise SettingsError(f"task.side={options.side} must be a multiple of {made.multiple} for {made.card.name}.")
+        if options.method == "lcm" and made.family.distilled:
+            raise SettingsError(f"task.method=lcm: {options.pipeline} is told the guidance scale, and can be no teacher.")
         if getattr(made.config, "extra", 0):
             raise SettingsError(f"{options.pipeline} fills in a part of an image. Training it is not supported.")
         captions = task.get_captions(data)
@@ -119,6 +135,8 @@ class TextToImage(TextToImageSignature, Task):
         dtype = torch.float32 if distributed.device().type == "cpu" else torch.bfloat16
         made = load_frozen(parts, card, config, dtype)
         made.vae.float()  # latents are computed once, so precision costs little
+        if self.options.method == "lcm":
+            made = replace(made, scheduler=describe_lcm_scheduler(made.scheduler))
         return LatentExamples(made, ImageTransform(self.options.side, 3, (0.5,) * 3, (0.5,) * 3))
 
     def get_captions(self, data: Data) -> list[str]:
@@ -175,7 +193,14 @@ class TextToImage(TextToImageSignature, Task):
         if isinstance(process, FlowProcess):  # as published for Stable Diffusion 3, with the shift of its scheduler
             dynamic = made.scheduler.get("use_dynamic_shifting", False)
             times = LogitNormalTimes(shift=1.0 if dynamic else float(made.scheduler.get("shift", 1.0)))
-        names = tuple(self.examples.encode_texts([""])[0])
+        empty = self.examples.encode_texts([""])[0]
+        names = tuple(empty)
+        if self.options.method == "lcm":
+            o, teacher = self.options, parts.get("reference")
+            none = {name: x[None] for name, x in empty.items()}
+            tells = bool(getattr(model.config, "guidance_dim", 0))
+            scales = (o.min_guidance, o.max_guidance)
+            return LatentConsistency(model, teacher, process, inputs=names, empty=none, guidance=scales, tells_guidance=tells)
         weighting, prior = WEIGHTINGS[self.options.weighting](), self.options.prior_weight
         return LatentDiffusion(model, process, weighting, inputs=names, times=times, prior_weight=prior)
 
@@ -205,13 +230,22 @@ class TextToImage(TextToImageSignature, Task):
 
     def generate(self, objective: Any, prompt: str, number: int, options: Any) -> Tensor:  # -> 3 H W in -1 .. 1
         """Return the image of a prompt; its noise depends on the seed of the options and on its number."""
-        made: DiffusionPipeline = replace(self.examples.pipeline, network=objective.model)
+        made = self.build_pipeline(objective.model)
         side, notes = self.options.side, list[str]()
         chosen = replace(options, count=1, width=options.width or side, height=options.height or side)
         image = generate(made, ImageRequest(prompt), chosen, notes=notes, first=number)[0]
         for note in notes:
             self.add_note(note)
         return image
+
+    def build_pipeline(self, network: Any) -> DiffusionPipeline:
+        """Return the pipeline with the network of the run; a latent consistency model takes few steps, without further guidance."""
+        made: DiffusionPipeline = self.examples.pipeline
+        family = made.family
+        if self.options.method == "lcm":
+            tells = bool(getattr(network.config, "guidance_dim", 0))
+            family = replace(family, steps=LCM_STEPS, distilled=tells, guidance=family.guidance if tells else 1.0)
+        return replace(made, network=network, config=network.config, family=family)
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [
@@ -264,7 +298,7 @@ class TextToImage(TextToImageSignature, Task):
 
     def show(self, objective: Any, prompt: str, number: int) -> np.ndarray:  # -> 3 S S
         """Return an image for the report, in few steps."""
-        steps = min(self.examples.pipeline.family.steps, MAX_SHOWN_STEPS)
+        steps = min(self.build_pipeline(objective.model).family.steps, MAX_SHOWN_STEPS)
         return self.generate(objective, prompt, number, ImageOptions(steps=steps)).cpu().numpy()
 
     def example_input(self, test: Data) -> ExampleInput | None:
@@ -286,6 +320,21 @@ class TextToImage(TextToImageSignature, Task):
     def save(self, folder: Path) -> None:
         super().save(folder)
         copy_frozen_parts(self.parts_folder, folder / PARTS_FOLDER)
+        if self.options.method == "lcm":
+            path = folder / PARTS_FOLDER / "scheduler" / SCHEDULER_FILE
+            write_atomically(path, json.dumps(describe_lcm_scheduler(read_json(path, WeightsError)), indent=2).encode())
+
+
+def check_method(options: Any) -> None:
+    """Raise `SettingsError` for options of text-to-image that exclude each other."""
+    if options.method not in METHODS:
+        raise SettingsError(f"method={options.method!r} is unknown. Choose one of {', '.join(METHODS)}.")
+    if options.method == "diffusion":
+        return
+    if options.class_images is not None or options.weighting != "uniform":
+        raise SettingsError("task.class_images and task.weighting are options of task.method=diffusion. Leave them out.")
+    if options.min_guidance > options.max_guidance:
+        raise SettingsError(f"task.min_guidance={options.min_guidance} is above task.max_guidance={options.max_guidance}.")
 
 
 def list_images(source: Path) -> list[str]:
