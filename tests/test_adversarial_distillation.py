@@ -8,15 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-import fieldguide
-import fieldguide.data
-from fieldguide.automl.build_plan import build_plan
 from fieldguide.core.errors import SettingsError
 from fieldguide.models.registry import create
-from fieldguide.objectives import AdversarialDistillation, FewSteps, FlowProcess
+from fieldguide.objectives import AdversarialDistillation, FlowProcess
 from fieldguide.objectives.diffusion import Consistency, DirectBoundary, DiscreteProcess, EDMProcess
 from test_consistency import denoise, read_level
-from test_task_few_steps import QUICK, pictures, short_evaluation, teacher  # noqa: F401  # fixtures
 
 PROCESSES = {"flow": FlowProcess, "discrete": lambda: DiscreteProcess("cosine", predicts="v"), "edm": EDMProcess}
 
@@ -158,19 +154,3 @@ def test_transformers_have_features():
     assert not any("teacher" in name for name in objective.state_dict()) and objective.keep == ("model",)
     with pytest.raises(SettingsError, match="has no layers"):
         AdversarialDistillation(nn.Linear(2, 2), nn.Linear(2, 2), FlowProcess(), shape=(2,), label=torch.tensor(0))
-
-
-def test_runs(pictures, teacher, tmp_path):  # noqa: F811
-    settings = {**QUICK, "teacher": str(teacher.path), "task.method": "adversarial", "task.teacher_guidance": 2.0}
-    run = fieldguide.fit(pictures, task="image-generation", out=tmp_path / "run", settings=settings)
-    assert type(run.objective) is FewSteps and run.scores["feature_distance"] >= 0
-    assert run.predict(["a"], count=2) == run.predict(["a"], count=2, steps=4)
-    assert not (run.path / "critic.safetensors").exists()
-    assert "Fewer steps than the teacher" in (run.path / "report.html").read_text()
-    data = fieldguide.data.read(str(pictures))
-    plan = build_plan(data, task="image-generation", settings=settings)
-    assert isinstance(plan.objective, AdversarialDistillation) and plan.objective.guidance == 2.0
-    with pytest.raises(SettingsError, match="name its run with --set teacher=RUN"):
-        build_plan(data, task="image-generation", settings={**QUICK, "task.method": "adversarial"})
-    with pytest.raises(SettingsError, match="few steps already"):
-        build_plan(data, task="image-generation", settings={**QUICK, "teacher": str(run.path)})

@@ -16,7 +16,7 @@ from fieldguide.automl.race import is_open
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.settings import Settings
 from fieldguide.models.registry import find
-from fieldguide.objectives import ConsistencyDistillation, ConsistencyTraining
+from fieldguide.objectives import AdversarialDistillation, ConsistencyDistillation, ConsistencyTraining, FewSteps
 from fieldguide.tasks.vision import image_generation
 from fieldguide.tasks.vision.image_generation import ImageGeneration
 from fieldguide.tasks.vision.video_generation import VideoGeneration
@@ -120,6 +120,22 @@ def test_signature_of_both(student, teacher):
         found[name] = (options["sampler"].choices, options["steps"].default, signature.loop.guidance, signature.loop.schedule)
     assert found["student"] == (("consistency",), 4, False, "flow")
     assert found["teacher"][1:] == (12, True, "flow") and "consistency" not in found["teacher"][0]
+
+
+def test_students_of_a_critic(pictures, teacher, tmp_path):
+    settings = {**QUICK, "teacher": str(teacher.path), "task.method": "adversarial", "task.teacher_guidance": 2.0}
+    run = fieldguide.fit(pictures, task="image-generation", out=tmp_path / "run", settings=settings)
+    assert type(run.objective) is FewSteps and run.scores["feature_distance"] >= 0
+    assert run.predict(["a"], count=2) == run.predict(["a"], count=2, steps=4)
+    assert not (run.path / "critic.safetensors").exists()
+    assert "Fewer steps than the teacher" in (run.path / "report.html").read_text()
+    data = fieldguide.data.read(str(pictures))
+    plan = build_plan(data, task="image-generation", settings=settings)
+    assert isinstance(plan.objective, AdversarialDistillation) and plan.objective.guidance == 2.0
+    with pytest.raises(SettingsError, match="name its run with --set teacher=RUN"):
+        build_plan(data, task="image-generation", settings={**QUICK, "task.method": "adversarial"})
+    with pytest.raises(SettingsError, match="few steps already"):
+        build_plan(data, task="image-generation", settings={**QUICK, "teacher": str(run.path)})
 
 
 def test_report_compares_student_and_teacher(student):

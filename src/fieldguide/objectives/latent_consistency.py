@@ -60,7 +60,7 @@ class LatentConsistency(LatentDiffusion):
             )
         self.boundary, self.guidance, self.tells_guidance = TimeBoundary(), guidance, tells_guidance
         # Tuples keep them from being registered: not trained, not in checkpoints.
-        self.frozen_teacher = () if teacher is None else (teacher.requires_grad_(False).eval(),)
+        self.frozen_teacher: tuple[nn.Module, ...] = () if teacher is None else (teacher.requires_grad_(False).eval(),)
         self.empty = dict(empty)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -111,7 +111,7 @@ class LatentConsistency(LatentDiffusion):
 
     def step_down(self, x: Tensor, high: Level, low: Level, scale: Tensor, condition: Any) -> Tensor:
         """Return the point that a step of DDIM with the guided teacher reaches."""
-        (teacher,), scale = self.frozen_teacher, scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        teacher, scale = self.frozen_teacher[0], scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
         none = {name: value.to(condition[name]).expand_as(condition[name]) for name, value in self.empty.items()}
         both = {name: torch.cat([condition[name], none[name]]) for name in self.inputs}
         output = self.call_network(teacher, torch.cat([x, x]), torch.cat([high.time, high.time]), both).to(x.dtype)
