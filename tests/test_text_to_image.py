@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 import diffusion_pipelines as peers
@@ -424,7 +424,8 @@ def test_half_precision_variants_and_shards(tmp_path):
 def write_single_file(name: str, file: Path, texts) -> None:
     """Write our networks of a pipeline to one file, under the names of the authors, and the tokenizer next to it."""
     made = load(name).pipeline
-    networks = {"model.diffusion_model.": (made.network, "compvis"), "first_stage_model.": (made.vae, "compvis")}
+    origin = "official" if name == "sd3" else "compvis"
+    networks = {"model.diffusion_model.": (made.network, origin), "first_stage_model.": (made.vae, "compvis")}
     networks |= {prefix: (encoder.network, origin) for encoder, (prefix, origin) in zip(made.encoders, texts)}
     state = {
         prefix + key: x.contiguous()
@@ -441,7 +442,11 @@ SINGLE = {
     "sd": [("cond_stage_model.transformer.", "huggingface")],
     "painted": [("cond_stage_model.transformer.", "huggingface")],
     "sdxl": [("conditioner.embedders.0.transformer.", "huggingface"), ("conditioner.embedders.1.model.", "openai")],
+    "sd3": [(f"text_encoders.{part}.transformer.", "huggingface") for part in ("clip_l", "clip_g", "t5xxl")],
 }
+
+
+TEXT_PARTS = ("text", "text_2", "text_3")
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -450,23 +455,28 @@ def test_single_files(name, suffix, tmp_path, monkeypatch):
     """Sizes are given by the width of the text's states, so those of the tiny networks take the place of the published ones."""
     made = load(name).pipeline
     write_single_file(name, tmp_path / f"model{suffix}", SINGLE[name])
-    layout = single_file_pipeline.Layout("denoiser", "vae", {"text": ("text", "huggingface")}, (False,))
+    layout, parts = single_file_pipeline.Layout("denoiser", "vae", {"text": ("text", "huggingface")}, (False,)), TEXT_PARTS
     if name == "sdxl":
         layout = replace(layout, texts={**layout.texts, "text_2": ("text_2", "openai")}, pads=(False, True))
+    if name == "sd3":
+        texts = {part: (part, "huggingface") for part in parts}
+        layout = replace(layout, texts=texts, pads=(False, True, True), origin="official")
+        monkeypatch.setattr(single_file_pipeline, "FLOW_LAYOUTS", {16: {False: layout}})
+        shutil.copytree(make(name)[1] / "tokenizer_3", tmp_path / "tokenizer_3")
     monkeypatch.setattr(single_file_pipeline, "LAYOUTS", {28 if name == "sdxl" else 16: layout})
     networks = {"denoiser": made.network, "vae": made.vae}
-    networks |= {key: encoder.network for key, encoder in zip(("text", "text_2"), made.encoders) if encoder}
+    networks |= {key: encoder.network for key, encoder in zip(parts, made.encoders) if encoder}
 
     def find_tiny(size):
-        config = asdict(networks[size].config) | ({"extra": 0} if size == "denoiser" else {})
+        config = asdict(networks[size].config) | ({"extra": 0} if size == "denoiser" and name != "sd3" else {})
         card = card_of(networks[size])
         return replace(card, sizes={size: Size(**config)}), size
 
     monkeypatch.setattr(single_file_pipeline, "find", find_tiny)
     ours = fieldguide.pipeline(tmp_path / f"model{suffix}")
     assert type(ours) is TextToImage and ours.model.config == made.network.config
-    options = {"steps": 2, "height": 32, "width": 32, "sampler": "euler", "guidance": 2.0, "negative": NEGATIVE}
-    options |= {"count": 1, "seed": 3}
+    options = {"steps": 2, "height": 32, "width": 32, "guidance": 2.0, "negative": NEGATIVE, "count": 1, "seed": 3}
+    options |= {"sampler": "euler"} if name != "sd3" else {}
     request = ImageRequest(PROMPT, *((picture(), hole()) if name == "painted" else ()))
     found, expected = (x.generate(request, x.parse(options)) for x in (ours, load(name)))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -483,6 +493,44 @@ def test_problems_of_single_files(tmp_path):
         fieldguide.pipeline(tmp_path / "model.safetensors")
     with pytest.raises(SettingsError, match="tokenizer: only for single files"):
         fieldguide.pipeline(make("sd")[1], tokenizer=str(tmp_path))
+
+
+def test_problems_of_single_files_of_flows(tmp_path):
+    write_single_file("sd3", tmp_path / "model.safetensors", SINGLE["sd3"])
+    with pytest.raises(WeightsError, match="Stable Diffusion 3 of width 16, which is unknown"):
+        fieldguide.pipeline(tmp_path / "model.safetensors")
+
+
+def test_single_files_without_t5(tmp_path, monkeypatch):
+    """Their states are zeros, as in diffusers."""
+    made = load("sd3").pipeline
+    write_single_file("sd3", tmp_path / "model.safetensors", SINGLE["sd3"][:2])
+    texts = {part: (part, "huggingface") for part in TEXT_PARTS}
+    layout = single_file_pipeline.Layout("denoiser", "vae", texts, (False, True, True), origin="official")
+    monkeypatch.setattr(single_file_pipeline, "FLOW_LAYOUTS", {16: {False: layout}})
+    networks = {"denoiser": made.network, "vae": made.vae, "text": made.encoders[0].network, "text_2": made.encoders[1].network}
+
+    def find_tiny(size):
+        found = card_of(networks[size])
+        return replace(found, sizes={size: Size(**asdict(networks[size].config))}), size
+
+    monkeypatch.setattr(single_file_pipeline, "find", find_tiny)
+    with pytest.raises(SettingsError, match="prediction_type: not for rectified flows"):
+        fieldguide.pipeline(tmp_path / "model.safetensors", prediction_type="epsilon")
+    ours, noise = fieldguide.pipeline(tmp_path / "model.safetensors"), draw("sd3")
+    assert "lacks T5" in ours.get_notes()[0] and ours.pipeline.encoders[2] is None
+    options = {"steps": 2, "height": 32, "width": 32}
+    found = ours.generate(ImageRequest(PROMPT), ours.parse(options), noise=noise)
+    monkeypatch.setattr(load("sd3").pipeline, "encoders", [*made.encoders[:2], None])
+    expected = load("sd3").generate(ImageRequest(PROMPT), load("sd3").parse(options), noise=noise)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    save_file(
+        load_file(tmp_path / "model.safetensors") | {"text_encoders.t5xxl.transformer.shared.weight": torch.ones(1)},
+        tmp_path / "model.safetensors",
+    )
+    networks["text_3"] = load("sd3").pipeline.network  # not reached
+    with pytest.raises(WeightsError, match="no tokenizer of T5 found"):
+        fieldguide.pipeline(tmp_path / "model.safetensors")
 
 
 def copy_folder(name: str, folder: Path) -> Path:

@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 
 from fieldguide.core.errors import WeightsError
-from fieldguide.models.mapping.key_rules import Dropped, Fused, MovedRow, Repeated, Reshaped, Row, Stacked, Transposed, Zeros
+from fieldguide.models.mapping.key_rules import (
+    Dropped,
+    Fused,
+    Joined,
+    MovedRow,
+    Repeated,
+    Reshaped,
+    Row,
+    Stacked,
+    Swapped,
+    Transposed,
+    Zeros,
+)
 
 State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
@@ -70,14 +82,18 @@ def find_zero_rows(table: Table) -> list[Zeros]:
     return [row for row in table.values() if isinstance(row, Zeros)]
 
 
-def get_our_name(row: Row) -> str | None:
-    return row if isinstance(row, str) else getattr(row, "ours", None)
+def list_our_names(row: Row) -> tuple[str, ...]:
+    """Return our names in a row: none for tensors that are dropped."""
+    names = row if isinstance(row, str) else getattr(row, "ours", ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def convert_layout(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
     """Return the tensor in our layout (`side` "here") or in the public one ("there")."""
     if isinstance(row, Reshaped):
         return tensor.reshape(getattr(row, side))
+    if isinstance(row, Swapped):
+        return torch.cat(tensor.chunk(2)[::-1])
     if isinstance(row, MovedRow):
         if side == "there":
             return move_row(tensor, 0, row.place).reshape(*tensor.shape, *[1] * row.ones)
@@ -134,6 +150,14 @@ def map_to_ours(state: State, table: Table) -> TranslatedState:
             for number, one in enumerate(tensor.unbind()):
                 done.put(fill_pattern(row.ours, values | {row.axis: number}), convert_layout(one, row, "here"), name)
             continue
+        if isinstance(row, Joined):
+            unit, rest = divmod(len(tensor), sum(row.sizes))
+            if rest:
+                done.faults.append(f"{name} ({format_shape(tensor)}) cannot be divided in parts of {row.sizes}")
+                continue
+            for ours, one in zip(row.ours, tensor.split([unit * size for size in row.sizes])):
+                done.put(fill_pattern(ours, values), one, name)
+            continue
         ours = fill_pattern(row if isinstance(row, str) else row.ours, values)
         if isinstance(row, Fused):
             parts.setdefault((ours, row.parts), {})[row.part] = (name, convert_layout(tensor, row, "here"), row.span)
@@ -162,11 +186,13 @@ def map_to_public(state: State, table: Table) -> TranslatedState:
     """Map our names to public ones. If several public names mean one tensor, the first row counts."""
     done = TranslatedState()
     stacks: dict[str, dict[int, Tensor]] = {}  # by public name
+    joins: dict[str, tuple[Joined, dict[int, Tensor]]] = {}  # by public name
     for name, tensor in state.items():
         hits = [
             (public, row, values)
             for public, row in table.items()
-            if (ours := get_our_name(row)) and (values := match_name(ours, name)) is not None
+            for ours in list_our_names(row)
+            if (values := match_name(ours, name)) is not None
         ]
         if not hits:
             done.unknown.append(name)
@@ -179,6 +205,9 @@ def map_to_public(state: State, table: Table) -> TranslatedState:
             public, values = hits[0][0], hits[0][2]
             stack = stacks.setdefault(fill_pattern(public, values), {})
             stack[int(values[stacked.axis])] = convert_layout(tensor, stacked, "there")
+        elif isinstance(joined := hits[0][1], Joined):
+            _, parts_here = joins.setdefault(fill_pattern(hits[0][0], hits[0][2]), (joined, {}))
+            parts_here[next(i for i, ours in enumerate(joined.ours) if match_name(ours, name) is not None)] = tensor
         elif isinstance(repeated := hits[0][1], Repeated):
             for number in range(repeated.count):
                 copy = tensor.clone() if number else tensor  # tensors that share memory would be written once
@@ -191,6 +220,11 @@ def map_to_public(state: State, table: Table) -> TranslatedState:
             done.put(fill_pattern(public, values), convert_layout(tensor, row, "there"), name)
     for public, stack in stacks.items():
         done.put(public, torch.stack([stack[number] for number in sorted(stack)]), public)
+    for public, (joined, found) in joins.items():
+        if len(found) < len(joined.ours):
+            done.faults.append(f"{public} is built from {len(joined.ours)} tensors, but there are only {len(found)}")
+        else:
+            done.put(public, torch.cat([found[i] for i in sorted(found)]), public)
     return done
 
 

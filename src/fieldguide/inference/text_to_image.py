@@ -55,7 +55,7 @@ class TextToImage(Predictor):
         lora_scale: float = 1.0,
         **single: str | Path | None,
     ) -> TextToImage:
-        """Load a folder of diffusers with `model_index.json`, a single file of Stable Diffusion 1, 2 or XL, or hf:organization/name.
+        """Load a folder of diffusers with `model_index.json`, a single file of Stable Diffusion 1 to 3.5 or XL, or hf:organization/name.
 
         `lora` is a LoRA of diffusers, peft or kohya's scripts, merged with the factor `lora_scale`; by default the file
         `pytorch_lora_weights.safetensors` in the folder, if there is one. `precision` is float32, bfloat16 or float16; by default

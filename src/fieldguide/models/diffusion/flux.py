@@ -27,7 +27,7 @@ from fieldguide.models.diffusion._shared.embeddings import embed_time
 from fieldguide.models.diffusion._shared.patches import count_patches
 from fieldguide.models.diffusion._shared.rotary import Rotate, make_rotation, place_grid
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, WithDefault
-from fieldguide.models.mapping.key_rules import Row
+from fieldguide.models.mapping.key_rules import Joined, Row, Swapped
 
 PATCH = 2  # side of a patch
 TIME_DIM = 256  # sines and cosines of times and of the guidance scale
@@ -204,6 +204,45 @@ DIFFUSERS: dict[str, Row] = {
 }
 
 
+def stream_keys(theirs: str, ours: str) -> dict[str, Row]:
+    """Return the rows of one stream of the blocks with two, without queries, keys and values, in the authors' names."""
+    block, here = f"double_blocks.{{i}}.{theirs}_", f"blocks.{{i}}.{ours}."
+    return {
+        f"{block}mod.lin.*": f"{here}condition.*",
+        f"{block}attn.norm.query_norm.scale": f"{here}attn.norm_q.weight",
+        f"{block}attn.norm.key_norm.scale": f"{here}attn.norm_k.weight",
+        f"{block}attn.proj.*": f"{here}attn.proj.*",
+        f"{block}mlp.0.*": f"{here}up.*",
+        f"{block}mlp.2.*": f"{here}down.*",
+    }
+
+
+OFFICIAL: dict[str, Row] = {  # flux1-dev.safetensors, flux1-schnell.safetensors
+    "img_in.*": "patch.*",
+    "time_in.in_layer.*": "time1.*",
+    "time_in.out_layer.*": "time2.*",
+    "vector_in.in_layer.*": "pooled1.*",
+    "vector_in.out_layer.*": "pooled2.*",
+    "guidance_in.in_layer.*": "guidance1.*",
+    "guidance_in.out_layer.*": "guidance2.*",
+    "txt_in.*": "text.*",
+    "single_blocks.{i}.modulation.lin.*": "singles.{i}.condition.*",
+    "single_blocks.{i}.norm.query_norm.scale": "singles.{i}.attn.norm_q.weight",
+    "single_blocks.{i}.norm.key_norm.scale": "singles.{i}.attn.norm_k.weight",
+    "single_blocks.{i}.linear1.*": Joined(
+        (*(f"singles.{{i}}.attn.{part}.*" for part in "qkv"), "singles.{i}.up.*"), (1, 1, 1, 4)
+    ),
+    "single_blocks.{i}.linear2.*": "singles.{i}.down.*",
+    "final_layer.adaLN_modulation.1.*": Swapped("condition.*"),
+    "final_layer.linear.*": "head.*",
+}
+for theirs, ours in (("img", "image"), ("txt", "text")):
+    OFFICIAL |= stream_keys(theirs, ours)
+    OFFICIAL[f"double_blocks.{{i}}.{theirs}_attn.qkv.*"] = Joined(
+        tuple(f"blocks.{{i}}.{ours}.attn.{part}.*" for part in "qkv"), (1, 1, 1)
+    )
+
+
 def parse_channels(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return width and channels of a configuration of diffusers, which counts channels of patches. Raises `WeightsError` if these are
     not multiples of the pixels of a patch.
@@ -247,7 +286,7 @@ CARD = Card(
         "flux1-schnell": Size(guidance=False, params=11_891_178_560, source="black-forest-labs/FLUX.1-schnell"),
         "flux-test": Size(image=8, channels=2, text_dim=10, pooled_dim=6, dim=16, depth=2, single=2, heads=2, axes=(2, 2, 4)),
     },
-    weights={"diffusers": DIFFUSERS},
+    weights={"diffusers": DIFFUSERS, "official": OFFICIAL},
     configs={"diffusers": CONFIG},
     recipe={"optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-2, "grad_clip": 1.0, "ema": 0.9999},
 )

@@ -25,7 +25,7 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.diffusion._shared.attention import EPS, attend_jointly
 from fieldguide.models.diffusion._shared.patches import count_patches
 from fieldguide.models.diffusion._shared.rotary import Rotate, make_rotation, place_grid
-from fieldguide.models.diffusion.flux import PATCH, TIME_DIM, Block, modulate
+from fieldguide.models.diffusion.flux import PATCH, TIME_DIM, Block, modulate, stream_keys
 from fieldguide.models.diffusion.hunyuan_video import Embedding
 from fieldguide.models.layers.norm import RMSNorm
 from fieldguide.models.mapping.key_rules import Row
@@ -121,18 +121,9 @@ class OpenSora(nn.Module):
         return F.pixel_shuffle(x.mT.unflatten(3, (rows, columns)), PATCH)
 
 
-def stream_keys(theirs: str, ours: str) -> dict[str, Row]:
-    """Return the rows of one stream of the blocks with two."""
-    block, here = f"double_blocks.{{i}}.{theirs}_", f"blocks.{{i}}.{ours}."
-    return {
-        f"{block}mod.lin.*": f"{here}condition.*",
-        f"{block}attn.norm.query_norm.scale": f"{here}attn.norm_q.weight",
-        f"{block}attn.norm.key_norm.scale": f"{here}attn.norm_k.weight",
-        f"{block}attn.proj.*": f"{here}attn.proj.*",
-        f"{block}mlp.0.*": f"{here}up.*",
-        f"{block}mlp.2.*": f"{here}down.*",
-        **{f"{block}attn.{part}_proj.*": f"{here}attn.{part}.*" for part in "qkv"},
-    }
+def attention_keys(theirs: str, ours: str) -> dict[str, Row]:
+    """Return the rows of queries, keys and values of one stream of the blocks with two."""
+    return {f"double_blocks.{{i}}.{theirs}_attn.{part}_proj.*": f"blocks.{{i}}.{ours}.attn.{part}.*" for part in "qkv"}
 
 
 OFFICIAL: dict[str, Row] = {  # Open_Sora_v2.safetensors
@@ -154,6 +145,8 @@ OFFICIAL: dict[str, Row] = {  # Open_Sora_v2.safetensors
     "final_layer.linear.*": "head.*",
     **stream_keys("img", "image"),
     **stream_keys("txt", "text"),
+    **attention_keys("img", "image"),
+    **attention_keys("txt", "text"),
 }
 
 CARD = Card(

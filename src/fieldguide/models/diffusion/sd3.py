@@ -26,7 +26,7 @@ from fieldguide.models.diffusion._shared.attention import Stream, attend_jointly
 from fieldguide.models.diffusion._shared.embeddings import embed_time, position_embedding
 from fieldguide.models.diffusion._shared.patches import count_patches, join_patches
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, ValueMap
-from fieldguide.models.mapping.key_rules import Reshaped, Row
+from fieldguide.models.mapping.key_rules import Joined, Reshaped, Row, Swapped
 
 TIME_DIM = 256  # sines and cosines of times
 EPS = 1e-6  # of the norms, most of which have no parameters
@@ -194,6 +194,35 @@ def diffusers_keys(c: Config) -> dict[str, Row]:
     return names
 
 
+def official_keys(c: Config) -> dict[str, Row]:
+    """Return the key table of the authors' files for a config. They hold the shift before the scale where there are only two."""
+    block, last = "joint_blocks.{i}.", c.depth - 1
+    names: dict[str, Row] = {
+        "x_embedder.proj.*": "patch.*",
+        "pos_embed": Reshaped("places", (c.largest**2, c.dim), (1, c.largest**2, c.dim)),
+        "t_embedder.mlp.0.*": "time1.*",
+        "t_embedder.mlp.2.*": "time2.*",
+        "y_embedder.mlp.0.*": "pooled1.*",
+        "y_embedder.mlp.2.*": "pooled2.*",
+        "context_embedder.*": "text.*",
+        "final_layer.adaLN_modulation.1.*": Swapped("condition.*"),
+        "final_layer.linear.*": "head.*",
+        f"joint_blocks.{last}.context_block.adaLN_modulation.1.*": Swapped(f"blocks.{last}.text.condition.*"),
+    }
+    for theirs, ours in (("x_block", "image"), ("context_block", "text")):
+        side, here = f"{block}{theirs}.", f"blocks.{{i}}.{ours}."
+        names |= {
+            f"{side}adaLN_modulation.1.*": f"{here}condition.*",
+            f"{side}mlp.fc1.*": f"{here}mlp.up.*",
+            f"{side}mlp.fc2.*": f"{here}mlp.down.*",
+        }
+        for attn in ("attn", "attn2"):
+            names[f"{side}{attn}.qkv.*"] = Joined(tuple(f"{here}{attn}.{part}.*" for part in "qkv"), (1, 1, 1))
+            names[f"{side}{attn}.proj.*"] = f"{here}{attn}.proj.*"
+            names |= {f"{side}{attn}.ln_{part}.weight": f"{here}{attn}.norm_{part}.weight" for part in "qk"}
+    return names
+
+
 def parse_dual(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return width and number of blocks with a second attention. Raises `WeightsError` if these are not the first ones."""
     dual = tuple(raw.get("dual_attention_layers") or ())
@@ -241,7 +270,7 @@ CARD = Card(
             image=8, largest=9, channels=2, text_dim=10, pooled_dim=6, dim=16, depth=3, heads=2, normed=True, dual=2
         ),
     },
-    weights={"diffusers": diffusers_keys},
+    weights={"diffusers": diffusers_keys, "official": official_keys},
     configs={"diffusers": CONFIG},
     recipe={"optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-2, "grad_clip": 1.0, "ema": 0.9999},
 )

@@ -42,6 +42,21 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """The public tensor holds several of ours one after the other along the first axis; `sizes` are the relative lengths of its parts."""
+
+    ours: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The public tensor has the halves of ours along the first axis in the other order."""
+
+    ours: str
+
+
+@dataclass(frozen=True)
 class Stacked:
     """The public tensor holds ours for all numbers of the group `{axis}` along a first axis of its own, in this order.
 
@@ -133,4 +148,6 @@ def place_submodel(table: Mapping[str, Row], theirs: str, ours: str, without: st
     return rows
 
 
-Row = str | Transposed | Reshaped | Fused | Stacked | Repeated | InterleavedRotary | MovedRow | Dropped | Zeros
+Row = (
+    str | Transposed | Reshaped | Fused | Joined | Swapped | Stacked | Repeated | InterleavedRotary | MovedRow | Dropped | Zeros
+)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, ValueMap
-from fieldguide.models.mapping.key_rules import Dropped, Row
+from fieldguide.models.mapping.key_rules import Dropped, Joined, Row
 from fieldguide.models.transformer._shared import clip_checkpoints
 
 END = 49_407  # end token of CLIP's tokenizer
@@ -18,7 +18,7 @@ def place(row: Row) -> Row:
     """Return a row of the table of a whole CLIP for the encoder alone."""
     if isinstance(row, str):
         return row.removeprefix(OURS)
-    return row if isinstance(row, Dropped) else type(row)(**vars(row) | {"ours": row.ours.removeprefix(OURS)})
+    return row if isinstance(row, Dropped | Joined) else type(row)(**vars(row) | {"ours": row.ours.removeprefix(OURS)})
 
 
 def select_text(table: Mapping[str, Row], prefix: str) -> dict[str, Row]:
