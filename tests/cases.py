@@ -1693,6 +1693,7 @@ CASES = {
     "llava": Case(inputs=shown, peer=huggingface_llava, lr=2e-2, skipped=("vision.blocks.1.", "vision.norm.")),
     "qwen2.5-vl": Case(inputs=shown, peer=huggingface_qwen2_5_vl, lr=1e-2),
     "autoencoder-kl": Case(inputs=image, lr=3e-3, peer=latents.autoencoder_kl),
+    "consistency-decoder-vae": Case(inputs=image, lr=3e-3, peer=latents.consistency_decoder_vae),
     "stable-diffusion-unet": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.conditional_unet),
     "sdxl-unet": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.conditional_unet),
     "pixart": Case(inputs=latents.noisy_latent, lr=3e-3, peer=latents.pixart),

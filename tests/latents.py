@@ -84,6 +84,36 @@ def autoencoder_kl(model: nn.Module) -> Peer:
     return Sample(), rename(model)
 
 
+def consistency_decoder_vae(model: nn.Module) -> Peer:
+    """Return images decoded from the means, with our noise; the tables of the scheduler are in float64."""
+    from tv import diffusers
+
+    whole = sys.modules[diffusers.ConsistencyDecoderVAE.__module__]
+    steps = sys.modules[whole.ConsistencyDecoderScheduler.__module__]
+    peer = build(model)
+    alphas = (1 - steps.betas_for_alpha_bar(1024).double()).cumprod(0)
+    times = (torch.arange(1025, dtype=torch.float64) / 1024 + 0.008) / 1.008 * torch.pi / 2
+    alphas[:1023] = (times.cos() ** 2)[1:1024] / times[0].cos() ** 2  # which diffusers rounds to float32
+    scheduler, sigmas = peer.decoder_scheduler, (1 / alphas - 1).sqrt()
+    scheduler.sqrt_alphas_cumprod, scheduler.sqrt_one_minus_alphas_cumprod = alphas.sqrt(), (1 - alphas).sqrt()
+    scheduler.c_skip = 0.25 / (alphas.sqrt() * (sigmas**2 + 0.25))
+    scheduler.c_out = 0.5 * sigmas / (sigmas**2 + 0.25).sqrt()
+    scheduler.c_in = 1 / (alphas * (sigmas**2 + 0.25)).sqrt()
+
+    class Sample(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, image: Tensor) -> Tensor:
+            noise = iter(model.draw_noise(tuple(image.shape)))
+            draw = lambda shape, **options: next(noise).expand(shape).to(image)
+            with mock.patch.object(whole, "randn_tensor", draw), mock.patch.object(steps, "randn_tensor", draw):
+                return self.peer.decode(self.peer.encode(image).latent_dist.mean).sample
+
+    return Sample(), rename(model)
+
+
 def noisy_latent(config: Any, rows: int) -> tuple[Tensor, ...]:
     """Return latents, times, and the states of a text of five tokens; and its vector if the network takes one."""
     inputs = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch
 import diffusion_pipelines as peers
 import fieldguide
 from fieldguide.checkpoints.key_mapping import translate
-from fieldguide.core.errors import DataError, WeightsError
+from fieldguide.core.errors import DataError, SettingsError, WeightsError
 from fieldguide.models.diffusion.unclip_decoder import PROJECTION_KEYS, TextProjection
 from fieldguide.objectives.diffusion.noise_schedules import cosine_betas
+from fieldguide.tasks.latent_diffusion.generation import ImageRequest
 from fieldguide.tasks.latent_diffusion.unclip import UnCLIPOptions, generate
 from latents import build
 
@@ -183,3 +185,50 @@ def test_incomplete_folders(tmp_path):
     shutil.copytree(tmp_path / "karlo" / "super_res_first", tmp_path / "karlo" / "decoder")
     with pytest.raises(WeightsError, match="is super-resolution-unet"):
         fieldguide.pipeline(tmp_path / "karlo")
+
+
+def test_pipelines_with_the_consistency_decoder(tmp_path, monkeypatch):
+    """A pipeline of diffusers whose autoencoder is that of DALL-E 3 loads, and gives the same images from the same noise."""
+    from tv import diffusers
+
+    whole = sys.modules[diffusers.ConsistencyDecoderVAE.__module__]
+    steps = sys.modules[whole.ConsistencyDecoderScheduler.__module__]
+    with torch.device("meta"):
+        published = diffusers.ConsistencyDecoderVAE()
+    size = fieldguide.models.registry.card("consistency-decoder-vae").sizes["openai-consistency-decoder"]
+    assert sum(p.numel() for p in published.parameters()) == size.params
+    peer = peers.stable_diffusion()
+    small = {"encoder_block_out_channels": (8, 16), "encoder_layers_per_block": 1, "encoder_norm_num_groups": 4}
+    small |= {"decoder_block_out_channels": (8, 16), "decoder_layers_per_block": 1, "decoder_norm_num_groups": 4}
+    kinds = {
+        "encoder_down": "DownEncoderBlock2D",
+        "decoder_down": "ResnetDownsampleBlock2D",
+        "decoder_up": "ResnetUpsampleBlock2D",
+    }
+    small |= {f"{key}_block_types": (kind,) * 2 for key, kind in kinds.items()}
+    peer.register_modules(vae=peers.randomize(diffusers.ConsistencyDecoderVAE(**small), 3))
+    peer.save_pretrained(tmp_path / "sd")
+    peer.set_progress_bar_config(disable=True)
+    ours = fieldguide.pipeline(tmp_path / "sd")
+    vae = ours.pipeline.vae
+    assert type(vae).__name__ == "ConsistencyDecoderVAE"
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    found, theirs = vae.encode(image), peer.vae.encode(image).latent_dist
+    torch.testing.assert_close(found, (theirs.mean, theirs.logvar), rtol=1e-4, atol=1e-5)
+    noise = vae.draw_noise((1, 3, 32, 32))
+    source = iter(noise)
+    for module in (whole, steps):
+        monkeypatch.setattr(module, "randn_tensor", lambda shape, **options: next(source).expand(shape))
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = peer(
+            "cat", latents=latents, num_inference_steps=2, guidance_scale=3.0, height=32, width=32, output_type="pt"
+        ).images
+    options = ours.parse({"steps": 2, "guidance": 3.0, "height": 32, "width": 32})
+    made = ours.generate(ImageRequest("cat"), options, noise=latents) / 2 + 0.5
+    torch.testing.assert_close(made, expected, rtol=0, atol=2e-4)
+    assert expected.std() > 0.05
+    other = vae.decode(torch.randn(1, 4, 16, 16), noise=tuple(torch.randn_like(x) for x in noise))
+    assert other.shape == (1, 3, 32, 32)
+    with pytest.raises(SettingsError, match="Train autoencoder-kl"):
+        vae.reconstruct(image)
