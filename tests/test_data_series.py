@@ -219,6 +219,17 @@ def test_damaged_rows(tmp_path):
     assert "'H99'" in finding(data, "constant-series").what
     with pytest.raises(DataError, match=r"t.csv:3 has 42"):
         got(write(tmp_path / "t.csv", [*good[:2], good[2] + ",7", *good[3:]]))
+    texts = [good[0] + ",region", *(f"{line},{'north' if i % 2 else 'south'}" for i, line in enumerate(good[1:]))]
+    with refused(
+        "text-in-series", "column 'region' holds text, such as 'south'", "all columns except 'V1' are steps", "t.csv:2"
+    ):
+        got(write(tmp_path / "t.csv", texts))
+    without = got(tmp_path / "t.csv", kinds={"region": "identifier"})
+    assert "'V1' names the series, because 'region' repeats" in finding(without, "series-chosen").what
+    assert (
+        build_panel(without).series_values(3).tolist()
+        == build_panel(got(write(tmp_path / "g.csv", good))).series_values(3).tolist()
+    )
     with refused("repeated-series", "rows with a repeated 'V1'", "t.csv:42", "--time"):
         got(write(tmp_path / "t.csv", [*good, good[1]]))
     with refused("repeated-series", "10 x"):

@@ -39,6 +39,7 @@ from fieldguide.data.validation import checks, findings
 
 MIN_EQUAL_LENGTHS = 0.9  # fraction of rows in which two lists must be equally long to belong together
 NOT_OF_TYPE = {"number": "not numbers as in training", "date": "not dates as in training", "boolean": "neither true nor false"}
+NAME_KINDS = ("category", "text", "identifier")  # of columns that may name series
 FAR_FACTOR = 10  # values of a positive column below its training minimum divided by this are far outside the training range
 
 
@@ -86,7 +87,7 @@ class TableReader(TableColumns):
             columns = {c.name: c for c in known if c.name in columns}
         else:
             self.choose_time(columns)
-            self.choose_series(columns)
+            self.choose_series(columns, requested_roles)
         if not known and self.column_spec.target == "numbers" and "target" not in roles.values():
             for column in columns.values():
                 if column.role == "feature" and column.kind == "number":
@@ -147,9 +148,16 @@ class TableReader(TableColumns):
                 "Specify another with --time.",
             )
 
-    def choose_series(self, columns: dict[str, Column]) -> None:
-        """Take the only column of categories as the names of series if times repeat, but not within one of its values."""
-        if "series" not in self.column_spec.roles or any(c.role == "series" for c in columns.values()):
+    def choose_series(self, columns: dict[str, Column], requested_roles: dict[Role, str]) -> None:
+        """Choose the column that names the series by its values, if none was requested.
+
+        With one series per row, the only column of distinct names, although another one is called like a series. With several series in
+        one column, the only column of categories, if times repeat, but not within one of its values.
+        """
+        if "series" not in self.column_spec.roles or "series" in requested_roles:
+            return
+        if by_name := [c for c in columns.values() if c.role == "series"]:
+            self.prefer_distinct_names(by_name[0], columns)
             return
         times = [c.name for c in columns.values() if c.role == "time"]
         names = [c for c in columns.values() if c.kind == "category" and c.role == "feature"]
@@ -497,6 +505,24 @@ class TableReader(TableColumns):
                 count,
             )
             self.mark_invalid(missing, f"no value in {target.name!r}")
+
+    def prefer_distinct_names(self, column: Column, columns: dict[str, Column]) -> None:
+        """Let another column name the series if `column` repeats, and there is no time that tells its rows apart."""
+        rows = self.raw.rows
+        if any(c.role == "time" for c in columns.values()) or not rows[column.name].is_duplicated().any():
+            return
+        words = [c for c in columns.values() if c.role in ("feature", "ignored") and c.kind in NAME_KINDS]
+        distinct = [c for c in words if not rows[c.name].is_duplicated().any()]
+        if len(distinct) == 1:
+            column.role, distinct[0].role = "feature", "series"
+            self.add_finding(
+                "series-chosen",
+                "note",
+                f"column {distinct[0].name!r} names the series, because {column.name!r} repeats and there is no time",
+                (f"column {distinct[0].name!r}",),
+                1,
+                "Specify another with --set role.series=COLUMN.",
+            )
 
     def describe_markers(self, name: str) -> str:
         """Return the remedy if words such as NA in the target, read as missing values, may be classes."""

@@ -55,10 +55,15 @@ FINDINGS: dict[str, tuple[Severity, str, str]] = {  # name: severity, descriptio
         "order; there is no time column",
         "",
     ),
+    "text-in-series": (
+        "error",
+        "the column {column!r} holds text, such as {value!r}, but with one series per row all columns except {name!r} are steps",
+        "Correct the cells, or ignore the column with --set 'column.{column}=identifier' (in Python: kinds=).",
+    ),
     "repeated-series": (
         "error",
         "rows with a repeated {name!r} but no time column: each row must be a whole series, or have a time",
-        "Give each series a unique name, or specify the time column with --time.",
+        "Give each series a unique name, or specify the time column with --time, or another column of names with --set role.series=COLUMN.",
     ),
     "no-time": (
         "note",
@@ -256,9 +261,15 @@ def holds_words(values: pl.Series) -> bool:
     return values.dtype == pl.String and as_numbers(values).null_count() > values.null_count()
 
 
+def list_steps(data: Data, name: str) -> list[pl.Series]:
+    """Return the columns of one series per row in order, whatever their type: all except its name and identifiers of words."""
+    others = [c for c in data.columns.values() if c.name != name]
+    return [data.rows[c.name] for c in others if c.kind != "identifier" or not holds_words(data.rows[c.name])]
+
+
 def row_values(data: Data, name: str) -> np.ndarray:
-    """Return the values, rows x steps, float64: all other columns in order, whatever their type."""
-    columns = [data.rows[n] for n in data.columns if n != name]
+    """Return the values, rows x steps, float64."""
+    columns = list_steps(data, name)
     numbers = [as_numbers(c) if c.dtype == pl.String else c.cast(pl.Float64) for c in columns]
     return pl.DataFrame(numbers).to_numpy().astype(float)
 
@@ -270,6 +281,11 @@ def rows_as_series(data: Data) -> tuple[Panel | None, list[Finding]]:
     again = ~data.rows[name].is_first_distinct().to_numpy()
     if again.any():
         return None, [make_finding(data, "repeated-series", again, name=name)]
+    for column in list_steps(data, name):
+        if holds_words(column):
+            wrong = (as_numbers(column).is_null() & column.is_not_null()).to_numpy()
+            value = column.filter(wrong)[0]
+            return None, [make_finding(data, "text-in-series", wrong, column=column.name, value=value, name=name)]
     table = row_values(data, name)
     known = np.isfinite(table)
     findings = [make_finding(data, "layout", name=name, columns=table.shape[1])]
