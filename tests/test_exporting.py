@@ -408,6 +408,14 @@ def test_ties_are_no_differences():
     assert find(clear, {"label": "a"}) and find({"x": 1.0}, {"x": 1.05}) and find([1], [1, 2])
 
 
+def test_a_score_at_the_threshold_is_an_anomaly_or_not():
+    compare = Comparison(1e-4).compare
+    record = lambda score, anomaly: {"anomaly": anomaly, "score": score}
+    assert compare(record(1.00005, True), record(0.99999, False))[1] == ""
+    assert compare(record(1.01, True), record(1.01, False))[1].startswith("anomaly")
+    assert compare(record(1.0, True), record(0.9, False))[1].startswith("score")
+
+
 def test_objects_are_matched_whatever_their_order():
     one = {"label": "cat", "score": 0.80001, "box": [1.0, 2.0, 30.0, 40.0]}
     two = {"label": "dog", "score": 0.80002, "box": [50.0, 2.0, 70.0, 40.1]}

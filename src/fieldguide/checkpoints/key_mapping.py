@@ -18,11 +18,23 @@ from fieldguide.models.mapping.key_rules import (
     Fused,
     Joined,
     MovedRow,
+    PlusOne,
     Repeated,
     Reshaped,
     Row,
     Stacked,
     Swapped,
+    Transposed,
+    Zeros,
+)
+    Repeated,
+    Reshaped,
+    Row,
+    Stacked,
+<<<<<<< HEAD
+    Swapped,
+=======
+>>>>>>> 3aeb04e (Export Gemma to GGUF; compare perplexities in llama.cpp; scores at the threshold of anomalies)
     Transposed,
     Zeros,
 )
@@ -90,6 +102,8 @@ def list_our_names(row: Row) -> tuple[str, ...]:
 
 def convert_layout(tensor: Tensor, row: Row, side: Literal["here", "there"]) -> Tensor:
     """Return the tensor in our layout (`side` "here") or in the public one ("there")."""
+    if isinstance(row, PlusOne):
+        return tensor + (1 if side == "there" else -1)
     if isinstance(row, Reshaped):
         return tensor.reshape(getattr(row, side))
     if isinstance(row, Swapped):

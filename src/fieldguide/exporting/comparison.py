@@ -50,7 +50,7 @@ class Comparison:
                 return self.compare_rankings(want, got)
             if is_forecast(want):  # a limit may be near 0 in series of large numbers
                 return self.compare_forecasts(want, got)
-            pairs = [(key, want[key], got[key]) for key in keys]
+            pairs = [(key, want[key], got[key]) for key in keys if not is_borderline(key, want, self.tolerance)]
             is_tie = is_tied(want, self.tolerance)
         elif isinstance(want, list) and isinstance(got, list) and any(is_scored(one) for one in (*want, *got)):
             return self.compare_objects(want, got)
@@ -179,6 +179,11 @@ def is_map_of_numbers(*maps: Mapping[str, Any]) -> bool:
 
 def is_scored(value: Any) -> bool:
     return isinstance(value, Mapping) and "score" in value
+
+
+def is_borderline(key: str, record: Mapping[str, Any], tolerance: float) -> bool:
+    """Return whether rounding decides if a row is an anomaly: its score is at the threshold, 1. The scores are compared."""
+    return key == "anomaly" and isinstance(record.get("score"), float) and abs(record["score"] - 1) <= tolerance
 
 
 def is_tied(record: Mapping[str, Any], tolerance: float) -> bool:

@@ -83,7 +83,7 @@ class ExecutorchFormat(GraphFormat):
                 one["batch"] = axes.index("batch") if "batch" in axes else None
             return {**about, "backend": backend}
         path.unlink(missing_ok=True)
-        raise problems[-1]
+        raise ExportError(f"{problems[-1]}\nUse --to onnx or --to torch.") from problems[-1]
 
     def describe(self, graph: Graph, path: Path) -> tuple[list[Port], list[Port]]:
         method = load_program(path).metadata("forward")

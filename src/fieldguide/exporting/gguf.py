@@ -95,7 +95,7 @@ def write_file(
     if template:
         writer.add_chat_template(template)
     state = weights.translate(network.state_dict(), weights.get_tables(network)["gguf"], reverse=True)
-    if getattr(network.config, "tie_embeddings", False):
+    if network.head.weight is network.embed.weight:
         state.pop("output.weight", None)
     if scaling := getattr(network.config, "rope_scaling", None):
         if isinstance(scaling[0], str):

@@ -20,6 +20,13 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class PlusOne:
+    """The public tensor is ours plus 1, such as the weights of Gemma's norms in GGUF files."""
+
+    ours: str
+
+
+@dataclass(frozen=True)
 class Reshaped:
     """The public tensor has the same elements in the same order in another shape; one length of each shape may be -1."""
 
@@ -149,5 +156,17 @@ def place_submodel(table: Mapping[str, Row], theirs: str, ours: str, without: st
 
 
 Row = (
-    str | Transposed | Reshaped | Fused | Joined | Swapped | Stacked | Repeated | InterleavedRotary | MovedRow | Dropped | Zeros
+    str
+    | Transposed
+    | PlusOne
+    | Reshaped
+    | Fused
+    | Joined
+    | Swapped
+    | Stacked
+    | Repeated
+    | InterleavedRotary
+    | MovedRow
+    | Dropped
+    | Zeros
 )

@@ -23,8 +23,9 @@ from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import WeightsError
 from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, cos_sin_at
 from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
-from fieldguide.models.mapping.config_rules import Derived, Expect
+from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect
 from fieldguide.models.transformer import llama
+from fieldguide.models.transformer._shared.gemma_gguf import gguf_shared
 from fieldguide.models.transformer._shared.rope_kinds import write_scaling
 from fieldguide.models.transformer.gemma3 import Norm
 
@@ -112,6 +113,11 @@ CONFIG = {
     "hidden_act": Derived(check_activation, lambda c: "gelu_pytorch_tanh"),
 }
 
+GGUF_ROWS: dict[str, ConfigRow] = {
+    "attention.key_length": "width",
+    "attention.value_length": Derived(lambda t: {}, lambda c: c.width),
+}
+
 CARD = Card(
     name="gemma",
     model=Gemma,
@@ -127,7 +133,7 @@ CARD = Card(
         ),
         "gemma-test": Size(vocab_size=30, length=12, dim=16, depth=2, heads=4, kv_heads=2, width=6, hidden=10),
     },
-    weights={"huggingface": llama.HUGGINGFACE},
-    configs={"huggingface": CONFIG},
+    weights={"huggingface": llama.HUGGINGFACE, "gguf": gguf_shared},
+    configs={"huggingface": CONFIG, "gguf": llama.gguf_config("gemma", **GGUF_ROWS)},
     recipe=llama.CARD.recipe,
 )

@@ -22,8 +22,9 @@ from fieldguide.core.errors import WeightsError
 from fieldguide.models.layers.dot_product_attention import attend_groups
 from fieldguide.models.layers.gqa import CosSin, GroupedAttention
 from fieldguide.models.layers.kv_cache import Cache, causal_mask
-from fieldguide.models.mapping.config_rules import Derived, Expect
+from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect
 from fieldguide.models.transformer import gemma, gemma3, llama
+from fieldguide.models.transformer._shared.gemma_gguf import gguf_post_norms, gguf_widths
 from fieldguide.models.transformer.gemma3 import Norm
 
 
@@ -122,6 +123,13 @@ CONFIG = {
     "use_bidirectional_attention": Expect(None, written=False),
 }
 
+GGUF_ROWS: dict[str, ConfigRow] = {
+    **gguf_widths("gemma2", large=46),
+    "attention.sliding_window": "window",
+    "attn_logit_softcapping": "attn_cap",
+    "final_logit_softcapping": "cap",
+}
+
 CARD = Card(
     name="gemma2",
     model=Gemma2,
@@ -161,7 +169,7 @@ CARD = Card(
             cap=0.5,
         ),
     },
-    weights={"huggingface": HUGGINGFACE},
-    configs={"huggingface": CONFIG},
+    weights={"huggingface": HUGGINGFACE, "gguf": gguf_post_norms},
+    configs={"huggingface": CONFIG, "gguf": llama.gguf_config("gemma2", **GGUF_ROWS)},
     recipe=llama.CARD.recipe,
 )

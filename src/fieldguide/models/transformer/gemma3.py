@@ -24,8 +24,10 @@ from fieldguide.core.card import Card, Size
 from fieldguide.core.errors import WeightsError
 from fieldguide.models.layers.gqa import CosSin, GatedMlp, GroupedAttention, cos_sin_at
 from fieldguide.models.layers.kv_cache import Cache, causal_mask, token_positions
-from fieldguide.models.mapping.config_rules import Derived, Expect
+from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect
+from fieldguide.models.mapping.key_rules import PlusOne, Row
 from fieldguide.models.transformer import llama
+from fieldguide.models.transformer._shared.gemma_gguf import gguf_post_norms, gguf_widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,42 @@ CONFIG = {
     "tie_word_embeddings": Expect(True),
 }
 
+
+def gguf(c: Config) -> dict[str, Row]:
+    """Return the names in GGUF files."""
+    return gguf_post_norms(c) | {
+        "blk.{i}.attn_q_norm.weight": PlusOne("blocks.{i}.attn.norm_q.weight"),
+        "blk.{i}.attn_k_norm.weight": PlusOne("blocks.{i}.attn.norm_k.weight"),
+    }
+
+
+def read_gguf_rope(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary parameters of a GGUF file, and the distance between global layers, which llama.cpp knows."""
+    rope = metadata["gemma3"].get("rope", {})
+    if (kind := rope.get("scaling", {}).get("type", "none")) not in ("none", "linear"):
+        raise WeightsError(f"rope.scaling.type={kind!r} of a GGUF file is not supported for Gemma 3.")
+    return {"rope_theta": rope.get("freq_base", 1e6), "factor": rope.get("scaling", {}).get("factor", 1.0)}
+
+
+def check_gguf_layers(c: Config) -> float:
+    """Return rope_theta. Raises `WeightsError` for layers that llama.cpp would compute otherwise."""
+    if c.every != GGUF_EVERY or c.base_local != GGUF_BASE_LOCAL:
+        raise WeightsError(
+            f"every={c.every} and base_local={c.base_local:g} have no form in GGUF files: llama.cpp takes {GGUF_EVERY} and "
+            f"{GGUF_BASE_LOCAL:g}."
+        )
+    return c.rope_theta
+
+
+GGUF_EVERY, GGUF_BASE_LOCAL = 6, 10_000.0  # constants of llama.cpp
+GGUF_ROWS: dict[str, ConfigRow] = {
+    **gguf_widths("gemma3", large=62),
+    "attention.sliding_window": "window",
+    "rope.freq_base": Derived(read_gguf_rope, check_gguf_layers),
+    "rope.scaling.type": Derived(lambda t: {}, lambda c: "linear" if c.factor != 1 else "none"),
+    "rope.scaling.factor": Derived(lambda t: {}, lambda c: c.factor),
+}
+
 CARD = Card(
     name="gemma3",
     model=Gemma3,
@@ -180,7 +218,7 @@ CARD = Card(
             vocab_size=30, length=12, dim=16, depth=3, heads=2, width=4, hidden=6, window=3, every=2, scale=5, factor=2.0
         ),
     },
-    weights={"huggingface": HUGGINGFACE},
-    configs={"huggingface": CONFIG},
+    weights={"huggingface": HUGGINGFACE, "gguf": gguf},
+    configs={"huggingface": CONFIG, "gguf": llama.gguf_config("gemma3", **GGUF_ROWS)},
     recipe=llama.CARD.recipe,
 )
