@@ -39,9 +39,9 @@ def byte_text():
     return TextTokenizer.fit_exact(["the name of the function"] * 4, size=280)
 
 
-@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
-def test_files_of_gemma_give_the_outputs_of_the_network(name, byte_text, tmp_path):
-    """Weights of norms are 1 + w in the file, heads may be wider than the model, and there is no output matrix."""
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "gemma2", "gemma3"])
+def test_files_give_the_outputs_of_the_network(name, byte_text, tmp_path):
+    """Heads may be wider than the model. In files of Gemma, weights of norms are 1 + w, and there is no output matrix."""
     torch.manual_seed(0)
     changes = {key.removeprefix("model."): value for key, value in MODELS[f"{name}-test"].items()}
     network = fieldguide.create(f"{name}-test", vocab_size=byte_text.size, length=64, **changes).eval()
@@ -51,8 +51,11 @@ def test_files_of_gemma_give_the_outputs_of_the_network(name, byte_text, tmp_pat
     path = tmp_path / "model.gguf"
     write_gguf(network, registry.cards()[name], byte_text, path, "float32")
     tensors, metadata = reader.read_tensors(path), reader.read_metadata(path)
-    assert "output.weight" not in tensors and metadata["general"]["architecture"] == name
-    torch.testing.assert_close(tensors["blk.0.attn_norm.weight"], 1 + network.blocks[0].norm1.weight.detach())
+    assert metadata["general"]["architecture"] == name
+    assert metadata[name]["attention"]["key_length"] == metadata[name]["attention"]["value_length"] == 32
+    assert ("output.weight" in tensors) == (name == "qwen3")
+    offset = 0 if name == "qwen3" else 1
+    torch.testing.assert_close(tensors["blk.0.attn_norm.weight"], offset + network.blocks[0].norm1.weight.detach())
     loaded, tokens = fieldguide.load(path).eval(), torch.randint(0, byte_text.size, (2, 40))
     assert loaded.config == network.config
     torch.testing.assert_close(loaded(tokens), network(tokens), rtol=1e-5, atol=1e-5)

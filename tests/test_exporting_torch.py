@@ -177,3 +177,37 @@ def test_a_shorter_axis_than_allowed_is_an_error():
     with pytest.raises(ExportError, match="the axis 'steps' of 'x' is at most 29 in the graph"):
         trace(Graph(Short(), (FLOAT("x", Axis("steps", most=40)),), ("y",), ()))
     trace(Graph(Short(), (FLOAT("x", Axis("steps", most=29)),), ("y",), ()))
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def test_columns_of_texts_and_of_lists_become_codes():
+    names = {"np": np}
+    exec((Path(fieldguide.__file__).parent / "exporting/runners/columns.py").read_text(), names)
+    known = {"known": {"a": 1, "b": 2, "": 9}, "unknown": 0}
+    inputs = [
+        {"name": "raw", "columns": ["size", "age"], "codes": {}},
+        {"name": "codes", "columns": ["x", "y"], "codes": {"x": known, "y": known}},
+        {"name": "history", "columns": ["items"], "codes": {"items": known}},
+        {"name": "pixels", "columns": [], "codes": {}},
+    ]
+    batch = {"size": np.array([1.0, 2.0]), "age": np.array([3.0, 4.0]), "pixels": np.zeros((2, 3, 3))}
+    batch |= {"x": np.array(["a", "z"]), "y": np.array(["b", ""]), "items": np.array([["a", "b", ""], ["q", "a", "a"]], object)}
+    raw, codes, history, pixels = names["join_columns"](batch, inputs)
+    assert raw.tolist() == [[1, 3], [2, 4]] and codes.tolist() == [[1, 2], [0, 9]] and pixels.shape == (2, 3, 3)
+    assert history.tolist() == [[1, 2, 9], [0, 1, 1]] and history.dtype == codes.dtype == np.int64
+
+
+@pytest.mark.slow
+def test_recommendations_of_a_program_are_those_of_the_run(tmp_path):
+    rng, lines = np.random.default_rng(0), ["user,item,time"]
+    for user in range(40):
+        lines += [f"u{user},i{rng.integers(20)},{1_000 * user + step}" for step in range(int(rng.integers(3, 9)))]
+    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
+    settings = {**SETTINGS, "task.length": 6}
+    run = fieldguide.fit(
+        tmp_path / "events.csv", task="recommendation", model="sasrec-test", out=tmp_path / "run", settings=settings
+    )
+    done = run.export("torch", out=tmp_path / "export")
+    assert done.passed and done.verification.rows >= 30, done.verification.problems

@@ -4,12 +4,16 @@ def join_columns(batch, inputs):
     for one in inputs:
         columns = one["columns"] or [one["name"]]
         parts = [encode_column(batch[column], one["codes"].get(column)) for column in columns]
-        arrays.append(np.ascontiguousarray(np.stack(parts, 1) if one["columns"] else parts[0]))
+        is_joined = one["columns"] and np.ndim(parts[0]) == 1  # a column of lists has two axes already
+        arrays.append(np.ascontiguousarray(np.stack(parts, 1) if is_joined else parts[0]))
     return arrays
 
 
 def encode_column(values, codes):
-    return values if codes is None else np.array([codes["known"].get(text, codes["unknown"]) for text in values])
+    if codes is None:
+        return values
+    found = [codes["known"].get(text, codes["unknown"]) for text in np.ravel(values)]
+    return np.array(found, dtype=np.int64).reshape(np.shape(values))
 
 
 def name_classes(arrays, outputs):

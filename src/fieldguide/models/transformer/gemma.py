@@ -115,7 +115,7 @@ CONFIG = {
 
 GGUF_ROWS: dict[str, ConfigRow] = {
     "attention.key_length": "width",
-    "attention.value_length": Derived(lambda t: {}, lambda c: c.width),
+    "attention.value_length": llama.VALUE_LENGTH,
 }
 
 CARD = Card(

@@ -501,6 +501,9 @@ def fit_rope_scaling(factors: Sequence[float], theta: float, width: int, origina
     return found
 
 
+VALUE_LENGTH = Derived(lambda t: {}, lambda c: c.width)  # llama.cpp takes D / heads if the width of values is missing
+
+
 def gguf_config(architecture: str, **rows: ConfigRow) -> dict[str, ConfigRow]:
     """Return the table of GGUF metadata for an architecture; `rows` are further keys of it."""
     table: dict[str, ConfigRow] = {

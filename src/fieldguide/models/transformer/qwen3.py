@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fieldguide.core.card import Card, Size
 from fieldguide.models.layers.gqa import GroupedAttention
 from fieldguide.models.layers.norm import RMSNorm
-from fieldguide.models.mapping.config_rules import Expect
+from fieldguide.models.mapping.config_rules import ConfigRow, Expect
 from fieldguide.models.mapping.key_rules import Fused, Row
 from fieldguide.models.transformer import llama
 
@@ -73,6 +73,8 @@ def gguf(c: Config) -> dict[str, Row]:
     }
 
 
+GGUF_ROWS: dict[str, ConfigRow] = {"attention.key_length": "width", "attention.value_length": llama.VALUE_LENGTH}
+
 CARD = Card(
     name="qwen3",
     model=Qwen3,
@@ -97,6 +99,6 @@ CARD = Card(
         "qwen3-test": Size(vocab_size=30, length=12, dim=12, depth=2, heads=4, kv_heads=2, width=4, hidden=10),
     },
     weights={"huggingface": HUGGINGFACE, "gguf": gguf},
-    configs={"huggingface": CONFIG, "gguf": llama.gguf_config("qwen3", **{"attention.key_length": "width"})},
+    configs={"huggingface": CONFIG, "gguf": llama.gguf_config("qwen3", **GGUF_ROWS)},
     recipe=llama.CARD.recipe,
 )

@@ -51,4 +51,4 @@ def gguf_widths(architecture: str, large: int) -> dict[str, ConfigRow]:
             )
         return int(c.width)
 
-    return {"attention.key_length": Derived(read, write), "attention.value_length": Derived(lambda t: {}, lambda c: c.width)}
+    return {"attention.key_length": Derived(read, write), "attention.value_length": llama.VALUE_LENGTH}
