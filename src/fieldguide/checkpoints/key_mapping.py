@@ -27,17 +27,6 @@ from fieldguide.models.mapping.key_rules import (
     Transposed,
     Zeros,
 )
-    Repeated,
-    Reshaped,
-    Row,
-    Stacked,
-<<<<<<< HEAD
-    Swapped,
-=======
->>>>>>> 3aeb04e (Export Gemma to GGUF; compare perplexities in llama.cpp; scores at the threshold of anomalies)
-    Transposed,
-    Zeros,
-)
 
 State = Mapping[str, Tensor]
 Table = Mapping[str, Row]
