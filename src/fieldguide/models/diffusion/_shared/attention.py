@@ -49,8 +49,8 @@ class Stream(nn.Module):
         self.proj = nn.Linear(dim, dim) if output else nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B N D -> three times B heads N d
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return self.norm_q(q), self.norm_k(k), v
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k, self.v))  # B N heads d
+        return self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2)
 
 
 def attend_jointly(
@@ -62,7 +62,7 @@ def attend_jointly(
 
     `mask` is True for the keys to attend to, B T; `rotate` is applied to all queries and keys in a row.
     """
-    q, k, v = (torch.cat(tensors, 2) for tensors in zip(*parts))
+    q, k, v = (torch.cat(tensors, 2) for tensors in zip(*parts)) if len(parts) > 1 else parts[0]
     x = dot_product_attention(rotate(q), rotate(k), v, None if mask is None else mask[:, None, None])
     return list(x.transpose(1, 2).flatten(2).split([part[0].shape[2] for part in parts], 1))
 
