@@ -783,6 +783,13 @@ def write_weekdays(path: Path, rng) -> None:
     pl.DataFrame({"day": days, "price": wave(rng, len(days), 5)}).write_csv(path)
 
 
+def write_rows_with_texts(path: Path, rng) -> None:
+    """Write a series per row, and a column of texts that is no step."""
+    write_rows(path, rng)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{lines[0]},region", *(f"{line},{'xy'[i % 2]}" for i, line in enumerate(lines[1:]))]))
+
+
 def write_rows(path: Path, rng) -> None:
     """Write a series per row, of different lengths."""
     lines = ["id," + ",".join(f"V{i}" for i in range(120))]
@@ -803,12 +810,15 @@ def write_years(path: Path, rng) -> None:
         pytest.param(write_months, "dlinear", marks=pytest.mark.slow),
         pytest.param(write_weekdays, "exponential-smoothing", marks=pytest.mark.slow),
         pytest.param(write_rows, "dlinear", marks=pytest.mark.slow),
+        pytest.param(write_rows_with_texts, "dlinear", marks=pytest.mark.slow),
         pytest.param(write_years, "patchtst", marks=pytest.mark.slow),
     ],
 )
 def test_forecasts_of_raw_series_are_equal(write, model, tmp_path):
     write(tmp_path / "series.csv", np.random.default_rng(0))
     settings = {"steps": 10, "precision": "float32", "task.length": 24, "task.horizon": 6}
+    if write is write_rows_with_texts:
+        settings["column.region"] = "identifier"
     run = fieldguide.fit(
         tmp_path / "series.csv", task="time-series-forecasting", model=model, out=tmp_path / "run", settings=settings
     )

@@ -76,13 +76,14 @@ def build_forecast(predictor: TaskPredictor) -> Graph:
     named = [c.name for c in columns if c.role == "series"]
     if task.layout == "rows":
         targets = targets[:1] or columns[:1]
-        named = named or [next(c.name for c in columns if c.kind in ("identifier", "category"))]
+        named = [task.get_series_name()]
     least = {MONTH: LEAST_DAYS_OF_MONTH * DAY * frequency.size, "business": DAY}.get(frequency.unit, frequency.size)
     is_clock = frequency.unit == "clock"
     values = {
         "time": time.name if time is not None else "",
         "series": named,
         "targets": [describe_target(column) for column in targets],
+        **({"ignored": task.list_ignored()} if task.layout == "rows" else {}),
         "size": frequency.size,
         "zone": frequency.zone,
         "least": least,

@@ -21,6 +21,7 @@ from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing.covariates import Covariate, Covariates
+from fieldguide.data.read import load
 from fieldguide.data.timeseries import panel as panels
 from fieldguide.data.timeseries.frequency import Frequency
 from fieldguide.data.timeseries.windows import CUT, SERIES, Windows, all_windows, build_windows, windows_at_end
@@ -447,9 +448,24 @@ class Forecasting(ForecastSignature, Task):
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if self.layout == "rows":  # the columns are steps, whose number may differ
-            name = next((c.name for c in self.columns if c.role == "series" or c.kind in ("identifier", "category")), None)
-            return read(source, column_spec=self.column_spec, roles={"series": name} if name else None, labels_optional=True)
+            loaded = load(source, labels_optional=True, target_names=self.column_spec.names)
+            ignored = {*self.list_ignored()} & {*loaded.raw.rows.columns}
+            name = self.get_series_name()
+            return loaded.interpret(
+                kinds=dict.fromkeys(ignored, "identifier"),
+                column_spec=self.column_spec,
+                roles={"series": name} if name else {},
+                last=True,
+            )
         return read(source, schema=self.columns, column_spec=self.column_spec, labels_optional=True)
+
+    def get_series_name(self) -> str | None:
+        """Return the column that names one series per row."""
+        return next((c.name for c in self.columns if c.role == "series" or c.kind in ("identifier", "category")), None)
+
+    def list_ignored(self) -> list[str]:
+        """Return the columns of one series per row that are no steps."""
+        return [c.name for c in self.columns if c.kind == "identifier" and c.name != self.get_series_name()]
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
         batches = self.batches(data, card)
