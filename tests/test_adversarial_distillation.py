@@ -52,13 +52,14 @@ def run_features(network, x, time, label):
 
 def score(head, x):
     """Scores of the positions of one example, N D -> N."""
-    x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
-    for layer in (head[1], head[3]):
+    scale = lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    x = scale(x)
+    for layer, norm in ((head[1], head[2]), (head[4], head[5])):
         matrix = layer.parametrizations.weight.original
         weight = matrix / (layer.parametrizations.weight[0]._u @ matrix @ layer.parametrizations.weight[0]._v)
-        x = x @ weight.T + layer.bias
+        x = scale(x @ weight.T + layer.bias) * norm.weight + norm.bias
         x = torch.where(x > 0, x, 0.2 * x)
-    return (x @ head[5].weight.T + head[5].bias)[:, 0]
+    return (x @ head[7].weight.T + head[7].bias)[:, 0]
 
 
 def noisy_features(objective, x, time, label, noise):

@@ -39,6 +39,7 @@ from fieldguide.objectives.gradient_penalties import R1
 STEP_COUNTS = (1, 2, 4)  # numbers of sampler steps at whose noise levels the student is trained
 FEATURE_LAYERS = ("down", "mid", "blocks")  # attributes of networks with the layers whose outputs are features
 HIDDEN = 64  # width of a head
+CRITIC_RATE = 5e-3  # learning rate of the heads, which start from nothing while the student has learned already
 
 
 @contextmanager
@@ -69,8 +70,10 @@ class Head(nn.Sequential):
         super().__init__(
             nn.LayerNorm(width, elementwise_affine=False),
             spectral_norm(nn.Linear(width, HIDDEN)),
+            nn.LayerNorm(HIDDEN),
             nn.LeakyReLU(0.2),
             spectral_norm(nn.Linear(HIDDEN, HIDDEN)),
+            nn.LayerNorm(HIDDEN),
             nn.LeakyReLU(0.2),
             nn.Linear(HIDDEN, 1),
         )
@@ -92,7 +95,7 @@ class AdversarialDistillation(FewSteps):
     """
 
     starts_from_teacher = True
-    phases = (Phase("critic", ("critic",)), Phase("train", ("model",)))
+    phases = (Phase("critic", ("critic",), settings=(("lr", CRITIC_RATE),)), Phase("train", ("model",)))
 
     def __init__(
         self,
