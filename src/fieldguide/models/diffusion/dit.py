@@ -121,7 +121,7 @@ class DiT(nn.Module):
                 f"the images have {image.shape[3]} x {image.shape[2]} pixels, but the network was created for image={c.image}"
             )
         condition = self.embed_condition(time, label)
-        x = self.patch(image).flatten(2).mT + self.places
+        x = self.patch(image).flatten(2).mT.contiguous() + self.places
         for block in self.blocks:
             x = block(x, condition)
         shift, scale = self.condition(F.silu(condition))[:, None].chunk(2, -1)

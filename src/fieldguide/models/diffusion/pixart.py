@@ -146,7 +146,7 @@ class PixArt(nn.Module):
         rows, columns = count_patches(latent, self.config.patch)
         side = self.config.image // self.config.patch
         places = self.places if (rows, columns) == (side, side) else self.embed_places(rows, columns).to(latent)
-        x = self.patch(latent).flatten(2).mT + places
+        x = self.patch(latent).flatten(2).mT.contiguous() + places
         condition = self.embed_condition(latent, time, sizes)
         each = self.condition(F.silu(condition)).unflatten(1, (6, -1))
         text = self.text2(F.gelu(self.text1(text), approximate="tanh"))

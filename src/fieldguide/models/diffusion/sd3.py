@@ -150,7 +150,7 @@ class SD3(nn.Module):
         self, latent: Tensor, time: Tensor, text: Tensor, pooled: Tensor, text_mask: Tensor | None = None
     ) -> Tensor:  # B C H W, B, B T K, B E, B T -> B C H W
         rows, columns = count_patches(latent, self.config.patch)
-        x = self.patch(latent).flatten(2).mT + self.crop_places(rows, columns)
+        x = self.patch(latent).flatten(2).mT.contiguous() + self.crop_places(rows, columns)
         condition, text = self.embed_condition(time, pooled), self.text(text)
         mask = place_mask(text_mask, x, first=False)
         for block in self.blocks:
