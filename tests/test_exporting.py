@@ -993,6 +993,14 @@ def to_png(mask: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def test_a_class_without_pixels_has_no_share_of_them():
+    compare = Comparison(0.1).compare
+    record = lambda **shares: {"shares": shares}
+    assert compare(record(sky=0.95, bird=0.05), record(sky=1.0)) == (pytest.approx(0.05), "")
+    assert compare(record(sky=1.0), record(sky=0.95, bird=0.05))[1] == ""
+    assert compare(record(sky=0.8, bird=0.2), record(sky=0.8, fish=0.2))[1].startswith("shares: bird")
+
+
 def test_a_text_that_sums_up_is_compared_where_nothing_else_says_it():
     """`classes` is the sum of `shares` in segmentation; in a table, it may be the target."""
     assert Comparison(1e-4).compare({"classes": "a"}, {"classes": "b"})[1] == "classes: 'a' against 'b'"
