@@ -25,7 +25,7 @@ from fieldguide.checkpoints.load import load, save
 from fieldguide.core.card import Card
 from fieldguide.core.errors import FieldguideError
 from fieldguide.data.preprocessing import TextTokenizer
-from fieldguide.exporting.export import GGUF_TOLERANCES, GRAPH_FORMATS, load_format
+from fieldguide.exporting.export import FORMATS, GGUF_TOLERANCES, load_format
 from fieldguide.exporting.gguf import compare_outputs, write_gguf
 from fieldguide.exporting.graph import ExportError
 from fieldguide.exporting.huggingface import compare_networks
@@ -35,7 +35,7 @@ from fieldguide.models import registry
 PAGE = Path(__file__).with_name("export_table.md")
 HEAD = """# Architectures and formats of exports
 
-Each architecture in its test size, with random weights. Graphs (onnx, torch) are traced, executed for two other numbers of rows and two
+Each architecture in its test size, with random weights. Graphs (onnx, torch, executorch) are traced, executed for two other numbers of rows and two
 other sizes of every dynamic axis, and compared with the network. Files (huggingface, gguf) are written and read again, and their outputs
 are compared. Written by `python docs/export_table.py`. What a task adds around the network is described in [export.md](export.md).
 
@@ -111,7 +111,7 @@ def try_export(name: str, form: str) -> str:
 
 def write_page(results: dict[tuple[str, str], str], forms: list[str]) -> None:
     """Write the table: a row for each architecture, its reasons numbered below."""
-    names = sorted({name for name, _ in results})
+    names = [name for name in sorted(registry.cards()) if all((name, form) in results for form in forms)]
     counts = ", ".join(f"{form} {sum(not results[name, form] for name in names)}" for form in forms)
     lines = [f"Of {len(names)} architectures: {counts}.", "", f"| architecture | family | {' | '.join(forms)} |"]
     lines.append("| --- " * (len(forms) + 2) + "|")
@@ -131,15 +131,15 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--page", action="store_true", help="write the page from the results alone")
+    parser.add_argument("--formats", nargs="*", default=FORMATS, choices=FORMATS)
     options = parser.parse_args()
-    forms = [*GRAPH_FORMATS, "huggingface", "gguf"]
     lines = options.out.read_text("utf-8").splitlines() if options.out.exists() else []
     results = {(line["name"], line["format"]): line["reason"] for line in map(json.loads, lines)}
     if options.page:
-        write_page(results, forms)
+        write_page(results, [form for form in FORMATS if any(other == form for _, other in results)])
         return
     for name in options.names or sorted(registry.cards()):
-        for form in forms:
+        for form in options.formats:
             if (name, form) not in results:
                 reason = results[name, form] = try_export(name, form)
                 with open(options.out, "a", encoding="utf-8") as file:
