@@ -35,9 +35,10 @@ from fieldguide.models import registry
 PAGE = Path(__file__).with_name("export_table.md")
 HEAD = """# Architectures and formats of exports
 
-Each architecture in its test size, with random weights. Graphs (onnx, torch, executorch) are traced, executed for two other numbers of rows and two
-other sizes of every dynamic axis, and compared with the network. Files (huggingface, gguf) are written and read again, and their outputs
-are compared. Written by `python docs/export_table.py`. What a task adds around the network is described in [export.md](export.md).
+Each architecture in its test size, with random weights. Graphs (onnx, torch, executorch) are traced, executed for two other numbers of
+rows and two other sizes of every dynamic axis, and compared with the network. Files (huggingface, gguf) are written and read again, and
+their outputs are compared. Written by `python docs/export_table.py`. What a task adds around the network is described in
+[export.md](export.md).
 
 """
 VOCABULARY = 300  # tokens: all bytes, and some of two
