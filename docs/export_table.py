@@ -43,7 +43,7 @@ their outputs are compared. Written by `python docs/export_table.py`. What a tas
 """
 VOCABULARY = 300  # tokens: all bytes, and some of two
 MAX_REASON = 160  # characters
-MAX_SECONDS = 240  # of the processor, for one architecture and format
+MAX_SECONDS = 90  # of the processor, for one architecture and format
 
 
 @contextmanager
