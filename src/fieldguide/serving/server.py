@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.serving.app import build_app
-from fieldguide.serving.models import open_models
+from fieldguide.serving.models import ServedModel, open_models
 from fieldguide.serving.settings import ServerSettings
 
 BACKLOG = 2048  # connections that wait to be accepted
+SMALL_PARAMETERS = (
+    50_000_000  # of a network whose steps are so short that a busy core for requests matters more than another thread
+)
+SWITCH_SECONDS = 5e-4  # after which a thread passes the interpreter on: a request passes through four threads in turn
 
 
 class Server(uvicorn.Server):
@@ -62,6 +69,7 @@ class ModelServer:
             self.socket.close()
             raise
         self.app = build_app(self.models, settings)
+        limit_threads(self.models)
 
     @property
     def address(self) -> str:
@@ -71,6 +79,7 @@ class ModelServer:
 
     def serve_forever(self) -> None:
         """Serve until the process is told to stop (SIGTERM or SIGINT)."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
         config = uvicorn.Config(
             self.app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30, backlog=BACKLOG
@@ -83,6 +92,13 @@ class ModelServer:
             Server(config, self.app.state.server).run(sockets=[self.socket])
         finally:
             self.socket.close()
+
+
+def limit_threads(models: Sequence[ServedModel]) -> None:
+    """Leave a core to requests if all networks are small: idle threads of OpenMP keep their cores busy between two operators."""
+    sizes = [sum(p.numel() for p in model.predictor.model.parameters()) for model in models]
+    if "OMP_NUM_THREADS" not in os.environ and max(sizes, default=0) < SMALL_PARAMETERS:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 def load_server(sources: Sequence[str], settings: ServerSettings) -> ModelServer:

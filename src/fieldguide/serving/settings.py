@@ -14,8 +14,8 @@ MIN_KEY_CHARACTERS = 8
 class ServerSettings:
     """Settings of a server. Limits apply before anything is decoded.
 
-    `max_batch` rows of several requests share a batch; `max_wait_ms` is how long an idle model waits for more of them, 0 for not
-    at all: while a batch is computed, requests gather anyway. `queue` requests may wait for a model, more are rejected (429).
+    `max_batch` rows of several requests share a batch; `max_wait_ms` is how long an idle model waits for more of them, 0 for a fraction
+    of the time of the last batch, if that had more. `queue` requests may wait for a model, more are rejected (429).
     """
 
     host: str = "127.0.0.1"

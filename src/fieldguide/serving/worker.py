@@ -18,6 +18,7 @@ from fieldguide.serving.settings import ServerSettings
 
 LOG = logging.getLogger("fieldguide.serving")
 SMOOTHING = 0.1  # of the mean time of a request
+WAIT_FRACTION = 0.2  # of the seconds of the last batch, for which a smaller one waits for the clients that were just answered
 
 
 @dataclass(eq=False)
@@ -57,6 +58,7 @@ class Worker:
         self.stopping = False
         self.seconds = 0.0  # mean time of a job, from start to end
         self.batches, self.batched, self.busy = 0, 0, 0.0
+        self.last_rows, self.last_seconds = 0, 0.0  # of the last batch
         self.thread = threading.Thread(target=self.run, name=f"model-{name}", daemon=True)
 
     def start(self) -> None:
@@ -124,14 +126,24 @@ class Worker:
                 self.take_first(batch)
             if not batch or batch[0].key is None:
                 return batch
-            if self.settings.max_wait_ms and not self.is_generating:
-                end = time.monotonic() + self.settings.max_wait_ms / 1000
-                while self.count_matching(batch[0]) + batch[0].rows < self.settings.max_batch and not self.stopping:
-                    if (left := end - time.monotonic()) <= 0:
-                        break
-                    self.changed.wait(left)
+            if not self.is_generating:
+                self.wait_for_rows(batch[0])
             self.take_matching(batch)
             return batch
+
+    def wait_for_rows(self, first: Job) -> None:
+        """Wait until enough rows can join a job: `max_wait_ms` for a full batch, or a moment for as many as the last batch had.
+
+        Clients that were just answered often ask again at once. Without this wait, batches of 1 and of all other clients take turns.
+        """
+        wanted, seconds = self.settings.max_batch, self.settings.max_wait_ms / 1000
+        if not seconds:
+            wanted, seconds = min(wanted, self.last_rows), WAIT_FRACTION * self.last_seconds
+        end = time.monotonic() + seconds
+        while self.count_matching(first) + first.rows < wanted and not self.stopping:
+            if (left := end - time.monotonic()) <= 0:
+                return
+            self.changed.wait(left)
 
     @property
     def is_generating(self) -> bool:
@@ -164,13 +176,15 @@ class Worker:
     def compute(self, batch: Sequence[Job]) -> None:
         """Answer a batch."""
         self.batches += 1
-        self.batched += sum(job.rows for job in batch)
+        self.last_rows, started = sum(job.rows for job in batch), time.monotonic()
+        self.batched += self.last_rows
         compute = batch[0].compute
         assert compute is not None
         try:
             answers = compute(batch)
         except Exception as error:  # noqa: BLE001  # whatever a model raises is answered
             answers = [error] * len(batch)
+        self.last_seconds = time.monotonic() - started
         for job, answer in zip(batch, answers):
             if isinstance(answer, BaseException):
                 if not isinstance(answer, FieldguideError | RequestError):
