@@ -41,6 +41,7 @@ their outputs are compared. Written by `python docs/export_table.py`. What a tas
 [export.md](export.md).
 
 """
+NOT_PUBLIC = "transformers and diffusers have no such network, or its names are not known here"
 VOCABULARY = 300  # tokens: all bytes, and some of two
 MAX_REASON = 160  # characters
 MAX_SECONDS = 90  # of the processor, for one architecture and format
@@ -136,6 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = options.out.read_text("utf-8").splitlines() if options.out.exists() else []
     results = {(line["name"], line["format"]): line["reason"] for line in map(json.loads, lines)}
+    results = {key: NOT_PUBLIC if "cannot be saved in the format" in reason else reason for key, reason in results.items()}
     if options.page:
         write_page(results, [form for form in FORMATS if any(other == form for _, other in results)])
         return

@@ -15,7 +15,7 @@ import uvicorn
 
 from fieldguide.core.errors import SettingsError
 from fieldguide.serving.app import build_app
-from fieldguide.serving.models import ServedModel, open_models
+from fieldguide.serving.models import LoadedModel, open_models
 from fieldguide.serving.settings import ServerSettings
 
 BACKLOG = 2048  # connections that wait to be accepted
@@ -94,7 +94,7 @@ class ModelServer:
             self.socket.close()
 
 
-def limit_threads(models: Sequence[ServedModel]) -> None:
+def limit_threads(models: Sequence[LoadedModel]) -> None:
     """Leave a core to requests if all networks are small: idle threads of OpenMP keep their cores busy between two operators."""
     sizes = [sum(p.numel() for p in model.predictor.model.parameters()) for model in models]
     if "OMP_NUM_THREADS" not in os.environ and max(sizes, default=0) < SMALL_PARAMETERS:
