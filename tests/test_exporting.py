@@ -806,10 +806,10 @@ def write_years(path: Path, rng) -> None:
 @pytest.mark.parametrize(
     "write, model",
     [
-        (write_hours, "nhits"),
+        pytest.param(write_hours, "nhits", marks=pytest.mark.slow),
         pytest.param(write_months, "dlinear", marks=pytest.mark.slow),
         pytest.param(write_weekdays, "exponential-smoothing", marks=pytest.mark.slow),
-        pytest.param(write_rows, "dlinear", marks=pytest.mark.slow),
+        (write_rows, "dlinear"),
         pytest.param(write_rows_with_texts, "dlinear", marks=pytest.mark.slow),
         pytest.param(write_years, "patchtst", marks=pytest.mark.slow),
     ],

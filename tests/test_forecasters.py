@@ -186,7 +186,7 @@ def shops() -> pl.DataFrame:
     return pl.concat(parts)
 
 
-@pytest.mark.parametrize("name", ["tft", "tide", "itransformer"])
+@pytest.mark.parametrize("name", ["tide", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tft", "itransformer"))])
 def test_networks_use_what_is_known_in_advance(name, shops, tmp_path):
     fields = {
         "tft": {"dim": 8, "heads": 2},

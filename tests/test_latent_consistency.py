@@ -144,6 +144,7 @@ def test_pipelines_with_this_scheduler_equal_diffusers(monkeypatch):
     assert (ask("lcm", noise, guidance=5.0, steps=4) - one).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_lora_of_a_run(tmp_path):
     """LCM-LoRA: the run takes few steps without guidance, with the scheduler that its folder names; its LoRA has public names."""
     folder = write_photos(tmp_path / "photos", 12)

@@ -47,7 +47,7 @@ def some_images(images, count: int, **options):
     return ObjectDetection.fit(data, options), data
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("rt-detr", "yolo11"))) for n in NAMES])
 def test_detector_trains_and_predicts(name, images, tmp_path):
     run = fit(str(images), model=f"{name}-test", minutes=2, out=tmp_path / "run", settings={**SETTINGS, **SMALL})
     assert set(run.scores) >= {"map", "map50"}

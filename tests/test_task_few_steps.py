@@ -122,6 +122,7 @@ def test_signature_of_both(student, teacher):
     assert found["teacher"][1:] == (12, True, "flow") and "consistency" not in found["teacher"][0]
 
 
+@pytest.mark.slow
 def test_students_of_a_critic(pictures, teacher, tmp_path):
     settings = {**QUICK, "teacher": str(teacher.path), "task.method": "adversarial", "task.teacher_guidance": 2.0}
     run = fieldguide.fit(pictures, task="image-generation", out=tmp_path / "run", settings=settings)

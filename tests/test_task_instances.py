@@ -576,7 +576,9 @@ def test_baselines_are_scored(tmp_path):
         assert 0 <= task.score(baseline.outputs, targets)["map50"] < 0.9
 
 
-@pytest.mark.parametrize(("form", "name"), [(coco, "yolov8-seg-test"), (cvat, "mask2former-test")])
+@pytest.mark.parametrize(
+    ("form", "name"), [pytest.param(coco, "yolov8-seg-test", marks=pytest.mark.slow), (cvat, "mask2former-test")]
+)
 def test_network_trains_and_predicts(form, name, tmp_path):
     source = form(tmp_path / "data")
     settings = {**SETTINGS, "task.side": 64}

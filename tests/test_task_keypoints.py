@@ -335,7 +335,7 @@ def test_baselines_know_boxes_but_not_poses(tmp_path):
     assert exact["keypoints"][0, 0, 0].tolist() == pytest.approx([scale * 5, scale * 9 + 8], abs=0.1)
 
 
-@pytest.mark.parametrize("form", [yolo, coco])
+@pytest.mark.parametrize("form", [yolo, pytest.param(coco, marks=pytest.mark.slow)])
 def test_network_trains_and_predicts(form, tmp_path):
     source = form(tmp_path / "data")
     run = fit(str(source), model="yolov8-pose-test", minutes=2, out=tmp_path / "run", settings={**SETTINGS, "task.side": 64})

@@ -470,6 +470,7 @@ def test_splits_without_segments_are_rejected(tmp_path):
         PanopticSegmentation.check_split(replace(data, rows=data.rows[:0]), "test", task.options)
 
 
+@pytest.mark.slow
 def test_network_trains_and_predicts(tmp_path):
     source = folders(tmp_path / "data", 36)
     run = fit(str(source), model="mask2former-test", minutes=2, out=tmp_path / "run", settings={**SETTINGS, "task.side": 64})

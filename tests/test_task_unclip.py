@@ -214,6 +214,7 @@ def runs(tmp_path_factory):
     return source, clip, run
 
 
+@pytest.mark.slow
 def test_runs_predict_without_their_clip(runs, tmp_path):
     source, clip, run = runs
     assert run.card.name == "ddpm-unet" and run.config.embedding == 32 and run.config.vocab_size == 0

@@ -26,6 +26,7 @@ def runs(tmp_path_factory):
     return [make("slow", lr=1e-5), make("fast", lr=1e-2)]
 
 
+@pytest.mark.slow
 def test_the_best_run_is_first_and_the_page_shows_everything(runs, tmp_path):
     comparison = compare(runs, tmp_path / "out" / "page.html")
     assert comparison.names == ["fast", "slow"]

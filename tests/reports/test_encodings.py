@@ -71,6 +71,7 @@ def test_predictions_do_not_depend_on_the_locale(cities, encoding):
         assert {json.loads(line)["label"] for line in lines} <= {"süß", "salzig"}
 
 
+@pytest.mark.slow
 def test_printing_never_fails(cities):
     done = run("check", cities / "daten ü.csv", "--target", "Klasse", LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and b"Traceback" not in done.stderr

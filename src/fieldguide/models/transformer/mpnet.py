@@ -27,7 +27,7 @@ from fieldguide.models.mapping.key_rules import Dropped, Fused, Row
 from fieldguide.models.transformer import roberta
 from fieldguide.models.transformer._shared.text_encoder import OUTPUT_TYPES, PostNormBlock, TextEncoder
 from fieldguide.models.transformer.roberta import EPS
-from fieldguide.models.transformer.t5 import relative_position_bucket
+from fieldguide.models.transformer.t5 import relative_position_bucket, spread_distances
 
 MAX_DISTANCE = 128  # tokens; larger distances share a bucket
 
@@ -102,7 +102,7 @@ class MPNet(TextEncoder):
         """Return the biases of the attention scores."""
         distance = torch.arange(1 - steps, steps, device=self.distance.weight.device)
         line = self.distance(relative_position_bucket(distance, True, self.config.buckets, MAX_DISTANCE)).T  # H 2T-1
-        return line.unfold(1, steps, 1).flip(1)[None]
+        return spread_distances(line, steps, steps)[None]
 
     def pool_first_token(self, x: Tensor) -> Tensor:
         """Return the features that labels are predicted from, B D."""

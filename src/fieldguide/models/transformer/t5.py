@@ -220,9 +220,14 @@ def init_matrices(model: Any) -> None:
 def position_bias(c: Any, table: nn.Embedding, steps: int, keys: int, both: bool) -> Tensor:  # -> 1 H T K
     """Return the position bias of the last `steps` of `keys` tokens for each key."""
     distance = torch.arange(1 - keys, steps, device=table.weight.device)  # for the last token; the earlier ones are shifted
-    line = table(relative_position_bucket(distance, both, c.buckets, c.far)).T  # H K+T-1
-    place = lambda size: torch.arange(size, device=table.weight.device)
-    return line[:, place(keys) - place(steps)[:, None] + steps - 1][None]
+    line = table(relative_position_bucket(distance, both, c.buckets, c.far)).T
+    return spread_distances(line, steps, keys)[None]
+
+
+def spread_distances(line: Tensor, steps: int, keys: int) -> Tensor:  # H K+T-1 -> H T K
+    """Return the value of the distance from each of the last `steps` tokens to each key; `line` has those of distances from 1 - T up."""
+    place = lambda size: torch.arange(size, device=line.device)
+    return line[:, place(keys) - place(steps)[:, None] + steps - 1]
 
 
 def encode(model: Any, source: Tensor, mask: Tensor | None) -> Tensor:  # B S, B S bool -> B S D

@@ -7,6 +7,7 @@ A setting that is absent has the default of the scheduler's class in diffusers. 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,11 @@ EDM = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "DDPMScheduler": {**BETAS, **CLIPPING, "variance_type": "fixed_small"},
     "DDIMScheduler": {**BETAS, **CLIPPING, "set_alpha_to_one": True},
-    "CogVideoXDDIMScheduler": {  # clips nothing, whatever its settings say
+    "CogVideoXDDIMScheduler": {
         **BETAS,
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "sample_max_value": 1.0,
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
@@ -141,6 +145,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "timestep_spacing": "linspace",
         "solver_order": 2,
         "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
         "predict_x0": True,
         "solver_type": "bh2",
         "lower_order_final": True,
@@ -162,6 +168,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "clip_sample": False,
+        "set_alpha_to_one": True,
         "timestep_scaling": 10.0,
         "original_inference_steps": LCM_TIMES,
     },
@@ -319,11 +326,7 @@ def read_final(settings: SchedulerSettings) -> str:
 
 def read_clip(settings: SchedulerSettings) -> float:
     """Return the limit of x_0, 0 for none."""
-    return (
-        float(settings.get("clip_sample_range")) * bool(settings.get("clip_sample"))
-        if "clip_sample" in settings.values
-        else 0.0
-    )
+    return float(settings.get("clip_sample_range")) * bool(settings.get("clip_sample"))
 
 
 def build_ddpm(settings: SchedulerSettings, steps: int) -> Sampler:
@@ -341,6 +344,11 @@ def build_unclip(settings: SchedulerSettings, steps: int) -> Sampler:
 def build_ddim(settings: SchedulerSettings, steps: int) -> Sampler:
     spacing = read_spacing(settings, stride=True, final="data" if settings.get("set_alpha_to_one") else "first")
     return DDIM(steps=steps, clip=read_clip(settings), spacing=spacing, recompute_noise=False)
+
+
+def build_unclipped_ddim(settings: SchedulerSettings, steps: int) -> Sampler:
+    """Build DDIM as CogVideoX uses it, which clips nothing, whatever its settings say."""
+    return replace(build_ddim(settings, steps), clip=0.0)
 
 
 def build_lcm(settings: SchedulerSettings, steps: int) -> Sampler:
@@ -471,7 +479,7 @@ SAMPLERS: dict[str, Callable[[SchedulerSettings, int], Sampler]] = {
     "DDPMScheduler": build_ddpm,
     "UnCLIPScheduler": build_unclip,
     "DDIMScheduler": build_ddim,
-    "CogVideoXDDIMScheduler": build_ddim,
+    "CogVideoXDDIMScheduler": build_unclipped_ddim,
     "LCMScheduler": build_lcm,
     "DPMSolverMultistepScheduler": build_solver,
     "EulerDiscreteScheduler": build_euler,
