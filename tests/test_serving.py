@@ -15,6 +15,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 from PIL import Image
 from starlette.testclient import TestClient
@@ -22,7 +23,7 @@ from starlette.testclient import TestClient
 import fieldguide
 from fieldguide.core.errors import SettingsError
 from fieldguide.core.options import PREDICT_ALIASES
-from fieldguide.serving import extras
+from fieldguide.serving import extras, server
 from fieldguide.serving.app import build_app
 from fieldguide.serving.media_files import TYPES
 from fieldguide.serving.models import LoadedModel, open_models
@@ -394,6 +395,44 @@ def test_jobs_that_belong_together_share_batches_and_keep_their_answers():
             assert future.result(5) == 10 * i
     assert seen == [[0], [1, 5, 7, 9], [2, 4, 6, 8], [10]]
     worker.stop()
+
+
+def test_a_batch_waits_a_moment_for_as_many_jobs_as_the_last_one_had(monkeypatch):
+    seen = []
+    compute = lambda jobs: seen.append(len(jobs)) or [0] * len(jobs)
+    worker = make_worker()
+    worker.last_jobs, worker.last_seconds = 3, 1e6
+    started = time.monotonic()
+    assert (
+        worker.submit(Job(compute, key="a")).result(5) == 0 and time.monotonic() - started < 2
+    )  # however long the last one took
+    monkeypatch.setattr("fieldguide.serving.worker.MAX_WAIT_SECONDS", 30)
+    worker.last_jobs, worker.last_seconds = 3, 1e6
+    first = [worker.submit(Job(compute, key="a")), worker.submit(Job(compute, key="a"))]
+    time.sleep(0.1)
+    assert seen == [1]
+    assert [job.result(5) for job in (*first, worker.submit(Job(compute, key="a")))] == [0, 0, 0] and seen == [1, 3]
+    worker.last_jobs, worker.last_seconds = 0, 1e6
+    for rows in (20, 1):  # one client: its next request does not wait for as many rows
+        assert worker.submit(Job(compute, key="a", rows=rows)).result(5) == 0
+        worker.last_seconds = 1e6
+    worker.last_jobs = 3
+    assert worker.submit(Job(compute, key="a", rows=32)).result(5) == 0  # a full batch
+    worker.stop()
+
+
+@pytest.mark.parametrize("small, threads", [(True, 3), (False, 4)])
+def test_small_networks_leave_a_core_to_requests(models, monkeypatch, small, threads):
+    chosen = [4]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(server, "SMALL_PARAMETERS", 10**9 if small else 1)
+    server.limit_threads([models[TABLE]])
+    assert chosen[-1] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # the user has decided
+    server.limit_threads([models[TABLE]])
+    assert chosen[-1] == threads
 
 
 def test_a_full_queue_a_late_job_and_a_stopped_worker():

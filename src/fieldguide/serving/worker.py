@@ -19,6 +19,7 @@ from fieldguide.serving.settings import ServerSettings
 LOG = logging.getLogger("fieldguide.serving")
 SMOOTHING = 0.1  # of the mean time of a request
 WAIT_FRACTION = 0.2  # of the seconds of the last batch, for which a smaller one waits for the clients that were just answered
+MAX_WAIT_SECONDS = 0.01
 
 
 @dataclass(eq=False)
@@ -58,7 +59,7 @@ class Worker:
         self.stopping = False
         self.seconds = 0.0  # mean time of a job, from start to end
         self.batches, self.batched, self.busy = 0, 0, 0.0
-        self.last_rows, self.last_seconds = 0, 0.0  # of the last batch
+        self.last_jobs, self.last_seconds = 0, 0.0  # of the last batch
         self.thread = threading.Thread(target=self.run, name=f"model-{name}", daemon=True)
 
     def start(self) -> None:
@@ -127,21 +128,23 @@ class Worker:
             if not batch or batch[0].key is None:
                 return batch
             if not self.is_generating:
-                self.wait_for_rows(batch[0])
+                self.wait_for_others(batch[0])
             self.take_matching(batch)
             return batch
 
-    def wait_for_rows(self, first: Job) -> None:
-        """Wait until enough rows can join a job: `max_wait_ms` for a full batch, or a moment for as many as the last batch had.
+    def wait_for_others(self, first: Job) -> None:
+        """Wait for jobs that can join one: `max_wait_ms` for a full batch, or a moment for as many jobs as the last batch had.
 
         Clients that were just answered often ask again at once. Without this wait, batches of 1 and of all other clients take turns.
         """
-        wanted, seconds = self.settings.max_batch, self.settings.max_wait_ms / 1000
+        seconds, jobs = self.settings.max_wait_ms / 1000, self.settings.max_batch
         if not seconds:
-            wanted, seconds = min(wanted, self.last_rows), WAIT_FRACTION * self.last_seconds
+            seconds, jobs = min(WAIT_FRACTION * self.last_seconds, MAX_WAIT_SECONDS), self.last_jobs
         end = time.monotonic() + seconds
-        while self.count_matching(first) + first.rows < wanted and not self.stopping:
-            if (left := end - time.monotonic()) <= 0:
+        while not self.stopping:
+            rows = [first.rows, *(job.rows for job in self.waiting if job.key == first.key)]
+            left = end - time.monotonic()
+            if len(rows) >= jobs or sum(rows) >= self.settings.max_batch or left <= 0:
                 return
             self.changed.wait(left)
 
@@ -155,10 +158,6 @@ class Worker:
         job = self.waiting.popleft()
         if start_job(job):
             batch.append(job)
-
-    def count_matching(self, first: Job) -> int:
-        """Return the rows that wait and can join a job."""
-        return sum(job.rows for job in self.waiting if job.key == first.key)
 
     def take_matching(self, batch: list[Job]) -> None:
         """Move the jobs that can join the first one of the batch, in order, up to the largest batch."""
@@ -176,8 +175,8 @@ class Worker:
     def compute(self, batch: Sequence[Job]) -> None:
         """Answer a batch."""
         self.batches += 1
-        self.last_rows, started = sum(job.rows for job in batch), time.monotonic()
-        self.batched += self.last_rows
+        self.batched += sum(job.rows for job in batch)
+        self.last_jobs, started = len(batch), time.monotonic()
         compute = batch[0].compute
         assert compute is not None
         try:
