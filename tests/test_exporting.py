@@ -784,10 +784,11 @@ def write_weekdays(path: Path, rng) -> None:
 
 
 def write_rows_with_texts(path: Path, rng) -> None:
-    """Write a series per row, and a column of texts that is no step."""
+    """Write a series per row whose first step looks like an identifier, and a column of texts that is no step."""
     write_rows(path, rng)
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([f"{lines[0]},region", *(f"{line},{'xy'[i % 2]}" for i, line in enumerate(lines[1:]))]))
+    header, *rows = [line.split(",", 2) for line in path.read_text().splitlines()]
+    rows = [[name, str(i), rest, "xy"[i % 2]] for i, (name, _, rest) in enumerate(rows, 1)]
+    path.write_text("\n".join(map(",".join, [[*header, "region"], *rows])))
 
 
 def write_rows(path: Path, rng) -> None:

@@ -157,10 +157,11 @@ def test_one_series_per_row_from_file_to_forecast(tmp_path):
 
 def test_a_column_of_text_next_to_series_is_ignored_on_request(tmp_path):
     rng, t = np.random.default_rng(0), np.arange(60)
-    rows = [[f"s{i}", *(f"{v:.2f}" for v in i + t % 7 + rng.random(60)), "ab"[i % 2]] for i in range(30)]
+    rows = [[f"s{i}", str(i + 1), *(f"{v:.2f}" for v in i + t[1:] % 7 + rng.random(59)), "ab"[i % 2]] for i in range(30)]
     (tmp_path / "t.csv").write_text("\n".join(",".join(r) for r in [["name", *(f"V{i}" for i in t), "region"], *rows]))
     settings = {**QUICK, "steps": 5, "column.region": "identifier"}
     run = fit(tmp_path / "t.csv", task="time-series-forecasting", model="dlinear", out=tmp_path / "run", settings=settings)
+    assert run.task.list_ignored() == ["region"]  # and not the first step, whose values are different whole numbers
     (tmp_path / "without.csv").write_text("\n".join(",".join(r[:-1]) for r in [["name", *(f"V{i}" for i in t), ""], *rows]))
     assert [dict(r)["value"] for r in run.predict(tmp_path / "t.csv")] == [
         dict(r)["value"] for r in run.predict(tmp_path / "without.csv")

@@ -44,6 +44,11 @@ def as_numbers(text: pl.Series) -> pl.Series:
     return values.rename(text.name)
 
 
+def holds_words(values: pl.Series) -> bool:
+    """Return whether a column holds words. Text may hold numbers alone: a step at which all series are 0 or have ended, for example."""
+    return values.dtype == pl.String and as_numbers(values).null_count() > values.null_count()
+
+
 def as_dates(text: pl.Series, least: float = MIN_TYPE_FRACTION) -> tuple[pl.Series | None, str, str]:
     """Parse dates from text.
 

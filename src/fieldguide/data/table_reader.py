@@ -31,6 +31,7 @@ from fieldguide.data.dataset import (
     Role,
     SkippedInput,
 )
+from fieldguide.data.former_formats import holds_words
 from fieldguide.data.media import media_types
 from fieldguide.data.readers import delimited
 from fieldguide.data.source import is_inside, relative_path
@@ -39,7 +40,6 @@ from fieldguide.data.validation import checks, findings
 
 MIN_EQUAL_LENGTHS = 0.9  # fraction of rows in which two lists must be equally long to belong together
 NOT_OF_TYPE = {"number": "not numbers as in training", "date": "not dates as in training", "boolean": "neither true nor false"}
-NAME_KINDS = ("category", "text", "identifier")  # of columns that may name series
 FAR_FACTOR = 10  # values of a positive column below its training minimum divided by this are far outside the training range
 
 
@@ -511,7 +511,7 @@ class TableReader(TableColumns):
         rows = self.raw.rows
         if any(c.role == "time" for c in columns.values()) or not rows[column.name].is_duplicated().any():
             return
-        words = [c for c in columns.values() if c.role in ("feature", "ignored") and c.kind in NAME_KINDS]
+        words = [c for c in columns.values() if c.role in ("feature", "ignored") and holds_words(rows[c.name])]
         distinct = [c for c in words if not rows[c.name].is_duplicated().any()]
         if len(distinct) == 1:
             column.role, distinct[0].role = "feature", "series"

@@ -22,7 +22,7 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data import column_types, text_values
 from fieldguide.data.dataset import Data, Finding, Severity
-from fieldguide.data.former_formats import as_numbers
+from fieldguide.data.former_formats import as_numbers, holds_words
 from fieldguide.data.number_formats import infer_format
 from fieldguide.data.time_zones import LOCAL
 from fieldguide.data.timeseries.frequency import (
@@ -254,11 +254,6 @@ def series_name_column(data: Data) -> str | None:
     if len(chosen) == 1 and len(data.columns) > 2 and data.rows[chosen[0]].n_unique() >= MIN_DISTINCT_FRACTION * len(data):
         return chosen[0]
     return None
-
-
-def holds_words(values: pl.Series) -> bool:
-    """Return whether a column holds words. A step at which all series are 0 or have ended may be read as text without."""
-    return values.dtype == pl.String and as_numbers(values).null_count() > values.null_count()
 
 
 def list_steps(data: Data, name: str) -> list[pl.Series]:

@@ -448,7 +448,7 @@ class Forecasting(ForecastSignature, Task):
 
     def read_one(self, source: Any, answered: bool) -> Data:
         if self.layout == "rows":  # the columns are steps, whose number may differ
-            loaded = load(source, labels_optional=True, target_names=self.column_spec.names)
+            loaded = load(source, labels_optional=True, target_kind="number", target_names=self.column_spec.names)
             ignored = {*self.list_ignored()} & {*loaded.raw.rows.columns}
             name = self.get_series_name()
             return loaded.interpret(
@@ -464,8 +464,9 @@ class Forecasting(ForecastSignature, Task):
         return next((c.name for c in self.columns if c.role == "series" or c.kind in ("identifier", "category")), None)
 
     def list_ignored(self) -> list[str]:
-        """Return the columns of one series per row that are no steps."""
-        return [c.name for c in self.columns if c.kind == "identifier" and c.name != self.get_series_name()]
+        """Return the columns of one series per row that are no steps. A step of different whole numbers is an identifier, too."""
+        words = [c.name for c in self.columns if c.kind == "identifier" and c.number_format is None]
+        return [name for name in words if name != self.get_series_name()]
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
         batches = self.batches(data, card)
