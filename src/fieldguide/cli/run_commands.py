@@ -136,7 +136,10 @@ def serve(
         list[str] | None, typer.Option(help="A name under which clients call the server. Repeatable.")
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Rows of several requests that are computed together.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option(help="Milliseconds that an idle model waits for more requests.")] = 0.0,
+    max_wait_ms: Annotated[
+        float,
+        typer.Option(help="Milliseconds that an idle model waits for more requests; 0: up to 10, if the last batch had more."),
+    ] = 0.0,
     queue: Annotated[int, typer.Option(help="Requests that may wait for a model; more are rejected (429).")] = 256,
     slots: Annotated[int, typer.Option(help="Texts that a language model generates at the same time.")] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds until a request is given up (504).")] = 120.0,

@@ -113,6 +113,7 @@ class AdversarialDistillation(FewSteps):
     ):
         super().__init__(model, process, data=data)
         self.guidance, self.distillation, self.r1, self.loss = guidance, distillation, R1(penalty), Hinge()
+        self.levels = self.list_levels()
         self.critic_times, self.teacher_times = critic_times or LogitNormalTimes(), UniformTimes()
         # A tuple keeps the teacher from being registered as a submodule: not trained, not in checkpoints.
         self.frozen_teacher = (teacher.requires_grad_(False).eval(),)
@@ -134,9 +135,8 @@ class AdversarialDistillation(FewSteps):
 
     def draw_levels(self, like: Tensor) -> Level:  # B ... -> signal and noise B 1 ..., time B
         """Return a random one of these levels for each example."""
-        levels = self.list_levels()
-        index = torch.randint(len(levels), (len(like),)).tolist()
-        take = lambda name: torch.tensor([getattr(levels[i], name) for i in index], dtype=like.dtype, device=like.device)
+        index = torch.randint(len(self.levels), (len(like),)).tolist()
+        take = lambda name: torch.tensor([getattr(self.levels[i], name) for i in index], dtype=like.dtype, device=like.device)
         shape = (-1, *[1] * (like.ndim - 1))
         return Level(take("signal").view(shape), take("noise").view(shape), take("time"))
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from fieldguide.core.errors import SettingsError
 
 PACKAGES = {"starlette": "starlette", "uvicorn": "uvicorn", "python_multipart": "python-multipart", "msgspec": "msgspec"}
-# uvicorn uses httptools and uvloop if they are installed, which answers twice as many requests; without them, all works.
+# uvicorn also uses httptools and uvloop if they are installed, and answers more requests then.
 
 
 def check_packages() -> None:

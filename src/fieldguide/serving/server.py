@@ -19,9 +19,7 @@ from fieldguide.serving.models import LoadedModel, open_models
 from fieldguide.serving.settings import ServerSettings
 
 BACKLOG = 2048  # connections that wait to be accepted
-SMALL_PARAMETERS = (
-    50_000_000  # of a network whose steps are so short that a busy core for requests matters more than another thread
-)
+SMALL_PARAMETERS = 50_000_000  # up to here, another core for requests brings more than another thread for the network
 SWITCH_SECONDS = 5e-4  # after which a thread passes the interpreter on: a request passes through four threads in turn
 
 

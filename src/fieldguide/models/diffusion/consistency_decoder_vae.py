@@ -88,7 +88,7 @@ class ConsistencyDecoderVAE(AutoencoderKL):
         self.config = c
         self.stride = 2 ** (len(c.growth) - 1)
         self.encoder, self.quant = Encoder(c, 2 * LATENT), nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
-        self.decoder = SuperResolutionUNet(c.decoder)  # type: ignore[assignment]
+        self.decoder = SuperResolutionUNet(c.decoder)  # type: ignore[assignment]  # in place of that of `AutoencoderKL`
         for name, values in (("mean", MEANS), ("std", STDS)):
             self.register_buffer(name, torch.tensor(values).view(1, LATENT, 1, 1), persistent=False)
 

@@ -151,7 +151,7 @@ class ImageGeneration(GenerationSignature, GenerationEvaluator, Task):
         if options.method in ("consistency", "adversarial"):
             self.PredictOptions = self.FewStepOptions  # type: ignore[misc]  # other defaults, of this instance
         elif options.unclip is not None:
-            self.PredictOptions = self.UnCLIPOptions  # type: ignore[misc]
+            self.PredictOptions = self.UnCLIPOptions  # type: ignore[misc]  # of this instance, too
         super().__init__(columns, options)
         self.judge: Any = None  # a `FeatureClassifier`, trained for the test and saved with the run
         self.motion: generative.FeatureClassifier | None = None  # for videos
