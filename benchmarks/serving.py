@@ -158,7 +158,7 @@ def measure(port: int, path: str, bodies: list[bytes], clients: int, seconds: fl
 def start(command: list[str], port: int, path: str = "/health", seconds: float = 180) -> Iterator[subprocess.Popen]:
     """Start a server and wait until its port answers."""
     said = tempfile.TemporaryFile()  # noqa: SIM115  # a pipe that nobody reads would stop the server when it is full
-    process = subprocess.Popen(command, stdout=said, stderr=said)
+    process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
     end = time.monotonic() + seconds
     try:
         while True:
@@ -179,6 +179,8 @@ def start(command: list[str], port: int, path: str = "/health", seconds: float =
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # LitServe leaves its workers behind, which would slow down what follows
         said.seek(0)
         if errors := [line for line in said.read().decode().splitlines() if "ERROR" in line or "Traceback" in line]:
             print(f"the server logged {len(errors)} errors, such as {errors[0]}")

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import polars as pl
+from polars import selectors
 
 from fieldguide.data.column_spec import CAPTION_NAMES, normalize_name
 from fieldguide.data.dataset import BOOKKEEPING, Finding, Kind
@@ -27,15 +28,11 @@ TEXTS = pl.List(pl.String)
 
 
 def find_image_column(rows: pl.DataFrame, kinds: dict[str, Kind]) -> str | None:
-    """Return the column with images, or None."""
-    for name, kind in rows.schema.items():
-        if kinds.get(name) == "image":
-            return name
-        if kind == pl.String and name not in BOOKKEEPING:
-            some = rows[name].drop_nulls().head(SAMPLED_ROWS)
-            if some.len() and float(some.str.contains(IMAGE_FILE_PATTERN).mean() or 0) >= MIN_MATCHED_FRACTION:  # type: ignore[arg-type]
-                return name
-    return None
+    """Return the first column with images, or None."""
+    texts = [n for n, dtype in rows.schema.items() if dtype == pl.String and n not in BOOKKEEPING]
+    sampled = selectors.by_name(*texts).drop_nulls().head(SAMPLED_ROWS).str.contains(IMAGE_FILE_PATTERN).mean()
+    shares = rows.select(sampled).row(0, named=True) if texts else {}  # all columns at once: single rows are predicted as well
+    return next((n for n in rows.columns if kinds.get(n) == "image" or (shares.get(n) or 0) >= MIN_MATCHED_FRACTION), None)
 
 
 def find_caption_lists(rows: pl.DataFrame, kinds: dict[str, Kind], target: str | None) -> tuple[str, pl.Series] | None:

@@ -480,9 +480,10 @@ def find_range(values: pl.Series) -> tuple[float | str, float | str] | None:
 
 def record_misfits(typed: TypedColumn, text: pl.Series, values: pl.Series, expected: int) -> None:
     """Record the rows whose text is not empty but could not be converted."""
-    wrong = (text.is_not_null() & values.is_null()).arg_true()
-    typed.misfits = dict(zip(wrong.to_list(), text[wrong].to_list())) if wrong.len() else {}
     typed.expected = expected
+    if values.null_count() > text.null_count():
+        wrong = (text.is_not_null() & values.is_null()).arg_true()
+        typed.misfits = dict(zip(wrong.to_list(), text[wrong].to_list()))
 
 
 def as_booleans(text: pl.Series) -> pl.Series:

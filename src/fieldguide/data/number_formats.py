@@ -91,8 +91,10 @@ class NumberFormat:
         Special spaces, minus signs and digits leave no doubt and are accepted in every format.
         """
         values = self.parse_as_written(text)
+        if self.clean or values.null_count() == text.null_count():
+            return values
         failed = values.is_null() & text.is_not_null()
-        if self.clean or not failed.any() or not bool(text.filter(failed).str.contains(SPECIAL_CHARACTERS).any()):
+        if not bool(text.filter(failed).str.contains(SPECIAL_CHARACTERS).any()):
             return values
         return values.zip_with(~failed, self.parse_as_written(normalize(text).set(~failed, None)))
 

@@ -383,8 +383,9 @@ class TableReader(TableColumns):
             if column.role == "feature" and column.range is not None and column.kind in ("number", "date"):
                 values = self.data.rows[column.name]
                 low, high = far_bounds(column)
-                far = ((values < low) | (values > high)).fill_null(False).arg_true().to_list()
-                if far:
+                least, most = values.min(), values.max()
+                if least is not None and (least < low or most > high):
+                    far = ((values < low) | (values > high)).fill_null(False).arg_true().to_list()
                     lowest, highest = (
                         f"{v:g}" if isinstance(v, float) else str(v).replace("T00:00:00", "") for v in column.range
                     )

@@ -26,6 +26,22 @@ MISSING_MARKERS: tuple[str, ...] = (
 )
 MISSING_MARKERS += ("#na", "(null)", "#div/0!", "#value!", "#ref!", "#num!", "#name?", "#null!")
 MAX_MARKER_BYTES = max(len(marker.encode()) for marker in MISSING_MARKERS)
+# One expression, because for single rows the time is that of the calls of polars. Long values are not converted to lower case.
+STRIPPED = pl.first().str.strip_chars()
+IS_GIVEN = ~(
+    pl.when(STRIPPED.str.len_bytes() <= MAX_MARKER_BYTES)
+    .then(STRIPPED.str.to_lowercase())
+    .is_in(list(MISSING_MARKERS))
+    .fill_null(False)
+)
+# One expression: on single rows, the time is that of the calls of polars. Long values are not converted to lower case.
+STRIPPED = pl.first().str.strip_chars()
+IS_GIVEN = ~(
+    pl.when(STRIPPED.str.len_bytes() <= MAX_MARKER_BYTES)
+    .then(STRIPPED.str.to_lowercase())
+    .is_in(list(MISSING_MARKERS))
+    .fill_null(False)
+)
 IDENTIFIER_NAME = r"(?i:(^|[_\s])(id|index|key|uuid|guid|nr|no)$)|[a-z]I[Dd]$"
 MIN_IDENTIFIERS = 20  # minimum number of rows in which distinct values show that a column identifies them
 MIN_TYPE_FRACTION = 0.9  # minimum fraction of values that parse as a type for the column to have it
@@ -37,12 +53,8 @@ AUDIO_FILE_PATTERN = r"(?i)\.(wave?|flac|og[ga]|opus|mp3|aiff?|au|m4a|aac|wma)$"
 
 def blank_missing(series: pl.Series, keep: tuple[str, ...] = ()) -> pl.Series:
     """Strip whitespace and replace markers of missing values ("", NA, ?, ...) with null, except the words in `keep`."""
-    text = series.str.strip_chars()
-    short = text.str.len_bytes() <= MAX_MARKER_BYTES
-    gone = text.set(~short, "x").str.to_lowercase().is_in(MISSING_MARKERS)
-    if keep:
-        gone = gone & ~text.is_in(list(keep))
-    return text.set(gone.fill_null(False), None)
+    given = IS_GIVEN | STRIPPED.is_in(list(keep)) if keep else IS_GIVEN
+    return series.to_frame().select(pl.when(given).then(STRIPPED)).to_series()
 
 
 def mean_value(values: pl.Series) -> float:

@@ -101,7 +101,7 @@ class TaskPredictor(Predictor):
     pooling: Pooling = Pooling()  # of token vectors, for `embed`
 
     def __init__(self, task: Task, card: Card, objective: Objective, *, batch_size: int = 64, pooling: Pooling | None = None):
-        self.task, self.card, self.objective, self.batch_size = task, card, objective, batch_size
+        self.task, self.card, self.objective, self.batch_size = task, card, objective.eval(), batch_size
         self.pooling = pooling or Pooling()
 
     @property

@@ -38,14 +38,16 @@ def collect(
     training = objective.training
     rows: list[np.ndarray] = []
     parts: list[dict[str, np.ndarray]] = []
-    objective.eval()
+    if training:  # a switch visits every module, which takes longer than small networks need for a row
+        objective.eval()
     for index, tensors in iterate_in_order(batches, batch, mine):
         with autocast(device, precision):
             outputs = step(move_batch(tensors, device))
         rows.append(index)
         parts.append({name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in outputs.items()})
         callback(sum(map(len, rows)))
-    objective.train(training)
+    if training:
+        objective.train()
     gathered = distributed.gather((rows, parts)) if shared else [(rows, parts)]
     places = np.concatenate([i for r, _ in gathered for i in r])
     joined = {name: concatenate_padded([p[name] for _, ps in gathered for p in ps]) for name in gathered[0][1][0]}

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.threads import map_threads
 
 if TYPE_CHECKING:
     import soundfile
 
-THREADS = min(16, (os.cpu_count() or 2) * 2)
 FORMAT_SUFFIXES = {
     "WAV": (".wav", ".wave"),
     "WAVEX": (".wav", ".wave"),
@@ -64,8 +63,7 @@ class AudioCheck:
 
 def check(paths: Sequence[str | Path]) -> list[AudioCheck]:
     """Decode every file completely, which is the only way to detect truncation. Never raises for unusable files."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(check_one, paths, chunksize=16))
+    return map_threads(check_one, paths)
 
 
 def check_one(path: str | Path) -> AudioCheck:
@@ -191,8 +189,7 @@ def load(paths: Sequence[str | Path], rate: int) -> list[np.ndarray]:
             problems.append(f"{path}: {getattr(error, 'error_string', error)}")
             return np.zeros(0, np.int16)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        waves = list(pool.map(one, paths, chunksize=16))
+    waves = map_threads(one, paths)
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise DataError("recordings that cannot be read:\n" + "\n".join(sorted(problems)[:5]) + more)

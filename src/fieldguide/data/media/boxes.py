@@ -15,7 +15,6 @@ An image without objects counts as background.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.threads import map_threads
 from fieldguide.data.dataset import FileEntry, Finding, Severity
 from fieldguide.data.media import images
 from fieldguide.data.source import RawTable, relative_path, sha256
@@ -301,8 +301,8 @@ def read_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
         except images.DECODE_ERRORS:
             return None
 
-    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
-        return list(pool.map(one, paths, chunksize=64))
+    with images.suppress_warnings():
+        return map_threads(one, paths)
 
 
 def annotation_entry(path: Path, content: bytes, root: Path) -> FileEntry:

@@ -14,7 +14,6 @@ import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -26,13 +25,13 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from fieldguide.core.archives import read_array
 from fieldguide.core.errors import DataError
+from fieldguide.core.threads import map_threads
 from fieldguide.data.media.deep_images import ARRAY, describe_tiff, find_loss, has_other_channels, read_light_values
 
 if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 90_000_000  # maximum pixels per image; protects against decompression bombs
-THREADS = min(16, (os.cpu_count() or 2) * 2)
 HIGH_BIT_DEPTH_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 GRAY_MODES = ("1", "L", "LA", *HIGH_BIT_DEPTH_MODES)
 DECODE_ERRORS = (
@@ -117,8 +116,8 @@ class ImageCheck:
 
 def check(paths: Sequence[str | Path]) -> list[ImageCheck]:
     """Decode every file completely, which is the only way to detect truncation. Never raises for unusable files."""
-    with suppress_warnings(), ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(check_one, paths, chunksize=64))
+    with suppress_warnings():
+        return map_threads(check_one, paths)
 
 
 def check_one(path: str | Path) -> ImageCheck:
@@ -385,9 +384,8 @@ def decode_all(paths: Sequence[str | Path], decode: Callable[[int], None]) -> No
         except DECODE_ERRORS as error:
             problems.append(f"{paths[index]}: {error}")
 
-    with suppress_warnings(), ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(one, range(len(paths)), chunksize=64):
-            pass
+    with suppress_warnings():
+        map_threads(one, range(len(paths)))
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise DataError("images that cannot be read:\n" + "\n".join(sorted(problems)[:5]) + more)

@@ -8,13 +8,13 @@ sky, of which an image has at most one segment.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fieldguide.core.threads import map_threads
 from fieldguide.data.dataset import FileEntry, Finding
 from fieldguide.data.media import images
 from fieldguide.data.media.boxes import AnnotatedImage, FindingCollector, build_raw, make_object
@@ -71,8 +71,7 @@ def read_maps(
         numbers = read_numbers(path, parse) if path is not None else None
         return None if numbers is None else ((numbers.shape[1], numbers.shape[0]), find_runs(numbers))
 
-    with ThreadPoolExecutor(images.THREADS) as pool:
-        return list(pool.map(one, paths))
+    return map_threads(one, paths)
 
 
 def parse_codes(image: Any) -> np.ndarray | None:  # -> H W int32

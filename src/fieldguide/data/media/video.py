@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fieldguide.core.errors import DataError
+from fieldguide.core.threads import map_threads
 from fieldguide.data.media import images
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"))
@@ -47,8 +47,8 @@ def check(paths: Sequence[str | Path]) -> list[VideoCheck]:
             import av  # noqa: F401
         except ImportError:
             raise DataError(INSTALL_HINT) from None
-    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
-        return list(pool.map(check_one, paths))
+    with images.suppress_warnings():
+        return map_threads(check_one, paths)
 
 
 def check_one(path: str | Path) -> VideoCheck:
@@ -147,5 +147,5 @@ def load(paths: Sequence[str | Path], side: int, channels: int) -> list[np.ndarr
     def one(path: str | Path) -> np.ndarray:
         return np.stack([images.to_array(frame, side, channels, "crop") for frame in read_frames(path)])
 
-    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
-        return list(pool.map(one, paths))
+    with images.suppress_warnings():
+        return map_threads(one, paths)

@@ -7,7 +7,6 @@ How the stored values of masks are coded is decided once, from all of them (`ins
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from fieldguide.core.threads import map_threads
 from fieldguide.data.media import images
 from fieldguide.data.media.deep_images import read_deep_values
 from fieldguide.data.media.masks import LazyMask
@@ -110,8 +110,8 @@ def inspect_masks(paths: Sequence[Mask]) -> list[MaskContent]:
             is_gray = image.mode in INTEGER_MODES or image.mode in ("LA", "F")
             return MaskContent(values, counts, "gray" if is_gray else "color", is_jpeg)
 
-    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
-        return list(pool.map(one, paths))
+    with images.suppress_warnings():
+        return map_threads(one, paths)
 
 
 def is_lossy_webp(path: str | Path, image: Image.Image) -> bool:
@@ -141,8 +141,8 @@ def solid_fraction(paths: Sequence[Mask], coding: Coding, values: Sequence[int] 
         solid = maximum_filter(maximum_filter(codes, size) - minimum_filter(codes, size) == 0, size)
         return int((solid & some).sum()), int(some.sum())
 
-    with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
-        parts = np.array(list(pool.map(one, chosen)))
+    with images.suppress_warnings():
+        parts = np.array(map_threads(one, chosen))
     return float(parts[:, 0].sum() / max(1, parts[:, 1].sum()))
 
 
@@ -182,8 +182,8 @@ class Canvas:
             array = np.asarray(resized)
             out[i, :, :height, :width] = array if array.ndim == 2 else array.transpose(2, 0, 1)
 
-        with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
-            list(pool.map(one, range(len(paths))))
+        with images.suppress_warnings():
+            map_threads(one, range(len(paths)))
         return out
 
     def load_masks(
@@ -210,8 +210,8 @@ class Canvas:
                     classes = classes[rows[:, None], columns]
             out[i, : classes.shape[0], : classes.shape[1]] = classes
 
-        with images.suppress_warnings(), ThreadPoolExecutor(images.THREADS) as pool:
-            list(pool.map(one, range(len(paths))))
+        with images.suppress_warnings():
+            map_threads(one, range(len(paths)))
         return out
 
     def find_unknown(self, content: MaskContent) -> list[int]:
