@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import shutil
 import struct
 import sys
 import threading
 import time
+import weakref
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -511,9 +513,15 @@ def test_a_newer_run_replaces_the_model(tmp_path):
         assert client.post("/v1/predict", json={"rows": row[:1]}).status_code == 200
         (path / "model.safetensors").write_bytes(damaged)
         (path / "run.json").write_bytes((path / "run.json").read_bytes())
+        replaced = weakref.ref(served.current)
         assert served.reload() and served.reloads == 1
         assert client.post("/v1/predict", json={"rows": row[:1]}).status_code == 422
         assert client.post("/v1/predict", json={"rows": [ROW]}).json()["predictions"][0]["label"]
+        gc.collect()
+        assert (
+            replaced() is None and gc.get_freeze_count()
+        )  # objects are exempt from collections, but not a model that was replaced
+    assert not gc.get_freeze_count()
 
 
 def fieldguide_model(path: Path) -> LoadedModel:

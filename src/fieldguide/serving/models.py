@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -11,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 
 from fieldguide.core.errors import FieldguideError, RunError, SettingsError, nearest
@@ -29,12 +29,14 @@ from fieldguide.serving.language import LanguageModel, Prompt, build_prompt, fin
 from fieldguide.serving.media_files import RequestFolder
 from fieldguide.serving.row_types import (
     MEDIA_KINDS,
+    Cells,
     RowReader,
+    build_frame,
     build_option_type,
     build_row_reader,
     measure,
     message_to_dict,
-    to_series,
+    to_cells,
 )
 from fieldguide.serving.settings import ServerSettings
 from fieldguide.serving.worker import Job, Worker
@@ -56,13 +58,13 @@ class Answer:
 class Request:
     """A request that was read: the inputs of a predictor, options, and the names of uploaded files by row.
 
-    `frame` is the table of the rows; without one, `values` are passed to the predictor as they are.
+    `columns` are those of a table; without them, `values` are passed to the predictor as they are.
     """
 
     model: LoadedModel
     options: dict[str, Any]
     folder: RequestFolder
-    frame: pl.DataFrame | None = None
+    columns: dict[str, Cells] | None = None
     values: list[Any] = field(default_factory=list)
     names: Sequence[str] = ()
     prompts: list[Prompt] = field(default_factory=list)
@@ -71,7 +73,7 @@ class Request:
     @property
     def rows(self) -> int:
         """The number of rows."""
-        return self.frame.height if self.frame is not None else max(1, len(self.values))
+        return max(1, len(self.values)) if self.columns is None else len(next(iter(self.columns.values())).values)
 
 
 class CompanyCheck:
@@ -176,10 +178,10 @@ class LoadedModel:
                     columns[name] = [
                         None if c is None else folder.store_data_url(known, c, f"rows[{i}].{name}") for i, c in enumerate(cells)
                     ]
-            frame = pl.DataFrame([to_series(fields.get(name), name, cells) for name, cells in columns.items()])
-            if not frame.width:
+            if not columns:
                 raise RequestError(422, "the rows are empty", place="rows", remedy=f"Columns: {', '.join(fields)}.")
-            request = Request(self, dict(options), folder, frame, names=names)
+            typed = {name: to_cells(fields.get(name), cells) for name, cells in columns.items()}
+            request = Request(self, dict(options), folder, typed, names=names)
             if self.language is not None:
                 self.read_prompts(request, self.list_prompts(columns))
             return request
@@ -256,10 +258,10 @@ class LoadedModel:
         """Return the job of a request."""
         if request.prompts and all(prompt.config.effective_beams == 1 for prompt in request.prompts):
             return self.make_text_job(request)
-        joins = self.can_join and request.frame is not None
         key = None
-        if joins and request.frame is not None:  # columns that are left out make another table
-            key = (id(self), repr(sorted(request.options.items())), tuple(request.frame.columns))
+        if self.can_join and request.columns is not None:  # columns that are left out, or of another type, make another table
+            types = tuple((name, str(cells.dtype)) for name, cells in request.columns.items())
+            key = (id(self), repr(sorted(request.options.items())), types)
         job = Job(self.compute, request, key, request.rows)
         job.future.add_done_callback(request.folder.remove)
         return job
@@ -290,7 +292,7 @@ class LoadedModel:
 
         That is the case if anything is to be said about a row: a note or an error belongs to its request only.
         """
-        frame = pl.concat([request.frame for request in requests if request.frame is not None])
+        frame = build_frame([request.columns for request in requests if request.columns is not None])
         try:
             found = self.predictor.predict([frame], **requests[0].options)
         except FieldguideError:
@@ -309,9 +311,8 @@ class LoadedModel:
         path = request.folder.path
         try:
             with torch.inference_mode():
-                found = self.predictor.predict(
-                    [request.frame] if request.frame is not None else request.values, **request.options
-                )
+                inputs = request.values if request.columns is None else [build_frame([request.columns])]
+                found = self.predictor.predict(inputs, **request.options)
         except FieldguideError as error:
             raise describe_failure(error, path) from None
         records = list(found)
@@ -329,7 +330,7 @@ class LoadedModel:
     def name_inputs(self, request: Request, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return records whose inputs are named by the rows of the request, or by the files that were uploaded."""
         records = [{name: to_data_url(v) if isinstance(v, Media) else v for name, v in r.items()} for r in records]
-        if self.signature.record_for not in ("row", "pair") or len(records) != request.rows or request.frame is None:
+        if self.signature.record_for not in ("row", "pair") or len(records) != request.rows or request.columns is None:
             return records
         names = request.names or [f"{PLACE}{i + 1}" for i in range(len(records))]
         return [{**record, "input": name} for record, name in zip(records, names)]
@@ -414,9 +415,20 @@ class ServedModel:
             LOG.warning("%s: a newer run cannot be loaded, the present one stays: %s", source, error)
             return False
         self.current = newer
+        freeze_objects()
         self.reloads += 1
         LOG.info("%s: the newer run at %s is served", self.name, source)
         return True
+
+
+def freeze_objects() -> None:
+    """Exempt what is in memory now from full garbage collections, each of which would delay all requests by .1 s or more.
+
+    Objects that were exempt before, such as those of a model that was replaced, are collected first.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 class ModelPool:
@@ -430,6 +442,7 @@ class ModelPool:
 
     def start(self) -> None:
         """Start the workers, and look for newer runs."""
+        freeze_objects()
         for served in self.served.values():
             served.worker.start()
         if self.settings.reload_seconds:
@@ -446,6 +459,7 @@ class ModelPool:
         self.stopped.set()
         for served in self.served.values():
             served.worker.stop()
+        gc.unfreeze()
 
     def get(self, name: str | None) -> ServedModel:
         """Return a model by name; without a name, the only model. Raises `RequestError` (404)."""

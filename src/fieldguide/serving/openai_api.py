@@ -32,7 +32,7 @@ from fieldguide.serving.openai_types import (
     ImageRequest,
     check_fields,
 )
-from fieldguide.serving.row_types import to_series
+from fieldguide.serving.row_types import to_cells
 from fieldguide.serving.state import ServerState
 from fieldguide.serving.subtitles import FORMATS, format_transcript
 from fieldguide.serving.waiting import answer_request, read_in_thread, wait_for_answer
@@ -430,8 +430,7 @@ async def hear_form(http: HttpRequest, form: FormData, task: str) -> Response:
         folder = RequestFolder(state.settings)
         try:
             path = folder.store_media(field, content, kind, "file")
-            frame = to_series(None, field.name, [path]).to_frame()
-            return Request(model, options, folder, frame)
+            return Request(model, options, folder, {field.name: to_cells(None, [path])})
         except BaseException:
             folder.remove()
             raise

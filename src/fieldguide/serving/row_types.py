@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Annotated, Any, Literal, Union
@@ -162,24 +162,41 @@ def list_options(options: Struct) -> dict[str, Any]:
     return {name: value for name in fields if (value := getattr(options, name)) is not UNSET}
 
 
-def to_series(field: InputField | None, name: str, cells: list[Any]) -> pl.Series:
-    """Return the cells of a column as a series of a type that depends on the input, not on the cells of a request.
+@dataclass(frozen=True)
+class Cells:
+    """The cells of a column in a request, and the type of the column; None if polars chooses it."""
 
-    So a row is read the same alone and among others.
+    values: list[Any]
+    dtype: Any
+
+
+def to_cells(field: InputField | None, cells: list[Any]) -> Cells:
+    """Return the cells of a column with a type that depends on the input, so that a row is read the same alone and among others.
+
+    The type of a date, and of a column that the model does not know, depends on the cells: number or text.
     """
     kind = field.kind if field is not None else ""
     if kind == "messages":
-        turns = [cell if cell is None or isinstance(cell, str) else [message_to_dict(m) for m in cell] for cell in cells]
-        return pl.Series(name, turns, strict=False)
+        is_plain = lambda cell: cell is None or isinstance(cell, str)
+        return Cells([cell if is_plain(cell) else [message_to_dict(m) for m in cell] for cell in cells], None)
     if kind == "list":
-        return pl.Series(name, cells, dtype=pl.List(pl.String))
+        return Cells(cells, pl.List(pl.String))
     if kind == "boxes":
-        return pl.Series(name, cells, strict=False)
-    if kind == "number" or (field is None and all(type(cell) in (int, float, type(None)) for cell in cells)):
-        return pl.Series(name, [None if cell is None else float(cell) for cell in cells], dtype=pl.Float64)
-    if kind == "date" and all(type(cell) in (int, float, type(None)) for cell in cells):
-        return pl.Series(name, cells, dtype=pl.Float64)
-    return pl.Series(name, list(map(to_text, cells)), dtype=pl.String)
+        return Cells(cells, None)
+    if kind == "number" or (kind in ("", "date") and all(type(cell) in (int, float, type(None)) for cell in cells)):
+        return Cells([None if cell is None else float(cell) for cell in cells], pl.Float64)
+    return Cells(list(map(to_text, cells)), pl.String)
+
+
+def build_frame(tables: Sequence[Mapping[str, Cells]]) -> pl.DataFrame:
+    """Return the rows of one or several requests with equal columns as one table."""
+    joined = {name: [value for table in tables for value in table[name].values] for name in tables[0]}
+    return pl.DataFrame(
+        [
+            pl.Series(name, values, tables[0][name].dtype, strict=tables[0][name].dtype is not None)
+            for name, values in joined.items()
+        ]
+    )
 
 
 def to_text(cell: Any) -> str | None:
