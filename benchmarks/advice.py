@@ -3,10 +3,9 @@
     python benchmarks/advice.py --out advice.jsonl [--only iris,adult] [--minutes 1,3] [--candidates 3] [--load] [--table]
 
 For each data set and time: the test score of `fieldguide fit DATA --minutes M`, of the same with `--model` for each of the next best
-candidates, of the best baseline, and of a peer's default where one is installed (AutoGluon for tables, statsforecast's AutoETS for
-series). With --load, a second process keeps one core busy. Every run is a process of its own; lines that exist are not run again.
---table prints the regret of the advised model: what the best candidate in hindsight scores more, in standard errors of the test
-score.
+candidates, of the best baseline, and with --peers, of another library's usual recipe (`peers.py`), which must be installed. With --load,
+a second process keeps one core busy. Every run is a process of its own; lines that exist are not run again. --table prints the regret of
+the advised model: what the best candidate in hindsight scores more, in standard errors of the test score.
 """
 
 from __future__ import annotations
@@ -40,6 +39,13 @@ REAL: dict[str, tuple[str, dict[str, str]]] = {
     "bccd": ("bccd", {"task": "object-detection"}),
     "beauty": ("beauty.csv", {"task": "recommendation"}),
     "daquar": ("daquar.csv", {"task": "visual-question-answering", "target": "answer"}),
+}
+
+PEERS = {
+    **dict.fromkeys(("adult", "california", "breast-cancer", "diabetes"), "autogluon"),
+    **dict.fromkeys(("cifar10", "digits"), "timm"),
+    **dict.fromkeys(("trec", "clinc", "imdb", "docstrings"), "transformers"),
+    "etth1": "statsforecast",
 }
 
 
@@ -83,24 +89,11 @@ def run_fit(path: str, minutes: float, options: dict[str, str], model: str = "au
     }
 
 
-def run_autogluon(path: str, minutes: float, target: str) -> dict[str, Any]:
-    """Return the score of AutoGluon's default on the test rows of the same split, or why there is none."""
-    code = f"""
-import json, sys, tempfile, pandas as pd, numpy as np
-import fieldguide
-from fieldguide.data.splits import split
-source = fieldguide.read({path!r}, target={target!r})
-parts = split(source, seed=0)
-rows = source.rows.to_pandas()
-from autogluon.tabular import TabularPredictor
-with tempfile.TemporaryDirectory() as folder:
-    train = rows.iloc[np.concatenate([parts.train, parts.validation])]
-    predictor = TabularPredictor({target!r}, path=folder, verbosity=0).fit(train, time_limit={60 * minutes!r})
-    found = predictor.evaluate(rows.iloc[parts.test], auxiliary_metrics=True)
-print(json.dumps({{k: float(v) for k, v in found.items()}}))
-"""
+def run_peer(peer: str, path: str, minutes: float, options: dict[str, str]) -> dict[str, Any]:
+    """Return the scores of a peer's recipe on the test rows of the same split, or why there are none."""
+    command = [sys.executable, str(Path(__file__).with_name("peers.py")), peer, path, f"{minutes:g}", json.dumps(options)]
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1][:200]}
     return {"scores": json.loads(done.stdout.strip().splitlines()[-1]), "seconds": round(time.monotonic() - started, 1)}
@@ -124,8 +117,8 @@ def measure(arguments: argparse.Namespace) -> None:
             names = list(dict.fromkeys([*first.get("raced", ()), *first.get("others", ())]))[: arguments.candidates]
             for model in names:
                 run(lines, arguments, key, model, functools.partial(run_fit, path, minutes, options, model))
-            if arguments.peers and name in ("adult", "california"):
-                run(lines, arguments, key, "autogluon", functools.partial(run_autogluon, path, minutes, options["target"]))
+            if arguments.peers and name in PEERS:
+                run(lines, arguments, key, PEERS[name], functools.partial(run_peer, PEERS[name], path, minutes, options))
 
 
 def run(

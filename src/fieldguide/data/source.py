@@ -137,7 +137,8 @@ def find_boundary(source: Path) -> Path | None:
 
 def is_inside(path: str | Path, folder: Path) -> bool:
     """Return whether a path, without `..`, is in a folder. Symbolic links are not followed: whoever made them placed them there."""
-    return Path(os.path.normpath(os.path.abspath(path))).is_relative_to(os.path.normpath(folder.absolute()))
+    outer = os.path.abspath(folder).rstrip(os.sep)  # strings, since paths take .05 ms for each of many files
+    return f"{os.path.abspath(path)}{os.sep}".startswith(outer + os.sep)
 
 
 def sha256(content: bytes) -> str:
@@ -147,6 +148,9 @@ def sha256(content: bytes) -> str:
 
 def relative_path(path: Path, root: Path) -> str:
     """Return the POSIX path relative to `root`, or the full path if it is outside."""
+    full, start = os.fspath(path), os.fspath(root).rstrip(os.sep) + os.sep
+    if full.startswith(start):  # the usual case, without the time that comparing paths takes
+        return full[len(start) :].replace(os.sep, "/")
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 

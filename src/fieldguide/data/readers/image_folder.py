@@ -241,6 +241,7 @@ class FolderWalk:
         self.root, self.hidden, self.links = root.resolve(), 0, list[Path]()
         self.suffixes, self.others = suffixes, others
         self.seen: dict[Path, list[Path]] = {}
+        self.below: dict[Path, list[Path]] = {}  # folders in each folder
         self.filled: dict[Path, bool] = {}
 
     def entries(self, folder: Path) -> list[Path]:
@@ -260,7 +261,9 @@ class FolderWalk:
 
     def folders(self, folder: Path) -> list[Path]:
         """Return the folders in a folder."""
-        return [p for p in self.entries(folder) if p.is_dir() and not p.is_symlink()]
+        if folder not in self.below:
+            self.below[folder] = [p for p in self.entries(folder) if p.is_dir() and not p.is_symlink()]
+        return self.below[folder]
 
     def is_media(self, path: Path) -> bool:
         """Return whether a file name has one of the suffixes that the reader looks for."""
