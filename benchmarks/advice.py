@@ -137,7 +137,7 @@ def run(
     lines.append(line)
     with open(arguments.out, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    score = line.get("score", math.nan)
+    score = line.get("score", next(iter(line.get("scores", {}).values()), math.nan))
     print(f"{key['data']:14} {key['minutes']:4g} min  {who:24} {score:.4f}  {line.get('failed', '')}", flush=True)
     return line
 
@@ -151,9 +151,9 @@ def print_table(lines: list[dict[str, Any]]) -> None:
     groups: dict[tuple, dict[str, Any]] = defaultdict(dict)
     for line in lines:
         groups[line["data"], line["minutes"], line["load"]][line["who"]] = line
-    print("| data | min | load | metric | advised | model | best candidate | baseline | regret (errors) | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    close, above, over = [], [], []
+    print("| data | min | load | metric | advised | model | best candidate | baseline | peer | regret (errors) | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    close, above, beaten, over = [], [], [], []
     for (name, minutes, load), runs in groups.items():
         own = runs.get("advised", {})
         if "score" not in own:
@@ -169,16 +169,20 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         better = max(sign * others[best], sign * own["score"]) if best else sign * own["score"]
         close.append(sign * own["score"] >= better - 0.01 * abs(better))
         above.append(sign * own["score"] >= sign * baseline - own["error"])
+        peer = PEERS.get(name, "")
+        found = runs.get(peer, {}).get("scores", {}).get(own["metric"])
+        if found is not None:
+            beaten.append(sign * own["score"] > sign * abs(found))  # AutoGluon's errors are negative
         over.append(own["seconds"] / (60 * minutes) - 1)
         best_text = f"{others[best]:.4g} ({best})" if best else ""
         print(
             f"| {name} | {minutes:g} | {'yes' if load else ''} | {own['metric']} | {own['score']:.4g} | {own['model']} | {best_text} "
-            f"| {baseline:.4g} | {regret:+.1f} | {own['seconds']:.0f} |"
+            f"| {baseline:.4g} | {f'{abs(found):.4g} ({peer})' if found is not None else ''} | {regret:+.1f} | {own['seconds']:.0f} |"
         )
     if close:
         print(
             f"\nwithin 1 % of the best: {sum(close)} of {len(close)}; at least the baseline (within an error): {sum(above)} of "
-            f"{len(above)}; longest overrun {100 * max(over):+.0f} %"
+            f"{len(above)}; better than the peer: {sum(beaten)} of {len(beaten)}; longest overrun {100 * max(over):+.0f} %"
         )
 
 
