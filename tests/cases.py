@@ -472,6 +472,12 @@ def encode_classes(layer: nn.Linear, classes: Tensor) -> Tensor:
     return nn.functional.linear(codes, layer.weight, layer.bias)
 
 
+def predict_with_gradients(learner: Any, R: Tensor, y_train: Tensor, softmax_temperature: float, **_: Any) -> Tensor:
+    """Return the probabilities of the package's prediction by one node, which computes them without gradients."""
+    outputs = learner._icl_predictions(R, y_train)[:, y_train.shape[1] :, : len(y_train.unique())]
+    return (outputs / softmax_temperature).softmax(-1)
+
+
 class TabICLPackage(nn.Module):
     """The network of the authors' package for a stored context, whose columns are already normalized."""
 
@@ -500,6 +506,10 @@ class TabICLPackage(nn.Module):
         for module in self.peer.modules():  # it encodes classes in float32, whatever the precision of its weights
             if isinstance(module, OneHotAndLinear):
                 module.forward = functools.partial(encode_classes, module)
+        learner = self.peer.icl_predictor
+        # With many classes, the package changes the tokens in place between two passes, which gradients do not allow.
+        self.peer.col_embedder.tf_col.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
+        learner._predict_standard = functools.partial(predict_with_gradients, learner)
         columns = c.numbers + len(c.categories)
         for name in ("mean", "std", "power", "power_mean", "power_std"):
             self.register_buffer(name, torch.empty(columns))
@@ -523,9 +533,19 @@ class TabICLPackage(nn.Module):
         for order, shift in zip(self.order, self.shift):
             pattern = (torch.arange(c.num_classes) - shift) % c.num_classes  # class -> its number for this view
             y = pattern[self.target.long()].to(x.dtype) if c.max_classes else self.target
+            if 0 < c.max_classes < c.num_classes:
+                found.append(self.predict_many_classes(x[:, order], y)[:, pattern])
+                continue
             out = self.peer(x[None, :, order], y[None])[0, -len(numbers) :]
             found.append(out[:, pattern] / 0.9 if c.max_classes else out.mean(1, keepdim=True))
         return torch.stack(found).mean(0)
+
+    def predict_many_classes(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the logits of the rows after those with classes, as the package does in evaluation mode."""
+        learner, count = self.peer.icl_predictor, len(y)
+        rows = self.peer.row_interactor(self.peer.col_embedder(x[None], y[None]))[0]
+        learner._fit_hierarchical(rows[:count], y)
+        return torch.log(learner._predict_hierarchical(rows[count:]) + 1e-6)
 
 
 def tabicl_package(**arguments: Any) -> Callable[[nn.Module], Peer]:

@@ -81,11 +81,16 @@ def order_rows(targets: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate([order[first], np.delete(order, first)])
 
 
+def count_least_rows(network: Any) -> int:
+    """Return the least number of rows of a context, in which every class has one."""
+    return max(MIN_CONTEXT, network.config.num_classes)
+
+
 def limit_rows(problem: Problem, columns: int, views: int) -> int:
     """Return how many rows of context the memory allows."""
     network: Any = problem.network
     kept = min(MAX_MEMORY_FRACTION * ram(), network.MAX_KEPT_BYTES) / network.estimate_kept_bytes(1, views)
-    return max(MIN_CONTEXT, int(min(kept, MAX_CELLS / columns)))
+    return max(count_least_rows(network), int(min(kept, MAX_CELLS / columns)))
 
 
 def choose_sizes(problem: Problem, rows: np.ndarray, targets: np.ndarray, order: np.ndarray) -> tuple[int, int]:
@@ -95,7 +100,8 @@ def choose_sizes(problem: Problem, rows: np.ndarray, targets: np.ndarray, order:
     if math.isinf(left):
         views = VIEWS_WITHOUT_LIMIT
         return min(most, limit_rows(problem, rows.shape[1], views)), views
-    trial = order[: min(TRIAL_ROWS, most)]
+    least = count_least_rows(problem.network)
+    trial = order[: min(max(TRIAL_ROWS, least), most)]
     network: Any = store(problem, rows[trial], targets[trial], 1)
     batch = next(iter_batches(problem))
     started = time.monotonic()
@@ -105,8 +111,8 @@ def choose_sizes(problem: Problem, rows: np.ndarray, targets: np.ndarray, order:
     seconds = lambda count: network.count_work(count, TEST_FACTOR * len(problem.validation)) / speed
     left = problem.deadline - time.monotonic()
     count = most
-    while count > MIN_CONTEXT and seconds(count) > CONTEXT_TIME_FRACTION * left:
-        count = max(MIN_CONTEXT, int(0.7 * count))
+    while count > least and seconds(count) > CONTEXT_TIME_FRACTION * left:
+        count = max(least, int(0.7 * count))
     views = max(1, min(MAX_VIEWS, int(VIEWS_TIME_FRACTION * left / max(seconds(count), 1e-6))))
     while views > 1 and count > limit_rows(problem, rows.shape[1], views):
         views -= 1

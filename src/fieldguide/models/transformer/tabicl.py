@@ -6,7 +6,8 @@ positions that tell equal columns apart, gives the vector of the row; rows atten
 therefore have ten times as many rows as for TabPFN.
 
 The weights are on the Hugging Face Hub at jingang/TabICL under the BSD 3-clause licence, like the authors' code. They were trained on
-tables of up to 60,000 rows, 100 columns and 10 classes; the training rows become the context (`Card.solver`). Classes only.
+tables of up to 60,000 rows, 100 columns and 10 classes (more are told apart by groups); the training rows become the context
+(`Card.solver`). Classes only.
 
 Initialization: as torch's layers; inducing points and class tokens truncated normal of 0.02; the context random rows.
 Shapes: B batch, C rows of the context, F columns, D width of a token, E = 4 D width of a row.

@@ -6,7 +6,8 @@ columns of a row gives the vector of the row, and rows attend to the labeled row
 keys, and a network with 999 quantiles predicts numbers.
 
 The weights are on the Hugging Face Hub at jingang/TabICL under the BSD 3-clause licence, like the authors' code. They were trained on
-tables of 300 to 48,000 rows, 1 to 100 columns and at most 10 classes; the training rows become the context (`Card.solver`).
+tables of 300 to 48,000 rows, 1 to 100 columns and at most 10 classes; more are told apart by groups, in the tokens by the digits of the
+class number. The training rows become the context (`Card.solver`).
 
 Initialization: as torch's layers; inducing points and class tokens truncated normal of 0.02; the context random rows.
 Shapes: B batch, C rows of the context, F columns, G = F groups of columns, D width of a token, E = 4 D width of a row.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from fieldguide.models.transformer._shared.table_context import (
     Learner,
     Rotation,
     RowInteraction,
+    split_digits,
 )
 
 
@@ -83,19 +86,30 @@ class TabICLv2(InContextNetwork):
         outputs = c.max_classes or c.quantiles
         self.learner = Learner(width, c.depth, c.heads, c.expansion * width, c.max_classes, outputs, True, c.norm_bias)
 
-    def embed_context(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[KeysValues]]:  # C F, C -> C G D
-        tokens = self.columns(x) + self.encode_target(self.columns.target, y)
-        keys: list[KeysValues] = []
-        for block in self.columns.blocks:
-            keys.append(block.keys(tokens))
-            tokens = block(tokens, keys[-1])
-        return tokens.transpose(0, 1), keys
+    def embed_context(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[list[KeysValues]]]:  # C F, C -> C G D
+        """Return the mean of the tokens for each digit of the classes, of which there is one if the network can tell them apart."""
+        start, c = self.columns(x), self.config
+        digits = split_digits(y, c.num_classes, c.max_classes) if c.max_classes else [y]
+        total: Any = 0.0
+        found = []
+        for digit in digits:
+            tokens, keys = start + self.encode_target(self.columns.target, digit), []
+            for block in self.columns.blocks:
+                keys.append(block.keys(tokens))
+                tokens = block(tokens, keys[-1])
+            total = total + tokens
+            found.append(keys)
+        return total.transpose(0, 1) / len(digits), found
 
-    def embed_rows(self, x: Tensor, keys: list[KeysValues]) -> Tensor:  # B F -> B G D
-        tokens = self.columns(x)
-        for block, each in zip(self.columns.blocks, keys):
-            tokens = block(tokens, each)
-        return tokens.transpose(0, 1)
+    def embed_rows(self, x: Tensor, keys: list[list[KeysValues]]) -> Tensor:  # B F -> B G D
+        start = self.columns(x)
+        total: Any = 0.0
+        for each in keys:
+            tokens = start
+            for block, own in zip(self.columns.blocks, each):
+                tokens = block(tokens, own)
+            total = total + tokens
+        return total.transpose(0, 1) / len(keys)
 
 
 WEIGHTS = {**name_stages(is_scaled=True), "col_embedder.y_encoder.*": "columns.target.*"}

@@ -3,6 +3,9 @@
 A network of this kind is pretrained on synthetic tables and never trained on a user's. Its context are labeled rows that it reads
 together with each request; they are stored in buffers, so that a run with a context is saved and loaded like any network.
 
+More classes than the network tells apart are divided into groups, groups into groups, and so on (section 5.4 of the same paper): a node
+of this tree is a prediction of the group among the context rows that belong to the node.
+
 Rows of a request never see each other, and the context never sees them. The context is therefore encoded once, and what the rows of
 a request need of it, keys and values, is kept until weights or context change.
 
@@ -13,7 +16,9 @@ E width of a row, I inducing points, h heads, d width of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,10 +31,40 @@ from fieldguide.models.layers.dot_product_attention import dot_product_attention
 TEMPERATURE = 0.9  # of the softmax over classes, as in the authors' code
 MAX_SCALED = 100.0  # standardized values are limited to it
 EPSILON = 1e-6  # added to standard deviations
+SMALLEST_PROBABILITY = 1e-6  # added to the probabilities of more classes than the network can tell apart
 MAX_CELLS = 200_000  # tokens of rows that interact at a time, to bound memory
 CACHED_BYTES = 2_000_000_000  # keys and values of the context that are kept between requests
 
 KeysValues = tuple[Tensor, Tensor]
+Node = tuple[int, ...]  # the first class of each group, and the class after the last one
+
+
+def build_tree(first: int, last: int, most: int) -> list[Node]:
+    """Return the nodes that tell apart the classes from `first` to `last` - 1 by at most `most` groups, the root first.
+
+    Groups are ranges of classes of about the same size, as few as possible, as in the authors' code; those of a leaf are single classes.
+    """
+    count = last - first
+    if count <= most:
+        return [tuple(range(first, last + 1))]
+    groups = min(math.ceil(count / most), most)
+    edges = [first]
+    for left in range(groups, 0, -1):
+        edges.append(edges[-1] + math.ceil((last - edges[-1]) / left))
+    return [tuple(edges), *(node for pair in pairwise(edges) for node in build_tree(*pair, most))]
+
+
+def split_digits(y: Tensor, classes: int, most: int) -> list[Tensor]:
+    """Return the digits of class numbers in the smallest base for which as few digits as possible with `most` values suffice.
+
+    Each digit divides the classes into groups in another way, the first one into ranges (mixed radix in the authors' code).
+    """
+    digits, base = 1, 2
+    while most**digits < classes:
+        digits += 1
+    while base**digits < classes:
+        base += 1
+    return [y // base**place % base for place in reversed(range(digits))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,12 +314,37 @@ class TableContext(nn.Module):
             return self.target
         return (self.target - self.shift[number]) % self.config.num_classes
 
-    def forward(self, outputs: Tensor, number: int) -> Tensor:  # B outputs -> B num_classes
+    def list_nodes(self) -> list[Node]:
+        """Return the nodes of the tree of classes, the root first; one node for numbers."""
+        c = self.config
+        return build_tree(0, c.num_classes, c.max_classes) if c.max_classes else [(0, 1)]
+
+    def select(self, y: Tensor, node: Node) -> tuple[Tensor | slice, Tensor]:
+        """Return which context rows belong to a node, given their class numbers y (C), and their groups."""
+        c, first, last = self.config, node[0], node[-1]
+        if not c.max_classes or last - first == c.num_classes == len(node) - 1:
+            return slice(None), y
+        if y.is_meta:  # classes of the same size: when shapes or costs are computed
+            return (some := slice(-(-len(y) * (last - first) // c.num_classes))), y[some]
+        rows = ((y >= first) & (y < last)).nonzero()[:, 0]
+        return rows, torch.bucketize(y[rows], y.new_tensor(node[1:]), right=True)
+
+    def forward(self, outputs: Sequence[Tensor], number: int) -> Tensor:  # B outputs for each node -> B num_classes
         """Return the logits of a view in the usual order of classes, or its mean prediction."""
-        if not self.config.max_classes:
-            return outputs.mean(1, keepdim=True)
-        usual = (torch.arange(self.config.num_classes, device=outputs.device) - self.shift[number]) % self.config.num_classes
-        return outputs[:, usual] / TEMPERATURE
+        c = self.config
+        if not c.max_classes:
+            return outputs[0].mean(1, keepdim=True)
+        logits = outputs[0][:, : c.num_classes] / TEMPERATURE if len(outputs) == 1 else self.join_nodes(outputs)
+        return logits[:, (torch.arange(c.num_classes, device=logits.device) - self.shift[number]) % c.num_classes]
+
+    def join_nodes(self, outputs: Sequence[Tensor]) -> Tensor:  # B outputs for each node -> B num_classes
+        """Return the logarithms of the probabilities of classes: the products of those of their groups."""
+        total = outputs[0].new_zeros(len(outputs[0]), self.config.num_classes)
+        for node, each in zip(self.list_nodes(), outputs):
+            logp = (each[:, : len(node) - 1] / TEMPERATURE).log_softmax(-1)  # B groups
+            sizes = torch.tensor(node, device=each.device).diff()
+            total[:, node[0] : node[-1]] += logp.repeat_interleave(sizes, 1, output_size=node[-1] - node[0])
+        return (total.exp() + SMALLEST_PROBABILITY).log()
 
 
 def apply_yeo_johnson(x: Tensor, power: Tensor) -> Tensor:  # B F, F -> B F
@@ -301,8 +361,8 @@ def apply_yeo_johnson(x: Tensor, power: Tensor) -> Tensor:  # B F, F -> B F
 class InContextNetwork(nn.Module):
     """A network that predicts from labeled rows: numbers and categories -> class logits, or a value.
 
-    Subclasses define `embed_context` and `embed_rows`. Raises `SettingsError` for more classes than the network can tell apart, for
-    the wrong kind of target, and on prediction without a context.
+    Subclasses define `embed_context` and `embed_rows`. Raises `SettingsError` for the wrong kind of target, and on prediction without
+    a context.
     """
 
     MAX_KEPT_BYTES = CACHED_BYTES
@@ -326,20 +386,15 @@ class InContextNetwork(nn.Module):
                 "this checkpoint predicts classes, but the target is a number. Start from its regressor, such as "
                 "hf:jingang/TabICL/tabicl-regressor-v2-20260212.ckpt"
             )
-        if config.num_classes > max(config.max_classes, 1):
-            raise SettingsError(
-                f"the target has {config.num_classes} classes, and this network can tell apart {config.max_classes}. Leave out "
-                "--weights, or join rare classes"
-            )
         self.config = config
         self.context = TableContext(config)
         self.kept: tuple[Any, list[Any]] | None = None  # of the context: what it depends on, and the keys and values
 
-    def embed_context(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[KeysValues]]:  # C F, C -> C G D
+    def embed_context(self, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:  # C F, C -> C G D
         """Return the tokens of the context, and the keys and values that other rows need to become tokens."""
         raise NotImplementedError
 
-    def embed_rows(self, x: Tensor, keys: list[KeysValues]) -> Tensor:  # B F -> B G D
+    def embed_rows(self, x: Tensor, keys: Any) -> Tensor:  # B F -> B G D
         raise NotImplementedError
 
     def encode_target(self, layer: nn.Linear, y: Tensor) -> Tensor:  # C -> C D
@@ -347,8 +402,8 @@ class InContextNetwork(nn.Module):
             return layer(y[:, None])
         return layer(F.one_hot(y.long(), self.config.max_classes).to(layer.weight.dtype))
 
-    def encode_context(self) -> list[tuple[list[KeysValues], list[KeysValues]]]:
-        """Return, for each view, the keys and values of the columns and of the rows of the context."""
+    def encode_context(self) -> list[tuple[Any, list[list[KeysValues]]]]:
+        """Return, for each view, the keys and values of the columns and, for each node, of the rows of the context."""
         if not self.config.context and not self.context.rows.is_meta:  # shapes are known without rows
             raise SettingsError(
                 "this network predicts from labeled rows, and it has none. Give it some: `fieldguide fit DATA --weights` stores your "
@@ -358,10 +413,14 @@ class InContextNetwork(nn.Module):
         for number in range(self.config.views):
             y = self.context.view_target(number)
             tokens, columns = self.embed_context(self.context.view(self.context.rows, number), y)
-            found.append((columns, self.learner.keys(self.rows(tokens) + self.encode_target(self.learner.target, y))))
+            x, keys = self.rows(tokens), []
+            for node in self.context.list_nodes():
+                rows, groups = self.context.select(y, node)
+                keys.append(self.learner.keys(x[rows] + self.encode_target(self.learner.target, groups)))
+            found.append((columns, keys))
         return found
 
-    def get_context(self) -> list[tuple[list[KeysValues], list[KeysValues]]]:
+    def get_context(self) -> list[tuple[Any, list[list[KeysValues]]]]:
         """Return the encoded context, from an earlier call if weights and context are the same."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_exporting() or self.context.rows.is_meta:
             return self.encode_context()
@@ -379,19 +438,29 @@ class InContextNetwork(nn.Module):
     def estimate_kept_bytes(self, context: int, views: int) -> int:
         """Return the bytes of keys and values of a context."""
         each: Any = self.learner.blocks[0]
-        return 2 * len(self.learner.blocks) * each.up.in_features * context * views * each.up.weight.element_size()
+        rows = round(context * self.count_levels())
+        return 2 * len(self.learner.blocks) * each.up.in_features * rows * views * each.up.weight.element_size()
+
+    def count_levels(self) -> float:
+        """Return how many nodes a row of the context belongs to, on average over classes."""
+        nodes = self.context.list_nodes()
+        return sum(node[-1] - node[0] for node in nodes) / nodes[0][-1]
 
     def count_work(self, context: int, rows: int) -> float:
         """Return about how many multiply-adds one view needs for the context and the rows of requests."""
         columns, width = self.context.mean.numel(), self.learner.target.out_features
         count = lambda module: sum(p.numel() for p in module.parameters() if p.ndim == 2)
-        row = columns * (count(self.columns) + count(self.rows)) + count(self.learner)
-        return (context + rows) * (row + 2.0 * len(self.learner.blocks) * width * context)
+        token, nodes = columns * (count(self.columns) + count(self.rows)), self.context.list_nodes()
+        work = (context + rows) * token
+        for node in nodes:
+            own = context * (node[-1] - node[0]) / nodes[0][-1]
+            work += (own + rows) * (count(self.learner) + 2.0 * len(self.learner.blocks) * width * own)
+        return work
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:  # B N, B K -> B num_classes
         x = self.context.join(numbers, categories)
         total: Any = 0.0
         for number, (columns, keys) in enumerate(self.get_context()):
             row = self.rows(self.embed_rows(self.context.view(x, number), columns))  # B E
-            total = total + self.context(self.learner(row, keys), number)
+            total = total + self.context([self.learner(row, each) for each in keys], number)
         return total / self.config.views
