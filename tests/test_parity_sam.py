@@ -18,7 +18,17 @@ from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.core.packed_masks import decode_mask, encode_mask
 from fieldguide.models.registry import create
 from fieldguide.objectives.object_masks import find_box
-from fieldguide.objectives.prompted_masks import Mask, PromptedMasks, Selection, build_grid, fit_longest, place_mask
+from fieldguide.objectives.prompted_masks import (
+    Mask,
+    PromptedMasks,
+    Selection,
+    build_crops,
+    build_grid,
+    find_last_pixels,
+    fit_longest,
+    is_cut_off,
+    place_mask,
+)
 from fieldguide.tasks.vision.prompted_segmentation import load_square, parse_prompts
 from test_models import batch, tiny
 
@@ -371,7 +381,69 @@ def test_duplicates_are_found_by_boxes_that_end_at_the_last_pixel():
     objective = PromptedMasks(create("sam-test"))
     for overlap, kept in ((0.6, [0.9, 0.8]), (0.4, [0.9])):
         objective.selection = Selection(every=True, overlap=overlap)
-        assert [one.quality for one in objective.remove_duplicates(found)] == kept
+        left = objective.remove_duplicates(found, [one.quality for one in found])
+        assert sorted((one.quality for one in left), reverse=True) == kept
+
+
+def test_of_duplicates_the_mask_of_the_smaller_crop_is_kept():
+    mask = np.zeros((5, 12), dtype=bool)
+    mask[:2, :11] = True
+    objective = PromptedMasks(create("sam-test"))
+    for areas in ((60, 20), (20, 60)):
+        found = [Mask(mask, 0, quality, 1.0, area) for quality, area in zip((0.8, 0.9), areas)]
+        assert [one.crop_area for one in objective.join([*found, Mask(mask[::-1], 0, 0.85, 1.0, 60)])] == (
+            [20, 60] if areas[1] == 20 else [60, 20]
+        )
+
+
+@pytest.mark.parametrize(("size", "layers"), [((60, 42), 2), ((1500, 1000), 2), ((333, 777), 3), ((50, 50), 0)])
+def test_crops_equal_transformers(size, layers):
+    from transformers.models.sam.image_processing_pil_sam import _generate_per_layer_crops
+
+    boxes, numbers = _generate_per_layer_crops(layers, 512 / 1500, size[::-1])
+    assert build_crops(size, layers) == [(number, tuple(box)) for number, box in zip(numbers, boxes)]
+
+
+def test_boxes_that_a_crop_cuts_off():
+    """Equal to transformers' filter, which is that of the authors: an edge of the crop that is one of the image cuts nothing."""
+    from transformers.models.sam.image_processing_pil_sam import _is_box_near_crop_edge
+
+    size, chance, results = (300, 200), np.random.default_rng(0), []
+    for _, crop in build_crops(size, 2):
+        own = (crop[2] - crop[0], crop[3] - crop[1])
+        for _ in range(40):
+            x, y = (np.sort(chance.integers(0, length, 2)) for length in own)
+            inside = torch.tensor([[x[0], y[0], x[1], y[1]]])
+            want = bool(_is_box_near_crop_edge(inside, list(crop), [0, 0, *size]))
+            moved = (x[0] + crop[0], y[0] + crop[1], x[1] + crop[0], y[1] + crop[1])
+            results.append(is_cut_off(tuple(map(int, moved)), crop, size))
+            assert results[-1] == want
+    assert 0.1 < np.mean(results) < 0.9
+
+
+@torch.no_grad()
+def test_masks_of_crops_equal_the_equations(folder, photo, tmp_path):
+    """Each crop as an image of its own; of duplicates of two crops, the mask of the smaller one is kept."""
+    limits = {"min_quality": 0.05, "min_stability": 0.05, "overlap": 0.5}
+    ours, picture = pipeline(folder), Image.open(photo)
+    (answer,) = ours.predict(str(photo), grid=4, crops=2, crop_factor=2, **limits)
+    found = []
+    for layer, corners in build_crops(picture.size, 2):
+        left, top, right, bottom = corners
+        picture.crop(corners).save(tmp_path / "crop.png")
+        (masks,) = ours.predict(str(tmp_path / "crop.png"), grid=max(1, 4 // 2**layer), **limits)
+        for one in masks["masks"]:
+            whole = np.zeros((picture.height, picture.width), bool)
+            whole[top:bottom, left:right] = read_mask(one)
+            box = tuple(int(v) for v in find_last_pixels(whole))
+            if not is_cut_off(box, corners, picture.size):
+                found.append(((right - left) * (bottom - top), one["score"], whole, box))
+    found.sort(key=lambda one: one[0])
+    order = slow_nms(torch.tensor([one[3] for one in found]), torch.tensor([1.0 / one[0] for one in found]), None, 0.5)
+    want = sorted((found[i] for i in order.tolist()), key=lambda one: -one[1])
+    assert len(want) == len(answer["masks"]) and len({one[0] for one in want}) > 1
+    for one, (_, score, mask, _) in zip(answer["masks"], want):
+        assert one["score"] == pytest.approx(score, abs=1e-4) and (read_mask(one) == mask).all()
 
 
 def test_signature_and_errors(folder, photo, tmp_path):

@@ -7,8 +7,10 @@ input, H W sides of an image.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,8 +23,13 @@ from fieldguide.objectives.base import Objective
 from fieldguide.objectives.object_masks import find_box
 
 PROMPTS_AT_ONCE = 32  # that the decoder answers together
+PADDING = -2  # label of points that are none
 MASK_LOGIT = 10.0  # of a pixel in a rough mask; a pixel outside has the negative
 STABILITY_OFFSET = 1.0  # by which the threshold of logits is raised and lowered
+CROP_OVERLAP = 512 / 1500  # of crops of the first layer, as a fraction of the shorter side of the image
+EDGE_PIXELS = 20  # a mask of a crop that comes so close to an inner edge of the crop may be a part of an object
+
+Corners = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,42 @@ class Mask:
     prompt: int
     quality: float
     stability: float
+    crop_area: int = 0  # pixels of the crop in which it was found
+
+
+@dataclass(frozen=True)
+class View:
+    """The image, or a crop of it, with its prompts: C S S, N P 2 in pixels of the input, N P."""
+
+    image: Tensor
+    points: Tensor
+    labels: Tensor
+    corners: Corners
+
+
+def build_crops(size: tuple[int, int], layers: int) -> list[tuple[int, Corners]]:
+    """Return the crops of an image of (width, height), with the layer of each: the image itself is layer 0.
+
+    Layer i has 2^i crops per side, whose overlap is halved from layer to layer (appendix B).
+    """
+    found = [(0, (0, 0, *size))]
+    for layer in range(1, layers + 1):
+        count = 2**layer
+        overlap = int(CROP_OVERLAP * min(size) * 2 / count)
+        wide, high = (math.ceil((overlap * (count - 1) + length) / count) for length in size)
+        for column, row in itertools.product(range(count), repeat=2):
+            left, top = column * (wide - overlap), row * (high - overlap)
+            found.append((layer, (left, top, min(left + wide, size[0]), min(top + high, size[1]))))
+    return found
+
+
+def is_cut_off(box: Corners, crop: Corners, size: tuple[int, int]) -> bool:
+    """Return whether a box of an image of (width, height) comes close to an edge of a crop inside of the image.
+
+    Boxes end at the last pixel here, not behind it.
+    """
+    sides = zip(box, crop, (0, 0, *size))
+    return any(abs(value - edge) <= EDGE_PIXELS < abs(value - border) for value, edge, border in sides)
 
 
 def fit_longest(width: int, height: int, side: int) -> tuple[int, int]:
@@ -83,7 +126,8 @@ def measure_stability(logits: Tensor) -> float:
 class PromptedMasks(Objective):
     """Masks of the prompts of each image. The batch holds `image`, `points`, `point_labels`, and `size` B 2: width and height.
 
-    `rough` B N S S, if present, are rough masks for each prompt, from 0 to 1.
+    `rough` B N S S, if present, are rough masks for each prompt, from 0 to 1. Crops that are searched for further objects are, if present,
+    `crop_images` B V C S S, `crop_points` B V N P 2, `crop_labels` B V N P (-2 alone: no prompt), and `crops` B V 4, their corners.
     """
 
     def __init__(self, model: nn.Module):
@@ -96,9 +140,10 @@ class PromptedMasks(Objective):
         found = []
         sizes_of_images, rough = batch["size"].tolist(), batch.get("rough")
         for i, (image, points, labels) in enumerate(zip(batch["image"], batch["points"], batch["point_labels"])):
-            features, size = self.model.encode(image[None]), (int(sizes_of_images[i][0]), int(sizes_of_images[i][1]))
-            logits = None if rough is None else to_logits(rough[i], features)
-            found.append(self.answer(features, points, labels, size, image.shape[-1], logits))
+            size = (int(sizes_of_images[i][0]), int(sizes_of_images[i][1]))
+            views = [View(image, points, labels, (0, 0, *size)), *list_crops(batch, i)]
+            masks = [one for view in views for one in self.search(view, size, None if rough is None else rough[i])]
+            found.append(self.join(masks) if self.selection.every else masks)
         count = max([1, *map(len, found)])
         pad = lambda values, shape: values + [shape] * (count - len(values))
         sizes = [(int(height), int(width)) for width, height in batch["size"].tolist()]
@@ -111,6 +156,25 @@ class PromptedMasks(Objective):
             **{name: torch.from_numpy(values) for name, values in packed.items()},
         }
 
+    def search(self, view: View, size: tuple[int, int], rough: Tensor | None) -> list[Mask]:
+        """Return the masks of a view, placed in an image of (width, height); of everything without duplicates and parts of objects."""
+        features = self.model.encode(view.image[None])
+        left, top, right, bottom = view.corners
+        logits = None if rough is None else to_logits(rough, features)
+        found = self.answer(features, view.points, view.labels, (right - left, bottom - top), view.image.shape[-1], logits)
+        margins = ((top, size[1] - bottom), (left, size[0] - right))
+        area = (right - left) * (bottom - top)
+        found = [replace(one, mask=np.pad(one.mask, margins), crop_area=area) for one in found]
+        if not self.selection.every:
+            return found
+        whole = [one for one in found if not is_cut_off(find_last_pixels(one.mask), view.corners, size)]
+        return self.remove_duplicates(whole, [one.quality for one in whole])
+
+    def join(self, found: list[Mask]) -> list[Mask]:
+        """Return the masks of all views by descending quality, of duplicates that of the smallest crop."""
+        kept = self.remove_duplicates(found, [1 / one.crop_area for one in found])
+        return sorted(kept, key=lambda one: -one.quality)
+
     def answer(
         self,
         features: Tensor,
@@ -120,7 +184,7 @@ class PromptedMasks(Objective):
         side: int,
         rough: Tensor | None = None,
     ) -> list[Mask]:
-        """Return the masks of an image: those of each prompt in order, or of everything by descending quality.
+        """Return the masks of an image of (width, height): those of each prompt in order, or the good ones of everything.
 
         `rough` N 4h 4w are logits of rough masks of the prompts.
         """
@@ -135,7 +199,7 @@ class PromptedMasks(Objective):
                     stability = measure_stability(placed)
                     if not self.selection.every or stability > self.selection.min_stability:
                         found.append(Mask((placed > 0).cpu().numpy(), first + row, float(own[k]), stability))
-        return self.remove_duplicates(found) if self.selection.every else found
+        return found
 
     def choose(self, quality: Tensor, labels: Tensor, has_mask: bool = False) -> Sequence[int]:  # K, P -> masks
         """Return which masks of a prompt are returned: the best one, the first if the prompt leaves no doubt, as with a rough mask."""
@@ -146,16 +210,34 @@ class PromptedMasks(Objective):
             return others
         return [0] if has_mask or int((labels >= 0).sum()) > 1 else [max(others, key=lambda k: float(quality[k]))]
 
-    def remove_duplicates(self, found: list[Mask]) -> list[Mask]:
-        """Return masks by descending quality, without those whose box overlaps that of a better one."""
-        kept = [one for one in found if one.mask.any()]
-        if not kept:
+    def remove_duplicates(self, found: list[Mask], scores: list[float]) -> list[Mask]:
+        """Return the masks that are not empty, without those whose box overlaps that of one with a higher score."""
+        known = [(one, score) for one, score in zip(found, scores) if one.mask.any()]
+        if not known:
             return []
-        # Boxes end at the last pixel, not behind it, as in the authors' code.
-        boxes = torch.tensor([find_box(one.mask) for one in kept]) - torch.tensor([0.0, 0.0, 1.0, 1.0])
-        scores = torch.tensor([one.quality for one in kept])
-        stays = nms(boxes, scores, torch.zeros(len(kept), dtype=torch.int64), self.selection.overlap)
-        return sorted((one for one, stay in zip(kept, stays.tolist()) if stay), key=lambda one: -one.quality)
+        boxes = torch.tensor([find_last_pixels(one.mask) for one, _ in known], dtype=torch.float32)
+        ranked = torch.tensor([score for _, score in known])
+        stays = nms(boxes, ranked, torch.zeros(len(known), dtype=torch.int64), self.selection.overlap)
+        return [one for (one, _), stay in zip(known, stays.tolist()) if stay]
+
+
+def list_crops(batch: dict[str, Tensor], row: int) -> list[View]:
+    """Return the crops of an image of a batch, without the rows of padding of their prompts."""
+    if "crops" not in batch:
+        return []
+    found = []
+    parts = (batch[name][row] for name in ("crop_images", "crop_points", "crop_labels", "crops"))
+    for image, points, labels, corners in zip(*parts):
+        real = (labels > PADDING).any(1)
+        left, top, right, bottom = (int(value) for value in corners.tolist())
+        found.append(View(image, points[real], labels[real], (left, top, right, bottom)))
+    return found
+
+
+def find_last_pixels(mask: np.ndarray) -> Corners:
+    """Return the box of a mask up to its last pixels, not behind them, as in the authors' code."""
+    left, top, right, bottom = (int(value) for value in find_box(mask))
+    return left, top, right - 1, bottom - 1
 
 
 def build_grid(count: int) -> np.ndarray:  # -> count^2 2

@@ -26,14 +26,14 @@ from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing import ImageTransform
 from fieldguide.objectives import Objective
-from fieldguide.objectives.prompted_masks import PromptedMasks, Selection, build_grid, fit_longest
+from fieldguide.objectives.prompted_masks import PADDING, PromptedMasks, Selection, build_crops, build_grid, fit_longest
 from fieldguide.tasks.base import Arrays, CheckpointAssets, Media, Task
 from fieldguide.tasks.vision.detection_report import open_image
 from fieldguide.tasks.vision.instance_report import paint_masks
 from fieldguide.tasks.vision.signature import PromptedSignature
 
 OBJECT, CORNERS = 1, (2, 3)  # labels of points; 0 is the background
-NO_POINT, PADDING = -1, -2
+NO_POINT = -1
 Prompt = list[tuple[float, float, int]]  # x, y in pixels of the image, and label
 
 
@@ -60,6 +60,10 @@ class PromptedSegmentation(PromptedSignature, Task):
         min_quality: Annotated[float, Limits(0, 1)] = 0.88  # predicted IoU of masks without a prompt
         min_stability: Annotated[float, Limits(0, 1)] = 0.95  # IoU of masks without a prompt, at a higher and a lower threshold
         overlap: Annotated[float, Limits(0, 1)] = 0.7  # IoU of boxes above which masks without a prompt are duplicates
+        crops: Annotated[int, Limits(0, 4)] = (
+            0  # without a prompt: also search 2 x 2 crops for small objects; 2: then 4 x 4, and so on
+        )
+        crop_factor: Annotated[int, Limits(1, 16)] = 1  # by which `grid` is divided from one layer of crops to the next
 
     pictures: ImageTransform
 
@@ -99,6 +103,9 @@ class PromptedSegmentation(PromptedSignature, Task):
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
             points, labels = zip(*(place_prompts(prompts or grid_prompts(o.grid, sizes[i]), sizes[i], p.side) for i in index))
             placed = {"rough": torch.stack([place_masks(rough, p.side)] * len(index))} if rough else {}
+            if o.crops and not prompts:
+                crops = [self.place_crops(paths[i], sizes[i]) for i in index]
+                placed |= {name: torch.stack([one[name] for one in crops]) for name in crops[0]}
             return {
                 **placed,
                 "image": torch.stack([load_square(paths[i], p) for i in index]),
@@ -108,6 +115,21 @@ class PromptedSegmentation(PromptedSignature, Task):
             }
 
         return Batches(len(paths), make)
+
+    def place_crops(self, path: str, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return the crops of an image of (width, height) with their grids, padded to the same number of points."""
+        o, picture = self.predict_options, open_picture(path, self.pictures)
+        found: dict[str, list[Tensor]] = {"crop_images": [], "crop_points": [], "crop_labels": [], "crops": []}
+        for layer, corners in build_crops(size, o.crops)[1:]:
+            own = (corners[2] - corners[0], corners[3] - corners[1])
+            prompts = grid_prompts(max(1, o.grid // o.crop_factor**layer), own)
+            points, labels = place_prompts(prompts, own, self.pictures.side)
+            rest = (0, 0, 0, max(1, o.grid // o.crop_factor) ** 2 - len(prompts))
+            found["crop_images"].append(fit_square(picture.crop(corners), self.pictures))
+            found["crop_points"].append(torch.nn.functional.pad(points, (0, 0, *rest)))
+            found["crop_labels"].append(torch.nn.functional.pad(labels, rest, value=PADDING))
+            found["crops"].append(torch.tensor(corners))
+        return {name: torch.stack(values) for name, values in found.items()}
 
     def predict_batches(self, data: Data, card: Card) -> Batches:
         batches = self.batches(data, card)
@@ -257,8 +279,17 @@ def place_prompts(prompts: Sequence[Prompt], size: tuple[int, int], side: int) -
 
 
 def load_square(path: str, transform: ImageTransform) -> Tensor:  # -> C S S
+    """Return an image of a file; see `fit_square`."""
+    return fit_square(open_picture(path, transform), transform)
+
+
+def open_picture(path: str, transform: ImageTransform) -> Image.Image:
+    """Return an image of a file with the channels of a transform."""
+    return open_image(path).convert("L" if transform.channels == 1 else "RGB")
+
+
+def fit_square(picture: Image.Image, transform: ImageTransform) -> Tensor:  # -> C S S
     """Return an image with its longest side scaled to S, normalized, then padded with zeros at the right and bottom."""
-    picture = open_image(path).convert("L" if transform.channels == 1 else "RGB")
     small = picture.resize(fit_longest(*picture.size, transform.side), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(small)).view(small.height, small.width, -1).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (transform.mean, transform.std))
