@@ -97,6 +97,16 @@ def test_losses_equal_their_formulas(point):
     assert nothing["loss"].item() == 0
 
 
+def test_errors_of_windows_are_weighted():
+    rng = np.random.default_rng(0)
+    batch = {name: torch.tensor(rng.normal(size=(3, n, 1))) for name, n in (("series", 4), ("target", 2))}
+    objective = Forecast(Last(2, (-1.0, 1.0)), ["series"], (0.3, 0.7), "mase", normalise=False)
+    each = [objective({name: x[i : i + 1] for name, x in batch.items()}) for i in range(3)]
+    got = objective({**batch, "weight": torch.tensor([2.0, 0.0, 0.5])[:, None, None]})
+    for name in ("mase", "pinball", "loss"):
+        assert got[name].item() == pytest.approx((2 * each[0][name].item() + 0.5 * each[2][name].item()) / 3, rel=1e-5)
+
+
 def test_pinball_loss_is_minimal_at_the_quantile():
     draws, levels = torch.randn(20_000, generator=torch.Generator().manual_seed(0)), torch.tensor([0.05, 0.5, 0.9])
     tried = torch.linspace(-3, 3, 601)
@@ -461,3 +471,22 @@ def test_baselines_equal_their_definitions():
     assert said["naive"] == pytest.approx(np.full(9, at - 1))
     assert said["seasonal naive"] == pytest.approx(at - 7 + np.arange(9) % 7)
     assert said["drift"] == pytest.approx(at + np.arange(9))  # a line goes on as it is
+
+
+def test_scaled_loss_is_the_score():
+    """With `point="mase"`, errors of standardized values times the weights of their series are the scaled errors of the score."""
+    rng = np.random.default_rng(0)
+    wide = {"ds": [dt.date(2024, 1, 1) + dt.timedelta(days=t) for t in range(80)]}
+    wide |= {name: level * (1 + np.arange(80) % 7) + rng.normal(size=80) for name, level in (("a", 3.0), ("b", 100.0))}
+    wide["flat"] = np.arange(80) % 7 * 1.0
+    made = windows(pl.DataFrame(wide), horizon=5, length=10, season=7, point="mase")
+    part = split(made)
+    task = Forecasting.fit(made.take(part.train), made.context.options)
+    held = made.take(part.validation)
+    batches = task.batches(held, ALONE, Settings())
+    batch = batches.make(np.arange(len(held)), None)
+    errors = (batch["target"].abs() * batch["weight"])[..., 0].mean(1).numpy()
+    values = np.zeros((len(held), 5, 1, 1))
+    known = task.window_errors({"values": values}, task.targets(held))["mase"]
+    np.testing.assert_allclose(errors, known, rtol=1e-4)
+    assert len(np.unique(batch["weight"])) == 3 and "weight" not in task.predict_batches(held, ALONE).make(np.arange(2), None)

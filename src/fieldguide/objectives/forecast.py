@@ -18,6 +18,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.objectives.base import Objective
 
 EPSILON = 1e-5  # added to the variance, as in RevIN
+POINT_LOSSES = ("mae", "mse", "mase")
 
 
 def compute_mean_and_scale(
@@ -44,12 +45,12 @@ class Forecast(Objective):
     """Loss of a network B T C -> B H C Q that predicts a point followed by quantiles.
 
     Batches hold `series` (B T C, without missing values), optionally `observed` (B T C bool: False for filled values),
-    `target` (B H C, NaN for unknown outcomes) and the other `inputs` of the network. The losses are averaged over known
-    outcomes.
+    `target` (B H C, NaN for unknown outcomes), optionally `weight` (B 1 1, by which errors of a window are multiplied) and the other
+    `inputs` of the network. The losses are averaged over known outcomes.
 
     Args:
         quantiles: levels between 0 and 1 in ascending order; the mean pinball loss of these is added to the point loss.
-        point: "mae" or "mse", the loss of the point forecast.
+        point: "mae" or "mse", the loss of the point forecast; "mase" for "mae" with weights of the series.
         normalise: apply reversible instance normalization.
 
     Raises:
@@ -67,8 +68,8 @@ class Forecast(Objective):
         normalise: bool = True,
     ):
         super().__init__()
-        if point not in ("mae", "mse"):
-            raise SettingsError(f"point={point!r} must be mae or mse")
+        if point not in POINT_LOSSES:
+            raise SettingsError(f"point={point!r} must be one of {', '.join(POINT_LOSSES)}")
         if list(quantiles) != sorted(set(quantiles)) or not all(0 < q < 1 for q in quantiles):
             raise SettingsError(f"quantiles={tuple(quantiles)} must be numbers between 0 and 1 in ascending order")
         self.model, self.inputs, self.point, self.normalise = model, tuple(inputs), point, normalise
@@ -98,8 +99,9 @@ class Forecast(Objective):
         values, target = self.compute_predictions(batch), batch["target"]
         known = ~target.isnan()
         target, count = target.nan_to_num(), known.sum().clamp(min=1)
+        known = known * batch.get("weight", 1.0)
         error = (values[..., 0] - target) * known
-        point = (error.abs() if self.point == "mae" else error.square()).sum() / count
+        point = (error.square() if self.point == "mse" else error.abs()).sum() / count
         if not len(self.quantiles):
             return {"loss": point}
         each = pinball_loss(values[..., 1:], target, self.quantiles.to(values.dtype)).mean(-1) * known

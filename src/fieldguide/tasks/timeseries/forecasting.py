@@ -88,7 +88,7 @@ class Forecasting(ForecastSignature, Task):
         test: float | None = None  # the same for test; None: the last fifth, or with many series the last horizon
         known: str = ""  # columns that are known for the future, separated by commas; others are known for the past only
         calendar: bool = True  # use calendar features of each step
-        point: str = "mae"  # loss of the point forecast: mae (median) or mse (mean)
+        point: str = "mae"  # loss of the point forecast: mae (median), mse (mean), or mase (median, as MASE weights the series)
         others: bool = False  # other series of a wide table are covariates known for the past
         normalise: bool = True  # normalize each window by its own past (reversible instance normalization)
 
@@ -230,6 +230,7 @@ class Forecasting(ForecastSignature, Task):
         covariates = self.covariate_tensors(windows, not has_static) if "known" in inputs else None
         static = torch.from_numpy(self.covariates.static_values(windows.table, found)) if has_static else None
         others = self.find_others(found) if self.options.others and covariates is not None else None
+        weights = self.weigh_series(windows) if self.options.point == "mase" else None
         past, future = torch.arange(-length, 0), torch.arange(horizon)
 
         def make(index: np.ndarray, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -243,6 +244,8 @@ class Forecasting(ForecastSignature, Task):
                 batch["observed"] = (real & observed[steps, own])[..., None]
             if answered:
                 batch["target"] = ((self.outcomes(found, s, cuts[:, None] + future) - centre) / scale).float()[..., None]
+                if weights is not None:
+                    batch["weight"] = weights[s, None, None]
             if covariates is not None:
                 measured, known = covariates
                 shift = (group[s] * horizon)[:, None]  # `known` has one extra horizon per group
@@ -256,6 +259,14 @@ class Forecasting(ForecastSignature, Task):
             return batch
 
         return Batches(len(data), make)
+
+    def weigh_series(self, windows: Windows) -> Tensor:  # -> U
+        """Return the weights that turn errors of standardized values into scaled ones; 0 for a series that its past forecasts exactly."""
+        found = windows.panel
+        parts = zip(found.low, windows.train_end, found.column)
+        naive = np.array([seasonal_scale(found.values[low:end, column], self.options.season) for low, end, column in parts])
+        usual = np.isfinite(naive) & (naive > 0)
+        return torch.from_numpy(np.where(usual, self.scales(windows)[1] / np.where(usual, naive, 1), 0)).float()
 
     def outcomes(self, found: panels.Panel, series: Tensor, steps: Tensor) -> Tensor:  # B, B H -> B H
         """Return the actual values in the series' unit; NaN if unknown."""
