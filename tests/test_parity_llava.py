@@ -99,6 +99,28 @@ def test_transformers_folders(folder, tmp_path, named):
     torch.testing.assert_close(ours(None, words), peer(input_ids=words).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_several_images_in_a_row():
+    """Outputs and gradients equal those of transformers, which takes the images of all rows one after another."""
+    ours = tiny("llava", torch.float64, channels=3)
+    peer, rename = huggingface_llava(ours)
+    peer.double().load_state_dict(rename(ours.state_dict()))
+    image, picture = shown(ours.config, 3)[0], ours.config.picture
+    asked = torch.tensor([ours.expand_image_tokens([1, picture, 5, picture, 6])] * 2)
+    more = torch.randn(2, 2, *image.shape[1:], dtype=torch.float64)
+    everything = torch.ones_like(asked, dtype=torch.bool)
+    got, want = ours(more, asked, everything), peer(more.flatten(0, 1), asked, everything)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    for outputs in (got, want):
+        outputs.square().sum().backward()
+    known = dict(peer.named_parameters())
+    for name, grad in rename({name: p.grad for name, p in ours.named_parameters() if p.grad is not None}).items():
+        torch.testing.assert_close(grad, known[name].grad, rtol=1e-7, atol=1e-9)
+    first = torch.tensor([ours.expand_image_tokens([1, picture, 5, 6])] * 2)  # the second image of a row is not asked about
+    torch.testing.assert_close(ours(more, first), ours(more[:, 0], first))
+    with pytest.raises(DataError, match="4 images has"):
+        ours(more, asked[:, :-2])
+
+
 @torch.no_grad()
 def test_transformers_reads_written_folders(tmp_path):
     ours = tiny("llava", torch.float32, channels=3)

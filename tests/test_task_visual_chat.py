@@ -18,10 +18,12 @@ from fieldguide.data.conversation_images import IMAGE_MARK
 from fieldguide.inference.image_to_text import ImageToText
 from fieldguide.models.registry import card
 from fieldguide.tasks import infer_task, task
+from fieldguide.tasks.multimodal.visual_chat import join_rows, list_images
 from fieldguide.training import peft
 from fieldguide.training.state import Interrupted
 from test_parity_qwen2_5_vl import processor
 from test_tasks_resume import StopAt, log
+from tv import transformers
 from visual_chats import NAMES, QUESTION, make_row, read_rows, write_checkpoint, write_digits, write_rows
 
 KINDS = ["llava", "qwen2.5-vl"]
@@ -73,9 +75,9 @@ DAMAGE = {  # check -> how a row is changed
     "missing-file": lambda row: make_row("path", "images/gone.png", "one"),
     "truncated-image": lambda row: make_row("path", "images/cut.png", "one"),
     "empty-file": lambda row: make_row("path", "images/empty.png", "one"),
-    "messages-with-several-images": lambda row: {
+    "messages-with-more-than-16-images": lambda row: {
         "messages": [
-            {"role": "user", "content": [{"type": "image", "path": f"images/{i}.png"} for i in (1, 2)]},
+            {"role": "user", "content": [{"type": "image", "path": f"images/{i}.png"} for i in range(17)]},
             row["messages"][1],
         ]
     },
@@ -179,8 +181,71 @@ def test_texts_with_image_tokens_and_long_rows_are_reported(folders, tmp_path):
     data = fieldguide.read(folders[0])
     chat = fitted(data, folders[1]["llava"])
     chat.options = chat.options.__class__(**{**vars(chat.options), "length": 10})
-    with pytest.raises(DataError, match=r"messages\.jsonl:1: the image and the text before it have more than the 10 tokens"):
+    with pytest.raises(DataError, match=r"messages\.jsonl:1: the images and the text before them have more than the 10 tokens"):
         chat.batches(data, card("llava"), Settings())
+
+
+# Several images
+
+
+def make_pairs(folder, rows):
+    """Write conversations about one, two or three images of a folder, of which three rows share the first; return their file."""
+    made = []
+    for i in range(rows):
+        parts = []
+        for k in range(1 + i % 3):
+            parts += [{"type": "image", "path": f"images/{i // 3 * 3 + k}.png"}, {"type": "text", "text": f"Image {k + 1}. "}]
+        made.append({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": NAMES[i % 10]}]})
+    return write_rows(folder / "several.jsonl", made)
+
+
+def test_several_images_are_columns(folders):
+    data = fieldguide.read(make_pairs(folders[0].parent, 12))
+    assert list(data.rows["image_3"].is_not_null()) == [i % 3 == 2 for i in range(12)] and infer_task(data)[0].name == (
+        "image-text-to-text"
+    )
+    groups = task("image-text-to-text").build_examples(data, None).rows["picture"].to_list()
+    assert all((groups[i] == groups[k]) == (i // 3 == k // 3) for i in range(12) for k in range(12))
+    joined = join_rows([["a"], ["b"], [], ["c", "a"], ["b", "c"], ["d"]])
+    assert len({joined[i] for i in (0, 1, 3, 4)}) == 1 and len(set(joined)) == 3
+
+
+@torch.no_grad()
+def test_several_images_equal_transformers(folders):
+    """Tokens of the processor, and logits of the network for a batch of rows with one, two and three images of different sizes."""
+    data = fieldguide.read(make_pairs(folders[0].parent, 6))
+    chat, ready = fitted(data, folders[1]["qwen2.5-vl"]), processor()
+    ready.image_processor.size = {"shortest_edge": 4 * 64, "longest_edge": 9 * 64}
+    ours = fieldguide.load(folders[1]["qwen2.5-vl"])
+    peer = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folders[1]["qwen2.5-vl"]).eval()
+    batch = chat.batches(data, card("qwen2.5-vl"), Settings()).make(np.arange(6), None)
+    got = ours(batch["image"], batch["tokens"], batch["mask"], batch["grid"])
+    assert batch["image"].ndim == 5
+    for i in range(6):
+        parts, photos = [], []
+        for k, path in enumerate(list_images(data)[i]):
+            parts += [{"type": "image"}, {"type": "text", "text": f"Image {k + 1}. "}]
+            photos.append(Image.open(path).convert("RGB"))
+        said = data.rows["messages"][i].to_list()[1]["content"]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": said}]}]
+        told = ready(text=ready.apply_chat_template(messages), images=photos, return_tensors="pt")
+        assert chat.encode(data)[i].tokens.tolist() == told["input_ids"][0].tolist()
+        want = peer(**told).logits[0, :-1]
+        torch.testing.assert_close(got[i][batch["mask"][i]], want, rtol=1e-3, atol=1e-4)
+
+
+def test_several_images_are_tuned_and_answered(folders, tmp_path):
+    data = make_pairs(folders[0].parent, 30)
+    for kind in KINDS:
+        settings = {**QUICK, "steps": 2, "finetune": "lora"}
+        run = fieldguide.fit(data, weights=folders[1][kind], settings=settings, out=tmp_path / kind)
+        said = [r["text"] for r in run.predict(data, max_new_tokens=4)]
+        alone = write_rows(data.parent / "alone.jsonl", read_rows(data)[:2])
+        assert [r["text"] for r in run.predict(alone, max_new_tokens=4)] == said[:2]  # fewer images than in training
+        four = [{"type": "image", "path": f"images/{i}.png"} for i in range(4)]
+        more = write_rows(data.parent / "more.jsonl", [{"messages": [{"role": "user", "content": four}]}])
+        with pytest.raises(DataError, match="4 times, but 3 images"):
+            run.predict(more)
 
 
 # Runs

@@ -3,7 +3,7 @@
 Read are: `messages` whose content is a text or a list of parts, or that are written as JSON; ShareGPT (`conversations` of {from,
 value}); lists of exchanges, such as {human, assistant}; the columns `prompt` and `completion` or `response`; and the columns
 `instruction`, `input` or `context`, and `output` or `response` of Alpaca and Dolly. A column `system` holds the first message.
-Images become a column `image` (`conversation_images`).
+Images become columns `image`, `image_2`, ... (`conversation_images`).
 Identifiers, sources and the like are left out. Pairs of a chosen and a rejected answer are left as they are.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 
 from fieldguide.data import conversation_images
-from fieldguide.data.conversation_images import IMAGE, IMAGE_MARK, PART_TYPES, find_path, list_paths, place_image
+from fieldguide.data.conversation_images import IMAGE_MARK, PART_TYPES, find_path, list_paths, name_columns, place_images
 from fieldguide.data.dataset import BOOKKEEPING
 
 MESSAGES = "messages"
@@ -68,7 +68,7 @@ class Conversations:
     rows: pl.DataFrame
     problems: dict[str, list[int]] = field(default_factory=dict)  # description -> rows
     unused: list[str] = field(default_factory=list)  # columns that are left out
-    images: str | None = None  # column with the paths of images, which may be empty
+    images: tuple[str, ...] = ()  # columns with the paths of images, which may be empty
 
     def add_problem(self, problem: str, row: int) -> None:
         """Note what the messages of a row hold that is not supported."""
@@ -186,12 +186,12 @@ def convert_lists(rows: pl.DataFrame, name: str, pictured: str | None = None) ->
     """Convert a column of lists of messages; `pictured` is the column of their images, if there is one."""
     found = Conversations(rows)
     converted: list[Any] = []
-    paths: list[str | None] = []
+    paths: list[list[str]] = []
     given = rows[pictured].to_list() if pictured else [None] * rows.height
     for i, messages in enumerate(rows[name].to_list()):
         if messages is None:
             converted.append(None)
-            paths.append(None)
+            paths.append([])
             continue
         turns: list[dict[str, Any]] = []
         parts: list[Any] = []
@@ -209,17 +209,19 @@ def convert_lists(rows: pl.DataFrame, name: str, pictured: str | None = None) ->
                 found.add_problem(problem, i)
                 text = text or ""
             turns.append({"role": ROLE_OF.get(str(role).lower(), role), "content": text})
-        path = None
+        own_paths: list[str] = []
         if not any(i in rows_with[-1:] for rows_with in found.problems.values()):
-            turns, path, problem = place_image(turns, parts, list_paths(given[i]))
+            turns, own_paths, problem = place_images(turns, parts, list_paths(given[i]))
             if problem:
                 found.add_problem(problem, i)
         converted.append(turns)
-        paths.append(path)
+        paths.append(own_paths)
     found.rows = rows.with_columns(pl.Series(name, converted, dtype=MESSAGE_TYPE))
     if pictured or any(paths):
-        found.rows = found.rows.drop(pictured or []).with_columns(pl.Series(IMAGE, paths, dtype=pl.String))
-        found.images = IMAGE
+        found.images = tuple(name_columns(max(map(len, paths))))
+        padded = [own + [None] * (len(found.images) - len(own)) for own in paths]
+        columns = [pl.Series(name, values, dtype=pl.String) for name, values in zip(found.images, zip(*padded))]
+        found.rows = found.rows.drop(pictured or []).with_columns(columns)
     if name in MESSAGE_NAMES and MESSAGES not in found.rows.columns:
         found.rows = found.rows.rename({name: MESSAGES})
     return found

@@ -1,8 +1,8 @@
-"""Images in conversations: one column `image` of paths, and `<image>` in the message that the image belongs to.
+"""Images in conversations: columns `image`, `image_2`, ... of paths, and `<image>` in the messages that they belong to, in this order.
 
 Read are parts of messages ({"type": "image", "path" or "url" or "image": ...} and {"type": "image_url", "image_url": {"url": ...}}),
 parts without a file with a column `image` or `images` next to the messages, and `<image>` in the texts (LLaVA) with such a column.
-Without any mark, the image belongs to the first message of the user. A conversation has one image at most.
+Without any mark, images belong to the first message of the user.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ IMAGE_MARK = "<image>"
 IMAGE, COLUMNS = "image", ("image", "images")  # name of the column of paths; names of the columns that are read
 PART_TYPES = ("image", "image_url", "input_image")
 PATH_KEYS = ("path", "image", "url", "image_url", "file_name", "filename")  # of parts and of values of a column
-SEVERAL = "several images"
+MAX_IMAGES = 16  # of a conversation, each of which has a column
+TOO_MANY = f"more than {MAX_IMAGES} images"
 REMOTE = "images at web addresses"
 EMBEDDED = "images that are no files"
 UNPLACED = "another number of images than places for them"
@@ -27,6 +28,11 @@ UNPLACED = "another number of images than places for them"
 def find_column(rows: pl.DataFrame) -> str | None:
     """Return the column with the images of conversations, or None."""
     return next((name for name in rows.columns if name.lower() in COLUMNS), None)
+
+
+def name_columns(count: int) -> list[str]:
+    """Return the names of the columns of paths of conversations with at most `count` images, at least one."""
+    return [IMAGE, *(f"{IMAGE}_{number}" for number in range(2, count + 1))]
 
 
 def find_path(value: Any) -> Any:
@@ -62,10 +68,10 @@ def check_path(path: Any) -> tuple[str | None, str | None]:
     return (unquote(address.path) if address.scheme == "file" else path), None
 
 
-def place_image(
+def place_images(
     turns: list[dict[str, Any]], parts: list[Any], given: list[Any]
-) -> tuple[list[dict[str, Any]], str | None, str | None]:
-    """Return the messages of a conversation with `IMAGE_MARK` where its image is, the path, and the problem, if there is one.
+) -> tuple[list[dict[str, Any]], list[str], str | None]:
+    """Return the messages of a conversation with `IMAGE_MARK` where its images are, their paths, and the problem, if there is one.
 
     `parts` holds the path of each part that is an image, or None; their texts are marks already. `given` are the paths of the column.
     """
@@ -73,7 +79,7 @@ def place_image(
     if parts and all(path is not None for path in parts):
         found = parts
     elif not given:
-        return turns, None, UNPLACED if parts else None
+        return turns, [], UNPLACED if parts else None
     else:
         found = given
         first = next((turn for turn in turns if turn["role"] == "user"), None)
@@ -81,8 +87,9 @@ def place_image(
             first["content"] = "\n".join([*[IMAGE_MARK] * len(given), first["content"] or ""])
             marks = len(given)
         if marks != len(given):
-            return turns, None, UNPLACED
-    if len(found) > 1:
-        return turns, None, SEVERAL
-    path, problem = check_path(found[0])
-    return turns, path, problem
+            return turns, [], UNPLACED
+    if len(found) > MAX_IMAGES:
+        return turns, [], TOO_MANY
+    checked = [check_path(path) for path in found]
+    problem = next((problem for _, problem in checked if problem), None)
+    return turns, [] if problem else [path for path, _ in checked if path is not None], problem

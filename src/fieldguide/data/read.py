@@ -19,7 +19,7 @@ from fieldguide.data import caption_lists, object_columns
 from fieldguide.data.caption_lists import find_image_column
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.conversation_formats import MESSAGES, to_messages
-from fieldguide.data.conversation_images import IMAGE
+from fieldguide.data.conversation_images import MAX_IMAGES, name_columns
 from fieldguide.data.dataset import FILE, Column, Data, Finding, Kind, Role
 from fieldguide.data.media.media_types import MEDIA
 from fieldguide.data.readers.image_folder import has_images
@@ -155,19 +155,27 @@ def convert_columns(raw: RawTable, options: RawOptions) -> RawTable:
         raw.rows, raw.message_problems = found.rows, found.problems
         raw.kinds = {**{n: k for n, k in raw.kinds.items() if n in raw.rows.columns}, MESSAGES: "messages"}
         if found.images:
-            raw.kinds[found.images], raw.optional_media = "image", (found.images,)
+            raw.kinds |= dict.fromkeys(found.images, "image")
+            raw.optional_media = found.images
             raw.roles[MESSAGES] = "feature"  # the assistant's messages are the targets
         if found.unused:
             listed = tuple(f"column {name!r}" for name in found.unused)
             raw.findings.append(
                 Finding("unused-columns", "note", "columns that are no part of conversations", listed, len(listed))
             )
-    if {MESSAGES, IMAGE} <= set(names) and MESSAGES in raw.rows.columns and IMAGE not in raw.rows.columns:
-        raw.rows = raw.rows.with_columns(pl.lit(None, pl.String).alias(IMAGE))  # conversations without images
-        raw.kinds[IMAGE], raw.optional_media = "image", (IMAGE,)
+    if MESSAGES in names and MESSAGES in raw.rows.columns:
+        add_image_columns(raw, names)
     expand_captions(raw, target, names)
     object_columns.check_embedded(raw.rows)
     return object_columns.convert_objects(raw, target, names, options.target_kind)
+
+
+def add_image_columns(raw: RawTable, names: tuple[str, ...]) -> None:
+    """Add empty columns for those of `names` that conversations with fewer images lack."""
+    lacking = [name for name in name_columns(MAX_IMAGES) if name in names and name not in raw.rows.columns]
+    raw.rows = raw.rows.with_columns(pl.lit(None, pl.String).alias(name) for name in lacking)
+    raw.kinds |= dict.fromkeys(lacking, "image")
+    raw.optional_media = (*raw.optional_media, *lacking)
 
 
 def check_is_data(path: Path) -> None:

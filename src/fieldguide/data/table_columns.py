@@ -107,7 +107,7 @@ class TableColumns:
             if role not in roles.values() and (found := column_spec.by_name(role, free)):
                 roles[found] = role
         if not target and column_spec.target in ("last", "named"):
-            chosen = self.choose_target([n for n in self.names if n not in roles])
+            chosen = self.choose_target([n for n in self.names if n not in roles and n not in self.raw.optional_media])
             if chosen:
                 roles[chosen] = "target"
         return roles

@@ -30,7 +30,7 @@ class EncodedRow:
 
 
 class VisualConversations(Conversations):
-    """Encoder of conversations with at most one image each. `picture` is the image token."""
+    """Encoder of conversations with images. `picture` is the image token."""
 
     def __init__(self, text: TextTokenizer, picture: int):
         self.picture = picture
@@ -44,8 +44,8 @@ class VisualConversations(Conversations):
         super().__init__(text, write_parts)
         self.ends = tuple(dict.fromkeys((*text.ends, *([] if self.closing is None else [self.closing]))))
 
-    def encode(self, rows: Sequence[Turns], patches: Sequence[int], place: Callable[[int], str]) -> list[EncodedRow]:
-        """Return the tokens of conversations whose images have these numbers of patches; 0 without an image.
+    def encode(self, rows: Sequence[Turns], patches: Sequence[list[int]], place: Callable[[int], str]) -> list[EncodedRow]:
+        """Return the tokens of conversations, each of whose images has a number of patches.
 
         Where the template writes no end token after the last answer, the row ends with one. Raises `DataError` with the place of a row
         that the template rejects, or whose image it leaves out.
@@ -65,7 +65,9 @@ class VisualConversations(Conversations):
             found.append(self.expand(ids, trained, patches[row], place, row))
         return found
 
-    def encode_prompts(self, rows: Sequence[Turns], patches: Sequence[int], place: Callable[[int], str]) -> list[np.ndarray]:
+    def encode_prompts(
+        self, rows: Sequence[Turns], patches: Sequence[list[int]], place: Callable[[int], str]
+    ) -> list[np.ndarray]:
         """Return the tokens of conversations up to the start of the assistant's next turn."""
         found = []
         for row, turns in enumerate(rows):
@@ -82,15 +84,19 @@ class VisualConversations(Conversations):
         begin = self.text.special.get("bos_token")
         return np.array([] if begin and text.startswith(begin) else self.text.prefix_ids(), dtype=np.int64)
 
-    def expand(self, ids: np.ndarray, trained: np.ndarray, patches: int, place: Callable[[int], str], row: int) -> EncodedRow:
-        """Return a row with the image token repeated once per patch."""
+    def expand(
+        self, ids: np.ndarray, trained: np.ndarray, patches: list[int], place: Callable[[int], str], row: int
+    ) -> EncodedRow:
+        """Return a row with the image token of each image repeated once per patch."""
         is_image = ids == self.picture
-        if is_image.sum() != (patches > 0):
+        if is_image.sum() != len(patches):
+            known = {0: "no image", 1: "one image"}.get(len(patches), f"{len(patches)} images")
             raise DataError(
-                f"{place(row)}: the rendered conversation has {self.image} {int(is_image.sum())} times, but "
-                f"{'one image' if patches else 'no image'}. Remove {self.image} from the texts, or check the chat template."
+                f"{place(row)}: the rendered conversation has {self.image} {int(is_image.sum())} times, but {known}. Remove {self.image} "
+                "from the texts, or check the chat template; a request has at most as many images as the training data."
             )
-        times = np.where(is_image, patches, 1)
+        times = np.ones(len(ids), dtype=np.int64)
+        times[is_image] = patches
         return EncodedRow(np.repeat(ids, times), np.repeat(trained & ~is_image, times))
 
 

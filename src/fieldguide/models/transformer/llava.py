@@ -88,9 +88,10 @@ class Tower(clip.Vision):
 class LLaVA(nn.Module):
     """A decoder that returns the logits of the next token at each position, given images and tokens.
 
-    A sequence has the token `picture` once per patch (see `expand_image_tokens`), or not at all. Padding may be on
-    either side. For generation see `with_images`. Raises `DataError` for sequences longer than `length`, images of
-    another size, and sequences with another number of image tokens.
+    `image` is B C S S or, with several images in a row, B I C S S. A sequence has the token `picture` once per patch (see
+    `expand_image_tokens`), for all images of the row, its first ones, or none. Padding may be on either side. For generation
+    see `with_images`. Raises `DataError` for sequences longer than `length`, images of another size, and sequences with another number
+    of image tokens.
     """
 
     frozen_parts: ClassVar[tuple[str, ...]] = ("vision",)  # in fine-tuning, as published
@@ -137,28 +138,30 @@ class LLaVA(nn.Module):
         """Return the projected patch features."""
         return self.bridge["down"](F.gelu(self.bridge["up"](self.vision(image))))
 
-    def embed(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Tensor:  # B C S S, B T, B T -> B T D
+    def embed(self, image: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Tensor:  # B (I) C S S, B T, B T -> B T D
         """Return the token embeddings, with patch features in place of the image tokens."""
         named = tokens == self.config.picture if mask is None else (tokens == self.config.picture) & mask
         x = self.language.embed(tokens.masked_fill(named, 0))
+        image = image[:, None] if image is not None and image.ndim == 4 else image
+        count = 0 if image is None else image.shape[1]
         if not (torch.compiler.is_compiling() or tokens.is_meta):
-            wanted = {0} if image is None else {0, self.patches}
+            wanted = {number * self.patches for number in range(count + 1)}
             if unexpected := sorted(set(named.sum(1).tolist()) - wanted):
                 raise DataError(
                     f"A sequence has the image token {self.config.picture} {unexpected[0]} times, but each of the "
-                    f"{len(tokens)} images has {self.patches} patches. Use expand_image_tokens(tokens) to repeat the image token."
+                    f"{len(tokens) * count} images has {self.patches} patches. Use expand_image_tokens(tokens) to repeat the image token."
                     if image is not None
                     else f"A sequence has the image token {self.config.picture}, but no image was passed."
                 )
         if image is None:
             return x
-        place = (named.cumsum(1) - 1).clamp(0, self.patches - 1)  # index of the patch at each image token
-        seen = self.embed_image(image).to(x.dtype)
+        place = (named.cumsum(1) - 1).clamp(0, count * self.patches - 1)  # index of the patch at each image token
+        seen = self.embed_image(image.flatten(0, 1)).unflatten(0, image.shape[:2]).flatten(1, 2).to(x.dtype)  # B I*N D
         return torch.where(named[..., None], seen.gather(1, place[..., None].expand(-1, -1, seen.shape[2])), x)
 
     def features(
         self, image: Tensor | None, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:  # B C S S, B T, B T -> B T D
+    ) -> Tensor:  # B (I) C S S, B T, B T -> B T D
         """Return the final hidden states of the language model."""
         return self.language.forward_blocks(self.embed(image, tokens, mask), mask, cache)
 
@@ -166,7 +169,7 @@ class LLaVA(nn.Module):
         return self.language.head(self.features(image, tokens, mask))
 
     def with_images(self, image: Tensor) -> ImageConditionedDecoder:
-        """Return the model with these images, B C S S, as a decoder for `fieldguide.models.generation.generate` with B
+        """Return the model with these images, B (I) C S S, as a decoder for `fieldguide.models.generation.generate` with B
         prompts.
         """
         return ImageConditionedDecoder(self, image)

@@ -134,9 +134,9 @@ class VisualChatSignature(ImageAndTextSignature):
         return [c for c in self.columns if c.kind in ("messages", "image") and c.role == "feature"]
 
     def describe_inputs(self) -> Sequence[InputField]:
-        """Return image and conversation: either may be missing; the prompt is used for an image without a conversation."""
+        """Return images and conversation: either may be missing; the prompt is used for an image without a conversation."""
         fields = sorted(super().describe_inputs(), key=lambda field: field.kind != "image")
-        return [replace(field, nullable=True, required=field.kind == "image") for field in fields]
+        return [replace(field, nullable=True, required=number == 0) for number, field in enumerate(fields)]
 
     def describe_preprocessing(self, card: Card) -> Sequence[Step]:
         picture = {"token": self.options.picture}

@@ -22,7 +22,7 @@ from fieldguide.core.settings import Settings
 from fieldguide.core.structure import Limits
 from fieldguide.data import read
 from fieldguide.data.column_spec import ColumnSpec
-from fieldguide.data.conversation_images import IMAGE, IMAGE_MARK
+from fieldguide.data.conversation_images import IMAGE, IMAGE_MARK, MAX_IMAGES, name_columns
 from fieldguide.data.dataset import HASH, HEIGHT, WIDTH, Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import images
@@ -58,7 +58,7 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
     name = "image-text-to-text"
     reads = (
         "JSON Lines with conversations about images: `messages` with parts {type: image, path: ...} and {type: text, text: ...}, or with a "
-        "column `images`; or `conversations` and `image` as for LLaVA; a conversation has one image at most"
+        "column `images`; or `conversations` and `image` as for LLaVA"
     )
     input_types = ("captioned",)
     output_types = ("tokens",)
@@ -98,7 +98,8 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
 
     @classmethod
     def missing_requirements(cls, data: Data) -> str | None:
-        if len(data.features("messages")) != 1 or [c.name for c in data.features("image")] != [IMAGE]:
+        images_of = [c.name for c in data.features("image")]
+        if len(data.features("messages")) != 1 or not images_of or images_of != name_columns(len(images_of)):
             return "conversations (`messages`) with images"
         return None
 
@@ -110,13 +111,15 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
 
     @classmethod
     def build_examples(cls, data: Data, options: Any) -> Data:
-        """Group rows with equal images, so that splits keep them together; rows without an image are groups of their own."""
+        """Group rows that share an image, so that splits keep them together; rows without an image are groups of their own."""
         if IMAGE_GROUP_COLUMN in data.columns or HASH not in data.rows.columns:
             return data
-        group = Column(IMAGE_GROUP_COLUMN, "identifier", "group", "rows with equal images have the same value")
-        own = pl.concat_str([pl.lit("row "), pl.row_index().cast(pl.String)])
-        rows = data.rows.with_columns(pl.coalesce(pl.col(HASH), own).alias(IMAGE_GROUP_COLUMN))
-        return replace(data, rows=rows, columns={**data.columns, IMAGE_GROUP_COLUMN: group})
+        group = Column(IMAGE_GROUP_COLUMN, "identifier", "group", "rows that share an image have the same value")
+        content = dict(zip(data.rows[IMAGE].to_list(), data.rows[HASH].to_list()))  # of equal images under other names
+        named = [[content.get(path) or path for path in row] for row in list_images(data)]
+        own = data.rows[HASH].to_list()
+        values = pl.Series(IMAGE_GROUP_COLUMN, [own[row] or f"row {row}" for row in join_rows(named)])
+        return replace(data, rows=data.rows.with_columns(values), columns={**data.columns, IMAGE_GROUP_COLUMN: group})
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
@@ -135,7 +138,7 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
         task.options = fill_options(o, length=max(sizes), side=task.pictures.side)
         task.note_truncated(sum(s > task.options.length for s in sizes), len(sizes), task.options.length, "conversations")
         task.notes.append(task.conversations.describe(task.turns(data), data.locate_row))
-        known = np.flatnonzero(data.rows[IMAGE].is_not_null().to_numpy())
+        known = np.flatnonzero([len(own) == 1 for own in list_images(data)])
         task.shown = []
         for i in np.random.default_rng(0).permutation(known)[: SHOWN_IMAGES // 2].tolist():
             turns = task.turns(data)[i]
@@ -152,21 +155,21 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
         """Return each conversation as (role, text) pairs."""
         return [[(m["role"], m["content"]) for m in said or ()] for said in data.rows[self.column].to_list()]
 
-    def count_patches(self, data: Data) -> list[int]:
-        """Return the number of image tokens of each row."""
-        unit = self.options.patch * self.options.merge
-        found = []
-        for row, path in enumerate(data.rows[IMAGE].to_list()):
-            if path is None:
-                found.append(0)
-                continue
-            size = (self.pictures.side, self.pictures.side)
-            if isinstance(self.pictures, NativeTransform):
-                try:
-                    size = self.pictures.choose_size(data.rows[HEIGHT][row], data.rows[WIDTH][row])
-                except ValueError as error:
-                    raise DataError(f"{data.locate_row(row)}: {path}: {error}.") from None
-            found.append((size[0] // unit) * (size[1] // unit))
+    def count_patches(self, data: Data) -> list[list[int]]:
+        """Return the number of tokens of each image of each row."""
+        unit, p = self.options.patch * self.options.merge, self.pictures
+        named = list_images(data)
+        known = find_sizes(data, named) if isinstance(p, NativeTransform) else {}
+        found: list[list[int]] = [[] for _ in named]
+        for row, paths in enumerate(named):
+            for path in paths:
+                size = (p.side, p.side)
+                if isinstance(p, NativeTransform):
+                    try:
+                        size = p.choose_size(*known[path])
+                    except ValueError as error:
+                        raise DataError(f"{data.locate_row(row)}: {path}: {error}.") from None
+                found[row].append((size[0] // unit) * (size[1] // unit))
         return found
 
     def encode(self, data: Data) -> list[EncodedRow]:
@@ -179,7 +182,7 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
         for i, row in enumerate(rows):
             if (row.tokens[length:] == self.options.picture).any():
                 raise DataError(
-                    f"{data.locate_row(i)}: the image and the text before it have more than the {length:,} tokens of task.length."
+                    f"{data.locate_row(i)}: the images and the text before them have more than the {length:,} tokens of task.length."
                 )
         return [EncodedRow(row.tokens[:length], row.trained[:length]) for row in rows]
 
@@ -192,8 +195,8 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
 
     def load_images(self, data: Data) -> Callable[[np.ndarray], dict[str, Tensor]]:
         """Return a function from row numbers to the images of a batch. A batch without any image gets a small one that is not read."""
-        paths = data.rows[IMAGE].to_list()
-        unique = sorted({path for path in paths if path is not None})
+        named = list_images(data)
+        unique = sorted({path for paths in named for path in paths})
         p, cache = self.pictures, {}
         most = p.max_pixels if isinstance(p, NativeTransform) else p.side**2
         if len(unique) * p.channels * most < MAX_IMAGE_CACHE_FRACTION_OF_RAM * ram():
@@ -201,11 +204,11 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
         side = self.options.patch * self.options.merge if isinstance(p, NativeTransform) else p.side
 
         def load(index: np.ndarray) -> dict[str, Tensor]:
-            named = [paths[i] for i in index]
-            wanted = [path for path in named if path is not None]
+            own = [named[i] for i in index]
+            wanted = [path for paths in own for path in paths]
             loaded = iter([cache[path] for path in wanted] if cache else p.load_each(wanted))
-            found = p.collate([[] if path is None else [next(loaded)] for path in named])
-            return found or {"image": torch.zeros(len(named), p.channels, side, side)}
+            found = p.collate([[next(loaded) for _ in paths] for paths in own])
+            return found or {"image": torch.zeros(len(own), p.channels, side, side)}
 
         return load
 
@@ -267,7 +270,9 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
         if not prompt.strip():
             raise SettingsError('no question about the images: set --set prompt="What is this?"')
         dtype = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
-        asked = pl.Series(self.column, [[{"role": "user", "content": f"{IMAGE_MARK}\n{prompt}"}]] * len(rows), dtype=dtype)
+        columns = [rows[name].is_not_null() for name in name_columns(MAX_IMAGES) if name in rows.columns]
+        texts = ["\n".join([*[IMAGE_MARK] * sum(known), prompt]) for known in zip(*columns)]
+        asked = pl.Series(self.column, [[{"role": "user", "content": text}] for text in texts], dtype=dtype)
         if self.column not in rows.columns or not has_messages.any():
             return rows.with_columns(asked)
         return rows.with_columns(pl.when(has_messages).then(rows[self.column]).otherwise(asked).alias(self.column))
@@ -431,6 +436,36 @@ class VisualChat(VisualChatSignature, ImageAndTextTask):
         task.restore_inputs(state, folder)
         task.shown = [tuple(pair) for pair in state["shown"]]
         return task
+
+
+def list_images(data: Data) -> list[list[str]]:
+    """Return the paths of the images of each row."""
+    columns = [data.rows[name].to_list() for name in name_columns(MAX_IMAGES) if name in data.rows.columns]
+    return [[path for path in row if path is not None] for row in zip(*columns)]
+
+
+def find_sizes(data: Data, named: list[list[str]]) -> dict[str, tuple[int, int]]:
+    """Return height and width of each image; those of the first images are known."""
+    found = dict(zip(data.rows[IMAGE].to_list(), zip(data.rows[HEIGHT].to_list(), data.rows[WIDTH].to_list())))
+    others = sorted({path for paths in named for path in paths} - set(found))
+    return found | {path: (seen.height, seen.width) for path, seen in zip(others, images.check(others))}
+
+
+def join_rows(named: list[list[str]]) -> list[int]:
+    """Return a row of the group of each row: rows that share a name, directly or by way of others, are in one."""
+    parent = list(range(len(named)))
+
+    def find(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    first: dict[str, int] = {}
+    for row, names in enumerate(named):
+        for name in names:
+            parent[find(row)] = find(first.setdefault(name, row))
+    return [find(row) for row in range(len(named))]
 
 
 def make_transform(o: Any) -> ImageTransform:
