@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import fieldguide
 from fieldguide.core import gguf as reader
 from fieldguide.core.errors import WeightsError
 from fieldguide.data import samples
-from fieldguide.exporting.gguf import write_gguf
+from fieldguide.data.preprocessing import TextTokenizer, sentencepiece
+from fieldguide.exporting.gguf import make_probes, write_gguf
+from fieldguide.exporting.graph import ExportError
 from fieldguide.models import registry
 
 SCRIPT = Path(__file__).with_name("llama_cpp_odds.mjs")
@@ -34,8 +37,6 @@ MODELS = {
 @pytest.fixture(scope="module")
 def byte_text():
     """A byte-level tokenizer."""
-    from fieldguide.data.preprocessing import TextTokenizer
-
     return TextTokenizer.fit_exact(["the name of the function"] * 4, size=280)
 
 
@@ -67,6 +68,62 @@ def test_what_llama_cpp_computes_otherwise_is_an_error(name, change, byte_text, 
     network = fieldguide.create(f"{name}-test", vocab_size=byte_text.size, **changes)
     with pytest.raises(WeightsError, match="no form in GGUF files"):
         write_gguf(network, registry.cards()[name], byte_text, tmp_path / "model.gguf", "float32")
+
+
+PIECES = Path(__file__).parent / "golden" / "pieces"
+
+
+def write_pieces(kind, folder):
+    """Write a network with a SentencePiece tokenizer to a GGUF file, and return the tokenizer."""
+    shutil.copy(PIECES / f"{kind}.model", folder / "tokenizer.model")
+    text = TextTokenizer.load(folder)
+    torch.manual_seed(0)
+    changes = {key.removeprefix("model."): value for key, value in MODELS["gemma-test"].items()}
+    network = fieldguide.create("gemma-test", vocab_size=text.size + 3, length=64, **changes).eval()
+    begin = text.tokenizer.encode("").ids[0]
+    write_gguf(network, registry.cards()["gemma"], text, folder / "model.gguf", "float32", begin=begin)
+    return text
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
+def test_pieces_are_written_with_scores_and_types(kind, tmp_path):
+    """Llama's tokenizer puts a space before texts, Gemma's does not. Tokens of the file are those of SentencePiece's library."""
+    text = write_pieces(kind, tmp_path)
+    ggml = reader.read_metadata(tmp_path / "model.gguf")["tokenizer"]["ggml"]
+    stored = sentencepiece.parse_file(PIECES / f"{kind}.model").pieces
+    assert ggml["model"] == "llama" and ggml["add_space_prefix"] == (kind == "Llama")
+    assert [kind for _, _, kind in stored] == ggml["token_type"][: len(stored)] and ggml["token_type"][len(stored) :] == [5] * 3
+    merged = [(ours, theirs) for ours, (piece, theirs, kind) in zip(ggml["scores"], stored) if kind == 1 and len(piece) > 1]
+    assert sorted(merged) == sorted(merged, key=lambda pair: pair[1]) and len(merged) > 50
+    loaded = TextTokenizer.load(tmp_path / "model.gguf")
+    for one, ids, _ in json.loads((PIECES / "encoded.json").read_text(encoding="utf-8"))[kind]:
+        assert loaded.encode_exact([one])[0].tolist() == ids == text.encode_exact([one])[0].tolist(), one
+    assert loaded.tokenizer.encode("a").ids == text.tokenizer.encode("a").ids
+
+
+def test_tokenizers_without_bytes_are_an_error(byte_text, tmp_path):
+    shutil.copy(PIECES / "T5.model", tmp_path / "spiece.model")
+    text = TextTokenizer.load(tmp_path)
+    network = fieldguide.create("gemma-test", vocab_size=text.size, length=64)
+    with pytest.raises(ExportError, match="the tokenizer is Unigram; GGUF files get byte-level BPE or SentencePiece's BPE"):
+        write_gguf(network, registry.cards()["gemma"], text, tmp_path / "model.gguf", "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
+def test_llama_cpp_gives_the_pieces(kind, tmp_path):
+    """The token ids of 1,000 texts. Needs `npm install node-llama-cpp` in the folder that NODE_LLAMA_CPP names."""
+    if not os.environ.get("NODE_LLAMA_CPP"):
+        pytest.skip("NODE_LLAMA_CPP names no folder with node-llama-cpp")
+    text = write_pieces(kind, tmp_path)
+    texts, begin = make_probes(text), text.tokenizer.encode("").ids[0]
+    (tmp_path / "request.json").write_text(json.dumps({"texts": texts, "prompt": [begin], "count": 1}))
+    script = Path(__file__).with_name("llama_cpp.mjs")
+    command = ["node", script, tmp_path / "model.gguf", tmp_path / "request.json", tmp_path / "answer.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert answer["tokens"] == [ids.tolist() for ids in text.encode_exact(texts)] and answer["begin"] == begin
 
 
 @pytest.mark.slow

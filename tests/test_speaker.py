@@ -161,8 +161,8 @@ def test_gguf_tokenizer(tmp_path, parted, begin, begun):
     or its type says so.
     """
     gguf = pytest.importorskip("gguf")
-    from fieldguide.core.gguf import LLAMA3
-    from fieldguide.core.gguf import read_tokenizer as read
+    from fieldguide.data.preprocessing.gguf_tokenizer import LLAMA3
+    from fieldguide.data.preprocessing.gguf_tokenizer import read_tokenizer as read
 
     made = bpe()
     made.add_special_tokens(["<s>", "</s>"])

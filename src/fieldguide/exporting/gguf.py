@@ -1,9 +1,12 @@
-"""GGUF files for llama.cpp: language models whose architecture has a table of GGUF names, with byte-level BPE tokenizers."""
+"""GGUF files for llama.cpp: language models whose architecture has a table of GGUF names, with BPE tokenizers of bytes or of
+SentencePiece.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,18 @@ import torch
 
 from fieldguide.checkpoints import weights
 from fieldguide.checkpoints.config_mapping import to_public_config
-from fieldguide.core import gguf as reader
 from fieldguide.core.card import Card
 from fieldguide.core.errors import SettingsError
-from fieldguide.data.preprocessing import TextTokenizer
+from fieldguide.data.preprocessing import TextTokenizer, sentencepiece
+from fieldguide.data.preprocessing.gguf_tokenizer import CONTROL, SPLIT_PATTERNS, read_tokenizer
 from fieldguide.exporting.graph import ExportError
 from fieldguide.exporting.precision import Precision
 
 FILE_TYPES = {"float32": 0, "float16": 1, "int8": 7}  # `general.file_type`: all F32, mostly F16, mostly Q8_0
-SPLITS = ("gpt-2", "smollm", *reader.SPLIT_PATTERNS)  # kinds of pre-tokenizers that are tried
+SPLITS = ("gpt-2", "smollm", *SPLIT_PATTERNS)  # kinds of pre-tokenizers that are tried
+PREFIXES = ("no space", "a space")  # that SentencePiece may put before a text, and that are tried
 BLOCK = 32  # values that share a scale in Q8_0
-NORMAL, CONTROL, UNUSED = 1, reader.CONTROL, 5  # types of tokens
+NORMAL = 1  # type of tokens
 SIGNS = (
     "| |  |\n|\t|\n\n |'s|'LL|...|1|23|4567|3.14|don't|naïve|Straße|中文字|日本|नमस्ते|😀|!?"  # parts of texts that are compared
 )
@@ -60,14 +64,15 @@ def write_gguf(
     except ImportError:
         raise SettingsError("export to GGUF needs a package: pip install 'fieldguide[gguf]'") from None
     failed = ""
-    for split in SPLITS:
-        write_file(network, card, text, path, precision, split, template, begin, ends)
+    kinds = SPLITS if is_byte_level(text) else PREFIXES
+    for kind in kinds:
+        write_file(network, card, text, path, precision, kind, template, begin, ends)
         if not (failed := compare_tokens(text, path, begin)):
             return
     path.unlink()
+    known = f"byte-level BPE of the kinds {', '.join(SPLITS)}" if kinds is SPLITS else "SentencePiece without normalization"
     raise ExportError(
-        "the tokenizer is none that llama.cpp knows: byte-level BPE of the kinds "
-        f"{', '.join(SPLITS)}. For example, it splits {failed!r:.60} differently. Use --to huggingface."
+        f"the tokenizer is none that llama.cpp knows: {known}. For example, it splits {failed!r:.60} differently. Use --to huggingface."
     )
 
 
@@ -77,12 +82,12 @@ def write_file(
     text: TextTokenizer,
     path: Path,
     precision: Precision,
-    split: str,
+    kind: str,
     template: str | None,
     begin: int | None,
     ends: Sequence[int],
 ) -> None:
-    """Write weights, metadata and a tokenizer of a kind."""
+    """Write weights, metadata and a tokenizer of a kind, one of `SPLITS` or `PREFIXES`."""
     import gguf
 
     metadata = to_public_config(card, card.configs["gguf"], network.config)
@@ -91,7 +96,7 @@ def write_file(
         if key != "general.architecture":  # the writer has added it
             add_value(writer, key, value)
     writer.add_file_type(FILE_TYPES[precision])
-    add_tokenizer(writer, text, network.config.vocab_size, split, begin, ends)
+    add_tokenizer(writer, text, network.config.vocab_size, kind, begin, ends)
     if template:
         writer.add_chat_template(template)
     state = weights.translate(network.state_dict(), weights.get_tables(network)["gguf"], reverse=True)
@@ -153,26 +158,48 @@ def add_tensor(writer: Any, name: str, values: np.ndarray, precision: Precision)
         writer.add_tensor(name, values.astype(np.float16))
 
 
-def add_tokenizer(writer: Any, text: TextTokenizer, size: int, split: str, begin: int | None, ends: Sequence[int]) -> None:
-    """Add the vocabulary, merges and special tokens. Raises `ExportError` for other tokenizers than byte-level BPE."""
-    import json
+def is_byte_level(text: TextTokenizer) -> bool:
+    """Return whether a BPE tokenizer merges bytes; False if it merges characters and falls back to bytes, as SentencePiece's.
 
+    Raises `ExportError` for other tokenizers.
+    """
     saved = json.loads(text.tokenizer.to_str())
-    if saved["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(saved["decoder"]):
+    decoder = json.dumps(saved["decoder"])
+    if saved["model"]["type"] != "BPE" or not ("ByteLevel" in decoder or saved["model"].get("byte_fallback")):
         raise ExportError(
-            f"the tokenizer is {saved['model']['type']}; GGUF files get byte-level BPE only. Use --to huggingface."
+            f"the tokenizer is {saved['model']['type']}{' without bytes' if saved['model']['type'] == 'BPE' else ''}; GGUF files get "
+            "byte-level BPE or SentencePiece's BPE with byte fallback. Use --to huggingface."
         )
-    special = text.tokenizer.get_added_tokens_decoder()
+    return "ByteLevel" in decoder
+
+
+def add_tokenizer(writer: Any, text: TextTokenizer, size: int, kind: str, begin: int | None, ends: Sequence[int]) -> None:
+    """Add the vocabulary, merges or scores, and special tokens."""
+    model, added = json.loads(text.tokenizer.to_str())["model"], text.tokenizer.get_added_tokens_decoder()
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     tokens = [text.tokenizer.id_to_token(i) for i in range(text.size)]
-    kinds = [CONTROL if i in special else NORMAL for i in range(text.size)]
+    whole = sentencepiece.WHOLE if kind in PREFIXES else CONTROL
+    types = [(CONTROL if added[i].special else whole) if i in added else NORMAL for i in range(text.size)]
     tokens += [f"[unused{i}]" for i in range(len(tokens), size)]
-    kinds += [UNUSED] * (size - len(kinds))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
+    types += [sentencepiece.UNUSED] * (size - len(types))
+    if kind in PREFIXES:
+        rank = {first + second: -float(place) for place, (first, second) in reversed(list(enumerate(merges)))}
+        unknown = model["unk_token"]
+        types = [
+            sentencepiece.UNKNOWN if token == unknown else sentencepiece.BYTE if is_byte(token) else one
+            for token, one in zip(tokens, types)
+        ]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([rank.get(token, -float(len(merges))) for token in tokens])
+        writer.add_add_space_prefix(kind == PREFIXES[1])
+        if unknown is not None:
+            writer.add_unk_token_id(tokens.index(unknown))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(kind)
+        writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    merges = saved["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_token_types(types)
     writer.add_eos_token_id(int(ends[0] if ends else text.end))
     writer.add_pad_token_id(int(text.pad))
     if begin is not None:
@@ -180,9 +207,14 @@ def add_tokenizer(writer: Any, text: TextTokenizer, size: int, split: str, begin
     writer.add_add_bos_token(begin is not None)
 
 
+def is_byte(token: str) -> bool:
+    """Return whether a token of SentencePiece is a byte: <0x00> to <0xFF>."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
 def compare_tokens(text: TextTokenizer, path: Path, begin: int | None) -> str:
     """Return a text whose tokens differ when the tokenizer is read from the file, or ""."""
-    written, _, _ = reader.read_tokenizer(path)
+    written, _, _ = read_tokenizer(path)
     first = [] if begin is None else [begin]
     for probe, ids in zip(probes := make_probes(text), text.encode_exact(probes)):
         if written.encode(probe).ids != [*first, *ids]:

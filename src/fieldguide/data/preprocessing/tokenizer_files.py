@@ -53,7 +53,7 @@ def read(place: Path) -> TokenizerFiles:
 def read_files(place: Path) -> TokenizerFiles:
     """Return what `read` returns."""
     if place.suffix == ".gguf" and place.is_file():
-        from fieldguide.core.gguf import read_tokenizer
+        from fieldguide.data.preprocessing.gguf_tokenizer import read_tokenizer
 
         made, special, template = read_tokenizer(place)
         return TokenizerFiles(made, special, template, tuple(special[k] for k in ("eos_token",) if k in special))
