@@ -181,7 +181,7 @@ def test_images_of_224_need_no_padding():
 def test_partition_and_unpartition_are_inverse():
     windows, x = Windows((7, 10), 4, torch.device("cpu")), torch.arange(2 * 8 * 12 * 3).view(2, 8, 12, 3)
     cut = windows.partition(x)
-    assert cut.shape == (2 * 6, 16, 3) and torch.equal(cut[1].view(4, 4, 3), x[0, :4, 4:8])
+    assert cut.shape == (2, 6, 16, 3) and torch.equal(cut[0, 1].view(4, 4, 3), x[0, :4, 4:8])
     assert torch.equal(windows.unpartition(cut), x)
 
 

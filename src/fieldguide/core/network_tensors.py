@@ -244,7 +244,7 @@ def describe_speech(get: Get, card: Card) -> list[TensorSpec]:
 
 def describe_waveform(get: Get, card: Card) -> list[TensorSpec]:
     return [
-        TensorSpec("waveform", "float32", (BATCH, Axis("samples")), "samples of a recording"),
+        TensorSpec("waveform", "float32", (BATCH, Axis("samples", least=get("field", 1))), "samples of a recording"),
         TensorSpec("lengths", "int64", (BATCH,), "number of real samples", counts="samples"),
     ]
 

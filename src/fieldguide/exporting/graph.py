@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.errors import SettingsError
+from fieldguide.core.example_batch import place_tokens
 from fieldguide.core.signature import Axis, TensorSpec
 
 if TYPE_CHECKING:
@@ -142,26 +143,32 @@ def build_pipeline(
 
 
 def build_example(specs: Sequence[TensorSpec], seed: int, rows: int, size: int) -> dict[str, Tensor]:
-    """Return random tensors of specs with a number of rows; other dynamic axes are near `size`."""
+    """Return random tensors of specs with a number of rows; other dynamic axes are about `size` above their least, one for each name."""
     generator = torch.Generator().manual_seed(seed)
+    dynamic = {axis.name: axis for spec in specs for axis in spec.axes if axis.size is None}
+    others = [name for name in dynamic if name != BATCH.name]
+    sizes = {name: choose_size(dynamic[name], size + place) for place, name in enumerate(others)}
+    if BATCH.name in dynamic:
+        sizes[BATCH.name] = min(rows, dynamic[BATCH.name].most or rows)
     batch = {}
     for spec in specs:
-        shape = [choose_size(axis, rows, size) for axis in spec.axes]
+        shape = [sizes[axis.name] if axis.size is None else axis.size for axis in spec.axes]
         if spec.dtype == "bool":
             batch[spec.name] = torch.ones(shape, dtype=torch.bool)
+        elif spec.counts:  # numbers of real entries; the last row has no others
+            counts = torch.randint(dynamic[spec.counts].least, sizes[spec.counts] + 1, shape, generator=generator)
+            counts[-1] = sizes[spec.counts]
+            batch[spec.name] = counts
         elif spec.dtype in ("int64", "uint8"):
             low, high = int(spec.low or 0), int(spec.high if spec.high is not None else 1)
-            batch[spec.name] = torch.randint(low, high + 1, shape, generator=generator, dtype=getattr(torch, spec.dtype))
+            values = torch.randint(low, high + 1, shape, generator=generator, dtype=getattr(torch, spec.dtype))
+            batch[spec.name] = place_tokens(spec, values)
         else:
             batch[spec.name] = torch.randn(shape, generator=generator, dtype=getattr(torch, spec.dtype))
     return batch
 
 
-def choose_size(axis: Axis, rows: int, size: int) -> int:
-    """Return the size of an axis of a batch."""
-    if axis.size is not None:
-        return axis.size
-    if axis.name == "batch":
-        return min(rows, axis.most or rows)
-    size = max(axis.least, min(size, axis.most or size))
+def choose_size(axis: Axis, size: int) -> int:
+    """Return a size of an axis, `size` - 1 above its least if possible. Axes of one batch differ, so that no graph takes them as equal."""
+    size = min(axis.least + size - 1, axis.most or axis.least + size)
     return -(-size // axis.multiple) * axis.multiple

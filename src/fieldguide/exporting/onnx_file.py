@@ -14,6 +14,7 @@ from fieldguide.exporting.graph import ExportError, Graph, Lookup, Names
 from fieldguide.exporting.graph_format import GraphFormat, Port
 from fieldguide.exporting.precision import PRECISIONS, Precision, compress_weights
 from fieldguide.exporting.recurrent import build_translations
+from fieldguide.exporting.torch_file import dynamic_recurrence
 from fieldguide.exporting.tracing import check_axis, compare_sizes, list_dynamic_axes, quiet_tracing
 
 OPSET = 20  # operators that onnxruntime 1.17 and later run
@@ -112,7 +113,7 @@ def list_names(body: Any) -> set[str]:
 def trace(graph: Graph) -> Any:
     """Return the ONNX model of the module."""
     example = tuple(graph.build_example().values())
-    with quiet_tracing():
+    with quiet_tracing(), dynamic_recurrence():
         program = torch.onnx.export(
             graph.module,
             example,

@@ -47,7 +47,8 @@ class Module(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B C T -> B 4D T
         y = self.bottleneck(x)
         parts = [conv(F.pad(y, ((n - 1) // 2, n // 2))) for conv, n in zip(self.convs, self.lengths)]
-        parts.append(self.pooled(F.max_pool1d(x, 3, 1, 1)))
+        highest = F.max_pool2d(x[:, :, None], (1, 3), 1, (0, 1))[:, :, 0]  # max_pool1d would fix T in traced graphs
+        parts.append(self.pooled(highest))
         return F.relu(self.norm(torch.cat(parts, 1)))
 
 

@@ -100,7 +100,7 @@ class ConsistencyDecoderVAE(AutoencoderKL):
             return map_tiles(self.decode, z, tile, self.stride)
         seen = (z * self.config.scaling - self.mean) / self.std
         seen = F.interpolate(seen, scale_factor=float(self.stride), mode="nearest")
-        shape = (len(seen), self.config.channels, *seen.shape[2:])
+        shape = (seen.shape[0], self.config.channels, *seen.shape[2:])
         first, second = noise or (x.expand(shape).to(seen) for x in self.draw_noise(shape))
         x = first * (1 - get_signal(STEPS[0]) ** 2) ** 0.5
         x = self.denoise(x, STEPS[0], seen)
@@ -108,7 +108,9 @@ class ConsistencyDecoderVAE(AutoencoderKL):
         return self.denoise(signal * x + (1 - signal**2) ** 0.5 * second, STEPS[1], seen)
 
     def draw_noise(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:  # -> 1 C H W, 1 C H W
-        """Return the noise of both steps for an image."""
+        """Return the noise of both steps for an image. Raises `SettingsError` while torch traces a graph."""
+        if torch.compiler.is_exporting():
+            raise SettingsError("its decoder draws noise from a seed, which graphs do not keep: they would draw other numbers.")
         source = torch.Generator().manual_seed(0)
         first, second = (torch.randn(1, *shape[1:], generator=source) for _ in STEPS)
         return first, second
@@ -118,7 +120,7 @@ class ConsistencyDecoderVAE(AutoencoderKL):
         signal = get_signal(time)
         variance = (1 - signal**2) / signal**2  # of the noise in x / signal
         total = variance + SIGMA_DATA**2
-        when = torch.full((len(x),), time, device=x.device)
+        when = torch.full((x.shape[0],), time, device=x.device)
         output = self.decoder(x / (signal * total**0.5), when, seen)
         return x * SIGMA_DATA**2 / (signal * total) + output * SIGMA_DATA * (variance / total) ** 0.5
 

@@ -135,8 +135,8 @@ class Latte(nn.Module):
     def embed_condition(self, time: Tensor, label: Tensor | None) -> Tensor:  # B or B F, B or B T -> B M D
         """Return the embedding of the times plus that of the label or caption."""
         x = embed_time(time.flatten(), TIME_EMBEDDING_DIM).to(self.time1.weight.dtype)
-        x = self.time2(F.silu(self.time1(x))).unflatten(0, (len(time), -1))
-        none = torch.zeros(len(time), dtype=torch.int64, device=time.device)
+        x = self.time2(F.silu(self.time1(x))).unflatten(0, (time.shape[0], -1))
+        none = torch.zeros(time.shape[0], dtype=torch.int64, device=time.device)
         if self.caption is not None:
             return x + self.caption(none[:, None] if label is None else label)[:, None]
         if self.label is None:

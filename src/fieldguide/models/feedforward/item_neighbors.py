@@ -55,26 +55,28 @@ class ItemNeighbors(nn.Module):
         self.index.copy_(torch.as_tensor(index))
         self.weight.copy_(torch.as_tensor(weight))
 
-    def add_item(self, scores: Tensor, item: Tensor, real: Tensor) -> Tensor:  # B V, B, B bool -> B V
-        """Return the scores after one more item of each history."""
-        weight = self.weight[item] * real[:, None].to(self.weight.dtype)
-        return torch.where(real[:, None], self.config.decay * scores, scores).scatter_add(1, self.index[item], weight)
-
     def forward(self, items: Tensor, mask: Tensor | None = None) -> Tensor:  # B T -> B T V
-        real = (items > 0) if mask is None else mask & (items > 0)
-        scores, found = self.weight.new_zeros(items.shape[0], self.config.items), []
-        for step in range(items.shape[1]):
-            scores = self.add_item(scores, items[:, step], real[:, step])
-            found.append(scores)
-        return torch.stack(found, 1)
+        real, place = self.count_items(items, mask)
+        alone = self.weight.new_zeros(1, 1, 1).expand(*items.shape, self.config.items)
+        alone = alone.scatter_add(2, self.index[items], self.weight[items])  # the scores of each item by itself
+        away = place[:, :, None] - place[:, None]  # B T T
+        return torch.where((away >= 0) & real[:, None], self.weigh(away.clamp(min=0)), 0.0) @ alone
 
     def score_next(self, items: Tensor, mask: Tensor | None = None) -> Tensor:  # B T -> B V
         """Return the scores after the latest item of each history."""
+        real, place = self.count_items(items, mask)
+        share = torch.where(real, self.weigh(place[:, -1:] - place), 0.0)
+        scores = self.weight.new_zeros(1, 1).expand(items.shape[0], self.config.items)
+        return scores.scatter_add(1, self.index[items].flatten(1), (self.weight[items] * share[..., None]).flatten(1))
+
+    def weigh(self, away: Tensor) -> Tensor:
+        """Return the factors of items that are so many items away from the latest."""
+        return self.config.decay ** away.to(self.weight.dtype)
+
+    def count_items(self, items: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:  # B T -> B T bool, B T int64
+        """Return which places have an item, and how many items there are up to each place."""
         real = (items > 0) if mask is None else mask & (items > 0)
-        scores = self.weight.new_zeros(items.shape[0], self.config.items)
-        for step in range(items.shape[1]):
-            scores = self.add_item(scores, items[:, step], real[:, step])
-        return scores
+        return real, real.long().cumsum(1)
 
 
 CARD = Card(

@@ -13,24 +13,24 @@ from fieldguide.core.errors import DataError
 PADDINGS = ("symmetric", "same")
 
 
-def same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Return the padding before and after a side that gives ceil(side / stride) outputs: TensorFlow's SAME padding."""
-    total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
-    return total // 2, total - total // 2
-
-
 class SameConv2d(nn.Conv2d):
     """A convolution with TensorFlow's SAME padding.
 
-    If the total padding is odd, the extra pixel is added at the bottom and right, so with stride 2 the output grid is
-    shifted compared to PyTorch's symmetric padding of kernel // 2.
+    The padding of a side of n pixels is kernel - stride + (-n % stride), and gives ceil(n / stride) outputs. If it is odd, the extra
+    pixel is added at the bottom and right, so with stride 2 the output grid is shifted compared to PyTorch's symmetric padding of
+    kernel // 2. Strides must not exceed the kernel.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D' ceil(H/stride) ceil(W/stride)
-        height, width = (same_padding(n, k, s) for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride))
-        if height[0] == height[1] and width[0] == width[1]:  # symmetric: the convolution pads by itself
-            return F.conv2d(x, self.weight, self.bias, self.stride, (height[0], width[0]), 1, self.groups)
-        return F.conv2d(F.pad(x, width + height), self.weight, self.bias, self.stride, 0, 1, self.groups)
+        """Pad as much as any side needs, then cut n + kernel - 1 pixels, whatever the remainder of n: so traced sizes stay simple."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        least, most = (kernel - stride) // 2, (kernel - 1) // 2  # in front
+        x = F.pad(x, (most, kernel - 1 - least) * 2)
+        for dim in (2, 3):
+            size = x.shape[dim] - most - (kernel - 1 - least)  # n
+            before = (kernel - stride + -size % stride) // 2
+            x = x.narrow(dim, most - before, size + kernel - 1)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
 
 
 class ConvNormOptions(TypedDict):

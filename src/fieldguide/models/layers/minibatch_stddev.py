@@ -24,12 +24,11 @@ class MinibatchStddev(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:  # B D H W -> B D+1 H W
-        groups = (x.shape[0] + self.group - 1) // self.group
-        number = torch.arange(x.shape[0], device=x.device) % groups  # of the group of each image
         flat = x.flatten(1).float() if x.dtype in (torch.float16, torch.bfloat16) else x.flatten(1)
-        empty = flat.new_zeros(groups, flat.shape[1])
-        sizes = flat.new_zeros(groups, 1).index_add(0, number, flat.new_ones(x.shape[0], 1))
-        mean = empty.index_add(0, number, flat) / sizes
-        variance = empty.index_add(0, number, (flat - mean[number]).square()) / sizes
-        deviation = (variance + EPSILON).sqrt().mean(1)[number].to(x.dtype)
+        each = torch.ones_like(flat[:, 0], dtype=torch.int64)  # tensors, so that a traced graph takes any number of images
+        number = (each.cumsum(0) - 1) % ((each.sum() + self.group - 1) // self.group)  # of the group of each image
+        share = (number[:, None] == number).to(flat.dtype)  # B B
+        share = share / share.sum(1, keepdim=True)
+        mean = share @ flat
+        deviation = (share @ (flat - mean).square() + EPSILON).sqrt().mean(1).to(x.dtype)
         return torch.cat([x, deviation[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)

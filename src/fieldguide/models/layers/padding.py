@@ -37,6 +37,18 @@ def reverse(x: Tensor, length: Tensor) -> Tensor:  # B T D, B int64 -> B T D
     return x.gather(1, place[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def pad_map(x: Tensor, height: int, width: int) -> Tensor:  # B H W D -> B height width D
+    """Append rows and columns of zeros to a map, up to a height and width. Sides that a traced graph leaves open are always padded."""
+    down, right = height - x.shape[1], width - x.shape[2]
+    is_known = isinstance(down, int) and isinstance(right, int)
+    return x if is_known and not down and not right else F.pad(x, (0, 0, 0, right, 0, down))
+
+
+def shift_cyclic(x: Tensor, steps: int, dim: int) -> Tensor:
+    """Return `x.roll(-steps, dim)` for 0 to n steps, as a concatenation, which graphs have for any number of steps."""
+    return torch.cat([x.narrow(dim, steps, x.shape[dim] - steps), x.narrow(dim, 0, steps)], dim)
+
+
 def extend_image(image: Tensor, multiple: int) -> Tensor:  # B C H W -> B C H' W'
     """Repeat the last row and column of images until the sides are multiples of `multiple`."""
     high, wide = (-side % multiple for side in image.shape[2:])

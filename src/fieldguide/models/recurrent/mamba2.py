@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, L tokens of a chunk, D width, I = expand D, H heads, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,11 +135,15 @@ def scan(
 ) -> tuple[Tensor, Tensor]:  # B G R T d, B G R T, B G 1 T S, B G 1 T S -> B G R T d, B G R S d
     """Return the outputs of the recurrence state = exp(decay) state + write x^T, y = read^T state, and the last state.
 
-    `state` B G R S d is that before the first token.
+    `state` B G R S d is that before the first token. A traced graph, which leaves the number of tokens open, has a single chunk.
     """
+    parts = (x, decay, write, read)
+    chunks: Iterable[Sequence[Tensor]] = [parts]
+    if isinstance(x.shape[3], int):
+        chunks = zip(*(part.split(chunk, 3) for part in parts))
     state = x.new_zeros(*x.shape[:3], write.shape[-1], x.shape[-1]) if state is None else state
     found = []
-    for xs, decays, writes, reads in zip(*(part.split(chunk, 3) for part in (x, decay, write, read))):
+    for xs, decays, writes, reads in chunks:
         total = decays.cumsum(-1)[..., None]  # B G R L 1, since the start of the chunk
         end = total[..., -1:, :]
         scores = (reads @ writes.mT) * sum_segments(decays).exp()  # B G R L L

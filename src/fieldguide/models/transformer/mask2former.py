@@ -106,15 +106,13 @@ class PixelLayer(nn.Module):
 
 def build_boxes(sides: Sides, points: int, like: Tensor) -> Tensor:  # -> 1 S L 4
     """Return a box around each position for each map, of such a size that a place of 1 is one position of the map."""
-    centers = []
+    centers, sizes = [], []
     for height, width in sides:
         y, x = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in (height, width))
         centers.append(torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flip(-1).flatten(0, 1))
+        sizes.append(4 * points * torch.stack([x[0], y[0]]))  # the first center is at half a position
     center = torch.cat(centers)[:, None].expand(-1, len(sides), -1)
-    size = torch.tensor(
-        [[2 * points / width, 2 * points / height] for height, width in sides], device=like.device, dtype=like.dtype
-    )
-    return torch.cat([center, size.expand(len(center), -1, -1)], -1)[None]
+    return torch.cat([center, torch.stack(sizes).expand(center.shape[0], -1, -1)], -1)[None]
 
 
 class PixelDecoder(nn.Module):

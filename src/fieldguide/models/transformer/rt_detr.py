@@ -60,7 +60,7 @@ class Config:
 
 def inverse_sigmoid(x: Tensor) -> Tensor:  # ... -> ...
     """Return the logit of a value, both of whose distances to 0 and 1 are at least 1e-5."""
-    return torch.log(x.clamp(min=1e-5, max=1) / (1 - x).clamp(min=1e-5, max=1))
+    return torch.log(x.clamp(min=1e-5, max=1.0) / (1 - x).clamp(min=1e-5, max=1.0))
 
 
 def build_grid_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:  # -> S D

@@ -71,7 +71,8 @@ class EncoderAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B h w D -> B h w D
         q, k, v = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        step = max(1, min(self.heads, MAX_BIAS // max(1, x.shape[0] * self.side**4)))  # heads at once
+        rows = x.shape[0] if isinstance(x.shape[0], int) else 1  # a traced graph leaves their number open
+        step = max(1, min(self.heads, MAX_BIAS // max(1, rows * self.side**4)))  # heads at once
         parts = zip(*(values.split(step, 1) for values in (q, k, v)))
         found = torch.cat([dot_product_attention(a, b, c, self.measure_positions(a)) for a, b, c in parts], 1)
         return self.proj(found.transpose(1, 2).flatten(2)).view_as(x)

@@ -28,6 +28,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.models.layers.classifier_head import OUTPUT_TYPES, architectures, classifier_head
 from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.layers.mlp import Mlp
+from fieldguide.models.layers.padding import pad_map, shift_cyclic
 from fieldguide.models.layers.patches import Patches
 from fieldguide.models.layers.stochastic_depth import DropPath, stochastic_depth_rates
 from fieldguide.models.mapping.config_rules import Expect, LabelCount, WithDefault
@@ -56,7 +57,8 @@ class Windows:
     def __init__(self, size: tuple[int, int], window: int, device: torch.device):
         self.size = size
         self.sides = h, w = min(size[0], window), min(size[1], window)
-        self.full = size[0] + -size[0] % h, size[1] + -size[1] % w  # padded size
+        self.counts = (size[0] + h - 1) // h, (size[1] + w - 1) // w  # of windows
+        self.full = self.counts[0] * h, self.counts[1] * w  # padded size
         self.shift = tuple(side // 2 if length > side else 0 for side, length in zip(self.sides, size))
         # Relative positions of the pairs of positions in a window, as rows of the bias table.
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
@@ -75,19 +77,20 @@ class Windows:
             for at, full, side, shift in zip(bands, self.full, self.sides, self.shift)
         ]
         region = (3 * bands[0][:, None] + bands[1])[None, :, :, None]  # 1 H W 1
-        region = self.partition(region).squeeze(-1)  # K M
+        region = self.partition(region)[0, ..., 0]  # K M
         return torch.zeros(*region.shape, region.shape[1], device=device).masked_fill_(
             region[:, None] != region[..., None], -torch.inf
         )[:, None]
 
-    def partition(self, x: Tensor) -> Tensor:  # B H W D -> B*K M D
+    def partition(self, x: Tensor) -> Tensor:  # B H W D -> B K M D
         """Split a feature map into windows."""
-        return x.unflatten(2, (-1, self.sides[1])).unflatten(1, (-1, self.sides[0])).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+        x = x.unflatten(2, (self.counts[1], self.sides[1])).unflatten(1, (self.counts[0], self.sides[0]))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-    def unpartition(self, x: Tensor) -> Tensor:  # B*K M D -> B H W D
+    def unpartition(self, x: Tensor) -> Tensor:  # B K M D -> B H W D
         """Join windows to a feature map."""
-        (h, w), (height, width) = self.sides, self.full
-        return x.view(-1, height // h, width // w, h, w, x.shape[-1]).transpose(2, 3).reshape(-1, height, width, x.shape[-1])
+        x = x.unflatten(2, self.sides).unflatten(1, self.counts)
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class WindowAttention(nn.Module):
@@ -103,12 +106,13 @@ class WindowAttention(nn.Module):
         self.bias = nn.Embedding((2 * window - 1) ** 2, heads)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:  # B*K M D, M M, K 1 M M -> B*K M D
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B*K heads M d
+    def forward(self, x: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:  # B K M D, M M, K 1 M M -> B K M D
+        q, k, v = self.qkv(x.flatten(0, 1)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B*K heads M d
         bias = self.bias(offsets).permute(2, 0, 1)[None].to(q.dtype)  # 1 heads M M
         if mask is not None:
-            bias = (bias + mask.to(q.dtype)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
-        return self.proj(dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+            bias = (bias + mask.to(q.dtype)).expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
+        found = dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+        return self.proj(found).unflatten(0, x.shape[:2])
 
     def resize_weight(self, name: str, tensor: Tensor) -> Tensor | None:
         """Return a bias table of another window size, interpolated to this one (bicubic, as in the authors' code); None
@@ -136,14 +140,12 @@ class Block(nn.Module):
     def attend(self, x: Tensor, windows: Windows) -> Tensor:  # B H W D -> B H W D
         """Pad, shift, attend within windows, and undo the shift and the padding."""
         (height, width), (rows, columns) = windows.size, windows.shift if self.shifts else (0, 0)
-        if windows.full != windows.size:
-            x = F.pad(x, (0, 0, 0, windows.full[1] - width, 0, windows.full[0] - height))
-        shifted = rows or columns
-        if shifted:
-            x = x.roll((-rows, -columns), (1, 2))
+        x = pad_map(x, *windows.full)
+        for dim, steps in ((1, rows), (2, columns)):
+            x = shift_cyclic(x, steps, dim) if steps else x
         x = windows.unpartition(self.attn(windows.partition(x), windows.offsets, windows.mask if self.shifts else None))
-        if shifted:
-            x = x.roll((rows, columns), (1, 2))
+        for dim, steps in ((1, rows), (2, columns)):
+            x = shift_cyclic(x, windows.full[dim - 1] - steps, dim) if steps else x
         return x[:, :height, :width]
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:  # B H W D -> B H W D
@@ -160,9 +162,9 @@ class Merge(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # B H W D -> B H/2 W/2 2D
-        if x.shape[1] % 2 or x.shape[2] % 2:
-            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 D; permuted so that rows vary fastest
+        rows, columns = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+        x = pad_map(x, 2 * rows, 2 * columns)
+        x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))  # B H/2 2 W/2 2 D; permuted so that rows vary fastest
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 

@@ -60,7 +60,11 @@ class RelativeDistances(nn.Module):
         self.register_buffer("rows", torch.tensor(self.far), persistent=False)
 
     def span(self, steps: int) -> tuple[int, int]:
-        """Return the range of table rows (start, stop) that sequences of this length use."""
+        """Return the range of table rows (start, stop) that sequences of this length use; all rows for a length that a traced graph
+        leaves open.
+        """
+        if not isinstance(steps, int):
+            return 0, 2 * self.zero
         return self.zero - self.far[steps - 1], min(self.zero + self.far[steps - 1] + 1, 2 * self.zero)
 
     def forward(self, steps: int) -> Tensor:  # -> R int64

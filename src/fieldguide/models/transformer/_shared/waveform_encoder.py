@@ -76,6 +76,14 @@ class WaveformConfig:
     mask_features_length: int = 10
     blank: int = 0  # place of the blank in public files; it is 0 here
 
+    @property
+    def field(self) -> int:
+        """Samples that a frame of the stem sees: the shortest recording."""
+        size, step = 1, 1
+        for kernel, stride in zip(self.stem_kernels, self.stem_strides):
+            size, step = size + (kernel - 1) * step, step * stride
+        return size
+
 
 class TimeNorm(nn.GroupNorm):
     """Normalization of each channel over the real frames of a recording: a group norm with a channel per group.
@@ -269,10 +277,7 @@ class WaveformEncoder(nn.Module):
     @property
     def field(self) -> int:
         """Samples that an output frame sees in the stem."""
-        size, step = 1, 1
-        for kernel, stride in zip(self.config.stem_kernels, self.config.stem_strides):
-            size, step = size + (kernel - 1) * step, step * stride
-        return size
+        return self.config.field
 
     def count_frames(self, lengths: Any, layers: int | None = None) -> Any:
         """Return the number of frames after the first `layers` convolutions, by default all, for numbers of samples."""
