@@ -477,6 +477,21 @@ def test_detectors_equal_the_run(sample, task, model, tmp_path):
     run = fieldguide.fit(sample, task=task, model=model, out=tmp_path / "run", settings={"steps": 60, "precision": "float32"})
     done = run.export(out=tmp_path / "export")
     assert done.passed and done.verification.rows >= 100, done.verification.problems
+    before, after = done.verification.scores["map"]  # of all objects, not only of those above the threshold
+    assert abs(before - after) < 1e-3 and abs(before - run.record["test"]["scores"]["map"]) < 0.02
+
+
+def test_records_of_objects_are_scored_as_outputs():
+    """Boxes are rounded to a tenth of a pixel in records."""
+    run = fieldguide.open_run(GOLDEN / "v1-object-detection")
+    records = list(run.predict(sorted(map(str, (GOLDEN / "v1-object-detection").glob("input-*.png"))), threshold=0.0))
+    found = run.task.collect_outputs(records)
+    assert found["boxes"].shape == (*found["labels"].shape, 4) and len(found["labels"]) == 2
+    real = found["labels"] >= 0
+    assert real.sum(1).tolist() == [len(record["objects"]) for record in records] and (found["scores"][~real] == 0).all()
+    targets = {"boxes": found["boxes"], "labels": found["labels"], "crowd": np.zeros(found["labels"].shape, dtype=bool)}
+    assert run.task.score(found, targets)["map"] > 0.99
+    assert run.task.collect_outputs([{"found": "nothing"}]) is None
 
 
 # ------------------------------------------------------------------------------------------------ errors

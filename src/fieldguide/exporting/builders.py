@@ -29,6 +29,7 @@ from fieldguide.exporting.text import (
     build_token_classification,
 )
 from fieldguide.exporting.translation import build_translation
+from fieldguide.exporting.video_generation import build_video_generation
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
@@ -71,6 +72,7 @@ BUILDERS: dict[str, Callable[[TaskPredictor], Graph]] = {
     "summarization": build_translation,
     "time-series-classification": build_series_classification,
     "time-series-forecasting": build_forecast,
+    "video-generation": build_video_generation,
 }
 
 
@@ -84,7 +86,6 @@ REASONS = {  # why a task has no graph, and what to do
     "prompted-segmentation": "run.py takes no clicks and boxes on images. Train image segmentation for a class of each pixel.",
     "speech-pretraining": "its network predicts codes of hidden frames, not answers. Fine-tune the run, and export that.",
     "text-to-image": "its text encoders, network and decoder would be graphs of their own. Use --to huggingface.",
-    "video-generation": "run.py writes no videos, and their frames have times of their own. There is no other format yet.",
     "visual-question-answering": "run.py does not read a question with its image. There is no other format yet.",
     "zero-shot-forecasting": "its windows are cut for each request. Train a network for forecasting, and export that.",
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from fieldguide.core.media import Media
 from fieldguide.tasks.vision.object_detection import MAX_DETECTIONS
@@ -19,6 +19,7 @@ ROUNDED = {"box": 0.101, "x": 0.101, "y": 0.101}  # values that are rounded to o
 ROUNDED_IMAGES = (
     "image",
     "map",
+    "video",
 )  # of records: a pixel may be rounded to one level or the next; pixels of masks are numbers of classes
 INTERVAL = ("value", "low", "high")  # of forecasts
 DERIVED = {"found": "objects", "classes": "shares", "recommended": "items"}  # texts that sum up another value of the record
@@ -90,10 +91,10 @@ class Comparison:
 
     def compare_images(self, want: Media, got: Any, levels: int) -> tuple[float, str]:
         """Return the fraction of pixels that differ by more than some levels, and the problem if it exceeds the tolerance."""
-        a, image = np.asarray(Image.open(io.BytesIO(want.content))), decode_image(got)
-        if image is None or np.asarray(image).shape != a.shape:
+        a, b = stack_frames(Image.open(io.BytesIO(want.content))), decode_image(got)
+        if b is None or a.shape != b.shape:
             return 1.0, "the image has another size or is missing"
-        difference = float(np.mean(np.abs(a.astype(int) - np.asarray(image).astype(int)) > levels))
+        difference = float(np.mean(np.abs(a - b) > levels))
         return difference, "" if difference <= self.tolerance else f"{100 * difference:.2g} % of the pixels differ"
 
     def compare_forecasts(self, want: Mapping[str, Any], got: Mapping[str, Any]) -> tuple[float, str]:
@@ -128,7 +129,8 @@ class Comparison:
         An object may be missing on one side if its score is at the threshold, or if the record is full and no score is lower: which
         side of a limit it is on is then decided by rounding.
         """
-        left, largest = list(got), 0.0
+        lowest = self.threshold - 2 * self.tolerance
+        (want, left), largest = ([one for one in objects if one["score"] >= lowest] for objects in (want, got)), 0.0
         for one in want:
             near = [(i, other) for i, other in enumerate(left) if not self.compare(one["score"], other["score"])[1]]
             compared = [(*self.compare(one, other, True), i) for i, other in near]
@@ -151,11 +153,16 @@ class Comparison:
         return any(one["score"] <= min(other["score"] for other in record) + self.tolerance for record in full)
 
 
-def decode_image(value: Any) -> Image.Image | None:
-    """Return a PNG file in a data URL as an image; None for anything else."""
-    if not isinstance(value, str) or not value.startswith("data:image/png;base64,"):
+def decode_image(value: Any) -> np.ndarray | None:
+    """Return the frames of a PNG or WebP file in a data URL; None for anything else."""
+    if not isinstance(value, str) or not value.startswith(("data:image/png;base64,", "data:image/webp;base64,")):
         return None
-    return Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2])))
+    return stack_frames(Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2]))))
+
+
+def stack_frames(image: Image.Image) -> np.ndarray:
+    """Return the levels of all frames of an image, as integers."""
+    return np.stack([np.asarray(frame).astype(int) for frame in ImageSequence.Iterator(image)])
 
 
 def is_left_out(key: str, value: Any, record: Mapping[str, Any]) -> bool:

@@ -62,4 +62,14 @@ def build_detection(predictor: TaskPredictor) -> Graph:
     module = build_pipeline(predictor, LetterboxSteps(task.transform), NameObjects(), outputs)
     names = (Names("labels", "code", tuple(task.names)),)
     parts = (*choose_reading(task.transform), "stacked", "objects")
-    return Graph(module, inputs, outputs, parts, values, names=names, requires=("pillow",), min_close=MIN_CLOSE)
+    return Graph(
+        module,
+        inputs,
+        outputs,
+        parts,
+        values,
+        names=names,
+        requires=("pillow",),
+        min_close=MIN_CLOSE,
+        test_options={"threshold": 0.0},  # all objects are scored; those above the task's threshold must be equal
+    )

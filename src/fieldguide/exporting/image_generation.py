@@ -85,23 +85,15 @@ def build_image_generation(predictor: TaskPredictor) -> Graph:
         )
     objective: Any = copy.deepcopy(predictor.objective).eval().requires_grad_(False).float().cpu()
     options, channels, side = task.PredictOptions(), task.pictures.channels, task.pictures.side
-    words = (Axis("words", task.options.length),) if task.text else ()
-    label = TensorSpec("label", "int64", (BATCH, *words), low=0, high=task.text.size - 1 if task.text else len(task.labels))
-    values: dict[str, Any] = {
-        "classes": task.labels,
-        "column": "caption" if task.text else "class",
-        "length": task.options.length if task.text else 0,
-        "batch": 64,
-    }
+    label, values = describe_conditions(task)
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     shape: tuple[int, ...] = (channels, side, side)
     if isinstance(objective, Diffusion):
         loop = tabulate_sampler(objective.process, objective.adapt_sampler(build_sampler(options)))
         loop["guidance"] = options.guidance if task.labels or task.text else 1.0
-        axes = (Axis("channels", channels), Axis("height", side), Axis("width", side))
         inputs = (
-            TensorSpec("image", "float32", (BATCH, *axes)),
+            TensorSpec("image", "float32", (BATCH, *map(Axis, ("channels", "height", "width"), shape))),
             TensorSpec("time", "float32", (BATCH,), low=0, high=999),
             label,
         )
@@ -115,10 +107,27 @@ def build_image_generation(predictor: TaskPredictor) -> Graph:
         module,
         inputs,
         outputs,
-        ("tokens", "captions", "samples") if task.text else ("named_classes", "samples"),
-        values | {"shape": list(shape), "sampler": loop},
+        (*choose_conditions(task), "samples", "sample_images"),
+        values | {"shape": list(shape), "sample": "image", "sampler": loop},
         requires=("pillow", "tokenizers") if task.text else ("pillow",),
         files=("tokenizer.json",) if task.text else (),
         loop={**signature_loop, **loop} if loop["steps"] else {},
         test_options=TEST_OPTIONS,
     )
+
+
+def describe_conditions(task: Any) -> tuple[TensorSpec, dict[str, Any]]:
+    """Return the graph input for classes or captions, and what the program needs to read them."""
+    words = (Axis("words", task.options.length),) if task.text else ()
+    label = TensorSpec("label", "int64", (BATCH, *words), low=0, high=task.text.size - 1 if task.text else len(task.labels))
+    return label, {
+        "classes": task.labels,
+        "column": "caption" if task.text else "class",
+        "length": task.options.length if task.text else 0,
+        "batch": 64,
+    }
+
+
+def choose_conditions(task: Any) -> tuple[str, ...]:
+    """Return the parts of the program that read classes or captions."""
+    return ("tokens", "captions") if task.text else ("named_classes",)

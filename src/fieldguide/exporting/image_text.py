@@ -76,7 +76,7 @@ def build_image_text(predictor: TaskPredictor) -> Graph:
         ImageMatcher(Resize(task.pictures), copy.deepcopy(network)),
         (describe_pixels(task.pictures), texts),
         ("image", "similarity", "probabilities"),
-        ("media", "image_files", "tokens", "image_text"),
+        ("media", "image_files", "tokens", "padded", "image_text"),
         values,
         requires=("pillow", "tokenizers"),
         modules=build_image_module(task.pictures),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from PIL import Image
 
 from fieldguide.core.errors import DataError
 from fieldguide.data.dataset import FILE, LINE
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 512  # that are compared
 MAX_PROMPTS = 64  # that are answered
 MAX_SAMPLES = 64  # that are generated
+MAX_IMAGES = 4  # different ones, in requests for samples
 MAX_STEPS = 2048  # of series, if each step has a record
 ROW = "#row"  # a column of row numbers
 MAX_SERIES, CUTS = 32, 8  # of a request of series, and how many requests end at different steps
@@ -66,11 +69,23 @@ def choose_events(predictor: TaskPredictor, source: str) -> pl.DataFrame:
 
 
 def choose_samples(predictor: TaskPredictor) -> pl.DataFrame:
-    """Return classes or captions to generate images of; numbers if there are neither."""
+    """Return classes or captions to generate samples of; numbers if there are neither."""
     task: Any = predictor.task
     known = task.captions or task.labels or [str(number) for number in range(MAX_SAMPLES)]
-    column = next((field.name for field in predictor.signature.inputs), "class")
+    column = next((field.name for field in predictor.signature.inputs if not field.media_types), "class")
     return pl.DataFrame({column: [known[i % len(known)] for i in range(MAX_SAMPLES)]})
+
+
+def add_images(predictor: TaskPredictor, table: pl.DataFrame, home: Path) -> pl.DataFrame:
+    """Return requests for samples with an image in every second row, if they may have one, of several sizes, written to a folder."""
+    names = [field.name for field in predictor.signature.inputs if field.media_types]
+    if not names:
+        return table
+    random, paths = np.random.default_rng(0), [home / f"image{number}.png" for number in range(MAX_IMAGES)]
+    for number, path in enumerate(paths):
+        Image.fromarray(random.integers(0, 256, (20 + 9 * number, 40, 3), dtype=np.uint8)).save(path)
+    used = [str(paths[row // 2 % len(paths)]) if row % 2 else None for row in range(len(table))]
+    return table.with_columns(pl.Series(name, used, dtype=pl.String) for name in names)
 
 
 def choose_sources(predictor: TaskPredictor, source: str) -> pl.DataFrame:

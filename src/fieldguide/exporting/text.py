@@ -32,7 +32,10 @@ def build_text_classification(predictor: TaskPredictor) -> Graph:
             single = PairTemplate((task.text.cls,), (), (task.text.sep,))
             template = pair_template(task.text) if task.second else single
     inputs, values = describe_texts(predictor, template)
-    front, parts = PassTensors([spec.name for spec in inputs]), ("tokens", "classes", "to_text", "texts", "text_classes")
+    front, parts = (
+        PassTensors([spec.name for spec in inputs]),
+        ("tokens", "padded", "classes", "to_text", "texts", "text_classes"),
+    )
     return finish(predictor, front, inputs, parts=parts, values=values, **TOKENIZER)
 
 
@@ -73,7 +76,7 @@ def build_reranking(predictor: TaskPredictor) -> Graph:
     compute: Callable[[Any], Any] = lambda network: lambda batch: {"logit": network.compute_logits(batch)}
     outputs, back = ("score", "logit"), Probability(task.options.loss == "pointwise")
     module = build_pipeline(predictor, PassTensors([spec.name for spec in inputs]), back, outputs, compute)
-    return Graph(module, inputs, outputs, ("tokens", "to_text", "texts", "ranks"), values, **TOKENIZER)
+    return Graph(module, inputs, outputs, ("tokens", "padded", "to_text", "texts", "ranks"), values, **TOKENIZER)
 
 
 def build_text_vectors(predictor: TaskPredictor) -> Graph:
@@ -87,7 +90,7 @@ def build_text_vectors(predictor: TaskPredictor) -> Graph:
         **{name: getattr(task.text, name) for name in ("cls", "sep", "pad")},
     }
     module = build_pipeline(predictor, PassTensors(["tokens", "mask"]), nn.Identity(), ("vector",))
-    return Graph(module, inputs, ("vector",), ("tokens", "vectors"), values, **TOKENIZER)
+    return Graph(module, inputs, ("vector",), ("tokens", "padded", "vectors"), values, **TOKENIZER)
 
 
 class NameTags(nn.Module):
@@ -117,7 +120,7 @@ def build_token_classification(predictor: TaskPredictor) -> Graph:
     }
     outputs = ("code", "probability")
     module = build_pipeline(predictor, PassTensors(names), NameTags(), outputs)
-    return Graph(module, tuple(specs[name] for name in names), outputs, ("tokens", "words"), values, **TOKENIZER)
+    return Graph(module, tuple(specs[name] for name in names), outputs, ("tokens", "padded", "words"), values, **TOKENIZER)
 
 
 def build_question_answering(predictor: TaskPredictor) -> Graph:
@@ -143,4 +146,4 @@ def build_question_answering(predictor: TaskPredictor) -> Graph:
     find_spans: Callable[[Any], Any] = lambda network: network.find_best_spans
     module = build_pipeline(predictor, PassTensors(names), nn.Identity(), outputs, find_spans)
     files = TOKENIZER | {"requires": ("tokenizers", "regex")}
-    return Graph(module, tuple(specs[name] for name in names), outputs, ("tokens", "answers"), values, **files)
+    return Graph(module, tuple(specs[name] for name in names), outputs, ("tokens", "padded", "answers"), values, **files)

@@ -26,7 +26,7 @@ from fieldguide.exporting.graph import ExportError
 from fieldguide.exporting.graph_format import GraphFormat
 from fieldguide.exporting.onnx_file import OnnxFormat
 from fieldguide.exporting.precision import Precision
-from fieldguide.exporting.requests import MAX_ROWS, choose_requests
+from fieldguide.exporting.requests import MAX_ROWS, add_images, choose_requests
 from fieldguide.objectives.noise import Noise
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def verify(
     tables, data = chosen or choose_requests(predictor, source)
     batches = BATCHES if predictor.signature.record_for == "row" else [(size, None) for size, _ in BATCHES]
     with tempfile.TemporaryDirectory() as home:
+        if predictor.signature.record_for == "sample":
+            tables = [add_images(predictor, tables[0], Path(home))]
         paths = [Path(home) / f"rows{i}.{'jsonl' if has_lists(table) else 'csv'}" for i, table in enumerate(tables)]
         for path, table in zip(paths, tables):
             (table.write_ndjson if has_lists(table) else table.write_csv)(path)
@@ -155,9 +157,11 @@ def verify(
 
 
 def generate_samples(predictor: TaskPredictor, table: pl.DataFrame, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the images that the original generates for the classes or captions of a table."""
+    """Return the images or videos that the original generates for the requests of a table."""
     if predictor.signature.inputs:
-        return list(predictor.predict(table.to_series().to_list(), **options))
+        known = [field.name for field in predictor.signature.inputs]
+        requests = table.select(name for name in table.columns if name in known)
+        return list(predictor.predict(requests if requests.width > 1 else requests.to_series().to_list(), **options))
     return list(predictor.predict([], **{**options, "count": len(table)}))
 
 
@@ -165,8 +169,9 @@ def write_noise(predictor: TaskPredictor, home: Path, rows: int) -> Path:
     """Write the noise from which the original generates: rows, draws, then the axes of a sample."""
     objective: Any = predictor.objective
     task: Any = predictor.task
-    options, is_gan = task.PredictOptions(), predictor.signature.loop is None
-    shape = (objective.noise,) if is_gan else (task.pictures.channels, *(task.pictures.side,) * 2)
+    options, loop = task.PredictOptions(), predictor.signature.loop
+    is_gan = loop is None
+    shape = (objective.noise,) if loop is None else tuple(axis.size or 0 for axis in loop.latent)
     draw = Noise(options.seed, range(rows), shape, torch.empty(()))
     np.save(home / "noise.npy", torch.stack([draw() for _ in range(1 if is_gan else 1 + options.steps)], 1).numpy())
     return home / "noise.npy"
@@ -227,22 +232,14 @@ def run_folder(
 def compare_scores(
     predictor: TaskPredictor, data: Any, expected: Sequence[Any], found: Sequence[Any]
 ) -> dict[str, list[float]]:
-    """Return each score of the original and of the export on rows with known targets; empty for other tasks than
-    classification and regression.
-    """
-    task: Any = predictor.task
-    if not (hasattr(task, "labels") and all("probabilities" in r for r in expected)) and not hasattr(task, "standard"):
+    """Return each score of the original and of the export on rows with known targets; empty if records do not hold what is scored."""
+    task = predictor.task
+    outputs = [task.collect_outputs(records) for records in (expected, found)]
+    if data is None or any(one is None for one in outputs):
         return {}
     targets = task.targets(data)
-    scores = [task.score(collect_outputs(task, records), targets) for records in (expected, found)]
+    scores = [task.score(one, targets) for one in outputs if one is not None]
     return {name: [float(score[name]) for score in scores] for name in scores[0]}
-
-
-def collect_outputs(task: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Return records as the arrays that `Task.score` takes."""
-    if hasattr(task, "labels"):
-        return {"probabilities": np.array([[r["probabilities"][name] for name in task.labels] for r in records])}
-    return {"values": task.standard.apply(np.array([r[task.target.name] for r in records]))[:, None]}
 
 
 def list_versions(packages: Sequence[str]) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -49,6 +50,10 @@ class Evaluator:
     def score(self, outputs: Arrays, targets: Arrays) -> dict[str, float]:
         """Return every metric of `metrics` that the outputs allow; during training, at least the monitored one."""
         raise NotImplementedError
+
+    def collect_outputs(self, records: Sequence[Mapping[str, Any]]) -> Arrays | None:
+        """Return the arrays that `score` takes, from records of predictions; None if records do not hold them."""
+        return None
 
     def find_doubts(self, targets: Arrays) -> list[str]:
         """Return reasons why scores on these targets would say little, for example that all targets are equal."""

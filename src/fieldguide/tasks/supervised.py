@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -136,6 +136,11 @@ class ClassificationTask(SupervisedTask, ClassificationEvaluator, Classification
             for code, row in zip(self.decide(p), p)
         ]
 
+    def collect_outputs(self, records: Sequence[Mapping[str, Any]]) -> Arrays | None:
+        if not all("probabilities" in record for record in records):
+            return None
+        return {"probabilities": np.array([[record["probabilities"][name] for name in self.labels] for record in records])}
+
 
 class RegressionTask(SupervisedTask, RegressionEvaluator, RegressionReport, RegressionSignature):
     """A regression task. Targets are standardized for training; scores and predictions are in the target's unit."""
@@ -162,6 +167,9 @@ class RegressionTask(SupervisedTask, RegressionEvaluator, RegressionReport, Regr
 
     def format_predictions(self, outputs: Arrays) -> list[dict[str, Any]]:
         return [{self.target.name: float(v)} for v in self.to_target_unit(outputs)]
+
+    def collect_outputs(self, records: Sequence[Mapping[str, Any]]) -> Arrays | None:
+        return {"values": self.standard.apply(np.array([record[self.target.name] for record in records]))[:, None]}
 
 
 def mix_pairs(

@@ -1,16 +1,27 @@
 from collections import Counter
 
 
+class Model(Model):
+    def predict(self, rows, batch=BATCH, threshold=CONFIG["threshold"]):
+        """Return a record for each image, with the objects whose score reaches the threshold."""
+        records = super().predict(rows, batch)
+        for record in records:
+            record["objects"] = [one for one in record["objects"] if one["score"] >= threshold]
+            counts = Counter(one["label"] for one in record["objects"]).most_common()
+            record["found"] = ", ".join(f"{n} {name}" for name, n in counts) or "nothing"
+        return records
+
+
 def prepare(row):
     pixels, size = load_pixels(row[CONFIG["column"]])
     return {"pixels": pixels, "size": np.array(size, dtype=np.float32)}
 
 
 def build_record(outputs, row, item):
-    """Return the objects whose score reaches the threshold, with boxes (left, top, right, bottom) in pixels of the image."""
+    """Return all objects, with boxes (left, top, right, bottom) in pixels of the image."""
     found = []
     for i, (label, score) in enumerate(zip(outputs["labels"], outputs["scores"])):
-        if label and score >= CONFIG["threshold"]:
+        if label:
             box = [round(float(v), 1) for v in outputs["boxes"][i]]
             found.append({"label": str(label), "score": float(score), "box": box})
             if CONFIG["parts"]:
@@ -19,5 +30,4 @@ def build_record(outputs, row, item):
                     {"name": name, "x": round(float(x), 1), "y": round(float(y), 1), "score": float(p)}
                     for name, (x, y, p) in points
                 ]
-    counts = Counter(one["label"] for one in found).most_common()
-    return {"found": ", ".join(f"{n} {name}" for name, n in counts) or "nothing", "objects": found}
+    return {"found": "", "objects": found}

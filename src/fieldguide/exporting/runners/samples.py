@@ -1,8 +1,3 @@
-from base64 import b64encode
-from io import BytesIO
-
-from PIL import Image
-
 LOOP = CONFIG["sampler"]
 read_rows = read
 
@@ -15,12 +10,16 @@ def read(path):
 
 class Model(Model):
     def predict(self, rows, batch=BATCH, seed=0, guidance=LOOP["guidance"], noise=None):
-        """Return an image for each class or caption, from noise by seed and number, or from the file `noise` (row, draw, ...)."""
+        """Return a sample for each class or caption, from noise by seed and number, or from the file `noise` (row, draw, ...)."""
         self.seed, self.guidance, self.noise = seed, guidance, np.load(noise) if noise else None
         return super().predict(rows, batch)
 
     def run(self, group, rows, records):
-        """Denoise images of one shape: each step is a sum of x, the last predictions of the clean image, and new noise."""
+        for (number, item), x in zip(group, self.denoise(group, rows)):
+            records[number] = {**item["record"], **encode_sample(x)}
+
+    def denoise(self, group, rows):
+        """Denoise samples of one shape: each step is a sum of x, the last predictions of the clean sample, and new noise."""
         numbers, label = [number for number, _ in group], np.array([item["label"] for _, item in group])
         streams = [np.random.default_rng([self.seed, number]) for number in numbers]
         draw = lambda: np.stack([s.standard_normal(CONFIG["shape"], dtype=np.float32) for s in streams])
@@ -28,28 +27,18 @@ class Model(Model):
             draw = iter(np.moveaxis(self.noise[numbers], 1, 0)).__next__
         x, history = LOOP["prior"] * draw(), []
         for step in LOOP["steps"]:
-            output = self.call(np.float32(step["scale"] * x), step["time"], label)
+            output = self.call(np.float32(step["scale"] * x), np.full(len(x), step["time"], np.float32), label)
             clean = step["clean"][0] * x + step["clean"][1] * output
             history = [np.clip(clean, -LOOP["clip"], LOOP["clip"]) if LOOP["clip"] else clean, *history[:2]]
             *factors, fresh = step["next"]
             x = sum(factor * part for factor, part in zip(factors, (x, *history)) if factor)
             x = x + fresh * draw() if fresh else x
-        if not LOOP["steps"]:  # a generator of one step
-            (x,) = self.session.run({"noise": x, "label": label})
-        for (number, item), image in zip(group, x):
-            records[number] = {**item["record"], "image": encode_png(image)}
+        return x if LOOP["steps"] else self.session.run({"noise": x, "label": label})[0]  # a generator of one step
 
-    def call(self, x, time, label):
+    def call(self, x, times, label):
         """Return the output with guidance: unconditional + guidance * (conditional - unconditional)."""
-        times = np.full(len(x), time, dtype=np.float32)
-        ask = lambda label: self.session.run({"image": x, "time": times, "label": label})[0]
+        ask = lambda label: self.session.run({CONFIG["sample"]: x, "time": times, "label": label})[0]
         if self.guidance in (0, 1):
             return ask(label * int(self.guidance))
         other = ask(np.zeros_like(label))
         return other + self.guidance * (ask(label) - other)
-
-
-def encode_png(x):
-    levels, file = np.rint((x.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0), BytesIO()
-    Image.fromarray(levels if levels.shape[2] > 1 else levels[..., 0]).save(file, "PNG")
-    return "data:image/png;base64," + b64encode(file.getvalue()).decode()

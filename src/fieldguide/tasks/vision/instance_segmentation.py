@@ -231,6 +231,10 @@ class InstanceSegmentation(InstanceSignature, ObjectDetection):
             one["mask"] = {"size": runs["size"], "counts": runs["counts"].decode("ascii")}
         return found
 
+    def collect_outputs(self, records: Sequence[Mapping[str, Any]]) -> Arrays | None:
+        """Return None: masks are compared by their pixels."""
+        return None
+
     def draw_objects(self, picture: Image.Image, outputs: Arrays, image: int, real: np.ndarray) -> Image.Image:
         return draw_masks(picture, outputs, image, real, self.names)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -212,6 +212,16 @@ class KeypointDetection(PoseSignature, ObjectDetection):
                 for name, (x, y, p) in zip(self.skeleton.names, points)
             ]
         return found
+
+    def collect_outputs(self, records: Sequence[Mapping[str, Any]]) -> Arrays | None:
+        found = super().collect_outputs(records)
+        if found is None:
+            return None
+        points = np.zeros((*found["labels"].shape, len(self.skeleton.names), 3), dtype=np.float32)
+        for row, record in zip(points, records):
+            for place, one in zip(row, record["objects"]):
+                place[:] = [(point["x"], point["y"], point["score"]) for point in one["keypoints"]]
+        return {**found, "keypoints": points}
 
     def draw_objects(self, picture: Image.Image, outputs: Arrays, image: int, real: np.ndarray) -> Image.Image:
         drawn = super().draw_objects(picture, outputs, image, real)

@@ -446,6 +446,17 @@ class ObjectDetection(DetectionSignature, Task):
             {"label": self.names[int(n)], "score": float(s), "box": [round(float(v), 1) for v in b]} for n, s, b in zip(*parts)
         ]
 
+    def collect_outputs(self, records: Sequence[Mapping[str, Any]]) -> Arrays | None:
+        if not all("objects" in record for record in records):
+            return None
+        place, every = {name: i for i, name in enumerate(self.names)}, [record["objects"] for record in records]
+        codes = [np.array([place[one["label"]] for one in objects], dtype=np.int64) for objects in every]
+        boxes, labels = pad_boxes([np.array([one["box"] for one in objects]) for objects in every], codes)
+        scores = np.zeros(labels.shape, dtype=np.float32)
+        for row, objects in zip(scores, every):
+            row[: len(objects)] = [one["score"] for one in objects]
+        return {"boxes": boxes.numpy(), "labels": labels.numpy(), "scores": scores}
+
     def draw_objects(self, picture: Image.Image, outputs: Arrays, image: int, real: np.ndarray) -> Image.Image:
         """Return the picture with those objects of an image that are `real`."""
         boxes, labels, scores = (outputs[name][image][real] for name in ("boxes", "labels", "scores"))

@@ -21,6 +21,7 @@ from fieldguide.tasks.vision.video_evaluator import decibels
 SHOWN_PER_CLASS = 3  # videos of each class in the report
 SHOWN_VIDEOS = 24  # of captions, and of continuations
 FRAME_MILLISECONDS = 120  # milliseconds per frame
+MIN_HEIGHT = 96  # pixels of encoded videos; smaller ones are enlarged by a whole number
 
 
 class VideoReport(ReportBuilder):
@@ -162,7 +163,7 @@ def encode_webp(
     clip: np.ndarray, milliseconds: int = FRAME_MILLISECONDS, lossless: bool = True
 ) -> bytes:  # F C H W in -1 .. 1 -> WebP that plays
     frames = [Image.open(io.BytesIO(encode_png(frame))).convert("RGB") for frame in clip]
-    scale = max(1, 96 // frames[0].height)
+    scale = max(1, MIN_HEIGHT // frames[0].height)
     frames = [f.resize((f.width * scale, f.height * scale), Image.Resampling.NEAREST) for f in frames]
     out = io.BytesIO()
     frames[0].save(

@@ -1,0 +1,1 @@
+from videos import encode_sample
