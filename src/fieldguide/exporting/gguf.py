@@ -186,7 +186,7 @@ def add_tokenizer(writer: Any, text: TextTokenizer, size: int, kind: str, begin:
         rank = {first + second: -float(place) for place, (first, second) in reversed(list(enumerate(merges)))}
         unknown = model["unk_token"]
         types = [
-            sentencepiece.UNKNOWN if token == unknown else sentencepiece.BYTE if is_byte(token) else one
+            sentencepiece.UNKNOWN if token == unknown else sentencepiece.BYTE if is_byte(str(token)) else one
             for token, one in zip(tokens, types)
         ]
         writer.add_tokenizer_model("llama")

@@ -53,7 +53,8 @@ def build_video_generation(predictor: TaskPredictor) -> Graph:
     loop["guidance"] = options.guidance if task.labels or task.text else 1.0
     part = "first_frames" if task.options.first_frame else "sample_videos"
     modules: dict[str, tuple[str, ...]] = {"videos": ("video_module",)}
-    encoder, moments = None, (BATCH,)
+    encoder: Graph | None = None
+    moments: tuple[Axis, ...] = (BATCH,)
     if task.options.first_frame:
         encoder, moments = Graph(FirstFrames(pictures), (describe_pixels(pictures),), ("first",), parts=()), (BATCH, axes[0])
         modules = {"videos": (*modules["videos"], "frames"), **build_image_module(pictures)}
