@@ -7,10 +7,10 @@
 
 RUN is a run whose rows are numbers, categories, texts or images, which are made from its signature. For each number of clients:
 answers a second, median and 95th percentile of the latency, next to `predict` in this process with 32 rows at once. With one client,
-the added latency is the difference of the medians. --litserve and --transformers name a Python
-that has the package; both serve the same weights on the same machine, one after the other, never at the same time.
+the added latency is the difference of the medians. --litserve and --transformers name a Python that has the package; both serve the same
+weights on the same machine, one after the other, never at the same time.
 
-The clients are coroutines of another process, over plain sockets with connections that stay open, so that they take little of the machine.
+Rows are sent by wrk where it is installed (`apt install wrk`), see `http_load.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from http_load import Connection, make_request, measure
 
 HERE = Path(__file__).resolve()
 MIN_ANSWERS = 500  # that are compared while others disconnect, and after
@@ -80,77 +82,6 @@ def make_rows(signature: Any, count: int) -> list[dict[str, Any]]:
     return [{f.name: make_value(f, i) for f in signature.inputs if f.required} for i in range(count)]
 
 
-def make_request(path: str, body: bytes) -> bytes:
-    """Return a request as it is sent."""
-    lines = (
-        f"POST {path} HTTP/1.1",
-        "Host: 127.0.0.1",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        "",
-        "",
-    )
-    return "\r\n".join(lines).encode() + body
-
-
-class Connection:
-    """A connection that stays open."""
-
-    def __init__(self, port: int):
-        self.port = port
-
-    async def open(self) -> None:
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
-
-    async def post(self, path: str, body: bytes) -> bytes:
-        """Return the body of the answer. Raises `RuntimeError` for another status than 200."""
-        self.writer.write(make_request(path, body))
-        header = await self.reader.readuntil(b"\r\n\r\n")
-        if found := re.search(rb"content-length: *(\d+)", header, re.IGNORECASE):
-            content = await self.reader.readexactly(int(found.group(1)))
-        else:
-            content = b""
-            while size := int((await self.reader.readline()).strip(), 16):
-                content += await self.reader.readexactly(size)
-                await self.reader.readexactly(2)
-            await self.reader.readexactly(2)
-        if header.split(None, 2)[1] != b"200":
-            raise RuntimeError(content.decode()[:300])
-        return content
-
-
-async def load(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
-    """Send requests from so many clients, each one after another; return latencies and the bytes of answers."""
-    times: list[float] = []
-    begun, tokens = time.perf_counter(), 0
-
-    async def client(number: int) -> None:
-        nonlocal tokens
-        connection = Connection(port)
-        await connection.open()
-        turn = number
-        while time.perf_counter() - begun < seconds:
-            started = time.perf_counter()
-            answer = await connection.post(path, bodies[turn % len(bodies)])
-            times.append(time.perf_counter() - started)
-            if path != "/v1/predict" and path != "/predict":
-                tokens += json.loads(answer)["usage"]["completion_tokens"]
-            turn += clients
-        connection.writer.close()
-
-    await asyncio.gather(*(client(i) for i in range(clients)))
-    return {"times": times, "seconds": time.perf_counter() - begun, "tokens": tokens}
-
-
-def measure(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
-    """Run `load` in a process of its own."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([body.decode() for body in bodies], file)
-        file.flush()
-        command = [sys.executable, str(HERE), "--client", file.name, str(port), path, str(clients), str(seconds)]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 # Servers
 
 
@@ -192,9 +123,8 @@ def serve_command(source: str, port: int) -> list[str]:
 
 def report(name: str, clients: int, found: dict[str, Any], unit: str, per_request: float) -> float:
     """Print a row of the table; return the rate."""
-    times = sorted(found["times"])
-    rate = (found["tokens"] or len(times) * per_request) / found["seconds"]
-    middle, high = statistics.median(times) * 1000, times[int(0.95 * (len(times) - 1))] * 1000
+    rate = (found["tokens"] or found["count"] * per_request) / found["seconds"]
+    middle, high = found["median"] * 1000, found["high"] * 1000
     print(f"{name:24s} {clients:4d} clients {rate:10.1f} {unit}/s   median {middle:8.2f} ms   95 % {high:8.2f} ms", flush=True)
     return rate
 
@@ -220,7 +150,7 @@ def compare_run(arguments: argparse.Namespace) -> None:
             found = measure(arguments.port, "/v1/predict", bodies, clients, arguments.seconds)
             got = report("fieldguide serve", clients, found, "rows", count)
             if clients == 1:
-                print(f"{'':24s} added latency: {(statistics.median(found['times']) - statistics.median(once)) * 1000:.2f} ms")
+                print(f"{'':24s} added latency: {(found['median'] - statistics.median(once)) * 1000:.2f} ms")
             else:
                 print(f"{'':24s} {100 * got / rate:.0f} % of predict")
     if arguments.litserve and count == 1 and not any(str(v).startswith("data:") for v in rows[0].values()):
@@ -304,7 +234,7 @@ def watch_memory(arguments: argparse.Namespace) -> None:
     with start(serve_command(arguments.source, arguments.port), arguments.port) as process:
         done, first = 0, 0
         while done < arguments.memory:
-            done += len(measure(arguments.port, "/v1/predict", bodies, 16, 10)["times"])
+            done += measure(arguments.port, "/v1/predict", bodies, 16, 10)["count"]
             now = read_memory(process.pid)
             first = first or now
             print(f"{done:8,} requests: {now / 1024:.1f} MiB ({100 * (now / first - 1):+.2f} % since the first)", flush=True)
@@ -409,10 +339,6 @@ async def terminate(
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--client"]:
-        bodies = [body.encode() for body in json.loads(Path(sys.argv[2]).read_text())]
-        print(json.dumps(asyncio.run(load(int(sys.argv[3]), sys.argv[4], bodies, int(sys.argv[5]), float(sys.argv[6])))))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", help="a run")
     parser.add_argument("--text", help="a language model with a chat template")
