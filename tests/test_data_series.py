@@ -86,8 +86,10 @@ def test_one_series_per_row(tmp_path):
 
 
 def test_numeric_times_and_other_frequencies(tmp_path):
-    years = got(write(tmp_path / "t.csv", ["year,y", *(f"{1950 + i},{i % 9}.5" for i in range(60))]), time="year")
-    assert build_panel(years).frequency.size == 1 and build_panel(years).times[0] == 1950
+    steps = got(write(tmp_path / "t.csv", ["step,y", *(f"{1950 + i},{i % 9}.5" for i in range(60))]), time="step")
+    assert build_panel(steps).frequency.size == 1 and build_panel(steps).times[0] == 1950
+    years = build_panel(got(write(tmp_path / "y.csv", ["year,y", *(f"{1950 + i},{i % 9}.5" for i in range(60))]), time="year"))
+    assert years.frequency.words == "year" and years.frequency.label(years.times[0]) == "1950-01-01"
     monthly = [f"20{10 + i // 12}-{1 + i % 12:02d}-01,{i}.5" for i in range(50) if i != 7]
     data = got(write(tmp_path / "m.csv", ["month,y", *monthly]), time="month")
     found = build_panel(data)

@@ -422,3 +422,32 @@ def test_memory_is_close_to_the_file_size(tmp_path):
     pl.DataFrame(values, schema=[f"x{i}" for i in range(10)]).write_csv(tmp_path / "t.csv")
     data = read(tmp_path / "t.csv")
     assert data.rows.estimated_size() < (tmp_path / "t.csv").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "steps, digits, first, last",
+    [(12, 9, 1949, (1959, 1)), (12, 2, 1949, (1959, 1)), (4, 6, 1960, (1990, 1)), (1, 0, 1871, (1991, 1))],
+)
+def test_decimal_years_at_equal_steps_are_dates(tmp_path, steps, digits, first, last):
+    rows = ["time,value", *(f"{first + i / steps:.{digits}f},{i % steps + i}" for i in range(121))]
+    data = read(write(tmp_path / "t.csv", rows), target="value")
+    assert data.columns["time"].kind == "date" and data.rows["time"][-1] == dt.datetime(*last, 1)
+    again = read(pl.DataFrame({"time": [first + 10 / steps, 1900.3]}), schema=list(data.columns.values()), labels_optional=True)
+    assert again.rows["time"].to_list()[0] == data.rows["time"][10] and again.rows["time"].to_list()[1] is None
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [("dose", range(1950, 2000)), ("time", [1950 + i / 12 for i in (*range(40), 50)]), ("time", range(2150, 2270))],
+)
+def test_other_numbers_are_no_years(tmp_path, name, values):
+    rows = [f"{name},size,value", *(f"{x:.4f},{i % 7},{i % 5}" for i, x in enumerate(values))]
+    assert read(write(tmp_path / "t.csv", rows), target="value").columns[name].kind != "date"
+
+
+def test_a_column_may_be_called_count(tmp_path):
+    rows = ["size,count", *(f"{i * 1.5},{['few', 'many', 'None'][i % 3]}" for i in range(60))]
+    data = read(write(tmp_path / "t.csv", rows), target="count")
+    assert data.columns["count"].kind == "category" and len(data) == 60
+    numbers = ["size,count", *(f"{i * 1.5},{i * i}" for i in range(60))]
+    assert task("tabular-regression").fit(read(write(tmp_path / "n.csv", numbers), target="count"), None)

@@ -13,7 +13,9 @@ Result = TypeVar("Result")
 THREADS = min(16, (os.cpu_count() or 2) * 2)
 BLOCK = 2048  # items for which it is decided anew whether threads are used: files that are not in memory yet take longer
 MAX_ITEMS_AT_ONCE = 32  # that a thread gets
-MIN_SECONDS = 3e-4  # of a call; threads make shorter ones slower, because they wait for the interpreter's lock: JPEG files of 150 pixels
+MIN_SECONDS = (
+    3e-4  # of a call; threads make shorter ones slower, because they wait for the interpreter's lock: JPEG files of 150 pixels
+)
 GRACE_SECONDS = 0.003  # before the mean time of the calls counts
 
 
@@ -42,7 +44,8 @@ def map_block(function: Callable[[Item], Result], todo: Sequence[Item]) -> list[
     with ThreadPoolExecutor(min(THREADS, len(left))) as pool:
         try:
             parts = [
-                pool.submit(lambda part: [function(item) for item in part], left[i : i + size]) for i in range(0, len(left), size)
+                pool.submit(lambda part: [function(item) for item in part], left[i : i + size])
+                for i in range(0, len(left), size)
             ]
             return done + [result for part in parts for result in part.result()]
         except BaseException:

@@ -21,13 +21,14 @@ from fieldguide.data.text_values import (
     MISSING_MARKERS,
     VIDEO_FILE_PATTERN,
     blank_missing,
+    count_values,
     has_sentences,
     integers_to_text,
     mean_value,
     numbers_to_text,
 )
 from fieldguide.data.time_zones import LOCAL, is_local_clock
-from fieldguide.data.timestamps import DateFormat, are_weeks, find_decisive_order, infer_dates, integers_as_dates
+from fieldguide.data.timestamps import DateFormat, find_decisive_order, infer_dates, numbers_as_dates
 
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
 FORMATS: dict[str, tuple[str, str]] = {  # option of a type, as in number:decimal-comma -> type, decimal mark or order of dates
@@ -166,8 +167,8 @@ def find_literals(series: pl.Series, context: Context) -> tuple[tuple[str, ...],
         return (), ()
     spelled = tuple(sorted(words.unique()))
     others = text.filter(~marked)
-    rarest = others.value_counts()["count"].min() if others.len() else 0
-    often = words.len() >= MIN_LITERAL_FRACTION * text.len() or words.len() >= cast(int, rarest) / 2
+    rarest = min(count_values(others)[1], default=0)
+    often = words.len() >= MIN_LITERAL_FRACTION * text.len() or words.len() >= rarest / 2
     worded = others.cast(pl.Float64, strict=False).null_count() > (1 - MIN_TYPE_FRACTION) * others.len()
     is_class = len(spelled) == 1 and words.len() >= 2 and (context.kind == "category" or (often and worded))
     return (spelled, ()) if is_class else ((), spelled)
@@ -182,13 +183,8 @@ def type_native_column(name: str, series: pl.Series, context: Context) -> TypedC
         if kind is None and series.dtype.is_integer() and (mean_value(series.cast(pl.Float64).abs() > MAX_EXACT_INTEGER) > 0):
             return retype(series.cast(pl.String), context)
         numbers = series.cast(pl.Float64)
-        if kind is None and not target and (dates := integers_as_dates(numbers, is_time=context.is_time)) is not None:
-            return make_date_column(
-                name,
-                dates,
-                f"integers that are dates, such as {series.drop_nulls()[0]:.0f}",
-                DateFormat(compact=True, weeks=are_weeks(numbers)),
-            )
+        if kind is None and not target and (found := numbers_as_dates(numbers, is_time=context.is_time)) is not None:
+            return make_date_column(name, found[0], f"numbers that are dates, such as {series.drop_nulls()[0]}", found[1])
         typed = make_number_column(name, numbers, "stored as numbers", NumberFormat())
         return typed if kind else refine_number(typed, series, target)
     if series.dtype == pl.Boolean and kind in (None, "boolean") and not target:
@@ -256,11 +252,10 @@ def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
     if share >= MIN_TYPE_FRACTION:
         if present.str.contains(r"^-?0\d").any() and present.str.contains(r"^[0-9A-Za-z]+$").all():
             return make_typed_column(name, text, "category", "digits with leading zeros: a code, not a quantity")
-        dates = None if target or not inferred.format.is_plain else integers_as_dates(numbers, is_time=context.is_time)
-        if dates is not None:
-            form = DateFormat(compact=True, weeks=are_weeks(numbers))
-            typed = make_date_column(name, dates, f"integers that are dates, such as {present[0]}", form)
-            record_misfits(typed, text, dates, n)
+        found = None if target or not inferred.format.is_plain else numbers_as_dates(numbers, is_time=context.is_time)
+        if found is not None:
+            typed = make_date_column(name, found[0], f"numbers that are dates, such as {present[0]}", found[1])
+            record_misfits(typed, text, found[0], n)
             return typed
         words = inferred.format.describe()
         counted = f"all {n:,} values" if share == 1 else f"{format_percent(share)} of the {n:,} values"
@@ -277,11 +272,11 @@ def infer_type(name: str, text: pl.Series, context: Context) -> TypedColumn:
         and int(low.unique().is_in(TRUE_WORDS).sum()) == int(low.unique().is_in(FALSE_WORDS).sum()) == 1
     ):
         return make_typed_column(name, as_booleans(text), "boolean", f"two values: {', '.join(sorted(present.unique()))}")
-    if not target and (found := infer_dates(text, context.hints)) is not None:
-        typed = make_date_column(name, found.values, found.description, found.format)
-        record_misfits(typed, text, found.values, n)
-        if found.doubt:
-            typed.doubts.append(describe_date_doubt(name, found.doubt, found.remedy))
+    if not target and (written := infer_dates(text, context.hints)) is not None:
+        typed = make_date_column(name, written.values, written.description, written.format)
+        record_misfits(typed, text, written.values, n)
+        if written.doubt:
+            typed.doubts.append(describe_date_doubt(name, written.doubt, written.remedy))
         return typed
     note = inferred.note or describe_number_words(present, distinct)
     if note:

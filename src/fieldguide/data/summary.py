@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from fieldguide.data.dataset import Column, Data
+from fieldguide.data.text_values import count_values
 
 MAX_CLASSES = 12  # classes of a target that are listed; features list a third of it
 MAX_EXAMPLE_CHARACTERS = 40
@@ -32,12 +33,12 @@ def describe_values(data: Data, column: Column) -> str:
         low, high = (str(v).removesuffix(" 00:00:00") for v in (values.min(), values.max()))
         return f"{low} to {high}"
     if column.kind in ("category", "boolean"):
-        counts = values.cast(pl.String).value_counts(sort=True).sort(["count", column.name], descending=[True, False])
+        names, counts = count_values(values.cast(pl.String))
         most = MAX_CLASSES if column.role == "target" else MAX_CLASSES // 3
-        listed = ", ".join(f"{name} {count:,}" for name, count in counts.head(most).rows())
+        listed = ", ".join(f"{name} {count:,}" for name, count in list(zip(names, counts))[:most])
         one, many = ("class", "classes") if column.role == "target" else ("value", "values")
-        what = one if counts.height == 1 else many
-        return f"{counts.height:,} {what}: {listed}" + (f", and {counts.height - most:,} more" if counts.height > most else "")
+        what = one if len(names) == 1 else many
+        return f"{len(names):,} {what}: {listed}" + (f", and {len(names) - most:,} more" if len(names) > most else "")
     if column.kind in ("text", "identifier") and values.dtype == pl.String:
         first = str(values[0]).replace("\n", " ")
         return f"e.g. {first[:MAX_EXAMPLE_CHARACTERS]!r}" + ("..." if len(first) > MAX_EXAMPLE_CHARACTERS else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import polars as pl
 
@@ -77,6 +78,14 @@ def are_media_files(values: pl.Series) -> bool:
         mean_value(present.str.strip_chars().str.contains(name)) >= MIN_TYPE_FRACTION
         for name in (IMAGE_FILE_PATTERN, VIDEO_FILE_PATTERN, AUDIO_FILE_PATTERN)
     )
+
+
+def count_values(values: pl.Series) -> tuple[list[Any], list[int]]:
+    """Return the distinct values, the most frequent first and equally frequent ones in order, and how often each occurs."""
+    counted = (
+        values.rename("value").value_counts().sort(["count", "value"], descending=[True, False])
+    )  # a column may be called count
+    return counted["value"].to_list(), counted["count"].to_list()
 
 
 def numbers_to_text(series: pl.Series) -> pl.Series:

@@ -12,6 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from fieldguide.data import time_zones
@@ -23,6 +24,11 @@ SAMPLE_VALUES = 300
 MAX_WRONG_ORDER = 0.05  # maximum fraction of dates in the other order that are mistakes; with more, both orders are in use
 MIN_DATE_FRACTION = 0.9  # minimum fraction of the values of a column that are dates
 YEARS = (1000, 2999)  # plausible years
+DECIMAL_YEARS = (1500, 2200)  # plausible years in numbers such as 1949.08333
+YEARLY_STEPS = (12, 4, 2, 1)  # steps of decimal years: months, quarters, half-years and years
+MIN_YEARLY_STEPS = 10  # minimum number of decimal years from which equal steps are no coincidence
+MAX_STEP_ERROR = 0.13  # of a step, for decimal years that are rounded to two places
+YEAR_NAMES = ("time", "year", "years", "yr", "date", "jahr", "annee", "année", "ano", "año", "anno")
 COMPACT_YEARS = (1900, 2100)  # plausible years in integers such as 20190101
 SECOND = 1_000_000  # microseconds
 YEAR_NUMBER = r"^(\d{4})\s?[-/ ]\s?(\d{1,2})$"
@@ -97,7 +103,7 @@ class DateFormat:
     `order` is the order of 12/05/2023: "dmy", "mdy" or "ymd"; "" if only unambiguous dates are read. `zone` and `region` are
     those of `ZoneChoice`; "" if the values have no time zone. `compact` allows integers such as 20190101; with `weeks`, 201905
     and 2019-05 are weeks, not months. `parts` are the columns that the timestamp is formed from; with `hhmm`, one of them holds times such
-    as 930.
+    as 930. `yearly_steps` is the number of steps in a year of decimal years: 12 of 1949.08333, which is February 1949.
     """
 
     order: str = ""
@@ -108,9 +114,12 @@ class DateFormat:
     region: str = ""
     weeks: bool = False
     hhmm: bool = False
+    yearly_steps: int = 0
 
     def parse(self, text: pl.Series) -> pl.Series:
         """Return the dates, microseconds; null where the text is not a date in this format."""
+        if self.yearly_steps:
+            return read_years(text.cast(pl.Float64, strict=False), self.yearly_steps)
         if self.compact:
             text = split_digits(text, self.weeks)
         if self.weeks:
@@ -441,6 +450,45 @@ def integers_as_dates(values: pl.Series, *, is_time: bool) -> pl.Series | None:
     distinct = text.drop_nulls().unique()
     dates = spread(text, distinct, parse_local(split_values(distinct), "")["value"])
     return dates if dates.null_count() == values.null_count() else None
+
+
+def numbers_as_dates(values: pl.Series, *, is_time: bool) -> tuple[pl.Series, DateFormat] | None:
+    """Return the dates that numbers write, and their format: integers such as 20190101, or decimal years; None if they are no dates."""
+    if (dates := integers_as_dates(values, is_time=is_time)) is not None:
+        return dates, DateFormat(compact=True, weeks=are_weeks(values))
+    if steps := find_yearly_steps(values):
+        return read_years(values, steps), DateFormat(yearly_steps=steps)
+    return None
+
+
+def find_yearly_steps(values: pl.Series) -> int:
+    """Return the number of steps in a year if a column holds decimal years at equal steps, as time series of R are exported; else 0.
+
+    Whole years count only in a column whose name says that it holds times.
+    """
+    known = values.drop_nulls().to_numpy()
+    if (
+        len(known) < MIN_YEARLY_STEPS
+        or known.size < len(values)
+        or not DECIMAL_YEARS[0] <= known[0] < known[-1] <= DECIMAL_YEARS[1]
+    ):
+        return 0
+    for steps in YEARLY_STEPS:
+        number = np.round(known * steps)
+        if np.abs(known * steps - number).max() < MAX_STEP_ERROR and (np.diff(number) == 1).all():
+            return steps if steps > 1 or values.name.strip().lower() in YEAR_NAMES else 0
+    return 0
+
+
+def read_years(values: pl.Series, steps: int) -> pl.Series:
+    """Return the first day of each step of decimal years, microseconds; null for a number that is not at a step."""
+    number = (values * steps).round()
+    fits = ((values * steps - number).abs() < MAX_STEP_ERROR) & values.is_between(*DECIMAL_YEARS)
+    months = number.set(~fits.fill_null(False), None).cast(pl.Int64) * (12 // steps)
+    frame = pl.DataFrame({"months": months})
+    return frame.select(
+        pl.datetime(pl.col("months") // 12, pl.col("months") % 12 + 1, 1, time_unit="us").alias(values.name)
+    ).to_series()
 
 
 def are_weeks(values: pl.Series) -> bool:

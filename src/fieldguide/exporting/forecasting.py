@@ -175,7 +175,7 @@ def check_dates(column: Column | None) -> None:
     if column is None:
         return
     form = column.date_format or {}
-    if any(form.get(name) for name in ("order", "parts", "weeks", "compact", "region")):
+    if any(form.get(name) for name in ("order", "parts", "weeks", "compact", "region", "yearly_steps")):
         raise ExportError(
             f"column {column.name!r} has dates that run.py cannot read. Write them as 2026-01-31 18:00 and train again."
         )

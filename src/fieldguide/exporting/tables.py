@@ -69,7 +69,7 @@ def describe_table(task: Any, scale: str, as_vector: bool) -> TableInput:
 def describe_column(column: Column) -> dict[str, Any]:
     """Return how the program reads the cells of a column. Raises `ExportError` for dates that it cannot read."""
     dates = column.date_format or {}
-    if unread := [name for name in ("parts", "weeks", "compact", "region") if dates.get(name)]:
+    if unread := [name for name in ("parts", "weeks", "compact", "region", "yearly_steps") if dates.get(name)]:
         raise ExportError(
             f"column {column.name!r} has dates that run.py cannot read ({', '.join(unread)}). Write them as 2026-01-31 and train "
             f"again, or train without it: --set role.{column.name}=ignored."

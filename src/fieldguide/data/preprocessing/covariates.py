@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from fieldguide.data.dataset import Column
+from fieldguide.data.text_values import count_values
 from fieldguide.data.timeseries.frequency import DAY, HOUR, MINUTE, WEEK, Frequency
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Covariates:
                 continue
             values, known = rows[column.name].drop_nulls(), column.name in ahead
             if column.kind == "category":
-                names = values.cast(pl.String).value_counts(sort=True)[column.name].to_list()[:MAX_CATEGORIES]
+                names = count_values(values.cast(pl.String))[0][:MAX_CATEGORIES]
                 same = column.name in static and not known
                 found += [Covariate(column.name, known, values=tuple(sorted(names)), static=same)] if len(names) > 1 else []
             elif values.n_unique() > 1:

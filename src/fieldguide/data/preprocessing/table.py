@@ -18,7 +18,7 @@ from scipy.special import ndtri
 from fieldguide.data.dataset import Column
 from fieldguide.data.preprocessing.labels import index_values
 from fieldguide.data.preprocessing.text_features import TextFeatures
-from fieldguide.data.text_values import numbers_to_text
+from fieldguide.data.text_values import count_values, numbers_to_text
 
 MAX_QUANTILES = 1000
 MIN_PROBABILITY = 1e-7  # minimum distance of probabilities from 0 and 1: limits values to about +-5.2
@@ -250,8 +250,7 @@ def category_text(values: pl.Series, part: str) -> pl.Series:
 
 def fit_category(column: str, part: str, text: pl.Series) -> list[Category]:
     """Return the category of a column in a list, or an empty list if all rows have the same value."""
-    counts = text.drop_nulls().value_counts(sort=True)
-    names, seen = counts.get_column(text.name).to_list(), counts["count"].to_list()
+    names, seen = count_values(text.drop_nulls())
     if len(names) > MAX_FULL_CATEGORIES:
         names = [n for n, s in zip(names, seen) if s > 1][:MAX_CATEGORIES]
     missing = text.null_count() > 0

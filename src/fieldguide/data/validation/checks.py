@@ -15,7 +15,7 @@ import polars as pl
 from fieldguide.core.errors import DataError
 from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import RATE, SECONDS, Column, Data, Finding, Kind
-from fieldguide.data.text_values import mean_value
+from fieldguide.data.text_values import count_values, mean_value
 from fieldguide.data.timeseries.frequency import are_regular_steps
 from fieldguide.data.validation.class_names import find_unseen_classes
 from fieldguide.data.validation.duplicates import same_inputs
@@ -129,8 +129,7 @@ def check_target(data: Data) -> Iterator[Finding]:
     if column is None or column.kind not in TARGET_TYPES or len(data.columns_with_role("target")) > 1 or not len(data):
         return
     values, where = data.rows[column.name].drop_nulls(), (f"column {column.name!r}",)
-    counts = values.value_counts(sort=True).sort(column.name)
-    names, seen = counts[column.name].to_list(), counts["count"].to_numpy()
+    names, counts = count_values(values)
     if len(names) == 1:
         yield Finding(
             "single-class",
@@ -142,6 +141,8 @@ def check_target(data: Data) -> Iterator[Finding]:
         )
     if column.kind != "category":
         return
+    ordered = sorted(zip(names, counts))
+    names, seen = [name for name, _ in ordered], np.array([count for _, count in ordered])
     if len(names) > max(20, len(data) // 2):
         yield Finding(
             "many-classes",
@@ -374,9 +375,9 @@ def check_recordings(data: Data) -> Iterator[Finding]:
     if not data.features("audio"):
         return
     if RATE in rows.columns and rows[RATE].n_unique() > 1:
-        counts = rows[RATE].value_counts(sort=True).sort("count", descending=True)
-        listed = ", ".join(f"{rate:,} Hz ({count:,})" for rate, count in counts.head(MAX_SHOWN_PLACES).rows())
-        few = (rows[RATE] != counts[RATE][0]).to_numpy()
+        rates, counts = count_values(rows[RATE])
+        listed = ", ".join(f"{rate:,} Hz ({count:,})" for rate, count in list(zip(rates, counts))[:MAX_SHOWN_PLACES])
+        few = (rows[RATE] != rates[0]).to_numpy()
         yield Finding(
             "mixed-rates",
             "note",

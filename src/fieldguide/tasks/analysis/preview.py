@@ -16,6 +16,7 @@ from fieldguide.core.report_elements import Bars, Gallery, Picture, Quote, Quote
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.media import images
 from fieldguide.data.preprocessing.image_transform import learn_scale
+from fieldguide.data.text_values import count_values
 
 SHOWN_IMAGES, SHOWN_TEXTS, SHOWN_ROWS, SHOWN_SOUNDS = 12, 4, 6, 4
 SHOWN_COLUMNS = 12  # of a table
@@ -54,12 +55,10 @@ def build_distribution(training: Data, columns: Sequence[Column]) -> list[Report
         values = values.explode()
     elif target.kind not in ("category", "boolean", "identifier", "number", "constant"):
         return []
-    counted = values.drop_nulls().cast(pl.String).value_counts(sort=True)
-    if counted.is_empty():
+    names, sizes = count_values(values.drop_nulls().cast(pl.String))
+    if not names:
         return []
-    counted = counted.sort(["count", counted.columns[0]], descending=[True, False])
-    names, sizes = counted[counted.columns[0]].to_list(), counted["count"].to_list()
-    bars = dict(zip(names[:MAX_BARS], sizes[:MAX_BARS]))
+    bars: dict[str, float] = dict(zip(names[:MAX_BARS], sizes[:MAX_BARS]))
     if len(names) > MAX_BARS:
         bars[f"{len(names) - MAX_BARS:,} others"] = sum(sizes[MAX_BARS:])
     return [Bars(title, note, bars)]

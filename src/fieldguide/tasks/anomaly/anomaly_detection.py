@@ -23,6 +23,7 @@ from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data, Kind
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import ImageTransform, TablePreparer
+from fieldguide.data.text_values import count_values
 from fieldguide.data.timeseries import steps
 from fieldguide.data.timeseries.steps import STEP, Steps, build_steps
 from fieldguide.data.validation import checks
@@ -187,8 +188,7 @@ class AnomalyDetection(AnomalyEvaluator, Task):
         """Return the labels of normal rows."""
         if data.target is None:
             return []
-        counts = data.rows[data.target.name].cast(pl.String).drop_nulls().value_counts(sort=True)
-        names = counts.get_column(data.target.name).to_list()
+        names, _ = count_values(data.rows[data.target.name].cast(pl.String).drop_nulls())
         if wanted := self.options.anomaly:
             if wanted not in names:
                 raise SettingsError(

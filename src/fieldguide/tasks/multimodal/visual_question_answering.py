@@ -20,7 +20,7 @@ from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import Column, Data
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing import Labels
-from fieldguide.data.text_values import IMAGE_FILE_PATTERN
+from fieldguide.data.text_values import IMAGE_FILE_PATTERN, count_values
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, Baseline, CheckpointAssets, Metric
 from fieldguide.tasks.multimodal.base import ImageAndTextTask
@@ -98,11 +98,9 @@ class VisualQuestionAnswering(VisualQuestionSignature, ImageAndTextTask, Classif
     def fit(cls, data: Data, options: Any) -> Self:
         task = cls(list(data.columns.values()), options)
         task.fit_inputs(data, task.questions_of(data))
-        counted = data.rows[task.target.name].cast(pl.String).drop_nulls().value_counts()
-        counted = counted.sort(["count", task.target.name], descending=[True, False])
-        most = options.answers or MAX_ANSWERS
-        frequent = counted if options.answers else counted.filter(pl.col("count") >= MIN_ANSWER_ROWS)
-        kept = frequent.head(most)[task.target.name].to_list()
+        answers, counts = count_values(data.rows[task.target.name].cast(pl.String).drop_nulls())
+        least = 1 if options.answers else MIN_ANSWER_ROWS
+        kept = [answer for answer, count in zip(answers, counts) if count >= least][: options.answers or MAX_ANSWERS]
         if len(kept) < 2:
             raise DataError(
                 f"{data.source}: fewer than two answers in column {task.target.name!r} occur on {MIN_ANSWER_ROWS} or more "
@@ -111,9 +109,9 @@ class VisualQuestionAnswering(VisualQuestionSignature, ImageAndTextTask, Classif
         task.labels = list(Labels.fit(kept).names)
         codes = task.answer_codes(data)
         task.counts = np.bincount(codes[codes >= 0], minlength=len(kept)).tolist()
-        if rare := counted.height - len(kept):
+        if rare := len(answers) - len(kept):
             task.notes.append(
-                f"{rare} of {counted.height} answers are rare and cannot be predicted "
+                f"{rare} of {len(answers)} answers are rare and cannot be predicted "
                 f"({100 * (codes < 0).mean():.1f} % of the training rows). Questions with such an answer count as "
                 "wrong (change this with task.answers=...)"
             )
@@ -239,7 +237,7 @@ class VisualQuestionAnswering(VisualQuestionSignature, ImageAndTextTask, Classif
                 name[0],
                 len(part),
                 part.select(pl.mean("right")).item(),
-                part["truth"].value_counts()["count"].to_numpy().max() / len(part),
+                max(count_values(part["truth"])[1]) / len(part),
             )
             for name, part in table.group_by("type", maintain_order=True)
         ]

@@ -23,6 +23,7 @@ from fieldguide.data.column_spec import ColumnSpec
 from fieldguide.data.dataset import FILE, LINE, Column, Data, Finding
 from fieldguide.data.loader import Batches
 from fieldguide.data.preprocessing.table import TablePreparer
+from fieldguide.data.text_values import count_values
 from fieldguide.data.timestamps import DATE_DTYPE
 from fieldguide.objectives import Objective
 from fieldguide.objectives.next_item import DEFAULT_TOP_K, rank_items
@@ -169,9 +170,8 @@ class Recommendation(RecommendationSignature, Task):
         # Requests need no features: those of users and items are stored with the task.
         task = cls([c for c in data.columns.values() if c.role != "feature"], options)
         events = data.rows[ITEMS_COLUMN].explode().drop_nulls()
-        counted = events.value_counts(sort=True).sort(["count", events.name], descending=[True, False])
-        task.items = counted[events.name].to_list()
-        task.counts = np.array([0, *counted["count"].to_list()])
+        task.items, counts = count_values(events)
+        task.counts = np.array([0, *counts])
         sizes = data.rows[ITEMS_COLUMN].list.len().to_numpy()
         again = 1 - sum(len(set(h)) for h in data.rows[ITEMS_COLUMN].to_list()) / max(sizes.sum(), 1)
         longest = int(min(MAX_HISTORY_ITEMS, max(4, np.quantile(sizes, 0.9))))

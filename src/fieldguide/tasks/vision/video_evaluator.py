@@ -13,6 +13,7 @@ from fieldguide.core.errors import DataError
 from fieldguide.data.column_spec import normalize_name
 from fieldguide.data.dataset import Data
 from fieldguide.data.preprocessing import Labels
+from fieldguide.data.text_values import count_values
 from fieldguide.metrics import generative
 from fieldguide.tasks.base import Arrays, Baseline, Evaluator, Metric
 from fieldguide.tasks.supervised_evaluator import binomial_interval
@@ -28,8 +29,8 @@ def find_attributes(data: Data, caption: str) -> dict[str, list[str]]:
     Equal captions have equal values, so that what a video shows can be compared with what its caption says. There are none if most
     captions occur once.
     """
-    counts = data.rows[caption].value_counts()
-    if not len(data) or counts.filter(pl.col("count") > 1)["count"].sum() < MIN_REPEATED_CAPTIONS * len(data):
+    _, counts = count_values(data.rows[caption])
+    if not len(data) or sum(count for count in counts if count > 1) < MIN_REPEATED_CAPTIONS * len(data):
         return {}
     found = {}
     for column in data.columns.values():
