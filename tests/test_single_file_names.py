@@ -1,4 +1,4 @@
-"""The names of FLUX.1 and Stable Diffusion 3 in the authors' files, against the conversion of diffusers."""
+"""The names of FLUX.1, Stable Diffusion 3 and PixArt in the authors' files, against the conversion of diffusers or name by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from fieldguide.tasks.latent_diffusion.single_file_pipeline import choose_layout
 from test_models import batch, tiny
 
 FLUX = {"dim": 3072, "heads": 24, "axes": (16, 56, 56), "depth": 1, "single": 1}  # the width that diffusers splits by
-CHANGES = {"sd3": [{}, {"normed": False, "dual": 0}], "flux": [{}, {"guidance": False}]}
+CHANGES = {
+    "sd3": [{}, {"normed": False, "dual": 0}],
+    "flux": [{}, {"guidance": False}],
+    "pixart": [{}, {"sizes": 0}],
+}
 CASES = [(name, i) for name, changes in CHANGES.items() for i in range(len(changes))]
 
 
@@ -70,6 +74,43 @@ def test_sd3_values_equal_those_of_diffusers(i):
     found = converted("sd3", official(model))
     expected = translate(model.state_dict(), get_tables(model)["diffusers"], reverse=True)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], x) for key, x in expected.items())
+
+
+@pytest.mark.parametrize("i", range(2))
+def test_pixart_values_equal_those_of_the_authors(i):
+    """Their names, and which of their matrices are joined, one by one. diffusers' library has no conversion."""
+    model = tiny("pixart", torch.float32, **CHANGES["pixart"][i])
+    state = translate(model.state_dict(), get_tables(model)["diffusers"], reverse=True)
+    emb, expected = "adaln_single.emb.", {}
+    sizes = {"csize_embedder": "resolution_embedder", "ar_embedder": "aspect_ratio_embedder"} if i == 0 else {}
+    for kind in ("weight", "bias"):
+        take = lambda *names, kind=kind: torch.cat([state.pop(f"{name}.{kind}") for name in names])
+        expected[f"x_embedder.proj.{kind}"] = take("pos_embed.proj")
+        expected[f"t_block.1.{kind}"] = take("adaln_single.linear")
+        expected[f"final_layer.linear.{kind}"] = take("proj_out")
+        for k in (1, 2):
+            expected[f"y_embedder.y_proj.fc{k}.{kind}"] = take(f"caption_projection.linear_{k}")
+            for theirs, name in {"t_embedder": "timestep_embedder", **sizes}.items():
+                expected[f"{theirs}.mlp.{2 * k - 2}.{kind}"] = take(f"{emb}{name}.linear_{k}")
+        for block in range(model.config.depth):
+            here, there = f"blocks.{block}", f"transformer_blocks.{block}"
+            first, second = ([f"{there}.attn{k}.to_{name}" for name in "qkv"] for k in (1, 2))
+            expected[f"{here}.attn.qkv.{kind}"] = take(*first)
+            expected[f"{here}.attn.proj.{kind}"] = take(f"{there}.attn1.to_out.0")
+            expected[f"{here}.cross_attn.q_linear.{kind}"] = take(second[0])
+            expected[f"{here}.cross_attn.kv_linear.{kind}"] = take(*second[1:])
+            expected[f"{here}.cross_attn.proj.{kind}"] = take(f"{there}.attn2.to_out.0")
+            expected[f"{here}.mlp.fc1.{kind}"] = take(f"{there}.ff.net.0.proj")
+            expected[f"{here}.mlp.fc2.{kind}"] = take(f"{there}.ff.net.2")
+    for block in range(model.config.depth):
+        expected[f"blocks.{block}.scale_shift_table"] = state.pop(f"transformer_blocks.{block}.scale_shift_table")
+    expected["final_layer.scale_shift_table"] = state.pop("scale_shift_table")
+    found = official(model)
+    assert not state and found.keys() == expected.keys()
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
+    extra = {"pos_embed": torch.zeros(1, 16, 24), "y_embedder.y_embedding": torch.zeros(12, 10)}
+    again = translate({**found, **extra}, get_tables(model)["official"])
+    assert again.keys() == model.state_dict().keys() and all(torch.equal(again[k], x) for k, x in model.state_dict().items())
 
 
 @torch.no_grad()

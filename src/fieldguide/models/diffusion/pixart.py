@@ -27,7 +27,7 @@ from fieldguide.models.diffusion._shared.attention import Attention
 from fieldguide.models.diffusion._shared.embeddings import embed_time, position_embedding
 from fieldguide.models.diffusion._shared.patches import count_patches, join_patches
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect
-from fieldguide.models.mapping.key_rules import Row
+from fieldguide.models.mapping.key_rules import Dropped, Joined, Row
 
 EMBEDDING_DIM = 256  # sines and cosines of times and sizes
 EPS = 1e-6  # of the norms, all of which have no parameters
@@ -181,6 +181,31 @@ DIFFUSERS: dict[str, Row] = {
 }
 
 
+OFFICIAL: dict[str, Row] = {  # PixArt-alpha/PixArt-alpha and PixArt-sigma
+    "pos_embed": Dropped("fixed sines and cosines"),
+    "x_embedder.proj.*": "patch.*",
+    "t_embedder.mlp.0.*": "time1.*",
+    "t_embedder.mlp.2.*": "time2.*",
+    "csize_embedder.mlp.0.*": "resolution.linear1.*",
+    "csize_embedder.mlp.2.*": "resolution.linear2.*",
+    "ar_embedder.mlp.0.*": "aspect.linear1.*",
+    "ar_embedder.mlp.2.*": "aspect.linear2.*",
+    "t_block.1.*": "condition.*",
+    "y_embedder.y_embedding": Dropped("T5's states of an empty caption, which are computed when they are needed"),
+    "y_embedder.y_proj.fc{k}.*": "text{k}.*",
+    "blocks.{i}.scale_shift_table": "blocks.{i}.table",
+    "blocks.{i}.attn.qkv.*": Joined(tuple(f"blocks.{{i}}.attn1.{name}.*" for name in "qkv"), (1, 1, 1)),
+    "blocks.{i}.attn.proj.*": "blocks.{i}.attn1.proj.*",
+    "blocks.{i}.cross_attn.q_linear.*": "blocks.{i}.attn2.q.*",
+    "blocks.{i}.cross_attn.kv_linear.*": Joined(("blocks.{i}.attn2.k.*", "blocks.{i}.attn2.v.*"), (1, 1)),
+    "blocks.{i}.cross_attn.proj.*": "blocks.{i}.attn2.proj.*",
+    "blocks.{i}.mlp.fc1.*": "blocks.{i}.up.*",
+    "blocks.{i}.mlp.fc2.*": "blocks.{i}.down.*",
+    "final_layer.scale_shift_table": "table",
+    "final_layer.linear.*": "head.*",
+}
+
+
 def parse_rest(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that follow from several keys of diffusers. Raises `WeightsError` for unsupported channels."""
     channels, outputs, side = raw["in_channels"], raw.get("out_channels") or raw["in_channels"], raw["sample_size"]
@@ -235,7 +260,7 @@ CARD = Card(
         "pixart-sigma-xl2-1024": Size(sizes=0, params=610_856_096, source="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
         "pixart-test": Size(image=8, text_dim=10, dim=24, depth=2, heads=2, channels=2),
     },
-    weights={"diffusers": DIFFUSERS, "diffusers-2023": DIFFUSERS},
+    weights={"official": OFFICIAL, "diffusers": DIFFUSERS, "diffusers-2023": DIFFUSERS},
     configs={"diffusers": CONFIG, "diffusers-2023": CONFIG_2023},
     recipe={"optimizer": "adamw", "lr": 1e-4, "weight_decay": 3e-2, "grad_clip": 1.0, "ema": 0.9999},
 )

@@ -1,7 +1,7 @@
-"""Pipelines in single files of CompVis and Stability AI: Stable Diffusion 1 to 3.5, and SDXL.
+"""Pipelines in single files of CompVis, Stability AI and Black Forest Labs: Stable Diffusion 1 to 3.5, SDXL, and FLUX.1.
 
 A file holds the tensors of all networks, but neither configurations nor a tokenizer. What the networks are follows from the width of the
-text's states, for Stable Diffusion 3 from that of the network itself; the tokenizers are CLIP's and T5's, from a path.
+text's states, for Stable Diffusion 3 and FLUX.1 from that of the network itself; the tokenizers are CLIP's and T5's, from a path.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from fieldguide.models.registry import find
 SUFFIXES = (".safetensors", ".ckpt")
 COMPVIS, OPENAI, HUGGINGFACE, OFFICIAL = "compvis", "openai", "huggingface", "official"  # origins of tensors
 PATCHES = "x_embedder.proj.weight"  # of Stable Diffusion 3
+PACKED, TOLD = "img_in.weight", "guidance_in.in_layer.weight"  # of FLUX.1, and of its networks that are told the guidance scale
+T5 = "text_3"  # the part of a file that holds T5
 FIRST, KEYS = "input_blocks.0.0.weight", "attn2.to_k.weight"  # the first convolution, and what attends to the text
 PREDICTION_TYPES = {"epsilon", "v_prediction"}
 SCHEDULER = {  # with which these networks were trained; the sampler is DDIM, as in the authors' scripts
@@ -39,7 +41,8 @@ SCHEDULER = {  # with which these networks were trained; the sampler is DDIM, as
 @dataclass(frozen=True)
 class Layout:
     """Sizes of the networks of a version. `texts` are size and origin of each text encoder by its part; `pads` whether its tokenizer
-    pads with the token 0 instead of the end token."""
+    pads with the token 0 instead of the end token; `optional` the parts that a file may lack; `scheduler` the settings that replace those
+    of `SCHEDULER`."""
 
     denoiser: str
     vae: str
@@ -47,6 +50,8 @@ class Layout:
     pads: tuple[bool, ...]
     prediction: str = "epsilon"
     origin: str = COMPVIS  # of the denoiser's names
+    optional: frozenset[str] = frozenset()
+    scheduler: Mapping[str, Any] | None = None
 
 
 LAYOUTS = {  # by the width of the text's states
@@ -65,16 +70,33 @@ FLOW_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0
 FLOW_TEXTS = {
     "text": ("clip-l14-text-projected", HUGGINGFACE),
     "text_2": ("clip-g14-text", HUGGINGFACE),
-    "text_3": ("t5-v1.1-xxl-encoder", HUGGINGFACE),
+    T5: ("t5-v1.1-xxl-encoder", HUGGINGFACE),
 }
-FLOW_LAYOUTS = {  # of Stable Diffusion 3, by its width
-    1536: {  # whether blocks have a second attention -> layout
-        False: Layout("sd3-medium", "sd3-vae", FLOW_TEXTS, (False, True, True), "velocity", OFFICIAL),
-        True: Layout("sd3.5-medium", "sd3-vae", FLOW_TEXTS, (False, True, True), "velocity", OFFICIAL),
-    },
-    2432: {False: Layout("sd3.5-large", "sd3-vae", FLOW_TEXTS, (False, True, True), "velocity", OFFICIAL)},
+
+
+def describe_sd3(size: str) -> Layout:
+    """Return the layout of a size of Stable Diffusion 3."""
+    pads, optional = (False, True, True), frozenset({T5})
+    return Layout(size, "sd3-vae", FLOW_TEXTS, pads, "velocity", OFFICIAL, optional, FLOW_SCHEDULER)
+
+
+def describe_flux(size: str, **scheduler: Any) -> Layout:
+    """Return the layout of a size of FLUX.1."""
+    texts = {"text": ("clip-l14-text", HUGGINGFACE), T5: ("t5-v1.1-xxl-encoder", HUGGINGFACE)}
+    settings = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
+    return Layout(size, "flux-vae", texts, (False, True), "velocity", OFFICIAL, scheduler=settings)
+
+
+FLOW_LAYOUTS = {  # of Stable Diffusion 3, by its width, and whether blocks have a second attention
+    1536: {False: describe_sd3("sd3-medium"), True: describe_sd3("sd3.5-medium")},
+    2432: {False: describe_sd3("sd3.5-large")},
 }
-OPTIONAL_TEXTS = {"text_3"}
+FLUX_LAYOUTS = {  # by the width, and whether the network is told the guidance scale
+    3072: {
+        True: describe_flux("flux1-dev", shift=3.0, use_dynamic_shifting=True),
+        False: describe_flux("flux1-schnell", shift=1.0),
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -110,17 +132,17 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> SingleFi
     parts = split_single_file(weights.read(path))
     state = parts["denoiser"]
     layout = choose_layout(path, state)
-    if missing := layout.texts.keys() - parts.keys() - OPTIONAL_TEXTS:
+    if missing := layout.texts.keys() - parts.keys() - layout.optional:
         raise WeightsError(f"{path} lacks a text encoder ({', '.join(sorted(missing))}). Download the whole file.")
     denoiser = place(path, layout.denoiser, layout.origin, state)
     texts = tuple(
         place(path, size, origin, parts[part]) if part in parts else None for part, (size, origin) in layout.texts.items()
     )
     vae = place(path, layout.vae, COMPVIS, parts["vae"])
-    if layout.origin == OFFICIAL:
+    if layout.scheduler is not None:
         if prediction_type is not None:
             raise SettingsError(f"prediction_type: not for rectified flows. {path} predicts the velocity. Leave it out.")
-        return SingleFile(denoiser, vae, texts, layout, FLOW_SCHEDULER)
+        return SingleFile(denoiser, vae, texts, layout, layout.scheduler)
     channels = denoiser.card.config(**denoiser.values).channels
     denoiser = replace(denoiser, values={**denoiser.values, "extra": state[FIRST].shape[1] - channels})
     return SingleFile(denoiser, vae, texts, layout, {**SCHEDULER, "prediction_type": prediction_type or layout.prediction})
@@ -128,20 +150,24 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> SingleFi
 
 def choose_layout(path: Path, state: Mapping[str, Tensor]) -> Layout:
     """Return the layout of a denoiser. Raises `WeightsError` if it is not a known one."""
-    if PATCHES in state:
-        width = len(state[PATCHES])
-        found = FLOW_LAYOUTS.get(width, {}).get(any(".attn2." in name for name in state))
+    for key, layouts, name, variant in (
+        (PATCHES, FLOW_LAYOUTS, "Stable Diffusion 3", any(".attn2." in name for name in state)),
+        (PACKED, FLUX_LAYOUTS, "FLUX.1", TOLD in state),
+    ):
+        if key not in state:
+            continue
+        found = layouts.get(len(state[key]), {}).get(variant)
         if found is None:
             raise WeightsError(
-                f"{path} holds a network of Stable Diffusion 3 of width {width}, which is unknown. Known are "
-                f"{', '.join(map(str, FLOW_LAYOUTS))}. Load it from a folder of diffusers."
+                f"{path} holds a network of {name} of width {len(state[key])}, which is unknown. Known are "
+                f"{', '.join(map(str, layouts))}. Load it from a folder of diffusers."
             )
         return found
     width = next((x.shape[1] for name, x in state.items() if name.endswith(KEYS)), 0)
     if width not in LAYOUTS or FIRST not in state:
         raise WeightsError(
             f"{path} holds a network that attends to texts of width {width}. Single files are supported of Stable Diffusion 1 (768), 2 "
-            "(1024), SDXL (2048), 3 and 3.5; load other pipelines from a folder of diffusers."
+            "(1024), SDXL (2048), 3 and 3.5, and of FLUX.1; load other pipelines from a folder of diffusers."
         )
     return LAYOUTS[width]
 
