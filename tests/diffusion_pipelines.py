@@ -316,8 +316,11 @@ def wan(scheduler: Any = None, **changes: Any) -> Any:
     )
 
 
-def cogvideox(rotary: bool = False, shift: float = 3.0) -> Any:
+def cogvideox(rotary: bool = False, shift: float = 3.0, kind: str = "CogVideoXPipeline") -> Any:
+    """Return CogVideoX; for videos that begin with an image, it has stored positions besides."""
     from tv import diffusers
+
+    begins = kind == "CogVideoXImageToVideoPipeline"
 
     vae = diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(4, 8, 8),
@@ -328,7 +331,7 @@ def cogvideox(rotary: bool = False, shift: float = 3.0) -> Any:
         latent_channels=3,
         scaling_factor=0.7,
     )
-    return diffusers.CogVideoXPipeline(
+    made = getattr(diffusers, kind)(
         tokenizer=t5_tokenizer(),
         text_encoder=t5_encoder(16),
         vae=randomize(vae, 1),
@@ -336,7 +339,7 @@ def cogvideox(rotary: bool = False, shift: float = 3.0) -> Any:
             diffusers.CogVideoXTransformer3DModel(
                 num_attention_heads=2,
                 attention_head_dim=16,
-                in_channels=3,
+                in_channels=6 if begins else 3,
                 out_channels=3,
                 time_embed_dim=8,
                 text_embed_dim=16,
@@ -346,6 +349,7 @@ def cogvideox(rotary: bool = False, shift: float = 3.0) -> Any:
                 sample_frames=9,
                 max_text_seq_length=12,
                 use_rotary_positional_embeddings=rotary,
+                use_learned_positional_embeddings=begins,
             ),
             2,
         ),
@@ -357,3 +361,6 @@ def cogvideox(rotary: bool = False, shift: float = 3.0) -> Any:
             snr_shift_scale=shift,
         ),
     )
+    if begins:
+        made.transformer.patch_embed.pos_embedding.normal_(generator=torch.Generator().manual_seed(3))
+    return made

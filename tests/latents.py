@@ -483,7 +483,7 @@ def cogvideox(model: nn.Module) -> Peer:
     from tv import diffusers
 
     c, peer = model.config, build(model)
-    if not c.rotary:
+    if not c.rotary or c.learned:
         patches, embed = peer.patch_embed, peer.patch_embed._get_positional_embeddings
         patches._get_positional_embeddings = lambda *args, **options: embed(*args, **options).to(torch.float32)
         patches.pos_embedding = patches.pos_embedding.float()

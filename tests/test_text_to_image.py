@@ -372,6 +372,30 @@ def test_what_does_not_fit_is_computed_in_parts(monkeypatch):
     assert tiled.shape == expected.shape and 1e-4 < (tiled - expected).abs().mean() < 0.2  # norms of groups are those of a tile
 
 
+def test_tiles_and_slices_switch_on_by_themselves(monkeypatch):
+    """With little free memory, nothing else given."""
+    tiles, sliced = [], []
+    decode, cut = generation.decode_latents, generation.slice_attention
+    monkeypatch.setattr(
+        generation, "decode_latents", lambda *a, tile=0: tiles.append((len(a[1]), tile)) or decode(*a, tile=tile)
+    )
+    monkeypatch.setattr(generation, "slice_attention", lambda queries: sliced.append(queries) or cut(queries))
+    monkeypatch.setattr(diffusion_memory, "UNFUSED_DEVICES", ("cpu",))
+    calls, options, network = [], {"steps": 1, "height": 32, "width": 32, "count": 2}, load("sd").pipeline.network
+    hook = network.register_forward_pre_hook(
+        lambda _, inputs, named: calls.append(len(named.get("latent", *inputs[:1]))), with_kwargs=True
+    )
+    try:
+        for free in (2**34, 2**18):
+            monkeypatch.setattr(diffusion_memory, "get_free_memory", lambda device, free=free: free)
+            load("sd").generate(ImageRequest(PROMPT), load("sd").parse(options))
+    finally:
+        hook.remove()
+    side = load("sd").pipeline.vae.config.image // load("sd").pipeline.stride
+    assert tiles == [(1, 0)] * 2 + [(1, side)] * 2 and calls == [4, 2, 2]  # all images at once, then one after another
+    assert sliced[0] == 0 and sliced[1] >= diffusion_memory.MIN_QUERIES
+
+
 def test_autoencoders_that_overflow_in_half_precision():
     vae = copy.deepcopy(load("sd").pipeline.vae)
     with torch.no_grad():
@@ -424,8 +448,9 @@ def test_half_precision_variants_and_shards(tmp_path):
 def write_single_file(name: str, file: Path, texts) -> None:
     """Write our networks of a pipeline to one file, under the names of the authors, and the tokenizer next to it."""
     made = load(name).pipeline
-    origin = "official" if name == "sd3" else "compvis"
-    networks = {"model.diffusion_model.": (made.network, origin), "first_stage_model.": (made.vae, "compvis")}
+    origin = "official" if name in FLOWS else "compvis"
+    prefix = "vae." if name in ("flux", "schnell") else "first_stage_model."
+    networks = {"model.diffusion_model.": (made.network, origin), prefix: (made.vae, "compvis")}
     networks |= {prefix: (encoder.network, origin) for encoder, (prefix, origin) in zip(made.encoders, texts)}
     state = {
         prefix + key: x.contiguous()
@@ -443,7 +468,10 @@ SINGLE = {
     "painted": [("cond_stage_model.transformer.", "huggingface")],
     "sdxl": [("conditioner.embedders.0.transformer.", "huggingface"), ("conditioner.embedders.1.model.", "openai")],
     "sd3": [(f"text_encoders.{part}.transformer.", "huggingface") for part in ("clip_l", "clip_g", "t5xxl")],
+    "flux": [(f"text_encoders.{part}.transformer.", "huggingface") for part in ("clip_l", "t5xxl")],
+    "schnell": [(f"text_encoders.{part}.transformer.", "huggingface") for part in ("clip_l", "t5xxl")],
 }
+FLOWS = {"sd3": ("text", "text_2", "text_3"), "flux": ("text", "text_3"), "schnell": ("text", "text_3")}  # parts with texts
 
 
 TEXT_PARTS = ("text", "text_2", "text_3")
@@ -455,20 +483,26 @@ def test_single_files(name, suffix, tmp_path, monkeypatch):
     """Sizes are given by the width of the text's states, so those of the tiny networks take the place of the published ones."""
     made = load(name).pipeline
     write_single_file(name, tmp_path / f"model{suffix}", SINGLE[name])
-    layout, parts = single_file_pipeline.Layout("denoiser", "vae", {"text": ("text", "huggingface")}, (False,)), TEXT_PARTS
+    layout = single_file_pipeline.Layout("denoiser", "vae", {"text": ("text", "huggingface")}, (False,))
+    parts = FLOWS.get(name, TEXT_PARTS)
     if name == "sdxl":
         layout = replace(layout, texts={**layout.texts, "text_2": ("text_2", "openai")}, pads=(False, True))
-    if name == "sd3":
+    if name in FLOWS:
+        kind, variant = ("FLOW_LAYOUTS", False) if name == "sd3" else ("FLUX_LAYOUTS", name == "flux")
+        published = next(layouts[variant] for layouts in getattr(single_file_pipeline, kind).values())
+        assert tuple(published.texts) == parts
         texts = {part: (part, "huggingface") for part in parts}
-        layout = replace(layout, texts=texts, pads=(False, True, True), origin="official")
-        monkeypatch.setattr(single_file_pipeline, "FLOW_LAYOUTS", {16: {False: layout}})
-        shutil.copytree(make(name)[1] / "tokenizer_3", tmp_path / "tokenizer_3")
+        monkeypatch.setattr(
+            single_file_pipeline, kind, {16: {variant: replace(published, denoiser="denoiser", vae="vae", texts=texts)}}
+        )
+        last = f"tokenizer_{len(parts)}"
+        shutil.copytree(make(name)[1] / last, tmp_path / last)
     monkeypatch.setattr(single_file_pipeline, "LAYOUTS", {28 if name == "sdxl" else 16: layout})
     networks = {"denoiser": made.network, "vae": made.vae}
     networks |= {key: encoder.network for key, encoder in zip(parts, made.encoders) if encoder}
 
     def find_tiny(size):
-        config = asdict(networks[size].config) | ({"extra": 0} if size == "denoiser" and name != "sd3" else {})
+        config = asdict(networks[size].config) | ({"extra": 0} if size == "denoiser" and name not in FLOWS else {})
         card = card_of(networks[size])
         return replace(card, sizes={size: Size(**config)}), size
 
@@ -476,7 +510,8 @@ def test_single_files(name, suffix, tmp_path, monkeypatch):
     ours = fieldguide.pipeline(tmp_path / f"model{suffix}")
     assert type(ours) is TextToImage and ours.model.config == made.network.config
     options = {"steps": 2, "height": 32, "width": 32, "guidance": 2.0, "negative": NEGATIVE, "count": 1, "seed": 3}
-    options |= {"sampler": "euler"} if name != "sd3" else {}
+    options |= {"sampler": "euler"} if name not in FLOWS else {}
+    options |= {"negative": ""} if parts == FLOWS["flux"] else {}
     request = ImageRequest(PROMPT, *((picture(), hole()) if name == "painted" else ()))
     found, expected = (x.generate(request, x.parse(options)) for x in (ours, load(name)))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -506,7 +541,7 @@ def test_single_files_without_t5(tmp_path, monkeypatch):
     made = load("sd3").pipeline
     write_single_file("sd3", tmp_path / "model.safetensors", SINGLE["sd3"][:2])
     texts = {part: (part, "huggingface") for part in TEXT_PARTS}
-    layout = single_file_pipeline.Layout("denoiser", "vae", texts, (False, True, True), origin="official")
+    layout = replace(single_file_pipeline.describe_sd3("denoiser"), vae="vae", texts=texts)
     monkeypatch.setattr(single_file_pipeline, "FLOW_LAYOUTS", {16: {False: layout}})
     networks = {"denoiser": made.network, "vae": made.vae, "text": made.encoders[0].network, "text_2": made.encoders[1].network}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import importlib
 import io
 import json
 import shutil
@@ -31,6 +32,7 @@ from fieldguide.serving.app import build_app
 from fieldguide.serving.models import LoadedModel
 from fieldguide.serving.settings import ServerSettings
 from fieldguide.tasks.latent_diffusion.diffusion_pipeline import VIDEO_FAMILIES, check_family
+from fieldguide.tasks.latent_diffusion.video_generation import VideoRequest
 
 PROMPT, NEGATIVE = "A cat, the &amp;  dog of", "the dog"
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -48,7 +50,9 @@ BUILD = {
     "wan-unipc": published_wan,
     "cogvideox": peers.cogvideox,
     "cogvideox-rotary": functools.partial(peers.cogvideox, rotary=True, shift=1.0),
+    "cogvideox-image": functools.partial(peers.cogvideox, rotary=True, shift=1.0, kind="CogVideoXImageToVideoPipeline"),
 }
+IMAGE_TO_VIDEO = ("cogvideox-image",)
 TINY = {"steps": 3, "frames": 9, "width": 32, "height": 16}
 
 
@@ -66,34 +70,75 @@ def load(name: str) -> TextToVideo:
     return fieldguide.pipeline(make(name)[1])
 
 
-def draw(frames: int = 9) -> torch.Tensor:  # 1 f C h w
-    return torch.randn(1, 1 + (frames - 1) // 4, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+def draw(frames: int = 9, name: str = "") -> torch.Tensor:  # 1 f C h w
+    columns = 6 if name in IMAGE_TO_VIDEO else 8  # stored positions have one size
+    return torch.randn(1, 1 + (frames - 1) // 4, 3, 4, columns, generator=torch.Generator().manual_seed(0))
+
+
+def picture(turned: int = 0) -> Image.Image:
+    """Return an image of another size than the videos."""
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 20, 3)).astype(np.uint8)
+    return Image.fromarray(pixels).resize((40, 22), Image.Resampling.BICUBIC).rotate(turned)
+
+
+@pytest.fixture(autouse=True)
+def latents_are_means(monkeypatch):
+    """diffusers draws the latents of a given image at random."""
+    importlib.import_module("tv")  # before diffusers
+    distribution = importlib.import_module("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
+    monkeypatch.setattr(distribution, "sample", lambda self, generator=None: self.mode())
 
 
 def ask(name: str, noise, prompt: str = PROMPT, **options):
     """Return our video, 0 to 1: F 3 H W."""
     predictor, frames = load(name), 4 * (noise.shape[1] - 1) + 1
-    return predictor.generate(prompt, predictor.parse(TINY | {"frames": frames} | options), noise=noise) / 2 + 0.5
+    request = VideoRequest(prompt, picture() if name in IMAGE_TO_VIDEO else None)
+    chosen = predictor.parse(TINY | {"frames": frames, "width": 4 * noise.shape[4]} | options)
+    return predictor.generate(request, chosen, noise=noise) / 2 + 0.5
 
 
 def ask_peer(name: str, noise, prompt: str = PROMPT, **options):
     """Return the video of diffusers."""
-    options = {"num_inference_steps": 3, "num_frames": 4 * (noise.shape[1] - 1) + 1, "height": 16, "width": 32} | options
+    options = {
+        "num_inference_steps": 3,
+        "num_frames": 4 * (noise.shape[1] - 1) + 1,
+        "height": 16,
+        "width": 4 * noise.shape[4],
+    } | options
     options |= {"max_sequence_length": 12} if name.startswith("cogvideox") else {}
+    options |= {"image": picture()} if name in IMAGE_TO_VIDEO else {}
     latents = noise.transpose(1, 2) if name.startswith("wan") else noise
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return make(name)[0](prompt, latents=latents.clone(), output_type="pt", **options).frames[0]
+        return make(name)[0](prompt=prompt, latents=latents.clone(), output_type="pt", **options).frames[0]
 
 
 @pytest.mark.parametrize("frames", [1, 9])
 @pytest.mark.parametrize("name", BUILD)
 def test_videos_equal_diffusers(name, frames):
-    noise = draw(frames)
+    noise = draw(frames, name)
     expected, found = ask_peer(name, noise), ask(name, noise)
-    assert found.shape == expected.shape == (frames, 3, 16, 32)
+    assert found.shape == expected.shape == (frames, 3, 16, 4 * noise.shape[4])
     torch.testing.assert_close(found, expected, **CLOSE)
     assert expected.std() > 0.02 and (ask(name, noise, prompt="dog") - found).abs().max() > 1e-3
+
+
+def test_images_begin_videos(tmp_path):
+    """Of a path or Pillow's; the network needs one, and others have none."""
+    ours, noise = load("cogvideox-image"), draw(9, "cogvideox-image")
+    options = ours.parse(TINY | {"width": 24})
+    found = ours.generate(VideoRequest(PROMPT, picture()), options, noise=noise)
+    assert (found - ours.generate(VideoRequest(PROMPT, picture(90)), options, noise=noise)).abs().max() > 1e-2
+    picture().save(tmp_path / "image.png")
+    whole = {**TINY, "width": 24}
+    made = ours.predict([{"prompt": PROMPT, "image": str(tmp_path / "image.png")}], **whole)
+    assert made[0]["video"] == ours.predict(PROMPT, image=picture(), **whole)[0]["video"]
+    with pytest.raises(SettingsError, match=r"begins videos with an image\. Set image"):
+        ours.predict(PROMPT, **whole)
+    with pytest.raises(SettingsError, match="begins videos with noise only"):
+        load("cogvideox").predict(PROMPT, image=picture(), **TINY)
+    with pytest.raises(DataError, match="the latents have 4 x 8 elements, but the stored positions are for 4 x 6"):
+        ours.predict(PROMPT, image=picture(), **TINY)
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
@@ -164,7 +209,7 @@ def test_wrong_options(name, options, words):
 def test_wrong_prompts():
     with pytest.raises(SettingsError, match="no prompt"):
         load("wan").predict([])
-    for value in (3, {"prompt": 3}, {"prompt": "a", "image": "b"}):
+    for value in (3, {"prompt": 3}, {"prompt": "a", "mask": "b"}):
         with pytest.raises(DataError, match="no prompt: give a text"):
             load("wan").predict([value])
 
@@ -198,7 +243,7 @@ def test_samplers_that_are_not_supported_are_replaced(tmp_path):
     folder, noise = make("cogvideox")[1], draw()
     other = change(folder, tmp_path / "dpm", "scheduler/scheduler_config.json", _class_name="CogVideoXDPMScheduler")
     ours, notes = fieldguide.pipeline(other), list[str]()
-    found = ours.generate(PROMPT, ours.parse(TINY), noise=noise, notes=notes) / 2 + 0.5
+    found = ours.generate(VideoRequest(PROMPT), ours.parse(TINY), noise=noise, notes=notes) / 2 + 0.5
     assert "CogVideoXDPMScheduler" in notes[0] and "CogVideoXDDIMScheduler is used in its place" in notes[0]
     assert torch.equal(found, ask("cogvideox", noise))
 

@@ -22,7 +22,7 @@ from fieldguide.inference.predictor import Predictions, Predictor, as_rows
 from fieldguide.tasks.latent_diffusion.diffusion_pipeline import DiffusionPipeline, load_pipeline, load_single_file
 from fieldguide.tasks.latent_diffusion.generation import ImageOptions, ImageRequest, fill_defaults, generate
 from fieldguide.tasks.latent_diffusion.single_file_pipeline import is_single_file
-from fieldguide.tasks.vision.image_generation import encode_png
+from fieldguide.tasks.vision.image_encoding import encode_png
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network

@@ -1,4 +1,4 @@
-"""Text-to-video with published pipelines: Wan 2.1 and CogVideoX."""
+"""Text-to-video and image-to-video with published pipelines: Wan 2.1 and CogVideoX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fieldguide.core.signature import Signature
 from fieldguide.inference.predictor import Predictions, Predictor, as_rows
 from fieldguide.tasks.latent_diffusion.diffusion_pipeline import DiffusionPipeline, load_pipeline
 from fieldguide.tasks.latent_diffusion.generation import fill_defaults
-from fieldguide.tasks.latent_diffusion.video_generation import VideoOptions, generate_video
+from fieldguide.tasks.latent_diffusion.video_generation import VideoOptions, VideoRequest, generate_video
 from fieldguide.tasks.vision.video_report import encode_webp
 
 if TYPE_CHECKING:
@@ -66,30 +66,34 @@ class TextToVideo(Predictor):
         found = VideoOptions(**parse_options(VideoOptions, options, owner=self.name, aliases=ALIASES))
         return fill_defaults(self.pipeline, found)
 
-    def predict(self, inputs: Any = (), *, callback: Callable[[int], None] = lambda done: None, **options: Any) -> Predictions:
+    def predict(
+        self, inputs: Any = (), *, image: Any = None, callback: Callable[[int], None] = lambda done: None, **options: Any
+    ) -> Predictions:
         """Return `input` and `video` for each prompt, `count` times.
 
-        `inputs` is a prompt, a list of them, or dictionaries with `prompt`. `options` are those of `VideoOptions`.
+        `inputs` is a prompt, a list of them, or dictionaries with `prompt` and, for networks that begin videos with an image, `image`,
+        a path or an image of Pillow; `image` is that of all prompts. `options` are those of `VideoOptions`.
         """
-        chosen, prompts = self.parse(options), [read_prompt(value) for value in as_rows(inputs)]
-        if not prompts:
+        chosen, requests = self.parse(options), [read_request(value, image) for value in as_rows(inputs)]
+        if not requests:
             raise SettingsError("no prompt: fieldguide predict MODEL 'a cat runs through the snow'")
         milliseconds = round(1000 / (chosen.frames_per_second or self.pipeline.family.frames_per_second))
         records, notes = [], list(self.pipeline.notes)
-        for number, prompt in enumerate(prompt for prompt in prompts for _ in range(chosen.count)):
-            video = self.generate(prompt, chosen, notes=notes, number=number, callback=callback).cpu().numpy()
+        for number, request in enumerate(request for request in requests for _ in range(chosen.count)):
+            video = self.generate(request, chosen, notes=notes, number=number, callback=callback).cpu().numpy()
             content = encode_webp(video, milliseconds, lossless=video.size <= MAX_LOSSLESS_PIXELS)
-            records.append({"input": prompt, "video": Media(content, ".webp")})
+            records.append({"input": request.prompt, "video": Media(content, ".webp")})
         return Predictions(records, list(dict.fromkeys(notes)))
 
-    def generate(self, prompt: str, options: VideoOptions, **more: Any) -> Tensor:  # -> F 3 H W in -1 .. 1
-        """Return the video of one prompt; see `fieldguide.tasks.latent_diffusion.video_generation.generate_video`."""
-        return generate_video(self.pipeline, prompt, options, **more)
+    def generate(self, request: VideoRequest, options: VideoOptions, **more: Any) -> Tensor:  # -> F 3 H W in -1 .. 1
+        """Return the video of one request; see `fieldguide.tasks.latent_diffusion.video_generation.generate_video`."""
+        return generate_video(self.pipeline, request, options, **more)
 
 
-def read_prompt(value: Any) -> str:
-    """Return the prompt in a text or a dictionary. Raises `DataError` for anything else."""
-    prompt = value.get("prompt") if isinstance(value, Mapping) and value.keys() == {"prompt"} else value
-    if not isinstance(prompt, str):
-        raise DataError(f"{value!r} is no prompt: give a text, or a dictionary with prompt.")
-    return prompt
+def read_request(value: Any, image: Any = None) -> VideoRequest:
+    """Return a request from a text or a dictionary. Raises `DataError` for anything else."""
+    if isinstance(value, str):
+        return VideoRequest(value, image)
+    if isinstance(value, Mapping) and isinstance(value.get("prompt"), str) and value.keys() <= {"prompt", "image"}:
+        return VideoRequest(value["prompt"], value.get("image", image))
+    raise DataError(f"{value!r} is no prompt: give a text, or a dictionary with prompt, and optionally image.")

@@ -19,7 +19,7 @@ from fieldguide.inference.predictor import Predictions, Predictor, as_list
 from fieldguide.models.registry import card
 from fieldguide.tasks.latent_diffusion import signature
 from fieldguide.tasks.latent_diffusion.unclip import UnCLIPOptions, UnCLIPPipeline, generate, load_unclip
-from fieldguide.tasks.vision.image_generation import encode_png
+from fieldguide.tasks.vision.image_encoding import encode_png
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network

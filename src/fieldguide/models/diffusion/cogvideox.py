@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fieldguide.core.card import Card, Size
-from fieldguide.core.errors import SettingsError
+from fieldguide.core.errors import DataError, SettingsError
 from fieldguide.models.diffusion._shared.embeddings import embed_time, sinusoidal_embedding
 from fieldguide.models.diffusion._shared.patches import count_patches
 from fieldguide.models.diffusion._shared.rotary import Rotate, make_rotation, place_grid
 from fieldguide.models.layers.dot_product_attention import dot_product_attention
 from fieldguide.models.mapping.config_rules import ConfigRow, Derived, Expect, WithDefault
-from fieldguide.models.mapping.key_rules import Row
+from fieldguide.models.mapping.key_rules import Reshaped, Row
 
 PATCH = 2  # side of a patch, which spans one frame
 EPS = 1e-5  # of the norms
@@ -52,6 +52,9 @@ class Config:
     heads: int = 30
     rotary: bool = False  # whether positions rotate queries and keys; otherwise they are added
     interpolation: float = 1.875  # how much closer added positions of rows and columns are than their number
+    learned: bool = (
+        False  # whether positions are stored, which are added to texts and patches of one size, also if others rotate
+    )
 
 
 class Attention(nn.Module):
@@ -103,8 +106,10 @@ class Block(nn.Module):
 class CogVideoX(nn.Module):
     """CogVideoX: noisy latents of a video, their time (0 .. 999), the states of a text -> the predicted velocity.
 
-    Raises `SettingsError` for invalid sizes, and `DataError` for latents with odd sides.
+    Raises `SettingsError` for invalid sizes, and `DataError` for latents with odd sides and, with stored positions, of another size.
     """
+
+    places: Tensor  # T+N D, if they are stored
 
     def __init__(self, config: Config):
         super().__init__()
@@ -117,6 +122,9 @@ class CogVideoX(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=EPS), nn.LayerNorm(c.dim, eps=EPS)
         self.condition, self.head = nn.Linear(c.condition_dim, 2 * c.dim), nn.Linear(c.dim, c.channels * PATCH**2)
+        if c.learned:
+            places = self.embed_places(c.frames, c.image // PATCH, c.width // PATCH)
+            self.register_buffer("places", F.pad(places, (0, 0, c.length, 0)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,6 +143,20 @@ class CogVideoX(nn.Module):
         parts = ((frame, quarter), (column / scale, 3 * quarter // 2), (row / scale, 3 * quarter // 2))
         return torch.cat([sinusoidal_embedding(place, dim) for place, dim in parts], 1)
 
+    def get_places(self, tokens: int, frames: int, rows: int, columns: int) -> Tensor:  # -> T+N D
+        """Return what is added to texts and patches: the stored positions for the number of frames of training, else sines and
+        cosines."""
+        c = self.config
+        if c.learned and (rows, columns) != (c.image // PATCH, c.width // PATCH):
+            raise DataError(
+                f"the latents have {rows * PATCH} x {columns * PATCH} elements, but the stored positions are for {c.image} x {c.width}"
+            )
+        if not c.learned or frames != c.frames:
+            return F.pad(self.embed_places(frames, rows, columns), (0, 0, tokens, 0))
+        if tokens != c.length:
+            raise DataError(f"the text has {tokens} tokens, but must be padded to length={c.length}")
+        return self.places
+
     def make_rotation(self, tokens: int, frames: int, rows: int, columns: int, like: Tensor) -> Rotate:
         """Return the rotation of patches by frame, row and column, in the middle of those of training; tokens are not rotated."""
         c, width = self.config, self.config.dim // self.config.heads
@@ -152,10 +174,10 @@ class CogVideoX(nn.Module):
         rotate: Rotate = lambda x: x
         if c.rotary:
             rotate = self.make_rotation(tokens, frames, rows, columns, x)
-        else:
-            x = x + self.embed_places(frames, rows, columns).to(x)
         condition = self.time2(F.silu(self.time1(embed_time(time, c.dim).to(x.dtype))))
         x = torch.cat([self.text(text), x], 1)
+        if c.learned or not c.rotary:
+            x = x + self.get_places(tokens, frames, rows, columns).to(x)
         for block in self.blocks:
             x = block(x, condition, tokens, rotate)
         shift, scale = self.condition(F.silu(condition))[:, None].chunk(2, -1)
@@ -195,6 +217,12 @@ DIFFUSERS: dict[str, Row] = {
 }
 
 
+def diffusers_keys(c: Config) -> dict[str, Row]:
+    """Return the key table of diffusers, with the positions if they are stored."""
+    places = Reshaped("places", (-1, c.dim), (1, -1, c.dim))
+    return DIFFUSERS | ({"patch_embed.pos_embedding": places} if c.learned else {})
+
+
 def parse_frames(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the number of frames of latents for that of a video, of which the first one stands alone."""
     return {"frames": (raw["sample_frames"] - 1) // FRAMES_PER_LATENT + 1}
@@ -223,7 +251,7 @@ CONFIG: dict[str, ConfigRow] = {  # of diffusers
     "patch_size_t": Expect(None),
     "patch_bias": Expect(True),
     "ofs_embed_dim": Expect(None),
-    "use_learned_positional_embeddings": Expect(False),
+    "use_learned_positional_embeddings": WithDefault("learned", False),
     "attention_bias": Expect(True),
     "dropout": Expect(0.0),
     "flip_sin_to_cos": Expect(True),
@@ -245,11 +273,21 @@ CARD = Card(
     sizes={
         "cogvideox-2b": Size(params=1_693_783_872, source="THUDM/CogVideoX-2b"),
         "cogvideox-5b": Size(dim=3072, depth=42, heads=48, rotary=True, params=5_570_283_072, source="THUDM/CogVideoX-5b"),
+        "cogvideox-5b-i2v": Size(
+            extra=16,
+            dim=3072,
+            depth=42,
+            heads=48,
+            rotary=True,
+            learned=True,
+            params=5_570_479_680,
+            source="THUDM/CogVideoX-5b-I2V",
+        ),
         "cogvideox-test": Size(
             frames=3, image=4, width=6, channels=2, text_dim=10, length=5, dim=32, condition_dim=12, depth=2, heads=2
         ),
     },
-    weights={"diffusers": DIFFUSERS},
+    weights={"diffusers": diffusers_keys},
     configs={"diffusers": CONFIG},
     recipe={"optimizer": "adamw", "lr": 1e-4, "weight_decay": 1e-2, "grad_clip": 1.0, "ema": 0.9999},
 )

@@ -27,7 +27,7 @@ from fieldguide.objectives.diffusion.samplers import Sampler
 from fieldguide.objectives.diffusion.scheduler_config import SAMPLERS, read_scheduler
 from fieldguide.tasks.latent_diffusion import prompt_encoding
 from fieldguide.tasks.latent_diffusion.prompt_encoding import Prompts, TextEncoder, load_tokenizer
-from fieldguide.tasks.latent_diffusion.single_file_pipeline import OPTIONAL_TEXTS, read_single_file
+from fieldguide.tasks.latent_diffusion.single_file_pipeline import T5, read_single_file
 
 if TYPE_CHECKING:
     from fieldguide.core.card import Network
@@ -186,13 +186,15 @@ def check_family(card: Card, parts: PipelineFolder, families: Collection[str] = 
 
 
 def check_settings(found: Checkpoint, parts: PipelineFolder) -> None:
-    """Raise `WeightsError` for a pipeline of videos that needs more than a text, or whose times differ between patches."""
+    """Raise `WeightsError` for a pipeline of videos that needs more than a text and the latents of an image, or whose times differ
+    between patches.
+    """
     if found.card.name not in VIDEO_FAMILIES:
         return
-    if found.values.get("extra"):
+    if found.values.get("extra") not in (None, 0, found.values.get("channels")):
         raise WeightsError(
-            f"{parts.path / PIPELINE_FILE}: {parts.name} begins videos with a given image, which is not supported. Use the pipeline of "
-            "the same family for texts."
+            f"{parts.path / PIPELINE_FILE}: {parts.name} begins videos with a given image in a way that is not supported: only "
+            "CogVideoX does so with the latents of the image alone. Use the pipeline of the same family for texts."
         )
     if wrong := [name for name in ("boundary_ratio", "expand_timesteps") if parts.settings.get(name)]:
         raise WeightsError(f"{parts.path / PIPELINE_FILE}: {wrong[0]}={parts.settings[wrong[0]]} is not supported.")
@@ -217,15 +219,13 @@ def load_single_file(
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
 ) -> DiffusionPipeline:
-    """Load a single file of Stable Diffusion 1 to 3.5 or XL with its tokenizers, by default from the folder of the file.
+    """Load a single file of Stable Diffusion 1 to 3.5 or XL, or of FLUX.1, with its tokenizers, by default from the folder of the file.
 
     Raises `WeightsError` for other files, and if there is no tokenizer.
     """
     words = Path(tokenizer) if tokenizer else path.parent
-    places = [find_words(words, i) for i in range(2)]
+    find_words(words, TOKENIZERS[0], is_t5=False)  # before a large file is read
     file = read_single_file(path, prediction_type)
-    if file.layout.texts.keys() & OPTIONAL_TEXTS and file.texts[2] is not None:
-        places.append(find_words(words, 2))
     adapt, note = read_adapter(path, TEXT_ENCODERS[: len(file.texts)], lora, lora_scale)
     device = distributed.device()
     dtype = choose_dtype(precision, file.denoiser.card, device)
@@ -233,35 +233,36 @@ def load_single_file(
         network, vae = build(adapt(DENOISER, file.denoiser)).to(device), build(file.vae).to(device)
     encoders: list[TextEncoder | None] = []
     with default_dtype(torch.bfloat16 if dtype == torch.float16 else dtype):
-        for i, (name, found, pads_with_zero) in enumerate(zip(TEXT_ENCODERS, file.texts, file.layout.pads)):
+        for i, (part, found, pads_with_zero) in enumerate(zip(file.layout.texts, file.texts, file.layout.pads)):
             if found is None:
                 encoders.append(None)
                 continue
-            text, limit = load_tokenizer(places[i])
+            name, place = TEXT_ENCODERS[i], find_words(words, TOKENIZERS[i], part == T5)
+            text, limit = load_tokenizer(place)
             text.pad = 0 if pads_with_zero else text.end
             encoders.append(TextEncoder(build(adapt(name, found)).to(device), text, limit))
-    card, family = file.denoiser.card, FAMILIES[file.denoiser.card.name]
+    card, family = file.denoiser.card, specialize(FAMILIES[file.denoiser.card.name], network.config, "")
     notes = [note] if note else []
     if None in encoders:
         notes.append(f"{path} lacks T5, which reads what is longer or finer than CLIP's texts; it is left out")
     return DiffusionPipeline(card, family, network.config, network, vae, encoders, file.scheduler, {}, notes, path)
 
 
-def find_words(words: Path, number: int) -> Path:
+def find_words(words: Path, name: str, is_t5: bool) -> Path:
     """Return the folder of a text encoder's tokenizer: a part of a pipeline's folder, or for CLIP the folder itself.
 
     Raises `WeightsError` if there is none.
     """
-    for place in (words / TOKENIZERS[number], *([words / TOKENIZERS[0], words] if number < 2 else [])):
+    for place in (words / name, *([] if is_t5 else [words / TOKENIZERS[0], words])):
         if place.is_dir() and find_tokenizer(place)[0] is not None:
             return place
-    if number < 2:
+    if not is_t5:
         raise WeightsError(
             f"no tokenizer found in {words}; a single file has none. Set tokenizer=PATH to CLIP's: all of these networks share that of "
             "openai/clip-vit-large-patch14."
         )
     raise WeightsError(
-        f"no tokenizer of T5 found in {words / TOKENIZERS[number]}; a single file has none. Put that of google/t5-v1_1-xxl there, or set "
+        f"no tokenizer of T5 found in {words / name}; a single file has none. Put that of google/t5-v1_1-xxl there, or set "
         "tokenizer=PATH to the folder of a pipeline."
     )
 

@@ -26,7 +26,7 @@ class Start:
     clean: Tensor | None = None  # B C h w
     mask: Tensor | None = None  # B 1 h w
     strength: float = 1.0
-    extra: Tensor | None = None  # B C' h w
+    extra: Tensor | None = None  # B ... C' h w
 
 
 def denoise(
@@ -68,7 +68,7 @@ def denoise(
     joined = {name: torch.cat([x, others[name]]) for name, x in inputs.items()} if others is not None else dict(inputs)
     while not state.done:
         x = state.x * process.get_input_scale(state.level)
-        x = x if known.extra is None else torch.cat([x, known.extra], 1)
+        x = x if known.extra is None else torch.cat([x, known.extra], -3)
         x = torch.cat([x, x]) if both else x
         time = torch.full((len(x),), state.level.time, device=x.device, dtype=torch.float32)
         output = network(latent=x, time=time, **joined)

@@ -42,7 +42,7 @@ from fieldguide.tasks.latent_diffusion.generation import ImageOptions, ImageRequ
 from fieldguide.tasks.latent_diffusion.latent_examples import LatentExamples
 from fieldguide.tasks.latent_diffusion.signature import TextToImageSignature
 from fieldguide.tasks.report_builder import ExampleInput
-from fieldguide.tasks.vision.image_generation import encode_png, encode_sheet
+from fieldguide.tasks.vision.image_encoding import encode_png, encode_sheet
 
 METHODS = ("diffusion", "lcm")
 PARTS_FOLDER = "pipeline"  # in the preprocessing of a run: the frozen networks
