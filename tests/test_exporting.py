@@ -55,6 +55,7 @@ from fieldguide.metrics import generative
 from fieldguide.models.feedforward.bag_of_ngrams import BagOfNgrams, Config
 from fieldguide.objectives.ctc_decoding import align, collapse
 from fieldguide.objectives.diffusion import DDIM, DDPM, DPMSolver, Euler, Heun, build_process
+from fieldguide.objectives.diffusion.unclip import PRIOR_SPACING
 from tv import transformers
 
 
@@ -1166,6 +1167,20 @@ def test_tables_of_samplers_equal_their_steps(schedule, name):
         x = sum(factor * part for factor, part in zip(factors, (x, *history)) if factor)
         x = x + new * next(fresh) if new else x
     assert torch.allclose(x, state.x, atol=1e-9)
+
+
+def test_table_of_ancestral_sampling():
+    """The prior of unCLIP is exported as DDIM with eta = 1, and samples with `DDPM`."""
+    process, same = build_process("cosine", "x"), {"steps": 6, "clip": 5.0, "spacing": PRIOR_SPACING}
+    generator, found = torch.Generator().manual_seed(0), []
+    noises = [3 * torch.randn(4, 3, dtype=torch.float64, generator=generator) for _ in range(7)]
+    for sampler in (DDPM(**same), DDIM(eta=1.0, **same)):
+        source = iter(noises)
+        state = sampler.start(process, lambda source=source: next(source))
+        while not state.done:
+            sampler.step(state, 4 * torch.sin(3 * state.x + state.level.time))
+        found.append(state.x)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_samplers_that_call_the_network_twice_have_no_table():

@@ -44,7 +44,7 @@ from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
 from fieldguide.objectives.diffusion.noise_process import PROCESSES
 from fieldguide.objectives.diffusion.scheduler_config import DEFAULTS, SAMPLERS, read_process, read_scheduler
 from fieldguide.objectives.noise import Noise
-from fieldguide.tasks.vision.image_generation import build_sampler
+from fieldguide.tasks.vision.image_generation_sampling import build_sampler
 from fieldguide.tasks.vision.signature import SAMPLERS as SAMPLER_NAMES
 from fieldguide.tasks.vision.video_generation import VideoGeneration
 from tv import diffusers

@@ -20,7 +20,8 @@ from fieldguide.data.validation.checks import BadData
 from fieldguide.metrics import generative
 from fieldguide.models.registry import find
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.vision.image_generation import ImageGeneration, infer_target_kind
+from fieldguide.tasks.vision.image_generation import ImageGeneration
+from fieldguide.tasks.vision.image_generation_conditions import infer_target_kind
 
 LIGHTS, HEIGHTS, SIDES = {"dim": 90, "grey": 160, "bright": 250}, ("top", "middle", "bottom"), ("left", "centre", "right")
 SCENES = list(product(LIGHTS, HEIGHTS, SIDES))

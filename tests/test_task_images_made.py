@@ -22,13 +22,10 @@ from fieldguide.objectives import DiscreteProcess, EDMProcess, FlowProcess
 from fieldguide.objectives.diffusion.loss_weighting import WEIGHTINGS
 from fieldguide.tasks import infer_task
 from fieldguide.tasks.base import Media
-from fieldguide.tasks.vision.image_generation import (
-    ImageGeneration,
-    encode_png,
-    encode_sheet,
-    sheets_by_class,
-)
+from fieldguide.tasks.vision.image_encoding import encode_png, encode_sheet
+from fieldguide.tasks.vision.image_generation import ImageGeneration
 from fieldguide.tasks.vision.image_generation_evaluator import compute_thumbnails
+from fieldguide.tasks.vision.image_generation_report import sheets_by_class
 
 
 def test_frechet_distance_equals_its_definition():

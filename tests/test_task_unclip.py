@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -16,14 +17,13 @@ import fieldguide.data
 from fieldguide.automl.build_plan import build_plan
 from fieldguide.checkpoints.key_mapping import translate
 from fieldguide.core.errors import RunError, SettingsError
-from fieldguide.exporting.builders import build_graph
-from fieldguide.exporting.graph import ExportError
+from fieldguide.exporting.verify import verify
 from fieldguide.metrics import generative
 from fieldguide.models.registry import card, create
 from fieldguide.objectives import DDIM, Diffusion
 from fieldguide.objectives.diffusion.unclip import UnCLIP
 from fieldguide.objectives.noise import Noise
-from fieldguide.tasks.vision import image_generation
+from fieldguide.tasks.vision import clip_encoder, image_generation_report
 from fieldguide.tasks.vision.clip_encoder import ClipEncoder
 from fieldguide.tasks.vision.image_generation import ImageGeneration
 
@@ -198,8 +198,8 @@ def runs(tmp_path_factory):
     for name in ("train_classifier", "train_caption_matcher"):
         train = getattr(generative, name)
         patch.setattr(generative, name, lambda *args, train=train, **options: train(*args, **{**options, "steps": 2}))
-    patch.setattr(image_generation, "PRIOR", "unclip-prior-test")
-    patch.setattr(image_generation, "SHEET_IMAGES", 2)
+    patch.setattr(clip_encoder, "PRIOR", "unclip-prior-test")
+    patch.setattr(image_generation_report, "SHEET_IMAGES", 2)
     source, quick = write_digits(root / "data", 80), {"steps": 2, "batch": 16, "precision": "float32", "evaluate": 2}
     clip = fit_clip(source, root / "clip", **quick)
     small = {"model.dim": 8, "model.groups": 4, "model.depth": 1}
@@ -227,7 +227,7 @@ def test_runs_predict_without_their_clip(runs, tmp_path):
     assert again.predict(["a seven in gray on black"], count=2, steps=2, prior_steps=3) == first
     assert again.objective.prior.clip_std.mean() < 0.5
     hidden.rename(clip.path)
-    encoder, theirs = again.task.encoder, clip.model
+    encoder, theirs = again.task.reader, clip.model
     tokens = torch.from_numpy(again.task.tokens(["a two in black on white", "a nine"]))
     states, pooled, mask = encoder.encode_texts(tokens)
     torch.testing.assert_close(pooled / 32**0.5, theirs.encode_text(tokens, mask))
@@ -240,6 +240,24 @@ def test_runs_predict_without_their_clip(runs, tmp_path):
     (tmp_path / "moved" / "preprocess" / "clip.safetensors").write_bytes(b"damaged")
     with pytest.raises(RunError, match=r"clip\.safetensors"):
         fieldguide.open_run(tmp_path / "moved").predict(count=1)
+
+
+@pytest.mark.slow
+def test_exports_generate_the_same(runs, tmp_path):
+    """Text encoder, prior and decoder are graphs, from the same noise in three sizes of batches."""
+    run = fieldguide.open_run(runs[2].path)
+    torch.manual_seed(0)
+    with torch.no_grad():  # as strong as after training, so that images depend on embeddings and these on captions
+        for p in (*run.objective.model.parameters(), *run.objective.prior.parameters()):
+            p.add_(0.2 * torch.randn_like(p))
+    done = run.export(out=tmp_path / "export")
+    assert done.passed and done.verification.rows == 64, done.verification.problems
+    assert {path.name for path in done.path.glob("*.onnx")} == {"model.onnx", "text.onnx", "prior.onnx"}
+    settings, found = json.loads((done.path / "export.json").read_text()), []
+    for change in ({"guidance": 1.0}, {"std": [-x for x in settings["prior"]["std"]]}):
+        (done.path / "export.json").write_text(json.dumps(settings | {"prior": settings["prior"] | change}))
+        found.append(verify(run, done.path, str(runs[0]), options={"count": 1}).passed)
+    assert not any(found)
 
 
 def test_impossible_requests(runs, tmp_path):
@@ -256,8 +274,6 @@ def test_impossible_requests(runs, tmp_path):
         build_plan(data, model="dit-8", settings={"steps": 1, "task.unclip": str(clip.path)}, **kind)
     with pytest.raises(SettingsError, match="cannot be distilled"):
         build_plan(data, settings={"steps": 1, "teacher": str(run.path)}, **kind)
-    with pytest.raises(ExportError, match="CLIP"):
-        build_graph(run)
     for i in range(12):
         Image.fromarray(np.full((8, 8), 20 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
     with pytest.raises(SettingsError, match="it needs captions"):

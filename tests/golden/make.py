@@ -23,6 +23,7 @@ import fieldguide
 from fieldguide.core.media import Media
 from fieldguide.core.run_record import SCHEMA
 from fieldguide.data import samples
+from fieldguide.tasks.vision import clip_encoder
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -66,17 +67,23 @@ RUNS = {
     "text-to-image": ("described", "auto", {"batch": 8, "lora_rank": 2}),
     "image-text-to-text": ("messages", "auto", {"batch": 16, "finetune": "whole", "keep_frozen": False}),
     "video-generation": ("narrated", "latte-pixels-16", {"model.dim": 12, "model.depth": 2, "model.words": 8}),
+    "image-generation-of-embeddings": ("described", "ddpm-unet-test", {"task.unclip": "clip", "task.side": 8, "model.dim": 4}),
     "time-series-classification": ("motions", "inceptiontime-test", {"model.lengths": (10, 5)}),
 }
-KINDS = {"anomaly-detection-in-images": "anomaly-detection"}  # name of a run -> task, if they differ
+KINDS = {  # name of a run -> task, if they differ
+    "anomaly-detection-in-images": "anomaly-detection",
+    "image-generation-of-embeddings": "image-generation",
+}
 ASKED = {
+    "image-generation-of-embeddings": {"count": 1, "steps": 3, "prior_steps": 3},
     "image-text-to-text": {"prompt": QUESTION, "max_new_tokens": 8},
     "preference-tuning": {"max_new_tokens": 8, "temperature": 0.0},
     "text-to-image": {"steps": 3},
     "video-generation": {"count": 1, "steps": 4, "sampler": "ddim"},
 }  # prediction options
 MAX_IMAGE_BYTES = 6000
-KEPT = ("run.json", "model.safetensors", "preprocess", "splits.npz", "metrics.jsonl")
+LARGE = "preprocess/matcher.safetensors"  # of captions, which only evaluations use; left out
+KEPT = ("run.json", "model.safetensors", "prior.safetensors", "preprocess", "splits.npz", "metrics.jsonl")
 
 
 def letters(file: Path) -> Path:
@@ -107,6 +114,14 @@ def write_pipeline(folder: Path) -> None:
     made = diffusion_pipelines.stable_diffusion(**narrow)
     made.register_modules(vae=diffusion_pipelines.autoencoder(**narrow))
     made.save_pretrained(folder)
+
+
+def write_clip(home: Path, out: Path) -> None:
+    """Train a tiny CLIP, between whose embeddings a tiny prior will generate."""
+    tiny = {"model.dim": 8, "model.text_dim": 8, "model.embed": 10, "model.depth": 1, "model.patch": 4, "model.heads": 2}
+    settings = {**QUICK, **tiny, "steps": 30, "task.side": 8, "task.vocab_size": 300, "task.length": 8, "augmentation": "none"}
+    fieldguide.fit(home, task="image-text", model="clip-mini", out=out, settings=settings)
+    clip_encoder.PRIOR = "unclip-prior-test"
 
 
 def orders(file: Path) -> Path:
@@ -148,7 +163,7 @@ def inputs(task: str, home: Path, folder: Path) -> list[str]:
         for path, name in zip(chosen, names):
             shutil.copy(path, folder / name)
         return names
-    if task == "text-to-image":
+    if task in ("text-to-image", "image-generation-of-embeddings"):
         return ["a cat", "the dog of a cat"]
     if task in ("audio-classification", "speech-pretraining"):
         chosen = sorted(home.rglob("*.wav"))[::300]
@@ -190,6 +205,12 @@ def remove_root(folder: Path, home: Path) -> None:
     run.write_text(run.read_text().replace(before, hashlib.sha256(file.read_bytes()).hexdigest()))
 
 
+def drop_large(folder: Path, record: dict) -> None:
+    """Remove a large file that predictions do not need, and its digest."""
+    (folder / LARGE).unlink(missing_ok=True)
+    record["digests"].pop(LARGE, None)
+
+
 def keeps(value: object) -> bool:
     """Return whether a value is compared: all but large images, which other tests compare."""
     return not isinstance(value, Media) or value.suffix == ".webp" or len(value.content) < MAX_IMAGE_BYTES
@@ -214,6 +235,8 @@ def main() -> None:
             os.chdir(work)  # the run holds the path of its checkpoint
             if task == "text-to-image":
                 write_pipeline(weights)
+            if task == "image-generation-of-embeddings":
+                write_clip(home, Path("clip"))
             told = {**QUICK, **settings}
             run = fieldguide.fit(
                 home, task=KINDS.get(task, task), model=model, out=Path(work) / "run", settings=told, weights=weights
@@ -228,6 +251,8 @@ def main() -> None:
             file.write_text("".join(scored))  # the losses would be half of the folder
         remove_root(folder, home)
         record = json.loads((folder / "run.json").read_text())
+        if task == "image-generation-of-embeddings":
+            drop_large(folder, record)
         record["data"] |= {"root": sample, "source": sample}  # no path of the machine that made it
         record["request"]["data"] = sample
         if record["request"].get("weights"):

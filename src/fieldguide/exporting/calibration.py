@@ -39,7 +39,7 @@ def choose_images(predictor: TaskPredictor, graph: Graph) -> pl.DataFrame | None
 
     Nor for models that are fitted by a solver: histograms of gradients and distances to a memory need the precision of activations.
     """
-    is_image_network = graph.encoder is None and not graph.loop and any(spec.name == "pixels" for spec in graph.inputs)
+    is_image_network = not graph.further and not graph.loop and any(spec.name == "pixels" for spec in graph.inputs)
     return choose_training_rows(predictor, MAX_IMAGES) if is_image_network and not predictor.card.solver else None
 
 

@@ -131,7 +131,7 @@ def write_folder(
     form = form or OnnxFormat()
     stored = precision if calibration is None else "float32"
     with make_folder(out) as folder:
-        graphs = {"model": graph} | ({} if graph.encoder is None else {"encoder": graph.encoder})
+        graphs = {"model": graph, **graph.further}
         written = {name: form.write(one, folder / f"{name}{form.suffix}", stored) for name, one in graphs.items()}
         signature = predictor.signature
         dump(folder / "signature.json", signature.to_json())

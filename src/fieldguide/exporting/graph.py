@@ -66,7 +66,7 @@ class Graph:
         modules: modules that `run.py` imports, and their parts: `images`, if it has more to do than to decode images.
         values: what that part needs, written to `export.json`.
         requires: packages that it imports in addition to numpy and those of the format.
-        encoder: a graph that is called once before this one, written to a file `encoder`.
+        further: other graphs that the program calls, by the names of their files, such as an encoder that is called once before this one.
         loop: how the graph is called several times for one prediction, written to `loop.json`; empty if it is called once.
         test_options: options of the predictions that are compared.
     """
@@ -82,7 +82,7 @@ class Graph:
     requires: tuple[str, ...] = ()
     modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # of the run's preprocess/ folder that the program reads
-    encoder: Graph | None = None
+    further: Mapping[str, Graph] = field(default_factory=dict)
     loop: Mapping[str, Any] = field(default_factory=dict)
     test_options: Mapping[str, Any] = field(default_factory=dict)
     min_close: float = 1.0  # fraction of values that must be close for random inputs: lower if outputs are ranked or chosen

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fieldguide.core.signature import Axis, TensorSpec
+from fieldguide.data.preprocessing import TextTokenizer
 from fieldguide.exporting.graph import BATCH, Graph, build_example
 from fieldguide.exporting.steps.images import Resize, build_image_module, describe_image_reading, describe_pixels
 from fieldguide.objectives.contrastive import compute_probabilities
@@ -54,7 +55,6 @@ def build_image_text(predictor: TaskPredictor) -> Graph:
     named = task.for_request(task.PredictOptions(classes="class"))
     with torch.no_grad():
         width = network.encode_text(torch.tensor([[task.end]]), torch.tensor([[True]])).shape[1]
-    start = text.tokenizer.token_to_id(START_TOKEN)
     values = {
         "column": task.column,
         **describe_image_reading(task.pictures, task.pictures.side),
@@ -62,10 +62,7 @@ def build_image_text(predictor: TaskPredictor) -> Graph:
         "templates": list(getattr(predictor, "templates", ())) or request.templates(),
         "templates_of_classes": list(getattr(predictor, "templates", ())) or named.templates(),
         "most": MAX_CAPTION_CLASSES,
-        "length": length,
-        "start": [] if start is None else [start],
-        "end": task.end,
-        "unknown": [text.unknown] if start is None else [],
+        **describe_ended_tokens(text, task.end, length),
         "pad": text.pad,
     }
     tokens = TensorSpec("tokens", "int64", (BATCH, Axis("tokens", most=length)), low=0, high=text.size - 1)
@@ -76,14 +73,21 @@ def build_image_text(predictor: TaskPredictor) -> Graph:
         ImageMatcher(Resize(task.pictures), copy.deepcopy(network)),
         (describe_pixels(task.pictures), texts),
         ("image", "similarity", "probabilities"),
-        ("media", "image_files", "tokens", "padded", "image_text"),
+        ("media", "image_files", "tokens", "padded", "ended_tokens", "image_text"),
         values,
         requires=("pillow", "tokenizers"),
         modules=build_image_module(task.pictures),
         files=("tokenizer.json",),
-        encoder=encoder,
+        further={"encoder": encoder},
         test_options={} if values["texts"] else {"classes": TEST_CLASSES},
     )
+
+
+def describe_ended_tokens(text: TextTokenizer, end: int, length: int) -> dict[str, Any]:
+    """Return what run.py needs to read texts between a start and an end token, as `ImageText.encode_all` does."""
+    start = text.tokenizer.token_to_id(START_TOKEN)
+    first = {"start": [] if start is None else [start], "unknown": [text.unknown] if start is None else []}
+    return {"length": length, "end": end, **first}
 
 
 def pad_randomly(specs: tuple[TensorSpec, TensorSpec]) -> Callable[[int, int, int], dict[str, Tensor]]:

@@ -118,5 +118,5 @@ def build_step(
         modules=modules or {},
         files=("tokenizer.json",),
         loop=asdict(predictor.signature.loop) if predictor.signature.loop else {},
-        encoder=encoder,
+        further={"encoder": encoder},
     )

@@ -24,10 +24,10 @@ import torch
 from fieldguide.exporting.comparison import Comparison
 from fieldguide.exporting.graph import ExportError
 from fieldguide.exporting.graph_format import GraphFormat
+from fieldguide.exporting.image_generation import draw_noise
 from fieldguide.exporting.onnx_file import OnnxFormat
 from fieldguide.exporting.precision import Precision
 from fieldguide.exporting.requests import MAX_ROWS, add_images, choose_requests
-from fieldguide.objectives.noise import Noise
 
 if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
@@ -112,7 +112,8 @@ def verify(
         given = dict(options or {})
         if predictor.signature.record_for == "sample":
             expected = generate_samples(predictor, tables[0], given)
-            given = {"noise": str(write_noise(predictor, Path(home), len(tables[0])))}
+            given = {"noise": str(Path(home) / "noise.npz")}
+            np.savez(given["noise"], **draw_noise(predictor, len(tables[0])))
         else:
             expected = [record for path in paths for record in predictor.predict(str(path), **given)]
         if not any(field.name == "series" or field.role == "series" for field in predictor.signature.inputs):
@@ -163,18 +164,6 @@ def generate_samples(predictor: TaskPredictor, table: pl.DataFrame, options: Map
         requests = table.select(name for name in table.columns if name in known)
         return list(predictor.predict(requests if requests.width > 1 else requests.to_series().to_list(), **options))
     return list(predictor.predict([], **{**options, "count": len(table)}))
-
-
-def write_noise(predictor: TaskPredictor, home: Path, rows: int) -> Path:
-    """Write the noise from which the original generates: rows, draws, then the axes of a sample."""
-    objective: Any = predictor.objective
-    task: Any = predictor.task
-    options, loop = task.PredictOptions(), predictor.signature.loop
-    is_gan = loop is None
-    shape = (objective.noise,) if loop is None else tuple(axis.size or 0 for axis in loop.latent)
-    draw = Noise(options.seed, range(rows), shape, torch.empty(()))
-    np.save(home / "noise.npy", torch.stack([draw() for _ in range(1 if is_gan else 1 + options.steps)], 1).numpy())
-    return home / "noise.npy"
 
 
 def find_unstable(predictor: TaskPredictor, path: Path, tolerance: float, options: Mapping[str, Any]) -> set[int]:

@@ -20,7 +20,7 @@ from fieldguide.exporting.image_generation import (
     tabulate_sampler,
 )
 from fieldguide.exporting.steps.images import Resize, build_image_module, describe_image_reading, describe_pixels
-from fieldguide.tasks.vision.image_generation import build_sampler
+from fieldguide.tasks.vision.image_generation_sampling import build_sampler
 from fieldguide.tasks.vision.video_report import FRAME_MILLISECONDS, MIN_HEIGHT
 
 if TYPE_CHECKING:
@@ -53,10 +53,11 @@ def build_video_generation(predictor: TaskPredictor) -> Graph:
     loop["guidance"] = options.guidance if task.labels or task.text else 1.0
     part = "first_frames" if task.options.first_frame else "sample_videos"
     modules: dict[str, tuple[str, ...]] = {"videos": ("video_module",)}
-    encoder: Graph | None = None
+    further: dict[str, Graph] = {}
     moments: tuple[Axis, ...] = (BATCH,)
     if task.options.first_frame:
-        encoder, moments = Graph(FirstFrames(pictures), (describe_pixels(pictures),), ("first",), parts=()), (BATCH, axes[0])
+        encoder = Graph(FirstFrames(pictures), (describe_pixels(pictures),), ("first",), parts=())
+        further, moments = {"encoder": encoder}, (BATCH, axes[0])
         modules = {"videos": (*modules["videos"], "frames"), **build_image_module(pictures)}
         level = process.get_level(process.time_at(torch.zeros(1)), 1)
         values["first"] = {"time": float(level.time), "scale": float(process.get_input_scale(level))}
@@ -76,7 +77,7 @@ def build_video_generation(predictor: TaskPredictor) -> Graph:
         requires=("pillow", "tokenizers") if task.text else ("pillow",),
         modules=modules,
         files=("tokenizer.json",) if task.text else (),
-        encoder=encoder,
+        further=further,
         loop={**asdict(predictor.signature.loop), **loop} if predictor.signature.loop else loop,
         test_options=TEST_OPTIONS,
     )

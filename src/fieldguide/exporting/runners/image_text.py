@@ -32,11 +32,3 @@ class Model(Model):
             values = [{self.names[i]: numbers[i] for i in best} for numbers in (p, s)]
             label = {"label": self.names[best[0]], "probability": p[best[0]]}
             records[number] = {**label, **dict(zip(("probabilities", "similarity"), values))}
-
-
-def list_tokens(text):
-    ids = encode(text, False).ids
-    ids = ids[:-1] if ids[-1:] == [CONFIG["end"]] else ids
-    start = [] if ids[: len(CONFIG["start"])] == CONFIG["start"] else CONFIG["start"]
-    ids = [*start, *(ids or CONFIG["unknown"])]
-    return [*ids[: CONFIG["length"] - 1], CONFIG["end"]]

@@ -23,6 +23,7 @@ from fieldguide.objectives.noise import Noise
 CANDIDATES = 2  # embeddings that are sampled for a text, of which one is used (section 2.2)
 MAX_DEVIATIONS = 5.0  # by which a predicted embedding may differ from the mean, as in Karlo
 PRIOR_STEPS, PRIOR_GUIDANCE = 25, 2.0
+PRIOR_SPACING = Timesteps(kind="linspace")
 
 Texts = tuple[Tensor, Tensor, Tensor]  # states B T E, embeddings B E, mask B T
 
@@ -140,7 +141,7 @@ class UnCLIP(Diffusion):
         none = torch.zeros_like(states), torch.zeros_like(pooled), torch.ones_like(mask)
         texts = [torch.cat(pair) for pair in zip((states, pooled, mask), none)]
         rows = [CANDIDATES * int(n) + k for n in (range(len(label)) if numbers is None else numbers) for k in range(CANDIDATES)]
-        sampler = DDPM(steps=steps, clip=MAX_DEVIATIONS, spacing=Timesteps(kind="linspace"))
+        sampler = DDPM(steps=steps, clip=MAX_DEVIATIONS, spacing=PRIOR_SPACING)
         draw = Noise(mix_seeds(seed, 1), rows, (pooled.shape[1], 1, 1), like)
         state = sampler.start(self.prior_process, draw)
         while not state.done:

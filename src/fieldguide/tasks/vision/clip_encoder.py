@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +18,14 @@ from fieldguide.core.errors import RunError, SettingsError
 from fieldguide.core.validation import guard
 from fieldguide.data.preprocessing import ImageTransform, TextTokenizer
 from fieldguide.models import registry
+from fieldguide.models.layers.padding import select_position
+from fieldguide.objectives import Diffusion, UnCLIP
 from fieldguide.tasks.multimodal.image_text import ImageText
 from fieldguide.tasks.multimodal.pretrained import build_task, load_image_text
 from fieldguide.tasks.vision.reference_networks import BATCH_SIZE, convert, find_checkpoint
 
 FILE = "clip.safetensors"
+PRIOR = "unclip-prior-mini"  # size of the network that generates embeddings
 STATE = {
     "architecture": str,
     "config": dict[str, Any],
@@ -62,9 +66,29 @@ class ClipEncoder(nn.Module):
         return self.task.text
 
     @property
-    def length(self) -> int:
+    def limit(self) -> int:
         """Number of tokens that the network reads at most."""
         return int(self.network.config.length)
+
+    @property
+    def further_networks(self) -> Mapping[str, str]:
+        """The prior, which is trained beside the network that generates images."""
+        return {"prior": PRIOR}
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, with the end token."""
+        return [len(ids) for ids in self.task.encode_all(list(texts))]
+
+    def model_dims(self, length: int) -> dict[str, Any]:
+        """Return the fields of the networks' configs that depend on embeddings."""
+        return {"embedding": self.width, "length": length}
+
+    def choose_objective(self, parts: Mapping[str, Any]) -> Callable[..., Diffusion]:
+        """Return the objective that trains the prior, too, which standardizes embeddings by their mean and deviation."""
+        prior = parts["prior"]
+        prior.clip_mean.copy_(torch.tensor(self.mean))
+        prior.clip_std.copy_(torch.tensor(self.std))
+        return functools.partial(UnCLIP, prior=prior, encoder=self)
 
     def tokenize(self, texts: Sequence[str], length: int) -> np.ndarray:  # -> N length int64, 0 beyond the end
         """Return the tokens of texts with their end token; texts that are longer are truncated."""
@@ -80,7 +104,6 @@ class ClipEncoder(nn.Module):
         found: Tensor = self.network.encode_image(convert(images, self.task.pictures))
         return found
 
-    @torch.no_grad()
     def encode_texts(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B T -> B T E, B E, B T
         """Return the states of texts, projected as their embeddings are, the embeddings, and which tokens are not padding.
 
@@ -89,7 +112,7 @@ class ClipEncoder(nn.Module):
         text, at = self.network.text, torch.arange(tokens.shape[1], device=tokens.device)
         states = text.proj(text.encode(tokens))
         last = text.last(tokens, None)
-        pooled = nn.functional.normalize(states[torch.arange(len(tokens), device=tokens.device), last], dim=-1)
+        pooled = nn.functional.normalize(select_position(states, last), dim=-1)
         return states, pooled * self.width**0.5, at <= last[:, None]
 
     def fit(self, images: Tensor) -> None:  # N C S S in -1 .. 1
@@ -97,18 +120,20 @@ class ClipEncoder(nn.Module):
         found = torch.cat([self.encode_images(part.to(device())).float().cpu() for part in images.split(BATCH_SIZE)])
         self.mean, self.std = found.mean(0).tolist(), found.std(0).clamp(min=1e-6).tolist()
 
-    def to_json(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return all but weights and tokenizer, as JSON values."""
         config, pictures = asdict(self.network.config), self.task.pictures.to_json()
-        return {"architecture": self.architecture, "config": config, "pictures": pictures, "mean": self.mean, "std": self.std}
+        known = {"architecture": self.architecture, "config": config, "pictures": pictures, "mean": self.mean, "std": self.std}
+        return {"encoder": known}
 
     def save(self, folder: Path) -> None:
-        """Write the weights to a folder."""
+        """Write the weights and the tokenizer to a folder."""
+        self.text.save(folder)
         (folder / FILE).write_bytes(save({name: x.contiguous() for name, x in self.network.state_dict().items()}))
 
     @classmethod
     def restore(cls, folder: Path, saved: dict[str, Any], text: TextTokenizer) -> Self:
-        """Return what `save` and `to_json` wrote. Raises `RunError` if the file is missing or damaged."""
+        """Return what `save` and `state` wrote. Raises `RunError` if the file is missing or damaged."""
         card = registry.card(saved["architecture"])
         with guard(folder / FILE, RunError):
             network = card.make(card.config(**saved["config"]))

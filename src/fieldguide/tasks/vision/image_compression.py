@@ -32,7 +32,7 @@ from fieldguide.objectives.gan_losses import LOSSES
 from fieldguide.tasks.base import Arrays, Baseline, Media, Metric, Task
 from fieldguide.tasks.signature_parts import fix_axes
 from fieldguide.tasks.supervised import fill_options
-from fieldguide.tasks.vision.image_generation import encode_png
+from fieldguide.tasks.vision.image_encoding import encode_png
 from fieldguide.tasks.vision.image_to_image_report import join_images
 from fieldguide.tasks.vision.reference_networks import FeatureNetwork
 from fieldguide.tasks.vision.signature import ImageSignature

@@ -11,7 +11,7 @@ from fieldguide.core.report_elements import Gallery, Picture, ReportElement
 from fieldguide.data.dataset import Data
 from fieldguide.metrics import image_quality
 from fieldguide.tasks.evaluator import Arrays
-from fieldguide.tasks.vision.image_generation import encode_png
+from fieldguide.tasks.vision.image_encoding import encode_png
 from fieldguide.tasks.vision.image_restoration import convert_channels
 
 SHOWN_IMAGES = 12  # of each gallery

@@ -22,14 +22,17 @@ from fieldguide.data.column_spec import CAPTION_NAMES, ColumnSpec
 from fieldguide.data.dataset import CHANNELS, FRAMES, HEIGHT, WIDTH, Column, Data, Manifest
 from fieldguide.data.loader import Batches
 from fieldguide.data.media import video
-from fieldguide.data.preprocessing import ImageTransform, Labels, suggest_side
+from fieldguide.data.preprocessing import ImageTransform, suggest_side
 from fieldguide.objectives import Objective, build_process
 from fieldguide.objectives.diffusion import VideoDiffusion, evaluate
 from fieldguide.objectives.noise import Noise
 from fieldguide.tasks.base import Arrays, Media, Metric
-from fieldguide.tasks.supervised import fill_options, is_discrete
-from fieldguide.tasks.vision.image_generation import ImageGeneration, build_sampler, check_sampler, infer_target_kind
+from fieldguide.tasks.supervised import fill_options
+from fieldguide.tasks.vision.image_generation import ImageGeneration
+from fieldguide.tasks.vision.image_generation_conditions import infer_target_kind, is_captioned
 from fieldguide.tasks.vision.image_generation_evaluator import METRICS
+from fieldguide.tasks.vision.image_generation_options import GenerationOptions, SampleOptions
+from fieldguide.tasks.vision.image_generation_sampling import build_sampler, check_sampler
 from fieldguide.tasks.vision.signature import VideoGenerationSignature
 from fieldguide.tasks.vision.video_evaluator import VideoEvaluator, build_attribute_metrics, find_attributes
 from fieldguide.tasks.vision.video_report import VideoReport, encode_webp, join_side_by_side
@@ -97,13 +100,13 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
     max_batch_size, min_batch_size = 32, 8
 
     @dataclass(frozen=True)
-    class Options(ImageGeneration.Options):
+    class Options(GenerationOptions):
         frames: int | None = None  # frames per video
         stride: int = 1  # use every n-th frame of a video
         first_frame: float | None = None  # fraction of training videos whose first frame is given, to learn to continue images
 
     @dataclass(frozen=True)
-    class PredictOptions(ImageGeneration.PredictOptions):
+    class PredictOptions(SampleOptions):
         guidance: Annotated[float, Limits(0, 100)] = 3.0  # classifier-free guidance scale; 3 shows the class better than 1.5
 
     # Videos as tensors
@@ -124,13 +127,9 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
 
     @classmethod
     def fit(cls, data: Data, options: Any) -> Self:
-        task = cls(list(data.columns.values()), options)
-        captioned = data.target is not None and data.required_target.kind == "text"
-        if data.target is not None and not captioned and not is_discrete(data.target):
-            raise DataError(
-                f"{data.source}: the label column {data.required_target.name!r} must hold classes or captions, but holds "
-                f"{data.required_target.kind}."
-            )
+        task, captioned = cls(list(data.columns.values()), options), is_captioned(data)
+        if other := [f"task.{name}" for name in ("unclip", "upsamplers") if getattr(options, name) is not None]:
+            raise SettingsError(f"{', '.join(other)}: an option of image generation. Leave it out.")
         if options.first_frame is not None and not 0 <= options.first_frame < 1:
             raise SettingsError(f"task.first_frame={options.first_frame} must be at least 0 and below 1")
         kind, shortest = device().type, int(data.rows.select(pl.min(FRAMES)).item())
@@ -139,14 +138,15 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
         channels = options.channels or (3 if (data.rows[CHANNELS] == 3).any() else 1)
         frames = options.frames or max(2, min(FRAMES_BY_DEVICE[kind], shortest // options.stride))
         task.pictures = ImageTransform(side, channels, (0.5,) * channels, (0.5,) * channels)  # -1 .. 1
-        task.labels = list(Labels.fit(data.rows[data.required_target.name]).names) if data.target and not captioned else []
+        task.fit_labels(data)
         predicts = build_process(options.schedule, options.predicts).predicts
         known = {"side": side, "channels": channels, "frames": frames, "first_frame": DEFAULT_FIRST_FRAME}
         task.options = fill_options(options, **known, predicts=predicts)
         task.set_row_form()
         task.note_classes()
         if captioned:
-            task.fit_captions(data.rows[data.required_target.name].fill_null("").to_list())
+            texts = data.rows[data.required_target.name].fill_null("").to_list()
+            task.fit_captions(texts, task.fit_tokenizer(texts))
             task.set_attributes(find_attributes(data, data.required_target.name))
         if short := int((data.rows[FRAMES] < frames * options.stride).sum()):
             task.notes.append(f"{short} videos are shorter than {frames} frames: their last frame is repeated")
@@ -163,8 +163,6 @@ class VideoGeneration(VideoGenerationSignature, VideoEvaluator, VideoReport, Ima
     def objective(self, model: Any, card: Card, settings: Settings, **parts: Any) -> Objective:
         if self.options.method != "diffusion":
             raise SettingsError(f"method={self.options.method!r} is an option of image generation; videos have diffusion only.")
-        if self.options.unclip is not None:
-            raise SettingsError("task.unclip is an option of image generation. Leave it out.")
         plain = self.build_diffusion(model, "video")
         return VideoDiffusion(model, plain.process, plain.weighting, given=self.options.first_frame or 0.0)
 

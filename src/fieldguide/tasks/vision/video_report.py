@@ -15,7 +15,7 @@ from fieldguide.data.dataset import Data
 from fieldguide.metrics import generative
 from fieldguide.objectives import Objective
 from fieldguide.tasks.base import Arrays, ReportBuilder
-from fieldguide.tasks.vision.image_generation import encode_png
+from fieldguide.tasks.vision.image_encoding import encode_png
 from fieldguide.tasks.vision.video_evaluator import decibels
 
 SHOWN_PER_CLASS = 3  # videos of each class in the report
