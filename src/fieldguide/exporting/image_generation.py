@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fieldguide.inference.predictor import TaskPredictor
 
 TEST_OPTIONS = {"count": 1}  # image of each requested class or caption
+SAMPLING = {"sampling": ("sampling_module",)}  # module of run.py and its parts
 SYMBOLS = ("x", "clean", "before", "earlier", "noise")  # what a step depends on: x, the last three clean images, new noise
 
 
@@ -192,6 +193,7 @@ def choose_program(task: Any) -> dict[str, Any]:
     """Return parts, packages and files of run.py for classes or captions."""
     return {
         "parts": (*choose_conditions(task), "samples", "sample_images"),
+        "modules": SAMPLING,
         "requires": ("pillow", "tokenizers") if task.text else ("pillow",),
         "files": ("tokenizer.json",) if task.text else (),
         "test_options": TEST_OPTIONS,

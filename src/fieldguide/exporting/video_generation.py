@@ -13,6 +13,7 @@ from fieldguide.core.signature import Axis, TensorSpec
 from fieldguide.data.preprocessing.image_transform import ImageTransform
 from fieldguide.exporting.graph import BATCH, Graph
 from fieldguide.exporting.image_generation import (
+    SAMPLING,
     TEST_OPTIONS,
     DenoisingStep,
     choose_conditions,
@@ -52,13 +53,13 @@ def build_video_generation(predictor: TaskPredictor) -> Graph:
     loop = tabulate_sampler(process, objective.adapt_sampler(build_sampler(options)))
     loop["guidance"] = options.guidance if task.labels or task.text else 1.0
     part = "first_frames" if task.options.first_frame else "sample_videos"
-    modules: dict[str, tuple[str, ...]] = {"videos": ("video_module",)}
+    modules: dict[str, tuple[str, ...]] = {**SAMPLING, "videos": ("video_module",)}
     further: dict[str, Graph] = {}
     moments: tuple[Axis, ...] = (BATCH,)
     if task.options.first_frame:
         encoder = Graph(FirstFrames(pictures), (describe_pixels(pictures),), ("first",), parts=())
         further, moments = {"encoder": encoder}, (BATCH, axes[0])
-        modules = {"videos": (*modules["videos"], "frames"), **build_image_module(pictures)}
+        modules |= {"videos": (*modules["videos"], "frames"), **build_image_module(pictures)}
         level = process.get_level(process.time_at(torch.zeros(1)), 1)
         values["first"] = {"time": float(level.time), "scale": float(process.get_input_scale(level))}
         values |= describe_image_reading(pictures, pictures.side)

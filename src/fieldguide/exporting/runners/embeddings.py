@@ -16,6 +16,6 @@ class Model(Model):
             without, with_text = (self.prior.run({**batch, **inputs})[0] for inputs in (none, texts))
             return without + loop["guidance"] * (with_text - without)
 
-        x = run_sampler(loop, self.make_source("prior", [len(loop["mean"])], rows, 1), call)
+        x = run_sampler(loop, make_source(self.noise, "prior", self.seed, [len(loop["mean"])], rows, 1), call)
         fit = ((x * loop["std"] + loop["mean"]) * texts["pooled"]).sum(1).reshape(-1, count)
         return np.float32(x.reshape(len(fit), count, -1)[np.arange(len(fit)), fit.argmax(1)])
