@@ -14,7 +14,7 @@ from fieldguide.core.errors import SettingsError
 from fieldguide.core.signature import Axis, TensorSpec
 from fieldguide.exporting import executorch_file
 from fieldguide.exporting.executorch_file import ExecutorchFormat, limit_axes, lower, read_limits, write_program
-from fieldguide.exporting.executorch_operators import keep_float64, mean_float64, sum_float64
+from fieldguide.exporting.executorch_operators import keep_float64, mean_float64, sort_all, sum_float64
 from fieldguide.exporting.export import export
 from fieldguide.exporting.graph import BATCH, ExportError, Graph
 from fieldguide.exporting.torch_file import trace
@@ -187,6 +187,28 @@ def test_the_limits_of_a_program_are_read():
     assert len(limited.build_example(0, 20)["x"]) == 15
     with pytest.raises(ExportError, match="the axis 'steps' of 'x' is at most 9 in the program"):
         read_limits(limit_axes(build(10), 64), Method())
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_sorting_is_choosing_all_values(descending):
+    x = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    for ours, theirs in zip(sort_all(x, 1, descending, stable=True), x.sort(1, descending)):
+        assert torch.equal(ours, theirs)
+
+
+@needs_executorch
+@pytest.mark.slow
+def test_values_are_sorted_along_an_axis_of_any_size(tmp_path):
+    graph = Graph(Call(lambda x: x.sort(1, descending=True).values), (FLOAT("x", Axis("a", most=20)),), ("y",), ())
+    write_program(graph, tmp_path / "model.pte", "portable")
+
+
+@needs_executorch
+@pytest.mark.slow
+def test_missing_kernels_are_named():
+    executorch_file.check_kernels({"aten::add.out", "aten::topk.values"})
+    with pytest.raises(ExportError, match=r"ExecuTorch has no kernel for aten::cummin\.out, aten::sort\.values\."):
+        executorch_file.check_kernels({"aten::add.out", "aten::sort.values", "aten::cummin.out"})
 
 
 @needs_executorch

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fieldguide.core.signature import Axis, TensorSpec, TokenRule
+from fieldguide.exporting.audio import build_resizing
 from fieldguide.exporting.export import load_format
 from fieldguide.exporting.graph import BATCH, Graph, build_example
 from fieldguide.exporting.network import build_network_graph, flatten
@@ -111,6 +112,15 @@ def test_same_padding_is_traced_for_all_remainders(kernel, stride, tmp_path):
     for side in range(9, 14):
         x = torch.randn(3, 1, side, side + 1)
         torch.testing.assert_close(program(x), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", [16, 40])
+def test_images_of_spectrograms_are_resized_by_matrices(side):
+    """To fewer and to more places, as `interpolate` does."""
+    image = torch.randn(2, 1, 24, 30, generator=torch.Generator().manual_seed(0))
+    down, across = build_resizing(24, side), build_resizing(30, side)
+    want = torch.nn.functional.interpolate(image, (side, side), mode="bilinear", antialias=True)
+    torch.testing.assert_close(down.mT @ image @ across, want, rtol=0, atol=1e-5)
 
 
 class Single(torch.nn.Module):

@@ -60,7 +60,13 @@ class Spectrogram(nn.Module):
 
 
 class AudioSteps(nn.Module):
-    """Return the batch of `AudioClassification` for a network that reads spectrograms as images or as frames."""
+    """Return the batch of `AudioClassification` for a network that reads spectrograms as images or as frames.
+
+    Images are resized by two matrix products, which every runtime has for any number of rows.
+    """
+
+    down: Tensor  # F S
+    across: Tensor  # T S
 
     def __init__(self, task: Any, as_image: bool):
         super().__init__()
@@ -70,6 +76,9 @@ class AudioSteps(nn.Module):
             task.frames,
             task.options.side,
         )
+        if as_image:
+            self.register_buffer("down", build_resizing(task.mel.bands, self.side), persistent=False)
+            self.register_buffer("across", build_resizing(self.frames, self.side), persistent=False)
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> dict[str, Tensor]:  # B N, B
         features, frames = self.spectrogram(waveform, lengths)
@@ -81,8 +90,14 @@ class AudioSteps(nn.Module):
         inside = (place >= 0) & (place < frames[:, None])
         index = place.clamp(0, self.frames - 1)[..., None].expand(-1, -1, features.shape[-1])
         canvas = torch.where(inside[..., None], features.gather(1, index), 0.0)
-        image = canvas.transpose(1, 2).flip(1)[:, None]  # B 1 F T
-        return {"image": F.interpolate(image, (self.side,) * 2, mode="bilinear", antialias=True)}
+        image = canvas.transpose(1, 2).flip(1)  # B F T
+        return {"image": (self.down.mT @ image @ self.across)[:, None]}
+
+
+def build_resizing(size: int, side: int) -> Tensor:  # -> size side
+    """Return the matrix that resizes an axis as `interpolate` does, with antialiasing."""
+    each = torch.eye(size)[None, :, None]  # 1 size 1 size
+    return F.interpolate(each, (1, side), mode="bilinear", antialias=True)[0, :, 0]
 
 
 class WaveformSteps(nn.Module):

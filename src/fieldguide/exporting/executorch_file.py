@@ -8,7 +8,7 @@ row, because the runtime cannot resize the state of a loop.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,16 @@ def lower(program: torch.export.ExportedProgram, backend: str) -> tuple[bytes, i
         )
         made = edge.to_executorch()
     plan = made.executorch_program.execution_plan[0]
+    check_kernels({f"{operator.name}.{operator.overload}".rstrip(".") for operator in plan.operators})
     return made.buffer, sum(plan.non_const_buffer_sizes)
+
+
+def check_kernels(operators: Iterable[str]) -> None:
+    """Raise `ExportError` if the runtime lacks an operator of a program."""
+    _, runtime, _ = import_executorch()
+    known = runtime.Runtime.get().operator_registry.operator_names
+    if missing := sorted(set(operators) - set(known)):
+        raise ExportError(f"ExecuTorch has no kernel for {', '.join(missing)}.")
 
 
 def describe_outputs(graph: Graph) -> list[tuple[str, tuple[str, ...]]]:

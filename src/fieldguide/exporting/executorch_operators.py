@@ -3,6 +3,7 @@
 - Its sums of float64 are added in float32, and numbers in float64 expressions become float32. Steps before the network need float64:
   resized images differ by gray levels otherwise.
 - It has no recurrent operators: they become a `scan`, a loop over the steps of any length.
+- It has no sort: all values are the largest, or the smallest, in order.
 """
 
 from __future__ import annotations
@@ -60,6 +61,13 @@ def mean_float64(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *
     for place in dims or range(x.dim()):
         count = count * x.shape[place]
     return total / count
+
+
+def sort_all(x: Tensor, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Sort as `topk` of all values; those that are equal may be in another order."""
+    del stable
+    values, index = x.topk(x.shape[dim], dim, largest=descending, sorted=True)
+    return values, index
 
 
 def scan_gru(values: Tensor, state: Tensor, params: list[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
@@ -159,4 +167,10 @@ RECURRENT: dict[Any, Callable[..., Any]] = {
 
 def list_decompositions() -> dict[Any, Callable[..., Any]]:
     """Return operators and the functions that replace them."""
-    return {**RECURRENT, ATEN.sum.dim_IntList: sum_float64, ATEN.mean.dim: mean_float64}
+    return {
+        **RECURRENT,
+        ATEN.sum.dim_IntList: sum_float64,
+        ATEN.mean.dim: mean_float64,
+        ATEN.sort.default: sort_all,
+        ATEN.sort.stable: sort_all,
+    }
