@@ -13,6 +13,7 @@ and Faster R-CNN, whose peer needs operators of torchvision that only its CUDA w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ Inputs = Callable[[Any, int], tuple[Tensor, ...]]
 DECODER = {"vocab_size": 32_000, "dim": 768, "depth": 4, "heads": 12, "hidden": 2048}
 GROUPED = {**DECODER, "kv_heads": 4}
 MIXTURE = {**GROUPED, "width": 64, "hidden": 512, "experts": 16, "used": 4}
+
+QUANTILES = {"levels": (0.1, 0.5, 0.9), "values": 3, "quantiles": (0.05, 0.55)}
 
 
 def write_words(length: int) -> Inputs:
@@ -54,6 +57,24 @@ def record_speech(frames: int) -> Inputs:
 
 def record_waveforms(samples: int) -> Inputs:
     return lambda c, rows: (torch.randn(rows, samples), torch.full((rows,), samples))
+
+
+def tell_images(length: int) -> Inputs:
+    """Return an image for each row and texts of a number of tokens, after an image token for each patch if the network has such."""
+
+    def make(c: Any, rows: int) -> tuple[Tensor, ...]:
+        words, mask = write_words(length)(c, rows)
+        if hasattr(c, "picture"):
+            patches = (c.image // (c.patch * getattr(c, "merge", 1))) ** 2
+            words = torch.cat([torch.full((rows, patches), c.picture), words], 1)
+            mask = torch.ones_like(words, dtype=torch.bool)
+        return *draw_images(c.image)(c, rows), words, mask
+
+    return make
+
+
+def hear_words(c: Any, rows: int) -> tuple[Tensor, ...]:
+    return torch.randn(rows, 2 * c.source_length, c.features), *write_words(32)(c, rows)
 
 
 def list_items(c: Any, rows: int) -> tuple[Tensor, ...]:
@@ -86,7 +107,8 @@ class Network:
         peer.load_state_dict(rename(model.state_dict()))
         for module in peer.modules():
             if isinstance(module, transformers.PreTrainedModel) and module._supports_sdpa:
-                module.set_attn_implementation("sdpa")
+                with contextlib.suppress(ValueError):  # of a convolutional part, which has none
+                    module.set_attn_implementation("sdpa")
         return peer
 
     def make_inputs(self) -> tuple[Tensor, ...]:
@@ -146,35 +168,34 @@ NETWORKS = (
     Network("pegasus-large", 4, write_pairs(64), {"depth": 3, "decoder_depth": 3}),
     Network("t5gemma-s-s", 4, write_pairs(64), {"vocab_size": 32_000}),
     Network("beit-base", 4, draw_images(224)),
-    Network("dinov3-vits16", 8, draw_images(224)),
+    Network("dinov3-s16", 8, draw_images(224), {"output_type": "label"}),
     Network("mobilenetv4-conv-small", 16, draw_images(224)),
     Network("detr-resnet50", 1, draw_images(320)),
     Network("rt-detr-resnet18", 2, draw_images(320)),
     Network("segformer-b0", 2, draw_images(256)),
     Network("mask2former-resnet50", 1, draw_images(256)),
     Network("sam-vit-b", 1, cases.prompted, {"depth": 4, "global_layers": (3,)}),
-    Network("siglip-b16-224", 4, cases.captioned),
-    Network("blip-base", 4, cases.written, {"image": 224}),
-    Network("llava-1.5-7b", 2, cases.shown, {**DECODER, "kv_heads": 12, "image": 224, "seen_depth": 6, "picture": 31_999}),
+    Network("siglip-b16-224", 4, tell_images(64)),
+    Network("blip-base", 4, tell_images(32), {"image": 224}),
+    Network("llava-1.5-7b", 2, tell_images(32), {**DECODER, "kv_heads": 12, "image": 224, "seen_depth": 6, "picture": 31_999}),
     Network(
         "qwen2.5-vl-3b",
         2,
-        cases.shown,
+        tell_images(32),
         {
             **GROUPED,
             **{"image": 224, "seen_dim": 512, "seen_depth": 4, "seen_heads": 8, "seen_hidden": 1376, "whole": (3,)},
             **{"sections": (8, 12, 12), "picture": 31_999},
         },
     ),
-    Network("whisper-tiny", 1, cases.speech_text),
+    Network("whisper-tiny", 1, hear_words),
     Network("wav2vec2-base", 1, record_waveforms(80_000)),
-    Network("hubert-base", 1, record_waveforms(80_000)),
+    Network("hubert-base", 1, record_waveforms(80_000), {"output_type": "ctc"}),
     Network("wav2vec2-conformer-rel-pos-large", 1, record_waveforms(80_000), {"depth": 6}),
     Network("fastconformer-large", 4, record_speech(800)),
-    Network("chronos-bolt-tiny", 32, cases.series),
-    Network("timesfm-2.5-200m", 8, cases.series, {"depth": 4}),
+    Network("chronos-bolt-tiny", 32, cases.series, QUANTILES),
     Network("ft-transformer", 256, cases.table, {"numbers": 12, "categories": (5, 9, 20)}),
-    Network("tabicl-v2", 128, cases.table, {"context": 512, "depth": 4}),
+    Network("tabicl-v2", 128, cases.table, {"context": 512, "depth": 4, "categories": (5, 9)}),
     Network("bert4rec-ml1m", 32, list_items),
 )
 
