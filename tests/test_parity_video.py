@@ -187,6 +187,19 @@ def test_rotations_of_cogvideox(sides):
     assert got.shape == (3, 4, 2, *sides)
 
 
+@torch.no_grad()
+def test_stored_positions_of_cogvideox():
+    """Of texts and patches; for other numbers of frames, diffusers adds sines and cosines in their place."""
+    ours, (latent, time, text) = tiny("cogvideox", learned=True, rotary=True), batch("cogvideox", 2)
+    peer = peer_of(ours, "cogvideox")
+    ours.places.normal_()
+    peer.peer.patch_embed.pos_embedding = ours.places[None].clone()
+    for x in (latent, latent[:, :1]):
+        torch.testing.assert_close(ours(x, time, text), peer(x, time, text), **CLOSE)
+    with pytest.raises(DataError, match="must be padded to length=5"):
+        ours(latent, time, text[:, :3])
+
+
 def test_texts_of_cogvideox_have_any_length():
     """diffusers adds positions for `max_text_seq_length` tokens, whatever the text has."""
     ours, (latent, time, text) = tiny("cogvideox"), batch("cogvideox", 2)
