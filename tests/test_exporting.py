@@ -490,6 +490,7 @@ def test_records_of_objects_are_scored_as_outputs():
     assert found["boxes"].shape == (*found["labels"].shape, 4) and len(found["labels"]) == 2
     real = found["labels"] >= 0
     assert real.sum(1).tolist() == [len(record["objects"]) for record in records] and (found["scores"][~real] == 0).all()
+    assert found["scores"][real].tolist() == pytest.approx([one["score"] for record in records for one in record["objects"]])
     targets = {"boxes": found["boxes"], "labels": found["labels"], "crowd": np.zeros(found["labels"].shape, dtype=bool)}
     assert run.task.score(found, targets)["map"] > 0.99
     assert run.task.collect_outputs([{"found": "nothing"}]) is None

@@ -90,6 +90,16 @@ def test_next_item_is_a_hidden_place_after_the_last():
     torch.testing.assert_close(scores[1:], model(short)[:, -1])
 
 
+def test_scores_after_the_latest_item_are_those_of_the_last_place():
+    """Of item neighbors, whose scores of all places and of the last one are computed apart; gaps in a history count as no item."""
+    torch.manual_seed(0)
+    model = tiny("item-neighbors").double()
+    items = torch.randint(1, 30, (4, 7))
+    items[1, 3] = items[2, :4] = items[3, -1] = 0
+    mask = torch.ones_like(items, dtype=torch.bool)
+    torch.testing.assert_close(model.score_next(items, mask), model(items, mask)[:, -1])
+
+
 # HSTU
 
 
