@@ -169,7 +169,7 @@ class TaskPredictor(Predictor):
             return super().embed(texts)
         if not texts:
             return np.zeros((0, model.config.dim), dtype=np.float32)
-        return collect(EmbeddingObjective(model, pooling), rows, batch=64, device=distributed.device())["vector"]
+        return collect(EmbeddingObjective(model, pooling).eval(), rows, batch=64, device=distributed.device())["vector"]
 
     def stream(self, source: Any, **options: Any) -> Iterator[str] | None:
         task = self.task.for_request(self.task.parse_predict_options(options))

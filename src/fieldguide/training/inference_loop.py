@@ -38,7 +38,9 @@ def collect(
     training = objective.training
     rows: list[np.ndarray] = []
     parts: list[dict[str, np.ndarray]] = []
-    if training:  # a switch visits every module, which takes longer than small networks need for a row
+    if switch := any(
+        module.training for module in objective.modules()
+    ):  # a switch takes longer than small networks need for a row
         objective.eval()
     for index, tensors in iterate_in_order(batches, batch, mine):
         with autocast(device, precision):
@@ -46,8 +48,8 @@ def collect(
         rows.append(index)
         parts.append({name: (t.float() if t.is_floating_point() else t).cpu().numpy() for name, t in outputs.items()})
         callback(sum(map(len, rows)))
-    if training:
-        objective.train()
+    if switch:
+        objective.train(training)
     gathered = distributed.gather((rows, parts)) if shared else [(rows, parts)]
     places = np.concatenate([i for r, _ in gathered for i in r])
     joined = {name: concatenate_padded([p[name] for _, ps in gathered for p in ps]) for name in gathered[0][1][0]}

@@ -438,6 +438,9 @@ class GenerationSignature(SignatureBuilder):
         return [*steps, Step("draw_noise", "standard normal noise by seed and number of the sample", False)]
 
     def describe_tensors(self, tensors: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
+        if self.options.unclip is not None:
+            made = "embedding of the image, which the prior generates for a caption; 0 is none"
+            tensors = [replace(t, name="embedding", about=made) if t.name == "label" else t for t in tensors]
         if self.options.schedule not in ("edm", "flow"):
             return tensors
         ends = {"edm": EDM_TIMES, "flow": (0.0, float(TIMESTEPS))}[self.options.schedule]
@@ -445,6 +448,9 @@ class GenerationSignature(SignatureBuilder):
 
     def describe_request_tensors(self, card: Card) -> Sequence[TensorSpec]:
         row = request_tensor("row", "int64", about="number of the sample, which seeds its noise", low=0)
+        if self.options.unclip is not None and self.text is not None:
+            words, high = Axis("tokens", self.options.length), self.text.size - 1
+            return [request_tensor("label", "int64", words, about="caption tokens; 0 is none", low=0, high=high), row]
         if "label" in card.inputs:
             return [row]
         return [request_tensor("label", "int64", about="class; 0 is none", low=0, high=len(self.labels)), row]
