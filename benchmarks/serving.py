@@ -48,8 +48,17 @@ class Api(litserve.LitAPI):
     def unbatch(self, output): return output
     def encode_response(self, output): return {"predictions": [output]}
 if __name__ == "__main__":
-    server = litserve.LitServer(Api(max_batch_size=32, batch_timeout=0.002), accelerator="cpu")
+    server = litserve.LitServer(Api(max_batch_size=128, batch_timeout=0.002), accelerator="cpu")
     server.run(port=int(sys.argv[2]), generate_client_file=False, log_level="error")
+"""
+
+
+TRANSFORMERS = f"""
+import sys
+sys.path.append({str(HERE.parent.parent / "tests")!r})
+import tv  # imports torchvision where it lacks its operators
+from transformers.cli.transformers import main
+main()
 """
 
 
@@ -204,14 +213,15 @@ def compare_text(arguments: argparse.Namespace) -> None:
         ]
         command = [
             arguments.transformers,
-            "-m",
-            "transformers.cli.transformers",
+            "-c",
+            TRANSFORMERS,
             "serve",
             arguments.text,
             "--port",
             str(arguments.port + 1),
         ]
         with start(command, arguments.port + 1):
+            measure(arguments.port + 1, path, bodies, 1, 1)
             for clients in arguments.clients:
                 found = measure(arguments.port + 1, path, bodies, clients, arguments.seconds)
                 report("transformers serve", clients, found, "tokens", 1)

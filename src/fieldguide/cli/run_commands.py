@@ -135,7 +135,7 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name under which clients call the server. Repeatable.")
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Rows of several requests that are computed together.")] = 32,
+    max_batch: Annotated[int, typer.Option(help="Rows of several requests that are computed together.")] = 128,
     max_wait_ms: Annotated[
         float,
         typer.Option(help="Milliseconds that an idle model waits for more requests; 0: up to 10, if the last batch had more."),

@@ -22,7 +22,7 @@ class ServerSettings:
     port: int = 8000
     api_key: str = ""
     allowed_hosts: tuple[str, ...] = ()  # names, in addition to localhost and IP addresses
-    max_batch: int = 32
+    max_batch: int = 128
     max_wait_ms: float = 0.0
     queue: int = 256
     timeout: float = 120.0  # seconds until a request gets 504
