@@ -402,7 +402,7 @@ def test_jobs_that_belong_together_share_batches_and_keep_their_answers():
 def test_a_batch_waits_a_moment_for_as_many_jobs_as_the_last_one_had(monkeypatch):
     seen = []
     compute = lambda jobs: seen.append(len(jobs)) or [0] * len(jobs)
-    worker = make_worker()
+    worker = make_worker(max_batch=32)
     worker.last_jobs, worker.last_seconds = 3, 1e6
     started = time.monotonic()
     assert (
