@@ -13,9 +13,7 @@ Result = TypeVar("Result")
 THREADS = min(16, (os.cpu_count() or 2) * 2)
 BLOCK = 2048  # items for which it is decided anew whether threads are used: files that are not in memory yet take longer
 MAX_ITEMS_AT_ONCE = 32  # that a thread gets
-MIN_SECONDS = (
-    3e-4  # of a call; threads make shorter ones slower, because they wait for the interpreter's lock: JPEG files of 150 pixels
-)
+MIN_SECONDS = 3e-4  # of a call, as for JPEG files of 150 pixels; shorter ones wait for the interpreter's lock in threads
 GRACE_SECONDS = 0.003  # before the mean time of the calls counts
 
 

@@ -27,14 +27,6 @@ MISSING_MARKERS: tuple[str, ...] = (
 )
 MISSING_MARKERS += ("#na", "(null)", "#div/0!", "#value!", "#ref!", "#num!", "#name?", "#null!")
 MAX_MARKER_BYTES = max(len(marker.encode()) for marker in MISSING_MARKERS)
-# One expression, because for single rows the time is that of the calls of polars. Long values are not converted to lower case.
-STRIPPED = pl.first().str.strip_chars()
-IS_GIVEN = ~(
-    pl.when(STRIPPED.str.len_bytes() <= MAX_MARKER_BYTES)
-    .then(STRIPPED.str.to_lowercase())
-    .is_in(list(MISSING_MARKERS))
-    .fill_null(False)
-)
 # One expression: on single rows, the time is that of the calls of polars. Long values are not converted to lower case.
 STRIPPED = pl.first().str.strip_chars()
 IS_GIVEN = ~(
