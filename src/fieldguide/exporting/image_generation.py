@@ -108,7 +108,7 @@ def tabulate_sampler(process: NoiseProcess, sampler: Sampler) -> dict[str, Any]:
 
 def build_image_generation(predictor: TaskPredictor) -> Graph:
     """Return the graph of image generation. Raises `ExportError` for samplers without a table."""
-    if predictor.task.upsamplers.members:  # type: ignore[attr-defined]
+    if predictor.task.upsamplers.members:  # type: ignore[attr-defined]  # of image generation
         raise ExportError("run.py does not enlarge images (task.upsamplers). Export the runs that do, and a run without them.")
     objective: Any = copy.deepcopy(predictor.objective).eval().requires_grad_(False).float().cpu()
     if isinstance(objective, Adversarial):

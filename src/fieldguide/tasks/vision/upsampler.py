@@ -63,7 +63,7 @@ class Upsampler:
 
     def to_json(self) -> dict[str, Any]:
         """Return architecture and config as JSON values."""
-        return {"architecture": self.card.name, "config": asdict(self.network.config)}  # type: ignore[call-overload]
+        return {"architecture": self.card.name, "config": asdict(self.network.config)}  # type: ignore[call-overload]  # a config is a dataclass
 
     def save(self, folder: Path) -> None:
         """Write the weights and the task to a folder."""
